@@ -1,0 +1,104 @@
+"""YAML text to plain data, safely: no code, no repeated keys, no alias bombs, no endless files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ktmerge.errors import UsageError
+
+MAX_BYTES = 1_000_000
+MAX_NODES = 100_000
+
+_Loader: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _StrictLoader(_Loader):  # type: ignore[misc, valid-type]
+    """Safe loading, plus: a key written twice is an error, and ``1e-4`` is a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if key is not None and key != "<<" and key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key}' stands twice", key_node.start_mark
+                )
+            seen.add(key or "")
+        self.flatten_mapping(node)
+        return super().construct_mapping(node, deep=deep)
+
+
+# YAML 1.1 reads 1e-4 as text because it has no dot; people write learning rates that way.
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    __import__("re").compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Parse one YAML document.
+
+    Raises:
+        UsageError: not YAML, a repeated key, or aliases that grow past ``MAX_NODES`` nodes.
+    """
+    try:
+        root = yaml.compose(text, Loader=_StrictLoader)
+        if root is not None and _nodes(root) > MAX_NODES:
+            raise UsageError(f"{where}: more than {MAX_NODES} values once aliases are expanded; write it without them.")
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a subclass of SafeLoader)
+    except RecursionError:
+        raise UsageError(f"{where}: nested too deeply to be a recipe.") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{where}: not valid YAML: {_first_problem(error)}") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """Parse the YAML file at ``path``.
+
+    Raises:
+        UsageError: missing, unreadable, larger than ``MAX_BYTES``, or not YAML.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise UsageError(f"{path}: {size} bytes; a recipe or suite has at most {MAX_BYTES}.")
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file.") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: not a text file in UTF-8.") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}.") from None
+    return parse_yaml(text, str(path))
+
+
+def _nodes(root: yaml.Node) -> int:
+    """Count nodes as if every alias were written out, without writing them out."""
+    counted: dict[int, int] = {}
+    open_nodes: set[int] = set()
+
+    def count(node: yaml.Node) -> int:
+        if id(node) in open_nodes:
+            return MAX_NODES + 1  # an alias inside its own anchor
+        if id(node) not in counted:
+            open_nodes.add(id(node))
+            children: list[yaml.Node] = []
+            if isinstance(node, yaml.MappingNode):
+                children = [child for pair in node.value for child in pair]
+            elif isinstance(node, yaml.SequenceNode):
+                children = list(node.value)
+            counted[id(node)] = min(1 + sum(count(child) for child in children), MAX_NODES + 1)
+            open_nodes.discard(id(node))
+        return counted[id(node)]
+
+    return count(root)
+
+
+def _first_problem(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark else problem

@@ -1,0 +1,31 @@
+"""Recipes that come with ktmerge: each names a method and says when to use it; base and experts are given by you."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ktmerge.errors import UsageError
+from ktmerge.recipes.suggest import did_you_mean
+
+_FOLDER = Path(__file__).parent
+
+
+def names() -> list[str]:
+    """Names of the gallery's recipes, sorted."""
+    return sorted(path.stem for path in _FOLDER.glob("*.yaml"))
+
+
+def locate(reference: str | Path) -> tuple[Path, bool]:
+    """The file a reference means, and whether it is the gallery's. An existing file wins over a gallery name.
+
+    Raises:
+        UsageError: neither a file nor a gallery name.
+    """
+    path = Path(reference)
+    if path.is_file():
+        return path, False
+    if str(reference) in names():
+        return _FOLDER / f"{reference}.yaml", True
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        raise UsageError(f"{reference}: no such recipe file.")
+    raise UsageError(f"'{reference}' is neither a file nor a recipe of the gallery.{did_you_mean(str(reference), names())}")

@@ -1,0 +1,185 @@
+"""From a file, a gallery name and ``--set`` overrides to a checked recipe; every error says where and what to do."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from ktmerge.errors import UsageError
+from ktmerge.recipes import gallery
+from ktmerge.recipes.document import read_yaml
+from ktmerge.recipes.overrides import apply_overrides
+from ktmerge.recipes.schema import SCHEMA_VERSION, Blend, Recipe, WhereRule
+from ktmerge.recipes.suggest import did_you_mean
+from ktmerge.recipes.suites import Suite
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_recipe(
+    reference: str | Path,
+    *,
+    overrides: Iterable[str] = (),
+    base: str | None = None,
+    experts: Iterable[str] = (),
+) -> Recipe:
+    """Load a recipe.
+
+    Args:
+        reference: path of a YAML file, or a name from the gallery (``ktmerge recipe list``).
+        overrides: ``key=value`` strings, see :func:`ktmerge.recipes.overrides.apply_overrides`.
+        base: replaces ``base``; a path is taken relative to the current folder.
+        experts: ``name=model`` or ``name=model:weight`` strings that replace ``experts``, likewise.
+
+    Raises:
+        UsageError: anything that keeps the recipe from being valid.
+    """
+    path, from_gallery = gallery.locate(reference)
+    document = read_yaml(path)
+    if not isinstance(document, dict):
+        raise UsageError(f"{path}: a recipe is a mapping of keys; see 'ktmerge recipe show ties'.")
+    if base is not None:
+        document["base"] = _from_here(base)
+    chosen = [_expert(text) for text in experts]
+    if chosen:
+        document["experts"] = dict(chosen)
+    apply_overrides(document, overrides)
+    return parse_recipe(document, str(path), Path.cwd() if from_gallery else path.resolve().parent)
+
+
+def parse_recipe(document: dict[str, Any], where: str, folder: Path) -> Recipe:
+    """Check a recipe given as plain data; ``where`` names it in messages."""
+    version = document.get("ktmerge")
+    if version is None and "merge_method" in document:
+        raise UsageError(f"{where}: this is a mergekit file; read it with 'ktmerge recipe import {where}'.")
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise UsageError(
+            f"{where}: written for recipe schema {version}, this ktmerge knows {SCHEMA_VERSION}; upgrade ktmerge."
+        )
+    return validate(Recipe, document, where).model_copy(update={"folder": folder})
+
+
+def load_suite(path: str | Path) -> Suite:
+    """Load an evaluation suite from a YAML file.
+
+    Raises:
+        UsageError: missing, not YAML, or not a suite.
+    """
+    path = Path(path)
+    document = read_yaml(path)
+    if not isinstance(document, dict):
+        raise UsageError(f"{path}: a suite is a mapping with upstream and downstream tasks.")
+    return validate(Suite, document, str(path)).model_copy(update={"folder": path.resolve().parent})
+
+
+def suite_of(recipe: Recipe) -> Suite:
+    """The suite a recipe's eval section names or spells out.
+
+    Raises:
+        UsageError: the recipe has no eval section, or its suite file is not valid.
+    """
+    section = recipe.eval
+    if section is None:
+        raise UsageError(f"the recipe '{recipe.name}' has no eval section; add one, or give --suite.")
+    if section.suite is not None:
+        return load_suite(recipe.folder / section.suite)
+    return Suite(name=recipe.name, upstream=section.upstream, downstream=section.downstream, folder=recipe.folder)
+
+
+def validate(model: type[Model], document: Any, where: str) -> Model:
+    """Check ``document`` against ``model`` and turn what is wrong into one sentence a line, nearest names included."""
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        problems = [_sentence(model, problem) for problem in error.errors()]
+        raise UsageError("\n".join(f"{where}: {problem}" for problem in dict.fromkeys(problems))) from None
+
+
+def _sentence(model: type[BaseModel], problem: Any) -> str:
+    location: tuple[str | int, ...] = problem["loc"]
+    key = _spell(model, location)
+    if problem["type"] == "extra_forbidden":
+        owner = _model_at(model, location[:-1])
+        return f"unknown key '{key}'.{did_you_mean(str(location[-1]), _keys(owner) if owner else ())}"
+    if problem["type"] == "missing":
+        return f"the key '{key}' is missing."
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if not key:
+        return f"{message}."
+    given = "" if isinstance(problem["input"], (dict, list)) else f", not {problem['input']!r}"
+    return f"{key}: {message}{given}."
+
+
+def _keys(model: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in model.model_fields.items() if not field.exclude]
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """Every model class inside an annotation such as ``list[Task] | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
+        return [found for inner in typing.get_args(annotation) for found in _models(inner)]
+    return []
+
+
+def _model_at(model: type[BaseModel], location: tuple[str | int, ...]) -> type[BaseModel] | None:
+    """Follow an error location down to the model whose key is wrong."""
+    current: list[type[BaseModel]] = [model]
+    for step in location:
+        following: list[type[BaseModel]] = []
+        for candidate in current:
+            for name, field in candidate.model_fields.items():
+                if step in (name, field.alias):
+                    following += _models(field.annotation)
+        tagged = [c for c in current if _tag(c) == step]
+        current = following or tagged or current
+    return current[0] if current else None
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    """The value of ``kind`` that selects this task model."""
+    kind = model.model_fields.get("kind")
+    values = typing.get_args(kind.annotation) if kind else ()
+    return values[0] if values else None
+
+
+def _spell(model: type[BaseModel], location: tuple[str | int, ...]) -> str:
+    """``('blend', 'where', 0, 'lambda')`` as ``blend.where[0].lambda``; the tags of task kinds are left out."""
+    text = ""
+    for i, step in enumerate(location):
+        if isinstance(step, int):
+            text += f"[{step}]"
+        elif i and isinstance(location[i - 1], int) and step in ("choice", "generate", "text") and i < len(location) - 1:
+            continue
+        else:
+            text += f".{step}"
+    return text.lstrip(".")
+
+
+def _expert(text: str) -> tuple[str, dict[str, Any]]:
+    name, equals, model = text.partition("=")
+    if not equals or not name or not model:
+        raise UsageError(f"--expert {text}: write name=model or name=model:weight.")
+    head, colon, tail = model.rpartition(":")
+    if colon and head:
+        try:
+            return name, {"model": _from_here(head), "weight": float(tail)}
+        except ValueError:
+            pass
+    return name, {"model": _from_here(model)}
+
+
+def _from_here(model: str) -> str:
+    """A path given on the command line is relative to the current folder, not to the recipe's."""
+    return str(Path(model).absolute()) if Path(model).exists() else model
+
+
+FIXED_BLEND_KEYS = frozenset(_keys(Blend))
+FIXED_RULE_KEYS = frozenset(_keys(WhereRule))

@@ -1,0 +1,170 @@
+"""The recipe, schema version 1: everything that changes the output, and nothing else."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from ktmerge.recipes.suites import Task
+
+SCHEMA_VERSION = 1
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Expert(_Section):
+    """One fine-tuned model."""
+
+    model: str = Field(description="a folder (relative to the recipe) or a hub id, `org/name@revision`")
+    weight: float = Field(1.0, allow_inf_nan=False, description="its share when several experts are combined")
+
+
+class WhereRule(BaseModel):
+    """Where to do otherwise. First match wins. Further keys are parameters of the method."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
+
+    part: str | None = Field(None, description="part expression: vision, connector, llm, llm.layers[0:8], embed, head, norm")
+    match: str | None = Field(None, description="shell pattern over tensor names, e.g. '*.norm.weight'")
+    tensor_class: Literal["matrix", "embed", "vector", "conv"] | None = Field(None, alias="class")
+    keep: str | None = Field(None, description="'base' or an expert's name: take its tensors unchanged")
+    method: str | None = Field(None, description="another method for these tensors")
+    lambda_: float | None = Field(None, alias="lambda", allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _says_where_and_what(self) -> WhereRule:
+        if self.part is None and self.match is None and self.tensor_class is None:
+            raise ValueError("a rule needs one of part, match, class")
+        if self.keep is not None and (self.method or self.lambda_ is not None or self.parameters):
+            raise ValueError("a rule with keep takes nothing else: the tensors are copied")
+        if self.keep is None and self.method is None and self.lambda_ is None and not self.parameters:
+            raise ValueError("a rule needs something to do: keep, method, lambda or a parameter of the method")
+        return self
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The method parameters this rule changes."""
+        return dict(self.model_extra or {})
+
+
+class Blend(BaseModel):
+    """How base and experts become one model. Keys that are not listed here are parameters of the method."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
+
+    method: str | None = Field(None, description="a preset of stages, or mergekit:<name>")
+    stages: dict[str, Any] | None = Field(None, description="the stages spelled out, instead of a method")
+    lambda_: float | None = Field(
+        None, alias="lambda", allow_inf_nan=False, description="scale of the merged delta; the method's default if absent"
+    )
+    where: list[WhereRule] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _method_or_stages(self) -> Blend:
+        if (self.method is None) == (self.stages is None):
+            raise ValueError("write either method or stages")
+        return self
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The method parameters written flat beside ``method``."""
+        return dict(self.model_extra or {})
+
+
+class Output(_Section):
+    """What is written."""
+
+    dtype: Literal["base", "float32", "bfloat16", "float16"] = Field("base", description="base: each tensor as in the base")
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class FinetuneJob(_Section):
+    """How one expert is made. Defaults: tuning for text models of up to a few billion parameters."""
+
+    data: Annotated[list[str], BeforeValidator(_as_list)] = Field(min_length=1, description="JSONL, JSON or parquet")
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = "auto"
+    eval_upstream: str | None = Field(None, description="same formats; its loss is logged while training")
+    eval_downstream: str | None = Field(None, description="same formats; its loss is logged while training")
+    train: Literal["full"] = "full"
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1, description="instead of epochs")
+    batch_size: int = Field(8, ge=1, description="samples per device and forward pass")
+    gradient_accumulation: int = Field(1, ge=1)
+    learning_rate: float = Field(1e-5, gt=0, lt=1)
+    scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup: float = Field(0.03, ge=0, description="below 1: share of the steps; otherwise steps")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    max_length: int = Field(2048, ge=8, description="tokens; longer samples are dropped and counted, never cut")
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the forward pass; masters are fp32")
+    activation_checkpointing: bool = False
+    log_every: int = Field(1, ge=1)
+    eval_every: int | None = Field(None, ge=1, description="steps; default: a tenth of the run")
+    save_every: int | None = Field(None, ge=1, description="steps between resumable checkpoints; default: a fifth of the run")
+    save_dtype: Literal["float32", "bfloat16", "float16", "base"] = Field("float32", description="of the expert's weights")
+    seed: int = Field(42, ge=0)
+
+
+class Finetune(_Section):
+    """The making of the experts; `ktmerge finetune` and `ktmerge run` read it."""
+
+    experts: dict[str, FinetuneJob] = Field(min_length=1, description="keyed by the expert's name")
+
+
+class Evaluation(_Section):
+    """What is scored: a suite file, or tasks written here."""
+
+    suite: str | None = None
+    upstream: list[Task] = Field(default_factory=list)
+    downstream: list[Task] = Field(default_factory=list)
+    batch_size: int = Field(16, ge=1)
+    bootstrap: int = Field(2000, ge=100, le=1_000_000, description="resamples behind each interval")
+    seed: int = Field(0, ge=0, description="of the bootstrap")
+
+    @model_validator(mode="after")
+    def _suite_or_tasks(self) -> Evaluation:
+        if (self.suite is None) == (not self.upstream and not self.downstream):
+            raise ValueError("write either suite or tasks under upstream and downstream")
+        return self
+
+
+_EXPERT_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+
+
+class Recipe(_Section):
+    """base + experts + blend -> one checkpoint; optionally how the experts were made and what is scored."""
+
+    ktmerge: Literal[1] = Field(description="schema version")
+    name: str = Field("recipe", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    description: str = Field("", description="one line: when to use it")
+    base: str | None = Field(None, description="a folder (relative to the recipe) or a hub id, `org/name@revision`")
+    experts: dict[str, Expert] = Field(default_factory=dict)
+    blend: Blend | None = None
+    output: Output = Field(default_factory=lambda: Output())
+    seed: int = Field(42, ge=0, lt=2**63)
+    finetune: Finetune | None = None
+    eval: Evaluation | None = None
+    folder: Path = Field(Path("."), exclude=True, description="where relative paths start; set by the loader")
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> Recipe:
+        for name in self.experts:
+            if name == "base" or not _EXPERT_NAME.match(name):
+                raise ValueError(f"'{name}' cannot name an expert; use letters, digits, '-', '_', '.', and not 'base'")
+        if self.finetune:
+            for name in self.finetune.experts:
+                if name not in self.experts:
+                    raise ValueError(f"finetune.experts.{name} is not one of the experts ({', '.join(self.experts)})")
+        for rule in self.blend.where if self.blend else ():
+            if rule.keep is not None and rule.keep != "base" and rule.keep not in self.experts:
+                raise ValueError(f"keep: '{rule.keep}' is neither base nor an expert ({', '.join(self.experts)})")
+        return self
