@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,8 @@ from ktmerge.errors import UsageError
 MAX_BYTES = 1_000_000
 MAX_NODES = 100_000
 
-_Loader: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-
-class _StrictLoader(_Loader):  # type: ignore[misc, valid-type]
+class _StrictLoader(yaml.SafeLoader):
     """Safe loading, plus: a key written twice is an error, and ``1e-4`` is a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -28,13 +27,14 @@ class _StrictLoader(_Loader):  # type: ignore[misc, valid-type]
                 )
             seen.add(key or "")
         self.flatten_mapping(node)
-        return super().construct_mapping(node, deep=deep)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return mapping
 
 
 # YAML 1.1 reads 1e-4 as text because it has no dot; people write learning rates that way.
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    __import__("re").compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
 
@@ -49,7 +49,7 @@ def parse_yaml(text: str, where: str) -> Any:
         root = yaml.compose(text, Loader=_StrictLoader)
         if root is not None and _nodes(root) > MAX_NODES:
             raise UsageError(f"{where}: more than {MAX_NODES} values once aliases are expanded; write it without them.")
-        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a subclass of SafeLoader)
+        return yaml.load(text, Loader=_StrictLoader)
     except RecursionError:
         raise UsageError(f"{where}: nested too deeply to be a recipe.") from None
     except yaml.YAMLError as error:

@@ -88,7 +88,13 @@ def suite_of(recipe: Recipe) -> Suite:
         raise UsageError(f"the recipe '{recipe.name}' has no eval section; add one, or give --suite.")
     if section.suite is not None:
         return load_suite(recipe.folder / section.suite)
-    return Suite(name=recipe.name, upstream=section.upstream, downstream=section.downstream, folder=recipe.folder)
+    return Suite(
+        ktmerge_suite=1,
+        name=recipe.name,
+        upstream=section.upstream,
+        downstream=section.downstream,
+        folder=recipe.folder,
+    )
 
 
 def validate(model: type[Model], document: Any, where: str) -> Model:
@@ -156,7 +162,9 @@ def _spell(model: type[BaseModel], location: tuple[str | int, ...]) -> str:
     for i, step in enumerate(location):
         if isinstance(step, int):
             text += f"[{step}]"
-        elif i and isinstance(location[i - 1], int) and step in ("choice", "generate", "text") and i < len(location) - 1:
+        elif (
+            i and isinstance(location[i - 1], int) and step in ("choice", "generate", "text") and i < len(location) - 1
+        ):
             continue
         else:
             text += f".{step}"

@@ -29,7 +29,9 @@ class WhereRule(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
 
-    part: str | None = Field(None, description="part expression: vision, connector, llm, llm.layers[0:8], embed, head, norm")
+    part: str | None = Field(
+        None, description="part expression: vision, connector, llm, llm.layers[0:8], embed, head, norm"
+    )
     match: str | None = Field(None, description="shell pattern over tensor names, e.g. '*.norm.weight'")
     tensor_class: Literal["matrix", "embed", "vector", "conv"] | None = Field(None, alias="class")
     keep: str | None = Field(None, description="'base' or an expert's name: take its tensors unchanged")
@@ -60,7 +62,10 @@ class Blend(BaseModel):
     method: str | None = Field(None, description="a preset of stages, or mergekit:<name>")
     stages: dict[str, Any] | None = Field(None, description="the stages spelled out, instead of a method")
     lambda_: float | None = Field(
-        None, alias="lambda", allow_inf_nan=False, description="scale of the merged delta; the method's default if absent"
+        None,
+        alias="lambda",
+        allow_inf_nan=False,
+        description="scale of the merged delta; the method's default if absent",
     )
     where: list[WhereRule] = Field(default_factory=list)
 
@@ -79,7 +84,9 @@ class Blend(BaseModel):
 class Output(_Section):
     """What is written."""
 
-    dtype: Literal["base", "float32", "bfloat16", "float16"] = Field("base", description="base: each tensor as in the base")
+    dtype: Literal["base", "float32", "bfloat16", "float16"] = Field(
+        "base", description="base: each tensor as in the base"
+    )
     rounding: Literal["nearest", "stochastic"] = "nearest"
 
 
@@ -105,12 +112,18 @@ class FinetuneJob(_Section):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     max_length: int = Field(2048, ge=8, description="tokens; longer samples are dropped and counted, never cut")
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of the forward pass; masters are fp32")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the forward pass; masters are fp32"
+    )
     activation_checkpointing: bool = False
     log_every: int = Field(1, ge=1)
     eval_every: int | None = Field(None, ge=1, description="steps; default: a tenth of the run")
-    save_every: int | None = Field(None, ge=1, description="steps between resumable checkpoints; default: a fifth of the run")
-    save_dtype: Literal["float32", "bfloat16", "float16", "base"] = Field("float32", description="of the expert's weights")
+    save_every: int | None = Field(
+        None, ge=1, description="steps between resumable checkpoints; default: a fifth of the run"
+    )
+    save_dtype: Literal["float32", "bfloat16", "float16", "base"] = Field(
+        "float32", description="of the expert's weights"
+    )
     seed: int = Field(42, ge=0)
 
 

@@ -28,4 +28,6 @@ def locate(reference: str | Path) -> tuple[Path, bool]:
         return _FOLDER / f"{reference}.yaml", True
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         raise UsageError(f"{reference}: no such recipe file.")
-    raise UsageError(f"'{reference}' is neither a file nor a recipe of the gallery.{did_you_mean(str(reference), names())}")
+    raise UsageError(
+        f"'{reference}' is neither a file nor a recipe of the gallery.{did_you_mean(str(reference), names())}"
+    )

@@ -1,0 +1,41 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help demo test slow lint format bench clean
+.DEFAULT_GOAL := help
+
+help: ## say what each target does
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+# The versions are pinned in constraints.txt; what they are for stands in pyproject.toml.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test,dev]'
+	@touch $@
+
+demo: $(INSTALLED) ## the whole job on a small real model; leaves ktmerge-demo/report.html
+	$(BIN)/ktmerge demo --out ktmerge-demo
+
+test: $(INSTALLED) ## the unit tests
+	$(BIN)/python -m pytest
+
+slow: $(INSTALLED) ## the tests that take longer
+	$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED) ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## put the style right
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED) ## speed and memory, side by side with mergekit
+	$(BIN)/python benchmarks/bench_blend.py
+
+clean: ## remove what the targets above made
+	rm -rf $(VENV) ktmerge-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,172 @@
+"""What the command line draws: progress bars on a terminal, tables, errors. Nothing here decides anything."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ktmerge.progress import Step, Unit
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as RichBars
+    from rich.progress import TaskID
+
+    from ktmerge.tuners import PreviewSample
+
+SHOW_AFTER_SECONDS = 2.0
+
+
+def stdout() -> Console:
+    """Where results go."""
+    from rich.console import Console
+
+    return Console(soft_wrap=not sys.stdout.isatty())
+
+
+def stderr() -> Console:
+    """Where progress, notes and errors go, so that results can be piped."""
+    from rich.console import Console
+
+    return Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+class TerminalProgress:
+    """Bars with bytes or steps and time left, shown once work takes over two seconds; only notes off a terminal."""
+
+    def __init__(self) -> None:
+        self._console = stderr()
+        self._bars: RichBars | None = None
+
+    def note(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    @contextmanager
+    def task(self, description: str, total: float | None, unit: Unit = "items") -> Iterator[Step]:
+        if not self._console.is_terminal:
+            yield _Quiet()
+            return
+        outermost = self._bars is None
+        if self._bars is None:
+            self._bars = _bars(self._console)
+        bar = _Bar(self._bars, description, total, unit)
+        try:
+            yield bar
+        finally:
+            bar.close()
+            if outermost:
+                self._bars.stop()
+                self._bars = None
+
+
+class _Quiet:
+    def advance(self, amount: float = 1) -> None:
+        pass
+
+
+class _Bar:
+    """One bar; it starts the display only when the work turns out to be long."""
+
+    def __init__(self, bars: RichBars, description: str, total: float | None, unit: Unit) -> None:
+        from time import monotonic
+
+        self._bars, self._unit, self._total, self._done = bars, unit, total, 0.0
+        self._clock, self._started = monotonic, monotonic()
+        self._id: TaskID = bars.add_task(description, total=total, amount=self._amount())
+
+    def advance(self, amount: float = 1) -> None:
+        self._done += amount
+        self._bars.update(self._id, completed=self._done, amount=self._amount())
+        if not self._bars.live.is_started and self._clock() - self._started > SHOW_AFTER_SECONDS:
+            self._bars.start()
+
+    def close(self) -> None:
+        self._bars.remove_task(self._id)
+
+    def _amount(self) -> str:
+        if self._unit == "bytes":
+            of = f"/{self._total / 1e9:.2f}" if self._total else ""
+            return f"{self._done / 1e9:.2f}{of} GB"
+        of = f"/{self._total:.0f}" if self._total else ""
+        return f"{self._done:.0f}{of} {self._unit}"
+
+
+def _bars(console: Console) -> RichBars:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[amount]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def fail(message: str) -> None:
+    """Print an error, one ``error:`` line per problem."""
+    console = stderr()
+    for line in message.splitlines():
+        console.print(f"[bold red]error:[/] {_plain(line)}")
+
+
+def print_json(value: Any) -> None:
+    """Print machine-readable output: indented, keys in the order given, never wrapped."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+    """Print rows of text; columns whose cells are all numbers are right-aligned."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(columns):
+        numeric = bool(rows) and all(row[i][:1] in "0123456789-+." or row[i] in ("", "–") for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*[_plain(cell) for cell in row])
+    stdout().print(table)
+
+
+def print_pairs(pairs: Mapping[str, str]) -> None:
+    """Print ``key  value`` lines, aligned."""
+    width = max((len(key) for key in pairs), default=0)
+    console = stdout()
+    for key, value in pairs.items():
+        console.print(f"{key:<{width}}  {value}", markup=False)
+
+
+def print_preview(samples: Sequence[PreviewSample]) -> None:
+    """Print samples with the trained tokens in reverse video, or between ⟦ ⟧ where there are no colours."""
+    from rich.text import Text
+
+    console = stdout()
+    for number, sample in enumerate(samples, 1):
+        trained = sum(flag for _, flag in sample.tokens)
+        console.rule(f"sample {number}: {len(sample.tokens)} tokens, {trained} trained", align="left")
+        text = Text()
+        inside = False
+        for token, flag in sample.tokens:
+            if console.is_terminal:
+                text.append(token, style="reverse green" if flag else "dim")
+                continue
+            if flag != inside:
+                text.append("⟦" if flag else "⟧")
+                inside = flag
+            text.append(token)
+        if inside:
+            text.append("⟧")
+        console.print(text)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
