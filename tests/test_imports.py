@@ -1,0 +1,90 @@
+"""The house's two structural promises: imports point one way, and light commands stay light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "ktmerge"
+
+# room -> rooms it may import; every room may import itself, errors and progress.
+ALLOWED = {
+    "checkpoints": set(),
+    "recipes": {"checkpoints"},
+    "merge": {"recipes", "checkpoints"},
+    "tuners": {"recipes", "checkpoints"},
+    "eval": {"recipes", "checkpoints"},
+    "pipeline": {"merge", "tuners", "eval", "recipes", "checkpoints"},
+    "api": {"pipeline", "merge", "tuners", "eval", "recipes", "checkpoints"},
+    "demo": {"api", "pipeline", "merge", "tuners", "eval", "recipes", "checkpoints"},
+    "doctor": {"checkpoints"},
+    "console": {"tuners"},
+    "cli": {"api", "console", "demo", "doctor"},
+    "__init__": {"api"},
+    "errors": set(),
+    "progress": set(),
+}
+SHARED = {"errors", "progress", "__version__"}
+HEAVY = ("torch", "transformers", "mergekit", "datasets", "matplotlib", "pandas", "pyarrow", "scipy")
+
+
+def room_of(module: Path) -> str:
+    relative = module.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+def imported_rooms(module: Path) -> set[str]:
+    rooms: set[str] = set()
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import"
+            # `from ktmerge import x` imports the room x
+            names = [f"ktmerge.{alias.name}" for alias in node.names] if node.module == "ktmerge" else [node.module or ""]
+        else:
+            continue
+        rooms |= {name.split(".")[1] for name in names if name.startswith("ktmerge.")}
+    return rooms
+
+
+@pytest.mark.parametrize("module", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(module: Path) -> None:
+    room = room_of(module)
+    forbidden = imported_rooms(module) - ALLOWED[room] - SHARED - {room}
+    assert not forbidden, f"{room} must not import {sorted(forbidden)}"
+
+
+def loaded_by(arguments: list[str]) -> set[str]:
+    """Heavy packages in memory after a command ran in a process of its own."""
+    script = (
+        "import sys\nfrom ktmerge.cli import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit as stop:\n    code = stop.code or 0\n"
+        f"sys.stderr.write('\\nLOADED ' + ' '.join(m for m in {HEAVY!r} if m in sys.modules) + f' CODE {{code}}')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    loaded, code = done.stderr.rsplit("LOADED ", 1)[1].split("CODE")
+    assert int(code) == 0, done.stderr + done.stdout
+    return set(loaded.split())
+
+
+def test_help_is_light() -> None:
+    assert loaded_by(["--help"]) == set()
+
+
+def test_recipe_check_is_light() -> None:
+    assert loaded_by(["recipe", "check", "ties"]) == set()
+
+
+def test_recipe_check_with_headers_is_light(toy_pair: tuple[Path, Path]) -> None:
+    base, tuned = toy_pair
+    assert loaded_by(["recipe", "check", "ties", "--base", str(base), "--expert", f"a={tuned}"]) == set()
+
+
+def test_inspect_headers_is_light(toy_pair: tuple[Path, Path]) -> None:
+    base, tuned = toy_pair
+    assert loaded_by(["inspect", str(base), str(tuned), "--headers"]) == set()
