@@ -1,0 +1,402 @@
+"""The verbs of ktmerge as functions: what the command line calls, and what ``import ktmerge`` offers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ktmerge.errors import UsageError
+from ktmerge.progress import SILENT, Progress
+from ktmerge.recipes import gallery, load_recipe
+from ktmerge.recipes.document import read_yaml
+from ktmerge.recipes.load import suite_of, validate
+from ktmerge.recipes.overrides import apply_overrides
+from ktmerge.recipes.schema import FinetuneJob, Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ktmerge.eval import Results
+    from ktmerge.merge import BlendReport
+    from ktmerge.merge.diagnostics import Inspection
+    from ktmerge.merge.plan import Plan
+    from ktmerge.pipeline import RunResult
+    from ktmerge.tuners import FinetuneReport, PreviewSample
+
+__all__ = [
+    "blend",
+    "blend_into",
+    "compare",
+    "evaluate",
+    "finetune",
+    "inspect",
+    "load_recipe",
+    "plan",
+    "report",
+    "run",
+]
+
+RecipeLike = str | Path | Recipe
+
+
+@dataclass(frozen=True)
+class NamedJob:
+    """A fine-tune with everything it needs to run: from which base, into which folder."""
+
+    name: str
+    job: FinetuneJob
+    base: Path
+    out: Path
+    folder: Path
+
+
+def _loaded(recipe: RecipeLike) -> Recipe:
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+
+
+# --- finetune ---------------------------------------------------------------------------------------------------------
+
+
+def finetune(
+    base: str | Path,
+    data: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+    **settings: Any,
+) -> FinetuneReport:
+    """Fine-tune all weights of ``base`` on ``data`` into the folder ``out``.
+
+    Args:
+        base: folder or hub id.
+        data: JSONL, JSON or parquet files of messages, ShareGPT, alpaca or prompt-completion rows.
+        out: the tuned checkpoint; appears whole or not at all.
+        settings: any key of a recipe's ``finetune.experts.<name>``, e.g. ``learning_rate=2e-5``.
+
+    Raises:
+        UsageError: an unknown setting, unreadable data, an existing output.
+        KtmergeError: the run failed, e.g. out of memory.
+    """
+    paths = [data] if isinstance(data, (str, Path)) else data
+    document = {"data": [str(path) for path in paths], **settings}
+    job = _job(document, "finetune", Path.cwd(), str(base), Path(out))
+    return finetune_all([job], resume=resume, overwrite=overwrite, progress=progress)[0]
+
+
+def finetune_jobs(
+    recipe: RecipeLike | None,
+    *,
+    only: Iterable[str] = (),
+    base: str | None = None,
+    data: Sequence[str] = (),
+    out: Path | None = None,
+    overrides: Iterable[str] = (),
+) -> list[NamedJob]:
+    """The fine-tunes a recipe describes, or the one that ``base``, ``data`` and ``out`` describe.
+
+    Raises:
+        UsageError: neither or both are given, or the recipe has no such experts.
+    """
+    if recipe is None:
+        if base is None or not data or out is None:
+            raise UsageError("give either --recipe, or all of --base, --data and --out.")
+        document = apply_overrides({"data": list(data)}, overrides)
+        return [_job(document, "--set", Path.cwd(), base, out)]
+    if data or out is not None:
+        raise UsageError("--data and --out belong to a fine-tune without --recipe; the recipe names its own.")
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides=overrides, base=base)
+    return jobs_of(loaded, only)
+
+
+def jobs_of(recipe: Recipe, only: Iterable[str] = ()) -> list[NamedJob]:
+    """The fine-tunes of a recipe, restricted to the experts named by ``only`` if any."""
+    from ktmerge.checkpoints import resolve
+    from ktmerge.recipes.suggest import did_you_mean
+
+    if recipe.finetune is None:
+        raise UsageError(f"the recipe '{recipe.name}' has no finetune section.")
+    if recipe.base is None:
+        raise UsageError(f"the recipe '{recipe.name}' names no base; add one, or give --base.")
+    wanted = list(only) or list(recipe.finetune.experts)
+    for name in wanted:
+        if name not in recipe.finetune.experts:
+            raise UsageError(f"--only {name}: no such fine-tune.{did_you_mean(name, recipe.finetune.experts)}")
+    base = resolve(recipe.base, recipe.folder)
+    return [
+        NamedJob(name, recipe.finetune.experts[name], base, recipe.folder / recipe.experts[name].model, recipe.folder)
+        for name in wanted
+    ]
+
+
+def finetune_all(
+    jobs: Iterable[NamedJob], *, resume: bool = False, overwrite: bool = False, progress: Progress = SILENT
+) -> list[FinetuneReport]:
+    """Run fine-tunes one after the other."""
+    from ktmerge import tuners
+
+    return [
+        tuners.finetune(
+            job.job, job.base, job.out, folder=job.folder, resume=resume, overwrite=overwrite, progress=progress
+        )
+        for job in jobs
+    ]
+
+
+def preview(job: NamedJob, count: int) -> list[PreviewSample]:
+    """The first ``count`` samples of a fine-tune, tokens marked as trained or not."""
+    from ktmerge import tuners
+
+    return tuners.preview(job.job, job.base, count, folder=job.folder)
+
+
+def _job(document: dict[str, Any], where: str, folder: Path, base: str, out: Path) -> NamedJob:
+    from ktmerge.checkpoints import resolve
+
+    return NamedJob(out.name, validate(FinetuneJob, document, where), resolve(base, folder), out, folder)
+
+
+# --- blend ------------------------------------------------------------------------------------------------------------
+
+
+def plan(recipe: RecipeLike) -> Plan:
+    """Resolve what would happen to every tensor, reading only headers.
+
+    Raises:
+        UsageError: everything that is wrong with the recipe or its inputs, one per line.
+    """
+    from ktmerge.merge.plan import plan_blend
+
+    return plan_blend(_loaded(recipe))
+
+
+def blend(
+    recipe: RecipeLike,
+    out: str | Path,
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> BlendReport:
+    """Blend base and experts into the checkpoint folder ``out``.
+
+    Raises:
+        UsageError: wrong recipe or inputs, or ``out`` exists and ``overwrite`` is not set.
+        KtmergeError: the run failed, e.g. a full disk; nothing is left half-written.
+    """
+    from ktmerge import merge
+
+    return merge.blend(_loaded(recipe), Path(out), device=device, overwrite=overwrite, progress=progress)
+
+
+def blend_into(model: Any, recipe: RecipeLike, *, progress: Progress = SILENT) -> BlendReport:
+    """Blend in place: write the result into the parameters of a loaded transformers model."""
+    from ktmerge import merge
+
+    return merge.blend_into(model, _loaded(recipe), progress=progress)
+
+
+# --- eval -------------------------------------------------------------------------------------------------------------
+
+
+def evaluate(
+    models: Sequence[str | Path] | Mapping[str, str | Path],
+    *,
+    suite: str | Path | None = None,
+    recipe: RecipeLike | None = None,
+    overrides: Iterable[str] = (),
+    base: str | Path | None = None,
+    out: str | Path | None = None,
+    batch_size: int = 16,
+    device: str = "auto",
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Results:
+    """Score the base and every model on the same sets with the same code.
+
+    Args:
+        models: folders, ``name=folder`` strings, or a mapping of names to folders.
+        suite: a suite file; or ``recipe``, whose eval section names one.
+        base: the untuned model; defaults to the recipe's. Scored first, as ``base``.
+        out: score file to write.
+
+    Raises:
+        UsageError: no suite, no base, a name given twice, unreadable data, an existing score file.
+    """
+    from ktmerge import eval as evaluation
+    from ktmerge.checkpoints import resolve
+    from ktmerge.recipes import load_suite
+
+    loaded = None if recipe is None else (recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides=overrides))
+    if suite is None and loaded is None:
+        raise UsageError("nothing to score on: give --suite, or --recipe with an eval section.")
+    sets = load_suite(suite) if suite is not None else suite_of(_loaded(loaded))
+    section = loaded.eval if loaded is not None else None
+    named = _named(models)
+    if base is not None:
+        untuned = resolve(str(base), Path.cwd())
+    elif loaded is not None and loaded.base is not None:
+        untuned = resolve(loaded.base, loaded.folder)
+    else:
+        raise UsageError("the base is always scored in the same run: name it with --base.")
+    if out is not None:
+        refuse_existing(Path(out), overwrite)
+    results = evaluation.evaluate(
+        {"base": untuned, **{name: resolve(str(path), Path.cwd()) for name, path in named.items()}},
+        sets,
+        batch_size=batch_size,
+        bootstrap=section.bootstrap if section else 2000,
+        seed=section.seed if section else 0,
+        device=device,
+        progress=progress,
+    )
+    if out is not None:
+        results.save(Path(out))
+    return results
+
+
+def _named(models: Sequence[str | Path] | Mapping[str, str | Path]) -> dict[str, str | Path]:
+    if isinstance(models, Mapping):
+        return dict(models)
+    named: dict[str, str | Path] = {}
+    for model in models:
+        name, equals, path = str(model).partition("=")
+        if not equals:
+            name, path = Path(str(model)).name, str(model)
+        if name in named or name == "base":
+            raise UsageError(f"two models are called '{name}'; tell them apart with name=folder.")
+        named[name] = path
+    return named
+
+
+def compare(scores: Sequence[str | Path]) -> Results:
+    """Join score files of the same base and suite into one.
+
+    Raises:
+        UsageError: a file is no score file, or base or suite differ.
+    """
+    from ktmerge import eval as evaluation
+
+    return evaluation.merge_results([evaluation.Results.load(Path(path)) for path in scores])
+
+
+def report(
+    scores: str | Path,
+    out: str | Path,
+    *,
+    recipes: Iterable[str | Path] = (),
+    title: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a self-contained HTML page from a score file; return its path."""
+    from ktmerge import eval as evaluation
+
+    target = Path(out)
+    texts = {Path(path).name: _text(Path(path)) for path in recipes}
+    results = evaluation.Results.load(Path(scores))
+    refuse_existing(target, overwrite)
+    return evaluation.report(results, target, recipes=texts, **({} if title is None else {"title": title}))
+
+
+# --- the whole way ----------------------------------------------------------------------------------------------------
+
+
+def run(
+    recipe: RecipeLike,
+    out: str | Path,
+    *,
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> RunResult:
+    """Go the whole way of a recipe: make its experts, blend, score, report. Finished pieces are kept."""
+    from ktmerge import pipeline
+
+    return pipeline.run(
+        _loaded(recipe), Path(out), device=device, resume=resume, overwrite=overwrite, progress=progress
+    )
+
+
+def inspect(
+    base: str | Path, tuned: Sequence[str | Path] = (), *, headers_only: bool = False, progress: Progress = SILENT
+) -> Inspection:
+    """What is in a checkpoint and how far tuned models moved from it, part by part."""
+    from ktmerge.checkpoints import resolve
+    from ktmerge.merge import diagnostics
+
+    folders = {Path(str(path)).name: resolve(str(path), Path.cwd()) for path in tuned}
+    return diagnostics.inspect(resolve(str(base), Path.cwd()), folders, headers_only=headers_only, progress=progress)
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+def show_recipe(reference: str, overrides: Iterable[str] = ()) -> str:
+    """The text of a recipe; with overrides, the recipe as understood."""
+    changed = list(overrides)
+    if changed:
+        return to_yaml(load_recipe(reference, overrides=changed))
+    path, _ = gallery.locate(reference)
+    return _text(path)
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """A recipe as YAML, without what is left at its default."""
+    document = {"ktmerge": recipe.ktmerge} | recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110)
+
+
+def list_recipes() -> list[tuple[str, str]]:
+    """Name and one line on when to use it, for every recipe of the gallery."""
+    return [(name, str(read_yaml(gallery.locate(name)[0])["description"])) for name in gallery.names()]
+
+
+def import_recipe(source: Path, out: Path | None, *, overwrite: bool = False) -> tuple[str, list[str]]:
+    """Read a mergekit YAML; return the recipe's text and where its semantics differ. Writes it to ``out`` if given."""
+    from ktmerge.merge.importer import import_mergekit
+
+    if out is not None:
+        refuse_existing(out, overwrite)
+    document, differences = import_mergekit(_text(source))
+    text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110)
+    if out is not None:
+        with failing_clearly(out):
+            out.write_text(text, encoding="utf-8")
+    return text, differences
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Refuse to replace a file silently.
+
+    Raises:
+        UsageError: ``path`` exists and ``overwrite`` is not set, or its folder does not exist.
+    """
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} exists; choose another name, or add --overwrite.")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"{path}: the folder {path.absolute().parent} does not exist.")
+
+
+@contextmanager
+def failing_clearly(path: Path) -> Iterator[None]:
+    """Turn an operating system's refusal into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}.") from None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: not a text file in UTF-8.") from None
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}.") from None
