@@ -1,0 +1,184 @@
+"""Blend the same checkpoints with ktmerge and with mergekit: whole processes, wall and CPU seconds, peak memory.
+
+    python benchmarks/bench_blend.py                      # 0.5B, base + 3 experts, every job, one run each
+    python benchmarks/bench_blend.py --size 1.5b --jobs ties --only ktmerge
+    python benchmarks/bench_blend.py --runs 3 --json results.json
+
+Inputs are read once before each run, so both sides find them in the page cache. The floor is reading every input and
+writing one output with nothing done in between. Checkpoints are made in --folder and kept for the next call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from synthetic import SHAPES, make
+
+BIN = Path(sys.executable).parent
+BLOCK = 1 << 24
+
+# job -> (ktmerge's blend section, mergekit's method and parameters)
+JOBS = {
+    "task_arithmetic": ({"method": "task_arithmetic", "lambda": 0.3}, ("task_arithmetic", {"lambda": 0.3})),
+    "ties": ({"method": "ties", "density": 0.2}, ("ties", {"density": 0.2})),
+    "ties_global": ({"method": "ties", "density": 0.2, "scope": "global"}, None),
+    "dare_ties": ({"method": "dare_ties", "density": 0.2}, ("dare_ties", {"density": 0.2})),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one process took."""
+
+    wall: float
+    cpu: float
+    peak_gb: float
+
+
+def measure(command: list[str]) -> Cost:
+    """Run a command to its end; the operating system's own accounting of it."""
+    started = time.perf_counter()
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            log.seek(0)
+            sys.exit(f"{' '.join(command)}\nfailed:\n{log.read().decode()[-3000:]}")
+    return Cost(time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1e6)
+
+
+def median(costs: list[Cost]) -> Cost:
+    return Cost(*(statistics.median(getattr(cost, field) for cost in costs) for field in ("wall", "cpu", "peak_gb")))
+
+
+def read_all(paths: list[Path]) -> None:
+    for path in paths:
+        with (path / "model.safetensors").open("rb", buffering=0) as file:
+            while file.read(BLOCK):
+                pass
+
+
+def floor(inputs: list[Path], out: Path) -> Cost:
+    """Read every input, write an output of the base's size, nothing in between."""
+    script = (
+        "import sys\n"
+        f"for path in {[str(path / 'model.safetensors') for path in inputs]!r}:\n"
+        f"    with open(path, 'rb', buffering=0) as file:\n        while file.read({BLOCK}): pass\n"
+        f"left = {(inputs[0] / 'model.safetensors').stat().st_size}\nblock = bytes({BLOCK})\n"
+        f"with open({str(out)!r}, 'wb', buffering=0) as file:\n"
+        f"    while left > 0: left -= file.write(block[:left])\n"
+    )
+    try:
+        return measure([sys.executable, "-c", script])
+    finally:
+        out.unlink(missing_ok=True)
+
+
+def ktmerge_command(folder: Path, blend: dict[str, object], base: Path, experts: list[Path], out: Path) -> list[str]:
+    recipe = {
+        "ktmerge": 1,
+        "base": str(base),
+        "experts": {path.name: {"model": str(path)} for path in experts},
+        "blend": blend,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(recipe))  # JSON is YAML
+    return [str(BIN / "ktmerge"), "blend", "--recipe", str(path), "--out", str(out)]
+
+
+def mergekit_command(
+    folder: Path, method: tuple[str, dict[str, float]], base: Path, experts: list[Path], out: Path
+) -> list[str]:
+    name, parameters = method
+    per_model = {"weight": 1.0} | {key: value for key, value in parameters.items() if key == "density"}
+    config = {
+        "merge_method": name,
+        "base_model": str(base),
+        "models": [{"model": str(path), "parameters": per_model} for path in experts],
+        "parameters": {key: value for key, value in parameters.items() if key != "density"},
+        "dtype": "bfloat16",
+    }
+    path = folder / "mergekit.yaml"
+    path.write_text(json.dumps(config))
+    return [str(BIN / "mergekit-yaml"), str(path), str(out)]
+
+
+def run_side(command: list[str], inputs: list[Path], out: Path, runs: int) -> Cost:
+    costs = []
+    for _ in range(runs):
+        shutil.rmtree(out, ignore_errors=True)
+        read_all(inputs)
+        costs.append(measure(command))
+    shutil.rmtree(out, ignore_errors=True)
+    return median(costs)
+
+
+def describe(cost: Cost) -> str:
+    return f"{cost.wall:7.2f} s wall {cost.cpu:7.2f} s CPU {cost.peak_gb:5.2f} GB"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", choices=sorted(SHAPES), default="0.5b")
+    parser.add_argument("--experts", type=int, default=3)
+    parser.add_argument("--jobs", default=",".join(JOBS))
+    parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--only", choices=["ktmerge", "mergekit"])
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "ktmerge-bench")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+
+    folder = arguments.folder / f"{arguments.size}-{arguments.experts}"
+    base, experts = make(folder, arguments.size, arguments.experts)
+    inputs = [base, *experts]
+    print(f"{platform.machine()}, {os.cpu_count()} cores; {arguments.size}, base + {arguments.experts}, bf16")
+    read_all(inputs)
+    results: dict[str, dict[str, object]] = {}
+
+    lowest = median([floor(inputs, folder / "floor.bin") for _ in range(max(arguments.runs, 3))])
+    print(f"{'floor (read all, write one)':32s} {describe(lowest)}")
+    results["floor"] = asdict(lowest)
+    for name, command in {"--help": ["--help"], "recipe check": ["recipe", "check", "ties"]}.items():
+        cost = median([measure([str(BIN / "ktmerge"), *command]) for _ in range(5)])
+        print(f"{'ktmerge ' + name:32s} {describe(cost)}")
+        results[name] = asdict(cost)
+
+    for job in arguments.jobs.split(","):
+        blend, method = JOBS[job]
+        row: dict[str, object] = {}
+        sides = {}
+        if arguments.only != "mergekit":
+            sides["ktmerge"] = ktmerge_command(folder, blend, base, experts, folder / "out")
+        if arguments.only != "ktmerge" and method is not None:
+            sides["mergekit"] = mergekit_command(folder, method, base, experts, folder / "out")
+        costs = {}
+        for side, command in sides.items():
+            costs[side] = run_side(command, inputs, folder / "out", arguments.runs)
+            print(f"{job + ' ' + side:32s} {describe(costs[side])}", flush=True)
+            row[side] = asdict(costs[side])
+        if "ktmerge" in costs:
+            row["of_floor"] = costs["ktmerge"].wall / lowest.wall
+            print(f"{'':32s} {row['of_floor']:.1f} x the floor")
+        if len(costs) == 2:
+            row["wall_ratio"] = costs["mergekit"].wall / costs["ktmerge"].wall
+            row["cpu_ratio"] = costs["mergekit"].cpu / costs["ktmerge"].cpu
+            print(f"{'':32s} mergekit / ktmerge: {row['wall_ratio']:.1f} x wall, {row['cpu_ratio']:.1f} x CPU")
+        results[job] = row
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
