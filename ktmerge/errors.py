@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class KtmergeError(Exception):
     """The run failed for a reason ktmerge understands. The command line prints it without a traceback."""
@@ -13,3 +16,12 @@ class UsageError(KtmergeError):
     """The input is at fault (a key, a file, a tensor); nothing was started and nothing was lost."""
 
     exit_code = 2
+
+
+def did_you_mean(wrong: str, valid: Iterable[str]) -> str:
+    """Return `` Did you mean 'x'?`` or, with nothing near, `` Valid: a, b, c.``; empty if there is nothing valid."""
+    names = sorted(valid)
+    near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.6)
+    if near:
+        return f" Did you mean '{near[0]}'?"
+    return f" Valid: {', '.join(names)}." if names else ""
