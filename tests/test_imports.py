@@ -25,6 +25,7 @@ ALLOWED = {
     "console": {"tuners"},
     "cli": {"api", "console", "demo", "doctor"},
     "__init__": {"api"},
+    "__main__": {"cli"},
     "errors": set(),
     "progress": set(),
 }
@@ -45,7 +46,9 @@ def imported_rooms(module: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module}: relative import"
             # `from ktmerge import x` imports the room x
-            names = [f"ktmerge.{alias.name}" for alias in node.names] if node.module == "ktmerge" else [node.module or ""]
+            names = (
+                [f"ktmerge.{alias.name}" for alias in node.names] if node.module == "ktmerge" else [node.module or ""]
+            )
         else:
             continue
         rooms |= {name.split(".")[1] for name in names if name.startswith("ktmerge.")}

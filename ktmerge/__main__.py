@@ -1,0 +1,7 @@
+"""``python -m ktmerge``."""
+
+from __future__ import annotations
+
+from ktmerge.cli import main
+
+main()
