@@ -1,0 +1,261 @@
+"""Which tensor of another checkpoint is which tensor of the base, across the renames of library versions."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.classes import tensor_class
+from ktmerge.checkpoints.header import TensorInfo
+from ktmerge.errors import UsageError
+
+# Wrapper modules that come and go between versions, the safest to ignore first.
+_LEVELS = (
+    frozenset({"model", "module", "_orig_mod", "base_model"}),
+    frozenset({"language_model", "text_model"}),
+    frozenset({"vision_model"}),
+    frozenset({"transformer", "backbone"}),
+)
+_OLD_LEAVES = {"gamma": "weight", "beta": "bias"}
+_HEADS = ("lm_head", "embed_out", "output", "output_layer", "decoder")
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A tensor both have, in different shapes or as different kinds of numbers."""
+
+    name: str
+    base: TensorInfo
+    other: TensorInfo
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} ({self.base.dtype} {list(self.base.shape)} in the base, "
+            f"{self.other.dtype} {list(self.other.shape)} here)"
+        )
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How one checkpoint's tensors answer to the base's.
+
+    Attributes:
+        label: what messages call the other checkpoint.
+        mapping: base name -> the other's name, for every tensor that fits.
+        missing: base names with no counterpart; buffers, which are the base's anyway, aren't counted.
+        extra: the other's names with no counterpart; buffers aren't counted.
+        mismatched: pairs that don't fit together.
+        ambiguous: base names for which more than one tensor could be meant.
+        tied_extra: the other's explicit head -> its embedding, where the base ties the two; fine only if equal.
+    """
+
+    label: str
+    mapping: dict[str, str]
+    missing: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+    mismatched: tuple[Mismatch, ...] = ()
+    ambiguous: tuple[str, ...] = ()
+    tied_extra: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """The part of the mapping where the names differ."""
+        return {name: other for name, other in self.mapping.items() if name != other}
+
+    def require_complete(self) -> None:
+        """Refuse a checkpoint that doesn't answer to the base tensor by tensor.
+
+        Raises:
+            UsageError: what is missing, too many, ambiguous or mismatched: the first few and how many.
+        """
+        if self.mismatched:
+            raise UsageError(f"{self.label}: {self._mismatches()}")
+        troubles = []
+        if self.ambiguous:
+            troubles.append(f"{_some(self.ambiguous)} could be more than one of its tensors")
+        if self.missing:
+            troubles.append(f"lacks {len(self.missing)} tensors of the base: {_some(self.missing)}")
+        if self.extra:
+            troubles.append(f"has {len(self.extra)} tensors that the base lacks: {_some(self.extra)}")
+        if troubles:
+            raise UsageError(f"{self.label}: {'; '.join(troubles)}. It must be a fine-tune of this very base.")
+
+    def require_tied(self, other: Checkpoint) -> None:
+        """Compare heads that the base ties to the embeddings but ``other`` stores: they must be equal byte by byte.
+
+        Raises:
+            UsageError: a head differs from its embedding, so ``other`` was tuned untied.
+            KtmergeError: the weights cannot be read.
+        """
+        with other.reader() as first, other.reader() as second:
+            for head, embedding in self.tied_extra.items():
+                pairs = zip(first.blocks(head), second.blocks(embedding), strict=True)
+                if not all(a == b for a, b in pairs):
+                    raise UsageError(
+                        f"{self.label}: its '{head}' differs from its '{embedding}', which the base ties together; "
+                        "untie the base first, or tune with tied embeddings."
+                    )
+
+    def _mismatches(self) -> str:
+        grown = [m for m in self.mismatched if _rows_differ(m)]
+        if len(grown) == len(self.mismatched):
+            rows = grown[0]
+            return (
+                f"its vocabulary has {rows.other.shape[0]} rows, the base's {rows.base.shape[0]} ('{rows.name}'): "
+                "tokens were added or removed while tuning. Resize the base to the same tokens before tuning."
+            )
+        count = len(self.mismatched)
+        return f"{count} tensors don't fit the base: {_some(map(str, self.mismatched))}."
+
+
+def align(base: Checkpoint, other: Checkpoint, label: str) -> Alignment:
+    """Find for every tensor of ``base`` its counterpart in ``other``.
+
+    Equal names first; what is left is matched under names without wrapper modules, as long as these stay unique in
+    both checkpoints. Nothing is matched by shape or order alone.
+    """
+    mapping, ambiguous = _match(base.tensors, other.tensors)
+    tied_extra = _tie(base, other, mapping)
+    taken = {*mapping.values(), *tied_extra}
+    fits = {name: found for name, found in mapping.items() if _fit(base.tensors[name], other.tensors[found])}
+    return Alignment(
+        label=label,
+        mapping={name: fits[name] for name in base.tensors if name in fits},
+        missing=tuple(n for n in base.tensors if n not in mapping and n not in ambiguous and not _buffer(base, n)),
+        extra=tuple(n for n in other.tensors if n not in taken and not _buffer(other, n)),
+        mismatched=tuple(
+            Mismatch(name, base.tensors[name], other.tensors[found])
+            for name, found in mapping.items()
+            if name not in fits and not _buffer(base, name)
+        ),
+        ambiguous=tuple(name for name in base.tensors if name in ambiguous),
+        tied_extra=tied_extra,
+    )
+
+
+def _match(base: Iterable[str], other: Iterable[str]) -> tuple[dict[str, str], set[str]]:
+    base, other = list(base), list(other)
+    there = set(other)
+    mapping = {name: name for name in base if name in there}
+    ambiguous: set[str] = set()
+    dropped: frozenset[str] = frozenset()
+    for level in _LEVELS:
+        dropped |= level
+        _match_by(lambda name, dropped=dropped: _canonical(name, dropped), base, other, mapping, ambiguous)  # type: ignore[misc]
+    _match_prefixed(base, other, mapping)
+    return mapping, ambiguous - mapping.keys()
+
+
+def _match_by(
+    canonical: Callable[[str], str], base: list[str], other: list[str], mapping: dict[str, str], ambiguous: set[str]
+) -> None:
+    """Add the pairs whose canonical names are equal and belong to no second tensor on either side."""
+    here, there = _grouped(canonical, base), _grouped(canonical, other)
+    taken = set(mapping.values())
+    for name, group in here.items():
+        found = there.get(name, [])
+        open_here = [one for one in group if one not in mapping]
+        open_there = [one for one in found if one not in taken]
+        if not open_here or not open_there:
+            continue
+        if len(group) == 1 and len(found) == 1:
+            mapping[group[0]] = found[0]
+        else:
+            ambiguous.update(open_here)
+
+
+def _grouped(canonical: Callable[[str], str], names: list[str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        groups[canonical(name)].append(name)
+    return groups
+
+
+def _match_prefixed(base: list[str], other: list[str], mapping: dict[str, str]) -> None:
+    """Add the pairs that differ by one leading module, as a model saved with and without its head does."""
+    taken = set(mapping.values())
+    here = [name for name in base if name not in mapping]
+    there = [name for name in other if name not in taken]
+    longer_there = _grouped(_tail, there)
+    longer_here = _grouped(_tail, here)
+    for name in here:
+        if len(longer_there.get(name, ())) == 1:
+            mapping[name] = longer_there[name][0]
+    for name in there:
+        found = longer_here.get(name, [])
+        if len(found) == 1 and found[0] not in mapping:
+            mapping[found[0]] = name
+
+
+def _tail(name: str) -> str:
+    return name.partition(".")[2]
+
+
+def _canonical(name: str, dropped: frozenset[str]) -> str:
+    *path, leaf = name.split(".")
+    return ".".join([*(segment for segment in path if segment not in dropped), _OLD_LEAVES.get(leaf, leaf)])
+
+
+def _tie(base: Checkpoint, other: Checkpoint, mapping: dict[str, str]) -> dict[str, str]:
+    """Settle heads that only one side stores; adds to ``mapping`` where the other ties what the base stores."""
+    base_head, other_head = _head(base), _head(other)
+    base_table, other_table = _table(base), _table(other)
+    if base_table is None or other_table is None:
+        return {}
+    if base_head is None and other_head is not None and _ties(base.config):
+        return {other_head: other_table} if _same(other, other_head, other_table) else {}
+    if base_head is not None and other_head is None and _ties(other.config) and base_head not in mapping:
+        mapping[base_head] = other_table
+    return {}
+
+
+def _head(checkpoint: Checkpoint) -> str | None:
+    """The output head over the vocabulary, if it is stored."""
+    for name, info in checkpoint.tensors.items():
+        owner = name.removesuffix(".weight").rpartition(".")[2]
+        if owner in _HEADS and len(info.shape) == 2 and tensor_class(name, info, checkpoint.config) == "embed":
+            return name
+    return None
+
+
+def _table(checkpoint: Checkpoint) -> str | None:
+    """The token embedding, if there is exactly one table that can be it."""
+    usual = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared", "embeddings")
+    found = [name for name in checkpoint.tensors if name.endswith(tuple(f"{one}.weight" for one in usual))]
+    found = [name for name in found if len(checkpoint.tensors[name].shape) == 2]
+    return found[0] if len(found) == 1 else None
+
+
+def _ties(config: Mapping[str, Any]) -> bool:
+    text = config.get("text_config")
+    inner = text.get("tie_word_embeddings", True) if isinstance(text, Mapping) else True
+    return config.get("tie_word_embeddings", inner) is not False
+
+
+def _same(checkpoint: Checkpoint, first: str, second: str) -> bool:
+    a, b = checkpoint.tensors[first], checkpoint.tensors[second]
+    return (a.dtype, a.shape) == (b.dtype, b.shape)
+
+
+def _fit(base: TensorInfo, other: TensorInfo) -> bool:
+    return base.shape == other.shape and base.is_float == other.is_float
+
+
+def _buffer(checkpoint: Checkpoint, name: str) -> bool:
+    return tensor_class(name, checkpoint.tensors[name], checkpoint.config) == "buffer"
+
+
+def _rows_differ(mismatch: Mismatch) -> bool:
+    base, other = mismatch.base, mismatch.other
+    rows_only = len(base.shape) == len(other.shape) and base.shape[1:] == other.shape[1:]
+    return rows_only and tensor_class(mismatch.name, base, {"vocab_size": base.shape[:1] and base.shape[0]}) == "embed"
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+    return ", ".join(listed[:_SHOWN]) + more

@@ -1,0 +1,69 @@
+"""Carrying the files that travel with the weights, and keeping outputs away from inputs."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.errors import KtmergeError, UsageError
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+def copy_files(checkpoint: Checkpoint, folder: Path, skip: Collection[str] = ()) -> list[str]:
+    """Copy everything but the weights (tokenizer, processor, chat template, remote code) into ``folder``.
+
+    Subfolders are kept; files that ``folder`` already has, and those in ``skip``, are left alone. The copies get the
+    usual permissions of new files.
+
+    Returns:
+        the copied files, relative to the checkpoint.
+
+    Raises:
+        KtmergeError: a file cannot be read or written.
+    """
+    copied: list[str] = []
+    for file in checkpoint.other_files:
+        target = folder / file
+        if file in skip or target.exists():
+            continue
+        with clear_os_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint.root / file, target)
+        copied.append(file)
+    return copied
+
+
+def refuse_overlap(out: Path, inputs: Iterable[Path]) -> None:
+    """Refuse an output that is an input, lies inside one, or contains one.
+
+    Raises:
+        UsageError: writing ``out`` would change or replace an input.
+    """
+    target = Path(os.path.realpath(out))
+    for given in inputs:
+        source = Path(os.path.realpath(given))
+        if target == source:
+            raise UsageError(f"{out}: is one of the inputs; choose another output folder.")
+        if source in target.parents:
+            raise UsageError(f"{out}: lies inside the input {given}; choose an output folder elsewhere.")
+        if target in source.parents:
+            raise UsageError(f"{out}: contains the input {given}; choose an output folder elsewhere.")
+
+
+@contextmanager
+def clear_os_errors(path: Path) -> Iterator[None]:
+    """Turn what the operating system refuses about ``path`` into one clear sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise KtmergeError(f"{path}: the disk is full; free some space and start again.") from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise KtmergeError(f"{error.filename or path}: no permission to read or write here.") from error
+        raise KtmergeError(f"{error.filename or path}: {error.strerror or error}.") from error

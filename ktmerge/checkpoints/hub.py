@@ -1,0 +1,66 @@
+"""From what a recipe calls a model (a folder, a hub id) to a folder on this machine."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ktmerge.errors import UsageError, did_you_mean
+
+_HUB_ID = re.compile(r"^(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?$")
+# What a checkpoint needs; not the same weights again in other formats.
+_WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "*.tiktoken", "LICENSE*"]
+_UNWANTED = ["onnx/*", "openvino/*", "original/*", "consolidated*", "*.onnx", "checkpoint-*"]
+
+
+def resolve(reference: str, folder: Path) -> Path:
+    """The folder that ``reference`` means: a path (relative to ``folder``), else a hub id ``org/name[@revision]``.
+
+    A hub id is downloaded once into the hub's own cache.
+
+    Raises:
+        UsageError: it is neither, or the hub doesn't give it (offline, unknown, gated).
+    """
+    path = Path(folder) / Path(reference).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UsageError(f"{reference}: is a file; give the folder of the checkpoint.")
+    match = _HUB_ID.match(reference)
+    if match is None or reference.startswith((".", "/", "~")):
+        raise UsageError(f"{reference}: no such folder (looked for {path}).{_sibling(path)}")
+    return _download(match["name"], match["revision"], path)
+
+
+def _sibling(path: Path) -> str:
+    try:
+        siblings = [child.name for child in path.parent.iterdir() if child.is_dir()]
+    except OSError:
+        return f" {path.parent} does not exist either." if not path.parent.exists() else ""
+    near = did_you_mean(path.name, siblings)
+    return near if near.startswith(" Did you mean") else ""
+
+
+def _download(name: str, revision: str | None, path: Path) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+    except Exception as error:
+        raise UsageError(f"{name}: {_reason(error, revision)} (There is no folder {path} either.)") from error
+
+
+def _reason(error: Exception, revision: str | None) -> str:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "is gated on the hub; accept its terms there and log in with `hf auth login`."
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"has no revision '{revision}' on the hub."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "is not on the hub, or is private; check the name, or log in with `hf auth login`."
+    if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
+        return "is not in the local cache, and the hub cannot be reached."
+    if isinstance(error, OSError) and error.strerror:
+        return f"could not be downloaded: {error.strerror}."
+    return f"could not be downloaded: {str(error).splitlines()[0] if str(error) else type(error).__name__}."

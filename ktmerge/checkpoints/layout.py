@@ -1,0 +1,203 @@
+"""Which files of a checkpoint folder hold its weights, which travel with them, and which must not.
+
+Knows file names and the shard index; opens no weight file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ktmerge.errors import UsageError
+
+INDEX_SUFFIX = ".safetensors.index.json"
+
+# Other copies of the weights, and what a training run leaves: neither describes a blend of the checkpoint.
+_LEFT_BEHIND = (
+    "*.safetensors",
+    f"*{INDEX_SUFFIX}",
+    "*.bin.index.json",
+    "pytorch_model*",
+    "model*.bin",
+    "adapter_model*.bin",
+    "model*.pt*",
+    "consolidated*.pt*",
+    "*.gguf",
+    "*.onnx",
+    "*.onnx_data",
+    "*.msgpack",
+    "*.h5",
+    "*.ot",
+    "*.ckpt",
+    "*.tflite",
+    "*.pyc",
+    "optimizer.*",
+    "scheduler.pt",
+    "rng_state*.pth",
+    "training_args.bin",
+    "trainer_state.json",
+    "ktmerge.json",
+    "ktmerge-run.json",
+    "log.jsonl",
+)
+_TRAINER_FOLDERS = re.compile(r"^(checkpoint-\d+|global_step\d+|__pycache__)$")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The files of one checkpoint folder, as paths relative to it.
+
+    ``weight_map`` says which tensor the index promises in which file; ``None`` without an index.
+    """
+
+    weight_files: tuple[str, ...]
+    index_file: str | None
+    weight_map: dict[str, str] | None
+    other_files: tuple[str, ...]
+    left_behind: tuple[str, ...]
+
+
+def read_layout(root: Path) -> Layout:
+    """Find the weights of the checkpoint in the folder ``root``.
+
+    Raises:
+        UsageError: not a folder, no safetensors weights, several that could be meant, or a lying index.
+    """
+    names = _names(root)
+    index = _choose_index(root, names)
+    if index is not None:
+        weight_map = _weight_map(root, index)
+        weights = tuple(sorted(set(weight_map.values())))
+        for file in weights:
+            if not (root / file).exists():
+                raise UsageError(f"{root / index}: names the file '{file}', which is missing from the folder.")
+        if "model.safetensors" in names and "model.safetensors" not in weights:
+            raise UsageError(
+                f"{root}: has both model.safetensors and {index}, which names other files; loaders disagree on which "
+                "one counts. Delete the stale one."
+            )
+    else:
+        weight_map = None
+        weights = (_single(root, names),)
+    carried, left_behind = _others(root, set(weights))
+    return Layout(weights, index, weight_map, carried, left_behind)
+
+
+def _names(root: Path) -> set[str]:
+    try:
+        names = set(os.listdir(root))
+    except NotADirectoryError:
+        raise UsageError(f"{root}: is a file; give the folder of the checkpoint.") from None
+    except OSError as error:
+        raise UsageError(f"{root}: cannot be read as a checkpoint folder: {error.strerror}.") from None
+    if "adapter_config.json" in names:
+        raise UsageError(
+            f"{root}: is a PEFT adapter, not a whole model; fold it into its base first "
+            "(PeftModel.merge_and_unload, then save_pretrained) and give that folder."
+        )
+    return names
+
+
+def _choose_index(root: Path, names: set[str]) -> str | None:
+    indexes = sorted(name for name in names if name.endswith(INDEX_SUFFIX))
+    preferred = f"model{INDEX_SUFFIX}"
+    if preferred in indexes:
+        return preferred
+    if "model.safetensors" in names or not indexes:
+        return None
+    if len(indexes) > 1:
+        raise UsageError(f"{root}: has several weight indexes ({', '.join(indexes)}); keep one.")
+    return indexes[0]
+
+
+def _single(root: Path, names: set[str]) -> str:
+    files = sorted(name for name in names if name.endswith(".safetensors"))
+    if "model.safetensors" in files:
+        return "model.safetensors"
+    if len(files) == 1 and not _SHARD.search(files[0]):
+        return files[0]
+    if any(_SHARD.search(name) for name in files):
+        raise UsageError(f"{root}: has shards such as {files[0]}, but their index (*{INDEX_SUFFIX}) is missing.")
+    if files:
+        raise UsageError(f"{root}: several files could be the weights ({', '.join(files)}), and there is no index.")
+    raise UsageError(f"{root}: {_nothing_found(root, names)}")
+
+
+def _nothing_found(root: Path, names: set[str]) -> str:
+    pickled = sorted(name for name in names if fnmatchcase(name, "*.bin") or name.endswith((".pth", ".pt", ".ckpt")))
+    if pickled:
+        return (
+            f"has its weights only as {pickled[0]}, a pickle that may run code when opened; convert it to safetensors "
+            "first (load it with transformers where you trust it, then save_pretrained)."
+        )
+    if any(name.endswith(".gguf") for name in names):
+        return "has its weights only as GGUF; convert them to safetensors first."
+    folders = sorted(path.parent.name for path in root.glob("*/*.safetensors"))
+    if folders:
+        return f"has no weights of its own; did you mean one of its folders ({', '.join(dict.fromkeys(folders))})?"
+    return "no *.safetensors found; give the folder of a checkpoint."
+
+
+def _weight_map(root: Path, index: str) -> dict[str, str]:
+    document = read_json(root / index)
+    weight_map = document.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UsageError(f"{root / index}: has no weight_map from tensor names to files.")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not file.endswith(".safetensors"):
+            raise UsageError(
+                f"{root / index}: tensor '{name}' is said to be in {file!r}, which is no safetensors file."
+            )
+        path = PurePosixPath(file)
+        if path.is_absolute() or ".." in path.parts or "\\" in file or "\0" in file:
+            raise UsageError(f"{root / index}: tensor '{name}' is said to be in '{file}', outside the folder.")
+    return weight_map
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that must hold an object.
+
+    Raises:
+        UsageError: unreadable, not JSON, or not an object.
+    """
+    try:
+        document = json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}.") from None
+    except RecursionError:
+        raise UsageError(f"{path}: nested too deeply.") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: not JSON ({error}).") from None
+    if not isinstance(document, dict):
+        raise UsageError(f"{path}: not a JSON object.")
+    return document
+
+
+def _others(root: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    carried: list[str] = []
+    left_behind: list[str] = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not _TRAINER_FOLDERS.match(name))
+        for name in sorted(files):
+            path = Path(folder) / name
+            relative = path.relative_to(root).as_posix()
+            if name.startswith(".") or relative in weights:
+                continue
+            if any(fnmatchcase(name, pattern) for pattern in _LEFT_BEHIND):
+                left_behind.append(relative)
+                continue
+            try:
+                regular = stat.S_ISREG(path.stat().st_mode)
+            except OSError as error:
+                raise UsageError(f"{path}: cannot be read: {error.strerror}.") from None
+            if not regular:
+                raise UsageError(f"{path}: is neither a file nor a folder; remove it from the checkpoint.")
+            carried.append(relative)
+    return tuple(sorted(carried)), tuple(sorted(left_behind))

@@ -1,0 +1,125 @@
+"""Reads tensor bytes at known positions, from any thread. Knows nothing about what the numbers mean."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from ktmerge.checkpoints.dtypes import BITS, torch_dtype
+from ktmerge.checkpoints.header import FileStamp, TensorInfo
+from ktmerge.errors import KtmergeError
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK = 8 << 20
+"""Bytes read at a time by `TensorReader.blocks`."""
+
+
+class TensorReader:
+    """Positional reads from the weight files of one checkpoint; one descriptor a file, safe to share among threads."""
+
+    def __init__(self, root: Path, tensors: Mapping[str, TensorInfo], stamps: Mapping[str, FileStamp]) -> None:
+        self._root = root
+        self._tensors = tensors
+        self._stamps = stamps
+        self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> TensorReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all files; a later read opens them again."""
+        with self._lock:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Elements ``[start, stop)`` of the flattened tensor, in its own type, in memory of its own.
+
+        Raises:
+            KtmergeError: the file cannot be read, is truncated or was changed, or torch has no such element type.
+        """
+        import torch
+
+        info = self._tensors[name]
+        dtype = torch_dtype(info.dtype)
+        stop = info.numel if stop is None else stop
+        if not 0 <= start <= stop <= info.numel:
+            raise ValueError(f"elements [{start}, {stop}) of '{name}', which has {info.numel}")
+        width = BITS[info.dtype] // 8
+        raw = torch.empty((stop - start) * width, dtype=torch.uint8)
+        if raw.numel():
+            self._fill(info, raw.numpy().data, info.begin + start * width)
+        return raw.view(dtype)
+
+    def blocks(self, name: str) -> Iterator[memoryview]:
+        """The bytes of a tensor of any type, in pieces of at most `BLOCK`; a piece is valid until the next."""
+        info = self._tensors[name]
+        buffer = memoryview(bytearray(min(BLOCK, info.nbytes)))
+        position = info.begin
+        while position < info.end:
+            piece = buffer[: min(len(buffer), info.end - position)]
+            self._fill(info, piece, position)
+            yield piece
+            position += len(piece)
+
+    def check_unchanged(self) -> None:
+        """Make sure that the files are still the ones whose headers were read.
+
+        Raises:
+            KtmergeError: one was changed, replaced or removed.
+        """
+        for file in self._stamps:
+            try:
+                status = os.stat(self._root / file)
+            except OSError as error:
+                raise KtmergeError(f"{self._root / file}: cannot be read any more: {error.strerror}.") from None
+            self._compare(file, status)
+
+    def _compare(self, file: str, status: os.stat_result) -> None:
+        if FileStamp.of(status) != self._stamps[file]:
+            raise KtmergeError(f"{self._root / file}: was changed while it was in use; start again.")
+
+    def _descriptor(self, file: str) -> int:
+        with self._lock:
+            if file not in self._descriptors:
+                path = self._root / file
+                try:
+                    descriptor = os.open(path, os.O_RDONLY)
+                except OSError as error:
+                    raise KtmergeError(f"{path}: cannot be opened: {error.strerror}.") from None
+                try:
+                    self._compare(file, os.fstat(descriptor))
+                except KtmergeError:
+                    os.close(descriptor)
+                    raise
+                self._descriptors[file] = descriptor
+            return self._descriptors[file]
+
+    def _fill(self, info: TensorInfo, target: memoryview, position: int) -> None:
+        descriptor = self._descriptor(info.file)
+        done = 0
+        while done < len(target):
+            try:
+                count = os.preadv(descriptor, [target[done:]], position + done)
+            except OSError as error:
+                raise KtmergeError(
+                    f"{self._root / info.file}: tensor '{info.name}' cannot be read: {error.strerror}."
+                ) from None
+            if count == 0:
+                raise KtmergeError(
+                    f"{self._root / info.file}: ends inside tensor '{info.name}'; it was truncated while it was in use."
+                )
+            done += count

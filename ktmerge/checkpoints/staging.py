@@ -1,0 +1,235 @@
+"""A temporary folder beside an output, and the one rename that turns it into the output."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from ktmerge.checkpoints.files import clear_os_errors
+from ktmerge.errors import KtmergeError, UsageError
+
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+_UNSUPPORTED = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
+
+
+class Staging:
+    """The life of one temporary folder: opened, filled by others, then published or discarded.
+
+    A lock on the folder is held while it is in use, so that another run can tell what a dead one left behind, whatever
+    has become of its process number.
+
+    Raises:
+        UsageError: the output exists and may not be replaced.
+    """
+
+    def __init__(self, out: Path, overwrite: bool) -> None:
+        self._given = out
+        self._out = Path(os.path.realpath(out))
+        self._overwrite = overwrite
+        self._made: list[Path] = []
+        self._lock: int | None = None
+        refuse_output(out, overwrite)
+
+    @property
+    def folder(self) -> Path:
+        """The temporary folder."""
+        return self._out.parent / f".{self._out.name}.ktmerge-{os.getpid()}"
+
+    def open(self) -> None:
+        """Make the folder, removing what dead runs left beside it.
+
+        Raises:
+            KtmergeError: another run is writing the same output from this process, or the place cannot be written.
+        """
+        with clear_os_errors(self._out.parent):
+            self._made = _make_parents(self._out.parent)
+        try:
+            with clear_os_errors(self._out.parent):
+                _remove_stale(self._out)
+                self._lock = _make_locked(self.folder)
+        except BaseException:
+            self._remove_made()
+            raise
+
+    def require_space(self, needed: int) -> None:
+        """Refuse to start what the disk cannot hold.
+
+        Raises:
+            KtmergeError: fewer than ``needed`` bytes are free.
+        """
+        free = shutil.disk_usage(self._out.parent).free
+        if free < needed:
+            raise KtmergeError(
+                f"{self._given}: needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free on that disk."
+            )
+
+    def publish(self) -> None:
+        """Make the folder the output in one step; what it replaces is removed afterwards.
+
+        Raises:
+            UsageError: something else appeared at the output meanwhile.
+            KtmergeError: the rename failed.
+        """
+        refuse_output(self._given, self._overwrite)
+        with clear_os_errors(self._out):
+            if self._out.exists() and any(self._out.iterdir()):
+                _exchange(self.folder, self._out)
+            else:
+                os.rename(self.folder, self._out)
+            self._made = []
+            _sync_folder(self._out.parent)
+
+    def discard(self) -> None:
+        """Remove whatever stands under the temporary name: the unfinished output, or the replaced one."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+        self._remove_made()
+
+    def _remove_made(self) -> None:
+        with contextlib.suppress(OSError):
+            while self._made:
+                self._made.pop().rmdir()
+
+
+def refuse_output(out: Path, overwrite: bool) -> None:
+    """Refuse an output folder that is in use, may not be replaced, or cannot be.
+
+    Raises:
+        UsageError: ``out`` is a file, a mount point, or holds something and ``overwrite`` is not set; or it holds
+            something that is no checkpoint.
+    """
+    target = Path(os.path.realpath(out))
+    try:
+        names = os.listdir(target)
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        raise UsageError(f"{out}: is a file, or lies below one; choose another output folder.") from None
+    except OSError as error:
+        raise UsageError(f"{out}: cannot be used as output: {error.strerror}.") from None
+    if os.path.ismount(target):
+        raise UsageError(f"{out}: is a mount point, which cannot be replaced in one step; give a folder inside it.")
+    if not names:
+        return
+    if not overwrite:
+        raise UsageError(f"{out}: exists and is not empty; choose another folder, or add --overwrite.")
+    if not any(name == "config.json" or name.endswith(".safetensors") for name in names):
+        raise UsageError(f"{out}: holds files but no checkpoint, so --overwrite will not replace it.")
+
+
+def preallocate(descriptor: int, size: int) -> None:
+    """Give a file its full size, and the room for it where the file system can promise that."""
+    # libc directly: posix_fallocate falls back to writing every block where the file system can't.
+    fallocate = getattr(_libc(), "fallocate", None)
+    if fallocate is not None and size:
+        fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+        if fallocate(descriptor, 0, 0, size) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in _UNSUPPORTED:
+            raise OSError(code, os.strerror(code))
+    os.ftruncate(descriptor, size)
+
+
+def sync_tree(root: Path, skip: Collection[str] = ()) -> None:
+    """Force all files and folders below ``root`` to the disk, except the files (relative) in ``skip``."""
+    for folder, _, files in os.walk(root):
+        for name in files:
+            path = Path(folder) / name
+            if path.relative_to(root).as_posix() not in skip:
+                _sync_folder(path)
+        _sync_folder(Path(folder))
+
+
+def _sync_folder(path: Path) -> None:
+    with clear_os_errors(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two folders so that at no moment either name is missing; where that can't be, with the shortest gap."""
+    renameat2 = getattr(_libc(), "renameat2", None)
+    if renameat2 is not None:
+        code = renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE)
+        if code == 0:
+            return
+        if ctypes.get_errno() not in _UNSUPPORTED:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(old))
+    aside = new.with_name(new.name + "-old")
+    os.rename(old, aside)
+    try:
+        os.rename(new, old)
+    except BaseException:
+        os.rename(aside, old)
+        raise
+    os.rename(aside, new)
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Make a folder and its parents; return those that were made, outermost first."""
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()][::-1]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _make_locked(folder: Path) -> int:
+    """Make a folder and lock it; the lock goes with the returned descriptor, or with the process."""
+    while True:
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            raise KtmergeError(f"{folder.parent}: another run in this process is writing the same output.") from None
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            _try_lock(descriptor)
+            if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+                return descriptor
+        except (BlockingIOError, FileNotFoundError):
+            pass  # a run that cleans up took the new folder for a dead one
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (*_UNSUPPORTED, errno.ENOLCK):
+            raise
+
+
+def _remove_stale(out: Path) -> None:
+    """Remove the temporary folders of the same output that no living run holds."""
+    pattern = re.compile(re.escape(f".{out.name}.ktmerge-") + r"\d+(-old)?$")
+    for name in os.listdir(out.parent):
+        if not pattern.match(name):
+            continue
+        path = out.parent / name
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path, ignore_errors=True)
+        except OSError:
+            pass  # in use, or a file system without locks, where nobody can tell
+        finally:
+            os.close(descriptor)

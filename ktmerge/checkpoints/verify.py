@@ -1,0 +1,55 @@
+"""Whether transformers would load a checkpoint whole: no parameter left at random, no tensor left unused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ktmerge.checkpoints.layout import read_json
+from ktmerge.errors import KtmergeError
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Loadable:
+    """What was found: ``loads``, or ``unknown`` with the reason why nothing could be said."""
+
+    status: Literal["loads", "unknown"]
+    detail: str
+
+
+def verify_loadable(path: Path) -> Loadable:
+    """Load the checkpoint ``path`` on the meta device (no memory for weights) and look for loose ends.
+
+    No code from the checkpoint is run: an architecture that transformers doesn't have is reported as unknown.
+
+    Raises:
+        KtmergeError: transformers finds missing, unexpected or mismatched tensors, or refuses the checkpoint.
+    """
+    config = read_json(path / "config.json") if (path / "config.json").exists() else {}
+    architectures = config.get("architectures") or []
+    if not architectures:
+        return Loadable("unknown", "config.json names no architecture")
+    import transformers
+
+    model_class: Any = getattr(transformers, str(architectures[0]), None)
+    if not hasattr(model_class, "from_pretrained"):
+        return Loadable("unknown", f"transformers {transformers.__version__} has no {architectures[0]}")
+    try:
+        _, info = model_class.from_pretrained(path, device_map="meta", output_loading_info=True, local_files_only=True)
+    except Exception as error:
+        raise KtmergeError(f"{path}: transformers cannot load it as {architectures[0]}: {error}") from error
+    troubles = [
+        f"{len(info[kind])} {word}: {', '.join(map(str, sorted(info[kind])[:_SHOWN]))}"
+        for kind, word in (
+            ("missing_keys", "missing"),
+            ("unexpected_keys", "unexpected"),
+            ("mismatched_keys", "mismatched"),
+        )
+        if info.get(kind)
+    ]
+    if troubles:
+        raise KtmergeError(f"{path}: does not load whole as {architectures[0]}: {'; '.join(troubles)}.")
+    return Loadable("loads", f"{architectures[0]} under transformers {transformers.__version__}")
