@@ -13,8 +13,8 @@ STACKS = ("llm", "vision", "audio", "encoder")
 PARTS = (*STACKS, "connector", "embed", "head", "norm", "other")
 _LANGUAGE_MODEL = frozenset({"embed", "head", "norm"})
 _TERM = re.compile(r"^(?P<name>[A-Za-z_]+)(?P<layers>\.layers(\[(?P<index>[^\]]*)\])?)?$")
-_INDEX = re.compile(r"^-?\d+$")
-_SLICE = re.compile(r"^(-?\d+)?:(-?\d+)?(?::([1-9]\d*)?)?$")
+_INDEX = re.compile(r"^-?\d{1,9}$")
+_SLICE = re.compile(r"^(-?\d{1,9})?:(-?\d{1,9})?(?::([1-9]\d{0,8})?)?$")
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,12 @@ def resolve(reference: str, folder: Path) -> Path:
     if path.exists():
         raise UsageError(f"{reference}: is a file; give the folder of the checkpoint.")
     match = _HUB_ID.match(reference)
-    if match is None or reference.startswith((".", "/", "~")):
+    if match is None:
         raise UsageError(f"{reference}: no such folder (looked for {path}).{_sibling(path)}")
-    return _download(match["name"], match["revision"], path)
+    if match["revision"] is None and path.parent.is_dir():
+        hub = f"If the hub is meant, write {reference}@main."
+        raise UsageError(f"{reference}: no such folder (looked for {path}).{_sibling(path)} {hub}")
+    return _download(match["name"], match["revision"])
 
 
 def _sibling(path: Path) -> str:
@@ -41,13 +44,13 @@ def _sibling(path: Path) -> str:
     return near if near.startswith(" Did you mean") else ""
 
 
-def _download(name: str, revision: str | None, path: Path) -> Path:
+def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     except Exception as error:
-        raise UsageError(f"{name}: {_reason(error, revision)} (There is no folder {path} either.)") from error
+        raise UsageError(f"{name}: no such folder here, and the model {_reason(error, revision)}") from error
 
 
 def _reason(error: Exception, revision: str | None) -> str:

@@ -21,7 +21,7 @@ _VISION = re.compile(
     r"vision|visual|image|^img|_img|video|vqmodel|^vpm$|^vit$|(^|_)(vit|clip|siglip|dinov?\d*|sam)(_|$)|^pixel", re.I
 )
 _AUDIO = re.compile(r"audio|speech|^apm$|sound", re.I)
-_TEXT = re.compile(r"language|text|^llm$|^lm$|^llama$", re.I)
+_TEXT = re.compile(r"language|(^|_)text|^llm$|^lm$|^llama$", re.I)
 _CONNECTOR = re.compile(
     r"projector|connector|merger|aligner|resampler|perceiver|q_?former|abstractor|newline|view_sep|multi_modal|^mm_|"
     r"^(visual|vision|image|img|text|language|audio|speech|modality|mlp)_proj(ection)?$|^embed_(vision|audio)$|"
@@ -112,9 +112,8 @@ class Parts:
         """Whose a tensor is, judged by the path down to its block, or all of its path without one."""
         path = (block[0] if block else name.rpartition(".")[0] or name).split(".")
         leaf = [] if block else [name.rpartition(".")[2]]
-        for position, segment in enumerate([*path, *leaf]):
-            if _CONNECTOR.search(segment) and not (position and path[position - 1].startswith("patch_embed")):
-                return "connector"
+        if any(_CONNECTOR.search(segment) for segment in [*path, *leaf]):
+            return "connector"
         # The first hint decides: `vision_model.text_prompt` is vision's, `text_model.vision_gate` is the text model's.
         for segment in [*path, *leaf]:
             if _TEXT.search(segment):
@@ -133,18 +132,18 @@ class Parts:
             towers = dict.fromkeys(towers, tower)
         elif kinds == {"vision"} or kinds == {"audio"}:
             towers = dict.fromkeys(towers, next(iter(kinds)))
-        elif not any(tower == "llm" and name in blocks for name, tower in towers.items()):
+        elif not any(tower == "llm" and name in blocks for name, tower in towers.items()) and not self._declares_text():
             # A head or a pooler beside a lone tower makes no language model.
             lone: Tower = "vision" if "vision" in kinds else "audio"
             towers = {name: lone if tower == "llm" else tower for name, tower in towers.items()}
         return _split_encoder(towers, blocks, bool(self._config.get("is_encoder_decoder")))
 
     def _only_tower(self) -> Tower:
-        config = self._config
-        if "vocab_size" in config or "text_config" in config:
-            return "llm"
-        looks = {"image_size", "patch_size", "num_channels", "backbone_config"} & config.keys()
-        return "vision" if looks else "llm"
+        sees = {"image_size", "patch_size", "num_channels", "backbone_config"} & self._config.keys()
+        return "vision" if sees and not self._declares_text() else "llm"
+
+    def _declares_text(self) -> bool:
+        return not {"vocab_size", "text_config", "llm_config", "language_config"}.isdisjoint(self._config)
 
 
 def _find_blocks(names: Iterable[str]) -> dict[str, tuple[str, int]]:

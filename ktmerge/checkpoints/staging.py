@@ -196,7 +196,9 @@ def _make_locked(folder: Path) -> int:
         try:
             folder.mkdir()
         except FileExistsError:
-            raise KtmergeError(f"{folder.parent}: another run in this process is writing the same output.") from None
+            raise KtmergeError(
+                f"{folder}: another run is writing this output; if none is, remove that folder."
+            ) from None
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             _try_lock(descriptor)
@@ -222,6 +224,9 @@ def _remove_stale(out: Path) -> None:
         if not pattern.match(name):
             continue
         path = out.parent / name
+        if name.endswith("-old") and not out.exists():
+            os.rename(path, out)  # a run died in the gap of the exchange; the old output is whole
+            continue
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +13,7 @@ from ktmerge.checkpoints.layout import read_json
 from ktmerge.errors import KtmergeError
 
 _SHOWN = 5
+_KINDS = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "of another shape"}
 
 
 @dataclass(frozen=True)
@@ -29,27 +33,53 @@ def verify_loadable(path: Path) -> Loadable:
         KtmergeError: transformers finds missing, unexpected or mismatched tensors, or refuses the checkpoint.
     """
     config = read_json(path / "config.json") if (path / "config.json").exists() else {}
-    architectures = config.get("architectures") or []
-    if not architectures:
+    architecture = next(iter(config.get("architectures") or []), None)
+    if not isinstance(architecture, str):
         return Loadable("unknown", "config.json names no architecture")
     import transformers
 
-    model_class: Any = getattr(transformers, str(architectures[0]), None)
+    model_class: Any = getattr(transformers, architecture, None)
     if not hasattr(model_class, "from_pretrained"):
-        return Loadable("unknown", f"transformers {transformers.__version__} has no {architectures[0]}")
+        return Loadable("unknown", f"transformers {transformers.__version__} has no {architecture}")
     try:
-        _, info = model_class.from_pretrained(path, device_map="meta", output_loading_info=True, local_files_only=True)
+        with _quietly():
+            # ignore_mismatched_sizes: so that wrong shapes are listed like the rest
+            _, info = model_class.from_pretrained(
+                path,
+                device_map="meta",
+                output_loading_info=True,
+                local_files_only=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+            )
     except Exception as error:
-        raise KtmergeError(f"{path}: transformers cannot load it as {architectures[0]}: {error}") from error
+        raise KtmergeError(f"{path}: transformers cannot load it as {architecture}: {error}") from error
     troubles = [
-        f"{len(info[kind])} {word}: {', '.join(map(str, sorted(info[kind])[:_SHOWN]))}"
-        for kind, word in (
-            ("missing_keys", "missing"),
-            ("unexpected_keys", "unexpected"),
-            ("mismatched_keys", "mismatched"),
-        )
+        f"{len(info[kind])} tensors {word} ({', '.join(sorted(map(_name, info[kind]))[:_SHOWN])})"
+        for kind, word in _KINDS.items()
         if info.get(kind)
     ]
     if troubles:
-        raise KtmergeError(f"{path}: does not load whole as {architectures[0]}: {'; '.join(troubles)}.")
-    return Loadable("loads", f"{architectures[0]} under transformers {transformers.__version__}")
+        raise KtmergeError(f"{path}: does not load whole as {architecture}: {'; '.join(troubles)}.")
+    return Loadable("loads", f"{architecture} under transformers {transformers.__version__}")
+
+
+def _name(key: Any) -> str:
+    return str(key[0] if isinstance(key, tuple) else key)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' progress bars and warnings: the findings come back as data."""
+    from transformers.utils import logging as theirs
+
+    library: Any = theirs
+    verbosity, bars = library.get_verbosity(), library.is_progress_bar_enabled()
+    library.set_verbosity(logging.CRITICAL)
+    library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        library.set_verbosity(verbosity)
+        if bars:
+            library.enable_progress_bar()

@@ -19,7 +19,7 @@ from ktmerge.checkpoints.dtypes import BITS, tag_of
 from ktmerge.checkpoints.files import clear_os_errors, copy_files
 from ktmerge.checkpoints.header import FilePlan, TensorInfo, build_header
 from ktmerge.checkpoints.staging import Staging, preallocate, sync_tree
-from ktmerge.errors import KtmergeError
+from ktmerge.errors import KtmergeError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -195,7 +195,10 @@ class Writer:
 
     def _verify(self) -> None:
         """Read the headers back from the disk and hold them against the plan."""
-        found = Checkpoint.open(self.folder)
+        try:
+            found = Checkpoint.open(self.folder)
+        except UsageError as error:
+            raise KtmergeError(f"{self.out}: what was written does not read back: {error}") from None
         if found.tensors != self._planned:
             wrong = sorted(
                 name for name in {*found.tensors, *self._planned} if found.tensors.get(name) != self._planned.get(name)
