@@ -137,6 +137,18 @@ def align(base: Checkpoint, other: Checkpoint, label: str) -> Alignment:
     )
 
 
+def tied_head(checkpoint: Checkpoint) -> tuple[str, str] | None:
+    """The output head and its embedding, where both are stored although the config says outright that it ties them."""
+    head, table = _head(checkpoint), _table(checkpoint)
+    says_nothing = not any(
+        isinstance(section, Mapping) and "tie_word_embeddings" in section
+        for section in (checkpoint.config, checkpoint.config.get("text_config"))
+    )
+    if head is None or table is None or says_nothing or not _ties(checkpoint.config):
+        return None
+    return (head, table) if _same(checkpoint, head, table) else None
+
+
 def _match(base: Iterable[str], other: Iterable[str]) -> tuple[dict[str, str], set[str]]:
     base, other = list(base), list(other)
     there = set(other)

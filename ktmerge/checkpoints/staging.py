@@ -54,6 +54,7 @@ class Staging:
         try:
             with clear_os_errors(self._out.parent):
                 _remove_stale(self._out)
+                refuse_output(self._given, self._overwrite)  # the line above may have put an old output back
                 self._lock = _make_locked(self.folder)
         except BaseException:
             self._remove_made()

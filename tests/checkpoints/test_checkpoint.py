@@ -1,0 +1,254 @@
+"""Opening checkpoint folders: what is found, what is carried, and every way in which a folder can lie."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from ktmerge.checkpoints import Checkpoint
+from ktmerge.errors import KtmergeError, UsageError
+
+MakeCheckpoint = Callable[..., Path]
+INDEX = "model.safetensors.index.json"
+
+
+def test_one_file(make_checkpoint: MakeCheckpoint) -> None:
+    root = make_checkpoint(files={"tokenizer.json": "{}", "sub/processor.py": "pass", ".gitattributes": "x"})
+    checkpoint = Checkpoint.open(root)
+    assert checkpoint.weight_files == ("model.safetensors",)
+    assert checkpoint.index_file is None
+    assert checkpoint.config == {"vocab_size": 12}
+    assert checkpoint.other_files == ("config.json", "sub/processor.py", "tokenizer.json")
+    assert checkpoint.metadata == {"model.safetensors": {"format": "pt"}}
+    assert checkpoint.tensors["model.embed_tokens.weight"].shape == (12, 4)
+    assert checkpoint["model.norm.weight"].nbytes == 16
+    assert checkpoint.nbytes == sum(info.end - info.begin for info in checkpoint.tensors.values())
+    assert [info.begin for info in checkpoint.tensors.values()] == sorted(i.begin for i in checkpoint.tensors.values())
+
+
+def test_shards_in_file_order(make_checkpoint: MakeCheckpoint) -> None:
+    checkpoint = Checkpoint.open(make_checkpoint(shards=3))
+    assert len(checkpoint.weight_files) == 3
+    assert checkpoint.index_file == INDEX
+    places = [(info.file, info.begin) for info in checkpoint.tensors.values()]
+    assert places == sorted(places)
+    assert INDEX not in checkpoint.other_files
+
+
+def test_digests_do_not_depend_on_sharding(make_checkpoint: MakeCheckpoint) -> None:
+    one, three = Checkpoint.open(make_checkpoint("one")), Checkpoint.open(make_checkpoint("three", shards=3))
+    assert one.header_digest() == three.header_digest()
+    assert one.content_digest() == three.content_digest()
+
+
+def test_digests_see_every_change(make_checkpoint: MakeCheckpoint) -> None:
+    tensors = {"a": np.arange(4, dtype=np.float32), "b": np.ones((2, 2), np.float32)}
+    base = Checkpoint.open(make_checkpoint("base", tensors))
+    changes: dict[str, dict[str, np.ndarray]] = {
+        "value": {**tensors, "a": np.array([0, 1, 2, 4], np.float32)},
+        "swapped": {"a": tensors["b"].reshape(4), "b": tensors["a"].reshape(2, 2)},
+        "shape": {**tensors, "b": np.ones(4, np.float32)},
+        "name": {"a": tensors["a"], "c": tensors["b"]},
+        "type": {**tensors, "a": tensors["a"].view(np.int32)},
+    }
+    for change, changed in changes.items():
+        other = Checkpoint.open(make_checkpoint(change, changed))
+        assert other.content_digest() != base.content_digest(), change
+        assert (other.header_digest() != base.header_digest()) == (change not in ("value", "swapped")), change
+
+
+def test_digests_are_sha256_of_documented_rows(make_checkpoint: MakeCheckpoint) -> None:
+    array = np.arange(3, dtype=np.float32)
+    checkpoint = Checkpoint.open(make_checkpoint(tensors={"w": array}))
+    inner = hashlib.sha256(array.tobytes()).hexdigest()
+    assert checkpoint.header_digest() == hashlib.sha256(b'["w","F32",[3]]\n').hexdigest()
+    assert checkpoint.content_digest() == hashlib.sha256(f'["w","F32",[3],"{inner}"]\n'.encode()).hexdigest()
+
+
+def test_unknown_tensor_gets_the_nearest_name(make_checkpoint: MakeCheckpoint) -> None:
+    with pytest.raises(UsageError, match=r"Did you mean 'model\.norm\.weight'"):
+        Checkpoint.open(make_checkpoint())["model.nrom.weight"]
+
+
+def edit_index(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    index = json.loads((root / INDEX).read_text())
+    change(index)
+    (root / INDEX).write_text(json.dumps(index))
+
+
+def test_index_promises_a_tensor_its_shard_lacks(make_checkpoint: MakeCheckpoint) -> None:
+    root = make_checkpoint(shards=2)
+    edit_index(root, lambda index: index["weight_map"].update(ghost="model-00001-of-00002.safetensors"))
+    with pytest.raises(UsageError, match=r"promises tensor 'ghost' in model-00001-of-00002\.safetensors"):
+        Checkpoint.open(root)
+
+
+def test_index_omits_a_tensor(make_checkpoint: MakeCheckpoint) -> None:
+    root = make_checkpoint(shards=2)
+    edit_index(root, lambda index: index["weight_map"].pop("model.norm.weight"))
+    with pytest.raises(UsageError, match=r"does not list tensor 'model\.norm\.weight', which is in model-"):
+        Checkpoint.open(root)
+
+
+def test_index_names_the_wrong_shard(make_checkpoint: MakeCheckpoint) -> None:
+    root = make_checkpoint(shards=2)
+    edit_index(
+        root,
+        lambda index: index["weight_map"].update({"model.norm.weight": "model-00001-of-00002.safetensors"}),
+    )
+    with pytest.raises(UsageError, match=r"promises tensor 'model\.norm\.weight' in .*00001.* but it is in .*00002"):
+        Checkpoint.open(root)
+
+
+def test_missing_shard(make_checkpoint: MakeCheckpoint) -> None:
+    root = make_checkpoint(shards=2)
+    (root / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"names the file 'model-00002-of-00002\.safetensors', which is missing"):
+        Checkpoint.open(root)
+
+
+@pytest.mark.parametrize("file", ["../outside.safetensors", "/etc/outside.safetensors", "a/../../b.safetensors"])
+def test_index_reaching_outside(make_checkpoint: MakeCheckpoint, file: str) -> None:
+    root = make_checkpoint(shards=2)
+    save_file({"x": np.ones(1, np.float32)}, root.parent / "outside.safetensors")
+    edit_index(root, lambda index: index["weight_map"].update(x=file))
+    with pytest.raises(UsageError, match=r"tensor 'x' is said to be in .*, outside the folder"):
+        Checkpoint.open(root)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}']
+)
+def test_malformed_index(make_checkpoint: MakeCheckpoint, text: str) -> None:
+    root = make_checkpoint(shards=2)
+    (root / INDEX).write_text(text)
+    with pytest.raises(UsageError, match=INDEX):
+        Checkpoint.open(root)
+
+
+def test_a_tensor_in_two_shards(make_checkpoint: MakeCheckpoint) -> None:
+    root = make_checkpoint(shards=2)
+    save_file({"model.norm.weight": np.ones(4, np.float32)}, root / "model-00001-of-00002.safetensors")
+    with pytest.raises(UsageError, match=r"'model\.norm\.weight' is in both"):
+        Checkpoint.open(root)
+
+
+def test_stale_single_file_beside_shards(make_checkpoint: MakeCheckpoint) -> None:
+    root = make_checkpoint(shards=2)
+    save_file({"x": np.ones(1, np.float32)}, root / "model.safetensors")
+    with pytest.raises(UsageError, match=r"both model\.safetensors and model\.safetensors\.index\.json.*stale"):
+        Checkpoint.open(root)
+
+
+def test_an_index_over_the_single_file_is_fine(make_checkpoint: MakeCheckpoint) -> None:
+    root = make_checkpoint(tensors={"w": np.ones(2, np.float32)})
+    (root / INDEX).write_text(json.dumps({"weight_map": {"w": "model.safetensors"}}))
+    assert Checkpoint.open(root).weight_files == ("model.safetensors",)
+
+
+def test_other_weight_names(make_checkpoint: MakeCheckpoint) -> None:
+    root = make_checkpoint()
+    (root / "model.safetensors").rename(root / "diffusion_pytorch_model.safetensors")
+    assert Checkpoint.open(root).weight_files == ("diffusion_pytorch_model.safetensors",)
+    save_file({"x": np.ones(1, np.float32)}, root / "second.safetensors")
+    with pytest.raises(UsageError, match=r"several files could be the weights"):
+        Checkpoint.open(root)
+
+
+def test_a_second_copy_of_the_weights_does_not_travel(make_checkpoint: MakeCheckpoint) -> None:
+    root = make_checkpoint(files={"tokenizer.model": "t", "training_args.bin": "p", "checkpoint-5/optimizer.pt": "p"})
+    save_file({"x": np.ones(1, np.float32)}, root / "consolidated.safetensors")
+    (root / "consolidated.safetensors.index.json").write_text("{}")
+    checkpoint = Checkpoint.open(root)
+    assert checkpoint.weight_files == ("model.safetensors",)
+    assert checkpoint.other_files == ("config.json", "tokenizer.model")
+    assert set(checkpoint.left_behind) == {
+        "consolidated.safetensors",
+        "consolidated.safetensors.index.json",
+        "training_args.bin",
+    }
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        ([], r"no \*\.safetensors found"),
+        (["pytorch_model.bin", "config.json"], r"only as pytorch_model\.bin, a pickle.*convert it to safetensors"),
+        (["model.gguf"], "only as GGUF"),
+        (["model-00001-of-00002.safetensors"], r"their index \(\*\.safetensors\.index\.json\) is missing"),
+        (["adapter_config.json", "adapter_model.safetensors"], "PEFT adapter.*merge_and_unload"),
+        (["a.safetensors.index.json", "b.safetensors.index.json"], "several weight indexes"),
+    ],
+)
+def test_folders_without_usable_weights(tmp_path: Path, names: list[str], reason: str) -> None:
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UsageError, match=reason) as caught:
+        Checkpoint.open(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_pipeline_of_several_models_names_its_folders(make_checkpoint: MakeCheckpoint) -> None:
+    root = make_checkpoint("pipeline/unet").parent
+    with pytest.raises(UsageError, match=r"did you mean one of its folders \(unet\)"):
+        Checkpoint.open(root)
+
+
+def test_not_a_folder(make_checkpoint: MakeCheckpoint) -> None:
+    root = make_checkpoint()
+    with pytest.raises(UsageError, match="is a file; give the folder"):
+        Checkpoint.open(root / "model.safetensors")
+    with pytest.raises(UsageError, match="No such file"):
+        Checkpoint.open(root / "none")
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{'a': 1}", "[" * 100_000])
+def test_malformed_config(make_checkpoint: MakeCheckpoint, text: str) -> None:
+    root = make_checkpoint()
+    (root / "config.json").write_text(text)
+    with pytest.raises(UsageError, match=r"config\.json"):
+        Checkpoint.open(root)
+
+
+def test_no_config_is_an_empty_one(make_checkpoint: MakeCheckpoint) -> None:
+    root = make_checkpoint()
+    (root / "config.json").unlink()
+    assert Checkpoint.open(root).config == {}
+
+
+def test_no_tensors(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "model.safetensors")
+    with pytest.raises(UsageError, match="has no tensors"):
+        Checkpoint.open(tmp_path)
+
+
+def test_links_are_followed_but_broken_ones_and_pipes_are_refused(make_checkpoint: MakeCheckpoint) -> None:
+    root = make_checkpoint()
+    blob = root.parent / "blob"
+    (root / "model.safetensors").rename(blob)
+    (root / "model.safetensors").symlink_to(blob)
+    (root / "vocab.txt").symlink_to(root / "config.json")
+    assert Checkpoint.open(root).other_files == ("config.json", "vocab.txt")
+    (root / "merges.txt").symlink_to(root / "gone")
+    with pytest.raises(UsageError, match=r"merges\.txt: cannot be read"):
+        Checkpoint.open(root)
+    (root / "merges.txt").unlink()
+    os.mkfifo(root / "pipe.txt")
+    with pytest.raises(UsageError, match=r"pipe\.txt: is neither"):
+        Checkpoint.open(root)
+
+
+def test_reading_a_changed_file_fails(make_checkpoint: MakeCheckpoint) -> None:
+    root = make_checkpoint()
+    checkpoint = Checkpoint.open(root)
+    os.utime(root / "model.safetensors", ns=(1, 1))
+    with pytest.raises(KtmergeError, match=r"model\.safetensors: was changed"):
+        checkpoint.content_digest()

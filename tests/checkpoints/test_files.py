@@ -1,0 +1,65 @@
+"""Carrying files, and outputs that must not touch inputs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ktmerge.checkpoints import Checkpoint, copy_files, refuse_overlap
+from ktmerge.checkpoints.files import clear_os_errors
+from ktmerge.errors import KtmergeError, UsageError
+
+MakeCheckpoint = Callable[..., Path]
+
+
+def test_everything_but_the_weights(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    files = {"tokenizer.json": "t", "a/b/c.py": "c", ".hidden/x": "x", "ktmerge.json": "{}", "LICENSE": "l"}
+    base = Checkpoint.open(make_checkpoint(files=files))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "LICENSE").write_text("mine")
+    assert copy_files(base, out, skip=["tokenizer.json"]) == ["a/b/c.py", "config.json"]
+    found = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert found == {"a/b/c.py", "config.json", "LICENSE"}
+    assert (out / "LICENSE").read_text() == "mine"
+    assert (out / "a/b/c.py").read_text() == "c"
+
+
+def test_links_become_files(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    root = make_checkpoint()
+    (root / "vocab.txt").symlink_to("config.json")
+    copy_files(Checkpoint.open(root), tmp_path / "out")
+    assert not (tmp_path / "out" / "vocab.txt").is_symlink()
+
+
+def test_a_file_gone_meanwhile_is_named(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    base = Checkpoint.open(make_checkpoint(files={"vocab.txt": "v"}))
+    (base.root / "vocab.txt").unlink()
+    with pytest.raises(KtmergeError, match=r"model/vocab\.txt: No such file"):
+        copy_files(base, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("out", "reason"),
+    [("base", "is one of the inputs"), ("base/new", "lies inside the input"), (".", "contains the input")],
+)
+def test_overlap(tmp_path: Path, out: str, reason: str) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path)
+    for root in (tmp_path, tmp_path / "link"):
+        with pytest.raises(UsageError, match=reason):
+            refuse_overlap(root / out, [tmp_path / "other", tmp_path / "base"])
+    refuse_overlap(tmp_path / "base2", [tmp_path / "base"])
+    refuse_overlap(tmp_path / "bas", [tmp_path / "base"])
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"), [(28, "disk is full"), (13, "no permission"), (30, "no permission"), (5, "Input/output")]
+)
+def test_os_errors_become_sentences(code: int, reason: str) -> None:
+    with pytest.raises(KtmergeError, match=reason) as caught, clear_os_errors(Path("some/file")):
+        raise OSError(code, os.strerror(code))
+    assert "some/file" in str(caught.value)
