@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,12 +12,15 @@ from ktmerge.checkpoints.classes import tensor_class
 from ktmerge.checkpoints.header import TensorInfo
 from ktmerge.errors import UsageError
 
-# Wrapper modules that come and go between versions, the safest to ignore first.
-_LEVELS = (
-    frozenset({"model", "module", "_orig_mod", "base_model"}),
-    frozenset({"language_model", "text_model"}),
-    frozenset({"vision_model"}),
-    frozenset({"transformer", "backbone"}),
+# Wrapper modules that come and go between versions; what is ignored grows from one level to the next.
+_LEVELS = tuple(
+    frozenset(names.split())
+    for names in (
+        "",
+        "model module _orig_mod base_model",
+        "model module _orig_mod base_model language_model text_model",
+        "model module _orig_mod base_model language_model text_model vision_model transformer backbone",
+    )
 )
 _OLD_LEAVES = {"gamma": "weight", "beta": "bias"}
 _HEADS = ("lm_head", "embed_out", "output", "output_layer", "decoder")
@@ -128,9 +131,9 @@ def align(base: Checkpoint, other: Checkpoint, label: str) -> Alignment:
         missing=tuple(n for n in base.tensors if n not in mapping and n not in ambiguous and not _buffer(base, n)),
         extra=tuple(n for n in other.tensors if n not in taken and not _buffer(other, n)),
         mismatched=tuple(
-            Mismatch(name, base.tensors[name], other.tensors[found])
-            for name, found in mapping.items()
-            if name not in fits and not _buffer(base, name)
+            Mismatch(name, base.tensors[name], other.tensors[mapping[name]])
+            for name in base.tensors
+            if name in mapping and name not in fits and not _buffer(base, name)
         ),
         ambiguous=tuple(name for name in base.tensors if name in ambiguous),
         tied_extra=tied_extra,
@@ -150,61 +153,60 @@ def tied_head(checkpoint: Checkpoint) -> tuple[str, str] | None:
 
 
 def _match(base: Iterable[str], other: Iterable[str]) -> tuple[dict[str, str], set[str]]:
+    """Pair names; return the pairs, and the names of ``base`` that could be paired in more than one way."""
     base, other = list(base), list(other)
     there = set(other)
     mapping = {name: name for name in base if name in there}
+    left_here = _grouped(_LEVELS[-1], (name for name in base if name not in mapping))
+    left_there = _grouped(_LEVELS[-1], (name for name in other if name not in mapping))
     ambiguous: set[str] = set()
-    dropped: frozenset[str] = frozenset()
-    for level in _LEVELS:
-        dropped |= level
-        _match_by(lambda name, dropped=dropped: _canonical(name, dropped), base, other, mapping, ambiguous)  # type: ignore[misc]
-    _match_prefixed(base, other, mapping)
-    return mapping, ambiguous - mapping.keys()
-
-
-def _match_by(
-    canonical: Callable[[str], str], base: list[str], other: list[str], mapping: dict[str, str], ambiguous: set[str]
-) -> None:
-    """Add the pairs whose canonical names are equal and belong to no second tensor on either side."""
-    here, there = _grouped(canonical, base), _grouped(canonical, other)
-    taken = set(mapping.values())
-    for name, group in here.items():
-        found = there.get(name, [])
-        open_here = [one for one in group if one not in mapping]
-        open_there = [one for one in found if one not in taken]
-        if not open_here or not open_there:
-            continue
-        if len(group) == 1 and len(found) == 1:
-            mapping[group[0]] = found[0]
+    for canonical in left_here.keys() & left_there.keys():
+        here, found = left_here[canonical], left_there[canonical]
+        pairs = _pair(here, found)
+        if len(pairs) == len(here) == len(found):
+            mapping |= pairs
         else:
-            ambiguous.update(open_here)
+            ambiguous.update(here)
+    mapping |= _pair_prefixed(
+        [name for canonical, names in left_here.items() if canonical not in left_there for name in names],
+        [name for canonical, names in left_there.items() if canonical not in left_here for name in names],
+    )
+    return mapping, ambiguous
 
 
-def _grouped(canonical: Callable[[str], str], names: list[str]) -> dict[str, list[str]]:
+def _pair(here: list[str], there: list[str]) -> dict[str, str]:
+    """Pair names that are alike under the strictest level at which they have only each other."""
+    pairs: dict[str, str] = {}
+    for dropped in _LEVELS:
+        groups_here = _grouped(dropped, (name for name in here if name not in pairs))
+        groups_there = _grouped(dropped, (name for name in there if name not in pairs.values()))
+        for canonical, group in groups_here.items():
+            found = groups_there.get(canonical, [])
+            if len(group) == 1 and len(found) == 1:
+                pairs[group[0]] = found[0]
+    return pairs
+
+
+def _pair_prefixed(here: list[str], there: list[str]) -> dict[str, str]:
+    """Pair names that differ by one leading module, as a model saved with and without its head does."""
+
+    def by_tail(names: list[str]) -> dict[str, list[str]]:
+        tails: dict[str, list[str]] = defaultdict(list)
+        for name in names:
+            tails[name.partition(".")[2]].append(name)
+        return tails
+
+    longer_here, longer_there = by_tail(here), by_tail(there)
+    pairs = {name: longer_there[name][0] for name in here if len(longer_there.get(name, ())) == 1}
+    shorter = {longer_here[name][0]: name for name in there if len(longer_here.get(name, ())) == 1}
+    return {name: found for name, found in shorter.items() if name not in pairs} | pairs
+
+
+def _grouped(dropped: frozenset[str], names: Iterable[str]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        groups[canonical(name)].append(name)
+        groups[_canonical(name, dropped)].append(name)
     return groups
-
-
-def _match_prefixed(base: list[str], other: list[str], mapping: dict[str, str]) -> None:
-    """Add the pairs that differ by one leading module, as a model saved with and without its head does."""
-    taken = set(mapping.values())
-    here = [name for name in base if name not in mapping]
-    there = [name for name in other if name not in taken]
-    longer_there = _grouped(_tail, there)
-    longer_here = _grouped(_tail, here)
-    for name in here:
-        if len(longer_there.get(name, ())) == 1:
-            mapping[name] = longer_there[name][0]
-    for name in there:
-        found = longer_here.get(name, [])
-        if len(found) == 1 and found[0] not in mapping:
-            mapping[found[0]] = name
-
-
-def _tail(name: str) -> str:
-    return name.partition(".")[2]
 
 
 def _canonical(name: str, dropped: frozenset[str]) -> str:
