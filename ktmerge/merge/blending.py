@@ -1,0 +1,84 @@
+"""A recipe to a checkpoint folder, or into a loaded model: plan, execute, record."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from ktmerge.checkpoints import Writer, refuse_overlap
+from ktmerge.errors import KtmergeError
+from ktmerge.merge.plan import Plan, plan_blend
+from ktmerge.merge.record import FILE, file_digest, record
+from ktmerge.merge.report import BlendReport
+from ktmerge.progress import SILENT, Progress
+from ktmerge.recipes.schema import Recipe
+
+
+def blend(
+    recipe: Recipe, out: Path, *, device: str = "auto", overwrite: bool = False, progress: Progress = SILENT
+) -> BlendReport:
+    """Blend base and experts into the checkpoint folder ``out``, which appears whole or not at all.
+
+    Args:
+        recipe: names base, experts and how to blend.
+        out: its tensors get the base's names, its other files are the base's; ``ktmerge.json`` says how it was made.
+        device: auto, cpu or cuda; never changes the result.
+        overwrite: replace a checkpoint that is there.
+
+    Raises:
+        UsageError: the recipe or its inputs are wrong, or ``out`` exists.
+        KtmergeError: the run failed; nothing is left behind.
+    """
+    from ktmerge.merge.engine import execute
+    from ktmerge.merge.sinks import FileSink, require_device
+
+    started = time.perf_counter()
+    require_device(device)
+    plan = plan_blend(recipe)
+    refuse_overlap(out, [plan.base.root, *(expert.checkpoint.root for expert in plan.experts)])
+    with Writer(out, overwrite) as writer:
+        writer.plan_like(plan.base, plan.dtypes)
+        report = execute(plan, FileSink(writer), device, progress)
+        with progress.task("digest", report.written, "bytes") as step:
+            for file in plan.base.weight_files:
+                report.out[file] = file_digest(writer.folder / file)
+                step.advance((writer.folder / file).stat().st_size)
+        if recipe.output.dtype != "base":
+            writer.add_text("config.json", _config(plan))
+        writer.add_text(FILE, record(plan, report))
+        writer.copy_files(plan.base)
+    report.seconds = time.perf_counter() - started
+    return report
+
+
+def blend_into(model: Any, recipe: Recipe, *, device: str = "auto", progress: Progress = SILENT) -> BlendReport:
+    """Blend in place: write the result into the parameters of a loaded model of the base's architecture.
+
+    Values are rounded as the recipe's output says, so that they equal those of the file route; a parameter of a type too
+    narrow for that is rounded to its own. If the run fails, the model is left partly changed.
+
+    Raises:
+        UsageError: the recipe or its inputs are wrong, or the model doesn't have the base's tensors.
+        KtmergeError: the run failed.
+    """
+    from ktmerge.merge.engine import execute
+    from ktmerge.merge.sinks import LiveSink
+
+    plan = plan_blend(recipe)
+    return execute(plan, LiveSink(model, plan.base), device, progress)
+
+
+def _config(plan: Plan) -> str:
+    """The base's ``config.json`` with the output's type where it names one: loaders go by it."""
+    path = plan.base.root / "config.json"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise KtmergeError(f"{path}: cannot be read: {error}.") from None
+    for section in [document, *(value for value in document.values() if isinstance(value, dict))]:
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(section.get(key), str):
+                section[key] = plan.recipe.output.dtype
+    return json.dumps(document, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,204 @@
+"""One piece of a tensor through the stages of a pipeline, and the statistics that stages want to know first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ktmerge.merge.kernels import Kernels
+from ktmerge.merge.plan import Plan, TensorPlan
+from ktmerge.merge.source import Chunk, Sources
+from ktmerge.merge.stage import Context, Domain, Observer, Pipeline, Scope
+from ktmerge.progress import Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Found = dict[tuple[int, str], dict[str, Any]]
+"""Results of statistics: by position of the stage and expert (empty after combining), then by name."""
+
+
+class Flow:
+    """Runs pipelines over a plan's tensors; knows stages only by what they declare.
+
+    `prepare` gathers the statistics of global scope, in passes over all tensors they concern; those of one tensor are
+    gathered when the tensor's turn comes.
+    """
+
+    def __init__(self, plan: Plan, sources: Sources, kernels: Kernels) -> None:
+        self._plan = plan
+        self._sources = sources
+        self._kernels = kernels
+        self._weights = {expert.name: expert.weight for expert in plan.experts}
+        self._global: dict[str, Found] = {}
+        self._local: tuple[str, Found] = ("", {})
+
+    def prepare(self, progress: Progress) -> None:
+        """Gather all statistics of global scope, position by position, as a later one may rest on an earlier."""
+        blended = [tensor for tensor in self._plan.tensors if tensor.pipeline is not None]
+        longest = max((len(tensor.pipeline.uses) for tensor in blended if tensor.pipeline), default=0)
+        for position in range(longest):
+            pools: dict[str, list[TensorPlan]] = {}
+            for tensor in blended:
+                if _wants(tensor.pipeline, position, "global"):
+                    pools.setdefault(_pool(tensor.pipeline, position), []).append(tensor)
+            if pools:
+                self._gather_pools(pools, position, progress)
+
+    def merged(self, tensor: TensorPlan) -> Iterator[tuple[Chunk, tuple[Tensor, ...], Tensor]]:
+        """For each piece: what was read, the transformed deltas, and the merged delta before lambda; all flat."""
+        pipeline = _pipeline(tensor)
+        self._gather_local(tensor, len(pipeline.uses))
+        whole = pipeline.reach == "tensor"
+        for chunk in self._sources.chunks(tensor, whole=whole):
+            transformed = self._run(tensor, chunk, len(pipeline.transforms))
+            merged = self._finish(tensor, chunk, transformed, len(pipeline.uses))
+            yield chunk, tuple(delta.reshape(-1) for delta in transformed), merged.reshape(-1)
+
+    def _gather_pools(self, pools: Mapping[str, list[TensorPlan]], position: int, progress: Progress) -> None:
+        observers = {
+            pool: self._observers(tensors[0], position, "global", sum(t.info.numel for t in tensors if not t.is_alias))
+            for pool, tensors in pools.items()
+        }
+        number = 0
+        while open_pools := [pool for pool, found in observers.items() if _unfinished(found)]:
+            number += 1
+            tensors = [(pool, tensor) for pool in open_pools for tensor in pools[pool] if not tensor.is_alias]
+            total = sum(tensor.info.nbytes for _, tensor in tensors)
+            with progress.task(f"measure, pass {number}", total, "bytes") as step:
+                for pool, tensor in tensors:
+                    self._gather_local(tensor, position)
+                    self._show(tensor, position, observers[pool])
+                    step.advance(tensor.info.nbytes)
+            _end_pass(observers[pool] for pool in open_pools)
+        for pool, found in observers.items():
+            self._global.setdefault(pool, {}).update(_results(found))
+
+    def _gather_local(self, tensor: TensorPlan, stop: int) -> None:
+        """Gather the statistics of tensor scope of all stages before position ``stop``."""
+        if self._local[0] != tensor.name:
+            self._local = (tensor.name, {})
+        for position in range(stop):
+            if not _wants(tensor.pipeline, position, "tensor") or self._has_local(position):
+                continue
+            observers = self._observers(tensor, position, "tensor", tensor.info.numel)
+            while _unfinished(observers):
+                self._show(tensor, position, observers)
+                _end_pass([observers])
+            self._local[1].update(_results(observers))
+
+    def _has_local(self, position: int) -> bool:
+        return any(key[0] == position for key in self._local[1])
+
+    def _observers(self, tensor: TensorPlan, position: int, scope: Scope, elements: int) -> _Observers:
+        pipeline = _pipeline(tensor)
+        statistics = [one for one in pipeline.uses[position].statistics() if one.scope == scope]
+        experts = list(tensor.sources) if position < len(pipeline.transforms) else [""]
+        return {
+            (position, expert): {one.name: one.observer(Domain(elements)) for one in statistics} for expert in experts
+        }
+
+    def _show(self, tensor: TensorPlan, position: int, observers: _Observers) -> None:
+        """Show the observers every piece of a tensor, as the stage at ``position`` will get it."""
+        pipeline = _pipeline(tensor)
+        count = len(pipeline.transforms)
+        for chunk in self._sources.chunks(tensor, whole=pipeline.reach == "tensor"):
+            deltas = self._run(tensor, chunk, min(position, count))
+            merged = self._finish(tensor, chunk, deltas, position) if position > count else None
+            for (_, expert), named in observers.items():
+                context = self._context(tensor, chunk, position, expert)
+                values: Any = merged if merged is not None else deltas
+                if expert:
+                    values = deltas[list(tensor.sources).index(expert)]
+                for observer in named.values():
+                    if not observer.done:
+                        observer.observe(values, context)
+
+    def _run(self, tensor: TensorPlan, chunk: Chunk, stop: int) -> list[Tensor]:
+        """All deltas through the transforms before position ``stop``."""
+        pipeline = _pipeline(tensor)
+        deltas = [self._shaped(tensor, delta) for delta in chunk.deltas]
+        for position, use in enumerate(pipeline.transforms[:stop]):
+            contexts = [self._context(tensor, chunk, position, expert) for expert in tensor.sources]
+            deltas = [
+                use.stage.apply(delta, use.parameters, context) for delta, context in zip(deltas, contexts, strict=True)
+            ]
+        return deltas
+
+    def _finish(self, tensor: TensorPlan, chunk: Chunk, deltas: list[Tensor], stop: int) -> Tensor:
+        """Combine, then the stages after it and before position ``stop``."""
+        pipeline = _pipeline(tensor)
+        position = len(pipeline.transforms)
+        combine = pipeline.combine
+        merged = combine.stage.apply(deltas, combine.parameters, self._context(tensor, chunk, position))
+        for position, use in enumerate(pipeline.after[: stop - position - 1], position + 1):
+            context = self._context(tensor, chunk, position)
+            if use.stage.kind == "scale":
+                merged = use.stage.apply(merged, use.parameters, context)
+            else:
+                own = [self._shaped(tensor, delta) for delta in chunk.deltas]
+                merged = use.stage.apply(merged, own, use.parameters, context)
+        return merged
+
+    def _shaped(self, tensor: TensorPlan, flat: Tensor) -> Tensor:
+        return flat.view(tensor.info.shape) if _pipeline(tensor).reach == "tensor" else flat
+
+    def _context(self, tensor: TensorPlan, chunk: Chunk, position: int, expert: str = "") -> Context:
+        pipeline = _pipeline(tensor)
+        statistics: dict[str, Any] = {}
+        if pipeline.uses[position].statistics():
+            pool = self._global.get(_pool(pipeline, position), {})
+            for found in (pool, self._local[1]):
+                statistics |= found.get((position, expert), {})
+        return Context(
+            tensor=tensor.key,
+            part=tensor.part,
+            layers=self._plan.layers,
+            tensor_class=tensor.tensor_class,
+            shape=tensor.info.shape,
+            start=chunk.start,
+            seed=self._plan.recipe.seed,
+            experts=tuple(tensor.sources),
+            weights=tuple(self._weights[name] for name in tensor.sources),
+            base=self._shaped(tensor, chunk.base.float()),
+            kernels=self._kernels,
+            expert=expert,
+            statistics=statistics,
+        )
+
+
+_Observers = dict[tuple[int, str], dict[str, Observer]]
+
+
+def _pipeline(tensor: TensorPlan) -> Pipeline:
+    if tensor.pipeline is None:
+        raise ValueError(f"'{tensor.name}' is not blended")
+    return tensor.pipeline
+
+
+def _wants(pipeline: Pipeline | None, position: int, scope: Scope) -> bool:
+    if pipeline is None or position >= len(pipeline.uses):
+        return False
+    return any(one.scope == scope for one in pipeline.uses[position].statistics())
+
+
+def _pool(pipeline: Pipeline | None, position: int) -> str:
+    """Tensors whose stages up to here are the same are measured together."""
+    return "" if pipeline is None else json.dumps([use.spec() for use in pipeline.uses[: position + 1]])
+
+
+def _unfinished(observers: _Observers) -> bool:
+    return any(not one.done for named in observers.values() for one in named.values())
+
+
+def _end_pass(groups: Any) -> None:
+    for observers in groups:
+        for named in observers.values():
+            for one in named.values():
+                if not one.done:
+                    one.end_pass()
+
+
+def _results(observers: _Observers) -> Found:
+    return {key: {name: one.result() for name, one in named.items()} for key, named in observers.items()}

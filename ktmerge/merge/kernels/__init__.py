@@ -1,0 +1,38 @@
+"""Arithmetic that has, or may have, a fast form on some device, behind one narrow interface.
+
+The plain torch reference is here too; every other implementation must equal it bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ktmerge.merge.kernels.radix import Threshold
+    from ktmerge.merge.kernels.rounding import Rounding
+
+
+class Kernels(Protocol):
+    """What stages and the engine may ask for. All tensors are flat; ``start`` is the first element's index."""
+
+    def words(self, key: int, start: int, count: int, device: torch.device) -> Tensor:
+        """Random 32-bit words of elements ``start .. start + count``, int64 ``[count]``."""
+
+    def histogram(self, delta: Tensor, key: int, start: int, prefix: tuple[int, ...]) -> Tensor:
+        """Counts of the next digit among the elements whose magnitude key begins with ``prefix``, int64 on the host."""
+
+    def keep(self, delta: Tensor, key: int, start: int, threshold: Threshold) -> Tensor:
+        """``delta`` with every element below the threshold set to zero."""
+
+    def round(self, values: Tensor, dtype: torch.dtype, rounding: Rounding, key: int, start: int) -> Tensor:
+        """``values`` rounded once to ``dtype``."""
+
+
+def kernels_for(device: torch.device) -> Kernels:
+    """The kernels to use on a device."""
+    from ktmerge.merge.kernels.reference import Reference
+
+    return Reference()

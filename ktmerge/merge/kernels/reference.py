@@ -1,0 +1,29 @@
+"""The kernels in plain torch: what every other implementation is held against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ktmerge.merge.kernels import philox, radix
+from ktmerge.merge.kernels.rounding import Rounding, round_to
+
+_EXACT = (torch.float32, torch.float64)
+
+
+class Reference:
+    """See `ktmerge.merge.kernels.Kernels`."""
+
+    def words(self, key: int, start: int, count: int, device: torch.device) -> Tensor:
+        return philox.words(key, start, count, device)
+
+    def histogram(self, delta: Tensor, key: int, start: int, prefix: tuple[int, ...]) -> Tensor:
+        return radix.histogram(delta, key, start, prefix)
+
+    def keep(self, delta: Tensor, key: int, start: int, threshold: radix.Threshold) -> Tensor:
+        return radix.keep(delta, key, start, threshold)
+
+    def round(self, values: Tensor, dtype: torch.dtype, rounding: Rounding, key: int, start: int) -> Tensor:
+        if rounding == "nearest" or dtype in _EXACT:
+            return round_to(values, dtype, "nearest")
+        return round_to(values, dtype, rounding, philox.words(key, start, values.numel(), values.device))

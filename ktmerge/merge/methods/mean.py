@@ -1,0 +1,37 @@
+"""Weighted mean of the deltas: model averaging, and WiSE-FT with one expert."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ktmerge.merge.arithmetic import weighted_total
+from ktmerge.merge.registry import method, stage
+from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _sum_is_not_zero(parameters: Parameters, weights: Mapping[str, float]) -> str | None:
+    if sum(weights.values()) == 0:
+        return "a weighted mean divides by the sum of the expert weights, which is 0; use task_arithmetic to subtract"
+    return None
+
+
+@stage("mean", "combine", objection=_sum_is_not_zero)
+def mean(deltas: list[Tensor], parameters: Parameters, context: Context) -> Tensor:
+    """Weighted mean of the deltas: M = sum_t w_t tau_t / sum_t w_t."""
+    total = sum(context.weights)
+    return weighted_total(deltas, [weight / total for weight in context.weights])
+
+
+method(
+    Method(
+        name="linear",
+        summary="Go back towards the base by one number (WiSE-FT), or average several experts; the first thing to try.",
+        source="Wortsman et al., CVPR 2022, arXiv:2109.01903; Model soups, ICML 2022, arXiv:2203.05482",
+        stages=Stages(combine=("mean", {})),
+        promises=Promises(identical="mean"),
+    )
+)

@@ -1,0 +1,312 @@
+"""Recipe and headers to a plan: what happens to every tensor, every mistake found, nothing read yet. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ktmerge.checkpoints import Alignment, Checkpoint, Parts, TensorClass, TensorInfo, align, resolve, tensor_class
+from ktmerge.checkpoints.alignment import tied_head
+from ktmerge.errors import UsageError
+from ktmerge.merge.rules import Rule, resolve_rules
+from ktmerge.merge.settings import Setting, blend_setting
+from ktmerge.merge.stage import Pipeline
+from ktmerge.recipes.schema import Recipe
+
+Action = Literal["base", "expert", "blend"]
+
+_OUTPUT_TAGS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What becomes of one tensor.
+
+    Attributes:
+        info: the base's header entry.
+        action: take the base's, take the expert's, or blend.
+        dtype: safetensors tag of the output.
+        key: name under which random choices are made: its own, or its embedding's for a tied head.
+        sources: the name of this tensor in each expert that has it, experts sorted by name.
+        expert: whose tensor is taken, for the action ``expert``.
+        pipeline: the stages, for the action ``blend``.
+        lambda_: scale of the merged delta, for the action ``blend``.
+        rule: index of the ``where`` rule that decided, if one did.
+    """
+
+    info: TensorInfo
+    part: str
+    tensor_class: TensorClass
+    action: Action
+    dtype: str
+    key: str
+    sources: Mapping[str, str]
+    expert: str | None = None
+    pipeline: Pipeline | None = None
+    lambda_: float = 1.0
+    rule: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    @property
+    def is_alias(self) -> bool:
+        """A head tied to its embedding, stored a second time: it must get the same values."""
+        return self.key != self.name
+
+    @property
+    def method(self) -> str:
+        """For people to read: the method's name, or what is kept."""
+        if self.pipeline is not None:
+            return self.pipeline.method
+        return "keep base" if self.expert is None else f"keep {self.expert}"
+
+    def coefficients(self) -> dict[str, Any]:
+        """Everything that decides this tensor's values, as plain data."""
+        return {
+            "name": self.name,
+            "action": self.action,
+            "expert": self.expert,
+            "dtype": self.dtype,
+            "stages": None if self.pipeline is None else self.pipeline.spec(),
+            "lambda": None if self.pipeline is None else self.lambda_,
+        }
+
+
+@dataclass(frozen=True)
+class ExpertPlan:
+    """One expert: its weight, its headers, and how its names answer to the base's."""
+
+    name: str
+    weight: float
+    checkpoint: Checkpoint
+    alignment: Alignment
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a blend will do. Experts are sorted by name: their order in the recipe has no influence."""
+
+    recipe: Recipe
+    base: Checkpoint
+    experts: tuple[ExpertPlan, ...]
+    tensors: tuple[TensorPlan, ...]
+    layers: Mapping[str, int]
+    notes: tuple[str, ...] = field(default=())
+
+    def expert(self, name: str) -> ExpertPlan:
+        """The expert of that name."""
+        return next(expert for expert in self.experts if expert.name == name)
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Output tags by name."""
+        return {tensor.name: tensor.dtype for tensor in self.tensors}
+
+    def table(self) -> tuple[list[str], list[list[str]], str]:
+        """Columns, rows and title: what happens to which part, a row for each group of tensors treated alike."""
+        columns = ["part", "class", "what", "lambda", "parameters", "tensors", "MB"]
+        rows = [
+            [g["part"], g["class"], g["method"], g["lambda"], g["parameters"], str(g["tensors"]), f"{g['bytes'] / 1e6:.1f}"]
+            for g in self._groups()
+        ]
+        return columns, rows, f"{self.recipe.name}: {len(self.tensors)} tensors, {len(self.experts)} experts"
+
+    def summary(self) -> str:
+        """The table as plain text, notes below."""
+        columns, rows, title = self.table()
+        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [columns, *rows]]
+        return "\n".join([title, *(line.rstrip() for line in lines), *(f"note: {note}" for note in self.notes)])
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data, one entry a tensor."""
+        return {
+            "recipe": self.recipe.name,
+            "experts": {expert.name: expert.weight for expert in self.experts},
+            "groups": self._groups(),
+            "notes": list(self.notes),
+            "tensors": [
+                {"part": tensor.part, "class": tensor.tensor_class, "rule": tensor.rule, **tensor.coefficients()}
+                for tensor in self.tensors
+            ],
+        }
+
+    def _groups(self) -> list[dict[str, Any]]:
+        groups: dict[tuple[str, ...], dict[str, Any]] = {}
+        for tensor in self.tensors:
+            part = tensor.part.partition("[")[0]
+            blended = tensor.pipeline is not None
+            parameters = ", ".join(f"{k}={v}" for k, v in (tensor.pipeline.parameters() if tensor.pipeline else {}).items())
+            row = {
+                "part": part,
+                "class": tensor.tensor_class,
+                "method": tensor.method,
+                "lambda": f"{tensor.lambda_:g}" if blended else "",
+                "parameters": parameters,
+            }
+            group = groups.setdefault(tuple(row.values()), {**row, "tensors": 0, "bytes": 0})
+            group["tensors"] += 1
+            group["bytes"] += tensor.info.nbytes
+        return list(groups.values())
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Find every mistake in a recipe's blend section that shows without its checkpoints.
+
+    Raises:
+        UsageError: everything found, one per line.
+    """
+    problems: list[str] = []
+    if recipe.blend is None:
+        return
+    setting = _collect(problems, lambda: blend_setting(recipe.blend))  # type: ignore[arg-type]
+    if setting is not None:
+        if recipe.experts:
+            problems += [f"blend: {objection}" for objection in setting.objections(_weights(recipe))]
+        _collect(problems, lambda: resolve_rules(recipe, setting, None))
+    _raise(problems)
+
+
+def plan_blend(recipe: Recipe) -> Plan:
+    """Resolve what happens to every tensor, from headers alone.
+
+    Raises:
+        UsageError: everything that is wrong with the recipe or its inputs, one per line.
+    """
+    if recipe.blend is None:
+        raise UsageError(f"the recipe '{recipe.name}' has no blend section.")
+    problems: list[str] = []
+    setting = _collect(problems, lambda: blend_setting(recipe.blend))  # type: ignore[arg-type]
+    if recipe.base is None:
+        problems.append("base: the recipe names none; add it, or give --base.")
+    if not recipe.experts:
+        problems.append("experts: the recipe names none; add one, or give --expert name=folder.")
+    elif setting is not None:
+        problems += [f"blend: {objection}" for objection in setting.objections(_weights(recipe))]
+    base = _collect(problems, lambda: _open(recipe, "base", recipe.base)) if recipe.base is not None else None
+    experts = [_open_expert(recipe, name, base, problems) for name in sorted(recipe.experts)]
+    tensors: tuple[TensorPlan, ...] = ()
+    layers: Mapping[str, int] = {}
+    if setting is not None:
+        parts = Parts(base) if base is not None else None
+        rules = _collect(problems, lambda: resolve_rules(recipe, setting, parts)) or ()
+        if base is not None and parts is not None:
+            found = [expert for expert in experts if expert is not None]
+            tensors, layers = _tensor_plans(recipe, base, found, setting, rules, parts, problems), parts.layers
+    _raise(problems)
+    assert base is not None
+    ready = tuple(expert for expert in experts if expert is not None)
+    return Plan(recipe, base, ready, tensors, layers, tuple(_notes(base, ready)))
+
+
+def _collect(problems: list[str], find: Any) -> Any:
+    """Call ``find``; keep what it complains about for later."""
+    try:
+        return find()
+    except UsageError as error:
+        problems += str(error).splitlines()
+        return None
+
+
+def _raise(problems: Iterable[str]) -> None:
+    lines = list(dict.fromkeys(problems))
+    if lines:
+        raise UsageError("\n".join(lines))
+
+
+def _weights(recipe: Recipe) -> dict[str, float]:
+    return {name: expert.weight for name, expert in recipe.experts.items()}
+
+
+def _open(recipe: Recipe, role: str, reference: str | None) -> Checkpoint:
+    try:
+        return Checkpoint.open(resolve(str(reference), recipe.folder))
+    except UsageError as error:
+        raise UsageError("\n".join(f"{role}: {line}" for line in str(error).splitlines())) from None
+
+
+def _open_expert(recipe: Recipe, name: str, base: Checkpoint | None, problems: list[str]) -> ExpertPlan | None:
+    label = f"experts.{name}"
+    checkpoint = _collect(problems, lambda: _open(recipe, f"{label}.model", recipe.experts[name].model))
+    if checkpoint is None or base is None:
+        return None
+    alignment = align(base, checkpoint, label)
+    _collect(problems, alignment.require_complete)
+    return ExpertPlan(name, recipe.experts[name].weight, checkpoint, alignment)
+
+
+def _tensor_plans(
+    recipe: Recipe,
+    base: Checkpoint,
+    experts: list[ExpertPlan],
+    setting: Setting,
+    rules: Iterable[Rule],
+    parts: Parts,
+    problems: list[str],
+) -> tuple[TensorPlan, ...]:
+    ordered = list(rules)
+    tied = tied_head(base)
+    classes = {name: tensor_class(name, info, base.config) for name, info in base.tensors.items()}
+    plans = []
+    matched: dict[int, set[TensorClass]] = {rule.index: set() for rule in ordered}
+    for name, info in base.tensors.items():
+        key = tied[1] if tied is not None and name == tied[0] else name
+        rule = next((rule for rule in ordered if rule.matches(key, classes[key])), None)
+        if rule is not None:
+            matched[rule.index].add(classes[name])
+        sources = {expert.name: expert.alignment.mapping[name] for expert in experts if name in expert.alignment.mapping}
+        plans.append(_tensor_plan(recipe, info, parts.of(key), classes[name], key, sources, setting, rule))
+    for rule in ordered:
+        problems += rule.unused(matched[rule.index])
+    quantised = [plan.name for plan in plans if plan.tensor_class == "quant" and plan.action == "blend"]
+    if quantised:
+        problems.append(
+            f"base: {len(quantised)} tensors are quantised ({', '.join(quantised[:3])}...): sums of packed codes mean "
+            "nothing. Give the unquantised checkpoint, or keep these tensors with a where rule."
+        )
+    return tuple(plans)
+
+
+def _tensor_plan(
+    recipe: Recipe,
+    info: TensorInfo,
+    part: str,
+    kind: TensorClass,
+    key: str,
+    sources: Mapping[str, str],
+    setting: Setting,
+    rule: Rule | None,
+) -> TensorPlan:
+    tag = _OUTPUT_TAGS.get(recipe.output.dtype)
+    dtype = tag if tag is not None and info.is_float and kind not in ("buffer", "quant") else info.dtype
+    common: dict[str, Any] = {
+        "info": info,
+        "part": part,
+        "tensor_class": kind,
+        "dtype": dtype,
+        "key": key,
+        "sources": sources,
+        "rule": None if rule is None else rule.index,
+    }
+    keep = None if rule is None else rule.keep
+    if keep is not None and keep != "base" and keep in sources:
+        return TensorPlan(action="expert", expert=keep, **common)
+    if keep is not None or kind == "buffer":
+        return TensorPlan(action="base", **common)
+    chosen = setting if rule is None or rule.setting is None else rule.setting
+    pipeline = chosen.pipelines.get(kind)
+    return TensorPlan(action="blend", pipeline=pipeline, lambda_=chosen.lambda_, **common)
+
+
+def _notes(base: Checkpoint, experts: Iterable[ExpertPlan]) -> Iterable[str]:
+    for expert in experts:
+        renamed = expert.alignment.renamed
+        if renamed:
+            first = next(iter(renamed.items()))
+            yield f"{expert.name}: {len(renamed)} tensors go by other names there ({first[1]} is {first[0]})."
+    for head in [tied_head(base)]:
+        if head is not None:
+            yield f"the base stores '{head[0]}' beside '{head[1]}', which its config ties to it; both get the same values."

@@ -1,0 +1,123 @@
+"""Every stage and method by name. Files in `ktmerge.merge.methods` are found by themselves; none of them loads torch."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from functools import cache
+from typing import Any, TypeVar
+
+from ktmerge.errors import UsageError, did_you_mean
+from ktmerge.merge.stage import Kind, Method, Parameters, Reach, Stage, _no_objection, _no_statistics
+
+Apply = TypeVar("Apply", bound=Callable[..., Any])
+Provider = Callable[[str], Method]
+
+_STAGES: dict[str, Stage] = {}
+_METHODS: dict[str, Method] = {}
+_PROVIDERS: dict[str, Provider] = {}
+
+
+def stage(
+    name: str,
+    kind: Kind,
+    parameters: type[Parameters] = Parameters,
+    *,
+    reach: Reach = "element",
+    statistics: Callable[[Any], Any] = _no_statistics,
+    objection: Callable[[Any, Any], str | None] = _no_objection,
+) -> Callable[[Apply], Apply]:
+    """Register the decorated function as a stage; see `Stage` for what it must be like."""
+
+    def register(apply: Apply) -> Apply:
+        add_stage(Stage(name, kind, parameters, apply, reach, statistics, objection))
+        return apply
+
+    return register
+
+
+def add_stage(new: Stage) -> Stage:
+    """Register a stage.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if new.name in _STAGES:
+        raise ValueError(f"two stages are called '{new.name}'")
+    _STAGES[new.name] = new
+    return new
+
+
+def method(new: Method) -> Method:
+    """Register a method.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if new.name in _METHODS:
+        raise ValueError(f"two methods are called '{new.name}'")
+    _METHODS[new.name] = new
+    return new
+
+
+def provider(prefix: str) -> Callable[[Provider], Provider]:
+    """Register the decorated function as the source of all methods called ``prefix:something``."""
+
+    def register(provide: Provider) -> Provider:
+        _PROVIDERS[prefix] = provide
+        return provide
+
+    return register
+
+
+def methods() -> dict[str, Method]:
+    """All methods by name, sorted."""
+    _discover()
+    return dict(sorted(_METHODS.items()))
+
+
+def stages() -> dict[str, Stage]:
+    """All stages by name, sorted."""
+    _discover()
+    return dict(sorted(_STAGES.items()))
+
+
+def find_method(name: str) -> Method:
+    """The method called ``name``.
+
+    Raises:
+        UsageError: there is none.
+    """
+    _discover()
+    if name in _METHODS:
+        return _METHODS[name]
+    prefix, colon, rest = name.partition(":")
+    if colon and prefix in _PROVIDERS:
+        return _PROVIDERS[prefix](rest)
+    known = [*_METHODS, *(f"{prefix}:<name>" for prefix in _PROVIDERS)]
+    raise UsageError(f"there is no method '{name}'.{did_you_mean(name, known)}")
+
+
+def find_stage(name: str, kind: Kind) -> Stage:
+    """The stage called ``name``, which must be of that kind.
+
+    Raises:
+        UsageError: there is none, or it is of another kind.
+    """
+    _discover()
+    found = _STAGES.get(name)
+    if found is None:
+        same = [stage.name for stage in _STAGES.values() if stage.kind == kind]
+        raise UsageError(f"there is no {kind} stage '{name}'.{did_you_mean(name, same)}")
+    if found.kind != kind:
+        raise UsageError(f"'{name}' is a {found.kind} stage; write it under {found.kind}, not {kind}.")
+    return found
+
+
+@cache
+def _discover() -> None:
+    from ktmerge.merge import methods as folder
+
+    for module in pkgutil.iter_modules(folder.__path__, folder.__name__ + "."):
+        importlib.import_module(module.name)

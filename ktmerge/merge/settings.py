@@ -1,0 +1,225 @@
+"""From what a recipe says about methods and parameters to pipelines of stages. Reads no checkpoint, loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast, get_args
+
+from pydantic import ValidationError
+
+from ktmerge.checkpoints import TensorClass
+from ktmerge.errors import UsageError, did_you_mean
+from ktmerge.merge.registry import find_method, find_stage
+from ktmerge.merge.stage import KINDS, Kind, Method, Parameters, Pipeline, Promises, Stage, Stages, StageUse
+from ktmerge.recipes.load import FIXED_BLEND_KEYS, FIXED_RULE_KEYS
+from ktmerge.recipes.schema import Blend, WhereRule
+
+FLOAT_CLASSES: tuple[TensorClass, ...] = ("matrix", "embed", "vector", "conv")
+_SPELLED_OUT = "stages"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to blend: a method with its parameters resolved for every tensor class, and lambda."""
+
+    method: Method
+    pipelines: Mapping[TensorClass, Pipeline]
+    lambda_: float
+
+    def objections(self, weights: Mapping[str, float]) -> list[str]:
+        """Why the method cannot take these experts."""
+        least, most = self.method.experts
+        count = len(weights)
+        if count < least or (most is not None and count > most):
+            wanted = str(least) if least == most else f"{least} or more" if most is None else f"{least} to {most}"
+            return [f"method '{self.method.name}' takes {wanted} expert{'s' if wanted != '1' else ''}, not {count}."]
+        found = []
+        for pipeline in self.pipelines.values():
+            for use in pipeline.uses:
+                objection = use.stage.objection(use.parameters, dict(sorted(weights.items())))
+                if objection:
+                    found.append(f"{objection}.")
+        return list(dict.fromkeys(found))
+
+
+def blend_setting(blend: Blend) -> Setting:
+    """What the blend section says for tensors that no rule changes.
+
+    Raises:
+        UsageError: everything that is wrong with it, one per line.
+    """
+    method = _method_of(blend)
+    pipelines = _pipelines(method, blend.parameters, "blend", FIXED_BLEND_KEYS)
+    return Setting(method, pipelines, method.lambda_ if blend.lambda_ is None else blend.lambda_)
+
+
+def rule_setting(rule: WhereRule, where: str, blend: Blend, outer: Setting) -> Setting:
+    """What a rule says for its tensors: the blend section's setting, changed where the rule says so.
+
+    A rule with another method starts from that method's defaults; an explicit ``blend.lambda`` holds there too.
+
+    Raises:
+        UsageError: everything that is wrong with it, one per line.
+    """
+    if rule.method is None:
+        method, inherited = outer.method, blend.parameters
+    else:
+        method, inherited = _at(f"{where}.method", lambda: find_method(str(rule.method))), {}
+    pipelines = _pipelines(method, {**inherited, **rule.parameters}, where, FIXED_RULE_KEYS)
+    lambda_ = next((one for one in (rule.lambda_, blend.lambda_) if one is not None), method.lambda_)
+    return Setting(method, pipelines, lambda_)
+
+
+def parameter_names(pipeline: Pipeline) -> set[str]:
+    """Names of all parameters of a pipeline's stages."""
+    return {name for use in pipeline.uses for name in type(use.parameters).model_fields}
+
+
+def _at(where: str, find: Any) -> Any:
+    """Call ``find`` and put ``where`` before each line of what it complains about."""
+    try:
+        return find()
+    except UsageError as error:
+        raise UsageError("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from None
+
+
+def _method_of(blend: Blend) -> Method:
+    if blend.method is not None:
+        name = blend.method
+        return cast(Method, _at("blend.method", lambda: find_method(name)))
+    return Method(
+        name=_SPELLED_OUT,
+        summary="stages spelled out in the recipe",
+        source="",
+        stages=_spelled_out(blend.stages or {}),
+        promises=Promises(neutral=None, identical="other"),
+    )
+
+
+def _spelled_out(document: Mapping[str, Any]) -> Stages:
+    """Read ``blend.stages``; applies to every tensor class alike."""
+    problems = [f"blend.stages: unknown key '{key}'.{did_you_mean(key, KINDS)}" for key in document if key not in KINDS]
+    found: dict[str, Any] = {}
+    for kind in KINDS:
+        if kind not in document:
+            continue
+        entries = document[kind] if isinstance(document[kind], list) else [document[kind]]
+        where = f"blend.stages.{kind}"
+        if kind == "combine" and len(entries) != 1:
+            problems.append(f"{where}: exactly one stage combines the deltas, not {len(entries)}.")
+            continue
+        try:
+            uses = tuple(_entry(entry, f"{where}[{i}]" if len(entries) > 1 else where) for i, entry in enumerate(entries))
+            found[kind] = uses[0] if kind == "combine" else uses
+        except UsageError as error:
+            problems.append(str(error))
+    if problems:
+        raise UsageError("\n".join(problems))
+    return Stages(**found)
+
+
+def _entry(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
+    """``trim``, ``{trim: {density: 0.2}}`` or ``{trim: null}``."""
+    if isinstance(entry, str):
+        return entry, {}
+    if isinstance(entry, Mapping) and len(entry) == 1:
+        name, parameters = next(iter(entry.items()))
+        if isinstance(name, str) and (parameters is None or isinstance(parameters, Mapping)):
+            return name, dict(parameters or {})
+    raise UsageError(f"{where}: write a stage's name, or its name and parameters, e.g. {{trim: {{density: 0.2}}}}.")
+
+
+def _pipelines(
+    method: Method, flat: Mapping[str, Any], where: str, fixed: Iterable[str]
+) -> dict[TensorClass, Pipeline]:
+    """The method's pipeline for each tensor class, parameters filled in from the flat keys beside ``method``."""
+    variants = [(_draft(method, stages, where), classes) for stages, classes in _variants(method)]
+    known = {name for draft, _ in variants for _, stage, _ in draft for name in stage.parameters.model_fields}
+    owner = "no stage here has a" if method.name == _SPELLED_OUT else f"method '{method.name}' has no"
+    problems = [
+        f"{where}: {owner} parameter '{key}'.{did_you_mean(key, known | set(fixed))}" for key in flat if key not in known
+    ]
+    if method.name == _SPELLED_OUT:
+        problems += _ambiguous(variants[0][0], flat, where)
+    built: dict[TensorClass, Pipeline] = {}
+    for draft, classes in variants:
+        uses: list[tuple[Kind, StageUse]] = []
+        for kind, stage, own in draft:
+            given = own | {key: value for key, value in flat.items() if key in stage.parameters.model_fields}
+            try:
+                uses.append((kind, StageUse(stage, _validated(stage, given, where))))
+            except UsageError as error:
+                problems += str(error).splitlines()
+        if len(uses) == len(draft):
+            built.update(dict.fromkeys(classes, _pipeline(method, uses)))
+    if problems:
+        raise UsageError("\n".join(dict.fromkeys(problems)))
+    return built
+
+
+def _ambiguous(draft: Sequence[tuple[Kind, Stage, Any]], flat: Mapping[str, Any], where: str) -> Iterator[str]:
+    for key in flat:
+        owners = [stage.name for _, stage, _ in draft if key in stage.parameters.model_fields]
+        if len(owners) > 1:
+            yield f"{where}.{key}: could be meant for {' or '.join(owners)}; write it inside stages."
+
+
+def _variants(method: Method) -> list[tuple[Stages, tuple[TensorClass, ...]]]:
+    """Which stages work on which tensor classes."""
+    proper = tuple(one for one in FLOAT_CLASSES if one not in method.otherwise)
+    return [(method.stages, proper), *((stages, (one,)) for one, stages in method.otherwise.items())]
+
+
+def _draft(method: Method, stages: Stages, where: str) -> list[tuple[Kind, Stage, dict[str, Any]]]:
+    """The stages in order, each with the parameters the preset or the recipe gives it."""
+    own = {stage.name: stage for stage in method.own}
+    spelled = method.name == _SPELLED_OUT
+    draft: list[tuple[Kind, Stage, dict[str, Any]]] = []
+    for kind in KINDS:
+        entries: Sequence[Any] = [stages.combine] if kind == "combine" else getattr(stages, kind)
+        for name, parameters in entries:
+            place = f"{where}.stages.{kind}" if spelled else where
+            stage = own.get(name) or _at(place, lambda name=name, kind=kind: find_stage(name, kind))
+            draft.append((kind, stage, dict(parameters)))
+    return draft
+
+
+def _pipeline(method: Method, uses: Sequence[tuple[Kind, StageUse]]) -> Pipeline:
+    return Pipeline(
+        method=method.name,
+        transforms=tuple(use for kind, use in uses if kind == "transform"),
+        combine=next(use for kind, use in uses if kind == "combine"),
+        after=tuple(use for kind, use in uses if kind not in ("transform", "combine")),
+    )
+
+
+def _validated(stage: Stage, given: Mapping[str, Any], where: str) -> Parameters:
+    try:
+        return stage.parameters.model_validate(given)
+    except ValidationError as error:
+        raise UsageError("\n".join(_sentence(stage, problem, where) for problem in error.errors())) from None
+
+
+def _sentence(stage: Stage, problem: Any, where: str) -> str:
+    name = str(problem["loc"][0]) if problem["loc"] else ""
+    fields = stage.parameters.model_fields
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: stage '{stage.name}' has no parameter '{name}'.{did_you_mean(name, fields)}"
+    if problem["type"] == "missing":
+        return f"{where}.{name}: '{stage.name}' needs it."
+    return f"{where}.{name}: must be {_allowed(fields[name])}, not {problem['input']!r}."
+
+
+def _allowed(field: Any) -> str:
+    """The values a field takes, in words: ``one of tensor, global``; ``a number of at least 0 and at most 1``."""
+    choices = get_args(field.annotation)
+    if choices and all(isinstance(choice, str) for choice in choices):
+        return f"one of {', '.join(choices)}"
+    kinds = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
+    words = kinds.get(field.annotation, getattr(field.annotation, "__name__", str(field.annotation)))
+    names = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    bounds = [f"{word} {getattr(mark, key):g}" for mark in field.metadata for key, word in names.items() if hasattr(mark, key)]
+    if bounds:
+        words += " of " + " and ".join(bounds) if bounds[0].startswith("at") else " " + " and ".join(bounds)
+    return words

@@ -1,0 +1,127 @@
+"""Where blended tensors go: files on disk, or the parameters of a loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from ktmerge.checkpoints import Checkpoint, TensorInfo, TensorReader, Writer, align
+from ktmerge.checkpoints.dtypes import tag_of
+from ktmerge.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Types that hold every value of the key type.
+_HOLDS = {"BF16": ("BF16", "F32", "F64"), "F16": ("F16", "F32", "F64"), "F32": ("F32", "F64")}
+
+
+class Sink(Protocol):
+    """Takes tensors piece by piece, under the base's names."""
+
+    def dtype(self, name: str, planned: str) -> str:
+        """The type to round to, given the one the plan asks for."""
+
+    def write(self, name: str, values: Tensor, start: int) -> None:
+        """Take elements from ``start`` on, flat, in that type."""
+
+    def copy(self, name: str, reader: TensorReader, source: str) -> None:
+        """Take a whole tensor as it is."""
+
+
+class FileSink:
+    """Writes at each tensor's known offset in the planned files."""
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+
+    def dtype(self, name: str, planned: str) -> str:
+        return planned
+
+    def write(self, name: str, values: Tensor, start: int) -> None:
+        self._writer.write(name, values, start)
+
+    def copy(self, name: str, reader: TensorReader, source: str) -> None:
+        start = 0
+        for block in reader.blocks(source):
+            self._writer.write_bytes(name, block, start)
+            start += len(block)
+
+
+class LiveSink:
+    """Writes into the parameters and buffers of a loaded model, tied ones once.
+
+    Args:
+        model: a ``torch.nn.Module`` of the base's architecture; its names are matched like an expert's.
+        base: the base's headers.
+
+    Raises:
+        UsageError: the model lacks a tensor of the base, or has it in another shape.
+    """
+
+    def __init__(self, model: Any, base: Checkpoint) -> None:
+        state: dict[str, Tensor] = dict(model.state_dict())
+        alignment = align(base, _as_checkpoint(state, base), "the model")
+        stored = set(alignment.mapping.values())
+        places = {tensor.data_ptr() for name, tensor in state.items() if name in stored}
+        loose = [name for name in alignment.extra if state[name].data_ptr() not in places]
+        if alignment.missing or alignment.mismatched or alignment.ambiguous or loose:
+            alignment.require_complete()
+        self._targets: Mapping[str, Tensor] = {name: state[found] for name, found in alignment.mapping.items()}
+
+    def dtype(self, name: str, planned: str) -> str:
+        target = self._targets.get(name)
+        if target is None:
+            return planned
+        own = tag_of(target.dtype)
+        return planned if own in _HOLDS.get(planned, (planned,)) else own
+
+    def write(self, name: str, values: Tensor, start: int) -> None:
+        target = self._targets.get(name)
+        if target is None:
+            return  # a buffer that the model computes itself
+        with torch.no_grad():
+            target.view(-1)[start : start + values.numel()].copy_(values)
+
+    def copy(self, name: str, reader: TensorReader, source: str) -> None:
+        self.write(name, reader.read(source), 0)
+
+
+def _as_checkpoint(state: Mapping[str, Tensor], base: Checkpoint) -> Checkpoint:
+    """The headers a checkpoint of this model would have."""
+    infos = {
+        name: TensorInfo(name, tag_of(tensor.dtype), tuple(tensor.shape), "", 0, tensor.numel() * tensor.element_size())
+        for name, tensor in state.items()
+    }
+    return Checkpoint(
+        root=base.root,
+        tensors=infos,
+        config=base.config,
+        weight_files=(),
+        index_file=None,
+        other_files=(),
+        left_behind=(),
+        metadata={},
+        stamps={},
+    )
+
+
+def require_device(device: str) -> torch.device:
+    """The device called ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"--device {device}: unknown; write auto, cpu or cuda.") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no CUDA device is available here; use cpu or auto.")
+    if found.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {device}: blends run on cpu or cuda.")
+    return found

@@ -1,0 +1,131 @@
+"""Pieces of one tensor in base and experts, as fp32 on the device. Knows the plan; knows nothing about methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+
+from ktmerge.checkpoints import TensorReader
+from ktmerge.errors import KtmergeError
+from ktmerge.merge.plan import Plan, TensorPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CHUNK = 1 << 21
+"""Elements of a piece: 8 MB in fp32."""
+HELD = 128 << 20
+"""Tensors of up to this many bytes, base and experts together, are read once and held while they are worked on."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Elements ``start .. start + len(base)`` of one tensor, flat; experts in the plan's order.
+
+    Attributes:
+        base: theta_0.
+        experts: theta_t.
+        deltas: tau_t = theta_t - theta_0.
+    """
+
+    start: int
+    base: Tensor
+    experts: tuple[Tensor, ...]
+    deltas: tuple[Tensor, ...]
+
+
+class Sources:
+    """Context manager that holds the open files of all inputs."""
+
+    def __init__(self, plan: Plan, device: torch.device, chunk: int = CHUNK) -> None:
+        self._device = device
+        self._chunk = chunk
+        self._stack = ExitStack()
+        self.base: TensorReader = plan.base.reader()
+        self.experts: dict[str, TensorReader] = {expert.name: expert.checkpoint.reader() for expert in plan.experts}
+        self._held: tuple[str, tuple[Tensor, ...]] | None = None
+
+    def __enter__(self) -> Sources:
+        for reader in (self.base, *self.experts.values()):
+            self._stack.enter_context(reader)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._held = None
+        self._stack.close()
+
+    def check_unchanged(self) -> None:
+        """Raise KtmergeError if an input file is not the one whose header was planned with."""
+        for reader in (self.base, *self.experts.values()):
+            reader.check_unchanged()
+
+    def chunks(self, tensor: TensorPlan, *, whole: bool = False) -> Iterator[Chunk]:
+        """The tensor piece by piece, or in one piece.
+
+        Raises:
+            KtmergeError: an input is not finite somewhere; tensor, model and count are named.
+        """
+        total = tensor.info.numel
+        step = max(total, 1) if whole else self._chunk
+        for start in range(0, total, step):
+            yield self._chunk_of(tensor, start, min(start + step, total))
+
+    def _chunk_of(self, tensor: TensorPlan, start: int, stop: int) -> Chunk:
+        native = [raw.to(self._device) for raw in self._native(tensor, start, stop)]
+        for name, raw in zip(["base", *tensor.sources], native, strict=True):
+            if not bool(torch.isfinite(raw).all()):
+                raise KtmergeError(self._not_finite(tensor, name))
+        # A difference of fp64 weights is taken in fp64: in fp32 small changes would vanish before they are seen.
+        wide = torch.float64 if any(raw.dtype == torch.float64 for raw in native) else torch.float32
+        base, *experts = (raw.to(wide) for raw in native)
+        deltas = tuple((expert - base).to(torch.float32) for expert in experts)
+        return Chunk(start, base, tuple(experts), deltas)
+
+    def _native(self, tensor: TensorPlan, start: int, stop: int) -> Sequence[Tensor]:
+        """The same elements of base and experts in their own types."""
+        if tensor.info.nbytes * (1 + len(tensor.sources)) > HELD:
+            return self._read(tensor, start, stop)
+        if self._held is None or self._held[0] != tensor.name:
+            self._held = (tensor.name, tuple(self._read(tensor, 0, tensor.info.numel)))
+        return [whole[start:stop] for whole in self._held[1]]
+
+    def _read(self, tensor: TensorPlan, start: int, stop: int) -> list[Tensor]:
+        found = [self.base.read(tensor.name, start, stop)]
+        return found + [self.experts[name].read(source, start, stop) for name, source in tensor.sources.items()]
+
+    def _not_finite(self, tensor: TensorPlan, name: str) -> str:
+        base = name == "base"
+        reader, source = (self.base, tensor.name) if base else (self.experts[name], tensor.sources[name])
+        count = 0
+        for start in range(0, tensor.info.numel, self._chunk):
+            piece = reader.read(source, start, min(start + self._chunk, tensor.info.numel))
+            count += int((~torch.isfinite(piece)).sum())
+        owner = "the base" if base else f"expert '{name}'"
+        return f"{owner}: tensor '{source}' has {count} values that are NaN or infinite; blending would spread them."
+
+
+def equal_bytes(first: TensorReader, name: str, second: TensorReader, other: str) -> bool:
+    """Whether two tensors of the same type and shape are equal byte by byte."""
+    pairs = zip(first.blocks(name), second.blocks(other), strict=True)
+    return all(a == b for a, b in pairs)
+
+
+def changed_buffers(plan: Plan, sources: Sources) -> Mapping[str, list[str]]:
+    """Buffers, always the base's, that an expert has otherwise: names by expert."""
+    found: dict[str, list[str]] = {}
+    for tensor in plan.tensors:
+        if tensor.tensor_class != "buffer" or tensor.action != "base":
+            continue
+        for expert, source in tensor.sources.items():
+            info = plan.expert(expert).checkpoint.tensors[source]
+            same_kind = (info.dtype, info.shape) == (tensor.info.dtype, tensor.info.shape)
+            if not same_kind or not equal_bytes(sources.base, tensor.name, sources.experts[expert], source):
+                found.setdefault(expert, []).append(tensor.name)
+    return found

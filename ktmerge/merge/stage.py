@@ -1,0 +1,251 @@
+"""The contract of a stage: one step from expert deltas to a merged delta, and what it declares about itself.
+
+Knows types and declarations only; importing it loads no torch. Stages live in `ktmerge.merge.methods`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+
+from pydantic import BaseModel, ConfigDict
+
+from ktmerge.checkpoints import TensorClass
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ktmerge.merge.kernels import Kernels
+
+Kind = Literal["transform", "combine", "calibrate", "guard", "scale"]
+Reach = Literal["element", "tensor"]
+Scope = Literal["tensor", "global"]
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""In the order in which a tensor goes through them."""
+
+
+class Parameters(BaseModel):
+    """Parameters of a stage: typed, with ranges, defaults and descriptions. Nothing is coerced, nothing is extra."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage may know about the piece of a tensor it works on.
+
+    Attributes:
+        tensor: the base's name of the tensor; part of every random key.
+        part: e.g. ``llm.layers[3]``.
+        layers: number of layers of each stack, e.g. ``{"llm": 30}``.
+        tensor_class: matrix, embed, vector or conv.
+        shape: of the whole tensor.
+        start: index of the piece's first element in the flattened tensor.
+        seed: the recipe's.
+        experts: names, sorted: the order of all deltas, so that sums do not depend on the recipe's order.
+        weights: of the experts, in that order, as the recipe says.
+        expert: whose delta is being transformed; empty after combining.
+        base: theta_0 of this piece, fp32.
+        statistics: what the stage's own `Statistic` declarations found, by name.
+        kernels: the arithmetic that has a fast form on some device.
+    """
+
+    tensor: str
+    part: str
+    layers: Mapping[str, int]
+    tensor_class: TensorClass
+    shape: tuple[int, ...]
+    start: int
+    seed: int
+    experts: tuple[str, ...]
+    weights: tuple[float, ...]
+    base: Tensor
+    kernels: Kernels
+    expert: str = ""
+    statistics: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Over what a statistic is taken: ``elements`` in all, of one expert's deltas (transforms) or of the merged delta."""
+
+    elements: int
+
+
+class Observer(Protocol):
+    """Gathers one statistic in as many passes over the data as it takes.
+
+    The result must depend neither on the order nor on the sizes of the pieces it is shown.
+    """
+
+    @property
+    def done(self) -> bool:
+        """Whether no (further) pass is needed."""
+
+    def observe(self, values: Any, context: Context) -> None:
+        """Take in one piece: what the stage itself would be given (a delta, all deltas, or the merged delta)."""
+
+    def end_pass(self) -> None:
+        """All pieces have been shown once."""
+
+    def result(self) -> Any:
+        """What the stage finds in ``context.statistics``; valid once done."""
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A number (or a few) that a stage needs to know before it can work on any element."""
+
+    name: str
+    scope: Scope
+    observer: Callable[[Domain], Observer]
+
+
+def _no_statistics(parameters: Any) -> Sequence[Statistic]:
+    return ()
+
+
+def _no_objection(parameters: Any, weights: Mapping[str, float]) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One registered stage.
+
+    ``apply`` is a pure function on fp32 tensors, by kind:
+
+    * transform: ``(delta, parameters, context) -> delta``
+    * combine: ``(deltas, parameters, context) -> merged``, ``deltas`` a list in the order of ``context.experts``
+    * calibrate, guard: ``(merged, deltas, parameters, context) -> merged``, ``deltas`` as they came from the experts
+    * scale: ``(merged, parameters, context) -> merged``
+
+    With reach ``element`` the tensors are flat pieces of any size and position; with reach ``tensor`` they are whole
+    and shaped. Inputs are never changed in place.
+
+    Attributes:
+        statistics: what has to be known first, given the parameters.
+        objection: why these parameters cannot go with these experts and weights, if they cannot; asked while planning.
+    """
+
+    name: str
+    kind: Kind
+    parameters: type[Parameters]
+    apply: Callable[..., Tensor]
+    reach: Reach = "element"
+    statistics: Callable[[Any], Sequence[Statistic]] = _no_statistics
+    objection: Callable[[Any, Mapping[str, float]], str | None] = _no_objection
+
+    @property
+    def summary(self) -> str:
+        """First line of the function's docstring."""
+        return (self.apply.__doc__ or "").strip().splitlines()[0]
+
+
+@dataclass(frozen=True)
+class StageUse:
+    """A stage with the parameters it is used with."""
+
+    stage: Stage
+    parameters: Parameters
+
+    def statistics(self) -> Sequence[Statistic]:
+        """What has to be known before this use."""
+        return self.stage.statistics(self.parameters)
+
+    def spec(self) -> dict[str, Any]:
+        """``{name: parameters}``, as a recipe would spell it."""
+        return {self.stage.name: self.parameters.model_dump(mode="json")}
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The stages one tensor goes through: transforms of each delta, one combine, then what works on the merged delta.
+
+    The scale by lambda follows last and is not part of it.
+    """
+
+    method: str
+    transforms: tuple[StageUse, ...]
+    combine: StageUse
+    after: tuple[StageUse, ...] = ()
+
+    @property
+    def uses(self) -> tuple[StageUse, ...]:
+        """All stages in order; the index into them is a stage's position."""
+        return (*self.transforms, self.combine, *self.after)
+
+    @property
+    def reach(self) -> Reach:
+        """``tensor`` if any stage has to see tensors whole."""
+        return "tensor" if any(use.stage.reach == "tensor" for use in self.uses) else "element"
+
+    def spec(self) -> list[dict[str, Any]]:
+        """Every stage and parameter as plain data."""
+        return [use.spec() for use in self.uses]
+
+    def parameters(self) -> dict[str, Any]:
+        """All parameters by name, of all stages together; for people to read."""
+        return {key: value for use in self.uses for key, value in use.parameters.model_dump(mode="json").items()}
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Stages by name with the parameters that differ from their defaults: what a preset or a recipe writes down."""
+
+    combine: tuple[str, Mapping[str, Any]] = ("mean", {})
+    transform: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    calibrate: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    guard: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+    scale: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+
+
+@dataclass(frozen=True)
+class Promises:
+    """What a method claims about itself; the property tests hold every registered method to it.
+
+    Attributes:
+        neutral: parameters under which one expert, lambda 1, comes back bit for bit; None if there are none.
+        identical: what several equal experts give: the one (``mean``), as many times it (``sum``), or ``other``.
+        scale: deltas times c give the merged delta times c.
+        sign: negated deltas give the negated merged delta.
+        experts: the order of the experts changes nothing.
+        elements: shuffled elements give the shuffled merged delta; not so for random choices, which go by position.
+        unbiased: the merged delta's mean over seeds is that of ``neutral``.
+    """
+
+    neutral: Mapping[str, Any] | None = field(default_factory=dict)
+    identical: Literal["mean", "sum", "other"] = "mean"
+    scale: bool = True
+    sign: bool = True
+    experts: bool = True
+    elements: bool = True
+    unbiased: bool = False
+
+
+@dataclass(frozen=True)
+class Method:
+    """A point in the grid of stages, under the name people know it by.
+
+    Attributes:
+        summary: one line: when to use it.
+        source: paper, arXiv id.
+        lambda_: default scale of the merged delta.
+        experts: least and most number of experts; None for no limit.
+        otherwise: stages for tensor classes that the method proper does not suit.
+        semantics: raised whenever the same recipe would give other bytes.
+        own: stages that exist only inside this method, not in the registry.
+    """
+
+    name: str
+    summary: str
+    source: str
+    stages: Stages
+    lambda_: float = 1.0
+    experts: tuple[int, int | None] = (1, None)
+    otherwise: Mapping[TensorClass, Stages] = field(default_factory=dict)
+    promises: Promises = Promises()
+    semantics: int = 1
+    own: tuple[Stage, ...] = ()
