@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ktmerge.errors import UsageError, did_you_mean
 
@@ -21,10 +25,14 @@ def resolve(reference: str, folder: Path) -> Path:
     Raises:
         UsageError: it is neither, or the hub doesn't give it (offline, unknown, gated).
     """
-    path = Path(folder) / Path(reference).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
+    try:
+        path = Path(folder) / Path(reference).expanduser()
+        if path.is_dir():
+            return path
+        taken = path.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, a folder not to be entered, an unknown ~user
+        raise UsageError(f"{reference}: cannot be looked up: {error}.") from None
+    if taken:
         raise UsageError(f"{reference}: is a file; give the folder of the checkpoint.")
     match = _HUB_ID.match(reference)
     if match is None:
@@ -48,9 +56,27 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
+        with _quiet_unless_watched():
+            found = snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
     except Exception as error:
         raise UsageError(f"{name}: no such folder here, and the model {_reason(error, revision)}") from error
+    return Path(found)
+
+
+@contextmanager
+def _quiet_unless_watched() -> Iterator[None]:
+    """Without the hub's progress bars where nobody sees them move."""
+    import huggingface_hub.utils
+
+    bars: Any = huggingface_hub.utils
+    hide = not sys.stderr.isatty() and not bars.are_progress_bars_disabled()
+    if hide:
+        bars.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hide:
+            bars.enable_progress_bars()
 
 
 def _reason(error: Exception, revision: str | None) -> str:
@@ -62,6 +88,8 @@ def _reason(error: Exception, revision: str | None) -> str:
         return f"has no revision '{revision}' on the hub."
     if isinstance(error, errors.RepositoryNotFoundError):
         return "is not on the hub, or is private; check the name, or log in with `hf auth login`."
+    if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
+        return f"is refused by the hub (HTTP {error.response.status_code}); log in with `hf auth login`."
     if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
         return "is not in the local cache, and the hub cannot be reached."
     if isinstance(error, OSError) and error.strerror:
