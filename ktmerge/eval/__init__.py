@@ -1,0 +1,51 @@
+"""checkpoint + suite -> scores, comparison, report. The base is always scored in the same run with the same code."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ktmerge.eval.comparison import merge_results
+    from ktmerge.eval.evaluation import evaluate
+    from ktmerge.eval.page import report
+    from ktmerge.eval.results import Generation, PathPoint, Results, TaskScore
+    from ktmerge.eval.samples import generations
+    from ktmerge.eval.scorer import score_model
+    from ktmerge.eval.sets import encode_sets, read_sets
+
+__all__ = [
+    "Generation",
+    "PathPoint",
+    "Results",
+    "TaskScore",
+    "encode_sets",
+    "evaluate",
+    "generations",
+    "merge_results",
+    "read_sets",
+    "report",
+    "score_model",
+]
+
+_HOME = {
+    "Generation": "results",
+    "PathPoint": "results",
+    "Results": "results",
+    "TaskScore": "results",
+    "encode_sets": "sets",
+    "evaluate": "evaluation",
+    "generations": "samples",
+    "merge_results": "comparison",
+    "read_sets": "sets",
+    "report": "page",
+    "score_model": "scorer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name's module on first use: reading a score file needs no torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'ktmerge.eval' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(f"ktmerge.eval.{_HOME[name]}"), name)

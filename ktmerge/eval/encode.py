@@ -1,0 +1,204 @@
+"""Items to tokens: which token ids are given and which are scored. Knows tokenizers, no models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
+
+from ktmerge.errors import UsageError
+from ktmerge.eval.items import ChoiceItem, GenerateItem, Item, TextItem
+from ktmerge.recipes.suites import ChoiceTask, GenerateTask, TextTask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Request:
+    """Score ``continuation`` given ``context``; token ids, neither empty."""
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The token side of a task.
+
+    Attributes:
+        rows: row number of each scored item.
+        requests: of choice and text tasks; those of item i are ``requests[offsets[i]:offsets[i + 1]]``.
+        offsets: len(items) + 1 positions in ``requests``.
+        bytes: of a text task: UTF-8 bytes that each request's continuation stands for.
+        prompts: of a generate task: token ids of each prompt.
+        truncated: items whose context was cut from the left to fit the model.
+        skipped: rows of a text task too short to have a scored token.
+    """
+
+    rows: list[int]
+    requests: list[Request] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    bytes: list[int] = field(default_factory=list)
+    prompts: list[list[int]] = field(default_factory=list)
+    truncated: int = 0
+    skipped: int = 0
+
+
+class Encoder:
+    """Encodes tasks with one tokenizer for models of one context length."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
+        self._tokenizer = tokenizer
+        self._max_length = max_length or 2**31
+        self._prefix = _prefix(tokenizer)
+
+    def task(self, task: ChoiceTask | GenerateTask | TextTask, items: Sequence[Item]) -> Encoded:
+        """Encode the items of ``task``.
+
+        Raises:
+            UsageError: no chat template where one is needed, or something is too long for the model.
+        """
+        if isinstance(task, TextTask):
+            return self._texts(task, [item for item in items if isinstance(item, TextItem)])
+        if task.chat and not self._tokenizer.chat_template:
+            raise UsageError(f"task '{task.name}': chat is set, but the base's tokenizer has no chat template.")
+        if isinstance(task, ChoiceTask):
+            return self._choices(task, [item for item in items if isinstance(item, ChoiceItem)])
+        return self._prompts(task, [item for item in items if isinstance(item, GenerateItem)])
+
+    def prompt(self, prompt: str, chat: bool) -> str:
+        """The text the model sees: the prompt, or with ``chat`` a user turn of it and the start of an answer."""
+        if not chat:
+            return prompt
+        turns = [{"role": "user", "content": prompt}]
+        return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids, with what the tokenizer itself puts in front of a text (BOS) unless the text starts with it."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        return ids if ids[: len(self._prefix)] == self._prefix else self._prefix + ids
+
+    def pair(self, context: str, continuation: str) -> Request:
+        """Split the joint encoding of both texts where the context's own encoding ends.
+
+        Spaces at the end of the context belong to the continuation, whose first token usually starts with one. The same
+        tokens as lm_eval's.
+        """
+        cut = len(context.rstrip())
+        context, continuation = context[:cut], context[cut:] + continuation
+        given = self.ids(context)
+        scored = self.ids(context + continuation)[len(given) :]
+        if not scored:  # the continuation melted into the context's last token
+            scored = self._tokenizer.encode(continuation, add_special_tokens=False, verbose=False)
+        if not given:
+            given = [self._start_token()]
+            given, scored = (given, scored) if scored[0] != given[0] else (scored[:1], scored[1:])
+        return Request(tuple(given), tuple(scored))
+
+    def _choices(self, task: ChoiceTask, items: list[ChoiceItem]) -> Encoded:
+        requests: list[Request] = []
+        offsets = [0]
+        truncated = 0
+        for item in items:
+            context = self.prompt(item.prompt, task.chat)
+            pairs = [self.pair(context, continuation) for continuation in item.continuations()]
+            longest = max(len(pair.context) + len(pair.continuation) for pair in pairs)
+            if longest - 1 > self._max_length:  # the last token is predicted, not read
+                pairs = [self._cut(task, item, pair) for pair in pairs]
+                truncated += 1
+            requests += pairs
+            offsets.append(len(requests))
+        return Encoded([item.row for item in items], requests, offsets, truncated=truncated)
+
+    def _cut(self, task: ChoiceTask, item: ChoiceItem, pair: Request) -> Request:
+        room = self._max_length + 1 - len(pair.continuation)
+        if room < 1:
+            raise UsageError(
+                f"task '{task.name}': a choice of row {item.row + 1} is {len(pair.continuation)} tokens long, "
+                f"the model reads {self._max_length}."
+            )
+        return Request(pair.context[-room:], pair.continuation)
+
+    def _prompts(self, task: GenerateTask, items: list[GenerateItem]) -> Encoded:
+        room = self._max_length - task.max_new_tokens
+        if room < 1:
+            raise UsageError(
+                f"task '{task.name}': max_new_tokens is {task.max_new_tokens}, the model's whole context is "
+                f"{self._max_length} tokens."
+            )
+        prompts = [self.ids(self.prompt(item.prompt, task.chat)) or [self._start_token()] for item in items]
+        truncated = sum(len(prompt) > room for prompt in prompts)
+        return Encoded([i.row for i in items], prompts=[prompt[-room:] for prompt in prompts], truncated=truncated)
+
+    def _texts(self, task: TextTask, items: list[TextItem]) -> Encoded:
+        if task.chunk_tokens > self._max_length:
+            raise UsageError(
+                f"task '{task.name}': chunk_tokens is {task.chunk_tokens}, the model reads {self._max_length} tokens."
+            )
+        rows: list[int] = []
+        requests: list[Request] = []
+        sizes: list[int] = []
+        skipped = 0
+        for item in items:
+            ids, ends = self._with_ends(item.text)
+            skipped += len(ids) < 2
+            for start, stop in even_chunks(len(ids), task.chunk_tokens - len(self._prefix)):
+                rows.append(item.row)
+                requests.append(Request((*self._prefix, ids[start]), tuple(ids[start + 1 : stop])))
+                sizes.append(ends[stop - 1] - ends[start])
+        if not requests:
+            raise UsageError(f"task '{task.name}': no row has a text of at least two tokens.")
+        return Encoded(rows, requests, list(range(len(requests) + 1)), sizes, skipped=skipped)
+
+    def _with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """Token ids of ``text`` and, for each, the bytes of text up to its end: every byte belongs to one token."""
+        if not self._tokenizer.is_fast:
+            ids = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+            return ids, list(accumulate(len(str(self._tokenizer.decode([token])).encode()) for token in ids))
+        encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        before = list(accumulate((len(character.encode("utf-8", "surrogatepass")) for character in text), initial=0))
+        return encoding["input_ids"], [before[end] for _, end in encoding["offset_mapping"]]
+
+    def _start_token(self) -> int:
+        """What stands before a text that has nothing before it: BOS, else EOS."""
+        for token in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        raise UsageError("an empty prompt needs a tokenizer with a BOS or EOS token; this one has neither.")
+
+
+def even_chunks(tokens: int, size: int) -> list[tuple[int, int]]:
+    """Cut ``tokens`` tokens into the fewest chunks of at most ``size``, lengths differing by at most one.
+
+    Even, because a short rest at the end would have its own, noisier accuracy. A chunk of one has nothing to score.
+    """
+    count = -(-tokens // size)
+    bounds = [tokens * i // count for i in range(count + 1)] if count else []
+    return [(start, stop) for start, stop in pairwise(bounds) if stop - start > 1]
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """sha256 of what decides how a text is encoded: vocabulary, rules, special tokens, chat template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules: Any = {key: value for key, value in json.loads(backend.to_str()).items() if key not in _STATE}
+    else:
+        rules = sorted(tokenizer.get_vocab().items())
+    special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
+    text = json.dumps([rules, special, tokenizer.chat_template], sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+_STATE = ("padding", "truncation")  # of the last call, not of the tokenizer
+
+
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The special tokens a tokenizer puts in front of a text. One that it puts behind would end it, and is left out."""
+    bare = tokenizer.encode("a", add_special_tokens=False)
+    full = tokenizer.encode("a", add_special_tokens=True)
+    starts = [i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare]
+    return full[: starts[0]] if starts else []

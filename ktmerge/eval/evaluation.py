@@ -1,0 +1,229 @@
+"""The run: every model of a comparison on every set, one model in memory at a time, the base first."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ktmerge import __version__
+from ktmerge.checkpoints import Checkpoint
+from ktmerge.errors import UsageError, did_you_mean
+from ktmerge.eval.encode import Encoded, fingerprint
+from ktmerge.eval.items import TextItem
+from ktmerge.eval.loading import (
+    choose_device,
+    choose_dtype,
+    context_length,
+    load_model,
+    load_tokenizer,
+    tokenizer_files_digest,
+)
+from ktmerge.eval.results import ModelInfo, Results, TaskInfo, TaskScore
+from ktmerge.eval.sets import TaskSet, encode_sets, read_sets, suite_digest
+from ktmerge.progress import SILENT, Progress
+from ktmerge.recipes.suites import Suite
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def evaluate(
+    models: Mapping[str, Path],
+    suite: Suite,
+    *,
+    base: str = "base",
+    batch_size: int = 16,
+    bootstrap: int = 2000,
+    seed: int = 0,
+    device: str = "auto",
+    reference: str | None = None,
+    progress: Progress = SILENT,
+) -> Results:
+    """Score every model on every set of ``suite``.
+
+    Data, templates, checkpoints' headers and tokenizers are all checked before the first model is loaded.
+
+    Args:
+        models: names and checkpoint folders; all are compared with the one called ``base``, which is scored first.
+        suite: the sets.
+        base: name of the untuned model.
+        batch_size: most sequences in a forward pass; scores do not depend on it.
+        bootstrap: resamples behind each interval.
+        seed: of the resamples.
+        device: auto, cpu or cuda.
+        reference: name of the model whose gain counts as the whole of the gain share, usually the full fine-tune.
+        progress: where to report to.
+
+    Raises:
+        UsageError: something is wrong with suite, data or checkpoints.
+        KtmergeError: scoring failed: broken weights, out of memory.
+    """
+    for role, name in (("base", base), ("reference", reference)):
+        if name is not None and name not in models:
+            raise UsageError(f"the {role} '{name}' is not among the models.{did_you_mean(name, models)}")
+    target = choose_device(device)
+    sets = read_sets(suite)
+    ordered = {base: Path(models[base]), **{name: Path(path) for name, path in models.items()}}
+    checkpoints = {name: Checkpoint.open(path) for name, path in ordered.items()}
+    encodings = _Encodings(sets, checkpoints, base)
+    scores: dict[str, dict[str, TaskScore]] = {}
+    infos: dict[str, ModelInfo] = {}
+    for name, checkpoint in checkpoints.items():
+        digest = checkpoint.content_digest(progress)
+        scores[name], infos[name] = _score_checkpoint(
+            name, checkpoint, sets, encodings.of[name], target, batch_size, digest, progress
+        )
+    for warning in encodings.warnings:
+        progress.note(f"warning: {warning}")
+    tasks = [_task_info(one, encodings.of[base].tasks[one.task.name]) for one in sets]
+    return Results(
+        suite=suite.name,
+        suite_digest=suite_digest([task.digest for task in tasks]),
+        tasks=tasks,
+        models=infos,
+        scores=scores,
+        base=base,
+        reference=reference,
+        bootstrap=bootstrap,
+        seed=seed,
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        versions=versions(),
+        warnings=encodings.warnings,
+    )
+
+
+def versions() -> dict[str, str]:
+    """What could change a score: ktmerge, the libraries, Python."""
+    libraries = ("torch", "transformers", "tokenizers", "numpy")
+    found = {name: version(name) for name in libraries}
+    return {"ktmerge": __version__, **found, "python": platform.python_version()}
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """The sets in one tokenizer's tokens."""
+
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+    tasks: dict[str, Encoded]
+
+
+class _Encodings:
+    """The encoding of each model; made once for all models with the same tokenizer."""
+
+    def __init__(self, sets: Sequence[TaskSet], checkpoints: Mapping[str, Checkpoint], base: str) -> None:
+        lengths = [context_length(checkpoint.config) for checkpoint in checkpoints.values()]
+        max_length = min((length for length in lengths if length is not None), default=None)
+        self.warnings: list[str] = []
+        self.of: dict[str, _Encoding] = {}
+        by_files: dict[str, _Encoding] = {}
+        by_rules: dict[str, _Encoding] = {}
+        for name, checkpoint in checkpoints.items():
+            files = tokenizer_files_digest(checkpoint.root)
+            if files not in by_files:
+                tokenizer = load_tokenizer(checkpoint.root)
+                rules = fingerprint(tokenizer)
+                if rules not in by_rules:
+                    by_rules[rules] = _Encoding(tokenizer, rules, encode_sets(sets, tokenizer, max_length))
+                by_files[files] = by_rules[rules]
+            self.of[name] = by_files[files]
+        self._warn(sets, base)
+
+    def _warn(self, sets: Sequence[TaskSet], base: str) -> None:
+        own = self.of[base]
+        for name, encoding in self.of.items():
+            if encoding.fingerprint != own.fingerprint:
+                self.warnings.append(
+                    f"'{name}' has another tokenizer or chat template than '{base}' and is scored with its own: "
+                    "prompts may differ, and next-token accuracy does not compare (perplexity per byte does)."
+                )
+        for one in sets:
+            encoded = own.tasks[one.task.name]
+            if encoded.truncated:
+                self.warnings.append(f"task '{one.task.name}': {encoded.truncated} prompts were cut to fit the model.")
+            if encoded.skipped:
+                self.warnings.append(f"task '{one.task.name}': {encoded.skipped} rows are too short to score.")
+        self._refuse_uneven(sets, base)
+
+    def _refuse_uneven(self, sets: Sequence[TaskSet], base: str) -> None:
+        """Items pair up only if every tokenizer cuts a text into as many chunks."""
+        for one in sets:
+            wanted = self.of[base].tasks[one.task.name].rows
+            for name, encoding in self.of.items():
+                if encoding.tasks[one.task.name].rows != wanted:
+                    raise UsageError(
+                        f"task '{one.task.name}': '{name}' has another tokenizer than '{base}' and cuts the texts into "
+                        "other chunks, so the two cannot be compared item by item; give it the base's tokenizer."
+                    )
+
+
+def _score_checkpoint(
+    name: str,
+    checkpoint: Checkpoint,
+    sets: Sequence[TaskSet],
+    encoding: _Encoding,
+    device: Any,
+    batch_size: int,
+    digest: str,
+    progress: Progress,
+) -> tuple[dict[str, TaskScore], ModelInfo]:
+    from ktmerge.eval.scorer import score_model
+
+    dtype = choose_dtype(device)
+    started = time.monotonic()
+    model = load_model(checkpoint.root, device, dtype)
+    try:
+        scores = score_model(
+            model,
+            encoding.tokenizer,
+            sets,
+            batch_size=batch_size,
+            encoded=encoding.tasks,
+            progress=progress,
+            label=name,
+        )
+    finally:
+        del model
+        free_memory(device)
+    info = ModelInfo(
+        path=str(checkpoint.root),
+        digest=digest,
+        tokenizer=encoding.fingerprint,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        seconds=round(time.monotonic() - started, 2),
+    )
+    return scores, info
+
+
+def free_memory(device: Any) -> None:
+    """Give back what a model held."""
+    gc.collect()
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+def _task_info(one: TaskSet, encoded: Encoded) -> TaskInfo:
+    items = [item for item in one.items if not isinstance(item, TextItem)]
+    return TaskInfo(
+        name=one.task.name,
+        side=one.side,
+        kind=one.task.kind,
+        metric=one.task.metric,
+        digest=one.digest,
+        data_digest=one.data_digest,
+        rows=encoded.rows,
+        prompts=[item.prompt for item in items],
+        references=[item.answer for item in items],
+        truncated=encoded.truncated,
+        skipped=encoded.skipped,
+    )

@@ -1,0 +1,133 @@
+"""Greedy answers of a loaded model, in padded batches. Whatever the checkpoint says of sampling does not count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from ktmerge.errors import KtmergeError
+from ktmerge.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+    batch_size: int = 16,
+    progress: Progress = SILENT,
+    label: str = "generate",
+) -> list[str]:
+    """Continue each prompt (token ids) greedily; return the texts up to end of text or the first stop string.
+
+    Raises:
+        KtmergeError: the device's memory doesn't suffice.
+    """
+    stops = [text for text in stop if text]
+    answers = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), tuple(prompts[i])))
+    ends = end_tokens(model, tokenizer)
+    with progress.task(label, len(prompts), "items") as step, torch.inference_mode(), _plain_greedy(model):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            new = _continue(model, tokenizer, [prompts[i] for i in chosen], ends, max_new_tokens, stops)
+            for i, tokens in zip(chosen, new, strict=True):
+                answers[i] = cut_at(_decode(tokenizer, _before(tokens, ends)), stops)
+            step.advance(len(chosen))
+    return answers
+
+
+def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token id that ends a text, as the tokenizer, the config and the generation config know it."""
+    found: set[int] = set()
+    configs = (getattr(model, "generation_config", None), model.config.get_text_config(), tokenizer)
+    for config in configs:
+        value = getattr(config, "eos_token_id", None)
+        found |= set(value if isinstance(value, list) else [value]) - {None}
+    return sorted(found)
+
+
+def cut_at(text: str, stops: Sequence[str]) -> str:
+    """``text`` up to the first of ``stops`` in it."""
+    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
+
+
+def _continue(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Sequence[int]],
+    ends: list[int],
+    max_new_tokens: int,
+    stops: Sequence[str],
+) -> list[list[int]]:
+    """New token ids of each prompt; prompts are padded on the left, so that all answers start in one column."""
+    longest = max(map(len, prompts))
+    pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
+    ids = torch.full((len(prompts), longest), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    config = _config(
+        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad
+    )
+    try:
+        output = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([_Stop(tokenizer, stops, longest)] if stops else []),
+        )
+    except torch.OutOfMemoryError as error:
+        raise KtmergeError(f"out of memory on {model.device}; choose a smaller batch size.") from error
+    new: list[list[int]] = output[:, longest:].tolist()
+    return new
+
+
+class _Stop(StoppingCriteria):
+    """Says which rows have a stop string in what they have generated so far."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], prompt: int) -> None:
+        self._tokenizer, self._stops, self._prompt = tokenizer, stops, prompt
+        # A token stands for at least one byte; one more because some tokenizers drop the first one's space.
+        self._window = max(len(stop.encode()) for stop in stops) + 1
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        tail = input_ids[:, max(self._prompt, input_ids.shape[1] - self._window) :]
+        texts = [_decode(self._tokenizer, row) for row in tail.tolist()]
+        done = [any(stop in text for stop in self._stops) for text in texts]
+        return torch.tensor(done, device=input_ids.device)
+
+
+def _config(**settings: Any) -> GenerationConfig:
+    return GenerationConfig(**settings)  # type: ignore[no-untyped-call]
+
+
+def _before(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    """The tokens before the first that ends a text."""
+    first = min((tokens.index(end) for end in ends if end in tokens), default=len(tokens))
+    return tokens[:first]
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+@contextmanager
+def _plain_greedy(model: Any) -> Iterator[None]:
+    """Take the checkpoint's generation config away: transformers fills every value we leave open from it."""
+    own = model.generation_config
+    model.generation_config = _config()
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -1,0 +1,143 @@
+"""From a checkpoint folder to a model and a tokenizer in memory, quietly, and only if nothing is missing."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ktmerge.errors import KtmergeError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+def choose_device(device: str) -> torch.device:
+    """``auto``: cuda if there is one, else cpu.
+
+    Raises:
+        UsageError: not a device, or not on this machine.
+    """
+    import torch
+
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise UsageError(f"device '{device}': choose auto, cpu or cuda.")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"device '{device}': no CUDA device is visible here; choose cpu or auto.")
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"device '{device}': choose auto, cpu or cuda.") from None
+
+
+def choose_dtype(device: torch.device) -> torch.dtype:
+    """What all models of a run are scored in: fp32 on CPU; on CUDA bf16, or fp16 where there is no bf16."""
+    import torch
+
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def load_model(path: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """Load the causal language model in ``path`` for scoring. Only safetensors, no code from the folder.
+
+    Raises:
+        UsageError: transformers knows no such text model, or weights are missing in the file.
+        KtmergeError: it does not fit into the device's memory.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet_transformers():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+            model, info = loaded
+            model = model.to(device).eval()
+    except torch.OutOfMemoryError as error:
+        raise KtmergeError(f"{path}: does not fit into the memory of {device}.") from error
+    except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
+        raise UsageError(f"{path}: transformers cannot load it as a text model: {_first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UsageError(
+            f"{path}: {len(missing)} tensors of the model are in no file, such as '{missing[0]}'; they would be random."
+        )
+    return model
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer in ``path``.
+
+    Raises:
+        UsageError: there is none, or transformers cannot read it.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers and tokenizers raise whatever they like at broken files
+        raise UsageError(f"{path}: no tokenizer that transformers can load: {_first_line(error)}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise UsageError(f"{path}: no tokenizer that transformers can load.")
+    return tokenizer
+
+
+def tokenizer_files_digest(path: Path) -> str:
+    """sha256 over the tokenizer's files: equal files need not be loaded twice."""
+    digest = hashlib.sha256()
+    for name in TOKENIZER_FILES:
+        file = path / name
+        if file.is_file():
+            digest.update(f"{name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def context_length(config: dict[str, Any]) -> int | None:
+    """How many tokens a model reads, as its config.json says; None where it doesn't."""
+    text = config.get("text_config")
+    for part in (text if isinstance(text, dict) else {}, config):
+        for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"):
+            if isinstance(part.get(key), int) and part[key] > 0:
+                return int(part[key])
+    return None
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' bars and notes off the terminal: what matters is checked and said by us."""
+    from transformers.utils import logging
+
+    transformers_logging: Any = logging
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__

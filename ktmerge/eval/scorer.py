@@ -1,0 +1,112 @@
+"""One loaded model on the sets of a suite: each kind of task its way, item scores out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.eval import metrics
+from ktmerge.eval.encode import Encoded
+from ktmerge.eval.generate import generate
+from ktmerge.eval.items import ChoiceItem, GenerateItem
+from ktmerge.eval.likelihood import LikelihoodScorer
+from ktmerge.eval.loading import context_length
+from ktmerge.eval.results import TaskScore
+from ktmerge.eval.sets import TaskSet, encode_sets, read_sets
+from ktmerge.progress import SILENT, Progress
+from ktmerge.recipes.suites import ChoiceTask, GenerateTask, Suite
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def score_model(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    suite: Suite | Sequence[TaskSet],
+    *,
+    batch_size: int = 16,
+    encoded: Mapping[str, Encoded] | None = None,
+    progress: Progress = SILENT,
+    label: str = "model",
+) -> dict[str, TaskScore]:
+    """Score a loaded model; results by task name, upstream first.
+
+    For many candidates of one architecture, read the sets once (``read_sets``) and encode them once (``encode_sets``).
+
+    Args:
+        model: a causal transformers model; its training mode is put back afterwards.
+        tokenizer: the model's.
+        suite: a suite, or its sets already read.
+        batch_size: most sequences in a forward pass; scores do not depend on it.
+        encoded: the sets in this tokenizer's tokens, if at hand.
+        progress: where to report to.
+        label: names the model there and in messages.
+
+    Raises:
+        UsageError: something is wrong with the suite or its data.
+        KtmergeError: scoring failed: broken weights, out of memory.
+    """
+    sets = read_sets(suite) if isinstance(suite, Suite) else suite
+    if encoded is None:
+        encoded = encode_sets(sets, tokenizer, context_length(model.config.to_dict()))
+    job = _Job(model, tokenizer, LikelihoodScorer(model, batch_size), batch_size, progress)
+    training = model.training
+    model.eval()
+    try:
+        return {one.task.name: job.score(one, encoded[one.task.name], label) for one in sets}
+    finally:
+        model.train(training)
+
+
+@dataclass(frozen=True)
+class _Job:
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    likelihood: LikelihoodScorer
+    batch_size: int
+    progress: Progress
+
+    def score(self, one: TaskSet, encoded: Encoded, label: str) -> TaskScore:
+        title = f"{label}: {one.task.name}"
+        try:
+            if isinstance(one.task, GenerateTask):
+                return self._answers(one.task, one, encoded, title)
+            if isinstance(one.task, ChoiceTask):
+                return self._choices(one.task, one, encoded, title)
+            return self._texts(encoded, title)
+        except UsageError:
+            raise
+        except KtmergeError as error:
+            raise KtmergeError(f"{label}, task '{one.task.name}': {error}") from error
+
+    def _choices(self, task: ChoiceTask, one: TaskSet, encoded: Encoded, title: str) -> TaskScore:
+        sums = self.likelihood.score(encoded.requests, self.progress, title).logprob
+        by_item = [sums[a:b] for a, b in zip(encoded.offsets, encoded.offsets[1:], strict=False)]
+        metric = {"acc": metrics.acc, "acc_norm": metrics.acc_norm}[task.metric]
+        items = [item for item in one.items if isinstance(item, ChoiceItem)]
+        scores = [metric(own, item.choices, item.answer) for own, item in zip(by_item, items, strict=True)]
+        return TaskScore(np.array(scores), {"logprobs": [np.round(own, 6).tolist() for own in by_item]})
+
+    def _answers(self, task: GenerateTask, one: TaskSet, encoded: Encoded, title: str) -> TaskScore:
+        outputs = generate(
+            self.model, self.tokenizer, encoded.prompts, max_new_tokens=task.max_new_tokens, stop=task.stop,
+            batch_size=self.batch_size, progress=self.progress, label=title,
+        )  # fmt: skip
+        answers = [item.answer for item in one.items if isinstance(item, GenerateItem)]
+        scores = [metrics.exact_match(*pair, task.normalise) for pair in zip(outputs, answers, strict=True)]
+        return TaskScore(np.array(scores), {"outputs": outputs})
+
+    def _texts(self, encoded: Encoded, title: str) -> TaskScore:
+        found = self.likelihood.score(encoded.requests, self.progress, title)
+        tokens = [len(request.continuation) for request in encoded.requests]
+        correct: list[int] = found.correct.tolist()
+        scores = [metrics.next_token_accuracy(*pair) for pair in zip(correct, tokens, strict=True)]
+        nll = np.round(-found.logprob, 6).tolist()
+        return TaskScore(
+            np.array(scores), {"correct": correct, "tokens": tokens, "nll": nll, "bytes": list(encoded.bytes)}
+        )

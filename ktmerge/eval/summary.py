@@ -1,0 +1,182 @@
+"""The numbers that decide: E, F, O, H, retention, worst upstream set; each with its formula and a paired interval."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ktmerge.eval.statistics import harmonic_mean, interval, resampled_means
+from ktmerge.recipes.suites import Side
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# d, u: a model's mean score over downstream and upstream sets, 0-100; d0, u0: the base's. After arXiv 2503.04543, whose
+# page gives O = E + F; that E and F are means of differences, tuned minus base, is our reading.
+FORMULAS: dict[str, str] = {
+    "E": "E = mean over downstream sets of (score - base score)",
+    "F": "F = mean over upstream sets of (score - base score); below 0: forgotten",
+    "O": "O = E + F",
+    "avg": "Avg = (d + u) / 2; d, u: mean score over downstream, upstream sets",
+    "H": "H = 2 d u / (d + u)",
+    "retention": "kept = 100 u / u of the base",
+    "gain_share": "gain share = 100 (d - d of the base) / (d of the reference - d of the base)",
+    "worst": "worst = smallest of (score - base score) over upstream sets",
+}
+COMPARED = ("E", "F", "O", "H")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number on 0-100 (or a difference of such) and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class Worst:
+    """The upstream set that lost most. The interval is that set's own; it does not know that the set was picked."""
+
+    task: str
+    difference: Estimate
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """One model against the base. None: the suite lacks the side it needs, or the number is not defined.
+
+    Attributes:
+        differences: score minus base score of each task.
+    """
+
+    d: Estimate | None
+    u: Estimate | None
+    E: Estimate | None
+    F: Estimate | None
+    O: Estimate | None
+    avg: Estimate | None
+    H: Estimate | None
+    retention: Estimate | None
+    gain_share: Estimate | None
+    worst: Worst | None
+    differences: dict[str, Estimate]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A - B for two models: in E, F, O, H (those that the suite defines), and in the score of each task."""
+
+    numbers: dict[str, Estimate]
+    tasks: dict[str, Estimate]
+
+
+Samples = dict[str, "NDArray[np.float64]"]
+
+
+class Summary:
+    """The summaries of all models. ``samples`` hold, per model and quantity, the value and then its resamples."""
+
+    def __init__(self, samples: dict[str, Samples], sides: Mapping[str, Side]) -> None:
+        self._samples = samples
+        self._sides = sides
+        self.models = {name: self._of(one) for name, one in samples.items()}
+
+    def difference(self, a: str, b: str) -> Comparison:
+        """A - B, resampled together."""
+        first, second = self._samples[a], self._samples[b]
+        return Comparison(
+            {key: _estimate(first[key] - second[key]) for key in COMPARED if key in first},
+            {task: _estimate(first[f"task {task}"] - second[f"task {task}"]) for task in self._sides},
+        )
+
+    def _of(self, samples: Samples) -> ModelSummary:
+        differences = {name: _estimate(samples[f"gain {name}"]) for name in self._sides}
+        upstream = [name for name, side in self._sides.items() if side == "upstream"]
+        worst = min(upstream, key=lambda name: differences[name].value, default=None)
+        estimates = {
+            key: _estimate(samples[key]) if key in samples else None
+            for key in ("d", "u", "E", "F", "O", "avg", "H", "retention", "gain_share")
+        }
+        return ModelSummary(
+            **estimates,
+            worst=None if worst is None else Worst(worst, differences[worst]),
+            differences=differences,
+        )
+
+
+def summarise(
+    scores: Mapping[str, Mapping[str, NDArray[np.float64]]],
+    sides: Mapping[str, Side],
+    *,
+    base: str = "base",
+    reference: str | None = None,
+    bootstrap: int = 2000,
+    seed: int = 0,
+) -> Summary:
+    """Summarise item scores.
+
+    Args:
+        scores: per model and task, the item scores [items] in [0, 1]; the same items for all models.
+        sides: of each task.
+        base: the untuned model.
+        reference: the model whose gain is the whole of the gain share, usually the full fine-tune.
+        bootstrap: resamples behind each interval.
+        seed: of the resamples.
+    """
+    names = list(scores)
+    stacked = {task: np.stack([scores[name][task] for name in names]) for task in sides}
+    resampled = resampled_means(stacked, bootstrap, seed)
+    means = {
+        task: np.concatenate([100 * stacked[task].mean(axis=1, keepdims=True), resampled[task]], axis=1)
+        for task in sides
+    }  # per task [models, 1 + resamples]; what is measured stands first
+    by_model = {name: {task: means[task][i] for task in sides} for i, name in enumerate(names)}
+    target = by_model.get(reference) if reference is not None else None
+    return Summary({name: _quantities(by_model[name], by_model[base], target, sides) for name in names}, sides)
+
+
+def _quantities(own: Samples, base: Samples, reference: Samples | None, sides: Mapping[str, Side]) -> Samples:
+    """All quantities of one model, elementwise over the value and its resamples."""
+    found: Samples = {f"task {task}": own[task] for task in sides}
+    found |= {f"gain {task}": own[task] - base[task] for task in sides}
+    d, u = _mean(own, sides, "downstream"), _mean(own, sides, "upstream")
+    d0, u0 = _mean(base, sides, "downstream"), _mean(base, sides, "upstream")
+    if d is not None and d0 is not None:
+        found |= {"d": d, "E": d - d0}
+        full = None if reference is None else _mean(reference, sides, "downstream")
+        if full is not None and full[0] > d0[0]:
+            found["gain_share"] = 100 * _ratio(d - d0, full - d0)
+    if u is not None and u0 is not None:
+        found |= {"u": u, "F": u - u0}
+        if u0[0] > 0:
+            found["retention"] = 100 * _ratio(u, u0)
+    if d is not None and u is not None:
+        found |= {"O": found["E"] + found["F"], "avg": (d + u) / 2, "H": harmonic_mean(d, u)}
+    return found
+
+
+def _mean(means: Samples, sides: Mapping[str, Side], side: Side) -> NDArray[np.float64] | None:
+    chosen = [means[task] for task, where in sides.items() if where == side]
+    return np.mean(chosen, axis=0) if chosen else None
+
+
+def _ratio(numerator: NDArray[np.float64], denominator: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Elementwise; where a resample's denominator is 0 the measured one stands in, so that no interval is undefined."""
+    return numerator / np.where(denominator == 0, denominator[0], denominator)
+
+
+def _estimate(samples: NDArray[np.float64]) -> Estimate:
+    low, high = interval(samples[1:])
+    return Estimate(float(samples[0]), low, high)

@@ -1,0 +1,84 @@
+"""Templates of a task over one row: sandboxed Jinja in which a column that isn't there is an error."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, UndefinedError, meta
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ktmerge.errors import UsageError, did_you_mean
+from ktmerge.eval.rows import Row
+
+_ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+
+
+class Template:
+    """One template of a task. ``where`` names it in messages, as in ``task 'capitals', prompt``."""
+
+    def __init__(self, source: str, where: str) -> None:
+        self._where = where
+        try:
+            self._columns = meta.find_undeclared_variables(_ENVIRONMENT.parse(source))
+            self._template = _ENVIRONMENT.from_string(source)
+        except TemplateSyntaxError as error:
+            raise UsageError(f"{where}: not a valid template: {error.message} (line {error.lineno}).") from None
+        self._expression = _sole_expression(source)
+
+    def text(self, row: Row) -> str:
+        """Render the template over ``row``.
+
+        Raises:
+            UsageError: a column is missing, or the template fails or asks for what the sandbox forbids.
+        """
+        return str(self._evaluate(self._template.render, row))
+
+    def value(self, row: Row) -> Any:
+        """What the template's expression is, with its type, if it is one ``{{ expression }}``; else its text."""
+        if self._expression is None:
+            return self.text(row)
+        value = self._evaluate(self._expression, row)
+        if isinstance(value, StrictUndefined):
+            raise self._undefined(row, str(value._undefined_message))
+        return value
+
+    def _evaluate(self, function: Any, row: Row) -> Any:
+        try:
+            return function(row.values)
+        except UndefinedError as error:
+            raise self._undefined(row, str(error.message)) from None
+        except SecurityError as error:
+            raise UsageError(f"{self._where}: the template may not do this: {error}.") from None
+        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise UsageError(f"{self._where}: the template fails on {row.where}: {error}.") from None
+
+    def _undefined(self, row: Row, message: str) -> UsageError:
+        return missing_column(self._where, row, sorted(self._columns - row.values.keys()), message)
+
+
+def missing_column(where: str, row: Row, missing: list[str], message: str = "") -> UsageError:
+    """The error for columns that a template needs and ``row`` lacks; ``message`` if it is not a matter of columns."""
+    if not missing:
+        return UsageError(f"{where}: the template fails on {row.where}: {message}.")
+    near = did_you_mean(missing[0], row.values)
+    hint = near if near.startswith(" Did you mean") else ""
+    found = ", ".join(map(str, row.values)) or "none"
+    return UsageError(f"{where}: {row.where} has no column '{missing[0]}'; its columns are: {found}.{hint}")
+
+
+def is_template(source: str) -> bool:
+    """Whether a text holds Jinja, and isn't just the name of a column."""
+    return any(mark in source for mark in ("{{", "{%", "{#"))
+
+
+def _sole_expression(source: str) -> Any:
+    """The compiled expression of a template that is one ``{{ expression }}``, so that its type isn't lost; or None."""
+    match = re.fullmatch(r"\{\{[-+]?(.*?)[-+]?\}\}", source.strip(), re.DOTALL)
+    if match is None:
+        return None
+    try:
+        return _ENVIRONMENT.compile_expression(match[1], undefined_to_none=False)
+    except TemplateSyntaxError:
+        return None
