@@ -81,9 +81,9 @@ class Alignment:
         if self.ambiguous:
             troubles.append(f"{_some(self.ambiguous)} could be more than one of its tensors")
         if self.missing:
-            troubles.append(f"lacks {len(self.missing)} tensors of the base: {_some(self.missing)}")
+            troubles.append(f"lacks {len(self.missing)} of the base's tensors: {_some(self.missing)}")
         if self.extra:
-            troubles.append(f"has {len(self.extra)} tensors that the base lacks: {_some(self.extra)}")
+            troubles.append(f"has {len(self.extra)} that the base lacks: {_some(self.extra)}")
         if troubles:
             raise UsageError(f"{self.label}: {'; '.join(troubles)}. It must be a fine-tune of this very base.")
 
@@ -112,7 +112,7 @@ class Alignment:
                 "tokens were added or removed while tuning. Resize the base to the same tokens before tuning."
             )
         count = len(self.mismatched)
-        return f"{count} tensors don't fit the base: {_some(map(str, self.mismatched))}."
+        return f"differs from the base in {count} of its tensors: {_some(map(str, self.mismatched))}."
 
 
 def align(base: Checkpoint, other: Checkpoint, label: str) -> Alignment:

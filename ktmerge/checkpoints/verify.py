@@ -55,7 +55,7 @@ def verify_loadable(path: Path) -> Loadable:
     except Exception as error:
         raise KtmergeError(f"{path}: transformers cannot load it as {architecture}: {error}") from error
     troubles = [
-        f"{len(info[kind])} tensors {word} ({', '.join(sorted(map(_name, info[kind]))[:_SHOWN])})"
+        f"{len(info[kind])} {word} ({', '.join(sorted(map(_name, info[kind]))[:_SHOWN])})"
         for kind, word in _KINDS.items()
         if info.get(kind)
     ]

@@ -148,7 +148,7 @@ def test_missing_and_extra_are_listed(make: Make) -> None:
     assert alignment.extra == ("value_head.weight",)
     with pytest.raises(
         UsageError,
-        match=r"expert 'a': lacks 5 tensors of the base: model\.layers\.2\..* and 2 more; has 1 tensors that the base "
+        match=r"expert 'a': lacks 5 of the base's tensors: model\.layers\.2\..* and 2 more; has 1 that the base "
         r"lacks: value_head\.weight\.",
     ):
         alignment.require_complete()
@@ -159,12 +159,14 @@ def test_shapes_are_compared(make: Make) -> None:
     alignment = align(make("base", LLAMA), make("other", changed), "a")
     assert "model.layers.1.mlp.up_proj.weight" not in alignment.mapping
     assert [m.name for m in alignment.mismatched] == ["model.layers.1.mlp.up_proj.weight"]
-    with pytest.raises(UsageError, match=r"a: 1 tensors don't fit .*F32 \[6, 4\] in the base, F32 \[4, 6\] here"):
+    with pytest.raises(
+        UsageError, match=r"a: differs from the base in 1 of its tensors: .*F32 \[6, 4\] in the base, F32 \[4, 6\] here"
+    ):
         alignment.require_complete()
 
 
 def test_integers_do_not_answer_to_floats(make: Make) -> None:
-    with pytest.raises(UsageError, match=r"5 tensors don't fit the base.*I8"):
+    with pytest.raises(UsageError, match=r"differs from the base in 5 of its tensors.*I8"):
         align(make("base", LLAMA), make("other", LLAMA, dtype=np.int8), "a").require_complete()
     align(make("base2", LLAMA), make("other2", LLAMA, dtype=np.float16), "a").require_complete()
 

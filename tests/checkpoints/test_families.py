@@ -367,11 +367,11 @@ def test_llava_under_both_names(llava: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda tensors: tensors.pop("language_model.model.norm.weight"), r"1 tensors missing \(.*norm\.weight\)"),
-        (lambda tensors: tensors.update(ghost=torch.ones(2)), r"1 tensors unexpected \(ghost\)"),
+        (lambda tensors: tensors.pop("language_model.model.norm.weight"), r"1 missing \(.*norm\.weight\)"),
+        (lambda tensors: tensors.update(ghost=torch.ones(2)), r"1 unexpected \(ghost\)"),
         (
             lambda tensors: tensors.update({"language_model.model.norm.weight": torch.ones(3)}),
-            r"1 tensors of another shape \(.*norm\.weight\)",
+            r"1 of another shape \(.*norm\.weight\)",
         ),
     ],
 )
@@ -410,12 +410,12 @@ def test_verifying_is_quiet(llava: Path, capfd: pytest.CaptureFixture[str]) -> N
         # Experts are stacked in memory and saved one by one.
         (
             lambda t: t.MixtralForCausalLM(t.MixtralConfig(**TEXT, num_local_experts=4)),
-            r"lacks 26 tensors of the base: .*experts\.0\.w1\.weight.* has 6 tensors that the base lacks",
+            r"lacks 26 of the base's tensors: .*experts\.0\.w1\.weight.* has 6 that the base lacks",
         ),
         # In memory other leaves, other blocks.
         (
             lambda t: t.ViTForImageClassification(t.ViTConfig(**VIT, num_labels=3)),
-            r"lacks 48 tensors of the base: vit\.encoder\.layer\.0\..* has 48 tensors that the base lacks",
+            r"lacks 48 of the base's tensors: vit\.encoder\.layer\.0\..* has 48 that the base lacks",
         ),
     ],
 )
