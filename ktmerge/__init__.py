@@ -1,3 +1,46 @@
-"""ktmerge: fine-tune fully, blend back with the base, score upstream and downstream."""
+"""ktmerge: fine-tune fully, blend back with the base, score upstream and downstream.
+
+The verbs of the command line as functions: `finetune`, `blend`, `blend_into`, `evaluate`, `compare`, `report`, `run`,
+`inspect`, `plan`, `load_recipe`. Importing this loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from ktmerge.api import (
+        blend,
+        blend_into,
+        compare,
+        evaluate,
+        finetune,
+        inspect,
+        load_recipe,
+        plan,
+        report,
+        run,
+    )
+
+__all__ = [
+    "blend",
+    "blend_into",
+    "compare",
+    "evaluate",
+    "finetune",
+    "inspect",
+    "load_recipe",
+    "plan",
+    "report",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'ktmerge' has no attribute '{name}'")
+    from ktmerge import api
+
+    return getattr(api, name)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ktmerge.errors import UsageError
+from ktmerge.pipeline import NamedJob, jobs_of, recipe_text
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes import gallery, load_recipe
 from ktmerge.recipes.document import read_yaml
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from ktmerge.merge.diagnostics import Inspection
     from ktmerge.merge.plan import Plan
     from ktmerge.pipeline import RunResult
+    from ktmerge.recipes import Suite
     from ktmerge.tuners import FinetuneReport, PreviewSample
 
 __all__ = [
@@ -44,19 +46,8 @@ __all__ = [
 RecipeLike = str | Path | Recipe
 
 
-@dataclass(frozen=True)
-class NamedJob:
-    """A fine-tune with everything it needs to run: from which base, into which folder."""
-
-    name: str
-    job: FinetuneJob
-    base: Path
-    out: Path
-    folder: Path
-
-
-def _loaded(recipe: RecipeLike) -> Recipe:
-    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+def _loaded(recipe: RecipeLike, overrides: Iterable[str] = ()) -> Recipe:
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides=overrides)
 
 
 # --- finetune ---------------------------------------------------------------------------------------------------------
@@ -78,6 +69,9 @@ def finetune(
         base: folder or hub id.
         data: JSONL, JSON or parquet files of messages, ShareGPT, alpaca or prompt-completion rows.
         out: the tuned checkpoint; appears whole or not at all.
+        resume: go on where an interrupted run stopped.
+        overwrite: replace a tuned checkpoint that is there.
+        progress: where to report to.
         settings: any key of a recipe's ``finetune.experts.<name>``, e.g. ``learning_rate=2e-5``.
 
     Raises:
@@ -113,26 +107,6 @@ def finetune_jobs(
         raise UsageError("--data and --out belong to a fine-tune without --recipe; the recipe names its own.")
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides=overrides, base=base)
     return jobs_of(loaded, only)
-
-
-def jobs_of(recipe: Recipe, only: Iterable[str] = ()) -> list[NamedJob]:
-    """The fine-tunes of a recipe, restricted to the experts named by ``only`` if any."""
-    from ktmerge.checkpoints import resolve
-    from ktmerge.recipes.suggest import did_you_mean
-
-    if recipe.finetune is None:
-        raise UsageError(f"the recipe '{recipe.name}' has no finetune section.")
-    if recipe.base is None:
-        raise UsageError(f"the recipe '{recipe.name}' names no base; add one, or give --base.")
-    wanted = list(only) or list(recipe.finetune.experts)
-    for name in wanted:
-        if name not in recipe.finetune.experts:
-            raise UsageError(f"--only {name}: no such fine-tune.{did_you_mean(name, recipe.finetune.experts)}")
-    base = resolve(recipe.base, recipe.folder)
-    return [
-        NamedJob(name, recipe.finetune.experts[name], base, recipe.folder / recipe.experts[name].model, recipe.folder)
-        for name in wanted
-    ]
 
 
 def finetune_all(
@@ -222,9 +196,15 @@ def evaluate(
 
     Args:
         models: folders, ``name=folder`` strings, or a mapping of names to folders.
-        suite: a suite file; or ``recipe``, whose eval section names one.
+        suite: a suite file.
+        recipe: instead of a suite, a recipe whose eval section names one.
+        overrides: ``key=value`` strings for the recipe.
         base: the untuned model; defaults to the recipe's. Scored first, as ``base``.
         out: score file to write.
+        batch_size: most sequences in a forward pass; scores do not depend on it.
+        device: auto, cpu or cuda.
+        overwrite: replace a score file that is there.
+        progress: where to report to.
 
     Raises:
         UsageError: no suite, no base, a name given twice, unreadable data, an existing score file.
@@ -233,7 +213,9 @@ def evaluate(
     from ktmerge.checkpoints import resolve
     from ktmerge.recipes import load_suite
 
-    loaded = None if recipe is None else (recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides=overrides))
+    loaded = (
+        None if recipe is None else (recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides=overrides))
+    )
     if suite is None and loaded is None:
         raise UsageError("nothing to score on: give --suite, or --recipe with an eval section.")
     sets = load_suite(suite) if suite is not None else suite_of(_loaded(loaded))
@@ -301,7 +283,8 @@ def report(
     texts = {Path(path).name: _text(Path(path)) for path in recipes}
     results = evaluation.Results.load(Path(scores))
     refuse_existing(target, overwrite)
-    return evaluation.report(results, target, recipes=texts, **({} if title is None else {"title": title}))
+    options = {} if title is None else {"title": title}
+    return evaluation.report(results, target, recipes=texts, **options)
 
 
 # --- the whole way ----------------------------------------------------------------------------------------------------
@@ -335,6 +318,80 @@ def inspect(
     return diagnostics.inspect(resolve(str(base), Path.cwd()), folders, headers_only=headers_only, progress=progress)
 
 
+@dataclass(frozen=True)
+class Checked:
+    """What `check` found to be in order."""
+
+    recipe: Recipe
+    plan: Plan | None
+    suite: Suite | None
+
+    def pairs(self) -> dict[str, str]:
+        found = {"recipe": f"{self.recipe.name} is valid"}
+        blend_section = self.recipe.blend
+        if self.plan is not None:
+            found["blend"] = (
+                f"{len(self.plan.tensors)} tensors, {', '.join(e.name for e in self.plan.experts)} into base"
+            )
+        elif blend_section is not None:
+            found["blend"] = f"{blend_section.method or 'stages'}; tensors not checked, as not all models are there yet"
+        if self.recipe.finetune is not None:
+            found["finetune"] = ", ".join(self.recipe.finetune.experts)
+        if self.suite is not None:
+            found["eval"] = f"{len(self.suite.upstream)} upstream, {len(self.suite.downstream)} downstream sets"
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        return {"valid": True, **self.pairs()}
+
+
+def check(
+    reference: str, *, overrides: Iterable[str] = (), base: str | None = None, experts: Iterable[str] = ()
+) -> Checked:
+    """Find every mistake of a recipe that shows without reading weights or data.
+
+    Tensors are checked when base and experts are named and there; an expert that the recipe itself makes need not be.
+
+    Raises:
+        UsageError: everything that is wrong, one per line.
+    """
+    from ktmerge.merge.plan import check_recipe, plan_blend
+
+    recipe = load_recipe(reference, overrides=overrides, base=base, experts=experts)
+    problems: list[str] = []
+    planned: Plan | None = None
+    suite: Suite | None = None
+    try:
+        check_recipe(recipe)
+        if recipe.blend is not None and recipe.base is not None and recipe.experts and not _to_be_made(recipe):
+            planned = plan_blend(recipe)
+    except UsageError as error:
+        problems += str(error).splitlines()
+    try:
+        suite = suite_of(recipe) if recipe.eval is not None else None
+    except UsageError as error:
+        problems += str(error).splitlines()
+    problems += _missing_data(recipe, suite)
+    if problems:
+        raise UsageError("\n".join(problems))
+    return Checked(recipe, planned, suite)
+
+
+def _to_be_made(recipe: Recipe) -> bool:
+    """Whether an expert is missing because the recipe's finetune section has yet to make it."""
+    jobs = recipe.finetune.experts if recipe.finetune is not None else {}
+    return any(not (recipe.folder / recipe.experts[name].model).exists() for name in jobs)
+
+
+def _missing_data(recipe: Recipe, suite: Suite | None) -> list[str]:
+    wanted: list[tuple[str, Path]] = []
+    for name, job in recipe.finetune.experts.items() if recipe.finetune is not None else ():
+        files = [*job.data, job.eval_upstream, job.eval_downstream]
+        wanted += [(f"finetune.experts.{name}", recipe.folder / file) for file in files if file is not None]
+    wanted += [(f"eval, task {task.name}", suite.folder / task.data) for task in suite.tasks()] if suite else []
+    return [f"{where}: {path}: no such file." for where, path in wanted if not path.is_file()]
+
+
 # --- recipes ----------------------------------------------------------------------------------------------------------
 
 
@@ -342,15 +399,9 @@ def show_recipe(reference: str, overrides: Iterable[str] = ()) -> str:
     """The text of a recipe; with overrides, the recipe as understood."""
     changed = list(overrides)
     if changed:
-        return to_yaml(load_recipe(reference, overrides=changed))
+        return recipe_text(load_recipe(reference, overrides=changed))
     path, _ = gallery.locate(reference)
     return _text(path)
-
-
-def to_yaml(recipe: Recipe) -> str:
-    """A recipe as YAML, without what is left at its default."""
-    document = {"ktmerge": recipe.ktmerge} | recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110)
 
 
 def list_recipes() -> list[tuple[str, str]]:

@@ -1,0 +1,211 @@
+"""The whole way of one recipe: make its experts, blend, score, report.
+
+Each piece appears whole and is kept if it is already what the recipe asks for, so an interrupted run goes on where it
+stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ktmerge.errors import UsageError, did_you_mean
+from ktmerge.progress import SILENT, Progress
+from ktmerge.recipes.load import suite_of
+from ktmerge.recipes.schema import FinetuneJob, Recipe
+
+if TYPE_CHECKING:
+    from ktmerge.eval import Results
+
+BLENDED = "blended"
+SCORES = "scores.json"
+REPORT = "report.html"
+
+
+@dataclass(frozen=True)
+class NamedJob:
+    """A fine-tune with everything it needs to run: from which base, into which folder.
+
+    Attributes:
+        folder: where the job's relative data paths start.
+    """
+
+    name: str
+    job: FinetuneJob
+    base: Path
+    out: Path
+    folder: Path
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind; a piece the recipe does not ask for is None."""
+
+    experts: dict[str, Path]
+    blended: Path | None
+    results: Results | None
+    report: Path | None
+
+    def pairs(self) -> dict[str, str]:
+        found = {f"expert {name}": str(path) for name, path in self.experts.items()}
+        if self.blended is not None:
+            found["blended model"] = str(self.blended)
+        if self.report is not None:
+            found["report"] = str(self.report)
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "experts": {name: str(path) for name, path in self.experts.items()},
+            "blended": None if self.blended is None else str(self.blended),
+            "report": None if self.report is None else str(self.report),
+            "scores": None if self.results is None else self.results.to_json(),
+        }
+
+
+def run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> RunResult:
+    """Make the experts the recipe describes, blend, score base, experts and blend, and write a report under ``out``.
+
+    With ``resume``, pieces that are already what the recipe asks for are kept.
+
+    Raises:
+        UsageError: the recipe or its inputs are wrong, or ``out`` exists and neither flag is set.
+        KtmergeError: a piece failed; the finished ones stay.
+    """
+    from ktmerge.checkpoints import resolve
+
+    if recipe.base is None:
+        raise UsageError(f"the recipe '{recipe.name}' names no base.")
+    if out.exists() and any(out.iterdir()) and not (resume or overwrite):
+        raise UsageError(f"{out} exists; add --resume to go on with it, or --overwrite to replace it.")
+    suite = suite_of(recipe) if recipe.eval is not None else None
+    base = resolve(recipe.base, recipe.folder)
+    if overwrite and out.exists():
+        shutil.rmtree(out)
+    experts = make_experts(recipe, resume=resume, overwrite=overwrite, progress=progress)
+    out.mkdir(parents=True, exist_ok=True)
+    blended = make_blend(recipe, out / BLENDED, device=device, progress=progress) if recipe.blend is not None else None
+    results = page = None
+    if suite is not None and recipe.eval is not None:
+        from ktmerge import eval as evaluation
+
+        models = {"base": base, **experts, **({} if blended is None else {"blended": blended})}
+        results = evaluation.evaluate(
+            models,
+            suite,
+            batch_size=recipe.eval.batch_size,
+            bootstrap=recipe.eval.bootstrap,
+            seed=recipe.eval.seed,
+            device=device,
+            progress=progress,
+        )
+        results.save(out / SCORES)
+        page = evaluation.report(results, out / REPORT, recipes={recipe.name: recipe_text(recipe)})
+    return RunResult(experts, blended, results, page)
+
+
+def jobs_of(recipe: Recipe, only: Iterable[str] = ()) -> list[NamedJob]:
+    """The fine-tunes of a recipe, restricted to the experts named by ``only`` if any.
+
+    Raises:
+        UsageError: the recipe has no finetune section, no base, or no such expert.
+    """
+    from ktmerge.checkpoints import resolve
+
+    if recipe.finetune is None:
+        raise UsageError(f"the recipe '{recipe.name}' has no finetune section.")
+    if recipe.base is None:
+        raise UsageError(f"the recipe '{recipe.name}' names no base; add one, or give --base.")
+    wanted = list(only) or list(recipe.finetune.experts)
+    for name in wanted:
+        if name not in recipe.finetune.experts:
+            raise UsageError(f"--only {name}: no such fine-tune.{did_you_mean(name, recipe.finetune.experts)}")
+    base = resolve(recipe.base, recipe.folder)
+    return [
+        NamedJob(name, recipe.finetune.experts[name], base, recipe.folder / recipe.experts[name].model, recipe.folder)
+        for name in wanted
+    ]
+
+
+def make_experts(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, progress: Progress = SILENT
+) -> dict[str, Path]:
+    """Fine-tune the experts that the recipe describes and that are not there yet; the folders of all experts by name.
+
+    An expert that was made by the very same job is kept.
+
+    Raises:
+        UsageError: a folder holds something else and ``overwrite`` is not set, or a job's inputs are wrong.
+        KtmergeError: a fine-tune failed.
+    """
+    from ktmerge import tuners
+    from ktmerge.checkpoints import resolve
+
+    made: dict[str, Path] = {}
+    for job in jobs_of(recipe) if recipe.finetune is not None else ():
+        if tuners.is_made(job.job, job.base, job.out, folder=job.folder):
+            progress.note(f"{job.name}: {job.out} is already what the recipe describes; kept")
+        else:
+            tuners.finetune(
+                job.job,
+                job.base,
+                job.out,
+                folder=job.folder,
+                overwrite=overwrite,
+                resume=resume and tuners.is_begun(job.out),
+                progress=progress,
+            )
+        made[job.name] = job.out
+    return {
+        name: made[name] if name in made else resolve(expert.model, recipe.folder)
+        for name, expert in recipe.experts.items()
+    }
+
+
+def make_blend(recipe: Recipe, out: Path, *, device: str = "auto", progress: Progress = SILENT) -> Path:
+    """Blend into ``out`` unless it already holds this blend of these files.
+
+    Raises:
+        UsageError: the recipe or its inputs are wrong.
+        KtmergeError: the blend failed.
+    """
+    from ktmerge import merge
+    from ktmerge.merge.plan import Plan, plan_blend
+    from ktmerge.merge.record import FILE, coefficients_digest
+
+    def holds(plan: Plan) -> bool:
+        try:
+            record = json.loads((out / FILE).read_text(encoding="utf-8"))
+            written = (out / FILE).stat().st_mtime_ns
+        except (OSError, ValueError):
+            return False
+        inputs = [plan.base, *(expert.checkpoint for expert in plan.experts)]
+        newest = max((one.root / file).stat().st_mtime_ns for one in inputs for file in one.weight_files)
+        same = record.get("coefficients") == coefficients_digest(plan) and record.get("random", {}).get("seed")
+        return same == recipe.seed and newest < written
+
+    if holds(plan_blend(recipe)):
+        progress.note(f"{out} already holds this blend; kept")
+    else:
+        merge.blend(recipe, out, device=device, overwrite=True, progress=progress)
+    return out
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """A recipe as YAML, without what is left at its default."""
+    document = {"ktmerge": recipe.ktmerge} | recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110)
