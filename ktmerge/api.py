@@ -213,12 +213,13 @@ def evaluate(
     from ktmerge.checkpoints import resolve
     from ktmerge.recipes import load_suite
 
-    loaded = (
-        None if recipe is None else (recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides=overrides))
-    )
-    if suite is None and loaded is None:
+    loaded = None if recipe is None else _loaded(recipe, overrides)
+    if suite is not None:
+        sets = load_suite(suite)
+    elif loaded is not None:
+        sets = suite_of(loaded)
+    else:
         raise UsageError("nothing to score on: give --suite, or --recipe with an eval section.")
-    sets = load_suite(suite) if suite is not None else suite_of(_loaded(loaded))
     section = loaded.eval if loaded is not None else None
     named = _named(models)
     if base is not None:
