@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 
@@ -20,6 +19,8 @@ class UsageError(KtmergeError):
 
 def did_you_mean(wrong: str, valid: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` or, with nothing near, `` Valid: a, b, c.``; empty if there is nothing valid."""
+    import difflib  # only messages need it
+
     names = sorted(valid)
     near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.6)
     if near:

@@ -222,7 +222,9 @@ def _tie(base: Checkpoint, other: Checkpoint, mapping: dict[str, str]) -> dict[s
         return {}
     if base_head is None and other_head is not None and _ties(base.config):
         return {other_head: other_table} if _same(other, other_head, other_table) else {}
-    if base_head is not None and other_head is None and _ties(other.config) and base_head not in mapping:
+    # A model saved without any head (`LlamaModel`) ties nothing, whatever its config leaves unsaid.
+    others_is_tied = other_head is None and _ties(other.config) and not _headless(other.config)
+    if base_head is not None and base_head not in mapping and others_is_tied:
         mapping[base_head] = other_table
     return {}
 
@@ -248,6 +250,10 @@ def _ties(config: Mapping[str, Any]) -> bool:
     text = config.get("text_config")
     inner = text.get("tie_word_embeddings", True) if isinstance(text, Mapping) else True
     return config.get("tie_word_embeddings", inner) is not False
+
+
+def _headless(config: Mapping[str, Any]) -> bool:
+    return any(str(name).endswith("Model") for name in config.get("architectures") or ())
 
 
 def _same(checkpoint: Checkpoint, first: str, second: str) -> bool:

@@ -143,7 +143,7 @@ def _check_index(root: Path, layout: Layout, tensors: dict[str, TensorInfo]) -> 
     where = root / str(layout.index_file)
     for name, file in layout.weight_map.items():
         if name not in tensors:
-            raise UsageError(f"{where}: promises tensor '{name}' in {file}, which does not have it.")
+            raise UsageError(f"{where}: promises tensor {name!r} in {file}, which does not have it.")
         if tensors[name].file != file:
             raise UsageError(f"{where}: promises tensor '{name}' in {file}, but it is in {tensors[name].file}.")
     for name, info in tensors.items():

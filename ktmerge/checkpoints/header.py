@@ -151,8 +151,8 @@ def _entries(text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     if not isinstance(document, dict) or not text.startswith(b"{"):
         raise _MalformedError("its header is not a JSON object")
     for name in document:
-        if not name.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in name):
-            raise _MalformedError(f"the tensor name {name!r} is not valid text")
+        if not name.isprintable():  # control characters could write to a terminal, half characters to no file
+            raise _MalformedError(f"the tensor name {name!r} is not plain text")
     metadata = document.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _MalformedError("its __metadata__ is not a map of strings to strings")

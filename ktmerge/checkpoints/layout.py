@@ -9,6 +9,7 @@ import json
 import os
 import re
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
@@ -151,13 +152,12 @@ def _weight_map(root: Path, index: str) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise UsageError(f"{root / index}: has no weight_map from tensor names to files.")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not file.endswith(".safetensors"):
-            raise UsageError(
-                f"{root / index}: tensor '{name}' is said to be in {file!r}, which is no safetensors file."
-            )
+        said = f"{root / index}: tensor {name!r} is said to be in {file!r}"
+        if not isinstance(file, str) or not file.endswith(".safetensors") or not file.isprintable() or len(file) > 255:
+            raise UsageError(f"{said}, which is no safetensors file.")
         path = PurePosixPath(file)
-        if path.is_absolute() or ".." in path.parts or "\\" in file or "\0" in file:
-            raise UsageError(f"{root / index}: tensor '{name}' is said to be in '{file}', outside the folder.")
+        if path.is_absolute() or ".." in path.parts or "\\" in file:
+            raise UsageError(f"{said}, outside the folder.")
     return weight_map
 
 
@@ -183,21 +183,35 @@ def read_json(path: Path) -> dict[str, Any]:
 def _others(root: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     carried: list[str] = []
     left_behind: list[str] = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and not _TRAINER_FOLDERS.match(name))
-        for name in sorted(files):
-            path = Path(folder) / name
-            relative = path.relative_to(root).as_posix()
-            if name.startswith(".") or relative in weights:
-                continue
-            if any(fnmatchcase(name, pattern) for pattern in _LEFT_BEHIND):
-                left_behind.append(relative)
-                continue
-            try:
-                regular = stat.S_ISREG(path.stat().st_mode)
-            except OSError as error:
-                raise UsageError(f"{path}: cannot be read: {error.strerror}.") from None
-            if not regular:
-                raise UsageError(f"{path}: is neither a file nor a folder; remove it from the checkpoint.")
-            carried.append(relative)
+    for path in _files_below(root):
+        relative = path.relative_to(root).as_posix()
+        if relative in weights:
+            continue
+        if any(fnmatchcase(path.name, pattern) for pattern in _LEFT_BEHIND):
+            left_behind.append(relative)
+            continue
+        try:
+            regular = stat.S_ISREG(path.stat().st_mode)
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be read: {error.strerror}.") from None
+        if not regular:
+            raise UsageError(f"{path}: is neither a file nor a folder; remove it from the checkpoint.")
+        carried.append(relative)
     return tuple(sorted(carried)), tuple(sorted(left_behind))
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    """All files but hidden ones and those of training runs; linked folders are entered, each once."""
+
+    def refuse(error: OSError) -> None:
+        raise UsageError(f"{error.filename}: cannot be read: {error.strerror}.") from None
+
+    entered: set[str] = set()
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=refuse):
+        real = os.path.realpath(folder)
+        if real in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not _TRAINER_FOLDERS.match(name))
+        yield from (Path(folder) / name for name in files if not name.startswith("."))

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -49,7 +50,8 @@ class Writer:
         self._written: dict[str, list[tuple[int, int]]] = {}
         self._descriptors: dict[str, int] = {}
         self._index: str | None = None
-        self._lock = threading.Lock()
+        self._idle = threading.Condition()
+        self._writing = 0
 
     def __enter__(self) -> Writer:
         self._staging.open()
@@ -166,10 +168,10 @@ class Writer:
         stop = start + len(data)
         if start < 0 or stop > info.nbytes:
             raise KtmergeError(f"tensor '{info.name}' has {info.nbytes} bytes; bytes {start} to {stop} were given.")
-        with clear_os_errors(self.out / info.file):
-            _pwrite(self._descriptors[info.file], data, info.begin + start)
+        with self._open(info.file) as descriptor, clear_os_errors(self.out / info.file):
+            _pwrite(descriptor, data, info.begin + start)
         if len(data):
-            with self._lock:
+            with self._idle:
                 self._written[info.name] = _joined([*self._written.get(info.name, ()), (start, stop)])
 
     def _commit(self) -> None:
@@ -210,9 +212,28 @@ class Writer:
         total = sum(info.nbytes for info in self._planned.values())
         return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
 
+    @contextmanager
+    def _open(self, file: str) -> Iterator[int]:
+        """A file's descriptor, which stays open while it is used: a closed one's number may soon be another file's."""
+        with self._idle:
+            if file not in self._descriptors:
+                raise KtmergeError(f"{self.out}: is closed; nothing more can be written.")
+            descriptor = self._descriptors[file]
+            self._writing += 1
+        try:
+            yield descriptor
+        finally:
+            with self._idle:
+                self._writing -= 1
+                self._idle.notify_all()
+
     def _close(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
+        with self._idle:
+            descriptors = list(self._descriptors.values())
+            self._descriptors.clear()
+            self._idle.wait_for(lambda: self._writing == 0)
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
 def _pwrite(descriptor: int, data: memoryview, position: int) -> None:

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from ktmerge.checkpoints import Checkpoint, align
+from ktmerge.checkpoints.alignment import tied_head
 from ktmerge.errors import UsageError
 
 Shapes = Mapping[str, Sequence[int]]
@@ -219,6 +220,26 @@ def test_a_base_that_stores_its_head_takes_it_from_a_tied_other(make: Make) -> N
     alignment.require_complete()
     assert alignment.mapping["lm_head.weight"] == "model.embed_tokens.weight"
     assert align(base, make("untied", TIED, UNTIED), "a").missing == ("lm_head.weight",)
+
+
+def test_a_model_without_any_head_ties_nothing(make: Make) -> None:
+    headless = make("headless", TIED, {"vocab_size": 9, "architectures": ["LlamaModel"]})
+    assert align(make("base", LLAMA), headless, "a").missing == ("lm_head.weight",)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "config", "found"),
+    [
+        (LLAMA, TIES, ("lm_head.weight", "model.embed_tokens.weight")),
+        (LLAVA, {"text_config": TIES}, ("language_model.lm_head.weight", "language_model.model.embed_tokens.weight")),
+        (LLAMA, UNTIED, None),
+        (LLAMA, {"vocab_size": 9}, None),
+        (TIED, TIES, None),
+        ({**LLAMA, "lm_head.weight": (8, 4)}, TIES, None),
+    ],
+)
+def test_tied_head(make: Make, shapes: Shapes, config: dict[str, Any], found: tuple[str, str] | None) -> None:
+    assert tied_head(make("base", shapes, config)) == found
 
 
 def test_a_tied_head_under_another_prefix(make: Make) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from ktmerge.checkpoints import Checkpoint
@@ -122,6 +124,23 @@ def test_index_reaching_outside(make_checkpoint: MakeCheckpoint, file: str) -> N
     edit_index(root, lambda index: index["weight_map"].update(x=file))
     with pytest.raises(UsageError, match=r"tensor 'x' is said to be in .*, outside the folder"):
         Checkpoint.open(root)
+
+
+NAME = st.text(max_size=4) | st.sampled_from(["a", "model.safetensors", "x" * 300 + ".safetensors", "\0.safetensors"])
+VALUE = NAME | NAME.map(lambda name: name + ".safetensors") | st.integers() | st.none() | st.lists(NAME, max_size=1)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(weight_map=st.dictionaries(NAME, VALUE, max_size=3) | VALUE)
+def test_any_index_is_read_or_refused(tmp_path: Path, weight_map: Any) -> None:
+    save_file({"a": np.ones(1, np.float32)}, tmp_path / "model.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    try:
+        found = Checkpoint.open(tmp_path)
+    except UsageError:
+        return
+    assert weight_map == {"a": "model.safetensors"}
+    assert list(found.tensors) == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -244,6 +263,16 @@ def test_links_are_followed_but_broken_ones_and_pipes_are_refused(make_checkpoin
     os.mkfifo(root / "pipe.txt")
     with pytest.raises(UsageError, match=r"pipe\.txt: is neither"):
         Checkpoint.open(root)
+
+
+def test_linked_folders_are_entered_once(make_checkpoint: MakeCheckpoint) -> None:
+    root = make_checkpoint(files={"code/model.py": "pass"})
+    (root.parent / "assets").mkdir()
+    (root.parent / "assets" / "vocab.txt").write_text("v")
+    (root / "assets").symlink_to(root.parent / "assets")
+    (root / "code" / "loop").symlink_to(root)
+    (root / "pipe.txt.d").mkdir()
+    assert Checkpoint.open(root).other_files == ("assets/vocab.txt", "code/model.py", "config.json")
 
 
 def test_reading_a_changed_file_fails(make_checkpoint: MakeCheckpoint) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -186,6 +187,27 @@ def test_overwrite_replaces_everything(old_and_new: tuple[Path, Path]) -> None:
     write(new, old, overwrite=True)
     assert digest(old) == digest(new)
     assert not (old / "stale.json").exists()
+
+
+def test_readers_never_find_a_gap(
+    old_and_new: tuple[Path, Path], copyist: Callable[..., subprocess.Popen[str]]
+) -> None:
+    old, new = old_and_new
+    out = old.parent / "place" / "out"
+    write(old, out)
+    process = copyist(new, out, "never")
+    assert process.stdout is not None
+    rounds = 0
+    deadline = time.monotonic() + 20
+    while rounds < 30 and time.monotonic() < deadline:
+        assert all((out / "config.json").exists() for _ in range(100))
+        rounds += len((os.read(process.stdout.fileno(), 1000) if ready(process) else b"").splitlines())
+    assert rounds >= 30
+
+
+def ready(process: subprocess.Popen[str]) -> bool:
+    assert process.stdout is not None
+    return bool(select.select([process.stdout], [], [], 0)[0])
 
 
 def test_overwrite_replaces_only_checkpoints(make_checkpoint: MakeCheckpoint) -> None:

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import stat
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -264,6 +266,41 @@ def test_too_little_room_is_said_before_anything_is_written(
     with pytest.raises(KtmergeError, match=r"needs 0\.02 GB, but only 0\.00 GB are free"):
         attempt(base, base.root.parent / "out")
     check_nothing_new(base.root.parent, before)
+
+
+def test_closing_waits_for_writes_under_way(make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a late write would go to whatever file has got the descriptor's number by then."""
+    base = Checkpoint.open(make_checkpoint())
+    whole, entered, finished = os.pwrite, threading.Event(), []
+
+    def slow(descriptor: int, data: Any, position: int) -> int:
+        if threading.current_thread() is not threading.main_thread():
+            entered.set()
+            time.sleep(0.2)
+            os.fstat(descriptor)
+            finished.append(position)
+        return whole(descriptor, data, position)
+
+    def leave_early(writer: Writer) -> None:
+        late = threading.Thread(target=writer.write, args=("model.norm.weight", torch.ones(4)))
+        late.start()
+        entered.wait()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "pwrite", slow)
+    with pytest.raises(KeyboardInterrupt):
+        attempt(base, base.root.parent / "out", leave_early)
+    assert len(finished) == 1
+
+
+def test_nothing_is_written_after_the_end(make_checkpoint: MakeCheckpoint) -> None:
+    base = Checkpoint.open(make_checkpoint())
+    with Writer(base.root.parent / "out") as writer:
+        writer.plan_like(base)
+        copy(base, writer)
+    with pytest.raises(KtmergeError, match="is closed; nothing more can be written"):
+        writer.write("model.norm.weight", torch.zeros(4))
+    assert Checkpoint.open(base.root.parent / "out").content_digest() == base.content_digest()
 
 
 # --- misuse -----------------------------------------------------------------------------------------------------------
