@@ -1,0 +1,199 @@
+"""The report: one HTML page with everything in it, readable offline, on paper, on a telephone, by day and by night."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
+
+from ktmerge.eval.drawing import styles
+from ktmerge.eval.picture import loss_picture, score_picture, tradeoff
+from ktmerge.eval.results import Generation, PathPoint, TaskInfo, write_whole
+from ktmerge.eval.summary import FORMULAS
+from ktmerge.eval.table import plain, with_interval, worst
+from ktmerge.eval.verdict import verdict
+
+if TYPE_CHECKING:
+    from ktmerge.eval.results import Results
+
+ANSWERS_PER_TASK = 5
+
+
+def report(
+    results: Results,
+    out: Path,
+    *,
+    title: str | None = None,
+    recipes: Mapping[str, str] | None = None,
+    generations: Sequence[Generation] = (),
+    paths: Mapping[str, Sequence[PathPoint]] | None = None,
+    training: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    tuned: Sequence[str] | None = None,
+    notes: Sequence[str] = (),
+) -> Path:
+    """Write the report of ``results`` as one self-contained HTML file; return its path.
+
+    Args:
+        results: the scores.
+        out: the file; written whole or not at all.
+        title: headline.
+        recipes: name and YAML text of each recipe to print.
+        generations: side-by-side answers; answers of generate tasks are added by themselves where models differ.
+        paths: ways of blend coefficients for the picture, see :meth:`Results.path`.
+        training: per fine-tune its log, records with ``step`` and any of ``loss``, ``eval_..._loss``.
+        tuned: names of the full fine-tunes; default: the models that ``training`` has logs of.
+        notes: further sentences on how it was measured, such as which split chose the coefficient.
+
+    Raises:
+        KtmergeError: the file cannot be written.
+    """
+    text = render(
+        results, title=title, recipes=recipes, generations=generations, paths=paths, training=training, tuned=tuned,
+        notes=notes,
+    )  # fmt: skip
+    write_whole(Path(out), text)
+    return Path(out)
+
+
+def render(
+    results: Results,
+    *,
+    title: str | None = None,
+    recipes: Mapping[str, str] | None = None,
+    generations: Sequence[Generation] = (),
+    paths: Mapping[str, Sequence[PathPoint]] | None = None,
+    training: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    tuned: Sequence[str] | None = None,
+    notes: Sequence[str] = (),
+) -> str:
+    """The report as HTML text; arguments as for :func:`report`."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["intervals"] = _intervals
+    template = environment.from_string((files("ktmerge.eval") / "page.html.j2").read_text(encoding="utf-8"))
+    full = [name for name in (tuned if tuned is not None else training or ()) if name in results.models]
+    looks = styles(results.models, results.base)
+    return template.render(
+        title=title or f"{results.suite}: what was learned, what was kept",
+        results=results,
+        upstream=results.sides("upstream"),
+        downstream=results.sides("downstream"),
+        firsts=[side[0].name for side in (results.sides("upstream"), results.sides("downstream")) if side],
+        verdict=verdict(results, full),
+        picture=_inline(tradeoff(results, paths)),
+        scores=_inline(score_picture(results)),
+        losses=_inline(loss_picture(training or {})),
+        rows=[_row(results, name, looks[name].colour, name in full) for name in results.models],
+        columns=_number_columns(results),
+        comparisons=[(a, b, results.difference(a, b).numbers) for a, b in results.pairs()],
+        with_interval=with_interval,
+        colours={name: look.colour for name, look in looks.items()},
+        recipes=recipes or {},
+        generations=generations,
+        answers=[(task, shown) for task in results.tasks if (shown := _telling(results, task))],
+        formulas=[FORMULAS[key] for key in _number_columns(results) if key in FORMULAS],
+        notes=notes,
+        candidates=len(results.models) - 1 - len(full),
+    )
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One model in the tables."""
+
+    name: str
+    colour: str
+    kind: str
+    numbers: dict[str, str]
+    scores: dict[str, tuple[str, list[str]]]
+    best: bool
+
+
+def _row(results: Results, name: str, colour: str, is_tuned: bool) -> _Row:
+    summary = results.summary.models[name]
+    is_base = name == results.base
+    overall = {other: one.O.value for other, one in results.summary.models.items() if one.O is not None}
+    estimates = {"E": summary.E, "F": summary.F, "O": summary.O}
+    numbers = {key: "0" if is_base else with_interval(one) for key, one in estimates.items()}
+    numbers |= {
+        "H": with_interval(summary.H, signed=False),
+        "retention": plain(summary.retention),
+        "gain_share": "–" if is_base else plain(summary.gain_share),
+        "worst": "–" if is_base else worst(summary),
+    }
+    return _Row(
+        name=name,
+        colour=colour,
+        kind="untuned" if is_base else "full fine-tune" if is_tuned else "",
+        numbers=numbers,
+        scores={task.name: _score(results, name, task) for task in results.tasks},
+        best=bool(overall) and not is_base and name == max(overall, key=lambda other: overall[other]),
+    )
+
+
+def _score(results: Results, model: str, task: TaskInfo) -> tuple[str, list[str]]:
+    """A score, and in small print its standard error and perplexity per byte."""
+    score = results.scores[model][task.name]
+    small = [] if score.stderr is None else [f"± {score.stderr:.1f}"]
+    perplexity = score.extras().get("perplexity_per_byte")
+    small += [] if perplexity is None else [f"{perplexity:.3f} ppl/B"]
+    return f"{score.mean:.1f}", small
+
+
+def _number_columns(results: Results) -> dict[str, str]:
+    """Keys and headings of the numbers that at least one model has."""
+    headings = {"E": "E gain", "F": "F upstream", "O": "O overall", "H": "H", "retention": "kept %"}
+    headings |= {"gain_share": "gain share %", "worst": "worst upstream set"}
+    summaries = results.summary.models.values()
+    return {key: text for key, text in headings.items() if any(getattr(one, key) is not None for one in summaries)}
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """One item of a generate task: the prompt, the reference, and per model its answer and whether it is right."""
+
+    prompt: str
+    reference: str
+    outputs: dict[str, tuple[str, bool]]
+
+
+def _telling(results: Results, task: TaskInfo) -> list[_Answer]:
+    """Items on which models differ, those first that the base gets right and most others don't."""
+    if task.kind != "generate":
+        return []
+    by_model = {name: tasks[task.name] for name, tasks in results.scores.items()}
+    right = {name: score.scores > 0.5 for name, score in by_model.items()}
+    items = [i for i in range(len(task.rows)) if len({by_model[name].details["outputs"][i] for name in by_model}) > 1]
+    items.sort(key=lambda i: (-int(right[results.base][i]), sum(bool(right[name][i]) for name in right), i))
+    return [
+        _Answer(
+            task.prompts[i],
+            str(task.references[i]),
+            {name: (by_model[name].details["outputs"][i], bool(right[name][i])) for name in by_model},
+        )
+        for i in _spread(items, ANSWERS_PER_TASK)
+    ]
+
+
+def _spread(items: Sequence[int], count: int) -> Iterable[int]:
+    """The first and the last of ``items`` and what lies evenly between: losses and gains both show."""
+    if len(items) <= count:
+        return items
+    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
+
+
+def _intervals(sentence: str) -> Markup:
+    """A sentence with its [intervals] set apart and never broken over lines."""
+    return Markup(re.sub(r"\[[^\]]*\]", r'<span class="interval">\g<0></span>', str(escape(sentence))))
+
+
+def _inline(svg: str | None) -> Markup | None:
+    """An SVG for use inside HTML, which needs no namespaces."""
+    if svg is None:
+        return None
+    return Markup(re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href"))

@@ -1,0 +1,245 @@
+"""The pictures of a comparison as SVG: gain against forgetting, the score on every set, losses while tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ktmerge.eval.drawing import FONT, GREY, INK, Style, drawn, new_figure, styles, to_svg
+from ktmerge.eval.labels import Box, Label, along, place, square
+
+if TYPE_CHECKING:
+    from ktmerge.eval.results import PathPoint, Results
+    from ktmerge.eval.summary import Estimate
+
+WIDTH = 420.0  # points: legible on a telephone, where a page is about as wide
+SMALL = 7.5
+
+
+def tradeoff(results: Results, paths: Mapping[str, Sequence[PathPoint]] | None = None) -> str | None:
+    """E against F: every model with its 95 % intervals, lines of equal O, and the ways of blend coefficients.
+
+    Args:
+        results: scores with upstream and downstream sets.
+        paths: named polylines, e.g. ``{"wise-ft": results.path({0.0: "base", 0.5: "half", 1.0: "tuned"})}``.
+
+    Returns:
+        an ``<svg>`` element; None if the suite has only one side.
+    """
+    points: list[tuple[str, Estimate, Estimate]] = []
+    for name, one in results.summary.models.items():
+        if one.E is None or one.F is None:
+            return None
+        points.append((name, one.F, one.E))
+    looks = styles(results.models, results.base)
+    with drawn():
+        figure = new_figure(WIDTH, 350)
+        axes: Any = figure.add_axes((0.11, 0.125, 0.79, 0.855))
+        _limits(axes, points, paths or {})
+        _equal_overall(axes)
+        axes.axhline(0, color=GREY, linewidth=0.8, zorder=1)
+        axes.axvline(0, color=GREY, linewidth=0.8, zorder=1)
+        for number, way in enumerate((paths or {}).values()):
+            line = ("solid", (0, (4, 2)), (0, (1, 1.5)))[number % 3]
+            axes.plot([p.F for p in way], [p.E for p in way], color=GREY, linewidth=1.2, linestyle=line, zorder=2)
+            axes.plot([p.F for p in way], [p.E for p in way], "o", color=GREY, markersize=2.5, zorder=2)
+        for name, F, E in points:
+            _point(axes, F, E, looks[name])
+        axes.set_xlabel("F: change on upstream sets, in points (left of 0: forgotten)")
+        axes.set_ylabel("E: gain on downstream sets, in points")
+        _label_all(axes, points, paths or {}, results.base)
+        names = ", ".join(f"{name} E {E.value:+.1f} F {F.value:+.1f}" for name, F, E in points)
+        return to_svg(figure, "tradeoff", f"Gain E against upstream change F: {names}")
+
+
+def score_picture(results: Results) -> str:
+    """Every model's score on every set, with standard errors; sets as rows, upstream above downstream."""
+    looks = styles(results.models, results.base)
+    names = list(results.models)
+    columns = max(1, min(len(names), int(WIDTH / (max(_size(name, FONT)[0] for name in names) + 28))))
+    headings = [text for task in results.tasks for text in (task.name, task.side)]
+    left = min(0.4, (max(_size(text, FONT)[0] for text in headings) + 14) / WIDTH)
+    step, gap, legend = 9.0, 13.0, 15.0 * -(-len(names) // columns)
+    block = step * len(names) + gap
+    height = 44 + legend + block * len(results.tasks)
+    with drawn():
+        figure = new_figure(WIDTH, height)
+        axes: Any = figure.add_axes((left, 34 / height, 0.97 - left, 1 - (44 + legend) / height))
+        for i, task in enumerate(results.tasks):
+            top = -i * block
+            if i % 2 == 0:
+                axes.axhspan(top - block, top, color=GREY, alpha=0.09, linewidth=0)
+            axes.text(
+                -0.02, top - block / 2, f"{task.name}\n{task.side}", transform=axes.get_yaxis_transform(),
+                ha="right", va="center",
+            )  # fmt: skip
+            base = results.scores[results.base][task.name].mean
+            axes.plot([base, base], [top - block + 3, top - 3], color=GREY, linewidth=0.8, linestyle=(0, (2, 2)))
+            for j, name in enumerate(names):
+                score = results.scores[name][task.name]
+                axes.errorbar(
+                    score.mean, top - gap / 2 - (j + 0.5) * step, xerr=score.stderr or 0.0, color=looks[name].colour,
+                    marker=looks[name].marker, markersize=5, linewidth=1.1, label=name if i == 0 else None,
+                )  # fmt: skip
+        axes.set_ylim(-block * len(results.tasks), 0)
+        axes.set_yticks([])
+        axes.grid(axis="x")
+        axes.spines[["left", "right", "top"]].set_visible(False)
+        axes.set_xlabel("score, 0-100; bars: one standard error; dashed: the base")
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(
+            [handle[0] for handle in handles], labels, loc="upper center", ncols=columns, fontsize=FONT,
+            handletextpad=0.2, columnspacing=1.2, borderaxespad=0,
+        )  # fmt: skip
+        return to_svg(figure, "scores", f"Scores of {', '.join(names)} on every set")
+
+
+def loss_picture(training: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
+    """Losses while tuning, one panel a run.
+
+    Args:
+        training: per run its log: records with ``step`` and any of ``loss``, ``eval_..._loss``.
+
+    Returns:
+        an ``<svg>`` element; None if there is nothing to draw.
+    """
+    curves = {name: found for name, log in training.items() if (found := _curves(log))}
+    if not curves:
+        return None
+    height = 165.0 * len(curves)
+    with drawn():
+        figure = new_figure(WIDTH, height)
+        for i, (name, lines) in enumerate(curves.items()):
+            bottom = 1 - (i + 1) / len(curves) + 30 / height
+            axes: Any = figure.add_axes((0.11, bottom, 0.86, 1 / len(curves) - 50 / height))
+            looks = styles(["loss", *(key for key in lines if key != "loss")], "loss")
+            for key, (steps, values) in lines.items():
+                marker = "" if key == "loss" else looks[key].marker
+                axes.plot(
+                    steps, values, label=_curve_name(key), color=looks[key].colour, marker=marker, markersize=4,
+                    linewidth=1.2,
+                )  # fmt: skip
+            axes.set_title(name, fontsize=FONT, loc="left", pad=3)
+            axes.grid(axis="y")
+            axes.set_ylim(bottom=0)
+            axes.spines[["right", "top"]].set_visible(False)
+            axes.legend(fontsize=SMALL, loc="best")
+            if i == len(curves) - 1:
+                axes.set_xlabel("step", labelpad=1)
+        return to_svg(figure, "losses", f"Losses while tuning {', '.join(curves)}")
+
+
+def _curves(log: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
+    lines: dict[str, tuple[list[float], list[float]]] = {}
+    for record in log:
+        step = record.get("step")
+        for key, value in record.items():
+            is_loss = key == "loss" or (key.startswith("eval_") and key.endswith("loss"))
+            if is_loss and isinstance(step, int | float) and isinstance(value, int | float):
+                steps, values = lines.setdefault(key, ([], []))
+                steps.append(step)
+                values.append(value)
+    return lines
+
+
+def _curve_name(key: str) -> str:
+    middle = key.removeprefix("eval_").removesuffix("loss").strip("_")
+    return "training" if key == "loss" else {"up": "upstream", "down": "downstream"}.get(middle, middle or "evaluation")
+
+
+def _limits(
+    axes: Any, points: Sequence[tuple[str, Estimate, Estimate]], paths: Mapping[str, Sequence[PathPoint]]
+) -> None:
+    """Show every point with its interval, every way and the origin, with room for labels."""
+    way = [point for points_ in paths.values() for point in points_]
+    for setter, low_high, on_way in (
+        (axes.set_xlim, [v for _, F, _ in points for v in (F.low, F.high, F.value)], [p.F for p in way]),
+        (axes.set_ylim, [v for _, _, E in points for v in (E.low, E.high, E.value)], [p.E for p in way]),
+    ):
+        values = [*low_high, *on_way, 0.0]
+        span = max(max(values) - min(values), 1.0)
+        setter(min(values) - 0.09 * span, max(values) + 0.09 * span)
+
+
+def _equal_overall(axes: Any) -> None:
+    """Faint diagonals E + F = O, named at the right edge."""
+    from matplotlib.ticker import MaxNLocator
+
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    for overall in MaxNLocator(7).tick_values(bottom + left, top + right):
+        axes.plot(
+            [left, right], [overall - left, overall - right], color=GREY, alpha=0.45, linewidth=0.7,
+            linestyle=(0, (1, 3)), zorder=0, scalex=False, scaley=False,
+        )  # fmt: skip
+        at_edge = overall - right
+        if bottom <= at_edge <= top:
+            axes.annotate(
+                f"O {overall:+g}" if overall else "O 0", (right, at_edge), xytext=(3, 0), textcoords="offset points",
+                fontsize=SMALL, va="center", annotation_clip=False, alpha=0.8,
+            )  # fmt: skip
+
+
+def _point(axes: Any, F: Estimate, E: Estimate, style: Style) -> None:
+    axes.errorbar(
+        F.value, E.value,
+        xerr=[[max(0.0, F.value - F.low)], [max(0.0, F.high - F.value)]],
+        yerr=[[max(0.0, E.value - E.low)], [max(0.0, E.high - E.value)]],
+        color=style.colour, ecolor=style.colour, elinewidth=0.9, marker=style.marker, markersize=6.5, zorder=3,
+    )  # fmt: skip
+
+
+def _label_all(
+    axes: Any,
+    points: Sequence[tuple[str, Estimate, Estimate]],
+    paths: Mapping[str, Sequence[PathPoint]],
+    base: str,
+) -> None:
+    """Name the models and the coefficients along the ways; thin lines lead to labels that had to go far."""
+    pixel = axes.transData.transform
+    spots = [pixel((F.value, E.value)) for _, F, E in points]
+    obstacles = [square(x, y, 9) for x, y in spots]
+    for _, F, E in points:
+        obstacles += along([pixel((F.low, E.value)), pixel((F.high, E.value))], 2)
+        obstacles += along([pixel((F.value, E.low)), pixel((F.value, E.high))], 2)
+    texts = [
+        (name, FONT, "bold" if name != base else "normal", *spot)
+        for (name, *_), spot in zip(points, spots, strict=True)
+    ]
+    for name, way in paths.items():
+        ends = [pixel((p.F, p.E)) for p in way]
+        obstacles += along(ends, 3)
+        free = [(p, x, y) for p, (x, y) in zip(way, ends, strict=True) if not _near(x, y, spots)]
+        texts += [
+            (_coefficient(p.coefficient, name, i == 0), SMALL, "normal", x, y) for i, (p, x, y) in enumerate(free)
+        ]
+    labels = [Label(x, y, *_size(text, size, weight)) for text, size, weight, x, y in texts]
+    (left, bottom), (right, top) = axes.get_window_extent().min, axes.get_window_extent().max
+    for (text, size, weight, x, y), box in zip(
+        texts, place(labels, obstacles, Box(left, bottom, right, top)), strict=True
+    ):
+        anchor = axes.transData.inverted().transform((box.left, box.bottom))
+        axes.text(*anchor, text, fontsize=size, fontweight=weight, va="bottom", zorder=5)
+        nearest = (min(max(x, box.left), box.right), min(max(y, box.bottom), box.top))
+        if (nearest[0] - x) ** 2 + (nearest[1] - y) ** 2 > 13**2:
+            end = axes.transData.inverted().transform(nearest)
+            start = axes.transData.inverted().transform((x, y))
+            axes.plot(*zip(start, end, strict=True), color=INK, alpha=0.5, linewidth=0.5, zorder=4)
+
+
+def _near(x: float, y: float, spots: Sequence[Any]) -> bool:
+    return any((x - a) ** 2 + (y - b) ** 2 < 5**2 for a, b in spots)
+
+
+def _coefficient(value: float, name: str, first: bool) -> str:
+    return f"{name} {value:g}" if first else f"{value:g}"
+
+
+def _size(text: str, size: float, weight: str = "normal") -> tuple[float, float]:
+    """Width and height of a text in points."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import TextPath
+
+    font = FontProperties(size=size, weight=weight)
+    widest = TextPath((0, 0), text, prop=font).get_extents().width
+    tallest = TextPath((0, 0), "Ag", prop=font).get_extents().height
+    return float(widest) + 3, float(tallest) + 2

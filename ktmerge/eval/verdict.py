@@ -1,0 +1,120 @@
+"""The verdict in plain words. Says only what the intervals allow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ktmerge.eval.results import Results
+    from ktmerge.eval.summary import Estimate, ModelSummary
+
+
+NBSP = "\N{NO-BREAK SPACE}"
+
+
+def verdict(results: Results, tuned: Sequence[str] = ()) -> list[str]:
+    """A few sentences: the best model, what each full fine-tune gains and forgets, and how the two compare.
+
+    Args:
+        results: the scores.
+        tuned: names of the full fine-tunes; all others but the base count as blends.
+    """
+    summaries = results.summary.models
+    others = [name for name in results.models if name != results.base]
+    full = [name for name in tuned if name in others]
+    blends = [name for name in others if name not in full]
+    if not others:
+        return [f"Only the base, '{results.base}', was scored."]
+    sentences = [_tuned_sentence(name, summaries[name]) for name in full]
+    ranked = _by_overall(blends or others, summaries)
+    if blends or not full:
+        best = ranked[0]
+        kind = "blend" if full else "model"
+        lead = f"The best {kind} of {len(ranked)}, '{best}'," if len(ranked) > 1 else f"The {kind} '{best}'"
+        sentences.insert(0, f"{lead} {_what_it_does(summaries[best])}")
+        if full:
+            sentences += _against_tuned(results, best, full)
+    return [sentence.replace(" %", NBSP + "%").replace("O = ", f"O{NBSP}={NBSP}") for sentence in sentences]
+
+
+def _by_overall(names: Sequence[str], summaries: dict[str, ModelSummary]) -> list[str]:
+    def key(name: str) -> float:
+        one = summaries[name]
+        decisive = one.O or one.E or one.F
+        return decisive.value if decisive else 0.0
+
+    return sorted(names, key=key, reverse=True)
+
+
+def _what_it_does(one: ModelSummary) -> str:
+    parts = []
+    if one.E is not None:
+        parts.append(_gain(one.E))
+    if one.F is not None:
+        parts.append(_forgetting(one.F))
+    kept = f"; it keeps {one.retention.value:.1f} % of the base's upstream score" if one.retention is not None else ""
+    total = f" O = {_points(one.O)}." if one.O is not None else ""
+    return f"{' and '.join(parts)}{kept}.{total}"
+
+
+def _tuned_sentence(name: str, one: ModelSummary) -> str:
+    worst = ""
+    if one.worst is not None and one.worst.difference.high < 0:
+        worst = f" It loses most on {one.worst.task}: {_points(one.worst.difference)}."
+    return f"The full fine-tune '{name}' {_what_it_does(one)}{worst}"
+
+
+def _against_tuned(results: Results, best: str, full: Sequence[str]) -> list[str]:
+    rival = _by_overall(full, results.summary.models)[0]
+    overall = results.difference(best, rival).numbers.get("O")
+    if overall is None:
+        return []
+    which = f"the best full fine-tune, '{rival}'," if len(full) > 1 else f"the full fine-tune '{rival}'"
+    if overall.excludes_zero:
+        side = "ahead of" if overall.value > 0 else "behind"
+        said = f"In O, '{best}' is {side} {which} by {_size(overall)}."
+    else:
+        said = f"In O, '{best}' and {which} cannot be told apart: the difference is {_points(overall)}."
+    share = specialist_share(results, best, full)
+    if share is None:
+        return [said]
+    whose = f"of '{rival}'"
+    if len(full) > 1:
+        whose = "of the full fine-tunes, each set taken from the one that is best on it"
+    return [f"{said} It has {share:.0f} % of the downstream gain {whose}."]
+
+
+def specialist_share(results: Results, model: str, full: Sequence[str]) -> float | None:
+    """A model's downstream gain in percent of what the best full fine-tune on each set gains; None without a gain."""
+    sets = [task.name for task in results.sides("downstream")]
+    gains = {name: results.summary.models[name].differences for name in (model, *full)}
+    most = sum(max(gains[name][task].value for name in full) for task in sets)
+    if most <= 0:
+        return None
+    return 100 * sum(gains[model][task].value for task in sets) / most
+
+
+def _gain(E: Estimate) -> str:
+    if not E.excludes_zero:
+        return f"changes downstream sets by {_points(E)}, which may be nothing,"
+    return f"{'gains' if E.value > 0 else 'loses'} {_size(E)} on downstream sets"
+
+
+def _forgetting(F: Estimate) -> str:
+    if not F.excludes_zero:
+        return f"forgets nothing that can be told from chance on upstream sets, {_points(F)}"
+    return f"{'forgets' if F.value < 0 else 'gains'} {_size(F)} on upstream sets"
+
+
+def _points(estimate: Estimate) -> str:
+    return f"{estimate.value:+.1f} points {_interval(estimate)}"
+
+
+def _size(estimate: Estimate) -> str:
+    return f"{abs(estimate.value):.1f} points {_interval(estimate, flip=estimate.value < 0)}"
+
+
+def _interval(estimate: Estimate, flip: bool = False) -> str:
+    low, high = (-estimate.high, -estimate.low) if flip else (estimate.low, estimate.high)
+    return f"[{low:.1f} to {high:.1f}]"
