@@ -1,0 +1,139 @@
+"""What happens between steps: when to log, evaluate and save; the log file; progress; and stopping when asked.
+
+Imports transformers; import it only where it is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from types import FrameType, TracebackType
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ktmerge.errors import KtmergeError
+from ktmerge.progress import Progress, Step
+
+_SECONDS_BETWEEN_SAVES = 60.0
+_NOTES = 10
+
+
+@dataclass(frozen=True)
+class Rhythm:
+    """How often things happen, in steps; ``save_every`` None: a fifth of the run, yet not more than once a minute."""
+
+    total: int
+    log_every: int
+    eval_every: int
+    save_every: int | None
+    evaluates: bool
+
+    @property
+    def save_step(self) -> int:
+        return self.save_every or max(1, math.ceil(self.total / 5))
+
+
+class Interruption:
+    """While active, the first Ctrl-C (or SIGTERM) only asks to stop after the step; the second stops at once."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.requested = False
+        self._progress = progress
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        self._progress.note("stopping: this step is finished and saved first. Once more stops at once.")
+
+
+class RhythmCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Decides after every step what is due."""
+
+    def __init__(self, rhythm: Rhythm, interruption: Interruption, saved: Callable[[Path, int], None]) -> None:
+        self._rhythm = rhythm
+        self._interruption = interruption
+        self._saved = saved
+        self._last_save = monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        step, rhythm = state.global_step, self._rhythm
+        last = step >= rhythm.total
+        control.should_log = last or step == 1 or step % rhythm.log_every == 0
+        control.should_evaluate = rhythm.evaluates and (last or step % rhythm.eval_every == 0)
+        # the last step is saved as the result instead
+        control.should_save = not last and (self._interruption.requested or self._is_due(step))
+        control.should_training_stop = last or self._interruption.requested
+        return control
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._saved(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step)
+        self._last_save = monotonic()
+
+    def _is_due(self, step: int) -> bool:
+        if step % self._rhythm.save_step:
+            return False
+        return self._rhythm.save_every is not None or monotonic() - self._last_save >= _SECONDS_BETWEEN_SAVES
+
+
+class LogCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Appends one line to the log for every report of the Trainer, tells a person now and then, moves the bar."""
+
+    def __init__(self, log: Path, rhythm: Rhythm, progress: Progress, bar: Step, seconds: Callable[[], float]) -> None:
+        self._log = log
+        self._rhythm = rhythm
+        self._progress = progress
+        self._bar = bar
+        self._seconds = seconds
+        self._loss: float | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar.advance()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        found = {key: value for key, value in (logs or {}).items() if not key.startswith("train_")}
+        if not any(key.endswith("loss") for key in found):
+            return
+        line = {"step": state.global_step, **found, "seconds": round(self._seconds(), 2)}
+        with self._log.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+        self._require_finite(line)
+        self._loss = found.get("loss", self._loss)
+        self._note(state.global_step, found)
+
+    def _require_finite(self, line: dict[str, Any]) -> None:
+        for key in ("loss", "grad_norm"):
+            if not math.isfinite(line.get(key, 0.0)):
+                raise KtmergeError(
+                    f"training diverged: {key} is {line[key]} at step {line['step']}; "
+                    "lower learning_rate, or raise warmup."
+                )
+
+    def _note(self, step: int, found: dict[str, Any]) -> None:
+        evaluated = {key[5:-5]: value for key, value in found.items() if key.startswith("eval_")}
+        often = max(1, self._rhythm.total // _NOTES)
+        if not evaluated and (self._rhythm.evaluates or (step % often and step != self._rhythm.total)):
+            return
+        losses = {**({} if self._loss is None else {"training": self._loss}), **evaluated}
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        self._progress.note(f"step {step}/{self._rhythm.total}: loss {shown}")

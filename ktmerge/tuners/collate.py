@@ -1,0 +1,40 @@
+"""From encoded samples to the tensors of one batch: padded on the right to the longest, labels only where trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ktmerge.tuners.encode import Encoded
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORED = -100
+"""Label of a token that does not enter the loss."""
+
+
+class Collator:
+    """Makes ``input_ids``, ``attention_mask`` and ``labels``, each ``[samples, tokens]`` int64.
+
+    Args:
+        pad: the token to fill up with; it is masked everywhere, so any will do.
+    """
+
+    def __init__(self, pad: int) -> None:
+        self._pad = pad
+
+    def __call__(self, samples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+        import torch
+
+        shape = (len(samples), max(map(len, samples)))
+        ids = torch.full(shape, self._pad)
+        mask = torch.zeros(shape, dtype=torch.int64)
+        labels = torch.full(shape, IGNORED)
+        for row, sample in enumerate(samples):
+            own = torch.tensor(sample.ids, dtype=torch.int64)
+            trained = torch.tensor(list(sample.trained), dtype=torch.bool)
+            ids[row, : len(sample)] = own
+            mask[row, : len(sample)] = 1
+            labels[row, : len(sample)] = torch.where(trained, own, IGNORED)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}

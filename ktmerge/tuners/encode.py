@@ -1,0 +1,355 @@
+"""From samples to token ids, each with a mark: trained or not. Trained are the answers and the stop token after each.
+
+Over-long samples are dropped and counted, never cut. Knows tokenizers and chat templates, nothing about models.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ktmerge.checkpoints.layout import read_json
+from ktmerge.errors import UsageError
+from ktmerge.progress import SILENT, Progress
+from ktmerge.tuners.data import ChatSample, PlainSample, Sample, listing
+
+_GENERATION = re.compile(r"\{%-?\s*generation\b")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sample: token ids, and for each whether the model learns to say it (1) or only reads it (0)."""
+
+    ids: array[int]
+    trained: bytes
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class EncodedSet:
+    """The samples that fit, in order; ``dropped`` were too long."""
+
+    samples: list[Encoded]
+    dropped: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all samples."""
+        return sum(map(len, self.samples))
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that enter the loss; the first of a sample has nothing before it and never does."""
+        return sum(sum(sample.trained[1:]) for sample in self.samples)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        return max(map(len, self.samples))
+
+
+class SampleError(Exception):
+    """Why one sample cannot be encoded, without saying which."""
+
+
+def encode_all(
+    encoder: Encoder, samples: Sequence[Sample], max_length: int, progress: Progress = SILENT, what: str = "data"
+) -> EncodedSet:
+    """Encode samples, dropping those of more than ``max_length`` tokens.
+
+    Raises:
+        UsageError: samples that the chat template refuses (the first five and their number), or none is left.
+    """
+    kept: list[Encoded] = []
+    problems: list[str] = []
+    shortest: int | None = None
+    with progress.task(f"tokenising {what}", len(samples), "items") as step:
+        for sample in samples:
+            step.advance()
+            try:
+                encoded = encoder.encode(sample)
+            except SampleError as error:
+                problems.append(f"{sample.where}: {error}")
+                continue
+            shortest = min(shortest or len(encoded), len(encoded))
+            if len(encoded) <= max_length:
+                kept.append(encoded)
+    if problems:
+        raise UsageError(listing(problems))
+    if not kept:
+        raise UsageError(
+            f"{what}: all {len(samples)} samples are longer than {max_length} tokens (the shortest has {shortest}); "
+            "raise max_length as far as the model allows, or give shorter samples."
+        )
+    return EncodedSet(kept, len(samples) - len(kept))
+
+
+class Encoder:
+    """Tokenises for one model.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        stop_ids: what ends an answer, by the model's own configuration; the first is appended where a text has none.
+        vocabulary: rows of the embedding, or None if unknown.
+    """
+
+    def __init__(self, tokenizer: Any, stop_ids: Sequence[int], vocabulary: int | None = None) -> None:
+        self.tokenizer = tokenizer
+        self._stops = tuple(stop_ids)
+        self._added = frozenset(tokenizer.get_added_vocab().values())
+        self._vocabulary = vocabulary
+        self._blank: dict[int, bool] = {}
+        template = _template(tokenizer)
+        self.has_template = template is not None
+        self._marks_answers = template is not None and _GENERATION.search(template) is not None
+
+    @classmethod
+    def load(cls, base: Path) -> Encoder:
+        """The tokenizer of the checkpoint folder ``base``, with the stop tokens of its configuration.
+
+        Raises:
+            UsageError: there is no tokenizer, or nothing says how a text ends.
+        """
+        from transformers import AutoTokenizer
+
+        loader: Any = AutoTokenizer
+        try:
+            tokenizer = loader.from_pretrained(base, local_files_only=True)
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            raise UsageError(f"{base}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
+        config = read_json(base / "config.json") if (base / "config.json").exists() else {}
+        stops = _stop_ids(tokenizer, base, config)
+        if not stops:
+            raise UsageError(f"{base}: neither tokenizer nor configuration names the token that ends a text (eos).")
+        rows = config.get("vocab_size")
+        return cls(tokenizer, stops, rows if isinstance(rows, int) else None)
+
+    def require_template(self, samples: Sequence[Sample]) -> None:
+        """Refuse conversations for a model that has no chat template.
+
+        Raises:
+            UsageError: there is a conversation among the samples, and no template.
+        """
+        chat = next((sample for sample in samples if isinstance(sample, ChatSample)), None)
+        if chat is not None and not self.has_template:
+            raise UsageError(
+                f"{chat.where}: is a conversation, but the base model has no chat template. Give prompt-completion "
+                "data (prompt and completion as text), or a base model with a template (an instruction-tuned one)."
+            )
+
+    def encode(self, sample: Sample) -> Encoded:
+        """Tokenise one sample of any length.
+
+        Raises:
+            SampleError: the chat template refuses it or does not show its answer, or a token is out of vocabulary.
+        """
+        ids, trained = self._plain(sample) if isinstance(sample, PlainSample) else self._chat(sample)
+        if self._vocabulary is not None and max(ids) >= self._vocabulary:
+            raise SampleError(
+                f"has token {max(ids)}, but the model knows only {self._vocabulary}; "
+                "the tokenizer is not the model's own."
+            )
+        if not any(trained[1:]):
+            raise SampleError("has no token to learn after it is tokenised.")
+        return Encoded(array("i", ids), bytes(trained))
+
+    def _plain(self, sample: PlainSample) -> tuple[list[int], list[bool]]:
+        tokens = _Tokens(self.tokenizer, sample.prompt + sample.completion, add_special_tokens=True)
+        first = tokens.before(len(sample.prompt))
+        ids = list(tokens.ids)
+        if ids[-1] not in self._stops:
+            ids.append(self._stops[0])
+        return ids, [number >= first for number in range(len(ids))]
+
+    def _chat(self, sample: ChatSample) -> tuple[list[int], list[bool]]:
+        earlier = any(message.role == "assistant" for message in sample.messages[: sample.trained_from])
+        if self._marks_answers and not earlier:
+            marked = self._marked(sample)
+            if marked is not None:
+                return self._with_stops(*marked)
+        return self._with_stops(*self._located(sample))
+
+    def _marked(self, sample: ChatSample) -> tuple[list[int], list[_Run]] | None:
+        """Answers as the template's own marks give them; None where the tokenizer cannot follow them."""
+        try:
+            found = self.tokenizer.apply_chat_template(
+                _turns(sample), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
+        except ValueError:
+            return None
+        except Exception as error:
+            raise _refusal(error) from None
+        runs = _runs(found["assistant_masks"])
+        return (list(found["input_ids"]), [_Run(first, end, end) for first, end in runs]) if runs else None
+
+    def _located(self, sample: ChatSample) -> tuple[list[int], list[_Run]]:
+        """Answers found by rendering the conversation up to each."""
+        turns = _turns(sample)
+        try:
+            text = self._render(turns)
+        except Exception as error:
+            raise _refusal(error) from None
+        tokens = _Tokens(self.tokenizer, text, add_special_tokens=False)
+        runs = []
+        position = 0
+        for number, message in enumerate(sample.messages):
+            if message.role != "assistant" or number < sample.trained_from:
+                position = _after(text, message.content, position)
+                continue
+            start, content_end, end = self._locate(turns, number, text, position)
+            runs.append(_Run(tokens.before(start), tokens.up_to(content_end), tokens.up_to(end)))
+            position = end
+        return list(tokens.ids), runs
+
+    def _locate(self, turns: list[dict[str, str]], number: int, text: str, position: int) -> tuple[int, int, int]:
+        """Where in ``text`` answer ``number`` starts, its content ends, and its turn ends."""
+        content = turns[number]["content"].strip()
+        before = self._prefix(turns[:number], text, ask=True)
+        start = len(before) if before is not None and len(before) >= position else text.find(content, position)
+        if start < 0:
+            raise SampleError(f"the chat template does not show the answer of turn {number + 1}.")
+        found = text.find(content, start)
+        whole = text if number + 1 == len(turns) else self._prefix(turns[: number + 1], text, ask=False)
+        content_end = found + len(content) if found >= 0 else start  # rewritten: its first stop token ends it
+        return start, content_end, max(content_end, len(whole) if whole is not None else 0)
+
+    def _prefix(self, turns: list[dict[str, str]], text: str, *, ask: bool) -> str | None:
+        """The rendering of the first turns, if ``text`` starts with it; templates may refuse or rewrite such a part."""
+        try:
+            rendered = self._render(turns, ask=ask)
+        except Exception:
+            return None
+        return rendered if text.startswith(rendered) else None
+
+    def _render(self, turns: list[dict[str, str]], *, ask: bool = False) -> str:
+        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask))
+
+    def _with_stops(self, ids: list[int], runs: list[_Run]) -> tuple[list[int], list[bool]]:
+        """Mark the answers; end each with the stop token that follows, appending one if the text just ends."""
+        trained = [False] * (len(ids) + 1)
+        # what opens every turn is an added token too, but ends nothing
+        stops = {*self._stops, *(self._added - set(ids[:2]))}
+        appended = False
+        for run in runs:
+            end = self._stop_after(ids, run, stops)
+            if end > len(ids):
+                appended = True
+            trained[run.first : end] = [True] * (end - run.first)
+        return ([*ids, self._stops[0]], trained) if appended else (ids, trained[: len(ids)])
+
+    def _stop_after(self, ids: list[int], run: _Run, stops: set[int]) -> int:
+        """One past the last token to train; ``len(ids) + 1`` where a stop must be appended."""
+        if run.content_end == run.end and self._ends_in_stop(ids, run, stops):
+            return run.end  # the template's own marks include it
+        for number in range(run.content_end, run.end):
+            if ids[number] in stops:
+                return number + 1
+        number = run.end
+        while number < len(ids) and ids[number] not in stops and self._is_blank(ids[number]):
+            number += 1
+        if number == len(ids):
+            return len(ids) + 1
+        return number + 1 if ids[number] in stops else run.end
+
+    def _ends_in_stop(self, ids: list[int], run: _Run, stops: set[int]) -> bool:
+        last = run.end - 1
+        while last > run.first and self._is_blank(ids[last]):
+            last -= 1
+        return ids[last] in stops
+
+    def _is_blank(self, token: int) -> bool:
+        if token not in self._blank:
+            self._blank[token] = not self.tokenizer.decode([token]).strip()
+        return self._blank[token]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One answer as token positions: its first, one past its content, one past its turn."""
+
+    first: int
+    content_end: int
+    end: int
+
+
+class _Tokens:
+    """A tokenised text that knows which tokens lie before a character."""
+
+    def __init__(self, tokenizer: Any, text: str, *, add_special_tokens: bool) -> None:
+        self._tokenizer, self._text, self._special = tokenizer, text, add_special_tokens
+        self._ends: list[int] | None = None
+        if tokenizer.is_fast:
+            found = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+            self._ends = []
+            for _, end in found["offset_mapping"]:
+                # special tokens that stand for no text come as (0, 0)
+                self._ends.append(max(end, self._ends[-1] if self._ends else 0))
+            self.ids: list[int] = found["input_ids"]
+        else:
+            self.ids = self._ids(text)
+
+    def before(self, character: int) -> int:
+        """How many tokens end at or before ``character``."""
+        if self._ends is None:
+            return _common(self._ids(self._text[:character]), self.ids)
+        return bisect_right(self._ends, character)
+
+    def up_to(self, character: int) -> int:
+        """How many tokens begin before ``character``: a token that straddles it counts."""
+        count = self.before(character)
+        if self._ends is None:
+            return count
+        reached = self._ends[count - 1] if count else 0
+        return count + (reached < character and count < len(self.ids))
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=self._special)["input_ids"])
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+def _runs(mask: Sequence[int]) -> list[tuple[int, int]]:
+    """Stretches of ones as (first, one past the last)."""
+    edges = [i for i in range(len(mask) + 1) if (i < len(mask) and mask[i]) != (i > 0 and mask[i - 1])]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _after(text: str, content: str, position: int) -> int:
+    """The position after ``content``, if it stands in ``text`` from ``position`` on."""
+    found = text.find(content.strip(), position)
+    return found + len(content.strip()) if found >= 0 else position
+
+
+def _turns(sample: ChatSample) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": message.content} for message in sample.messages]
+
+
+def _refusal(error: Exception) -> SampleError:
+    return SampleError(
+        f"the chat template refuses it: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    )
+
+
+def _template(tokenizer: Any) -> str | None:
+    try:
+        return str(tokenizer.get_chat_template())
+    except (ValueError, AttributeError):
+        return None
+
+
+def _stop_ids(tokenizer: Any, base: Path, config: dict[str, Any]) -> tuple[int, ...]:
+    generation = read_json(base / "generation_config.json") if (base / "generation_config.json").exists() else {}
+    found: list[int] = []
+    for named in (tokenizer.eos_token_id, generation.get("eos_token_id"), config.get("eos_token_id")):
+        found += [named] if isinstance(named, int) else [one for one in named or () if isinstance(one, int)]
+    return tuple(dict.fromkeys(found))

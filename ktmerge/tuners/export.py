@@ -1,0 +1,97 @@
+"""From trained weights to a checkpoint under the base's names, with everything else the base has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ktmerge.checkpoints import Checkpoint, Writer, align
+from ktmerge.checkpoints.dtypes import torch_dtype
+from ktmerge.errors import KtmergeError
+from ktmerge.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from ktmerge.checkpoints import TensorReader
+
+TAGS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_ELEMENTS = 1 << 22
+"""Elements converted at a time."""
+
+
+def export(
+    base: Checkpoint,
+    trained: Path,
+    out: Path,
+    *,
+    dtype: str,
+    texts: Mapping[str, str],
+    overwrite: bool,
+    progress: Progress = SILENT,
+) -> None:
+    """Write the weights in ``trained`` as a copy of ``base`` with other values; ``out`` appears by one rename.
+
+    Buffers, and tensors of the base that the model has no use for, keep their bytes.
+
+    Args:
+        base: what was fine-tuned.
+        trained: a checkpoint as transformers saves it.
+        out: the folder to appear.
+        dtype: float32, bfloat16, float16, or base (each tensor as in the base).
+        texts: further files by name.
+        overwrite: replace a checkpoint at ``out``.
+        progress: told the elements written.
+
+    Raises:
+        KtmergeError: the trained weights do not answer to the base's, do not fit the type, or cannot be written.
+    """
+    tuned = Checkpoint.open(trained)
+    found = align(base, tuned, "the trained model")
+    wrong = (*found.extra, *(pair.name for pair in found.mismatched), *found.ambiguous)
+    if wrong:
+        raise KtmergeError(f"{out}: transformers names tensors otherwise than the base, e.g. '{wrong[0]}'.")
+    changed = {name: other for name, other in found.mapping.items() if base.tensors[name].is_float}
+    tags = {name: TAGS.get(dtype, base.tensors[name].dtype) for name in changed}
+    with (
+        Writer(out, overwrite) as writer,
+        base.reader() as before,
+        tuned.reader() as after,
+        progress.task(f"saving {out.name}", sum(info.numel for info in base.tensors.values()), "items") as step,
+    ):
+        writer.plan_like(base, tags)
+        for name, info in base.tensors.items():
+            if name in changed:
+                _convert(after, changed[name], writer, name)
+            else:
+                _copy(before, writer, name)
+            step.advance(info.numel)
+        for file, text in {**_config(base, dtype), **texts}.items():
+            writer.add_text(file, text)
+        writer.copy_files(base)
+
+
+def _convert(reader: TensorReader, source: str, writer: Writer, name: str) -> None:
+    import torch
+
+    info = writer.planned[name]
+    for start in range(0, info.numel, _ELEMENTS):
+        values = reader.read(source, start, min(start + _ELEMENTS, info.numel)).to(torch_dtype(info.dtype))
+        if not bool(torch.isfinite(values).all()):
+            raise KtmergeError(f"tensor '{name}' has values that {info.dtype} cannot hold; save as float32 instead.")
+        writer.write(name, values, start)
+
+
+def _copy(reader: TensorReader, writer: Writer, name: str) -> None:
+    position = 0
+    for block in reader.blocks(name):
+        writer.write_bytes(name, block, position)
+        position += len(block)
+
+
+def _config(base: Checkpoint, dtype: str) -> dict[str, str]:
+    """The base's configuration naming the new type: transformers loads weights in the type it finds there."""
+    if dtype == "base" or not base.config:
+        return {}
+    key = "torch_dtype" if "torch_dtype" in base.config else "dtype"
+    return {"config.json": json.dumps({**base.config, key: dtype}, indent=2, ensure_ascii=False) + "\n"}

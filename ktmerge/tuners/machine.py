@@ -1,0 +1,151 @@
+"""What a fine-tune runs on: device, precision, and whether its memory will do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ktmerge.errors import UsageError
+from ktmerge.recipes.schema import FinetuneJob
+
+if TYPE_CHECKING:
+    from ktmerge.checkpoints import Checkpoint
+
+BYTES_PER_PARAMETER = 16
+"""fp32 weight, gradient, and the two moments of Adam."""
+_RUNTIME = 600e6
+"""Bytes of the libraries themselves."""
+_HIDDEN_KEPT, _INNER_KEPT = 12, 6
+"""Numbers kept for the backward pass, per token and layer: vectors of the hidden and of the inner size; measured."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a job is computed, and in which precision its forward pass is."""
+
+    device: Literal["cuda", "cpu"]
+    name: str
+    precision: Literal["float32", "bfloat16"]
+    threads: int
+
+
+def choose_machine(precision: str) -> Machine:
+    """The first CUDA device if there is one, else all cores; ``auto`` is bfloat16 where the hardware computes in it.
+
+    Raises:
+        UsageError: bfloat16 is asked of a CUDA device that cannot.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    if torch.cuda.is_available():
+        able = bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        if precision == "bfloat16" and not able:
+            raise UsageError(
+                f"precision bfloat16: {torch.cuda.get_device_name()} cannot compute in it; use float32 or auto."
+            )
+        return Machine("cuda", torch.cuda.get_device_name(), _resolved(precision, able), threads)
+    return Machine("cpu", f"cpu, {threads} threads", _resolved(precision, _cpu_has_bfloat16()), threads)
+
+
+def _resolved(precision: str, able: bool) -> Literal["float32", "bfloat16"]:
+    return "bfloat16" if precision == "bfloat16" or (precision == "auto" and able) else "float32"
+
+
+def _cpu_has_bfloat16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+@contextmanager
+def deterministic(device: str) -> Iterator[None]:
+    """Have CUDA compute the same bits every time, where it can; a CPU with a fixed number of threads always does."""
+    if device != "cuda":
+        yield
+        return
+    import torch
+
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filling: Any = torch.utils.deterministic
+    fill = filling.fill_uninitialized_memory
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    filling.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        filling.fill_uninitialized_memory = fill
+
+
+def memory_needed(base: Checkpoint, job: FinetuneJob, longest: int, piece_tokens: int | None, precision: str) -> float:
+    """Estimated peak in bytes, from the base's headers.
+
+    Args:
+        base: the model.
+        job: what is to be done with it.
+        longest: tokens of the longest sample.
+        piece_tokens: tokens worked on at a time, if batches are split.
+        precision: of the forward pass.
+    """
+    config = base.config
+    parameters = sum(info.numel for info in base.tensors.values() if info.is_float)
+    hidden, layers = int(config.get("hidden_size") or 0), int(config.get("num_hidden_layers") or 0)
+    inner = int(config.get("intermediate_size") or 4 * hidden)
+    tokens = job.batch_size * longest
+    if piece_tokens is not None:
+        tokens = min(tokens, max(piece_tokens, longest))
+    width = 2.5 if precision == "bfloat16" else 4.0
+    layer = tokens * (_HIDDEN_KEPT * hidden + _INNER_KEPT * inner) * width
+    kept = layer + layers * tokens * hidden * width if job.activation_checkpointing else layers * layer
+    return BYTES_PER_PARAMETER * parameters + kept + _RUNTIME
+
+
+def memory_available(device: str) -> float:
+    """Bytes free on the device, within the limit of the container if there is one."""
+    if device == "cuda":
+        import torch
+
+        return float(torch.cuda.mem_get_info()[0])
+    return min(_system_left(), _container_left())
+
+
+def _system_left() -> float:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return float("inf")
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), float("inf"))
+
+
+def _container_left() -> float:
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text(encoding="utf-8").strip()
+        used = (group / "memory.current").read_text(encoding="utf-8").strip()
+    except OSError:
+        return float("inf")
+    return float("inf") if limit == "max" else float(limit) - float(used)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, on any device."""
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in said or "out of memory" in said)
+
+
+def is_disk_trouble(error: BaseException) -> bool:
+    """Whether an error means that a file could not be written, as any of the libraries says it."""
+    said = str(error)
+    return isinstance(error, OSError) or "PytorchStreamWriter" in said or "I/O error" in said or "os error" in said

@@ -1,0 +1,242 @@
+"""The working folder of a fine-tune, ``<out>.partial``: what it was started with, its checkpoints, its log.
+
+A checkpoint counts only with a list of its files and their sha256 beside them, written last; one that a kill cut short
+has none, and is passed over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ktmerge.checkpoints.files import clear_os_errors
+from ktmerge.errors import UsageError
+
+LOG = "log.jsonl"
+FINAL = "final"
+_STARTED = "started.json"
+_SEAL = "complete.json"
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One complete state: after ``step`` steps and ``seconds`` of work."""
+
+    path: Path
+    step: int
+    seconds: float
+
+
+class Partial:
+    """Holds the folder, locked, for the length of a run; removes it if the run leaves nothing in it to go on from.
+
+    Args:
+        out: where the result will be.
+        inputs: everything that decides the result; a later run may go on only with the same.
+
+    Raises:
+        UsageError: see `open`.
+    """
+
+    def __init__(self, out: Path, inputs: dict[str, Any]) -> None:
+        self.folder = out.with_name(out.name + ".partial")
+        self._out = out
+        self._inputs = inputs
+        self._lock: int | None = None
+        self._opened = False
+        self._done = False
+
+    @property
+    def log(self) -> Path:
+        """The log file."""
+        return self.folder / LOG
+
+    @property
+    def final(self) -> Path:
+        """Where the trained weights go, once training is over."""
+        return self.folder / FINAL
+
+    def open(self, *, resume: bool, overwrite: bool) -> Saved | None:
+        """Make the folder, or take up the one that is there; return the state to go on from, if any.
+
+        Raises:
+            UsageError: there is one, and it has other inputs, is in use, or neither flag says what to do with it.
+        """
+        if self.folder.exists() and not (resume or overwrite):
+            raise UsageError(
+                f"{self.folder}: an earlier run stopped here; "
+                "add --resume to go on with it, or --overwrite to start afresh."
+            )
+        with clear_os_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._take()
+            if resume and (self.folder / _STARTED).exists():
+                self._require_same()
+                self._opened = True
+                return self._clean()
+            self._opened = True
+            for path in self.folder.iterdir():
+                _remove(path)
+            _write(self.folder / _STARTED, self._inputs)
+        return None
+
+    def __enter__(self) -> Partial:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is None:
+            return
+        if self._done or (self._opened and not self._has_state()):
+            shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._lock)
+        self._lock = None
+
+    def _has_state(self) -> bool:
+        return any((path / _SEAL).exists() for path in self.folder.iterdir())
+
+    def finish(self) -> None:
+        """The result is out: the folder goes."""
+        self._done = True
+
+    def seal(self, path: Path, step: int, seconds: float) -> None:
+        """Declare the files of ``path`` complete."""
+        files = {one.name: _sha256(one) for one in sorted(path.iterdir()) if one.name != _SEAL}
+        _write(path / _SEAL, {"step": step, "seconds": round(seconds, 2), "files": files})
+
+    def drop_checkpoints(self) -> None:
+        """Remove all but the final state."""
+        for path in self.folder.iterdir():
+            if 0 <= _step_of(path) < float("inf"):
+                _remove(path)
+
+    def newest(self) -> Saved | None:
+        """The newest checkpoint that is complete."""
+        found = (_opened(path) for path in sorted(self.folder.iterdir(), key=_step_of, reverse=True))
+        return next((saved for saved in found if saved is not None), None)
+
+    def _take(self) -> None:
+        self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            self._lock = None
+            raise UsageError(
+                f"{self.folder}: another run is working on this output; wait for it, or stop it."
+            ) from None
+        except OSError:
+            pass  # a file system without locks, where nobody can tell
+
+    def _require_same(self) -> None:
+        started = read_object(self.folder / _STARTED)
+        changed = differences(started, self._inputs)
+        if changed:
+            raise UsageError(
+                f"{self.folder}: cannot be resumed, it was started with other settings: {'; '.join(changed)}. "
+                "Give the same again, or start afresh with --overwrite."
+            )
+
+    def _clean(self) -> Saved | None:
+        """Remove what stands after the newest complete state: a resumed run finds what an unbroken one would."""
+        newest = self.newest()
+        step = newest.step if newest else 0
+        for path in self.folder.iterdir():
+            if path.is_dir() and (newest is None or path != newest.path) and not (0 <= _step_of(path) < step):
+                _remove(path)
+        _trim_log(self.log, step if newest else -1)
+        return newest
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between the inputs of two runs, each as a few words."""
+    found = []
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += [
+                f"{name} was {old.get(name)}, now {new.get(name)}"
+                for name in sorted({*old, *new})
+                if old.get(name) != new.get(name)
+            ]
+        elif old != new:
+            found.append(f"another {key}")
+    return found
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; empty if there is none."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def _opened(path: Path) -> Saved | None:
+    seal = read_object(path / _SEAL)
+    files = seal.get("files")
+    if not isinstance(files, dict) or not files:
+        return None
+    try:
+        intact = all(_sha256(path / name) == digest for name, digest in files.items())
+    except OSError:
+        return None
+    return Saved(path, int(seal["step"]), float(seal["seconds"])) if intact else None
+
+
+def _step_of(path: Path) -> float:
+    """The step of a checkpoint folder; infinite for the final one, -1 for anything else."""
+    if path.name == FINAL:
+        return float("inf")
+    number = path.name.removeprefix("checkpoint-")
+    return int(number) if number.isdigit() else -1
+
+
+def _trim_log(path: Path, step: int) -> None:
+    """Drop the lines after ``step``, and one that was cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def _write(path: Path, document: dict[str, Any]) -> None:
+    """Write a JSON file so that it is there whole or not at all."""
+    passing = path.with_name(path.name + ".new")
+    with passing.open("w", encoding="utf-8") as stream:
+        json.dump(document, stream, indent=2)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(passing, path)
+
+
+def _remove(path: Path) -> None:
+    if path.name == "lock":
+        return
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,143 @@
+"""What a fine-tune leaves on record: the file ``ktmerge-run.json``, and what the caller gets back."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ktmerge import __version__
+from ktmerge.checkpoints import Checkpoint
+from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.tuners.data import DataSet
+from ktmerge.tuners.encode import EncodedSet
+
+RECORD = "ktmerge-run.json"
+_NO_EFFECT = frozenset({"data", "format", "eval_upstream", "eval_downstream", "log_every", "save_every"})
+"""Settings that do not change the result by their name: files count by their content."""
+
+
+@dataclass(frozen=True)
+class FinetuneReport:
+    """One finished fine-tune.
+
+    Attributes:
+        out: the tuned checkpoint.
+        record: what its ``ktmerge-run.json`` says.
+    """
+
+    out: Path
+    record: dict[str, Any]
+
+    @property
+    def losses(self) -> dict[str, Any]:
+        """``first`` and ``last`` training loss, and the evaluations as a list with ``step`` and a loss per set."""
+        return dict(self.record["losses"])
+
+    def to_json(self) -> dict[str, Any]:
+        return {"out": str(self.out), **self.record}
+
+    def pairs(self) -> dict[str, str]:
+        """The main facts as text, for a terminal."""
+        counts, run, losses = self.record["counts"]["train"], self.record["run"], self.record["losses"]
+        dropped = f", {counts['dropped']} too long and dropped" if counts["dropped"] else ""
+        shown = {
+            "tuned model": str(self.out),
+            "samples": f"{counts['samples']}{dropped}; {counts['tokens']} tokens, {counts['trained_tokens']} trained",
+            "steps": f"{run['steps']} in {run['seconds']:.0f} s, {run['tokens_per_second']:.0f} tokens/s, "
+            f"{run['device']}, {run['precision']}",
+            "training loss": f"{losses['first']:.4f} -> {losses['last']:.4f}",
+        }
+        for name in ("upstream", "downstream"):
+            values = [one[name] for one in losses["evaluations"] if name in one]
+            if values:
+                shown[f"{name} loss"] = f"{values[0]:.4f} -> {values[-1]:.4f}"
+        return shown
+
+
+def inputs_of(job: FinetuneJob, base: Checkpoint, base_digest: str, data: dict[str, DataSet]) -> dict[str, Any]:
+    """All that decides the result; two runs with equal inputs on one machine give the same bytes."""
+    return {
+        "job": job.model_dump(mode="json", exclude=set(_NO_EFFECT)),
+        "base": {"header": base.header_digest(), "content": base_digest},
+        **{_INPUT_NAMES[name]: list(found.digests) for name, found in data.items()},
+    }
+
+
+_INPUT_NAMES = {"train": "training data", "upstream": "upstream data", "downstream": "downstream data"}
+
+
+def record_of(
+    job: FinetuneJob,
+    base: Path,
+    inputs: dict[str, Any],
+    data: dict[str, DataSet],
+    encoded: dict[str, EncodedSet],
+    run: dict[str, Any],
+    log: Path,
+) -> dict[str, Any]:
+    """The record of a finished run; holds no path of this machine."""
+    return {
+        "ktmerge": __version__,
+        "job": _without_folders(job),
+        "base": reference_of(base),
+        "inputs": inputs,
+        "counts": {
+            name: {
+                "files": [Path(file).name for file in data[name].files],
+                "formats": list(data[name].formats),
+                "samples": len(found.samples),
+                "dropped": found.dropped,
+                "tokens": found.tokens,
+                "trained_tokens": found.trained_tokens,
+            }
+            for name, found in encoded.items()
+        },
+        "run": run,
+        "losses": _losses(log),
+        "versions": _versions(),
+    }
+
+
+def reference_of(base: Path) -> str:
+    """How to name a base elsewhere: its hub id with the revision if it comes from the hub's cache, else its folder."""
+    repository = base.parent.parent.name
+    if base.parent.name == "snapshots" and repository.startswith("models--"):
+        return f"{repository.removeprefix('models--').replace('--', '/')}@{base.name}"
+    return base.resolve().name
+
+
+def _without_folders(job: FinetuneJob) -> dict[str, Any]:
+    """The job with absolute paths cut to the file name."""
+    document = job.model_dump(mode="json")
+    for key in ("eval_upstream", "eval_downstream"):
+        document[key] = document[key] and _portable(document[key])
+    return {**document, "data": [_portable(file) for file in job.data]}
+
+
+def _portable(file: str) -> str:
+    return Path(file).name if Path(file).is_absolute() else file
+
+
+def _losses(log: Path) -> dict[str, Any]:
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    training = [line["loss"] for line in lines if "loss" in line]
+    evaluations = [
+        {"step": line["step"], **{key[5:-5]: value for key, value in line.items() if key.startswith("eval_")}}
+        for line in lines
+        if any(key.startswith("eval_") for key in line)
+    ]
+    return {"first": training[0], "last": training[-1], "evaluations": evaluations}
+
+
+def _versions() -> dict[str, str]:
+    import torch
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+    }

@@ -1,0 +1,280 @@
+"""The training itself: from a base, or a saved state, to trained weights in the working folder."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from ktmerge.checkpoints import Checkpoint
+from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.progress import Progress, Step
+from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.tuners.encode import EncodedSet, Encoder
+from ktmerge.tuners.loss import PIECE_TOKENS, projects_faithfully
+from ktmerge.tuners.machine import (
+    choose_machine,
+    deterministic,
+    is_disk_trouble,
+    is_out_of_memory,
+    memory_available,
+    memory_needed,
+)
+from ktmerge.tuners.partial import Partial, Saved
+
+if TYPE_CHECKING:
+    from ktmerge.tuners.callbacks import Interruption, Rhythm
+    from ktmerge.tuners.trainer import AnswerTrainer
+
+FACTS = "run.json"
+"""File beside the trained weights: how the training went."""
+
+
+class TrainingRun:
+    """One job on its way through the Trainer.
+
+    Args:
+        encoded: the samples; ``train``, and if wanted ``upstream`` and ``downstream``.
+        name: what the progress bar calls it.
+    """
+
+    def __init__(
+        self,
+        job: FinetuneJob,
+        base: Checkpoint,
+        encoder: Encoder,
+        encoded: Mapping[str, EncodedSet],
+        partial: Partial,
+        name: str,
+        progress: Progress,
+    ) -> None:
+        self._job, self._base, self._encoder, self._encoded = job, base, encoder, encoded
+        self._partial, self._name, self._progress = partial, name, progress
+        self._machine = choose_machine(job.precision)
+        self._piece_tokens = PIECE_TOKENS if self._machine.device == "cpu" else None
+        self._total = total_steps(job, len(encoded["train"].samples))
+
+    def train(self, saved: Saved | None) -> None:
+        """Train to the end and seal the result.
+
+        Raises:
+            KtmergeError: out of memory, a full disk, a loss that is no number.
+            KeyboardInterrupt: asked to stop; the state is saved first.
+        """
+        from ktmerge.tuners.callbacks import Interruption
+
+        self._announce(saved)
+        started, earlier = monotonic(), saved.seconds if saved else 0.0
+        with (
+            self._explaining(),
+            quietly(),
+            deterministic(self._machine.device),
+            Interruption(self._progress) as asked,
+            self._progress.task(f"fine-tuning {self._name}", self._total, "steps") as bar,
+        ):
+            bar.advance(saved.step if saved else 0)
+            trainer = self._trainer(saved, asked, bar, lambda: earlier + monotonic() - started)
+            trainer.train(resume_from_checkpoint=str(saved.path) if saved else None)
+            step = int(trainer.state.global_step)
+            if step >= self._total:
+                self._seal(trainer, earlier + monotonic() - started)
+            del trainer
+            gc.collect()
+        if asked.requested:
+            self._progress.note(f"stopped after step {step} of {self._total}; go on with --resume.")
+            raise KeyboardInterrupt
+
+    def _announce(self, saved: Saved | None) -> None:
+        job, machine = self._job, self._machine
+        samples = job.batch_size * job.gradient_accumulation
+        start = f"going on after step {saved.step} of" if saved else "training"
+        self._progress.note(
+            f"{self._name}: {start} {self._total} steps of {samples} samples, on {machine.name}, {machine.precision}."
+        )
+        longest = self._encoded["train"].longest
+        needed = memory_needed(self._base, job, longest, self._piece_tokens, machine.precision)
+        free = memory_available(machine.device)
+        if needed > free:
+            self._progress.note(
+                f"this may not fit into memory: about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free. "
+                f"{_less_memory(job, longest)}"
+            )
+
+    def _trainer(
+        self, saved: Saved | None, asked: Interruption, bar: Step, seconds: Callable[[], float]
+    ) -> AnswerTrainer:
+        from transformers import PrinterCallback, set_seed
+
+        from ktmerge.tuners.callbacks import LogCallback, RhythmCallback
+        from ktmerge.tuners.trainer import AnswerTrainer, build_collator
+
+        set_seed(self._job.seed)
+        model = load_model(self._base, self._progress)
+        if self._job.activation_checkpointing:
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        rhythm = self._rhythm()
+        trainer = AnswerTrainer(
+            lean=projects_faithfully(model, model.config.get_text_config().vocab_size),
+            piece_tokens=self._piece_tokens,
+            eval_sets={name: found.samples for name, found in self._encoded.items() if name != "train"},
+            model=model,
+            args=self._arguments(evaluate_first=rhythm.evaluates and saved is None),
+            train_dataset=self._encoded["train"].samples,
+            data_collator=build_collator(self._encoder.tokenizer),
+            callbacks=[
+                RhythmCallback(rhythm, asked, lambda path, step: self._partial.seal(path, step, seconds())),
+                LogCallback(self._partial.log, rhythm, self._progress, bar, seconds),
+            ],
+        )
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def _rhythm(self) -> Rhythm:
+        from ktmerge.tuners.callbacks import Rhythm
+
+        return Rhythm(
+            total=self._total,
+            log_every=self._job.log_every,
+            eval_every=self._job.eval_every or max(1, math.ceil(self._total / 10)),
+            save_every=self._job.save_every,
+            evaluates=len(self._encoded) > 1,
+        )
+
+    def _arguments(self, *, evaluate_first: bool) -> Any:
+        from transformers import TrainingArguments
+
+        job, machine = self._job, self._machine
+        return TrainingArguments(
+            output_dir=str(self._partial.folder),
+            max_steps=self._total,
+            per_device_train_batch_size=job.batch_size,
+            gradient_accumulation_steps=job.gradient_accumulation,
+            learning_rate=job.learning_rate,
+            lr_scheduler_type=job.scheduler,
+            warmup_steps=warmup_steps(job, self._total),
+            weight_decay=job.weight_decay,
+            max_grad_norm=job.max_grad_norm,
+            optim="adamw_torch_fused",
+            seed=job.seed,
+            data_seed=job.seed,
+            bf16=machine.precision == "bfloat16",
+            use_cpu=machine.device == "cpu",
+            # what is due after a step is decided by RhythmCallback
+            logging_strategy="no",
+            eval_strategy="no",
+            save_strategy="no",
+            eval_on_start=evaluate_first,
+            save_total_limit=2,
+            logging_nan_inf_filter=False,
+            remove_unused_columns=False,
+            report_to="none",
+            disable_tqdm=True,
+        )
+
+    def _seal(self, trainer: AnswerTrainer, seconds: float) -> None:
+        """Keep the trained weights, under transformers' names for files, and how it went; checkpoints may go then."""
+        final = self._partial.final
+        model: Any = trainer.model
+        model.save_pretrained(final)
+        facts = {
+            "steps": self._total,
+            "seconds": round(seconds, 2),
+            "tokens_per_second": round(trainer.tokens_per_second, 1),
+            "device": self._machine.name,
+            "precision": self._machine.precision,
+            "threads": self._machine.threads,
+            "seed": self._job.seed,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        }
+        (final / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        self._partial.seal(final, self._total, seconds)
+        self._partial.drop_checkpoints()
+
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        """Answer the failures that users can do something about."""
+        try:
+            yield
+        except (RuntimeError, MemoryError, OSError) as error:
+            if is_out_of_memory(error):
+                raise KtmergeError(
+                    f"out of memory while fine-tuning. {_less_memory(self._job, self._encoded['train'].longest)}"
+                ) from error
+            if is_disk_trouble(error):
+                reason = str(error).splitlines()[0]
+                raise KtmergeError(
+                    f"{self._partial.folder}: cannot be written ({reason}); free some space and go on with --resume."
+                ) from error
+            raise
+
+
+def total_steps(job: FinetuneJob, samples: int) -> int:
+    """Optimizer steps of a job on so many samples."""
+    an_epoch = math.ceil(math.ceil(samples / job.batch_size) / job.gradient_accumulation)
+    return job.max_steps or max(1, math.ceil(job.epochs * an_epoch))
+
+
+def warmup_steps(job: FinetuneJob, total: int) -> int:
+    """Steps over which the rate rises; the first of them has rate 0, so that one step at least remains."""
+    return min(total - 1, round(total * job.warmup) if job.warmup < 1 else int(job.warmup))
+
+
+def load_model(base: Checkpoint, progress: Progress) -> Any:
+    """The model of a checkpoint with fp32 weights.
+
+    Raises:
+        UsageError: transformers has no text model of this kind, or the checkpoint lacks weights of it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loader: Any = AutoModelForCausalLM
+    try:
+        model, found = loader.from_pretrained(
+            base.root, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        kind = base.config.get("model_type", "unknown")
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{base.root}: cannot be loaded as a text model (its type is '{kind}'): {reason}") from None
+    missing = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
+    if missing:
+        raise UsageError(f"{base.root}: lacks {len(missing)} weights of its own model, e.g. '{missing[0]}'.")
+    unused = sorted(map(str, found["unexpected_keys"]))
+    if unused:
+        progress.note(f"{len(unused)} tensors are no part of the text model and stay as they are, e.g. '{unused[0]}'.")
+    return model
+
+
+def _less_memory(job: FinetuneJob, longest: int) -> str:
+    half = max(1, job.batch_size // 2)
+    return (
+        f"Set batch_size={half} and gradient_accumulation={job.gradient_accumulation * max(1, job.batch_size // half)} "
+        f"(same result, less memory), activation_checkpointing=true, or a max_length below {longest}, the longest "
+        "sample."
+    )
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the bars and warnings of the libraries: what matters comes back as data, errors and log lines."""
+    from transformers.utils import logging as theirs
+
+    library: Any = theirs
+    verbosity, bars = library.get_verbosity(), library.is_progress_bar_enabled()
+    library.set_verbosity(logging.CRITICAL)
+    library.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        library.set_verbosity(verbosity)
+        if bars:
+            library.enable_progress_bar()

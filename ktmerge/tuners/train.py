@@ -1,0 +1,145 @@
+"""The way of one fine-tune: read and check everything, train in ``<out>.partial``, publish ``out`` in one step."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ktmerge.checkpoints import Checkpoint, refuse_overlap, tensor_class
+from ktmerge.checkpoints.staging import refuse_output
+from ktmerge.errors import UsageError
+from ktmerge.progress import SILENT, Progress
+from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.tuners.data import DataSet, read_data
+from ktmerge.tuners.encode import EncodedSet, Encoder, encode_all
+from ktmerge.tuners.export import export
+from ktmerge.tuners.partial import LOG, Partial, differences, read_object
+from ktmerge.tuners.report import RECORD, FinetuneReport, inputs_of, record_of
+from ktmerge.tuners.run import FACTS, TrainingRun
+
+
+def finetune(
+    job: FinetuneJob,
+    base: Path,
+    out: Path,
+    *,
+    folder: Path,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress = SILENT,
+) -> FinetuneReport:
+    """Fine-tune all weights of the checkpoint ``base`` into the folder ``out``.
+
+    Args:
+        job: what to do.
+        base: folder of the base.
+        out: the tuned checkpoint; appears whole or not at all.
+        folder: where the job's data paths start.
+        resume: go on with ``<out>.partial`` if it is there, to the very bytes an unbroken run gives; keep ``out`` if it
+            is already what the job asks for.
+        overwrite: replace ``out`` in one step at the end; without ``resume``, start afresh.
+        progress: told steps and losses.
+
+    Raises:
+        UsageError: wrong data or base, or an output that neither flag allows to touch.
+        KtmergeError: out of memory, a full disk, a loss that is no number.
+        KeyboardInterrupt: stopped by Ctrl-C, after saving where it was.
+    """
+    refuse_overlap(out, [base])
+    if not (resume and (out / RECORD).exists()):
+        refuse_output(out, overwrite)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("ktmerge finetune runs as one process; start it without torchrun.")
+    checkpoint = _open_base(base)
+    data = _read(job, folder)
+    encoder = Encoder.load(base)
+    encoded = _encode(encoder, data, _longest_allowed(job, checkpoint), progress)
+    inputs = inputs_of(job, checkpoint, checkpoint.content_digest(progress), data)
+    if resume and (out / RECORD).exists():
+        finished = _finished(out, inputs, overwrite)
+        if finished is not None:
+            progress.note(f"{out}: is already what the job asks for.")
+            return finished
+    with Partial(out, inputs) as partial:
+        saved = partial.open(resume=resume, overwrite=overwrite)
+        if saved is None or saved.path != partial.final:
+            TrainingRun(job, checkpoint, encoder, encoded, partial, out.name, progress).train(saved)
+        facts = read_object(partial.final / FACTS)
+        record = record_of(job, base, inputs, data, encoded, facts, partial.log)
+        texts = {RECORD: json.dumps(record, indent=2, ensure_ascii=False) + "\n", LOG: partial.log.read_text("utf-8")}
+        export(
+            checkpoint, partial.final, out, dtype=job.save_dtype, texts=texts, overwrite=overwrite, progress=progress
+        )
+        partial.finish()
+    return FinetuneReport(out, record)
+
+
+def _open_base(base: Path) -> Checkpoint:
+    checkpoint = Checkpoint.open(base)
+    packed = next((n for n, i in checkpoint.tensors.items() if tensor_class(n, i, checkpoint.config) == "quant"), None)
+    if packed is not None:
+        raise UsageError(f"{base}: is quantised ('{packed}'); fine-tune the model it was made from.")
+    return checkpoint
+
+
+def _read(job: FinetuneJob, folder: Path) -> dict[str, DataSet]:
+    """All data of a job by their use; what is wrong with any of them is told together."""
+    wanted: dict[str, list[Any]] = {
+        "train": job.data,
+        "upstream": [job.eval_upstream],
+        "downstream": [job.eval_downstream],
+    }
+    found: dict[str, DataSet] = {}
+    problems: list[str] = []
+    for name, files in wanted.items():
+        given = [file for file in files if file is not None]
+        if not given:
+            continue
+        try:
+            found[name] = read_data(given, folder, job.format if name == "train" else "auto")
+        except UsageError as error:
+            problems.append(str(error))
+    if problems:
+        raise UsageError("\n".join(problems))
+    return found
+
+
+def _encode(
+    encoder: Encoder, data: Mapping[str, DataSet], max_length: int, progress: Progress
+) -> dict[str, EncodedSet]:
+    encoded = {}
+    for name, found in data.items():
+        encoder.require_template(found.samples)
+        encoded[name] = encode_all(encoder, found.samples, max_length, progress, ", ".join(found.files))
+        if encoded[name].dropped:
+            progress.note(
+                f"{', '.join(found.files)}: {encoded[name].dropped} of {len(found.samples)} samples are longer than "
+                f"{max_length} tokens and left out."
+            )
+    return encoded
+
+
+def _longest_allowed(job: FinetuneJob, checkpoint: Checkpoint) -> int:
+    limit = checkpoint.config.get("max_position_embeddings")
+    return min(job.max_length, limit) if isinstance(limit, int) and limit > 0 else job.max_length
+
+
+def _finished(out: Path, inputs: dict[str, Any], overwrite: bool) -> FinetuneReport | None:
+    """The report of a finished output if it has the same inputs; None if it is to be replaced.
+
+    Raises:
+        UsageError: it has other inputs, and may not be replaced.
+    """
+    record = read_object(out / RECORD)
+    changed = differences(record.get("inputs") or {}, inputs)
+    if not changed:
+        return FinetuneReport(out, record)
+    if overwrite:
+        return None
+    raise UsageError(
+        f"{out}: exists and was made with other settings: {'; '.join(changed)}. "
+        "Choose another folder, or add --overwrite."
+    )

@@ -1,0 +1,130 @@
+"""transformers' Trainer with three changes: what is projected, how losses are evaluated, what a checkpoint holds.
+
+Imports torch and transformers; import it only where they are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Trainer
+
+from ktmerge.errors import KtmergeError
+from ktmerge.tuners.collate import Collator
+from ktmerge.tuners.encode import Encoded
+from ktmerge.tuners.loss import answer_loss, count_trained, pieces
+
+WEIGHTS = "model.safetensors"
+
+
+class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
+    """Trains on `answer_loss` where the model computes it faithfully, else on the model's own loss.
+
+    Args:
+        lean: whether the model passed `projects_faithfully`.
+        piece_tokens: split every batch into pieces of this many tokens; None: take it whole.
+        eval_sets: samples by name; their mean losses per trained token are logged as ``eval_<name>_loss``.
+    """
+
+    def __init__(
+        self, *, lean: bool, piece_tokens: int | None, eval_sets: Mapping[str, Sequence[Encoded]], **kwargs: Any
+    ) -> None:
+        super().__init__(eval_dataset=dict(eval_sets) or None, **kwargs)
+        self._lean = lean
+        self._piece_tokens = piece_tokens
+        self._eval_sets = eval_sets
+        self._tokens, self._step_seconds = 0, 0.0
+        if lean:
+            # have the trained tokens of all accumulated batches counted: compute_loss divides by their number
+            self.model_accepts_loss_kwargs = True
+
+    @property
+    def _network(self) -> Any:
+        return self.model
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of samples, without padding, per second of forward and backward passes."""
+        return self._tokens / max(self._step_seconds, 1e-9)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of one batch; the gradient is that of the whole batch however it is split."""
+        started = perf_counter()
+        split = self._lean and self._piece_tokens is not None and num_items_in_batch is not None
+        loss = torch.zeros((), device=self.args.device)
+        for piece in pieces(inputs, self._piece_tokens or 0) if split else [inputs]:
+            loss += super().training_step(model, piece, num_items_in_batch)
+        self._tokens += int(inputs["attention_mask"].sum())
+        self._step_seconds += perf_counter() - started
+        return loss
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean loss per trained token, over all the batches accumulated for one step."""
+        if not self._lean or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        items = count_trained(inputs) if num_items_in_batch is None else num_items_in_batch
+        return answer_loss(model, inputs) / items
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Mean loss per trained token of every evaluation set: independent of batch size, drawing no random numbers."""
+        metrics = {f"eval_{name}_loss": self._mean_loss(samples) for name, samples in self._eval_sets.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _mean_loss(self, samples: Sequence[Encoded]) -> float:
+        collate: Any = self.data_collator
+        ordered = sorted(samples, key=len, reverse=True)
+        size = self.args.per_device_train_batch_size
+        self._network.eval()
+        total, count = 0.0, 0
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for first in range(0, len(ordered), size):
+                inputs = self._prepare_inputs(collate(ordered[first : first + size]))
+                items = count_trained(inputs)
+                total += self._summed(inputs, items)
+                count += items
+        return total / count
+
+    def _summed(self, inputs: dict[str, Any], items: int) -> float:
+        if not self._lean:
+            return float(self._network(**inputs).loss) * items
+        parts = pieces(inputs, self._piece_tokens) if self._piece_tokens else [inputs]
+        return sum(float(answer_loss(self._network, part)) for part in parts if count_trained(part))
+
+    # A checkpoint holds the parameters under the names of the modules. The Trainer's own would hold them under the
+    # names of the file format, which differ for architectures that convert on loading, and resume would skip those.
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(str(output_dir or self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(_tensors(self._network), folder / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        stored = load_file(Path(resume_from_checkpoint) / WEIGHTS)
+        own = _tensors(self._network)
+        if stored.keys() != own.keys():
+            raise KtmergeError(f"{resume_from_checkpoint}: holds other tensors than the model; start with --overwrite.")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(stored[name])
+
+
+def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and saved buffers, the shared ones once."""
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    state = model.state_dict()
+    buffers = {name: buffer.detach() for name, buffer in model.named_buffers() if name in state}
+    return {name: tensor.contiguous() for name, tensor in {**parameters, **buffers}.items()}
+
+
+def build_collator(tokenizer: Any) -> Collator:
+    """The collator for a tokenizer; any token will do as padding, since it is masked."""
+    return Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
