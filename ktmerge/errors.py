@@ -17,12 +17,18 @@ class UsageError(KtmergeError):
     exit_code = 2
 
 
-def did_you_mean(wrong: str, valid: Iterable[str]) -> str:
-    """Return `` Did you mean 'x'?`` or, with nothing near, `` Valid: a, b, c.``; empty if there is nothing valid."""
+def did_you_mean(wrong: str, valid: Iterable[str], *, list_all: bool = True) -> str:
+    """Return `` Did you mean 'x'?`` or, with nothing near, `` Valid: a, b, c.``; empty if there is nothing to say.
+
+    Args:
+        wrong: the name that was refused.
+        valid: the names there are.
+        list_all: whether to list them when none is near; not where there may be hundreds.
+    """
     import difflib  # only messages need it
 
     names = sorted(valid)
     near = difflib.get_close_matches(wrong, names, n=1, cutoff=0.6)
     if near:
         return f" Did you mean '{near[0]}'?"
-    return f" Valid: {', '.join(names)}." if names else ""
+    return f" Valid: {', '.join(names)}." if names and list_all else ""

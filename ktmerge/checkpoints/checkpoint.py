@@ -86,9 +86,8 @@ class Checkpoint:
         try:
             return self.tensors[name]
         except KeyError:
-            near = did_you_mean(name, self.tensors)
-            hint = near if near.startswith(" Did you mean") else ""
-            raise UsageError(f"{self.root}: has no tensor '{name}'.{hint}") from None
+            near = did_you_mean(name, self.tensors, list_all=False)
+            raise UsageError(f"{self.root}: has no tensor '{name}'.{near}") from None
 
     @property
     def nbytes(self) -> int:

@@ -48,8 +48,7 @@ def _sibling(path: Path) -> str:
         siblings = [child.name for child in path.parent.iterdir() if child.is_dir()]
     except OSError:
         return f" {path.parent} does not exist either." if not path.parent.exists() else ""
-    near = did_you_mean(path.name, siblings)
-    return near if near.startswith(" Did you mean") else ""
+    return did_you_mean(path.name, siblings, list_all=False)
 
 
 def _download(name: str, revision: str | None) -> Path:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
-from ktmerge.checkpoints.expressions import PartExpression
+from ktmerge.checkpoints.expressions import PARTS, PartExpression
 from ktmerge.errors import UsageError
 
 Tower = Literal["llm", "vision", "audio", "encoder", "connector"]
@@ -39,8 +39,6 @@ _NORM = re.compile(r"norm|^ln(_|$)|_ln$|^ln\d", re.I)
 _WRAPPER = frozenset({"model", "transformer", "backbone", "base_model", "encoder", "decoder"})
 _ENCODERS = frozenset({"encoder"})
 _DECODERS = frozenset({"decoder"})
-
-NAMES = ("llm", "vision", "audio", "encoder", "connector", "embed", "head", "norm", "other")
 
 
 class Parts:
@@ -90,7 +88,7 @@ class Parts:
             found.add("llm")
         if "vision.head" in found:
             found = (found - {"vision.head"}) | {"head"}
-        order = {name: position for position, name in enumerate(NAMES)}
+        order = {name: position for position, name in enumerate(PARTS)}
         return tuple(sorted(found, key=lambda part: (order[part.partition(".")[0]], part)))
 
     def matcher(self, expression: str) -> Callable[[str], bool]:
@@ -234,4 +232,4 @@ def _count_layers(parts: Iterable[str]) -> dict[str, int]:
         tower, layered, index = part.partition(".layers[")
         if layered:
             counts[tower] = max(counts.get(tower, 0), int(index.rstrip("]")) + 1)
-    return {tower: counts[tower] for tower in NAMES if tower in counts}
+    return {tower: counts[tower] for tower in PARTS if tower in counts}
