@@ -14,8 +14,9 @@ from pathlib import Path
 
 from ktmerge.checkpoints import Checkpoint
 from ktmerge.checkpoints.staging import Staging, sync_tree
-from ktmerge.demo.obtain import Package, extract_member, fetch, file_sha256, read_member, write_whole
+from ktmerge.demo.obtain import Package, extract_member, fetch, file_sha256, read_member
 from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.eval.results import write_whole
 from ktmerge.progress import SILENT, Progress
 
 PACKAGE = Package(

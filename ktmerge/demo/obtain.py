@@ -85,17 +85,6 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is never seen half-written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def member_names(archive: Path, prefix: str = "", suffix: str = "") -> list[str]:
     """The names of a zip archive's files that start and end so, sorted."""
     with zipfile.ZipFile(archive) as opened:
@@ -132,26 +121,25 @@ def extract_member(archive: Path, member: str, target: Path, sha256: str) -> Non
 @contextlib.contextmanager
 def _member(archive: Path | bytes, member: str) -> Iterator[IO[bytes]]:
     where = archive if isinstance(archive, Path) else "an archive in memory"
-    file: Path | IO[bytes] = archive if isinstance(archive, Path) else io.BytesIO(archive)
     missing = KtmergeError(f"{where}: has no file {member}; the package is not the one this ktmerge knows.")
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as zipped:
-            if member not in zipped.namelist():
+    with archive.open("rb") if isinstance(archive, Path) else io.BytesIO(archive) as file:
+        if zipfile.is_zipfile(file):
+            file.seek(0)
+            with zipfile.ZipFile(file) as zipped:
+                if member not in zipped.namelist():
+                    raise missing
+                with zipped.open(member) as source:
+                    yield source
+            return
+        file.seek(0)
+        with tarfile.open(fileobj=file) as tarred:
+            info = next((one for one in tarred if one.name == member), None)
+            # extractfile follows links, so that a link is refused here
+            inside = tarred.extractfile(info) if info is not None and info.isfile() else None
+            if inside is None:
                 raise missing
-            with zipped.open(member) as source:
-                yield source
-        return
-    with tarfile.open(file) if isinstance(file, Path) else tarfile.open(fileobj=file) as tarred:
-        try:
-            info = tarred.getmember(member)
-        except KeyError:
-            raise missing from None
-        # extractfile follows links, so that a link is refused first
-        inside = tarred.extractfile(info) if info.isfile() else None
-        if inside is None:
-            raise missing
-        with inside:
-            yield inside
+            with inside:
+                yield inside
 
 
 def _download(package: Package, temporary: Path, folder: Path) -> Path:
