@@ -26,6 +26,7 @@ def blend(
         out: its tensors get the base's names, its other files are the base's; ``ktmerge.json`` says how it was made.
         device: auto, cpu or cuda; never changes the result.
         overwrite: replace a checkpoint that is there.
+        progress: where to report.
 
     Raises:
         UsageError: the recipe or its inputs are wrong, or ``out`` exists.
@@ -56,8 +57,8 @@ def blend(
 def blend_into(model: Any, recipe: Recipe, *, device: str = "auto", progress: Progress = SILENT) -> BlendReport:
     """Blend in place: write the result into the parameters of a loaded model of the base's architecture.
 
-    Values are rounded as the recipe's output says, so that they equal those of the file route; a parameter of a type too
-    narrow for that is rounded to its own. If the run fails, the model is left partly changed.
+    Values are rounded as the recipe's output says, so that they equal those of the file route; a parameter of a type
+    too narrow for that is rounded to its own. If the run fails, the model is left partly changed.
 
     Raises:
         UsageError: the recipe or its inputs are wrong, or the model doesn't have the base's tensors.

@@ -28,8 +28,10 @@ def execute(
     """Carry out a plan.
 
     Args:
+        plan: what becomes of every tensor.
         sink: where the tensors go.
         device: auto, cpu or cuda.
+        progress: where to report.
         chunk: elements worked on at a time; changes memory, never the result.
 
     Raises:
@@ -124,8 +126,8 @@ class _Engine:
 def settle(chunk: Chunk, merged: Tensor) -> Tensor:
     """theta_0 + M, and exactly what was there where M says so.
 
-    Where M is 0 the result is theta_0 bit for bit (a negative zero included); where M is the delta of an expert it is that
-    expert's own value, which theta_0 + tau may miss by the rounding of both; of several, the first.
+    Where M is 0 the result is theta_0 bit for bit (a negative zero included); where M is the delta of an expert it is
+    that expert's own value, which theta_0 + tau may miss by the rounding of both; of several, the first.
     """
     values = chunk.base + merged
     for expert, delta in reversed(list(zip(chunk.experts, chunk.deltas, strict=True))):
@@ -149,8 +151,8 @@ def _refuse_overflow(tensor: TensorPlan, values: Tensor, dtype: torch.dtype) -> 
         return
     count = int((~(values.abs() <= limit)).sum())
     raise KtmergeError(
-        f"tensor '{tensor.name}': {count} blended values are beyond the range of {tag_of(dtype)} (largest {limit:.4g}); "
-        "check lambda and weights, or write output.dtype: bfloat16 or float32."
+        f"tensor '{tensor.name}': {count} blended values are beyond the range of {tag_of(dtype)} "
+        f"(largest {limit:.4g}); check lambda and weights, or write output.dtype: bfloat16 or float32."
     )
 
 
@@ -164,7 +166,9 @@ def _require_tied(plan: Plan, sources: Sources) -> None:
         pairs = [("the base", sources.base, tensor.name, tensor.key)]
         for expert in plan.experts:
             names = expert.alignment.mapping
-            pairs.append((f"expert '{expert.name}'", sources.experts[expert.name], names[tensor.name], names[tensor.key]))
+            pairs.append(
+                (f"expert '{expert.name}'", sources.experts[expert.name], names[tensor.name], names[tensor.key])
+            )
         for owner, reader, head, embedding in pairs:
             if head != embedding and not equal_bytes(reader, head, reader, embedding):
                 raise KtmergeError(

@@ -129,10 +129,10 @@ class Flow:
     def _finish(self, tensor: TensorPlan, chunk: Chunk, deltas: list[Tensor], stop: int) -> Tensor:
         """Combine, then the stages after it and before position ``stop``."""
         pipeline = _pipeline(tensor)
-        position = len(pipeline.transforms)
+        first = len(pipeline.transforms)
         combine = pipeline.combine
-        merged = combine.stage.apply(deltas, combine.parameters, self._context(tensor, chunk, position))
-        for position, use in enumerate(pipeline.after[: stop - position - 1], position + 1):
+        merged = combine.stage.apply(deltas, combine.parameters, self._context(tensor, chunk, first))
+        for position, use in enumerate(pipeline.after[: stop - first - 1], first + 1):
             context = self._context(tensor, chunk, position)
             if use.stage.kind == "scale":
                 merged = use.stage.apply(merged, use.parameters, context)

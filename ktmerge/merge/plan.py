@@ -109,7 +109,15 @@ class Plan:
         """Columns, rows and title: what happens to which part, a row for each group of tensors treated alike."""
         columns = ["part", "class", "what", "lambda", "parameters", "tensors", "MB"]
         rows = [
-            [g["part"], g["class"], g["method"], g["lambda"], g["parameters"], str(g["tensors"]), f"{g['bytes'] / 1e6:.1f}"]
+            [
+                g["part"],
+                g["class"],
+                g["method"],
+                g["lambda"],
+                g["parameters"],
+                str(g["tensors"]),
+                f"{g['bytes'] / 1e6:.1f}",
+            ]
             for g in self._groups()
         ]
         return columns, rows, f"{self.recipe.name}: {len(self.tensors)} tensors, {len(self.experts)} experts"
@@ -118,7 +126,9 @@ class Plan:
         """The table as plain text, notes below."""
         columns, rows, title = self.table()
         widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [columns, *rows]]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [columns, *rows]
+        ]
         return "\n".join([title, *(line.rstrip() for line in lines), *(f"note: {note}" for note in self.notes)])
 
     def to_json(self) -> dict[str, Any]:
@@ -139,7 +149,9 @@ class Plan:
         for tensor in self.tensors:
             part = tensor.part.partition("[")[0]
             blended = tensor.pipeline is not None
-            parameters = ", ".join(f"{k}={v}" for k, v in (tensor.pipeline.parameters() if tensor.pipeline else {}).items())
+            parameters = ", ".join(
+                f"{k}={v}" for k, v in (tensor.pipeline.parameters() if tensor.pipeline else {}).items()
+            )
             row = {
                 "part": part,
                 "class": tensor.tensor_class,
@@ -162,7 +174,7 @@ def check_recipe(recipe: Recipe) -> None:
     problems: list[str] = []
     if recipe.blend is None:
         return
-    setting = _collect(problems, lambda: blend_setting(recipe.blend))  # type: ignore[arg-type]
+    setting = _collect(problems, lambda: blend_setting(recipe.blend))
     if setting is not None:
         if recipe.experts:
             problems += [f"blend: {objection}" for objection in setting.objections(_weights(recipe))]
@@ -179,7 +191,7 @@ def plan_blend(recipe: Recipe) -> Plan:
     if recipe.blend is None:
         raise UsageError(f"the recipe '{recipe.name}' has no blend section.")
     problems: list[str] = []
-    setting = _collect(problems, lambda: blend_setting(recipe.blend))  # type: ignore[arg-type]
+    setting = _collect(problems, lambda: blend_setting(recipe.blend))
     if recipe.base is None:
         problems.append("base: the recipe names none; add it, or give --base.")
     if not recipe.experts:
@@ -257,7 +269,9 @@ def _tensor_plans(
         rule = next((rule for rule in ordered if rule.matches(key, classes[key])), None)
         if rule is not None:
             matched[rule.index].add(classes[name])
-        sources = {expert.name: expert.alignment.mapping[name] for expert in experts if name in expert.alignment.mapping}
+        sources = {
+            expert.name: expert.alignment.mapping[name] for expert in experts if name in expert.alignment.mapping
+        }
         plans.append(_tensor_plan(recipe, info, parts.of(key), classes[name], key, sources, setting, rule))
     for rule in ordered:
         problems += rule.unused(matched[rule.index])
@@ -307,6 +321,6 @@ def _notes(base: Checkpoint, experts: Iterable[ExpertPlan]) -> Iterable[str]:
         if renamed:
             first = next(iter(renamed.items()))
             yield f"{expert.name}: {len(renamed)} tensors go by other names there ({first[1]} is {first[0]})."
-    for head in [tied_head(base)]:
-        if head is not None:
-            yield f"the base stores '{head[0]}' beside '{head[1]}', which its config ties to it; both get the same values."
+    tied = tied_head(base)
+    if tied is not None:
+        yield f"the base stores '{tied[0]}' beside '{tied[1]}', which its config ties to it; both get the same."

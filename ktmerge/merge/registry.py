@@ -1,4 +1,4 @@
-"""Every stage and method by name. Files in `ktmerge.merge.methods` are found by themselves; none of them loads torch."""
+"""Every stage and method by name. Files in `ktmerge.merge.methods` are found by themselves; none loads torch."""
 
 from __future__ import annotations
 

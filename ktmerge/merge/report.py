@@ -100,8 +100,8 @@ class BlendReport:
 def summary(tensors: Iterable[TensorReport]) -> dict[str, Any]:
     """Totals over some tensors.
 
-    ``relative_norm`` is ||lambda M|| / ||theta_0||; ``realised`` the share of lambda M that the stored values show after
-    rounding (1 is all of it); ``changed`` and ``density`` are shares of the elements; None where nothing was blended.
+    ``relative_norm`` is ||lambda M|| / ||theta_0||; ``realised`` the share of lambda M that the stored values show
+    after rounding (1 is all of it); ``changed`` and ``density`` are shares of the elements; None: nothing was blended.
     """
     group = list(tensors)
     blended = [tensor for tensor in group if not tensor.what.startswith("keep ")]
@@ -116,9 +116,7 @@ def summary(tensors: Iterable[TensorReport]) -> dict[str, Any]:
         "relative_norm": _round(math.sqrt(intended / base)) if base else None,
         "realised": _round(along / intended) if intended else None,
         "changed": _round(sum(tensor.changed for tensor in blended) / elements) if elements else None,
-        "density": {
-            name: _round(count / elements) for name, count in _total_kept(blended).items() if elements
-        },
+        "density": {name: _round(count / elements) for name, count in _total_kept(blended).items() if elements},
     }
 
 

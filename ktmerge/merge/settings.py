@@ -110,7 +110,9 @@ def _spelled_out(document: Mapping[str, Any]) -> Stages:
             problems.append(f"{where}: exactly one stage combines the deltas, not {len(entries)}.")
             continue
         try:
-            uses = tuple(_entry(entry, f"{where}[{i}]" if len(entries) > 1 else where) for i, entry in enumerate(entries))
+            uses = tuple(
+                _entry(entry, f"{where}[{i}]" if len(entries) > 1 else where) for i, entry in enumerate(entries)
+            )
             found[kind] = uses[0] if kind == "combine" else uses
         except UsageError as error:
             problems.append(str(error))
@@ -138,7 +140,9 @@ def _pipelines(
     known = {name for draft, _ in variants for _, stage, _ in draft for name in stage.parameters.model_fields}
     owner = "no stage here has a" if method.name == _SPELLED_OUT else f"method '{method.name}' has no"
     problems = [
-        f"{where}: {owner} parameter '{key}'.{did_you_mean(key, known | set(fixed))}" for key in flat if key not in known
+        f"{where}: {owner} parameter '{key}'.{did_you_mean(key, known | set(fixed))}"
+        for key in flat
+        if key not in known
     ]
     if method.name == _SPELLED_OUT:
         problems += _ambiguous(variants[0][0], flat, where)
@@ -219,7 +223,9 @@ def _allowed(field: Any) -> str:
     kinds = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
     words = kinds.get(field.annotation, getattr(field.annotation, "__name__", str(field.annotation)))
     names = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-    bounds = [f"{word} {getattr(mark, key):g}" for mark in field.metadata for key, word in names.items() if hasattr(mark, key)]
+    bounds = [
+        f"{word} {getattr(mark, key):g}" for mark in field.metadata for key, word in names.items() if hasattr(mark, key)
+    ]
     if bounds:
         words += " of " + " and ".join(bounds) if bounds[0].startswith("at") else " " + " and ".join(bounds)
     return words

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from ktmerge.merge.plan import Plan, TensorPlan
 if TYPE_CHECKING:
     from torch import Tensor
 
-CHUNK = 1 << 21
-"""Elements of a piece: 8 MB in fp32."""
+CHUNK = 1 << 20
+"""Elements of a piece: 4 MB in fp32."""
 HELD = 128 << 20
 """Tensors of up to this many bytes, base and experts together, are read once and held while they are worked on."""
 
@@ -49,6 +50,7 @@ class Sources:
         self.base: TensorReader = plan.base.reader()
         self.experts: dict[str, TensorReader] = {expert.name: expert.checkpoint.reader() for expert in plan.experts}
         self._held: tuple[str, tuple[Tensor, ...]] | None = None
+        self._checked: set[tuple[str, int]] = set()
 
     def __enter__(self) -> Sources:
         for reader in (self.base, *self.experts.values()):
@@ -79,13 +81,15 @@ class Sources:
 
     def _chunk_of(self, tensor: TensorPlan, start: int, stop: int) -> Chunk:
         native = [raw.to(self._device) for raw in self._native(tensor, start, stop)]
-        for name, raw in zip(["base", *tensor.sources], native, strict=True):
-            if not bool(torch.isfinite(raw).all()):
-                raise KtmergeError(self._not_finite(tensor, name))
         # A difference of fp64 weights is taken in fp64: in fp32 small changes would vanish before they are seen.
         wide = torch.float64 if any(raw.dtype == torch.float64 for raw in native) else torch.float32
         base, *experts = (raw.to(wide) for raw in native)
         deltas = tuple((expert - base).to(torch.float32) for expert in experts)
+        if (tensor.name, start) not in self._checked:
+            for delta in deltas:
+                if not math.isfinite(float(torch.stack(torch.aminmax(delta)).sum())):
+                    self._refuse_not_finite(tensor)
+            self._checked.add((tensor.name, start))
         return Chunk(start, base, tuple(experts), deltas)
 
     def _native(self, tensor: TensorPlan, start: int, stop: int) -> Sequence[Tensor]:
@@ -100,15 +104,18 @@ class Sources:
         found = [self.base.read(tensor.name, start, stop)]
         return found + [self.experts[name].read(source, start, stop) for name, source in tensor.sources.items()]
 
-    def _not_finite(self, tensor: TensorPlan, name: str) -> str:
-        base = name == "base"
-        reader, source = (self.base, tensor.name) if base else (self.experts[name], tensor.sources[name])
-        count = 0
-        for start in range(0, tensor.info.numel, self._chunk):
-            piece = reader.read(source, start, min(start + self._chunk, tensor.info.numel))
-            count += int((~torch.isfinite(piece)).sum())
-        owner = "the base" if base else f"expert '{name}'"
-        return f"{owner}: tensor '{source}' has {count} values that are NaN or infinite; blending would spread them."
+    def _refuse_not_finite(self, tensor: TensorPlan) -> None:
+        """Say whose values are not finite. A delta shows it, whichever of the two it comes from."""
+        owners = [("the base", self.base, tensor.name)]
+        owners += [(f"expert '{name}'", self.experts[name], source) for name, source in tensor.sources.items()]
+        for owner, reader, source in owners:
+            count = 0
+            for start in range(0, tensor.info.numel, self._chunk):
+                piece = reader.read(source, start, min(start + self._chunk, tensor.info.numel))
+                count += int((~torch.isfinite(piece)).sum())
+            if count:
+                found = f"{owner}: tensor '{source}' has {count} values that are NaN or infinite"
+                raise KtmergeError(f"{found}; blending would spread them.")
 
 
 def equal_bytes(first: TensorReader, name: str, second: TensorReader, other: str) -> bool:

@@ -69,7 +69,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Domain:
-    """Over what a statistic is taken: ``elements`` in all, of one expert's deltas (transforms) or of the merged delta."""
+    """Over what a statistic is taken: so many ``elements``, of one expert's deltas or of the merged delta."""
 
     elements: int
 

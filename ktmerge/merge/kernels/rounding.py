@@ -18,6 +18,8 @@ def round_to(values: Tensor, dtype: torch.dtype, rounding: Rounding, words: Tens
 
     Args:
         values: fp32 or fp64 ``[n]``.
+        dtype: of the output.
+        rounding: nearest or stochastic.
         words: random 32-bit words, int64 ``[n]``; needed for stochastic rounding to a narrower type.
     """
     if rounding == "nearest" or dtype in (torch.float32, torch.float64):

@@ -1,10 +1,10 @@
-"""``mergekit:<name>``: any method of mergekit's tensor interface as a combine stage. mergekit is imported when one is named."""
+"""``mergekit:<name>``: any method of mergekit's tensor interface as a combine stage; imported when one is named."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 
 from pydantic import Field, create_model
 
@@ -60,9 +60,9 @@ def _parameters(spec: Any) -> type[Parameters]:
     for parameter in spec.parameters:
         if parameter.name in _GIVEN:
             continue
-        kind = parameter.value_type
+        kind: Any = parameter.value_type
         if parameter.scope.value != "shared":
-            kind = kind | dict[str, parameter.value_type]
+            kind = Union[kind, dict[str, kind]]  # noqa: UP007 (a type in a variable, not an annotation)
         default = ... if parameter.required else parameter.default
         fields[parameter.name] = (kind, Field(default, description=parameter.description))
     return create_model(f"mergekit_{spec.name}", __base__=Parameters, **fields)
@@ -107,7 +107,7 @@ def _merge(theirs: Any, deltas: list[Tensor], parameters: Parameters, context: C
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(stream_key(context.seed, theirs.spec.name, "", context.tensor))
         try:
-            merged = merge_tensors(
+            merged: Tensor = merge_tensors(
                 tensors,
                 theirs,
                 parameters=_values(theirs.spec, parameters, context),
