@@ -284,8 +284,7 @@ def report(
     texts = {Path(path).name: _text(Path(path)) for path in recipes}
     results = evaluation.Results.load(Path(scores))
     refuse_existing(target, overwrite)
-    options = {} if title is None else {"title": title}
-    return evaluation.report(results, target, recipes=texts, **options)
+    return evaluation.report(results, target, recipes=texts, title=title or f"ktmerge: {results.suite}")
 
 
 # --- the whole way ----------------------------------------------------------------------------------------------------

@@ -157,18 +157,15 @@ def make_experts(
 
     made: dict[str, Path] = {}
     for job in jobs_of(recipe) if recipe.finetune is not None else ():
-        if tuners.is_made(job.job, job.base, job.out, folder=job.folder):
-            progress.note(f"{job.name}: {job.out} is already what the recipe describes; kept")
-        else:
-            tuners.finetune(
-                job.job,
-                job.base,
-                job.out,
-                folder=job.folder,
-                overwrite=overwrite,
-                resume=resume and tuners.is_begun(job.out),
-                progress=progress,
-            )
+        tuners.finetune(
+            job.job,
+            job.base,
+            job.out,
+            folder=job.folder,
+            overwrite=overwrite,
+            resume=resume or (job.out.exists() and not overwrite),
+            progress=progress,
+        )
         made[job.name] = job.out
     return {
         name: made[name] if name in made else resolve(expert.model, recipe.folder)
