@@ -284,7 +284,7 @@ def report(
     texts = {Path(path).name: _text(Path(path)) for path in recipes}
     results = evaluation.Results.load(Path(scores))
     refuse_existing(target, overwrite)
-    return evaluation.report(results, target, recipes=texts, title=title or f"ktmerge: {results.suite}")
+    return evaluation.report(results, target, recipes=texts, title=title)
 
 
 # --- the whole way ----------------------------------------------------------------------------------------------------

@@ -148,9 +148,10 @@ def print_preview(samples: Sequence[PreviewSample]) -> None:
     from rich.text import Text
 
     console = stdout()
-    for number, sample in enumerate(samples, 1):
+    for sample in samples:
         trained = sum(flag for _, flag in sample.tokens)
-        console.rule(f"sample {number}: {len(sample.tokens)} tokens, {trained} trained", align="left")
+        left_out = "; longer than max_length, left out" if sample.dropped else ""
+        console.rule(_plain(f"{sample.where}: {len(sample.tokens)} tokens, {trained} trained{left_out}"), align="left")
         text = Text()
         inside = False
         for token, flag in sample.tokens:

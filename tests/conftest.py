@@ -83,3 +83,30 @@ def build_tokenizer():  # type: ignore[no-untyped-def]
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def toy_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Base and tuned checkpoint of a few small fp32 tensors under a Llama's names; made without torch. Read-only."""
+    import json
+
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    shapes = {
+        "model.embed_tokens.weight": (32, 8),
+        "model.layers.0.self_attn.q_proj.weight": (8, 8),
+        "model.layers.0.input_layernorm.weight": (8,),
+        "model.norm.weight": (8,),
+    }
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    folders = []
+    for seed, name in enumerate(("base", "tuned")):
+        folder = tmp_path_factory.mktemp("toy") / name
+        folder.mkdir()
+        numbers = np.random.default_rng(seed)
+        tensors = {key: numbers.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(config))
+        folders.append(folder)
+    return folders[0], folders[1]

@@ -1,0 +1,47 @@
+"""Progress is quiet off a terminal; results go to standard output, everything else to standard error."""
+
+from __future__ import annotations
+
+import pytest
+
+from ktmerge import console
+
+
+def test_no_bars_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = console.TerminalProgress()
+    with progress.task("blend", 100, "bytes") as step:
+        step.advance(50)
+    progress.note("half way [done]")
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "half way [done]\n"
+
+
+def test_bars_show_bytes_and_time_left_once_work_is_long(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "SHOW_AFTER_SECONDS", -1.0)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    progress = console.TerminalProgress()
+    with progress.task("blend", 2e9, "bytes") as step:
+        step.advance(1e9)
+    drawn = capsys.readouterr().err
+    assert "1.00/2.00 GB" in drawn
+    assert "left" in drawn
+
+
+def test_errors_keep_brackets_and_stand_one_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    console.fail("blend.where[0]: no such part\nseed: too small")
+    assert capsys.readouterr().err.splitlines() == ["error: blend.where[0]: no such part", "error: seed: too small"]
+
+
+def test_trained_tokens_are_marked(capsys: pytest.CaptureFixture[str]) -> None:
+    from ktmerge.tuners import PreviewSample
+
+    tokens = [("Q: ", False), ("yes", True), ("<end>", True), ("\n", False)]
+    console.print_preview([PreviewSample(tokens, "train.jsonl, row 1", dropped=False)])
+    printed = capsys.readouterr().out
+    assert "train.jsonl, row 1: 4 tokens, 2 trained" in printed
+    assert "Q: ⟦yes<end>⟧" in printed
