@@ -35,7 +35,7 @@ _ALWAYS = (
 _TRIM = "among equal magnitudes mergekit's trim keeps an arbitrary choice; ktmerge's goes by a keyed hash."
 _DARE = (
     "the random choice is another: mergekit draws one stream in file order, ktmerge by seed, expert, tensor, element.",
-    "mergekit drops in every tensor; ktmerge's dare leaves norms, biases and embeddings whole, spelled-out stages don't.",
+    "mergekit drops in every tensor; ktmerge's dare leaves norms, biases and embeddings whole.",
 )
 
 

@@ -1,0 +1,113 @@
+"""Every method, every tensor, two families: blended folders against float64 computations written from the formulas."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from merge_models import llava_tensors, read
+from merge_oracles import assert_rounded, delta_arrays, merged_deltas
+
+from ktmerge.checkpoints import Checkpoint, tensor_class
+from ktmerge.merge import blend
+from ktmerge.merge.registry import methods
+
+# Weights of sign elections are powers of two, so that even votes are even in float32 and float64 alike.
+CASES: list[tuple[str, dict[str, Any], dict[str, float], float]] = [
+    ("linear", {}, {"a": 1.0}, 0.5),
+    ("linear", {}, {"a": 1.0, "b": 3.0, "c": -1.0}, 1.0),
+    ("task_arithmetic", {}, {"a": 1.0, "b": 0.5}, 0.3),
+    ("task_arithmetic", {}, {"a": 1.0, "b": -0.5, "c": 2.0}, 1.1),
+    ("trim", {"density": 0.3}, {"b": 1.0}, 0.7),
+    ("trim", {"density": 0.1, "scope": "global"}, {"a": 1.0}, 1.0),
+    ("ties", {}, {"a": 1.0, "b": 1.0, "c": 1.0}, 1.0),
+    ("ties", {"density": 0.4, "scope": "global"}, {"a": 0.5, "b": 2.0, "c": 1.0}, 0.8),
+    ("ties", {"density": 0.9, "elect": "mass", "aggregate": "mean"}, {"a": 1.0, "b": 1.0}, 1.0),
+    ("ties", {"density": 0.9, "elect": "count", "aggregate": "sum", "tie": "plus"}, {"a": 1.0, "b": 1.0}, 0.4),
+    ("ties", {"density": 0.9, "elect": "count", "aggregate": "max", "tie": "majority"}, {"a": 1.0, "b": 1.0}, 0.4),
+    (
+        "ties",
+        {"density": 0.8, "elect": "count", "tie": "majority", "scope": "global", "aggregate": "wsum_over_count"},
+        {"a": 1.0, "b": 0.25},
+        1.0,
+    ),
+    ("dare", {}, {"a": 1.0, "b": 1.0}, 1.0),
+    ("dare", {"density": 0.3, "rescale": "l1"}, {"a": 1.0, "b": -0.5}, 0.6),
+    ("dare", {"density": 0.3, "rescale": "l2"}, {"c": 1.0}, 1.0),
+    ("dare_ties", {"density": 0.6, "rescale": "none"}, {"a": 1.0, "b": 2.0, "c": 1.0}, 1.0),
+    ("dare_ties", {"density": 0.5}, {"a": 1.0, "b": 1.0}, 1.0),
+]
+IDS = [f"{method}-{'-'.join(map(str, parameters.values()))}-{len(weights)}" for method, parameters, weights, _ in CASES]
+
+
+def test_every_method_has_an_oracle() -> None:
+    assert {method for method, *_ in CASES} == set(methods())
+
+
+def check(folder: Path, out: Path, experts: dict[str, dict[str, Any]], case: tuple[Any, ...], recipe_in: Any) -> None:
+    method, parameters, weights, lambda_ = case
+    chosen = {name: (name, weight) for name, weight in weights.items()}
+    recipe = recipe_in(folder, chosen, {"method": method, "lambda": lambda_, **parameters}, seed=7)
+    blend(recipe, out, device="cpu")
+    base, stored = read(folder / "base"), read(out)
+    assert stored.keys() == base.keys()
+    header = Checkpoint.open(folder / "base")
+    classes = {name: tensor_class(name, info, header.config) for name, info in header.tensors.items()}
+    deltas = {name: delta_arrays(base, experts[name]) for name in weights}
+    merged = merged_deltas(method, deltas, weights, 7, classes, **parameters)
+    for name, values in base.items():
+        assert stored[name].dtype == values.dtype
+        if not values.is_floating_point():
+            assert stored[name].equal(values)
+            continue
+        own = values.double().numpy()
+        terms = sum(abs(weight * deltas[expert][name]) for expert, weight in weights.items())
+        scale = abs(own) + abs(lambda_) * (terms + abs(merged[name]))
+        assert_rounded(stored[name], own + lambda_ * merged[name], scale, name)
+        untouched = merged[name] == 0
+        assert (stored[name].double().numpy()[untouched] == values.double().numpy()[untouched]).all(), name
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_llama_equals_the_formulas(llamas: Path, tmp_path: Path, recipe_in: Any, case: tuple[Any, ...]) -> None:
+    experts = {name: read(llamas / name) for name in "abc"}
+    check(llamas, tmp_path / "out", experts, case, recipe_in)
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_llava_equals_the_formulas_whatever_the_names(
+    llavas: Path, tmp_path: Path, recipe_in: Any, case: tuple[Any, ...]
+) -> None:
+    published = list(llava_tensors("published", buffers=False))
+    namings = {"a": "published", "b": "saved", "c": "modules"}
+    experts = {
+        name: dict(
+            zip(published, (read(llavas / name)[there] for there in llava_tensors(naming, buffers=False)), strict=True)
+        )
+        for name, naming in namings.items()
+    }
+    check(llavas, tmp_path / "out", experts, case, recipe_in)
+
+
+def test_what_travels_with_the_weights(llavas: Path, tmp_path: Path, recipe_in: Any) -> None:
+    recipe = recipe_in(llavas, {"b": ("b", 1.0)}, {"method": "linear"})
+    report = blend(recipe, tmp_path / "out", device="cpu")
+    files = {str(path.relative_to(llavas / "base")) for path in (llavas / "base").rglob("*") if path.is_file()}
+    written = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert written == files | {"ktmerge.json"}
+    base, out = Checkpoint.open(llavas / "base"), Checkpoint.open(tmp_path / "out")
+    assert [(i.name, i.dtype, i.shape, i.file) for i in out.tensors.values()] == [
+        (i.name, i.dtype, i.shape, i.file) for i in base.tensors.values()
+    ]
+    assert set(report.out) == set(base.weight_files)
+    assert any("other names" in note for note in report.notes)
+
+
+def test_bf16_massive_ties_are_really_there(llamas: Path) -> None:
+    """The oracle's exact tie rule is only tested if bf16 deltas tie: make sure they do."""
+    base = read(llamas / "base")
+    delta = np.abs(delta_arrays(base, read(llamas / "a"))["model.layers.0.mlp.up_proj.weight"]).reshape(-1)
+    threshold = np.sort(delta)[::-1][int(0.2 * delta.size) - 1]
+    assert (delta == threshold).sum() > 5
