@@ -38,7 +38,7 @@ BITS: dict[str, int] = {
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 """Types whose values are the weights themselves."""
 
-PACKED_FLOATS = frozenset(tag for tag in BITS if tag.startswith(("F8", "F6", "F4")))
+PACKED_FLOATS = frozenset(tag for tag in BITS if tag.startswith(("F8_", "F6_")) or tag == "F4")
 """Types whose values mean something only together with scales kept elsewhere."""
 
 _TORCH_NAMES = {
