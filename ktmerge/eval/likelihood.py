@@ -88,25 +88,25 @@ class LikelihoodScorer:
         logprob: NDArray[np.float64],
         correct: NDArray[np.int64],
     ) -> None:
-        rows: list[int] = []
-        columns: list[int] = []
+        places: dict[tuple[int, int], int] = {}  # choices of one token ask for the same place
+        asked: list[int] = []
         tokens: list[int] = []
         owners: list[int] = []
         for row, one in enumerate(batch):
             for request, positions in one.targets:
-                rows += [row] * len(positions)
-                columns += positions
+                asked += [places.setdefault((row, position), len(places)) for position in positions]
                 tokens += requests[request].continuation
                 owners += [request] * len(positions)
-        logits = self._logits(batch, torch.tensor(rows), torch.tensor(columns))
-        values, hits = _log_softmax_at(logits, torch.tensor(tokens, device=logits.device))
+        logits = self._logits(batch, torch.tensor(list(places)))
+        device = logits.device
+        values, hits = _log_softmax_at(logits, torch.tensor(asked, device=device), torch.tensor(tokens, device=device))
         np.add.at(logprob, owners, values.cpu().numpy().astype(np.float64))
         np.add.at(correct, owners, hits.cpu().numpy().astype(np.int64))
 
-    def _logits(self, batch: list[Pass], rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        """Logits [n, vocabulary] at the n places (row, column) of the padded batch."""
+    def _logits(self, batch: list[Pass], places: torch.Tensor) -> torch.Tensor:
+        """Logits [n, vocabulary] at the n ``places`` [n, 2] (row, column) of the padded batch."""
         inputs = {name: value.to(self._device) for name, value in self._inputs(batch).items()}
-        rows, columns = rows.to(self._device), columns.to(self._device)
+        rows, columns = places.to(self._device).unbind(1)
         try:
             with _only_at(self._head, rows, columns):
                 logits: torch.Tensor = self.model(**inputs, use_cache=False).logits
@@ -185,13 +185,15 @@ def _only_at(head: Any, rows: torch.Tensor, columns: torch.Tensor) -> Iterator[N
         handle.remove()
 
 
-def _log_softmax_at(logits: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """log p of ``tokens`` [n] under ``logits`` [n, vocabulary], and whether each is the likeliest token.
+def _log_softmax_at(
+    logits: torch.Tensor, rows: torch.Tensor, tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p of ``tokens`` [m] under ``logits[rows]`` [m, vocabulary], and whether each is the likeliest token.
 
     The logits are used up: the softmax's denominator is computed in their place, to save a copy of the largest tensor.
     """
     logits = logits.float()
     top, likeliest = logits.max(dim=-1)
-    chosen = logits.gather(1, tokens[:, None])[:, 0]
-    denominator = logits.sub_(top[:, None]).exp_().sum(dim=-1).log()
-    return chosen - top - denominator, likeliest == tokens
+    chosen = logits[rows, tokens]
+    denominator = top + logits.sub_(top[:, None]).exp_().sum(dim=-1).log()
+    return chosen - denominator[rows], likeliest[rows] == tokens

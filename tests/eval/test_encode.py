@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ktmerge.errors import UsageError
+from ktmerge.eval.encode import Encoder, Request, even_chunks, fingerprint
+from ktmerge.eval.items import make_items
+from ktmerge.eval.rows import Row
+from ktmerge.recipes.suites import ChoiceTask, GenerateTask, TextTask
+
+
+def lm_eval_rule(tokenizer: Any, context: str, continuation: str) -> Request:
+    """The rule as lm_eval's documentation states it, written again."""
+    spaces = len(context) - len(context.rstrip())
+    if spaces:
+        continuation = context[-spaces:] + continuation
+        context = context[:-spaces]
+    whole = tokenizer.encode(context + continuation)
+    given = tokenizer.encode(context)
+    return Request(tuple(given), tuple(whole[len(given) :]))
+
+
+@pytest.mark.parametrize(
+    ("context", "continuation"),
+    [("The capital of France is", " Paris"), ("A: ", "yes"), ("A:\n", "no"), ("ab \n ", " cd"), ("Is it", "? yes")],
+)
+def test_pairs_follow_lm_evals_rule(tokenizer: Any, context: str, continuation: str) -> None:
+    pair = Encoder(tokenizer, None).pair(context, continuation)
+    assert pair == lm_eval_rule(tokenizer, context, continuation)
+    assert tokenizer.decode(pair.context + pair.continuation) == context + continuation
+
+
+def test_a_space_at_the_end_of_the_prompt_changes_nothing(tokenizer: Any) -> None:
+    encoder = Encoder(tokenizer, None)
+    assert encoder.pair("The capital is ", "Paris") == encoder.pair("The capital is", " Paris")
+
+
+def test_an_empty_prompt_starts_with_bos(tokenizer: Any) -> None:
+    encoder = Encoder(tokenizer, None)
+    for empty in ("", "  "):
+        pair = encoder.pair(empty, "Paris")
+        assert pair.context == (tokenizer.bos_token_id,)
+        assert tokenizer.decode(pair.continuation) == empty + "Paris"
+
+
+def test_a_continuation_that_melts_into_the_prompt_is_still_scored(tokenizer: Any) -> None:
+    class Melting:
+        """Sees two characters as one token where they stand together."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+        def encode(self, text: str, **_: Any) -> list[int]:
+            return [len(part) for part in text.replace("ab", "ab|").split("|") if part]
+
+    pair = Encoder(Melting(), None).pair("a", "b")  # type: ignore[arg-type]
+    assert pair.context
+    assert pair.continuation
+
+
+def test_special_tokens_in_front_are_kept_and_those_behind_left_out(tokenizer: Any) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    with_both = type(tokenizer)(
+        tokenizer_object=tokenizer.backend_tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    )
+    with_both.bos_token, with_both.eos_token = "<|im_start|>", "<|im_end|>"
+    bos, eos = with_both.bos_token_id, with_both.eos_token_id
+    with_both.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", bos), ("<|im_end|>", eos)]
+    )
+    encoder = Encoder(with_both, None)
+    assert encoder.ids("dog") == [bos, *tokenizer.encode("dog")]
+    assert encoder.ids("<|im_start|>dog") == [bos, *tokenizer.encode("dog")]
+    pair = encoder.pair("The", " dog")
+    assert pair.context == (bos, *tokenizer.encode("The"))
+    assert eos not in pair.continuation
+    text = TextTask(name="t", kind="text", data="x", chunk_tokens=8)
+    encoded = encoder.task(text, make_items(text, [Row(0, "", {"text": "The quick brown fox"})]))
+    assert all(request.context[0] == bos and len(request.context) == 2 for request in encoded.requests)
+    assert all(len(request.context) + len(request.continuation) <= 8 for request in encoded.requests)
+
+
+def encoded_choice(tokenizer: Any, max_length: int | None = None, **more: Any) -> Any:
+    settings = {"prompt": "{{ q }}", "choices": ["yes", "no, never"], "answer": "0"} | more
+    task = ChoiceTask(name="c", kind="choice", data="x", **settings)
+    rows = [Row(i, "", {"q": "The quick brown fox jumps " * (i + 1)}) for i in range(3)]
+    return Encoder(tokenizer, max_length).task(task, make_items(task, rows))
+
+
+def test_choices_are_grouped_by_item(tokenizer: Any) -> None:
+    encoded = encoded_choice(tokenizer)
+    assert encoded.offsets == [0, 2, 4, 6]
+    assert encoded.rows == [0, 1, 2]
+    assert encoded.truncated == 0
+
+
+def test_long_prompts_are_cut_from_the_left_and_counted(tokenizer: Any) -> None:
+    whole = encoded_choice(tokenizer)
+    room = len(whole.requests[2].context) + 2
+    cut = encoded_choice(tokenizer, room)
+    assert cut.truncated == 2 - (len(whole.requests[3].context + whole.requests[3].continuation) - 1 <= room)
+    for before, after in zip(whole.requests, cut.requests, strict=True):
+        assert after.continuation == before.continuation
+        assert before.context[-len(after.context) :] == after.context
+        assert len(after.context) + len(after.continuation) - 1 <= room
+    with pytest.raises(UsageError, match=r"a choice of row 1 is .* tokens long, the model reads 2"):
+        encoded_choice(tokenizer, 2, choices=["yes", "The quick brown fox"])
+
+
+def test_chat_wraps_the_prompt_as_a_user_turn(tokenizer: Any) -> None:
+    encoded = encoded_choice(tokenizer, chat=True, prompt="Hi")
+    given = tokenizer.decode(encoded.requests[0].context + encoded.requests[0].continuation)
+    assert given == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nyes"
+    plain = encoded_choice(tokenizer, prompt="Hi")
+    assert tokenizer.decode(plain.requests[0].context + plain.requests[0].continuation) == "Hi yes"
+
+
+def test_chat_without_a_template_is_refused(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    with pytest.raises(UsageError, match="task 'c': chat is set"):
+        encoded_choice(tokenizer, chat=True)
+
+
+def test_generation_leaves_room_for_the_answer(tokenizer: Any) -> None:
+    task = GenerateTask(name="g", kind="generate", data="x", prompt="{{ q }}", answer="", max_new_tokens=10)
+    items = make_items(task, [Row(0, "", {"q": "fox " * 40}), Row(1, "", {"q": "dog"}), Row(2, "", {"q": ""})])
+    encoded = Encoder(tokenizer, 30).task(task, items)
+    assert encoded.truncated == 1
+    assert encoded.prompts[0] == tokenizer.encode("fox " * 40)[-20:]
+    assert encoded.prompts[1] == tokenizer.encode("dog")
+    assert encoded.prompts[2] == [tokenizer.bos_token_id]
+    with pytest.raises(UsageError, match="max_new_tokens is 10, the model's whole context is 10"):
+        Encoder(tokenizer, 10).task(task, items)
+
+
+@pytest.mark.parametrize(
+    "text", ["The quick brown fox jumps over the lazy dog. " * 9, "Ünïcödé 世界 — 🦊 naïve  \n\n x " * 9]
+)
+def test_chunks_of_a_text_count_every_byte_once(tokenizer: Any, text: str) -> None:
+    task = TextTask(name="t", kind="text", data="x", chunk_tokens=16)
+    encoded = Encoder(tokenizer, None).task(task, make_items(task, [Row(3, "", {"text": text})]))
+    ids = [token for request in encoded.requests for token in request.context + request.continuation]
+    assert ids == tokenizer.encode(text, add_special_tokens=False)
+    assert all(len(request.context) == 1 for request in encoded.requests)
+    assert {len(request.continuation) + 1 for request in encoded.requests} <= {14, 15, 16}
+    assert encoded.rows == [3] * len(encoded.requests)
+    # What isn't scored is each chunk's first token; bytes of a token: its byte-level symbols are one byte each.
+    pieces = tokenizer.convert_ids_to_tokens
+    scored = [sum(len(piece) for piece in pieces(list(request.continuation))) for request in encoded.requests]
+    if text.isascii():
+        assert encoded.bytes == scored
+    first = sum(len(piece) for request in encoded.requests for piece in pieces(list(request.context)))
+    assert abs(sum(encoded.bytes) - (len(text.encode()) - first)) <= (
+        0 if text.isascii() else 3 * len(encoded.requests)
+    )
+
+
+def test_texts_too_short_to_score_are_counted(tokenizer: Any) -> None:
+    task = TextTask(name="t", kind="text", data="x", chunk_tokens=16)
+    encoder = Encoder(tokenizer, 512)
+    items = make_items(task, [Row(0, "", {"text": ""}), Row(1, "", {"text": "x"}), Row(2, "", {"text": "the dog"})])
+    encoded = encoder.task(task, items)
+    assert (encoded.skipped, encoded.rows) == (2, [2])
+    with pytest.raises(UsageError, match="no row has a text of at least two tokens"):
+        encoder.task(task, items[:2])
+    with pytest.raises(UsageError, match="chunk_tokens is 16, the model reads 8"):
+        Encoder(tokenizer, 8).task(task, items)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 15, 16, 17, 31, 32, 33, 160, 161])
+def test_even_chunks_cover_all_and_differ_by_one(tokens: int) -> None:
+    chunks = even_chunks(tokens, 16)
+    if tokens < 2:
+        assert chunks == []
+        return
+    assert [token for start, stop in chunks for token in range(start, stop)] == list(range(tokens))
+    sizes = [stop - start for start, stop in chunks]
+    assert max(sizes) <= 16
+    assert max(sizes) - min(sizes) <= 1
+    assert len(chunks) == -(-tokens // 16)
+
+
+def test_fingerprints_tell_tokenizers_apart(tokenizer: Any, tiny_llama: Any) -> None:
+    from ktmerge.eval.loading import load_tokenizer
+
+    same, other = load_tokenizer(tiny_llama), load_tokenizer(tiny_llama)
+    same("some text", truncation=True, max_length=3, padding="max_length")  # leaves state behind
+    assert fingerprint(same) == fingerprint(tokenizer)
+    other.chat_template = (other.chat_template or "") + " "
+    assert fingerprint(other) != fingerprint(tokenizer)
+    other = load_tokenizer(tiny_llama)
+    other.add_tokens(["<new>"])
+    assert fingerprint(other) != fingerprint(tokenizer)

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ktmerge.errors import UsageError
+from ktmerge.eval.items import ChoiceItem, GenerateItem, make_items
+from ktmerge.eval.rows import Row
+from ktmerge.recipes.suites import ChoiceTask, GenerateTask, TextTask
+
+
+def row(**values: Any) -> Row:
+    return Row(4, "x.jsonl:5", values)
+
+
+def choice(values: dict[str, Any] | None = None, **more: Any) -> ChoiceItem:
+    settings = {"prompt": "{{ q }}", "choices": ["yes", "no"], "answer": "{{ a }}"} | more
+    task = ChoiceTask(name="facts", kind="choice", data="x.jsonl", **settings)
+    (item,) = make_items(task, [row(**({"q": "Q?", "a": 1} | (values or {})))])
+    assert isinstance(item, ChoiceItem)
+    return item
+
+
+def test_templates_are_rendered_over_a_row() -> None:
+    item = choice({"q": "2 < 3 & so on"}, prompt="Q: {{ q }}\nA:\n")
+    assert item == ChoiceItem(4, "Q: 2 < 3 & so on\nA:\n", ("yes", "no"), 1, " ")
+
+
+def test_choices_from_a_column_a_template_or_a_list_of_templates() -> None:
+    values = {"options": ["a", "b", "c"], "x": "left"}
+    assert choice(values, choices="options").choices == ("a", "b", "c")
+    assert choice(values, choices="{{ options[:2] }}").choices == ("a", "b")
+    assert choice(values, choices=["{{ x }}", "right"]).choices == ("left", "right")
+
+
+@pytest.mark.parametrize(
+    ("answer", "choices", "template", "index"),
+    [
+        (0, ["a", "b"], "{{ a }}", 0),
+        (1.0, ["a", "b"], "{{ a }}", 1),
+        (True, ["a", "b"], "{{ a }}", 1),
+        ("1", ["a", "b"], "{{ a }}", 1),
+        ("b", ["a", "b"], "{{ a }}", 1),
+        (" b ", ["a", "b"], "{{ a }}", 1),
+        ("b", [" a", " b"], "{{ a }}", 1),
+        ("1", ["2", "1", "0"], "{{ a }}", 1),  # a text is one of the choices before it is an index
+        (1, ["2", "0", "1"], "{{ a }}", 1),  # a number is an index
+        (1, ["2", "0", "1"], "{{ a | string }}", 2),
+        ("C", ["a", "b", "c"], "{{ 'ABC'.index(a) }}", 2),
+        ("7", [6, 7], "{{ a }}", 1),
+        (7, [6, 7], "{{ a | string }}", 1),
+    ],
+)
+def test_the_answer_is_an_index_or_a_text(answer: Any, choices: list[Any], template: str, index: int) -> None:
+    assert choice({"a": answer, "options": choices}, choices="options", answer=template).answer == index
+
+
+@pytest.mark.parametrize(
+    ("values", "settings", "said"),
+    [
+        ({"a": 2}, {}, "gives index 2; its 2 choices count from 0"),
+        ({"a": -1}, {}, "gives index -1"),
+        ({"a": "maybe"}, {}, "gives 'maybe', which is none of its choices ['yes', 'no']"),
+        ({"a": 1, "o": [1, 2]}, {"choices": "o"}, "the choices are numbers too"),
+        ({"o": []}, {"choices": "o"}, "has 0, at least 2 are needed"),
+        ({"o": ["x"]}, {"choices": "o"}, "has 1, at least 2 are needed"),
+        ({"o": ["x", ""]}, {"choices": "o"}, "has an empty choice"),
+        ({"o": "xy"}, {"choices": "o"}, "gives 'xy', a list of texts is needed"),
+        ({"o": ["x", None]}, {"choices": "o"}, "has the choice None, which is not a text"),
+        ({}, {"choices": "optoins"}, "no column 'optoins'"),
+        ({}, {"prompt": "{{ question }}"}, "x.jsonl:5 has no column 'question'; its columns are: q, a."),
+        ({"question": ""}, {"prompt": "{{ qestion }}"}, "Did you mean 'question'?"),
+        ({}, {"answer": "{{ gold }}"}, "task 'facts', answer: x.jsonl:5 has no column 'gold'"),
+        ({"q": {"x": 1}}, {"prompt": "{{ q.y }}"}, "'dict object' has no attribute 'y'"),
+        ({}, {"prompt": "{{ q / 2 }}"}, "the template fails on x.jsonl:5"),
+        ({}, {"prompt": "{{ q"}, "task 'facts', prompt: not a valid template"),
+        ({}, {"prompt": "{{ q.__class__.__mro__ }}"}, "the template"),
+    ],
+)
+def test_what_does_not_fit_is_named(values: dict[str, Any], settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        choice(values, **settings)
+    assert said in str(caught.value)
+    assert "task 'facts'" in str(caught.value)
+
+
+def test_the_default_separator_knows_its_place() -> None:
+    assert choice().continuations() == [" yes", " no"]
+    assert choice(choices=[" yes", " no"]).continuations() == [" yes", " no"]
+    assert choice(chat=True).continuations() == ["yes", "no"]
+    assert choice(choices=[" yes", " no"], separator=" ").continuations() == ["  yes", "  no"]
+    assert choice(chat=True, separator="\n").continuations() == ["\nyes", "\nno"]
+
+
+def test_optional_columns_may_be_tested_for() -> None:
+    assert choice(prompt="{% if hint is defined %}{{ hint }} {% endif %}{{ q }}").prompt == "Q?"
+
+
+def test_generate_and_text_items() -> None:
+    generate = GenerateTask(name="g", kind="generate", data="x.jsonl", prompt="{{ q }}", answer="{{ n }}")
+    assert make_items(generate, [row(q="a", n=3)]) == [GenerateItem(4, "a", "3")]
+    with pytest.raises(UsageError, match="no column 'text'"):
+        make_items(TextTask(name="t", kind="text", data="x.jsonl"), [row(q="a")])

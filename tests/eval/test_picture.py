@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from ktmerge.eval.drawing import styles
+from ktmerge.eval.picture import loss_picture, score_picture, tradeoff
+from ktmerge.eval.results import PathPoint, Results
+
+Make = Callable[..., Results]
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture
+def results(make_results: Make) -> Results:
+    share = {"base": (8, 2), "tuned": (5, 9), "half": (7, 8), "<&>": (7, 6)}
+    return make_results(
+        {
+            name: {"up_a": [1.0] * up + [0.0] * (10 - up), "down_b": [1.0] * down + [0.0] * (10 - down)}
+            for name, (up, down) in share.items()
+        }
+    )
+
+
+def texts(svg: str) -> list[str]:
+    return ["".join(node.itertext()) for node in ET.fromstring(svg).iter(f"{SVG}text")]
+
+
+def test_the_tradeoff_names_models_axes_and_coefficients(results: Results) -> None:
+    way = {"wise": [PathPoint(0.0, 0.0, 0.0), PathPoint(0.25, 20.0, -5.0), PathPoint(1.0, 70.0, -30.0)]}
+    svg = tradeoff(results, way)
+    assert svg is not None
+    found = texts(svg)
+    assert {"base", "tuned", "half", "<&>", "wise 0.25"} <= set(found)
+    assert any("forgotten" in text for text in found)
+    assert any(text.startswith("O +") for text in found)
+    # the ends of the way lie on models that have their own labels
+    assert not {"0", "wise 0", "1"} & {text for text in found if text in ("wise 0", "1")}
+    title = ET.fromstring(svg).find(f"{SVG}title")
+    assert title is not None
+    assert "tuned E +70.0 F -30.0" in (title.text or "")
+
+
+def test_one_side_has_no_tradeoff(make_results: Make) -> None:
+    assert tradeoff(make_results({"base": {"up_a": [1.0]}, "m": {"up_a": [0.0]}})) is None
+
+
+def test_pictures_are_the_same_bytes_whatever_the_users_settings(results: Results) -> None:
+    import matplotlib as mpl
+
+    before = (tradeoff(results), score_picture(results))
+    with mpl.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.fonttype": "path"}):
+        assert (tradeoff(results), score_picture(results)) == before
+        assert mpl.rcParams["font.size"] == 30
+    assert "20" not in str(before[0]).partition("<defs>")[0].partition("viewBox")[0]  # no date
+
+
+def test_pictures_scale_and_take_the_pages_colour(results: Results) -> None:
+    for svg in (tradeoff(results), score_picture(results)):
+        assert svg is not None
+        root = ET.fromstring(svg)
+        assert root.get("viewBox")
+        assert root.get("width") is None
+        assert root.get("height") is None
+        assert "currentColor" in svg
+        assert "#010203" not in svg
+        assert "<metadata" not in svg
+
+
+def test_ids_of_two_pictures_do_not_clash(results: Results) -> None:
+    def ids(svg: str | None) -> set[str]:
+        assert svg is not None
+        return {node.get("id", "") for node in ET.fromstring(svg).iter() if node.get("id")}
+
+    assert not ids(tradeoff(results)) & ids(score_picture(results))
+
+
+def test_references_inside_a_picture_resolve(results: Results) -> None:
+    import re
+
+    for svg in (tradeoff(results), score_picture(results)):
+        assert svg is not None
+        ids = set(re.findall(r'id="([^"]+)"', svg))
+        used = set(re.findall(r"url\(#([^)]+)\)", svg)) | set(re.findall(r'href="#([^"]+)"', svg))
+        assert used
+        assert used <= ids
+
+
+def test_losses(results: Results) -> None:
+    log: list[dict[str, Any]] = [
+        {"step": 1, "loss": 2.0, "grad_norm": 1.0},
+        {"step": 2, "loss": 1.0},
+        {"step": 2, "eval_upstream_loss": 1.5, "eval_downstream_loss": 1.2},
+    ]
+    svg = loss_picture({"spam": log, "nothing": [{"step": 1}]})
+    assert svg is not None
+    assert {"spam", "training", "upstream", "downstream"} <= set(texts(svg))
+    assert "nothing" not in texts(svg)
+    assert loss_picture({}) is None
+
+
+def test_each_model_has_its_own_look() -> None:
+    names = [f"m{i}" for i in range(24)]
+    looks = styles(["base", *names], "base")
+    assert len({(look.colour, look.marker) for look in looks.values()}) == 25

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.eval import merge_results
+from ktmerge.eval.results import PathPoint, Results, TaskScore
+
+Make = Callable[..., Results]
+SCORES = {
+    "base": {"up_a": [1.0, 0.0, 1.0], "down_b": [0.0, 0.0, 1.0]},
+    "tuned": {"up_a": [0.0, 0.0, 1.0], "down_b": [1.0, 1.0, 1.0]},
+}
+
+
+def test_round_trip(make_results: Make, tmp_path: Path) -> None:
+    results = make_results(SCORES, reference="tuned", warnings=["mind <this>"], seed=3)
+    results.scores["tuned"]["down_b"].details["outputs"] = ["a\nb", "é", ""]
+    results.save(tmp_path / "scores.json")
+    loaded = Results.load(tmp_path / "scores.json")
+    assert loaded.to_json() == results.to_json()
+    assert loaded.models == results.models
+    assert loaded.tasks == results.tasks
+    np.testing.assert_array_equal(loaded.scores["tuned"]["up_a"].scores, SCORES["tuned"]["up_a"])
+    assert loaded.source == str(tmp_path / "scores.json")
+    assert list(tmp_path.iterdir()) == [tmp_path / "scores.json"]
+
+
+def test_json_has_summary_and_formulas_for_scripts(make_results: Make) -> None:
+    document = json.loads(json.dumps(make_results({**SCORES, "half": SCORES["base"]}).to_json()))
+    assert list(document["models"]) == ["base", "tuned", "half"]
+    assert document["models"]["tuned"]["summary"]["E"]["value"] == pytest.approx(200 / 3)
+    assert document["models"]["tuned"]["tasks"]["up_a"]["score"] == pytest.approx(100 / 3)
+    assert document["formulas"]["O"] == "O = E + F"
+    assert [(one["a"], one["b"]) for one in document["differences"]] == [("tuned", "half")]
+
+
+def test_perplexity_of_text(make_results: Make) -> None:
+    score = TaskScore(np.array([0.5]), {"nll": [8.0, 4.0], "bytes": [6, 2], "tokens": [3, 1], "correct": [1, 1]})
+    assert score.extras()["perplexity_per_byte"] == pytest.approx(np.exp(12 / 8))
+    assert score.extras()["bits_per_byte"] == pytest.approx(12 / 8 / np.log(2))
+    assert TaskScore(np.array([0.5]), {}).extras() == {}
+
+
+def damage(document: dict[str, Any], way: str) -> Any:
+    tasks = document["models"]["tuned"]["tasks"]
+    if way == "not a dict":
+        return [1, 2]
+    if way == "no mark":
+        del document["ktmerge_eval"]
+    elif way == "newer":
+        document["ktmerge_eval"] = 99
+    elif way == "no models":
+        del document["models"]
+    elif way == "no base":
+        del document["models"]["base"]
+    elif way == "short":
+        tasks["up_a"]["scores"].pop()
+    elif way == "out of range":
+        tasks["up_a"]["scores"][0] = 7
+    elif way == "text for number":
+        tasks["up_a"]["scores"][0] = "x"
+    elif way == "other tasks":
+        tasks["up_z"] = tasks.pop("up_a")
+    elif way == "unknown key":
+        document["suite"]["tasks"][0]["what"] = 1
+    elif way == "null":
+        document["models"]["tuned"] = None
+    return document
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "not a dict", "no mark", "newer", "no models", "no base", "short", "out of range", "text for number",
+        "other tasks", "unknown key", "null",
+    ],
+)  # fmt: skip
+def test_garbage_is_refused_with_its_name(make_results: Make, tmp_path: Path, way: str) -> None:
+    path = tmp_path / "scores.json"
+    path.write_text(json.dumps(damage(make_results(SCORES).to_json(), way)))
+    with pytest.raises(UsageError, match=r"scores\.json"):
+        Results.load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[" * 100_000, b'{"ktmerge_eval": 1}'])
+def test_not_json_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(UsageError, match=r"x\.json"):
+        Results.load(tmp_path / "x.json")
+    with pytest.raises(UsageError, match="No such file"):
+        Results.load(tmp_path / "missing.json")
+
+
+def test_saving_where_it_cannot_be_is_a_sentence(make_results: Make, tmp_path: Path) -> None:
+    with pytest.raises(KtmergeError, match="nowhere"):
+        make_results(SCORES).save(tmp_path / "nowhere/scores.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_through_models(make_results: Make) -> None:
+    results = make_results({**SCORES, "half": SCORES["base"]})
+    way = results.path({1.0: "tuned", 0.0: "base", 0.5: "half"})
+    assert way[0] == PathPoint(0.0, 0.0, 0.0)
+    assert [point.coefficient for point in way] == [0.0, 0.5, 1.0]
+    assert [way[2].E, way[2].F] == pytest.approx([200 / 3, -100 / 3])
+    with pytest.raises(UsageError, match="Did you mean 'half'"):
+        results.path({0.5: "hlf"})
+
+
+def test_merging_joins_models_of_the_same_base_and_sets(make_results: Make) -> None:
+    first = make_results(SCORES, source="/x/one.json")
+    other = make_results({"base": SCORES["base"], "half": SCORES["base"], "tuned": SCORES["tuned"]}, source="two.json")
+    merged = merge_results([first, other])
+    assert list(merged.models) == ["base", "tuned", "half"]
+    assert merge_results([first]).to_json() == first.to_json()
+
+
+def test_merging_tells_models_of_one_name_apart(make_results: Make) -> None:
+    first = make_results(SCORES, source="/x/one.json")
+    other = make_results({"base": SCORES["base"], "tuned": SCORES["base"]}, source="/x/two.json")
+    other.models["tuned"] = first.models["base"]
+    assert list(merge_results([first, other]).models) == ["base", "tuned", "two:tuned"]
+
+
+def test_merging_refuses_what_does_not_compare(make_results: Make) -> None:
+    import dataclasses
+
+    first = make_results(SCORES, source="one.json")
+    tasks = [dataclasses.replace(first.tasks[0], digest="changed"), first.tasks[1]]
+    cases = {
+        r"one\.json and two\.json were measured on different sets \(data or settings of 'up_a' differ\)": make_results(
+            SCORES, suite_digest="x", tasks=tasks
+        ),
+        r"different sets \(only one has 'up_a'\)": make_results(
+            {name: {"down_b": found["down_b"]} for name, found in SCORES.items()}, suite_digest="x"
+        ),
+        "different base models": make_results(
+            SCORES, models={n: dataclasses.replace(m, digest=f"other {n}") for n, m in first.models.items()}
+        ),
+        r"on 'up_a' the base scores 66\.67 in one and 33\.33 in the other": make_results(
+            {**SCORES, "base": {**SCORES["base"], "up_a": [1.0, 0.0, 0.0]}}
+        ),
+    }
+    for said, other in cases.items():
+        with pytest.raises(UsageError, match=said):
+            merge_results([first, dataclasses.replace(other, source="two.json")])
+    with pytest.raises(UsageError, match="at least one"):
+        merge_results([])
