@@ -108,6 +108,7 @@ class Encoder:
         self._blank: dict[int, bool] = {}
         template = _template(tokenizer)
         self.has_template = template is not None
+        self._asks = template is not None and "add_generation_prompt" in template
         self._marks_answers = template is not None and _GENERATION.search(template) is not None
 
     @classmethod
@@ -186,6 +187,9 @@ class Encoder:
             return None
         except Exception as error:
             raise _refusal(error) from None
+        answer = next(message for message in reversed(sample.messages) if message.role == "assistant")
+        if _shown(answer.content, self._render(_turns(sample)), 0) is None:
+            raise SampleError("the chat template does not show its last answer.")
         runs = _runs(found["assistant_masks"])
         return (list(found["input_ids"]), [_Run(first, end, end) for first, end in runs]) if runs else None
 
@@ -210,14 +214,15 @@ class Encoder:
 
     def _locate(self, turns: list[dict[str, str]], number: int, text: str, position: int) -> tuple[int, int, int]:
         """Where in ``text`` answer ``number`` starts, its content ends, and its turn ends."""
-        content = turns[number]["content"].strip()
         before = self._prefix(turns[:number], text, ask=True)
-        start = len(before) if before is not None and len(before) >= position else text.find(content, position)
-        if start < 0:
+        reached = max(position, len(before) if before is not None else 0)
+        content = _shown(turns[number]["content"], text, reached)
+        if content is None:
             raise SampleError(f"the chat template does not show the answer of turn {number + 1}.")
-        found = text.find(content, start)
+        # without a prompt for the answer, what opens the turn still stands before it
+        start = reached if before is not None and self._asks else text.find(content, reached)
+        content_end = text.find(content, start) + len(content)
         whole = text if number + 1 == len(turns) else self._prefix(turns[: number + 1], text, ask=False)
-        content_end = found + len(content) if found >= 0 else start  # rewritten: its first stop token ends it
         return start, content_end, max(content_end, len(whole) if whole is not None else 0)
 
     def _prefix(self, turns: list[dict[str, str]], text: str, *, ask: bool) -> str | None:
@@ -232,37 +237,47 @@ class Encoder:
         return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask))
 
     def _with_stops(self, ids: list[int], runs: list[_Run]) -> tuple[list[int], list[bool]]:
-        """Mark the answers; end each with the stop token that follows, appending one if the text just ends."""
-        trained = [False] * (len(ids) + 1)
+        """Mark the answers; end each with the stop token that follows, or with one of our own if the text just ends."""
         # what opens every turn is an added token too, but ends nothing
         stops = {*self._stops, *(self._added - set(ids[:2]))}
-        appended = False
+        trained = [False] * len(ids)
         for run in runs:
             end = self._stop_after(ids, run, stops)
-            if end > len(ids):
-                appended = True
+            if end is None:
+                end = len(ids)
+                while end > run.content_end and self._is_blank(ids[end - 1]):
+                    end -= 1
+                ids, trained = [*ids[:end], self._stops[0]], [*trained[:end], True]
             trained[run.first : end] = [True] * (end - run.first)
-        return ([*ids, self._stops[0]], trained) if appended else (ids, trained[: len(ids)])
+        return ids, trained
 
-    def _stop_after(self, ids: list[int], run: _Run, stops: set[int]) -> int:
-        """One past the last token to train; ``len(ids) + 1`` where a stop must be appended."""
-        if run.content_end == run.end and self._ends_in_stop(ids, run, stops):
-            return run.end  # the template's own marks include it
+    def _stop_after(self, ids: list[int], run: _Run, stops: set[int]) -> int | None:
+        """One past the last token to train; None where the text ends without a stop."""
+        marked = self._marked_stop(ids, run, stops) if run.content_end == run.end else None
+        if marked is not None:
+            return marked
         for number in range(run.content_end, run.end):
             if ids[number] in stops:
-                return number + 1
+                return self._last_of_several(ids, number, run.end, stops) + 1
         number = run.end
         while number < len(ids) and ids[number] not in stops and self._is_blank(ids[number]):
             number += 1
         if number == len(ids):
-            return len(ids) + 1
+            return None
         return number + 1 if ids[number] in stops else run.end
 
-    def _ends_in_stop(self, ids: list[int], run: _Run, stops: set[int]) -> bool:
+    def _last_of_several(self, ids: list[int], number: int, end: int, stops: set[int]) -> int:
+        """Some templates close the answer and then the turn, with one token each."""
+        while ids[number] not in self._stops and number + 1 < end and ids[number + 1] in stops:
+            number += 1
+        return number
+
+    def _marked_stop(self, ids: list[int], run: _Run, stops: set[int]) -> int | None:
+        """One past the stop token that the template's own marks include, if any; a line end after it is no answer."""
         last = run.end - 1
         while last > run.first and self._is_blank(ids[last]):
             last -= 1
-        return ids[last] in stops
+        return last + 1 if ids[last] in stops else None
 
     def _is_blank(self, token: int) -> bool:
         if token not in self._blank:
@@ -322,6 +337,12 @@ def _runs(mask: Sequence[int]) -> list[tuple[int, int]]:
     """Stretches of ones as (first, one past the last)."""
     edges = [i for i in range(len(mask) + 1) if (i < len(mask) and mask[i]) != (i > 0 and mask[i - 1])]
     return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _shown(content: str, text: str, position: int) -> str | None:
+    """The part of an answer that stands in ``text``: all of it, or what follows its thoughts, which templates drop."""
+    candidates = (content.strip(), content.rpartition("</think>")[2].strip())
+    return next((one for one in candidates if one and text.find(one, position) >= 0), None)
 
 
 def _after(text: str, content: str, position: int) -> int:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 BYTES_PER_PARAMETER = 16
 """fp32 weight, gradient, and the two moments of Adam."""
+_WRITE_FAILURES = ("inline_container", "PytorchStreamWriter", "I/O error", "os error")
 _RUNTIME = 600e6
 """Bytes of the libraries themselves."""
 _HIDDEN_KEPT, _INNER_KEPT = 12, 6
@@ -148,4 +149,4 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_disk_trouble(error: BaseException) -> bool:
     """Whether an error means that a file could not be written, as any of the libraries says it."""
     said = str(error)
-    return isinstance(error, OSError) or "PytorchStreamWriter" in said or "I/O error" in said or "os error" in said
+    return isinstance(error, OSError) or any(word in said for word in _WRITE_FAILURES)

@@ -128,8 +128,8 @@ class TrainingRun:
             train_dataset=self._encoded["train"].samples,
             data_collator=build_collator(self._encoder.tokenizer),
             callbacks=[
-                RhythmCallback(rhythm, asked, lambda path, step: self._partial.seal(path, step, seconds())),
                 LogCallback(self._partial.log, rhythm, self._progress, bar, seconds),
+                RhythmCallback(rhythm, asked, lambda path, step: self._partial.seal(path, step, seconds())),
             ],
         )
         trainer.remove_callback(PrinterCallback)
@@ -201,7 +201,9 @@ class TrainingRun:
         """Answer the failures that users can do something about."""
         try:
             yield
-        except (RuntimeError, MemoryError, OSError) as error:
+        except KtmergeError:
+            raise
+        except Exception as error:  # the libraries have no common type for either failure
             if is_out_of_memory(error):
                 raise KtmergeError(
                     f"out of memory while fine-tuning. {_less_memory(self._job, self._encoded['train'].longest)}"

@@ -1,0 +1,159 @@
+"""The working folder: taken up only by the same run, unfinished checkpoints passed over, nothing left without use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ktmerge.errors import UsageError
+from ktmerge.tuners.partial import Partial, differences
+
+INPUTS: dict[str, Any] = {"job": {"learning_rate": 1e-5, "seed": 1}, "base": {"content": "x"}, "training data": ["d"]}
+
+
+def state(partial: Partial, name: str, step: int) -> Path:
+    path = partial.folder / name
+    path.mkdir()
+    (path / "model.safetensors").write_bytes(b"weights" * 100)
+    (path / "optimizer.pt").write_bytes(b"moments" * 100)
+    partial.seal(path, step, 1.5)
+    return path
+
+
+@pytest.fixture
+def left(tmp_path: Path) -> Partial:
+    """A run that stopped with three checkpoints and a log."""
+    partial = Partial(tmp_path / "out", INPUTS)
+    with partial:
+        assert partial.open(resume=False, overwrite=False) is None
+        for step in (5, 10, 15):
+            state(partial, f"checkpoint-{step}", step)
+        lines = [json.dumps({"step": step}) for step in range(18)]
+        partial.log.write_text("\n".join(lines) + '\n{"step": 1')
+    return Partial(tmp_path / "out", INPUTS)
+
+
+def test_a_run_goes_on_from_the_newest_state(left: Partial) -> None:
+    with left:
+        saved = left.open(resume=True, overwrite=False)
+        assert saved is not None
+        assert (saved.path.name, saved.step, saved.seconds) == ("checkpoint-15", 15, 1.5)
+        steps = [json.loads(line)["step"] for line in left.log.read_text().splitlines()]
+        assert steps == list(range(16))
+
+
+def cut_short(path: Path) -> None:
+    (path / "optimizer.pt").write_bytes(b"mom")
+
+
+def unsealed(path: Path) -> None:
+    (path / "complete.json").unlink()
+
+
+def altered(path: Path) -> None:
+    content = bytearray((path / "model.safetensors").read_bytes())
+    content[7] ^= 1
+    (path / "model.safetensors").write_bytes(content)
+
+
+def lacking(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+
+
+def bad_seal(path: Path) -> None:
+    (path / "complete.json").write_text('{"step": 1')
+
+
+@pytest.mark.parametrize("damage", [cut_short, unsealed, altered, lacking, bad_seal])
+def test_a_damaged_state_is_passed_over_for_the_one_before(left: Partial, damage: Any) -> None:
+    damage(left.folder / "checkpoint-15")
+    with left:
+        saved = left.open(resume=True, overwrite=False)
+        assert saved is not None
+        assert saved.step == 10
+        assert not (left.folder / "checkpoint-15").exists()
+        assert (left.folder / "checkpoint-5").exists()
+
+
+def test_the_final_state_comes_before_every_checkpoint(left: Partial) -> None:
+    path = state(left, "final", 20)
+    with left:
+        saved = left.open(resume=True, overwrite=False)
+        assert saved is not None
+        assert saved.path == path
+        left.drop_checkpoints()
+        assert sorted(one.name for one in left.folder.iterdir() if one.is_dir()) == ["final"]
+
+
+def test_without_a_flag_it_is_not_touched(left: Partial) -> None:
+    before = sorted(left.folder.rglob("*"))
+    with pytest.raises(UsageError, match="add --resume to go on with it, or --overwrite"), left:
+        left.open(resume=False, overwrite=False)
+    assert sorted(left.folder.rglob("*")) == before
+
+
+def test_other_inputs_are_told_and_nothing_is_touched(left: Partial, tmp_path: Path) -> None:
+    before = sorted(left.folder.rglob("*"))
+    other = Partial(
+        tmp_path / "out",
+        {"job": {"learning_rate": 2e-5, "seed": 1}, "base": {"content": "y"}, "training data": ["e"]},
+    )
+    with pytest.raises(UsageError) as caught, other:
+        other.open(resume=True, overwrite=False)
+    said = str(caught.value)
+    assert "learning_rate was 1e-05, now 2e-05" in said
+    assert "another training data" in said
+    assert "seed" not in said
+    assert sorted(left.folder.rglob("*")) == before
+
+
+def test_overwrite_starts_afresh(left: Partial) -> None:
+    with left:
+        assert left.open(resume=False, overwrite=True) is None
+        assert sorted(path.name for path in left.folder.iterdir()) == ["lock", "started.json"]
+
+
+def test_a_run_without_any_state_leaves_nothing(tmp_path: Path) -> None:
+    def failing() -> None:
+        with Partial(tmp_path / "out", INPUTS) as partial:
+            partial.open(resume=True, overwrite=False)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        failing()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_run_keeps_its_states(left: Partial) -> None:
+    def stopped() -> None:
+        with left:
+            left.open(resume=True, overwrite=False)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert (left.folder / "checkpoint-15").exists()
+
+
+def test_a_finished_run_leaves_nothing(left: Partial) -> None:
+    with left:
+        left.open(resume=True, overwrite=False)
+        left.finish()
+    assert not left.folder.exists()
+
+
+def test_two_runs_cannot_share_it(left: Partial, tmp_path: Path) -> None:
+    with left:
+        left.open(resume=True, overwrite=False)
+        second = Partial(tmp_path / "out", INPUTS)
+        with pytest.raises(UsageError, match="another run is working"), second:
+            second.open(resume=True, overwrite=False)
+        assert (left.folder / "checkpoint-15").exists()
+
+
+def test_equal_inputs_do_not_differ() -> None:
+    assert differences(INPUTS, json.loads(json.dumps(INPUTS))) == []
+    assert differences({}, {"upstream data": ["x"]}) == ["another upstream data"]
