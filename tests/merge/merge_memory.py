@@ -1,0 +1,108 @@
+"""Blends of a few small tensors, through real files in, but into memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from merge_models import Tensors, write
+from torch import Tensor
+
+from ktmerge.checkpoints import TensorReader
+from ktmerge.merge.engine import execute
+from ktmerge.merge.plan import plan_blend
+from ktmerge.merge.report import BlendReport
+from ktmerge.recipes.load import parse_recipe
+
+MATRIX = "model.layers.0.mlp.up_proj.weight"
+NORM = "model.layers.0.input_layernorm.weight"
+EMBED = "model.embed_tokens.weight"
+
+_numbers = itertools.count()
+
+
+class MemorySink:
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.pieces: dict[str, dict[int, Tensor]] = {}
+
+    def dtype(self, name: str, planned: str) -> str:
+        return planned
+
+    def write(self, name: str, values: Tensor, start: int) -> None:
+        self.pieces.setdefault(name, {})[start] = values.clone()
+
+    def copy(self, name: str, reader: TensorReader, source: str) -> None:
+        self.write(name, reader.read(source), 0)
+
+    def tensors(self, like: Mapping[str, Tensor]) -> Tensors:
+        found = {name: values for name, values in like.items() if not values.numel()}
+        for name, pieces in self.pieces.items():
+            found[name] = torch.cat([pieces[start] for start in sorted(pieces)]).view(like[name].shape)
+        return found
+
+
+class Workbench:
+    """Runs recipes over tensors held in memory, by way of files below ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def blend(
+        self,
+        base: Tensors,
+        experts: Mapping[str, Tensors],
+        blend: Mapping[str, Any],
+        *,
+        weights: Mapping[str, float] | None = None,
+        chunk: int = 1 << 20,
+        **recipe: Any,
+    ) -> Tensors:
+        return self.run(base, experts, blend, weights=weights, chunk=chunk, **recipe)[0]
+
+    def run(
+        self,
+        base: Tensors,
+        experts: Mapping[str, Tensors],
+        blend: Mapping[str, Any],
+        *,
+        weights: Mapping[str, float] | None = None,
+        chunk: int = 1 << 20,
+        config: Mapping[str, Any] | None = None,
+        **recipe: Any,
+    ) -> tuple[Tensors, BlendReport]:
+        folder = self.folder / str(next(_numbers))
+        write(folder / "base", base, config)
+        for name, tensors in experts.items():
+            write(folder / "experts" / name, tensors, config)
+        document = {
+            "ktmerge": 1,
+            "base": "base",
+            "experts": {
+                name: {"model": f"experts/{name}", "weight": (weights or {}).get(name, 1.0)} for name in experts
+            },
+            "blend": dict(blend),
+            **recipe,
+        }
+        sink = MemorySink()
+        report = execute(plan_blend(parse_recipe(document, "recipe", folder)), sink, "cpu", chunk=chunk)
+        return {name: values for name, values in sorted(sink.tensors(base).items())}, report
+
+    def merged(
+        self, deltas: Mapping[str, Tensors], blend: Mapping[str, Any], *, weights: Mapping[str, float] | None = None,
+        chunk: int = 1 << 20, **recipe: Any,
+    ) -> Tensors:  # fmt: skip
+        """The merged delta itself: over a base of zeros, the output."""
+        zeros = {name: torch.zeros_like(values) for name, values in next(iter(deltas.values())).items()}
+        return self.blend(zeros, deltas, {"lambda": 1.0, **blend}, weights=weights, chunk=chunk, **recipe)
+
+
+def noise(seed: int, scale: float = 1e-2, **shapes: tuple[int, ...]) -> Tensors:
+    """A matrix, a norm and an embedding of float32 noise."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {MATRIX: (12, 10), NORM: (9,), EMBED: (7, 5), **shapes}
+    return {name: scale * torch.randn(shape, generator=generator) for name, shape in sizes.items()}

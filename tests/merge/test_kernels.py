@@ -1,0 +1,205 @@
+"""The arithmetic under the stages: known answers, exact counts, unbiased rounding."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from merge_oracles import philox_block, stream_key, words
+
+from ktmerge.merge.kernels import kernels_for, keys, philox, radix
+from ktmerge.merge.kernels.rounding import round_to
+from ktmerge.merge.kernels.sums import ExactSum
+from ktmerge.merge.stage import Context
+
+FULL = 0xFFFFFFFF
+PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0x299F31D0 << 32) | 0xA4093822
+# From the kat_vectors file of Random123, the generator's reference distribution; keys low word first.
+KNOWN = [
+    ((0, 0, 0, 0), 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((FULL,) * 4, (FULL << 32) | FULL, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (PI[0], PI[1], (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
+def test_philox_gives_the_known_answers(
+    counter: tuple[int, int, int, int], key: int, expected: tuple[int, ...]
+) -> None:
+    assert philox_block(counter, key) == expected
+    tensors = tuple(torch.tensor([word]) for word in counter)
+    assert tuple(int(word) for word in philox.philox(tensors, key)) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("plane", [0, 1, 3])
+def test_words_go_by_element_alone(plane: int) -> None:
+    key = stream_key(3, "purpose", "expert", "tensor")
+    expected = words(key, 300, plane).astype(np.int64)
+    at = torch.tensor([299, 0, 4, 5, 6, 7, 8, 131])
+    assert philox.words_at(key, at, plane).tolist() == expected[at.numpy()].tolist()
+    if plane == 0:
+        for start, count in [(0, 300), (1, 299), (3, 2), (6, 1), (250, 50), (10, 0)]:
+            assert philox.words(key, start, count).tolist() == expected[start : start + count].tolist()
+
+
+def test_words_beyond_the_first_block_and_32_bits_of_blocks() -> None:
+    key, start = 99, (1 << 18) - 3
+    assert philox.words(key, start, 10).equal(philox.words_at(key, torch.arange(start, start + 10)))
+    far = 5 << 34
+    block = philox_block(((far // 4) & FULL, (far // 4) >> 32, 0, 0), key)
+    assert philox.words(key, far, 4).tolist() == list(block)
+
+
+def test_keys_depend_on_every_field_and_are_the_documented_ones() -> None:
+    fields = [(1, "dare", "a", "x"), (2, "dare", "a", "x"), (1, "trim", "a", "x"), (1, "dare", "b", "x"), (1, "dare", "a", "y")]
+    fields += [(1, "dare", "ax", ""), (1, "dar", "ea", "x")]
+    found = [keys.stream_key(*one) for one in fields]
+    assert len(set(found)) == len(found)
+    assert found == [stream_key(*one) for one in fields]
+
+
+def context(start: int, tensor: str = "t") -> Context:
+    kernels = kernels_for(torch.device("cpu"))
+    return Context(tensor, "llm", {}, "matrix", (1,), start, 0, ("a",), (1.0,), torch.zeros(1), kernels, "a")
+
+
+def select(values: list[torch.Tensor], count: int, chunk: int) -> list[torch.Tensor]:
+    """Trim tensors together to ``count`` elements, shown in pieces of ``chunk``, last tensor first."""
+    total = sum(tensor.numel() for tensor in values)
+    observer = radix.MagnitudeThreshold(count, total, lambda ctx: keys.stream_key(0, "trim", "a", ctx.tensor))
+    passes = 0
+    while not observer.done:
+        for number, tensor in reversed(list(enumerate(values))):
+            for start in range(0, tensor.numel(), chunk):
+                observer.observe(tensor[start : start + chunk], context(start, str(number)))
+        observer.end_pass()
+        passes += 1
+    assert passes <= len(radix.WIDTHS)
+    threshold = observer.result()
+    kept = []
+    for number, tensor in enumerate(values):
+        key = keys.stream_key(0, "trim", "a", str(number))
+        pieces = [radix.keep(tensor[s : s + chunk], key, s, threshold) for s in range(0, tensor.numel(), chunk)]
+        kept.append(torch.cat(pieces))
+    return kept
+
+
+def by_sorting(values: list[torch.Tensor], count: int) -> list[torch.Tensor]:
+    hashes = []
+    for number, tensor in enumerate(values):
+        key = stream_key(0, "trim", "a", str(number))
+        hashes.append((words(key, tensor.numel(), 0) << np.uint64(32)) | words(key, tensor.numel(), 1))
+    flat = torch.cat(values).numpy()
+    order = np.lexsort((np.concatenate(hashes), np.abs(flat)))
+    kept = np.zeros_like(flat)
+    if count:
+        kept[order[-count:]] = flat[order[-count:]]
+    return list(torch.split(torch.from_numpy(kept), [tensor.numel() for tensor in values]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    kind=st.sampled_from(["noise", "ties", "one value", "zeros", "subnormal", "wide"]),
+    sizes=st.lists(st.integers(1, 200), min_size=1, max_size=3),
+    share=st.floats(0, 1),
+    chunk=st.sampled_from([3, 64, 1000]),
+)
+def test_radix_select_equals_sorting(seed: int, kind: str, sizes: list[int], share: float, chunk: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    values = [torch.randn(size, generator=generator) for size in sizes]
+    if kind == "ties":
+        values = [(tensor * 2).round() * 2.0**-20 for tensor in values]
+    if kind == "one value":
+        values = [torch.sign(tensor) * 0.5 for tensor in values]
+    if kind == "zeros":
+        values = [torch.zeros_like(tensor) for tensor in values]
+    if kind == "subnormal":
+        values = [tensor * 1e-40 for tensor in values]
+    if kind == "wide":
+        values = [tensor * 10.0 ** (60 * torch.rand(tensor.shape, generator=generator) - 30) for tensor in values]
+    count = int(share * sum(sizes))
+    for kept, expected in zip(select(values, count, chunk), by_sorting(values, count), strict=True):
+        assert kept.equal(expected)
+
+
+def test_ties_do_not_prefer_the_first_rows() -> None:
+    kept = select([torch.ones(20_000)], 10_000, 1 << 20)[0]
+    halves = kept[:10_000].count_nonzero(), kept[10_000:].count_nonzero()
+    assert kept.count_nonzero() == 10_000
+    assert abs(int(halves[0]) - 5_000) < 5 * 50  # five standard deviations of a fair choice
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=50), st.integers(1, 2))
+def test_exact_sums_are_exact(values: list[float], power: int) -> None:
+    total = ExactSum(power)
+    half = len(values) // 2
+    for piece in (values[half:], values[:half]):
+        total.add(torch.tensor(piece, dtype=torch.float32))
+    assert total.value() == sum(abs(Fraction(value)) ** power for value in values)
+
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_stochastic_rounding_has_the_right_mean_and_only_neighbours(dtype: torch.dtype) -> None:
+    limits = torch.finfo(dtype)
+    small = [1e-7, -3.3e-8, 5e-6] if dtype == torch.float16 else [1e-39, -3e-40]
+    values = torch.tensor([0.1, -0.1, 1.0 + 2.0**-12, 3.14159, -777.7, 0.99999, *small])
+    draws = 40_000
+    generator = torch.Generator().manual_seed(0)
+    for value in values:
+        random = torch.randint(0, 2**32, (draws,), generator=generator)
+        rounded = round_to(value.expand(draws).contiguous(), dtype, "stochastic", random).double()
+        exact = float(value)
+        found = sorted(set(rounded.tolist()))
+        assert len(found) == 2
+        assert found[0] < exact < found[1]
+        middle = (found[0] + found[1]) / 2
+        assert found == sorted({found[0], found[1]})
+        between = torch.tensor(middle, dtype=torch.float64).to(dtype).double()
+        assert float(between) in found  # no representable value lies between them
+        error = (found[1] - found[0]) / 2 / draws**0.5
+        assert abs(float(rounded.mean()) - exact) < 5 * error
+    assert limits.max > 0
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_stochastic_rounding_leaves_what_is_exact_and_what_is_not_a_number(dtype: torch.dtype) -> None:
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    values = patterns.view(dtype)
+    rounded = round_to(values.float(), dtype, "stochastic", torch.full((values.numel(),), FULL))
+    nan = values.isnan()
+    assert rounded[nan].isnan().all()
+    assert rounded[~nan].view(torch.int16).equal(values[~nan].view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_stochastic_rounding_never_makes_a_finite_value_infinite(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    beyond = torch.tensor([largest, -largest, float(np.nextafter(np.float32(largest), np.float32(np.inf)))])
+    rounded = round_to(beyond, dtype, "stochastic", torch.full((3,), FULL))
+    assert rounded.tolist() == [largest, -largest, largest]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_nearest_rounding_is_to_even(dtype: torch.dtype) -> None:
+    bits = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}[dtype]
+    step = 2.0**-bits
+    values = torch.tensor([1 + 0.5 * step, 1 + 1.5 * step, 1 + 0.75 * step], dtype=torch.float64)
+    assert round_to(values, dtype, "nearest").double().tolist() == [1.0, 1 + 2 * step, 1 + step]
+
+
+def test_rounding_is_keyed_by_element() -> None:
+    kernels = kernels_for(torch.device("cpu"))
+    values = torch.linspace(0.1, 0.2, 500)
+    whole = kernels.round(values, torch.bfloat16, "stochastic", 5, 0)
+    pieces = [kernels.round(values[s : s + 77], torch.bfloat16, "stochastic", 5, s) for s in range(0, 500, 77)]
+    assert whole.equal(torch.cat(pieces))
+    assert not whole.equal(kernels.round(values, torch.bfloat16, "stochastic", 6, 0))

@@ -1,0 +1,263 @@
+"""What every registered method promises: a new method is tested by being registered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from merge_memory import EMBED, MATRIX, NORM, Workbench, noise
+from merge_models import Tensors, same_bytes
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ktmerge.merge.kernels import kernels_for
+from ktmerge.merge.registry import find_stage, methods, stages
+from ktmerge.merge.stage import Context, Domain, Method, Stage
+
+METHODS = list(methods().values())
+SEVERAL = [method for method in METHODS if method.experts[1] is None]
+
+
+def each(chosen: list[Method]) -> Any:
+    return pytest.mark.parametrize("method", chosen, ids=[method.name for method in chosen])
+
+
+def parameters_of(method: Method) -> set[str]:
+    variants = [method.stages, *method.otherwise.values()]
+    names = {name for stages in variants for name, _ in stages.transform}
+    names |= {stages.combine[0] for stages in variants}
+    known = [find_stage(name, "transform" if name in dict(method.stages.transform) else "combine") for name in names]
+    return {field for stage in known for field in stage.parameters.model_fields}
+
+
+def several(method: Method, seed: int = 1) -> dict[str, Tensors]:
+    count = 1 if method.experts[1] == 1 else 3
+    return {name: noise(seed + number) for number, name in enumerate("abc"[:count])}
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Workbench:
+    return Workbench(tmp_path)
+
+
+def assert_same(first: Tensors, second: Tensors) -> None:
+    assert first.keys() == second.keys()
+    for name in first:
+        assert same_bytes(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@each([method for method in METHODS if method.promises.neutral is not None])
+def test_keeping_everything_of_one_expert_is_the_expert(
+    bench: Workbench, method: Method, rounding: str, dtype: torch.dtype
+) -> None:
+    base = {name: values.to(dtype) for name, values in noise(0, 1.0).items()}
+    expert = {name: values.to(dtype) for name, values in noise(1, 0.7).items()}
+    expert[MATRIX][0, 0] = -0.0
+    blend = {"method": method.name, "lambda": 1.0, **(method.promises.neutral or {})}
+    stored = bench.blend(base, {"a": expert}, blend, output={"rounding": rounding})
+    assert_same(stored, dict(sorted(expert.items())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@each(METHODS)
+def test_keeping_nothing_is_the_base(bench: Workbench, method: Method, dtype: torch.dtype) -> None:
+    base = {name: values.to(dtype) for name, values in noise(0, 1.0).items()}
+    base[MATRIX][0, 0], base[NORM][0] = -0.0, -0.0
+    experts = {name: {k: v.to(dtype) for k, v in tensors.items()} for name, tensors in several(method).items()}
+    knobs: list[dict[str, Any]] = [{"lambda": 0.0}]
+    if "density" in parameters_of(method) and not method.otherwise:
+        knobs.append({"density": 0.0})
+    for knob in knobs:
+        stored = bench.blend(base, experts, {"method": method.name, **knob}, output={"rounding": "stochastic"})
+        assert_same(stored, dict(sorted(base.items())))
+
+
+@each(SEVERAL)
+def test_identical_experts(bench: Workbench, method: Method) -> None:
+    delta = noise(3)
+    blend = {"method": method.name, **(method.promises.neutral or {})}
+    merged = bench.merged({"a": delta, "b": delta, "c": delta}, blend)
+    factor = {"mean": 1, "sum": 3}.get(method.promises.identical)
+    for name, values in delta.items():
+        if factor is not None:
+            torch.testing.assert_close(merged[name], factor * values, rtol=5e-7, atol=0)
+        else:
+            assert merged[name].isfinite().all()
+
+
+@each(METHODS)
+def test_experts_that_changed_nothing(bench: Workbench, method: Method) -> None:
+    base = noise(0, 1.0)
+    experts = several(method)
+    same = bench.blend(base, {name: base for name in experts}, {"method": method.name})
+    assert_same(same, dict(sorted(base.items())))
+    if len(experts) > 1:
+        experts["b"] = base
+        experts["a"] = {**experts["a"], MATRIX: base[MATRIX]}
+        assert all(values.isfinite().all() for values in bench.blend(base, experts, {"method": method.name}).values())
+
+
+@each([method for method in SEVERAL if method.promises.experts])
+def test_order_of_experts_changes_nothing(bench: Workbench, method: Method) -> None:
+    deltas, weights = several(method), {"a": 1.0, "b": 0.3, "c": 0.7}
+    first = bench.merged(deltas, {"method": method.name}, weights=weights)
+    turned = {name: deltas[name] for name in ("c", "a", "b")}
+    assert_same(first, bench.merged(turned, {"method": method.name}, weights=weights))
+
+
+@each([method for method in METHODS if method.promises.scale])
+def test_larger_deltas_give_as_much_larger_a_merge(bench: Workbench, method: Method) -> None:
+    deltas = several(method)
+    scaled = {name: {key: 4 * values for key, values in tensors.items()} for name, tensors in deltas.items()}
+    first = bench.merged(deltas, {"method": method.name})
+    assert_same({key: 4 * values for key, values in first.items()}, bench.merged(scaled, {"method": method.name}))
+
+
+@each([method for method in METHODS if method.promises.sign])
+def test_negated_deltas_give_the_negated_merge(bench: Workbench, method: Method) -> None:
+    deltas = several(method)
+    deltas["a"][MATRIX][:2] = -deltas.get("b", deltas["a"])[MATRIX][:2]  # even votes too
+    negated = {name: {key: -values for key, values in tensors.items()} for name, tensors in deltas.items()}
+    first = bench.merged(deltas, {"method": method.name})
+    second = bench.merged(negated, {"method": method.name})
+    assert all(torch.equal(-first[name], second[name]) for name in first)
+
+
+@each([method for method in METHODS if method.promises.elements])
+def test_shuffled_elements_give_the_shuffled_merge(bench: Workbench, method: Method) -> None:
+    deltas = several(method)
+    order = torch.randperm(deltas["a"][MATRIX].numel(), generator=torch.Generator().manual_seed(0))
+    shuffled = {
+        name: {**tensors, MATRIX: tensors[MATRIX].view(-1)[order].view_as(tensors[MATRIX])}
+        for name, tensors in deltas.items()
+    }
+    first = bench.merged(deltas, {"method": method.name})[MATRIX]
+    second = bench.merged(shuffled, {"method": method.name})[MATRIX]
+    assert first.view(-1)[order].view_as(first).equal(second)
+
+
+@each([method for method in METHODS if "scope" in parameters_of(method)])
+def test_one_tensor_is_the_whole_model(bench: Workbench, method: Method) -> None:
+    deltas = {name: {MATRIX: tensors[MATRIX]} for name, tensors in several(method).items()}
+    local = bench.merged(deltas, {"method": method.name, "scope": "tensor"})
+    assert_same(local, bench.merged(deltas, {"method": method.name, "scope": "global"}))
+
+
+VARIATIONS: list[dict[str, Any]] = [{}, {"scope": "global"}, {"tie": "majority"}, {"rescale": "l2"}]
+VARIED = [(method, one) for method in METHODS for one in VARIATIONS if one.keys() <= parameters_of(method)]
+
+
+@pytest.mark.parametrize(("method", "variation"), VARIED, ids=[f"{m.name}-{'-'.join(v.values())}" for m, v in VARIED])
+def test_size_of_pieces_changes_nothing(bench: Workbench, method: Method, variation: dict[str, Any]) -> None:
+    base = {name: values.bfloat16() for name, values in noise(0, 1.0).items()}
+    experts = {
+        name: {key: (base[key].float() + values).bfloat16() for key, values in tensors.items()}
+        for name, tensors in several(method).items()
+    }
+    blend, output = {"method": method.name, **variation}, {"rounding": "stochastic"}
+    whole = bench.blend(base, experts, blend, output=output)
+    for chunk in (7, 16, 119):
+        assert_same(whole, bench.blend(base, experts, blend, output=output, chunk=chunk))
+
+
+@each([method for method in METHODS if method.promises.unbiased])
+def test_expectation_is_that_of_keeping_everything(bench: Workbench, method: Method) -> None:
+    deltas = {name: {MATRIX: tensors[MATRIX]} for name, tensors in several(method).items()}
+    exact = bench.merged(deltas, {"method": method.name, **(method.promises.neutral or {})})[MATRIX].double()
+    draws = torch.stack(
+        [bench.merged(deltas, {"method": method.name}, seed=seed)[MATRIX].double() for seed in range(120)]
+    )
+    error = draws.std(0) / draws.shape[0] ** 0.5
+    assert ((draws.mean(0) - exact).abs() <= 5 * error + 1e-12).all()
+
+
+@each([method for method in METHODS if "trim" in dict(method.stages.transform)])
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+def test_exactly_as_many_stay_however_many_tie(bench: Workbench, method: Method, scope: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    ulp = 2.0**-20
+    names = {MATRIX: (40, 25), NORM: (33,), EMBED: (16, 16)}
+    for density in (0.05, 0.2, 0.5, 0.9):
+        values = {name: ulp * torch.randint(-2, 3, shape, generator=generator).float() for name, shape in names.items()}
+        merged = bench.merged({"a": values}, {"method": method.name, "density": density, "scope": scope})
+        groups = [[name] for name in names] if scope == "tensor" else [list(names)]
+        for group in groups:
+            total = sum(values[name].numel() for name in group)
+            changed = sum(int(values[name].count_nonzero()) for name in group)
+            kept = sum(int(merged[name].count_nonzero()) for name in group)
+            assert kept == min(int(density * total), changed)
+
+
+@each(METHODS)
+def test_odd_tensors_pass(bench: Workbench, method: Method) -> None:
+    odd: Tensors = {
+        "model.layers.0.gate": torch.tensor(0.5),
+        "model.layers.0.empty": torch.empty(0),
+        "model.layers.0.one.weight": torch.ones(1, 1),
+        "model.layers.0.experts.down_proj": torch.randn(2, 3, 4),
+        "vision_tower.patch.conv.weight": torch.randn(2, 3, 2, 2),
+        "model.position_ids": torch.arange(4),
+        "model.mask": torch.tensor([True, False]),
+        MATRIX: torch.randn(3, 4),
+    }
+    moved = {name: values + 0.25 if values.is_floating_point() else values for name, values in odd.items()}
+    stored = bench.blend(odd, {"a": moved}, {"method": method.name, "lambda": 1.0, **(method.promises.neutral or {})})
+    assert_same(stored, dict(sorted(moved.items())))
+
+
+class HalfPrecisionSpy(TorchDispatchMode):
+    """Finds arithmetic done in half precision."""
+
+    MAY = ("_to_copy", "to.", "view", "slice", "detach", "clone", "empty", "alias", "reshape", "copy_")
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        halves = [a for a in args if isinstance(a, torch.Tensor) and a.dtype in (torch.float16, torch.bfloat16)]
+        if halves and not any(word in operation.__name__ for word in self.MAY):
+            raise AssertionError(f"{operation.__name__} in half precision")
+        return operation(*args, **(kwargs or {}))
+
+
+@each(METHODS)
+def test_nothing_is_computed_in_half_precision(bench: Workbench, method: Method) -> None:
+    base = {name: values.bfloat16() for name, values in noise(0, 1.0).items()}
+    experts = {name: {k: v.bfloat16() for k, v in tensors.items()} for name, tensors in several(method).items()}
+    with HalfPrecisionSpy():
+        bench.blend(base, experts, {"method": method.name})
+
+
+@pytest.mark.parametrize("stage", stages().values(), ids=stages())
+def test_stages_are_pure(stage: Stage) -> None:
+    deltas = [noise(number)[MATRIX].view(-1) for number in range(3)]
+    merged = noise(9)[MATRIX].view(-1)
+    copies = [delta.clone() for delta in deltas]
+    parameters = stage.parameters()
+    kernels = kernels_for(torch.device("cpu"))
+    context = Context(MATRIX, "llm", {}, "matrix", (12, 10), 0, 1, ("a", "b", "c"), (1.0, 2.0, 0.5), merged, kernels, "a")
+    values: dict[str, tuple[Any, ...]] = {"transform": (deltas[0],), "combine": (deltas,), "scale": (merged,)}
+    inputs = values.get(stage.kind, (merged, deltas))
+    found = {}
+    for statistic in stage.statistics(parameters):
+        observer = statistic.observer(Domain(deltas[0].numel()))
+        while not observer.done:
+            observer.observe(inputs[0], context)
+            observer.end_pass()
+        found[statistic.name] = observer.result()
+    ready = Context(**{**context.__dict__, "statistics": found})
+    before = merged.clone()
+    first, second = (stage.apply(*inputs, parameters, ready) for _ in range(2))
+    assert first.equal(second)
+    assert all(a.equal(b) for a, b in zip(deltas, copies, strict=True))
+    assert merged.equal(before)
+
+
+@each(METHODS)
+def test_methods_describe_themselves(method: Method) -> None:
+    assert method.summary.endswith(".")
+    assert len(method.summary) <= 130
+    assert method.source
+    for stage in stages().values():
+        assert stage.summary
+        assert all(field.description for field in stage.parameters.model_fields.values())

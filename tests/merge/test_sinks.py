@@ -1,0 +1,134 @@
+"""Blending into a loaded model: equal to the file route bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from merge_models import read, same_bytes
+from torch import nn
+
+from ktmerge.errors import UsageError
+from ktmerge.merge import blend, blend_into
+
+TWO = {"a": ("a", 1.0), "b": ("b", 1.0)}
+
+
+class Toy(nn.Module):
+    """Parameters under given names, nested as the dots say; the head shares the embedding's storage."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], tie: bool = True) -> None:
+        super().__init__()
+        for name, values in tensors.items():
+            *path, leaf = name.split(".")
+            module: nn.Module = self
+            for segment in path:
+                if segment not in module._modules:
+                    module.add_module(segment, nn.Module())
+                module = module.get_submodule(segment)
+            module.register_parameter(leaf, nn.Parameter(values.clone(), requires_grad=values.is_floating_point()))
+        if tie:
+            self.lm_head = nn.Module()
+            self.lm_head.weight = self.get_parameter("model.embed_tokens.weight")
+
+
+def test_live_parameters_equal_the_file(llamas: Path, tmp_path: Path, recipe_in: Any) -> None:
+    recipe = recipe_in(llamas, TWO, {"method": "dare_ties", "lambda": 0.6}, output={"rounding": "stochastic"})
+    blend(recipe, tmp_path / "out", device="cpu")
+    model = Toy(read(llamas / "base"))
+    for _ in range(2):  # from pristine inputs every time, never on top of the last blend
+        report = blend_into(model, recipe)
+        stored = read(tmp_path / "out")
+        assert all(same_bytes(model.get_parameter(name).data, stored[name]) for name in stored)
+    assert model.lm_head.weight is model.get_parameter("model.embed_tokens.weight")
+    assert model.get_parameter("model.norm.weight").requires_grad
+    assert report.written > 0
+
+
+def test_a_wider_model_holds_the_rounded_values(llamas: Path, tmp_path: Path, recipe_in: Any) -> None:
+    recipe = recipe_in(llamas, TWO, {"method": "linear", "where": [{"part": "norm", "keep": "a"}]})
+    blend(recipe, tmp_path / "out", device="cpu")
+    model = Toy({name: values.float() for name, values in read(llamas / "base").items()})
+    blend_into(model, recipe)
+    for name, values in read(tmp_path / "out").items():
+        assert model.get_parameter(name).data.equal(values.float())
+
+
+def test_a_narrower_model_rounds_once_to_its_own_type(llamas: Path, tmp_path: Path, recipe_in: Any) -> None:
+    recipe = recipe_in(llamas, TWO, {"method": "linear"}, output={"dtype": "float32"})
+    blend(recipe, tmp_path / "out", device="cpu")
+    model = Toy(read(llamas / "base"))
+    blend_into(model, recipe)
+    for name, values in read(tmp_path / "out").items():
+        assert model.get_parameter(name).data.equal(values.bfloat16())
+
+
+def test_a_model_of_another_shape_is_refused(llamas: Path, recipe_in: Any) -> None:
+    recipe = recipe_in(llamas, TWO, {"method": "linear"})
+    tensors = read(llamas / "base")
+    missing = {name: values for name, values in tensors.items() if name != "model.norm.weight"}
+    wrong = {**tensors, "model.norm.weight": torch.ones(3)}
+    more = {**tensors, "model.extra.weight": torch.ones(3)}
+    for found in (missing, wrong, more):
+        with pytest.raises(UsageError, match="the model"):
+            blend_into(Toy(found), recipe)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["published", "saved"])
+def test_a_real_llava_loads_blends_and_runs(tmp_path: Path, recipe_in: Any, base: str) -> None:
+    """transformers' own LLaVA, tiny: output loads with nothing missing; the live route gives the same parameters."""
+    from safetensors.torch import load_file, save_file
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    from ktmerge.checkpoints import verify_loadable
+
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8,
+        projection_dim=16,
+    )  # fmt: skip
+    text = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=63))
+        model.save_pretrained(tmp_path / "base")
+        for name in ("a", "b"):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.01 * torch.randn_like(parameter))
+            model.save_pretrained(tmp_path / name)
+    if base == "published":
+        file = tmp_path / "base/model.safetensors"
+        tensors = load_file(file)
+        renamed = {
+            name.replace("vision_tower.", "vision_tower.vision_model."): values.clone() for name, values in tensors.items()
+        }
+        assert renamed.keys() != tensors.keys()
+        save_file(renamed, file, {"format": "pt"})
+    recipe = recipe_in(tmp_path, TWO, {"method": "ties", "where": [{"part": "vision", "lambda": 0.5}]})
+    blend(recipe, tmp_path / "out", device="cpu")
+    assert verify_loadable(tmp_path / "out").status == "loads"
+    assert read(tmp_path / "out").keys() == read(tmp_path / "base").keys()
+    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
+    live = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
+    blend_into(live, recipe)
+    for (name, first), (_, second) in zip(loaded.named_parameters(), live.named_parameters(), strict=True):
+        assert first.equal(second), name
+
+
+@pytest.mark.slow
+def test_a_real_tied_llama_loads(tiny_llama: Path, tmp_path: Path, recipe_in: Any) -> None:
+    from merge_models import tuned, write
+
+    from ktmerge.checkpoints import verify_loadable
+
+    write(tmp_path / "a", tuned(read(tiny_llama), 1e-2, 1))
+    recipe = recipe_in(tmp_path, {"a": ("a", 1.0)}, {"method": "dare"}, base=str(tiny_llama))
+    blend(recipe, tmp_path / "out", device="cpu")
+    assert verify_loadable(tmp_path / "out").status == "loads"
+    assert read(tmp_path / "out").keys() == read(tiny_llama).keys()
