@@ -173,10 +173,14 @@ def _write_recipes(out: Path) -> dict[str, str]:
 
 
 def _make_experts(out: Path, size: _Size, progress: Progress) -> dict[str, Path]:
-    from ktmerge.pipeline import make_experts
+    from ktmerge.pipeline import jobs_of
+    from ktmerge.tuners import finetune
 
     recipe = load_recipe(out / "recipes" / f"{WHOLE}.yaml", overrides=size.overrides)
-    return make_experts(recipe, resume=True, overwrite=True, progress=progress)
+    jobs = jobs_of(recipe)
+    for one in jobs:
+        finetune(one.job, one.base, one.out, folder=one.folder, resume=True, overwrite=True, progress=progress)
+    return {one.name: one.out for one in jobs}
 
 
 def _suite(out: Path, split: str, size: _Size) -> Suite:
