@@ -10,6 +10,7 @@ import torch
 from ktmerge.checkpoints.dtypes import tag_of, torch_dtype
 from ktmerge.errors import KtmergeError
 from ktmerge.merge.flow import Flow
+from ktmerge.merge.fused import Fused
 from ktmerge.merge.kernels import Kernels, kernels_for
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.plan import Plan, TensorPlan
@@ -44,12 +45,13 @@ def execute(
     with torch.inference_mode(), Sources(plan, place, chunk) as sources:
         _require_tied(plan, sources)
         report.notes += _buffer_notes(plan, sources)
-        engine = _Engine(plan, sink, sources, place)
-        engine.flow.prepare(progress)
-        total = sum(tensor.info.nbytes for tensor in plan.tensors)
-        with progress.task("blend", total, "bytes") as step:
-            for tensor in plan.tensors:
-                report.tensors.append(engine.do(tensor, step))
+        with Fused(plan, sources, place) as fused:
+            engine = _Engine(plan, sink, sources, place, fused)
+            engine.flow.prepare(progress)
+            total = sum(tensor.info.nbytes for tensor in plan.tensors)
+            with progress.task("blend", total, "bytes") as step:
+                for tensor in plan.tensors:
+                    report.tensors.append(engine.do(tensor, step))
         sources.check_unchanged()
     report.read = plan.base.nbytes + sum(expert.checkpoint.nbytes for expert in plan.experts)
     report.written = engine.written
@@ -60,13 +62,14 @@ def execute(
 class _Engine:
     """One run: what every tensor needs on its way."""
 
-    def __init__(self, plan: Plan, sink: Sink, sources: Sources, device: torch.device) -> None:
+    def __init__(self, plan: Plan, sink: Sink, sources: Sources, device: torch.device, fused: Fused) -> None:
         self._plan = plan
         self._sink = sink
         self._sources = sources
         self._device = device
         self._kernels: Kernels = kernels_for(device)
-        self.flow = Flow(plan, sources, self._kernels)
+        self._fused = fused
+        self.flow = Flow(plan, sources, self._kernels, fused)
         self.written = 0
 
     def do(self, tensor: TensorPlan, step: Step) -> TensorReport:
@@ -99,6 +102,9 @@ class _Engine:
     def _blend(self, tensor: TensorPlan, result: TensorReport, step: Step) -> None:
         tag = self._sink.dtype(tensor.name, tensor.dtype)
         width = tensor.info.nbytes / max(tensor.info.numel, 1)
+        if self._fused.blend(tensor, self.flow.found(tensor, 0, "threshold"), self._sink, tag, result, step):
+            self.written += tensor.info.numel * torch_dtype(tag).itemsize
+            return
         for chunk, transformed, merged in self.flow.merged(tensor):
             scaled = merged if tensor.lambda_ == 1 else merged * tensor.lambda_
             stored = self._write(tensor, settle(chunk, scaled), chunk.start, tag)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ktmerge.merge.fused import Fused
 from ktmerge.merge.kernels import Kernels
 from ktmerge.merge.plan import Plan, TensorPlan
 from ktmerge.merge.source import Chunk, Sources
@@ -26,8 +27,9 @@ class Flow:
     gathered when the tensor's turn comes.
     """
 
-    def __init__(self, plan: Plan, sources: Sources, kernels: Kernels) -> None:
+    def __init__(self, plan: Plan, sources: Sources, kernels: Kernels, fused: Fused) -> None:
         self._plan = plan
+        self._fused = fused
         self._sources = sources
         self._kernels = kernels
         self._weights = {expert.name: expert.weight for expert in plan.experts}
@@ -45,6 +47,14 @@ class Flow:
                     pools.setdefault(_pool(tensor.pipeline, position), []).append(tensor)
             if pools:
                 self._gather_pools(pools, position, progress)
+
+    def found(self, tensor: TensorPlan, position: int, name: str) -> dict[str, Any]:
+        """What the stage at ``position`` wanted to know under ``name``, by expert; empty if it wanted no such thing."""
+        pipeline = _pipeline(tensor)
+        self._gather_local(tensor, position + 1)
+        pool = self._global.get(_pool(pipeline, position), {}) if pipeline.uses[position].statistics() else {}
+        both = [*pool.items(), *self._local[1].items()]
+        return {expert: named[name] for (at, expert), named in both if at == position and name in named}
 
     def merged(self, tensor: TensorPlan) -> Iterator[tuple[Chunk, tuple[Tensor, ...], Tensor]]:
         """For each piece: what was read, the transformed deltas, and the merged delta before lambda; all flat."""
@@ -101,6 +111,8 @@ class Flow:
 
     def _show(self, tensor: TensorPlan, position: int, observers: _Observers) -> None:
         """Show the observers every piece of a tensor, as the stage at ``position`` will get it."""
+        if position == 0 and self._fused.observe(tensor, observers):
+            return
         pipeline = _pipeline(tensor)
         count = len(pipeline.transforms)
         for chunk in self._sources.chunks(tensor, whole=pipeline.reach == "tensor"):

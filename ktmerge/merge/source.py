@@ -80,7 +80,7 @@ class Sources:
             yield self._chunk_of(tensor, start, min(start + step, total))
 
     def _chunk_of(self, tensor: TensorPlan, start: int, stop: int) -> Chunk:
-        native = [raw.to(self._device) for raw in self._native(tensor, start, stop)]
+        native = [raw.to(self._device) for raw in self.native(tensor, start, stop)]
         # A difference of fp64 weights is taken in fp64: in fp32 small changes would vanish before they are seen.
         wide = torch.float64 if any(raw.dtype == torch.float64 for raw in native) else torch.float32
         base, *experts = (raw.to(wide) for raw in native)
@@ -92,8 +92,8 @@ class Sources:
             self._checked.add((tensor.name, start))
         return Chunk(start, base, tuple(experts), deltas)
 
-    def _native(self, tensor: TensorPlan, start: int, stop: int) -> Sequence[Tensor]:
-        """The same elements of base and experts in their own types."""
+    def native(self, tensor: TensorPlan, start: int, stop: int) -> Sequence[Tensor]:
+        """The same elements of base and experts, in their own types; any thread may ask once a first call is over."""
         if tensor.info.nbytes * (1 + len(tensor.sources)) > HELD:
             return self._read(tensor, start, stop)
         if self._held is None or self._held[0] != tensor.name:

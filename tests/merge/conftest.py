@@ -56,8 +56,10 @@ def llamas(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def llavas(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaVA-shaped model in float32 under the names its publisher uses (``base``), sharded, and fine-tunes under those
-    (``a``), under those transformers saves now (``b``), and under those of its modules (``c``)."""
+    """A LLaVA-shaped model in float32, sharded, and fine-tunes of it, each under other names.
+
+    ``base`` and ``a`` as its publisher names tensors, ``b`` as transformers saves them now, ``c`` by its modules.
+    """
     folder = tmp_path_factory.mktemp("llavas")
     base = llava_tensors("published")
     config = {
@@ -68,11 +70,8 @@ def llavas(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     files = {"preprocessor_config.json": "{}", "processor_config.json": "{}", "tokenizer/special.txt": "<image>"}
     write(folder / "base", base, config, files=files, shards=3)
-    for number, (name, naming) in enumerate([("a", "published"), ("b", "saved"), ("c", "modules")]):
-        moved = tuned(base, 2e-3, seed=number + 11)
-        renamed = llava_tensors(naming)
-        assert len(renamed) in (len(moved), len(moved) - 1)
-        values = dict(zip(llava_tensors("published", buffers=False), [v for v in moved.values() if v.is_floating_point()], strict=True))
-        pairs = zip(llava_tensors(naming, buffers=False), values.values(), strict=True)
-        write(folder / name, dict(pairs), config)
+    weights = {name: base[name] for name in llava_tensors("published", buffers=False)}
+    for seed, (name, naming) in enumerate({"a": "published", "b": "saved", "c": "modules"}.items(), 11):
+        names = llava_tensors(naming, buffers=False)
+        write(folder / name, dict(zip(names, tuned(weights, 2e-3, seed).values(), strict=True)), config)
     return folder

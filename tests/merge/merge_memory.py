@@ -90,7 +90,7 @@ class Workbench:
         }
         sink = MemorySink()
         report = execute(plan_blend(parse_recipe(document, "recipe", folder)), sink, "cpu", chunk=chunk)
-        return {name: values for name, values in sorted(sink.tensors(base).items())}, report
+        return dict(sorted(sink.tensors(base).items())), report
 
     def merged(
         self, deltas: Mapping[str, Tensors], blend: Mapping[str, Any], *, weights: Mapping[str, float] | None = None,

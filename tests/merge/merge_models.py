@@ -41,8 +41,10 @@ def llama_tensors(dtype: torch.dtype = torch.bfloat16, layers: int = 2, width: i
 
 
 def llava_tensors(naming: str = "published", *, buffers: bool = True) -> Tensors:
-    """A LLaVA: ``published`` as llava-hf names it, ``saved`` as transformers 5 saves it, ``modules`` as it names modules."""
-    vision = {"published": "vision_tower.vision_model", "saved": "vision_tower", "modules": "model.vision_tower"}[naming]
+    """A LLaVA, named as llava-hf ``published`` it, as transformers 5 ``saved`` it, or as its ``modules`` are called."""
+    vision = {"published": "vision_tower.vision_model", "saved": "vision_tower", "modules": "model.vision_tower"}[
+        naming
+    ]
     projector = "model.multi_modal_projector" if naming == "modules" else "multi_modal_projector"
     text = "model.language_model" if naming == "modules" else "language_model.model"
     head = "lm_head.weight" if naming == "modules" else "language_model.lm_head.weight"

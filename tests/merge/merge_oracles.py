@@ -163,7 +163,7 @@ def delta_arrays(base: Mapping[str, torch.Tensor], expert: Mapping[str, torch.Te
 
 
 def assert_rounded(stored: torch.Tensor, exact: np.ndarray, scale: np.ndarray, name: str) -> None:
-    """``stored`` is ``exact`` rounded once to its type; float32 arithmetic on terms of size ``scale`` may err a little."""
+    """``stored`` is ``exact`` rounded once to its type; float32 sums of terms of size ``scale`` may err a little."""
     values = stored.double().numpy()
     bits = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}[stored.dtype]
     # at a power of two the spacing below is half the spacing above: measure it at the larger of the two

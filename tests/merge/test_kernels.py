@@ -55,7 +55,13 @@ def test_words_beyond_the_first_block_and_32_bits_of_blocks() -> None:
 
 
 def test_keys_depend_on_every_field_and_are_the_documented_ones() -> None:
-    fields = [(1, "dare", "a", "x"), (2, "dare", "a", "x"), (1, "trim", "a", "x"), (1, "dare", "b", "x"), (1, "dare", "a", "y")]
+    fields = [
+        (1, "dare", "a", "x"),
+        (2, "dare", "a", "x"),
+        (1, "trim", "a", "x"),
+        (1, "dare", "b", "x"),
+        (1, "dare", "a", "y"),
+    ]
     fields += [(1, "dare", "ax", ""), (1, "dar", "ea", "x")]
     found = [keys.stream_key(*one) for one in fields]
     assert len(set(found)) == len(found)

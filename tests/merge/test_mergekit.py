@@ -23,7 +23,10 @@ def bench(tmp_path: Path) -> Workbench:
 
 def inputs(count: int = 3) -> tuple[Tensors, dict[str, Tensors]]:
     base = noise(0, 1.0)
-    moved = {name: {key: base[key] + 0.02 * values for key, values in noise(n + 1, 1.0).items()} for n, name in enumerate("abc")}
+    moved = {
+        name: {key: base[key] + 0.02 * values for key, values in noise(n + 1, 1.0).items()}
+        for n, name in enumerate("abc")
+    }
     return base, dict(list(moved.items())[:count])
 
 
@@ -48,7 +51,7 @@ def theirs(method: str, base: Tensors, experts: dict[str, Tensors], with_base: b
         ({"method": "linear"}, "linear", {}, False),
         ({"method": "task_arithmetic", "lambda": 0.7}, "task_arithmetic", {"lambda": 0.7}, True),
         ({"method": "ties", "density": 1.0, "tie": "plus"}, "ties", {}, True),
-        ({"method": "ties", "density": 1.0, "aggregate": "sum", "lambda": 0.5}, "ties", {"normalize": False, "lambda": 0.5}, True),
+        ({"method": "ties", "density": 1, "aggregate": "sum", "lambda": 2}, "ties", {"normalize": False, "lambda": 2}, True),
         ({"method": "ties", "density": 0.3}, "ties", {"density": 0.3}, True),
     ],
 )  # fmt: skip

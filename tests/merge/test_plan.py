@@ -30,7 +30,9 @@ def test_first_matching_rule_decides(llamas: Path, recipe_in: Any) -> None:
         {"class": "vector", "method": "linear"},
         {"part": "embed", "keep": "base"},
     ]
-    plan = by_name(plan_blend(recipe_in(llamas, TWO, {"method": "ties", "density": 0.1, "lambda": 0.5, "where": rules})))
+    plan = by_name(
+        plan_blend(recipe_in(llamas, TWO, {"method": "ties", "density": 0.1, "lambda": 0.5, "where": rules}))
+    )
     kept = plan["model.layers.0.mlp.up_proj.weight"]
     assert (kept.action, kept.expert, kept.rule) == ("expert", "b", 0)
     slower = plan["model.layers.0.self_attn.q_proj.weight"]
@@ -74,11 +76,16 @@ def test_dare_leaves_norms_and_embeddings_whole(llamas: Path, recipe_in: Any) ->
     for name in ("model.embed_tokens.weight", "model.norm.weight"):
         assert plan[name].pipeline.transforms == ()
     spelled = {"stages": {"transform": {"dare": {"density": 0.3}}, "combine": "sum"}}
-    assert all(len(t.pipeline.transforms) == 1 for t in plan_blend(recipe_in(llamas, TWO, spelled)).tensors if t.pipeline)
+    assert all(
+        len(t.pipeline.transforms) == 1 for t in plan_blend(recipe_in(llamas, TWO, spelled)).tensors if t.pipeline
+    )
 
 
 def test_stages_spelled_out_equal_the_method(llamas: Path, tmp_path: Path, recipe_in: Any) -> None:
-    spelled = {"stages": {"transform": [{"trim": {"density": 0.3}}], "combine": {"elect": {"tie": "plus"}}}, "lambda": 0.9}
+    spelled = {
+        "stages": {"transform": [{"trim": {"density": 0.3}}], "combine": {"elect": {"tie": "plus"}}},
+        "lambda": 0.9,
+    }
     named = {"method": "ties", "density": 0.3, "tie": "plus", "lambda": 0.9}
     for number, section in enumerate((spelled, named)):
         blend(recipe_in(llamas, TWO, section), tmp_path / str(number), device="cpu")
@@ -98,13 +105,22 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ),
     ({"method": "trim"}, ["blend: method 'trim' takes 1 expert, not 2."]),
     ({"stages": {"transfrm": ["trim"]}}, ["blend.stages: unknown key 'transfrm'. Did you mean 'transform'?"]),
-    ({"stages": {"transform": ["trm"]}}, ["blend.stages.transform: there is no transform stage 'trm'. Did you mean 'trim'?"]),
+    (
+        {"stages": {"transform": ["trm"]}},
+        ["blend.stages.transform: there is no transform stage 'trm'. Did you mean 'trim'?"],
+    ),
     ({"stages": {"transform": ["elect"]}}, ["'elect' is a combine stage; write it under combine, not transform."]),
-    ({"stages": {"transform": [{"trim": {"dens": 1}}]}}, ["stage 'trim' has no parameter 'dens'. Did you mean 'density'?"]),
+    (
+        {"stages": {"transform": [{"trim": {"dens": 1}}]}},
+        ["stage 'trim' has no parameter 'dens'. Did you mean 'density'?"],
+    ),
     ({"stages": {"combine": ["sum", "mean"]}}, ["exactly one stage combines"]),
     ({"stages": {"transform": ["trim", "dare"]}, "density": 0.1}, ["blend.density: could be meant for trim or dare"]),
     ({"method": "linear", "where": [{"part": "visoin", "keep": "base"}]}, ["blend.where[0]", "Did you mean 'vision'?"]),
-    ({"method": "linear", "where": [{"part": "vision", "keep": "base"}]}, ["matches no tensor of this model", "llm.layers"]),
+    (
+        {"method": "linear", "where": [{"part": "vision", "keep": "base"}]},
+        ["matches no tensor of this model", "llm.layers"],
+    ),
     (
         {"method": "linear", "where": [{"match": "*nowhere*", "lambda": 0}]},
         ["blend.where[0]: matches no tensor that an earlier rule has not taken (match: *nowhere*)."],
@@ -133,7 +149,9 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
 
 
 @pytest.mark.parametrize(("section", "expected"), MISTAKES, ids=[str(number) for number in range(len(MISTAKES))])
-def test_mistakes_in_the_blend_section(llamas: Path, recipe_in: Any, section: dict[str, Any], expected: list[str]) -> None:
+def test_mistakes_in_the_blend_section(
+    llamas: Path, recipe_in: Any, section: dict[str, Any], expected: list[str]
+) -> None:
     with pytest.raises(UsageError) as error:
         plan_blend(recipe_in(llamas, TWO, section))
     for text in expected:
@@ -186,7 +204,11 @@ def test_missing_extra_and_misshapen_tensors_are_named(tmp_path: Path, recipe_in
     write(tmp_path / "less", less)
     write(tmp_path / "more", {**base, "model.extra.weight": torch.ones(3)})
     write(tmp_path / "wrong", {**base, "model.norm.weight": torch.ones(3)})
-    for name, expected in [("less", "model.norm.weight"), ("more", "model.extra.weight"), ("wrong", "model.norm.weight")]:
+    for name, expected in [
+        ("less", "model.norm.weight"),
+        ("more", "model.extra.weight"),
+        ("wrong", "model.norm.weight"),
+    ]:
         with pytest.raises(UsageError, match=expected):
             plan_blend(recipe_in(tmp_path, {"a": (name, 1.0)}, {"method": "linear"}))
 
@@ -242,7 +264,7 @@ def test_a_base_that_only_claims_to_be_tied_is_refused(tmp_path: Path, recipe_in
     base["lm_head.weight"] = base["model.embed_tokens.weight"] + 1
     write(tmp_path / "base", base, TIED)
     write(tmp_path / "a", tuned(base, 1e-2, 1), TIED)
-    with pytest.raises(KtmergeError, match="the base: 'lm_head.weight' differs"):
+    with pytest.raises(KtmergeError, match=r"the base: 'lm_head.weight' differs"):
         blend(recipe_in(tmp_path, ONE, {"method": "linear"}), tmp_path / "out", device="cpu")
 
 

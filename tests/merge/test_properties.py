@@ -92,7 +92,7 @@ def test_identical_experts(bench: Workbench, method: Method) -> None:
 def test_experts_that_changed_nothing(bench: Workbench, method: Method) -> None:
     base = noise(0, 1.0)
     experts = several(method)
-    same = bench.blend(base, {name: base for name in experts}, {"method": method.name})
+    same = bench.blend(base, dict.fromkeys(experts, base), {"method": method.name})
     assert_same(same, dict(sorted(base.items())))
     if len(experts) > 1:
         experts["b"] = base
@@ -235,7 +235,9 @@ def test_stages_are_pure(stage: Stage) -> None:
     copies = [delta.clone() for delta in deltas]
     parameters = stage.parameters()
     kernels = kernels_for(torch.device("cpu"))
-    context = Context(MATRIX, "llm", {}, "matrix", (12, 10), 0, 1, ("a", "b", "c"), (1.0, 2.0, 0.5), merged, kernels, "a")
+    context = Context(
+        MATRIX, "llm", {}, "matrix", (12, 10), 0, 1, ("a", "b", "c"), (1.0, 2.0, 0.5), merged, kernels, "a"
+    )
     values: dict[str, tuple[Any, ...]] = {"transform": (deltas[0],), "combine": (deltas,), "scale": (merged,)}
     inputs = values.get(stage.kind, (merged, deltas))
     found = {}

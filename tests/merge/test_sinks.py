@@ -106,7 +106,8 @@ def test_a_real_llava_loads_blends_and_runs(tmp_path: Path, recipe_in: Any, base
         file = tmp_path / "base/model.safetensors"
         tensors = load_file(file)
         renamed = {
-            name.replace("vision_tower.", "vision_tower.vision_model."): values.clone() for name, values in tensors.items()
+            name.replace("vision_tower.", "vision_tower.vision_model."): values.clone()
+            for name, values in tensors.items()
         }
         assert renamed.keys() != tensors.keys()
         save_file(renamed, file, {"format": "pt"})

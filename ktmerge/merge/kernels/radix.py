@@ -68,9 +68,18 @@ class MagnitudeThreshold:
     def done(self) -> bool:
         return self._done
 
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """The digits of the threshold found so far."""
+        return self._prefix
+
     def observe(self, values: Tensor, context: Context) -> None:
         flat = values.reshape(-1)
-        self._counts += context.kernels.histogram(flat, self._key(context), context.start, self._prefix)
+        self.add(context.kernels.histogram(flat, self._key(context), context.start, self._prefix))
+
+    def add(self, counts: Tensor) -> None:
+        """Take in counts of the next digit, int64 ``[65536]``."""
+        self._counts += counts
 
     def end_pass(self) -> None:
         """Fix one more digit: the bin that holds the last element to keep."""

@@ -1,0 +1,126 @@
+"""The compiled way and the torch reference write the same bytes, for every pipeline, type and rounding."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ktmerge.errors import KtmergeError
+from ktmerge.merge import fused
+from ktmerge.merge.blending import blend
+from ktmerge.recipes.load import parse_recipe
+
+pytest.importorskip("numba")
+
+SHAPES = {
+    "model.embed_tokens.weight": (301, 130),
+    "model.layers.0.mlp.up_proj.weight": (70, 129),  # its element count is no multiple of 4
+    "model.layers.0.input_layernorm.weight": (7,),
+    "model.norm.weight": (1,),
+}
+DTYPES = {"16": torch.bfloat16, "32": torch.float32}
+BLENDS: list[dict[str, Any]] = [
+    {"method": "linear", "lambda": 0.5},
+    {"method": "task_arithmetic"},
+    {"method": "ties"},
+    {"method": "ties", "scope": "global", "density": 0.07, "elect": "mass"},
+    {"method": "ties", "density": 1.0},
+    {"method": "ties", "density": 0.0},
+    {"method": "dare", "density": 0.3},
+    {"method": "dare", "density": 0.3, "rescale": "none"},
+    {"method": "dare_ties", "density": 0.6, "lambda": 0.7},
+]
+NOT_COVERED: list[dict[str, Any]] = [{"method": "ties", "tie": "majority"}, {"method": "dare", "rescale": "l1"}]
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Base and three experts in bf16 (many equal magnitudes) and in fp32."""
+    folder = tmp_path_factory.mktemp("fused")
+    for tag, dtype in DTYPES.items():
+        common = torch.Generator().manual_seed(0)
+        base = {name: torch.randn(shape, generator=common) * 0.02 for name, shape in SHAPES.items()}
+        write(folder / f"base{tag}", {name: value.to(dtype) for name, value in base.items()})
+        for i, noise in enumerate((3e-4, 1e-4, 1e-3)):
+            own = torch.Generator().manual_seed(i + 1)
+            tuned = {name: value + torch.randn(value.shape, generator=own) * noise for name, value in base.items()}
+            write(folder / f"e{i}-{tag}", {name: value.to(dtype) for name, value in tuned.items()})
+    return folder
+
+
+def write(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 1}))
+
+
+def blended(
+    workshop: Path, out: Path, blend_: dict[str, Any], base: str, experts: str, output: dict[str, Any]
+) -> tuple[bytes, list[dict[str, Any]]]:
+    document = {
+        "ktmerge": 1,
+        "base": f"base{base}",
+        "experts": {f"e{i}": {"model": f"e{i}-{experts}", "weight": weight} for i, weight in enumerate((1, 0.5, 0.3))},
+        "blend": blend_,
+        "output": output,
+    }
+    report = blend(parse_recipe(document, "test", workshop), out, overwrite=True)
+    return (out / "model.safetensors").read_bytes(), report.parts()
+
+
+@pytest.mark.parametrize("output", [{}, {"dtype": "float32"}, {"dtype": "bfloat16", "rounding": "stochastic"}], ids=str)
+@pytest.mark.parametrize("blend_", BLENDS, ids=lambda value: "-".join(map(str, value.values())))
+def test_equals_the_reference(
+    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blend_: dict[str, Any], output: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(fused, "PIECE", 1 << 12)  # several pieces, and a last one of its own size
+    for base, experts in itertools.product(DTYPES, repeat=2):
+        monkeypatch.setenv("KTMERGE_KERNELS", "auto")
+        fast, numbers = blended(workshop, tmp_path / "out", blend_, base, experts, output)
+        monkeypatch.setenv("KTMERGE_KERNELS", "reference")
+        reference, expected = blended(workshop, tmp_path / "out", blend_, base, experts, output)
+        assert fast == reference, (base, experts)
+        for got, want in zip(numbers, expected, strict=True):
+            assert {**got, "norm": 0, "relative_norm": 0, "realised": 0} == {
+                **want, "norm": 0, "relative_norm": 0, "realised": 0
+            }  # fmt: skip
+            for key in ("norm", "relative_norm", "realised"):
+                assert got[key] == pytest.approx(want[key], rel=1e-3), key
+
+
+@pytest.mark.parametrize("blend_", [*BLENDS, *NOT_COVERED], ids=lambda value: "-".join(map(str, value.values())))
+def test_takes_the_pipelines_it_says_it_takes(
+    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blend_: dict[str, Any]
+) -> None:
+    """Without this, the test above would pass if nothing took the fast way."""
+    from ktmerge.merge.flow import Flow
+
+    def general(self: Flow, tensor: Any) -> Any:
+        raise AssertionError("the general way was taken")
+
+    monkeypatch.setattr(Flow, "merged", general)
+    if blend_ in NOT_COVERED:
+        with pytest.raises(AssertionError, match="the general way"):
+            blended(workshop, tmp_path / "out", blend_, "16", "32", {})
+    else:
+        blended(workshop, tmp_path / "out", blend_, "16", "32", {})
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_what_is_not_finite_is_named(workshop: Path, tmp_path: Path, method: str) -> None:
+    from safetensors.torch import load_file
+
+    broken = load_file(workshop / "e1-16/model.safetensors")
+    broken["model.norm.weight"][0] = float("nan")
+    for name in ("base16", "e0-16", "e2-16"):
+        (tmp_path / name).symlink_to(workshop / name)
+    write(tmp_path / "e1-16", broken)
+    with pytest.raises(KtmergeError, match=r"expert 'e1': tensor 'model.norm.weight' has 1 value"):
+        blended(tmp_path, tmp_path / "out", {"method": method}, "16", "16", {})
+    assert not (tmp_path / "out").exists()
