@@ -51,7 +51,7 @@ def theirs(method: str, base: Tensors, experts: dict[str, Tensors], with_base: b
         ({"method": "linear"}, "linear", {}, False),
         ({"method": "task_arithmetic", "lambda": 0.7}, "task_arithmetic", {"lambda": 0.7}, True),
         ({"method": "ties", "density": 1.0, "tie": "plus"}, "ties", {}, True),
-        ({"method": "ties", "density": 1, "aggregate": "sum", "lambda": 2}, "ties", {"normalize": False, "lambda": 2}, True),
+        ({"method": "ties", "density": 1, "aggregate": "sum"}, "ties", {"normalize": False}, True),
         ({"method": "ties", "density": 0.3}, "ties", {"density": 0.3}, True),
     ],
 )  # fmt: skip
