@@ -1,7 +1,7 @@
 """The fast way for element-wise pipelines on the CPU: compiled kernels over raw pieces, on all cores.
 
-Reading, arithmetic and writing of different pieces overlap, as none of them holds the interpreter's lock. Whatever is not
-covered here takes the general way, and every result equals it bit for bit.
+Reading, arithmetic and writing of different pieces overlap, as none of them holds the interpreter's lock. Whatever is
+not covered here takes the general way, and every result equals it bit for bit.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -83,7 +83,8 @@ class Fused:
             return False
         if any(len(found) != 1 or not isinstance(found[0], MagnitudeThreshold) for found in flat.values()):
             return False
-        wanted = {expert: found[0] for expert, found in flat.items() if not found[0].done}
+        thresholds = {expert: cast(MagnitudeThreshold, found[0]) for expert, found in flat.items()}
+        wanted = {expert: one for expert, one in thresholds.items() if not one.done}
         self._hold(tensor)
 
         def count(piece: tuple[int, int]) -> list[NDArray[np.int64]] | None:
@@ -127,7 +128,9 @@ class Fused:
             base, experts = self._raw(tensor, start, stop)
             out = np.empty(stop - start, _RAW[tag])
             sums, kept = np.zeros(4), np.zeros(len(tensor.sources), np.int64)
-            status = kernels.blend(base, experts, start, *numbers, stochastic, round_key, out, sums, kept)
+            status = kernels.blend(
+                _pair(base), _pair(experts), start, *numbers, stochastic, round_key, _pair(out), sums, kept
+            )
             if status == kernels.FINE:
                 signed = out.view(np.int16 if tag == "BF16" else np.int32)
                 sink.write(tensor.name, torch.from_numpy(signed).view(_TORCH[tag]), start)
@@ -204,7 +207,7 @@ class Fused:
         key = stream_key(self._plan.recipe.seed, "trim", expert, tensor.key)
         counts = np.zeros(1 << 16, np.int64)
         status = kernels.histogram(
-            base, other, start, np.uint64(key), len(prefix), first, second, np.uint64(hashed), counts
+            _pair(base), _pair(other), start, np.uint64(key), len(prefix), first, second, np.uint64(hashed), counts
         )
         return counts if status == kernels.FINE else counts[:0]
 
@@ -282,6 +285,14 @@ def _patterns(values: torch.Tensor) -> NDArray[Any]:
     if values.dtype == torch.bfloat16:
         return values.view(torch.int16).numpy().view(np.uint16)
     return values.view(torch.int32).numpy().view(np.uint32)
+
+
+def _pair(raw: NDArray[Any]) -> tuple[NDArray[np.uint16], NDArray[np.uint32]]:
+    """The form the kernels take: one array for bf16 and one for fp32, of which one is empty."""
+    nothing = (0,) * raw.ndim
+    if raw.dtype == np.uint16:
+        return raw, np.empty(nothing, np.uint32)
+    return np.empty(nothing, np.uint16), raw
 
 
 def _compiled() -> ModuleType | None:

@@ -145,21 +145,19 @@ class Plan:
         }
 
     def _groups(self) -> list[dict[str, Any]]:
+        """Tensors of one part (all layers of a stack together) that are treated alike."""
         groups: dict[tuple[str, ...], dict[str, Any]] = {}
         for tensor in self.tensors:
-            part = tensor.part.partition("[")[0]
-            blended = tensor.pipeline is not None
-            parameters = ", ".join(
-                f"{k}={v}" for k, v in (tensor.pipeline.parameters() if tensor.pipeline else {}).items()
-            )
+            given = tensor.pipeline.parameters() if tensor.pipeline is not None else {}
             row = {
-                "part": part,
-                "class": tensor.tensor_class,
+                "part": tensor.part.partition("[")[0],
                 "method": tensor.method,
-                "lambda": f"{tensor.lambda_:g}" if blended else "",
-                "parameters": parameters,
+                "lambda": f"{tensor.lambda_:g}" if tensor.pipeline is not None else "",
+                "parameters": ", ".join(f"{key}={value}" for key, value in given.items()),
             }
-            group = groups.setdefault(tuple(row.values()), {**row, "tensors": 0, "bytes": 0})
+            group = groups.setdefault(tuple(row.values()), {**row, "class": "", "tensors": 0, "bytes": 0})
+            if tensor.tensor_class not in group["class"]:
+                group["class"] = ", ".join(filter(None, (group["class"], tensor.tensor_class)))
             group["tensors"] += 1
             group["bytes"] += tensor.info.nbytes
         return list(groups.values())

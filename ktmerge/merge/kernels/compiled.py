@@ -1,19 +1,16 @@
 """Element-wise blends compiled by numba: one pass over blocks that stay in the processor's first cache.
 
 Equals the torch reference bit for bit: the same operations on fp32 numbers in the same order, each rounded by itself
-(no fused multiply-add, no reassociation). Every loop is a function of its own over contiguous arrays, which is the form
-that compiles to vector instructions. Importing this loads numba and no torch; nothing here takes the interpreter's lock.
+(no fused multiply-add, no reassociation). Every loop is a function of its own over contiguous arrays, the form that
+compiles to vector instructions. Importing this loads numba and no torch; nothing here takes the interpreter's lock.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from numba import njit, types
-from numba.extending import overload
+from numba import njit
 
 BLOCK = 4096
 """Elements worked on at a time: a dozen arrays of them fit into 256 KB."""
@@ -24,6 +21,7 @@ FINE, INPUT_NOT_FINITE, OVERFLOW = 0, 1, 2
 
 _U32, _U64, _F32 = np.uint32, np.uint64, np.float32
 _MAGNITUDE, _EXPONENT = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
+_LARGEST16 = np.uint32(0x7F7F0000)
 _LOW = np.uint64(0xFFFFFFFF)
 
 _compile = njit(nogil=True, cache=True, error_model="numpy")
@@ -31,25 +29,25 @@ _compile = njit(nogil=True, cache=True, error_model="numpy")
 _compile_sums = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
 
 
-def _load(raw: Any, out: Any) -> None:
-    """``raw`` as fp32 patterns: bf16 given as uint16, or fp32 given as uint32."""
+@_compile
+def _widen(raw, out):
+    for i in range(out.size):
+        out[i] = _U32(raw[i]) << _U32(16)
 
 
-@overload(_load)
-def _overloaded_load(raw, out):
-    if raw.dtype == types.uint16:
+@_compile
+def _copy(raw, out):
+    for i in range(out.size):
+        out[i] = raw[i]
 
-        def widen(raw, out):
-            for i in range(out.size):
-                out[i] = _U32(raw[i]) << _U32(16)
 
-        return widen
-
-    def copy(raw, out):
-        for i in range(out.size):
-            out[i] = raw[i]
-
-    return copy
+@_compile
+def _load(raw, start, out):
+    """Elements from ``start`` on as fp32 patterns. ``raw`` is a pair, bf16 as uint16 and fp32 as uint32, one empty."""
+    if raw[1].size:
+        _copy(raw[1][start : start + out.size], out)
+    else:
+        _widen(raw[0][start : start + out.size], out)
 
 
 @_compile
@@ -248,25 +246,20 @@ def blend(
     base, experts, start, transform, floors, highs, lows, keys, cuts, factors, combine, votes, weights, lambda_,
     stochastic, round_key, out, sums, kept,
 ):  # fmt: skip
-    """Blend one piece.
+    """Blend one piece; FINE, INPUT_NOT_FINITE or OVERFLOW.
 
-    Args:
-        base: raw ``[n]``, uint16 for bf16 or uint32 for fp32.
-        experts: raw ``[N, n]``, likewise.
-        start: index of the first element in its tensor; a multiple of 4.
-        transform: NONE, TRIM (``floors``, ``highs``, ``lows``: per expert, the least key that is kept) or DROP
-            (``cuts``: words below are kept; ``factors``: what they are multiplied by).
-        keys: uint64 ``[N]`` of each expert's random stream.
-        combine: SUM of ``weights`` times deltas, or ELECT by ``votes`` times deltas and their weighted mean.
-        lambda_: scale of the merged delta.
-        out: raw ``[n]``, uint16 for bf16 or uint32 for fp32.
-        sums: fp64 ``[4]``, added to: squared norms of merged delta and base, their product with what was stored, changed.
-        kept: int64 ``[N]``, added to: non-zeros after the transform.
+    Raw arrays come in pairs, uint16 for bf16 and uint32 for fp32, of which the one that does not apply is empty:
+    ``base`` and ``out`` ``[n]``, ``experts`` ``[N, n]``. ``start``, the index of the first element in its tensor, is a
+    multiple of 4.
 
-    Returns:
-        FINE, INPUT_NOT_FINITE or OVERFLOW.
+    ``transform`` is NONE, TRIM (``floors``, ``highs``, ``lows``: per expert, the least key that is kept) or DROP
+    (``cuts``: words below are kept; ``factors``: what they are multiplied by), with ``keys`` of the random streams.
+    ``combine`` is SUM of ``weights`` times deltas, or ELECT by ``votes`` times deltas and their mean by ``weights``.
+
+    Added to: ``sums`` fp64 ``[4]``, squared norms of merged delta and base, inner product of the former with what was
+    stored, number of changed elements; ``kept`` int64 ``[N]``, non-zeros after the transform.
     """
-    count, number = base.size, experts.shape[0]
+    count, number = max(base[0].size, base[1].size), len(keys)
     theta = np.empty((number, BLOCK), np.uint32)
     delta = np.empty((number, BLOCK), np.float32)
     own, words = np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.uint32)
@@ -278,13 +271,13 @@ def blend(
         n = min(BLOCK, count - first)
         padded = (n + 3) // 4 * 4
         theta0 = own[:n].view(np.float32)
-        _load(base[first : first + n], own[:n])
+        _load(base, first, own[:n])
         if _not_finite(own[:n]):
             return INPUT_NOT_FINITE
         m, v, r = merged[:n], vote[:n], values[:n]
         for t in range(number):
             d = delta[t][:n]
-            _load(experts[t][first : first + n], theta[t][:n])
+            _load((experts[0][t], experts[1][t]), first, theta[t][:n])
             if _not_finite(theta[t][:n]):
                 return INPUT_NOT_FINITE
             _subtract(theta[t][:n].view(np.float32), theta0, d)
@@ -321,42 +314,31 @@ def blend(
                 _subtract(expert, theta0, d)
             _settle_expert(m, d, expert, r)
         _settle_base(m, theta0, r)
-        stored = out[first : first + n]
         if stochastic:
             _words(round_key, start + first, lanes, words[:padded])
-        if _store(r.view(np.uint32), stored, words[:n], stochastic):
+        if _store(r.view(np.uint32), words[:n], stochastic, out, first):
             status = OVERFLOW
-        _load(stored, words[:n])
         _measure(theta0, m, words[:n].view(np.float32), sums)
     return status
 
 
-def _store(patterns: Any, out: Any, words: Any, stochastic: Any) -> Any:
-    """Round to the output's type; whether a value is beyond its range."""
-
-
-@overload(_store)
-def _overloaded_store(patterns, out, words, stochastic):
-    if out.dtype == types.uint16:
-
-        def narrow(patterns, out, words, stochastic):
-            if stochastic:
-                _stochastic16(patterns, words, out)
-            else:
-                _nearest16(patterns, out)
-            worst = _U32(0)
-            for i in range(patterns.size):
-                worst = max(worst, patterns[i] & _MAGNITUDE)
-            return worst > _U32(0x7F7F0000)  # beyond bf16's largest finite value
-
-        return narrow
-
-    def copy(patterns, out, words, stochastic):
-        for i in range(out.size):
-            out[i] = patterns[i]
+@_compile
+def _store(patterns, words, stochastic, raw, start):
+    """Round to the type of ``raw``, a pair as in `_load`; whether a value is beyond it. Leaves fp32 in ``words``."""
+    if raw[1].size:
+        _copy(patterns, raw[1][start : start + patterns.size])
+        _copy(patterns, words)
         return _not_finite(patterns)
-
-    return copy
+    stored = raw[0][start : start + patterns.size]
+    if stochastic:
+        _stochastic16(patterns, words, stored)
+    else:
+        _nearest16(patterns, stored)
+    _widen(stored, words)
+    worst = _U32(0)
+    for i in range(patterns.size):
+        worst = max(worst, patterns[i] & _MAGNITUDE)
+    return worst > _LARGEST16
 
 
 @_compile
@@ -398,26 +380,20 @@ def _count_hashed(delta, floor, words, digit, high, key, start, counts):
 
 @_compile
 def histogram(base, expert, start, key, length, first, second, high, counts):
-    """Add to ``counts`` the next digit of the magnitude key among the elements that agree with the digits so far.
+    """Add to ``counts`` the next digit of the key among the elements that agree with the digits so far.
 
-    Args:
-        base, expert: raw ``[n]``.
-        start: index of the first element in its tensor; a multiple of 4.
-        key: of the hash's random stream.
-        length: number of digits known; ``first`` and ``second`` are those of the magnitude, ``high`` those of the hash
-            put together.
-
-    Returns:
-        FINE or INPUT_NOT_FINITE.
+    ``length`` digits are known: ``first`` and ``second`` of the magnitude, then those of the hash put together in
+    ``high``; ``key`` is that of the hash's random stream. Raw arrays as in `blend`; FINE or INPUT_NOT_FINITE.
     """
     own, other = np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.uint32)
     delta, words = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.uint32)
     lanes = np.empty((4, BLOCK // 4), np.uint32)
     floor = (_U32(first) << _U32(15)) | _U32(second)
-    for begin in range(0, base.size, BLOCK):
-        n = min(BLOCK, base.size - begin)
-        _load(base[begin : begin + n], own[:n])
-        _load(expert[begin : begin + n], other[:n])
+    count = max(base[0].size, base[1].size)
+    for begin in range(0, count, BLOCK):
+        n = min(BLOCK, count - begin)
+        _load(base, begin, own[:n])
+        _load(expert, begin, other[:n])
         if _not_finite(own[:n]) or _not_finite(other[:n]):
             return INPUT_NOT_FINITE
         d = delta[:n]
