@@ -148,7 +148,7 @@ class Plan:
         """Tensors of one part (all layers of a stack together) that are treated alike."""
         groups: dict[tuple[str, ...], dict[str, Any]] = {}
         for tensor in self.tensors:
-            given = tensor.pipeline.parameters() if tensor.pipeline is not None else {}
+            given = tensor.pipeline.knobs() if tensor.pipeline is not None else {}
             row = {
                 "part": tensor.part.partition("[")[0],
                 "method": tensor.method,

@@ -190,6 +190,15 @@ class Pipeline:
         """All parameters by name, of all stages together; for people to read."""
         return {key: value for use in self.uses for key, value in use.parameters.model_dump(mode="json").items()}
 
+    def knobs(self) -> dict[str, Any]:
+        """The parameters worth a glance: numbers, and choices that are not the default."""
+        defaults = {key: field.default for use in self.uses for key, field in type(use.parameters).model_fields.items()}
+        return {
+            key: value
+            for key, value in self.parameters().items()
+            if type(value) in (int, float) or value != defaults[key]
+        }
+
 
 @dataclass(frozen=True)
 class Stages:
