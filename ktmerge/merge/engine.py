@@ -45,7 +45,7 @@ def execute(
     with torch.inference_mode(), Sources(plan, place, chunk) as sources:
         _require_tied(plan, sources)
         report.notes += _buffer_notes(plan, sources)
-        with Fused(plan, sources, place) as fused:
+        with Fused(plan, sources, place, chunk) as fused:
             engine = _Engine(plan, sink, sources, place, fused)
             engine.flow.prepare(progress)
             total = sum(tensor.info.nbytes for tensor in plan.tensors)

@@ -57,9 +57,11 @@ class Fused:
         plan: what is to be done.
         sources: the open inputs.
         device: pieces are worked on here only if it is the CPU.
+        chunk: most elements of a piece.
     """
 
-    def __init__(self, plan: Plan, sources: Sources, device: torch.device) -> None:
+    def __init__(self, plan: Plan, sources: Sources, device: torch.device, chunk: int = PIECE) -> None:
+        self._piece = max(4, min(PIECE, chunk) // 4 * 4)
         self._plan = plan
         self._sources = sources
         self._weights = {expert.name: expert.weight for expert in plan.experts}
@@ -152,8 +154,8 @@ class Fused:
     def _each(self, tensor: TensorPlan, work: Any) -> Iterator[Any]:
         """``work`` on every piece, on all cores, results in order; few pieces at a time, so that memory is bounded."""
         assert self._pool is not None
-        starts = range(0, tensor.info.numel, PIECE)
-        pieces = [(start, min(start + PIECE, tensor.info.numel)) for start in starts]
+        starts = range(0, tensor.info.numel, self._piece)
+        pieces = [(start, min(start + self._piece, tensor.info.numel)) for start in starts]
         if len(pieces) == 1:
             yield work(pieces[0])
             return
