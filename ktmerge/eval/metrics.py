@@ -39,6 +39,12 @@ def exact_match(prediction: str, reference: str, normalise: str) -> float:
     return float(normal(prediction) == normal(reference))
 
 
+ChoiceMetric = Callable[["ArrayLike", Sequence[str], int], float]
+AnswerMetric = Callable[[str, str, str], float]
+CHOICE: dict[str, ChoiceMetric] = {"acc": acc, "acc_norm": acc_norm}
+GENERATE: dict[str, AnswerMetric] = {"exact_match": exact_match}
+
+
 def next_token_accuracy(correct: int, tokens: int) -> float:
     """Share of a chunk's scored tokens that were the likeliest next token."""
     return correct / tokens

@@ -87,7 +87,7 @@ class _Job:
     def _choices(self, task: ChoiceTask, one: TaskSet, encoded: Encoded, title: str) -> TaskScore:
         sums = self.likelihood.score(encoded.requests, self.progress, title).logprob
         by_item = [sums[a:b] for a, b in zip(encoded.offsets, encoded.offsets[1:], strict=False)]
-        metric = {"acc": metrics.acc, "acc_norm": metrics.acc_norm}[task.metric]
+        metric = metrics.CHOICE[task.metric]
         items = [item for item in one.items if isinstance(item, ChoiceItem)]
         scores = [metric(own, item.choices, item.answer) for own, item in zip(by_item, items, strict=True)]
         return TaskScore(np.array(scores), {"logprobs": [np.round(own, 6).tolist() for own in by_item]})
@@ -98,7 +98,8 @@ class _Job:
             batch_size=self.batch_size, progress=self.progress, label=title,
         )  # fmt: skip
         answers = [item.answer for item in one.items if isinstance(item, GenerateItem)]
-        scores = [metrics.exact_match(*pair, task.normalise) for pair in zip(outputs, answers, strict=True)]
+        metric = metrics.GENERATE[task.metric]
+        scores = [metric(*pair, task.normalise) for pair in zip(outputs, answers, strict=True)]
         return TaskScore(np.array(scores), {"outputs": outputs})
 
     def _texts(self, encoded: Encoded, title: str) -> TaskScore:

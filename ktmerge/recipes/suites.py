@@ -26,9 +26,13 @@ class ChoiceTask(TaskBase):
 
     kind: Literal["choice"]
     prompt: str = Field(description="template of the context, without the space before the answer")
-    choices: list[str] | str = Field(description="list of templates, or the name of a column that holds a list")
-    answer: str = Field(description="template giving the index of the right choice, or its text")
-    separator: str = Field(" ", description="between prompt and choice")
+    choices: list[str] | str = Field(
+        description="list of templates; or a column (or one {{ expression }}) that holds a list"
+    )
+    answer: str = Field(description="template giving the right choice: a number is its index, a text the choice")
+    separator: str = Field(
+        " ", description="between prompt and choice; unless written, none in chat or if the choices start with a space"
+    )
     metric: Literal["acc", "acc_norm"] = "acc"
     chat: bool = Field(False, description="wrap the prompt as a user turn of the model's chat template")
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
+from pydantic import BaseModel
 
 from ktmerge.eval import metrics
 
@@ -38,12 +39,17 @@ def test_exact_match(prediction: str, reference: str, normalise: str, score: flo
     assert metrics.exact_match(prediction, reference, normalise) == score
 
 
-def test_every_normalisation_of_the_schema_is_known() -> None:
+def test_every_metric_and_normalisation_of_the_schema_is_known() -> None:
     from typing import get_args
 
-    from ktmerge.recipes.suites import GenerateTask
+    from ktmerge.recipes.suites import ChoiceTask, GenerateTask
 
-    assert set(get_args(GenerateTask.model_fields["normalise"].annotation)) == set(metrics.NORMALISATIONS)
+    def values(model: type[BaseModel], key: str) -> set[str]:
+        return set(get_args(model.model_fields[key].annotation))
+
+    assert values(ChoiceTask, "metric") == set(metrics.CHOICE)
+    assert values(GenerateTask, "metric") == set(metrics.GENERATE)
+    assert values(GenerateTask, "normalise") == set(metrics.NORMALISATIONS)
 
 
 def test_perplexity_and_bits_per_byte() -> None:

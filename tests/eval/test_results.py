@@ -109,7 +109,8 @@ def test_a_path_through_models(make_results: Make) -> None:
     way = results.path({1.0: "tuned", 0.0: "base", 0.5: "half"})
     assert way[0] == PathPoint(0.0, 0.0, 0.0)
     assert [point.coefficient for point in way] == [0.0, 0.5, 1.0]
-    assert [way[2].E, way[2].F] == pytest.approx([200 / 3, -100 / 3])
+    end = [way[2].E, way[2].F]
+    assert end == pytest.approx([200 / 3, -100 / 3])
     with pytest.raises(UsageError, match="Did you mean 'half'"):
         results.path({0.5: "hlf"})
 
