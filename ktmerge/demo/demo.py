@@ -17,10 +17,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ktmerge.checkpoints.cache import cache_folder
 from ktmerge.checkpoints.files import clear_os_errors
 from ktmerge.demo.data import SETS, write_data
 from ktmerge.demo.model import NAME, base_model
-from ktmerge.demo.obtain import cache_folder
 from ktmerge.demo.selection import Selection, at, rewrite, select
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.eval.results import write_whole

