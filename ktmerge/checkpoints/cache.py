@@ -8,7 +8,6 @@ from pathlib import Path
 
 def cache_folder() -> Path:
     """``$KTMERGE_CACHE``, else ``$XDG_CACHE_HOME/ktmerge``, else ``~/.cache/ktmerge``; it need not exist yet."""
-    own = os.environ.get("KTMERGE_CACHE")
-    if own:
-        return Path(own).expanduser()
+    if own := os.environ.get("KTMERGE_CACHE"):
+        return Path(own).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ktmerge"

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ktmerge.demo.obtain import Package, cache_folder, extract_member, fetch, member_names, read_member
+from ktmerge.checkpoints.cache import cache_folder
+from ktmerge.demo.obtain import Package, extract_member, fetch, member_names, read_member
 from ktmerge.errors import KtmergeError
 
 
