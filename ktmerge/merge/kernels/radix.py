@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,7 +62,8 @@ class MagnitudeThreshold:
         self._key = key
         self._prefix: tuple[int, ...] = ()
         self._wanted = keep
-        self._counts = torch.zeros(_BINS, dtype=torch.int64)
+        # numpy: torch would share even these few sums among threads, and wait for the slowest.
+        self._counts = np.zeros(_BINS, dtype=np.int64)
         self._done = keep <= 0 or keep >= elements
 
     @property
@@ -79,17 +81,17 @@ class MagnitudeThreshold:
 
     def add(self, counts: Tensor) -> None:
         """Take in counts of the next digit, int64 ``[65536]``."""
-        self._counts += counts
+        self._counts += counts.numpy()
 
     def end_pass(self) -> None:
         """Fix one more digit: the bin that holds the last element to keep."""
-        above = self._counts.flip(0).cumsum(0)  # elements in this bin or a higher one
-        position = int(torch.searchsorted(above, self._wanted))
+        above = self._counts[::-1].cumsum()  # elements in this bin or a higher one
+        position = int(above.searchsorted(self._wanted))
         digit = _BINS - 1 - position
         inside = int(self._counts[digit])
         self._wanted -= int(above[position]) - inside
         self._prefix += (digit,)
-        self._counts.zero_()
+        self._counts.fill(0)
         only_zeros = self._prefix == (0, 0)  # whether a zero is kept makes no difference
         self._done = inside == self._wanted or only_zeros or len(self._prefix) == len(WIDTHS)
 
