@@ -35,7 +35,11 @@ class Machine:
 
 
 def choose_machine(precision: str) -> Machine:
-    """The first CUDA device if there is one, else all cores; ``auto`` is bfloat16 where the hardware computes in it.
+    """The first CUDA device if there is one, else all cores; ``auto`` is bfloat16 on a CUDA device that computes in it.
+
+    On a CPU ``auto`` is float32 even where bfloat16 is faster (1.4 times, with AVX-512): a forward pass in bfloat16
+    doesn't see changes below half of its last place, so the first dozens of steps at a usual rate are taken blindly.
+    Four steps at 5e-5 on a model of 135M parameters took the loss from 5.2 to 0.9 in float32, to 2.7 in bfloat16.
 
     Raises:
         UsageError: bfloat16 is asked of a CUDA device that cannot.
@@ -49,20 +53,12 @@ def choose_machine(precision: str) -> Machine:
             raise UsageError(
                 f"precision bfloat16: {torch.cuda.get_device_name()} cannot compute in it; use float32 or auto."
             )
-        return Machine("cuda", torch.cuda.get_device_name(), _resolved(precision, able), threads)
-    return Machine("cpu", f"cpu, {threads} threads", _resolved(precision, _cpu_has_bfloat16()), threads)
+        return Machine("cuda", torch.cuda.get_device_name(), _resolved(precision, auto_is_bfloat16=able), threads)
+    return Machine("cpu", f"cpu, {threads} threads", _resolved(precision, auto_is_bfloat16=False), threads)
 
 
-def _resolved(precision: str, able: bool) -> Literal["float32", "bfloat16"]:
-    return "bfloat16" if precision == "bfloat16" or (precision == "auto" and able) else "float32"
-
-
-def _cpu_has_bfloat16() -> bool:
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+def _resolved(precision: str, *, auto_is_bfloat16: bool) -> Literal["float32", "bfloat16"]:
+    return "bfloat16" if precision == "bfloat16" or (precision == "auto" and auto_is_bfloat16) else "float32"
 
 
 @contextmanager

@@ -35,7 +35,12 @@ def test_memory_grows_with_what_costs_it(tiny_llama: Path) -> None:
 
 
 def test_precision_is_as_asked() -> None:
+    import torch
+
     assert choose_machine("float32").precision == "float32"
+    if not torch.cuda.is_available():
+        assert choose_machine("auto").precision == "float32"
+        assert choose_machine("bfloat16").precision == "bfloat16"
     assert choose_machine("auto").threads >= 1
 
 
