@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
+from jinja2 import TemplateError
+
 from ktmerge.errors import UsageError
 from ktmerge.eval.items import ChoiceItem, GenerateItem, Item, TextItem
 from ktmerge.recipes.suites import ChoiceTask, GenerateTask, TextTask
@@ -62,20 +64,26 @@ class Encoder:
         Raises:
             UsageError: no chat template where one is needed, or something is too long for the model.
         """
-        if isinstance(task, TextTask):
-            return self._texts(task, [item for item in items if isinstance(item, TextItem)])
-        if task.chat and not self._tokenizer.chat_template:
-            raise UsageError(f"task '{task.name}': chat is set, but the base's tokenizer has no chat template.")
-        if isinstance(task, ChoiceTask):
-            return self._choices(task, [item for item in items if isinstance(item, ChoiceItem)])
-        return self._prompts(task, [item for item in items if isinstance(item, GenerateItem)])
+        try:
+            if isinstance(task, TextTask):
+                return self._texts(task, [item for item in items if isinstance(item, TextItem)])
+            if isinstance(task, ChoiceTask):
+                return self._choices(task, [item for item in items if isinstance(item, ChoiceItem)])
+            return self._prompts(task, [item for item in items if isinstance(item, GenerateItem)])
+        except UsageError as error:
+            raise UsageError(f"task '{task.name}': {error}") from None
 
     def prompt(self, prompt: str, chat: bool) -> str:
         """The text the model sees: the prompt, or with ``chat`` a user turn of it and the start of an answer."""
         if not chat:
             return prompt
+        if not self._tokenizer.chat_template:
+            raise UsageError("chat is set, but the model's tokenizer has no chat template.")
         turns = [{"role": "user", "content": prompt}]
-        return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        try:
+            return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        except (TemplateError, ValueError, TypeError) as error:
+            raise UsageError(f"the model's chat template cannot render a single user turn: {error}.") from None
 
     def ids(self, text: str) -> list[int]:
         """Token ids, with what the tokenizer itself puts in front of a text (BOS) unless the text starts with it."""
@@ -87,6 +95,9 @@ class Encoder:
 
         Spaces at the end of the context belong to the continuation, whose first token usually starts with one. The same
         tokens as lm_eval's.
+
+        Raises:
+            UsageError: the continuation has no tokens.
         """
         cut = len(context.rstrip())
         context, continuation = context[:cut], context[cut:] + continuation
@@ -96,7 +107,9 @@ class Encoder:
             scored = self._tokenizer.encode(continuation, add_special_tokens=False, verbose=False)
         if not given:
             given = [self._start_token()]
-            given, scored = (given, scored) if scored[0] != given[0] else (scored[:1], scored[1:])
+            scored = scored[1:] if scored[:1] == given else scored
+        if not scored:
+            raise UsageError(f"the choice {continuation.strip()!r} has no tokens in this model's vocabulary.")
         return Request(tuple(given), tuple(scored))
 
     def _choices(self, task: ChoiceTask, items: list[ChoiceItem]) -> Encoded:
@@ -108,17 +121,17 @@ class Encoder:
             pairs = [self.pair(context, continuation) for continuation in item.continuations()]
             longest = max(len(pair.context) + len(pair.continuation) for pair in pairs)
             if longest - 1 > self._max_length:  # the last token is predicted, not read
-                pairs = [self._cut(task, item, pair) for pair in pairs]
+                pairs = [self._cut(item, pair) for pair in pairs]
                 truncated += 1
             requests += pairs
             offsets.append(len(requests))
         return Encoded([item.row for item in items], requests, offsets, truncated=truncated)
 
-    def _cut(self, task: ChoiceTask, item: ChoiceItem, pair: Request) -> Request:
+    def _cut(self, item: ChoiceItem, pair: Request) -> Request:
         room = self._max_length + 1 - len(pair.continuation)
         if room < 1:
             raise UsageError(
-                f"task '{task.name}': a choice of row {item.row + 1} is {len(pair.continuation)} tokens long, "
+                f"a choice of row {item.row + 1} is {len(pair.continuation)} tokens long, "
                 f"the model reads {self._max_length}."
             )
         return Request(pair.context[-room:], pair.continuation)
@@ -127,8 +140,7 @@ class Encoder:
         room = self._max_length - task.max_new_tokens
         if room < 1:
             raise UsageError(
-                f"task '{task.name}': max_new_tokens is {task.max_new_tokens}, the model's whole context is "
-                f"{self._max_length} tokens."
+                f"max_new_tokens is {task.max_new_tokens}, the model's whole context is {self._max_length} tokens."
             )
         prompts = [self.ids(self.prompt(item.prompt, task.chat)) or [self._start_token()] for item in items]
         truncated = sum(len(prompt) > room for prompt in prompts)
@@ -136,9 +148,7 @@ class Encoder:
 
     def _texts(self, task: TextTask, items: list[TextItem]) -> Encoded:
         if task.chunk_tokens > self._max_length:
-            raise UsageError(
-                f"task '{task.name}': chunk_tokens is {task.chunk_tokens}, the model reads {self._max_length} tokens."
-            )
+            raise UsageError(f"chunk_tokens is {task.chunk_tokens}, the model reads {self._max_length} tokens.")
         rows: list[int] = []
         requests: list[Request] = []
         sizes: list[int] = []
@@ -151,7 +161,7 @@ class Encoder:
                 requests.append(Request((*self._prefix, ids[start]), tuple(ids[start + 1 : stop])))
                 sizes.append(ends[stop - 1] - ends[start])
         if not requests:
-            raise UsageError(f"task '{task.name}': no row has a text of at least two tokens.")
+            raise UsageError("no row has a text of at least two tokens.")
         return Encoded(rows, requests, list(range(len(requests) + 1)), sizes, skipped=skipped)
 
     def _with_ends(self, text: str) -> tuple[list[int], list[int]]:

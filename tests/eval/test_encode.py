@@ -124,6 +124,17 @@ def test_chat_without_a_template_is_refused(tokenizer: Any, monkeypatch: pytest.
         encoded_choice(tokenizer, chat=True)
 
 
+def test_a_chat_template_that_fails_is_named(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('a system turn is needed') }}")
+    with pytest.raises(UsageError, match=r"task 'c': the model's chat template .* a system turn is needed"):
+        encoded_choice(tokenizer, chat=True)
+
+
+def test_a_choice_without_tokens_is_named(tokenizer: Any) -> None:
+    with pytest.raises(UsageError, match=r"task 'c': the choice '<\|im_start\|>' has no tokens"):
+        encoded_choice(tokenizer, prompt="", choices=["<|im_start|>", "dog"], separator="")
+
+
 def test_generation_leaves_room_for_the_answer(tokenizer: Any) -> None:
     task = GenerateTask(name="g", kind="generate", data="x", prompt="{{ q }}", answer="", max_new_tokens=10)
     items = make_items(task, [Row(0, "", {"q": "fox " * 40}), Row(1, "", {"q": "dog"}), Row(2, "", {"q": ""})])
