@@ -200,11 +200,16 @@ def _blend(
     """Write the blend at its chosen coefficient, and that coefficient into its recipe."""
     from ktmerge.pipeline import make_blend
 
-    coefficient = selection.best or min(p.coefficient for p in selection.points if p.coefficient)
+    coefficient = _coefficient(selection)
     texts[name] = rewrite(texts[name], coefficient)
     write_whole(out / "recipes" / f"{name}.yaml", texts[name])
     progress.note(f"{name}: lambda {coefficient:g}")
     return make_blend(at(recipe, coefficient), out / "blends" / name, progress=progress)
+
+
+def _coefficient(selection: Selection) -> float:
+    """The best one; where the base itself was best, the smallest tried, so that there is a blend to look at."""
+    return selection.best or min(p.coefficient for p in selection.points if p.coefficient)
 
 
 def _score(out: Path, models: Mapping[str, Path], suite: Suite, progress: Progress) -> Results:
@@ -272,11 +277,20 @@ def _report(
         title="ktmerge demo: two tasks learned, the rest kept",
         recipes=texts,
         generations=answers,
-        paths={name: selection.points for name, selection in chosen.items()},
+        paths={name: results.path(_way(name, selection, experts)) for name, selection in chosen.items()},
         training={name: _log(path) for name, path in experts.items()},
         tuned=list(experts),
         notes=_notes(chosen),
     )
+
+
+def _way(name: str, selection: Selection, experts: Mapping[str, Path]) -> dict[float, str]:
+    """The scored models that lie on one recipe's way: base, blend, and for a single expert the expert itself."""
+    way = {0.0: "base", _coefficient(selection): name}
+    for expert in experts:
+        if name == f"{expert}-back":
+            way[1.0] = expert
+    return way
 
 
 def _log(expert: Path) -> list[dict[str, Any]]:
@@ -286,7 +300,7 @@ def _log(expert: Path) -> list[dict[str, Any]]:
 
 def _notes(chosen: Mapping[str, Selection]) -> list[str]:
     tried = "; ".join(
-        f"{name}: {', '.join(f'{p.coefficient:g}' for p in one.points if p.coefficient)}"
+        f"{name}: " + ", ".join(f"{p.coefficient:g} gave {p.E + p.F:+.1f}" for p in one.points if p.coefficient)
         for name, one in chosen.items()
     )
     sets = [
@@ -295,7 +309,7 @@ def _notes(chosen: Mapping[str, Selection]) -> list[str]:
     ]
     return [
         f"The base is {NAME}, so it is not bit-equal to the published weights.",
-        "Every blend coefficient was chosen as the best O on a selection split, and is reported on other items. Tried: "
-        f"{tried}. The lines in the picture are from the selection split, the marks from the report split.",
+        "Every blend coefficient was chosen by O = E + F on a selection split; all that is shown above was measured on "
+        f"other items. O on the selection split: {tried}.",
         *sets,
     ]
