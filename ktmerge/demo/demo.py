@@ -106,7 +106,7 @@ def run_demo(out: Path, *, progress: Progress = SILENT, quick: bool = False) -> 
     with clock.step(f"scores of {len(models)} models on the report split"):
         results = _score(out, models, suites["report"], progress)
     with clock.step("side-by-side answers, report"):
-        answers = _answers(out, results, {"base": base, **experts, **_best(blends, chosen)}, progress)
+        answers = _answers(out, results, {"base": base, **experts, **_shown(blends, chosen)}, progress)
         return _report(out, results, experts, texts, chosen, answers)
 
 
@@ -234,10 +234,10 @@ def _score(out: Path, models: Mapping[str, Path], suite: Suite, progress: Progre
     return results
 
 
-def _best(blends: Mapping[str, Path], chosen: Mapping[str, Selection]) -> dict[str, Path]:
-    """The blend that was best on the selection split."""
-    name = max(blends, key=lambda one: max(point.E + point.F for point in chosen[one].points))
-    return {name: blends[name]}
+def _shown(blends: Mapping[str, Path], chosen: Mapping[str, Selection]) -> dict[str, Path]:
+    """The blends whose answers stand beside the experts': each expert's own, and the one best on the selection split."""
+    best = max(blends, key=lambda name: max(point.E + point.F for point in chosen[name].points))
+    return {name: path for name, path in blends.items() if name.endswith("-back") or name == best}
 
 
 def _answers(out: Path, results: Results, models: Mapping[str, Path], progress: Progress) -> list[Generation]:
