@@ -235,7 +235,7 @@ def _score(out: Path, models: Mapping[str, Path], suite: Suite, progress: Progre
 
 
 def _shown(blends: Mapping[str, Path], chosen: Mapping[str, Selection]) -> dict[str, Path]:
-    """The blends whose answers stand beside the experts': each expert's own, and the one best on the selection split."""
+    """The blends whose answers stand beside the experts': each expert's own, and the best on the selection split."""
     best = max(blends, key=lambda name: max(point.E + point.F for point in chosen[name].points))
     return {name: path for name, path in blends.items() if name.endswith("-back") or name == best}
 
