@@ -32,3 +32,9 @@ def did_you_mean(wrong: str, valid: Iterable[str], *, list_all: bool = True) -> 
     if near:
         return f" Did you mean '{near[0]}'?"
     return f" Valid: {', '.join(names)}." if names and list_all else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line; its type where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

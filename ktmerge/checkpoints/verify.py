@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ktmerge.checkpoints.layout import read_json
+from ktmerge.checkpoints.quiet import quiet_transformers
 from ktmerge.errors import KtmergeError
 
 _SHOWN = 5
@@ -42,7 +40,7 @@ def verify_loadable(path: Path) -> Loadable:
     if not hasattr(model_class, "from_pretrained"):
         return Loadable("unknown", f"transformers {transformers.__version__} has no {architecture}")
     try:
-        with _quietly():
+        with quiet_transformers():
             # ignore_mismatched_sizes: so that wrong shapes are listed like the rest
             _, info = model_class.from_pretrained(
                 path,
@@ -66,20 +64,3 @@ def verify_loadable(path: Path) -> Loadable:
 
 def _name(key: Any) -> str:
     return str(key[0] if isinstance(key, tuple) else key)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without transformers' progress bars and warnings: the findings come back as data."""
-    from transformers.utils import logging as theirs
-
-    library: Any = theirs
-    verbosity, bars = library.get_verbosity(), library.is_progress_bar_enabled()
-    library.set_verbosity(logging.CRITICAL)
-    library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        library.set_verbosity(verbosity)
-        if bars:
-            library.enable_progress_bar()

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from ktmerge import __version__
 from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.limits import context_length
 from ktmerge.errors import UsageError, did_you_mean
 from ktmerge.eval.encode import Encoded, fingerprint
 from ktmerge.eval.items import TextItem
 from ktmerge.eval.loading import (
     choose_device,
     choose_dtype,
-    context_length,
     load_model,
     load_tokenizer,
     tokenizer_files_digest,

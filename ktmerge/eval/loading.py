@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.checkpoints.quiet import quiet_transformers
+from ktmerge.errors import KtmergeError, UsageError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +73,7 @@ def load_model(path: Path, device: torch.device, dtype: torch.dtype) -> Any:
     except torch.OutOfMemoryError as error:
         raise KtmergeError(f"{path}: does not fit into the memory of {device}.") from error
     except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
-        raise UsageError(f"{path}: transformers cannot load it as a text model: {_first_line(error)}") from error
+        raise UsageError(f"{path}: transformers cannot load it as a text model: {first_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise UsageError(
@@ -95,7 +94,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise whatever they like at broken files
-        raise UsageError(f"{path}: no tokenizer that transformers can load: {_first_line(error)}") from error
+        raise UsageError(f"{path}: no tokenizer that transformers can load: {first_line(error)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise UsageError(f"{path}: no tokenizer that transformers can load.")
     return tokenizer
@@ -109,35 +108,3 @@ def tokenizer_files_digest(path: Path) -> str:
         if file.is_file():
             digest.update(f"{name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
-
-
-def context_length(config: dict[str, Any]) -> int | None:
-    """How many tokens a model reads, as its config.json says; None where it doesn't."""
-    text = config.get("text_config")
-    for part in (text if isinstance(text, dict) else {}, config):
-        for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length"):
-            if isinstance(part.get(key), int) and part[key] > 0:
-                return int(part[key])
-    return None
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' bars and notes off the terminal: what matters is checked and said by us."""
-    from transformers.utils import logging
-
-    transformers_logging: Any = logging
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(error).__name__

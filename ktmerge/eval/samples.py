@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.limits import context_length
 from ktmerge.eval.encode import Encoder
 from ktmerge.eval.evaluation import free_memory
 from ktmerge.eval.generate import generate
-from ktmerge.eval.loading import choose_device, choose_dtype, context_length, load_model, load_tokenizer
+from ktmerge.eval.loading import choose_device, choose_dtype, load_model, load_tokenizer
 from ktmerge.eval.results import Generation
 from ktmerge.progress import SILENT, Progress
 

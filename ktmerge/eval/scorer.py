@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ktmerge.checkpoints.limits import context_length
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.eval import metrics
 from ktmerge.eval.encode import Encoded
 from ktmerge.eval.generate import generate
 from ktmerge.eval.items import ChoiceItem, GenerateItem
 from ktmerge.eval.likelihood import LikelihoodScorer
-from ktmerge.eval.loading import context_length
 from ktmerge.eval.results import TaskScore
 from ktmerge.eval.sets import TaskSet, encode_sets, read_sets
 from ktmerge.progress import SILENT, Progress

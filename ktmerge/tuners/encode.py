@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ktmerge.checkpoints.layout import read_json
-from ktmerge.errors import UsageError
+from ktmerge.errors import UsageError, first_line
 from ktmerge.progress import SILENT, Progress
 from ktmerge.tuners.data import ChatSample, PlainSample, Sample, listing
 
@@ -124,7 +124,7 @@ class Encoder:
         try:
             tokenizer = loader.from_pretrained(base, local_files_only=True)
         except (OSError, ValueError, ImportError, KeyError) as error:
-            raise UsageError(f"{base}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from None
+            raise UsageError(f"{base}: its tokenizer cannot be loaded: {first_line(error)}") from None
         config = read_json(base / "config.json") if (base / "config.json").exists() else {}
         stops = _stop_ids(tokenizer, base, config)
         if not stops:
@@ -356,9 +356,7 @@ def _turns(sample: ChatSample) -> list[dict[str, str]]:
 
 
 def _refusal(error: Exception) -> SampleError:
-    return SampleError(
-        f"the chat template refuses it: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-    )
+    return SampleError(f"the chat template refuses it: {first_line(error)}")
 
 
 def _template(tokenizer: Any) -> str | None:

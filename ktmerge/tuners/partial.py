@@ -97,12 +97,14 @@ class Partial:
     ) -> None:
         if self._lock is None:
             return
-        if self._done or (self._opened and not self._has_state()):
+        if self._done or (self._opened and not self.has_state):
             shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
         self._lock = None
 
-    def _has_state(self) -> bool:
+    @property
+    def has_state(self) -> bool:
+        """Whether there is anything to go on from."""
         return any((path / _SEAL).exists() for path in self.folder.iterdir())
 
     def finish(self) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ktmerge.errors import did_you_mean
+from ktmerge.errors import did_you_mean, first_line
 
 _BLOCK = 1 << 20
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
@@ -106,7 +106,7 @@ def _parquet(path: Path) -> list[tuple[int, Any]]:
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except pyarrow.ArrowException as error:
-        raise _FileError(f"is not valid parquet: {str(error).splitlines()[0]}") from None
+        raise _FileError(f"is not valid parquet: {first_line(error)}") from None
     return list(enumerate(rows, 1))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +12,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from ktmerge.checkpoints import Checkpoint
-from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.checkpoints.quiet import quiet_transformers
+from ktmerge.errors import KtmergeError, UsageError, first_line
 from ktmerge.progress import Progress, Step
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners.encode import EncodedSet, Encoder
@@ -73,14 +73,15 @@ class TrainingRun:
         started, earlier = monotonic(), saved.seconds if saved else 0.0
         with (
             self._explaining(),
-            quietly(),
+            quiet_transformers(),
+            _without_warnings(),
             deterministic(self._machine.device),
             Interruption(self._progress) as asked,
             self._progress.task(f"fine-tuning {self._name}", self._total, "steps") as bar,
         ):
             bar.advance(saved.step if saved else 0)
             trainer = self._trainer(saved, asked, bar, lambda: earlier + monotonic() - started)
-            trainer.train(resume_from_checkpoint=str(saved.path) if saved else None)
+            self._fit(trainer, saved)
             step = int(trainer.state.global_step)
             if step >= self._total:
                 self._seal(trainer, earlier + monotonic() - started)
@@ -89,6 +90,14 @@ class TrainingRun:
         if asked.requested:
             self._progress.note(f"stopped after step {step} of {self._total}; go on with --resume.")
             raise KeyboardInterrupt
+
+    def _fit(self, trainer: AnswerTrainer, saved: Saved | None) -> None:
+        try:
+            trainer.train(resume_from_checkpoint=str(saved.path) if saved else None)
+        except KeyboardInterrupt:
+            if self._partial.has_state:
+                self._progress.note("stopped at once; go on from the last saved step with --resume.")
+            raise
 
     def _announce(self, saved: Saved | None) -> None:
         job, machine = self._job, self._machine
@@ -209,9 +218,9 @@ class TrainingRun:
                     f"out of memory while fine-tuning. {_less_memory(self._job, self._encoded['train'].longest)}"
                 ) from error
             if is_disk_trouble(error):
-                reason = str(error).splitlines()[0]
                 raise KtmergeError(
-                    f"{self._partial.folder}: cannot be written ({reason}); free some space and go on with --resume."
+                    f"{self._partial.folder}: cannot be written ({first_line(error)}); "
+                    "free some space and go on with --resume."
                 ) from error
             raise
 
@@ -243,8 +252,9 @@ def load_model(base: Checkpoint, progress: Progress) -> Any:
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         kind = base.config.get("model_type", "unknown")
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"{base.root}: cannot be loaded as a text model (its type is '{kind}'): {reason}") from None
+        raise UsageError(
+            f"{base.root}: cannot be loaded as a text model (its type is '{kind}'): {first_line(error)}"
+        ) from None
     missing = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
     if missing:
         raise UsageError(f"{base.root}: lacks {len(missing)} weights of its own model, e.g. '{missing[0]}'.")
@@ -264,19 +274,7 @@ def _less_memory(job: FinetuneJob, longest: int) -> str:
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
-    """Without the bars and warnings of the libraries: what matters comes back as data, errors and log lines."""
-    from transformers.utils import logging as theirs
-
-    library: Any = theirs
-    verbosity, bars = library.get_verbosity(), library.is_progress_bar_enabled()
-    library.set_verbosity(logging.CRITICAL)
-    library.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        library.set_verbosity(verbosity)
-        if bars:
-            library.enable_progress_bar()
+def _without_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

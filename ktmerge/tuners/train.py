@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ktmerge.checkpoints import Checkpoint, refuse_overlap, tensor_class
+from ktmerge.checkpoints.limits import context_length
 from ktmerge.checkpoints.staging import refuse_output
 from ktmerge.errors import UsageError
 from ktmerge.progress import SILENT, Progress
@@ -123,8 +124,7 @@ def _encode(
 
 
 def _longest_allowed(job: FinetuneJob, checkpoint: Checkpoint) -> int:
-    limit = checkpoint.config.get("max_position_embeddings")
-    return min(job.max_length, limit) if isinstance(limit, int) and limit > 0 else job.max_length
+    return min(job.max_length, context_length(checkpoint.config) or job.max_length)
 
 
 def _finished(out: Path, inputs: dict[str, Any], overwrite: bool) -> FinetuneReport | None:
