@@ -98,6 +98,7 @@ def render(
         answers=[(task, shown) for task in results.tasks if (shown := _telling(results, task))],
         formulas=[FORMULAS[key] for key in _number_columns(results) if key in FORMULAS],
         notes=notes,
+        has_paths=any((paths or {}).values()),
         candidates=len(results.models) - 1 - len(full),
     )
 

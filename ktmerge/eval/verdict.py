@@ -35,6 +35,7 @@ def verdict(results: Results, tuned: Sequence[str] = ()) -> list[str]:
         sentences.insert(0, f"{lead} {_what_it_does(summaries[best])}")
         if full:
             sentences += _against_tuned(results, best, full)
+            sentences += [said for name in full if (said := _better_kept(results, name, blends)) is not None]
     return [sentence.replace(" %", NBSP + "%").replace("O = ", f"O{NBSP}={NBSP}") for sentence in sentences]
 
 
@@ -83,6 +84,27 @@ def _against_tuned(results: Results, best: str, full: Sequence[str]) -> list[str
     if len(full) > 1:
         whose = "of the full fine-tunes, each set taken from the one that is best on it"
     return [f"{said} It has {share:.0f} % of the downstream gain {whose}."]
+
+
+def _better_kept(results: Results, tuned: str, blends: Sequence[str]) -> str | None:
+    """The blend that forgets most less than a full fine-tune and is on none of the sets it learned seen to be worse."""
+    gains = results.summary.models[tuned].differences
+    learned = [task.name for task in results.sides("downstream") if gains[task.name].low > 0]
+    found = []
+    for name in blends:
+        compared = results.difference(name, tuned)
+        kept = compared.numbers.get("F")
+        if kept is not None and kept.low > 0 and all(compared.tasks[task].high >= 0 for task in learned):
+            found.append((kept.value, name, compared))
+    if not found or not learned:
+        return None
+    _, name, compared = max(found, key=lambda one: one[0])
+    stands = ", ".join(f"{_points(compared.tasks[task])} on {task}" for task in learned)
+    nothing = "" if any(compared.tasks[task].excludes_zero for task in learned) else ", which may be nothing,"
+    return (
+        f"Against '{tuned}', '{name}' stands at {stands}{nothing} "
+        f"and keeps {_size(compared.numbers['F'])} more on upstream sets."
+    )
 
 
 def specialist_share(results: Results, model: str, full: Sequence[str]) -> float | None:

@@ -35,6 +35,26 @@ def test_a_blend_that_keeps_both(make_results: Make) -> None:
     assert "It has 86 % of the downstream gain of 'tuned'." in text
 
 
+def test_each_fine_tune_is_held_against_the_blend_that_forgets_less_and_learned_as_much(make_results: Make) -> None:
+    models = {"base": (80, 20), "tuned": (50, 60), "same": (70, 60), "more": (65, 90), "less": (80, 40)}
+    text = said(make_results(scores(**models)), "tuned")
+    assert "Against 'tuned', 'same' stands at +0.0 points [0.0 to 0.0] on down_b, which may be nothing," in text
+    assert "and keeps 20.0 points" in text
+    del models["same"]
+    assert "Against 'tuned', 'more' stands at +30.0 points" in said(make_results(scores(**models)), "tuned")
+    del models["more"]
+    assert "Against" not in said(make_results(scores(**models)), "tuned")
+
+
+def test_a_gain_on_another_set_does_not_make_up_for_what_a_fine_tune_learned(make_results: Make) -> None:
+    def model(up: int, a: int, b: int) -> dict[str, list[float]]:
+        counts = {"up": up, "down_a": a, "down_b": b}
+        return {name: [1.0] * count + [0.0] * (100 - count) for name, count in counts.items()}
+
+    found = {"base": model(80, 0, 0), "a": model(50, 80, 0), "a-back": model(70, 79, 0), "b-back": model(79, 0, 95)}
+    assert "Against 'a', 'a-back' stands at -1.0 points" in said(make_results(found), "a")
+
+
 def test_a_blend_that_is_worse_is_called_so(make_results: Make) -> None:
     text = said(make_results(scores(base=(80, 20), tuned=(79, 90), half=(40, 30))), "tuned")
     assert "'half' is behind the full fine-tune 'tuned' by" in text
