@@ -119,7 +119,9 @@ class FinetuneJob(_Section):
     log_every: int = Field(1, ge=1)
     eval_every: int | None = Field(None, ge=1, description="steps; default: a tenth of the run")
     save_every: int | None = Field(
-        None, ge=1, description="steps between resumable checkpoints; default: a fifth of the run"
+        None,
+        ge=1,
+        description="steps between resumable checkpoints; default: a fifth of the run, five minutes apart at least",
     )
     save_dtype: Literal["float32", "bfloat16", "float16", "base"] = Field(
         "float32", description="of the expert's weights"

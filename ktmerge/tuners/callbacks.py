@@ -21,13 +21,13 @@ from transformers import TrainerCallback
 from ktmerge.errors import KtmergeError
 from ktmerge.progress import Progress, Step
 
-_SECONDS_BETWEEN_SAVES = 60.0
+_SECONDS_BETWEEN_SAVES = 300.0
 _NOTES = 10
 
 
 @dataclass(frozen=True)
 class Rhythm:
-    """How often things happen, in steps; ``save_every`` None: a fifth of the run, yet not more than once a minute."""
+    """How often things happen, in steps; ``save_every`` None: a fifth of the run, five minutes apart at least."""
 
     total: int
     log_every: int
