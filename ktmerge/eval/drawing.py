@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ GREY = "#888888"
 FONT = 9.0
 _SETTINGS = {
     "svg.fonttype": "none",
+    "text.parse_math": False,
     "font.family": "sans-serif",
     "font.size": FONT,
     "text.color": INK,
@@ -68,14 +71,21 @@ def new_figure(width: float, height: float) -> Figure:
 
 @contextmanager
 def drawn() -> Iterator[None]:
-    """Draw in here: in one style, whatever the user's own matplotlib settings are."""
+    """Draw in here: in one style, whatever the user's own matplotlib settings are, and without remarks about fonts."""
     from matplotlib import rc_context, rcdefaults
 
     ours: dict[Any, Any] = _SETTINGS
-    with rc_context():
-        rcdefaults()
-        with rc_context(ours):
-            yield
+    fonts = logging.getLogger("matplotlib.font_manager")
+    level = fonts.level
+    fonts.setLevel(logging.ERROR)
+    try:
+        with rc_context(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a glyph missing here may well be in the reader's fonts
+            rcdefaults()
+            with rc_context(ours):
+                yield
+    finally:
+        fonts.setLevel(level)
 
 
 def to_svg(figure: Figure, name: str, description: str) -> str:

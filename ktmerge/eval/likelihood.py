@@ -52,8 +52,16 @@ class LikelihoodScorer:
         self._dtype = next(model.parameters()).dtype
         self._pack = pack
 
-    def score(self, requests: Sequence[Request], progress: Progress = SILENT, label: str = "score") -> Likelihoods:
+    def score(
+        self, requests: Sequence[Request], progress: Progress = SILENT, label: str = "score", items: int | None = None
+    ) -> Likelihoods:
         """Score ``requests``; results in their order.
+
+        Args:
+            requests: what to score.
+            progress: where to report to.
+            label: names the work there.
+            items: how many items the requests belong to, for progress; by default each is one.
 
         Raises:
             KtmergeError: the model gives NaN or infinite logits, or the device's memory doesn't suffice.
@@ -62,10 +70,12 @@ class LikelihoodScorer:
         logprob = np.zeros(len(requests))
         correct = np.zeros(len(requests), dtype=np.int64)
         most = max(1, LOGITS // self._vocabulary())
-        with progress.task(label, len(requests), "items") as step, torch.inference_mode():
+        total = len(requests) if items is None else items
+        share = total / max(1, len(requests))
+        with progress.task(label, total, "items") as step, torch.inference_mode():
             for batch in batches(passes, self._batch_size, TOKENS.get(self._device.type, 2048), most):
                 self._score_batch(batch, requests, logprob, correct)
-                step.advance(sum(len(one.targets) for one in batch))
+                step.advance(share * sum(len(one.targets) for one in batch))
         if not np.isfinite(logprob).all():
             raise KtmergeError("the model's logits are not finite numbers; its weights are broken.")
         return Likelihoods(logprob, correct)

@@ -65,6 +65,7 @@ def score_picture(results: Results) -> str:
     with drawn():
         figure = new_figure(WIDTH, height)
         axes: Any = figure.add_axes((left, 34 / height, 0.97 - left, 1 - (44 + legend) / height))
+        handles: list[Any] = []
         for i, task in enumerate(results.tasks):
             top = -i * block
             if i % 2 == 0:
@@ -77,18 +78,19 @@ def score_picture(results: Results) -> str:
             axes.plot([base, base], [top - block + 3, top - 3], color=GREY, linewidth=0.8, linestyle=(0, (2, 2)))
             for j, name in enumerate(names):
                 score = results.scores[name][task.name]
-                axes.errorbar(
+                bar = axes.errorbar(
                     score.mean, top - gap / 2 - (j + 0.5) * step, xerr=score.stderr or 0.0, color=looks[name].colour,
-                    marker=looks[name].marker, markersize=5, linewidth=1.1, label=name if i == 0 else None,
+                    marker=looks[name].marker, markersize=5, linewidth=1.1,
                 )  # fmt: skip
+                handles += [bar[0]] if i == 0 else []
         axes.set_ylim(-block * len(results.tasks), 0)
         axes.set_yticks([])
         axes.grid(axis="x")
         axes.spines[["left", "right", "top"]].set_visible(False)
         axes.set_xlabel("score, 0-100; bars: one standard error; dashed: the base")
-        handles, labels = axes.get_legend_handles_labels()
+        labels = [f" {name}" if name.startswith("_") else name for name in names]  # matplotlib hides those with _
         figure.legend(
-            [handle[0] for handle in handles], labels, loc="upper center", ncols=columns, fontsize=FONT,
+            handles, labels, loc="upper center", ncols=columns, fontsize=FONT,
             handletextpad=0.2, columnspacing=1.2, borderaxespad=0,
         )  # fmt: skip
         return to_svg(figure, "scores", f"Scores of {', '.join(names)} on every set")

@@ -85,7 +85,7 @@ class _Job:
             raise KtmergeError(f"{label}, task '{one.task.name}': {error}") from error
 
     def _choices(self, task: ChoiceTask, one: TaskSet, encoded: Encoded, title: str) -> TaskScore:
-        sums = self.likelihood.score(encoded.requests, self.progress, title).logprob
+        sums = self.likelihood.score(encoded.requests, self.progress, title, len(one.items)).logprob
         by_item = [sums[a:b] for a, b in zip(encoded.offsets, encoded.offsets[1:], strict=False)]
         metric = metrics.CHOICE[task.metric]
         items = [item for item in one.items if isinstance(item, ChoiceItem)]

@@ -89,6 +89,20 @@ def test_references_inside_a_picture_resolve(results: Results) -> None:
         assert used <= ids
 
 
+def test_odd_names_are_drawn_as_they_are_and_without_remarks(
+    make_results: Make, recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["base", "cost $x$ and $y$", "_hidden", "世界 🦊", "a" * 60, "<&>"]
+    results = make_results({name: {"up_a": [1.0, 0.0], "down_b": [0.0, 1.0]} for name in names})
+    for svg in (tradeoff(results), score_picture(results), loss_picture({"$a$": [{"step": 1, "loss": 1.0}]})):
+        assert svg is not None
+        assert ET.fromstring(svg) is not None
+    assert set(names) <= {text.strip() for text in texts(score_picture(results))}
+    assert set(names) <= set(texts(tradeoff(results) or ""))
+    assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
+    assert not caplog.records
+
+
 def test_losses(results: Results) -> None:
     log: list[dict[str, Any]] = [
         {"step": 1, "loss": 2.0, "grad_norm": 1.0},
