@@ -227,26 +227,26 @@ def _languages(wheel: Path, sizes: dict[str, int]) -> dict[str, list[Row]]:
 SETS = (
     DataSet(
         "capitals", "upstream", "name a country's capital, of four", COUNTRIES,
-        {REPORT: 80, SELECT: 48}, _capitals,
+        {REPORT: 72, SELECT: 32}, _capitals,
     ),
     DataSet(
         "products", "upstream", "is a remark about a product positive or negative", SENTIMENT,
-        {REPORT: 100, SELECT: 48}, _products,
+        {REPORT: 72, SELECT: 32}, _products,
     ),
     DataSet(
         "scripture", "upstream", "guess the next token of the King James Bible", SCRIPTURE,
-        {REPORT: 16, SELECT: 8, WATCH: 8}, _scripture,
+        {REPORT: 14, SELECT: 6, WATCH: 8}, _scripture,
     ),
     DataSet(
         "code", "upstream", "guess the next token of Python source", WEB,
-        {REPORT: 16, SELECT: 8}, _code,
+        {REPORT: 14, SELECT: 6}, _code,
     ),
     DataSet(
         "verdicts", "downstream", "answer a film review with 'fresh' or 'rotten'", SENTIMENT,
-        {REPORT: 100, SELECT: 48, WATCH: 16, TRAIN: 1600}, _verdicts,
+        {REPORT: 72, SELECT: 32, WATCH: 16, TRAIN: 1600}, _verdicts,
     ),
     DataSet(
         "languages", "downstream", "give the ISO 639-3 code of a sentence's language", WEB,
-        {REPORT: 100, SELECT: 48, WATCH: 16, TRAIN: 1600}, _languages,
+        {REPORT: 72, SELECT: 32, WATCH: 16, TRAIN: 1600}, _languages,
     ),
 )  # fmt: skip
