@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ktmerge.checkpoints.layout import read_json
+from ktmerge.checkpoints.quiet import quiet_transformers
 from ktmerge.errors import UsageError, first_line
 from ktmerge.progress import SILENT, Progress
 from ktmerge.tuners.data import ChatSample, PlainSample, Sample, listing
@@ -122,7 +123,8 @@ class Encoder:
 
         loader: Any = AutoTokenizer
         try:
-            tokenizer = loader.from_pretrained(base, local_files_only=True)
+            with quiet_transformers():
+                tokenizer = loader.from_pretrained(base, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise UsageError(f"{base}: its tokenizer cannot be loaded: {first_line(error)}") from None
         config = read_json(base / "config.json") if (base / "config.json").exists() else {}

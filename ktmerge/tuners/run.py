@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -115,6 +116,16 @@ class TrainingRun:
                 f"{_less_memory(job, longest)}"
             )
 
+        self._warn_of_disk()
+
+    def _warn_of_disk(self) -> None:
+        parameters = sum(info.numel for info in self._base.tensors.values())
+        # the result twice, under the Trainer's names and the base's, and up to three checkpoints with moments
+        needed = parameters * (8 + (36 if self._rhythm().save_step < self._total else 0))
+        free = shutil.disk_usage(self._partial.folder).free
+        if needed > free:
+            self._progress.note(f"the disk may run full: up to {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free.")
+
     def _trainer(
         self, saved: Saved | None, asked: Interruption, bar: Step, seconds: Callable[[], float]
     ) -> AnswerTrainer:
@@ -159,7 +170,7 @@ class TrainingRun:
         from transformers import TrainingArguments
 
         job, machine = self._job, self._machine
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(self._partial.folder),
             max_steps=self._total,
             per_device_train_batch_size=job.batch_size,
@@ -185,11 +196,18 @@ class TrainingRun:
             report_to="none",
             disable_tqdm=True,
         )
+        # of several devices the Trainer would make a torch.nn.DataParallel, which is slower than one of them
+        arguments._n_gpu = min(1, arguments.n_gpu)
+        return arguments
 
     def _seal(self, trainer: AnswerTrainer, seconds: float) -> None:
         """Keep the trained weights, under transformers' names for files, and how it went; checkpoints may go then."""
+        from transformers import GenerationConfig
+
         final = self._partial.final
         model: Any = trainer.model
+        plain: Any = GenerationConfig
+        model.generation_config = plain()  # the base's travels as a file; an odd one would be refused here
         model.save_pretrained(final)
         facts = {
             "steps": self._total,
@@ -248,7 +266,12 @@ def load_model(base: Checkpoint, progress: Progress) -> Any:
     loader: Any = AutoModelForCausalLM
     try:
         model, found = loader.from_pretrained(
-            base.root, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+            base.root,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         kind = base.config.get("model_type", "unknown")

@@ -50,8 +50,7 @@ def finetune(
         KeyboardInterrupt: stopped by Ctrl-C, after saving where it was.
     """
     refuse_overlap(out, [base])
-    if not (resume and (out / RECORD).exists()):
-        refuse_output(out, overwrite)
+    refuse_output(out, overwrite or (resume and (out / RECORD).exists()))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("ktmerge finetune runs as one process; start it without torchrun.")
     checkpoint = _open_base(base)

@@ -109,6 +109,25 @@ def test_names_under_another_wrapper_are_found_again(tiny_llama: Path, tmp_path:
     assert all(not out[name].equal(before[name].float()) for name in out)
 
 
+def test_an_odd_generation_config_travels_as_it_is(tiny_llama: Path, tmp_path: Path) -> None:
+    restored(tiny_llama, tmp_path / "base", lambda tensors: tensors)
+    odd = '{"do_sample": false, "temperature": 0.6, "top_p": 0.9, "eos_token_id": 2}'
+    (tmp_path / "base/generation_config.json").write_text(odd)
+    tune(tmp_path / "base", tmp_path)
+    assert (tmp_path / "out/generation_config.json").read_text() == odd
+
+
+def test_no_code_of_a_base_is_run(tiny_llama: Path, tmp_path: Path) -> None:
+    restored(tiny_llama, tmp_path / "base", lambda tensors: tensors)
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    remote = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (tmp_path / "base/config.json").write_text(json.dumps({**config, **remote}))
+    (tmp_path / "base/own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(UsageError):
+        tune(tmp_path / "base", tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_base_that_lacks_weights_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     def lacking(tensors: dict[str, Any]) -> dict[str, Any]:
         return {name: tensor for name, tensor in tensors.items() if name != "model.layers.1.mlp.up_proj.weight"}

@@ -336,6 +336,16 @@ def test_too_little_memory_is_said_beforehand(
     assert any("may not fit into memory" in note and "0.0 GB are free" in note for note in listener.notes)
 
 
+def test_too_little_disk_is_said_beforehand(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    monkeypatch.setattr("ktmerge.tuners.run.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr("ktmerge.checkpoints.staging.Staging.require_space", lambda *_: None)
+    listener = Listener()
+    tune(tiny_llama, tmp_path, max_steps=1, progress=listener)
+    assert any("the disk may run full" in note for note in listener.notes)
+
+
 # --- stopping and going on --------------------------------------------------------------------------------------------
 
 
