@@ -18,7 +18,7 @@ from ktmerge.progress import SILENT, Progress
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-TOKENS = {"cpu": 2048, "cuda": 16384}  # of a batch, with padding
+TOKENS = {"cpu": 1024, "cuda": 16384}  # of a batch, with padding; more does not pay on a processor
 LOGITS = 2**26  # entries of the logits of a batch: 256 MiB in fp32
 
 
@@ -73,7 +73,7 @@ class LikelihoodScorer:
         total = len(requests) if items is None else items
         share = total / max(1, len(requests))
         with progress.task(label, total, "items") as step, torch.inference_mode():
-            for batch in batches(passes, self._batch_size, TOKENS.get(self._device.type, 2048), most):
+            for batch in batches(passes, self._batch_size, TOKENS.get(self._device.type, 1024), most):
                 self._score_batch(batch, requests, logprob, correct)
                 step.advance(share * sum(len(one.targets) for one in batch))
         if not np.isfinite(logprob).all():
