@@ -210,9 +210,11 @@ def _label_all(
     for name, way in paths.items():
         ends = [pixel((p.F, p.E)) for p in way]
         obstacles += along(ends, 3)
-        free = [(p, x, y) for p, (x, y) in zip(way, ends, strict=True) if not _near(x, y, spots)]
+        near = [_near(x, y, spots) for x, y in ends]
         texts += [
-            (_coefficient(p.coefficient, name, i == 0), SMALL, "normal", x, y) for i, (p, x, y) in enumerate(free)
+            (text, SMALL, "normal", x, y)
+            for (x, y), text in zip(ends, _coefficients(name, way, near), strict=True)
+            if text
         ]
     labels = [Label(x, y, *_size(text, size, weight)) for text, size, weight, x, y in texts]
     (left, bottom), (right, top) = axes.get_window_extent().min, axes.get_window_extent().max
@@ -232,8 +234,17 @@ def _near(x: float, y: float, spots: Sequence[Any]) -> bool:
     return any((x - a) ** 2 + (y - b) ** 2 < 5**2 for a, b in spots)
 
 
-def _coefficient(value: float, name: str, first: bool) -> str:
-    return f"{name} {value:g}" if first else f"{value:g}"
+def _coefficients(name: str, way: Sequence[PathPoint], at_model: Sequence[bool]) -> list[str]:
+    """What stands at each point of a way: its coefficient, but nothing at an end that has a model's own label.
+
+    The way's name stands at the last point that has no such label.
+    """
+    ends = (0, len(way) - 1)
+    found = ["" if at_model[i] and i in ends else f"{point.coefficient:g}" for i, point in enumerate(way)]
+    free = [i for i in range(len(way)) if not at_model[i]]
+    if free:
+        found[free[-1]] = f"{name} {found[free[-1]]}"
+    return found
 
 
 def _size(text: str, size: float, weight: str = "normal") -> tuple[float, float]:

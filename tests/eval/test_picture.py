@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from typing import Any
@@ -30,15 +31,20 @@ def texts(svg: str) -> list[str]:
 
 
 def test_the_tradeoff_names_models_axes_and_coefficients(results: Results) -> None:
-    way = {"wise": [PathPoint(0.0, 0.0, 0.0), PathPoint(0.25, 20.0, -5.0), PathPoint(1.0, 70.0, -30.0)]}
+    way = {
+        "wise": [PathPoint(0.0, 0.0, 0.0), PathPoint(0.25, 20.0, -5.0), PathPoint(0.5, 60.0, -10.0)],
+        "ties": [PathPoint(0.0, 0.0, 0.0), PathPoint(0.75, 60.0, -10.0), PathPoint(1.0, 70.0, -30.0)],
+        "sum": [PathPoint(0.0, 0.0, 0.0), PathPoint(1.5, 40.0, -20.0)],
+    }
     svg = tradeoff(results, way)
     assert svg is not None
     found = texts(svg)
-    assert {"base", "tuned", "half", "<&>", "wise 0.25"} <= set(found)
+    assert {"base", "tuned", "half", "<&>"} <= set(found)
     assert any("forgotten" in text for text in found)
     assert any(text.startswith("O +") for text in found)
-    # the ends of the way lie on models that have their own labels
-    assert not {"0", "wise 0", "1"} & {text for text in found if text in ("wise 0", "1")}
+    # nothing at ends that lie on a model; the way's name at its last point that has no model's label
+    coefficients = {text for text in found if re.fullmatch(r"((wise|ties|sum) )?(0|0\.25|0\.5|0\.75|1|1\.5)", text)}
+    assert coefficients - {"0"} == {"wise 0.25", "0.75", "sum 1.5"}  # the tick 0 is on both axes
     title = ET.fromstring(svg).find(f"{SVG}title")
     assert title is not None
     assert "tuned E +70.0 F -30.0" in (title.text or "")
@@ -79,8 +85,6 @@ def test_ids_of_two_pictures_do_not_clash(results: Results) -> None:
 
 
 def test_references_inside_a_picture_resolve(results: Results) -> None:
-    import re
-
     for svg in (tradeoff(results), score_picture(results)):
         assert svg is not None
         ids = set(re.findall(r'id="([^"]+)"', svg))
