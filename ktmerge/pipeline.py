@@ -114,7 +114,14 @@ def run(
             progress=progress,
         )
         results.save(out / SCORES)
-        page = evaluation.report(results, out / REPORT, recipes={recipe.name: recipe_text(recipe)})
+        page = evaluation.report(
+            results,
+            out / REPORT,
+            title=f"ktmerge: {recipe.name}",
+            recipes={recipe.name: recipe_text(recipe)},
+            training={name: log for name, path in experts.items() if (log := training_log(path))},
+            tuned=list(experts),
+        )
     return RunResult(experts, blended, results, page)
 
 
@@ -200,6 +207,15 @@ def make_blend(recipe: Recipe, out: Path, *, device: str = "auto", progress: Pro
     else:
         merge.blend(recipe, out, device=device, overwrite=True, progress=progress)
     return out
+
+
+def training_log(expert: Path) -> list[dict[str, Any]]:
+    """The losses of a fine-tune; empty for an expert that was made elsewhere."""
+    try:
+        lines = (expert / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+    except (OSError, ValueError):
+        return []
 
 
 def recipe_text(recipe: Recipe) -> str:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ktmerge.checkpoints.cache import cache_folder
 from ktmerge.checkpoints.files import clear_os_errors
@@ -270,6 +270,7 @@ def _report(
     answers: Sequence[Generation],
 ) -> Path:
     from ktmerge.eval import report
+    from ktmerge.pipeline import training_log
 
     return report(
         results,
@@ -278,7 +279,7 @@ def _report(
         recipes=texts,
         generations=answers,
         paths={name: results.path(_way(name, selection, experts)) for name, selection in chosen.items()},
-        training={name: _log(path) for name, path in experts.items()},
+        training={name: training_log(path) for name, path in experts.items()},
         tuned=list(experts),
         notes=_notes(chosen),
     )
@@ -291,11 +292,6 @@ def _way(name: str, selection: Selection, experts: Mapping[str, Path]) -> dict[f
         if name == f"{expert}-back":
             way[1.0] = expert
     return way
-
-
-def _log(expert: Path) -> list[dict[str, Any]]:
-    with clear_os_errors(expert):
-        return [json.loads(line) for line in (expert / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def _notes(chosen: Mapping[str, Selection]) -> list[str]:
