@@ -44,7 +44,12 @@ def workshop(tmp_path: Path, tiny_llama: Path) -> Path:
 upstream:
   - {name: prose, kind: text, data: prose.jsonl, chunk_tokens: 32}
 downstream:
-  - {name: yesno, kind: choice, data: dev.jsonl, prompt: "{{ prompt }}", choices: ["yes", "no"], answer: "{{ completion }}"}
+  - name: yesno
+    kind: choice
+    data: dev.jsonl
+    prompt: "{{ prompt }}"
+    choices: ["yes", "no"]
+    answer: "{{ completion }}"
 """
     )
     (tmp_path / "recipe.yaml").write_text(
@@ -57,7 +62,13 @@ experts:
 blend: {{method: linear, lambda: 0.5}}
 finetune:
   experts:
-    yesno: {{data: train.jsonl, eval_upstream: train.jsonl, max_steps: 6, batch_size: 4, learning_rate: 1e-3, save_every: 2}}
+    yesno:
+      data: train.jsonl
+      eval_upstream: train.jsonl
+      max_steps: 6
+      batch_size: 4
+      learning_rate: 1e-3
+      save_every: 2
 eval: {{suite: suite.yaml, bootstrap: 200}}
 """
     )
@@ -98,8 +109,9 @@ def test_each_step_by_itself(workshop: Path, tiny_llama: Path) -> None:
 
     for end, same_as in (("0.0", tiny_llama), ("1.0", workshop / "runs/yesno")):
         ktmerge(
-            "blend", "-r", "wise-ft", "--base", tiny_llama, "--expert", "yesno=runs/yesno", "--set", f"blend.lambda={end}",
-            "--set", f"output.dtype={'base' if end == '0.0' else 'float32'}", "--out", f"end{end}", cwd=workshop,
+            "blend", "-r", "wise-ft", "--base", tiny_llama, "--expert", "yesno=runs/yesno", "--out", f"end{end}",
+            "--set", f"blend.lambda={end}", "--set", f"output.dtype={'base' if end == '0.0' else 'float32'}",
+            cwd=workshop,
         )  # fmt: skip
         from safetensors.torch import load_file
 

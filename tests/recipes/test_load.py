@@ -138,7 +138,7 @@ def test_base_and_experts_from_the_command_line(tmp_path: Path, monkeypatch: pyt
 
 
 def test_unknown_gallery_name_gets_a_suggestion() -> None:
-    with pytest.raises(UsageError, match="neither a file nor a recipe of the gallery. Did you mean 'ties'"):
+    with pytest.raises(UsageError, match=r"neither a file nor a recipe of the gallery\. Did you mean 'ties'"):
         load_recipe("tise")
 
 
