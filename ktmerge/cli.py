@@ -305,7 +305,12 @@ def recipe_import(
         console.stderr().print(f"note: {difference}", markup=False)
 
 
-def _terminated(number: int, frame: FrameType | None) -> None:
+_stopped: list[int] = []
+"""Signals that asked this process to stop."""
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    _stopped.append(number)
     raise KeyboardInterrupt
 
 
@@ -314,7 +319,8 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     sys.exit(_exit_code(arguments))
 
 
@@ -322,21 +328,31 @@ def _exit_code(arguments: list[str] | None) -> int:
     try:
         result: Any = app(args=arguments, standalone_mode=False)
     except KtmergeError as error:
+        if _stopped:
+            return _interrupted()
         from ktmerge import console
 
         console.fail(str(error))
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        from ktmerge import console
-
-        console.fail("interrupted; nothing was left half-written.")
-        return 130
+        return _interrupted()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if _stopped:  # typer leaves by itself, and some libraries fail oddly when stopped while they are imported
+            return _interrupted()
         if not hasattr(error, "exit_code") or not hasattr(error, "show"):
             raise
         error.show()  # a usage error of the command line itself
         return int(error.exit_code)
+    if _stopped:
+        return _interrupted()
     return result if isinstance(result, int) else 0
+
+
+def _interrupted() -> int:
+    from ktmerge import console
+
+    console.fail("interrupted; nothing was left half-written.")
+    return 130

@@ -189,3 +189,19 @@ def test_a_stopped_finetune_resumes_to_the_same_bytes(workshop: Path) -> None:
     ktmerge("finetune", "--recipe", "recipe.yaml", "--resume", cwd=workshop)
     assert digests(workshop / "runs/yesno") == whole
     assert not partial.exists()
+
+
+@pytest.mark.parametrize("seconds", [0.2, 0.6, 1.2, 2.0])
+def test_ctrl_c_during_a_blend_says_so_and_leaves_nothing(workshop: Path, tiny_llama: Path, seconds: float) -> None:
+    command = [sys.executable, "-m", "ktmerge", "blend", "-r", "ties", "--base", str(tiny_llama)]
+    process = subprocess.Popen(
+        [*command, "--expert", f"a={tiny_llama}", "--out", "x"], cwd=workshop, stderr=subprocess.PIPE, text=True
+    )
+    before = sorted(workshop.iterdir())
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert "Traceback" not in stderr or process.returncode == -signal.SIGINT  # before the command line was up
+    if process.returncode == 130:
+        assert "interrupted" in stderr
+        assert sorted(workshop.iterdir()) == before
