@@ -11,7 +11,7 @@ from ktmerge.checkpoints.files import copy_files, refuse_overlap
 from ktmerge.checkpoints.header import FilePlan, TensorInfo
 from ktmerge.checkpoints.hub import resolve
 from ktmerge.checkpoints.parts import Parts
-from ktmerge.checkpoints.reader import TensorReader
+from ktmerge.checkpoints.reader import Reader, TensorReader
 from ktmerge.checkpoints.verify import verify_loadable
 from ktmerge.checkpoints.writer import Writer
 
@@ -21,6 +21,7 @@ __all__ = [
     "FilePlan",
     "PartExpression",
     "Parts",
+    "Reader",
     "TensorClass",
     "TensorInfo",
     "TensorReader",

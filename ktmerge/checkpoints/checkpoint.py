@@ -11,7 +11,7 @@ from typing import Any
 
 from ktmerge.checkpoints.header import FileStamp, TensorInfo, TensorSpec, read_header
 from ktmerge.checkpoints.layout import Layout, read_json, read_layout
-from ktmerge.checkpoints.reader import TensorReader
+from ktmerge.checkpoints.reader import Reader, TensorReader
 from ktmerge.errors import UsageError, did_you_mean
 from ktmerge.progress import SILENT, Progress
 
@@ -94,7 +94,7 @@ class Checkpoint:
         """Bytes of all tensors together."""
         return sum(info.nbytes for info in self.tensors.values())
 
-    def reader(self) -> TensorReader:
+    def reader(self) -> Reader:
         """Open the weights for reading; use as a context manager."""
         return TensorReader(self.root, self.tensors, self.stamps)
 

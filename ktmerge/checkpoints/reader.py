@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ktmerge.checkpoints.dtypes import BITS, torch_dtype
 from ktmerge.checkpoints.header import FileStamp, TensorInfo
@@ -18,6 +18,26 @@ if TYPE_CHECKING:
 
 BLOCK = 8 << 20
 """Bytes read at a time by `TensorReader.blocks`."""
+
+
+class Reader(Protocol):
+    """Where the tensors of one checkpoint come from: its files, or something that stands for them.
+
+    A context manager; every method but ``close`` may be called from any thread.
+    """
+
+    def __enter__(self) -> Reader: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+    def close(self) -> None: ...
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor: ...
+    def read_into(self, name: str, start: int, target: memoryview) -> None: ...
+    def place(self, name: str) -> tuple[int, int, int] | None:
+        """None if the bytes lie in no file as they are."""
+
+    def blocks(self, name: str) -> Iterator[memoryview]: ...
+    def check_unchanged(self) -> None: ...
 
 
 class TensorReader:
@@ -61,8 +81,22 @@ class TensorReader:
         width = BITS[info.dtype] // 8
         raw = torch.empty((stop - start) * width, dtype=torch.uint8)
         if raw.numel():
-            self._fill(info, raw.numpy().data, info.begin + start * width)
+            self.read_into(name, start, raw.numpy().data)
         return raw.view(dtype)
+
+    def read_into(self, name: str, start: int, target: memoryview) -> None:
+        """Fill ``target``, bytes, with the elements from ``start`` on, in the tensor's own type; loads no torch.
+
+        Raises:
+            KtmergeError: as `read`.
+        """
+        info = self._tensors[name]
+        self._fill(info, target, info.begin + start * (BITS[info.dtype] // 8))
+
+    def place(self, name: str) -> tuple[int, int, int] | None:
+        """Descriptor, first and last byte (exclusive) where the tensor lies as it is, for the kernel to copy."""
+        info = self._tensors[name]
+        return self._descriptor(info.file), info.begin, info.end
 
     def blocks(self, name: str) -> Iterator[memoryview]:
         """The bytes of a tensor of any type, in pieces of at most `BLOCK`; a piece is valid until the next."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from ktmerge.checkpoints import Checkpoint, TensorInfo, TensorReader, Writer, align
+from ktmerge.checkpoints import Checkpoint, Reader, TensorInfo, Writer, align
 from ktmerge.checkpoints.dtypes import tag_of
 from ktmerge.errors import UsageError
 
@@ -27,7 +27,7 @@ class Sink(Protocol):
     def write(self, name: str, values: Tensor, start: int) -> None:
         """Take elements from ``start`` on, flat, in that type."""
 
-    def copy(self, name: str, reader: TensorReader, source: str) -> None:
+    def copy(self, name: str, reader: Reader, source: str) -> None:
         """Take a whole tensor as it is."""
 
 
@@ -43,7 +43,7 @@ class FileSink:
     def write(self, name: str, values: Tensor, start: int) -> None:
         self._writer.write(name, values, start)
 
-    def copy(self, name: str, reader: TensorReader, source: str) -> None:
+    def copy(self, name: str, reader: Reader, source: str) -> None:
         start = 0
         for block in reader.blocks(source):
             self._writer.write_bytes(name, block, start)
@@ -85,7 +85,7 @@ class LiveSink:
         with torch.no_grad():
             target.view(-1)[start : start + values.numel()].copy_(values)
 
-    def copy(self, name: str, reader: TensorReader, source: str) -> None:
+    def copy(self, name: str, reader: Reader, source: str) -> None:
         self.write(name, reader.read(source), 0)
 
 

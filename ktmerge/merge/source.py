@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ktmerge.checkpoints import TensorReader
+from ktmerge.checkpoints import Reader
 from ktmerge.errors import KtmergeError
 from ktmerge.merge.plan import Plan, TensorPlan
 
@@ -47,8 +47,8 @@ class Sources:
         self._device = device
         self._chunk = chunk
         self._stack = ExitStack()
-        self.base: TensorReader = plan.base.reader()
-        self.experts: dict[str, TensorReader] = {expert.name: expert.checkpoint.reader() for expert in plan.experts}
+        self.base: Reader = plan.base.reader()
+        self.experts: dict[str, Reader] = {expert.name: expert.checkpoint.reader() for expert in plan.experts}
         self._held: tuple[str, tuple[Tensor, ...]] | None = None
         self._checked: set[tuple[str, int]] = set()
 
@@ -118,7 +118,7 @@ class Sources:
                 raise KtmergeError(f"{found}; blending would spread them.")
 
 
-def equal_bytes(first: TensorReader, name: str, second: TensorReader, other: str) -> bool:
+def equal_bytes(first: Reader, name: str, second: Reader, other: str) -> bool:
     """Whether two tensors of the same type and shape are equal byte by byte."""
     pairs = zip(first.blocks(name), second.blocks(other), strict=True)
     return all(a == b for a, b in pairs)

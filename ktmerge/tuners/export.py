@@ -13,7 +13,7 @@ from ktmerge.errors import KtmergeError
 from ktmerge.progress import SILENT, Progress
 
 if TYPE_CHECKING:
-    from ktmerge.checkpoints import TensorReader
+    from ktmerge.checkpoints import Reader
 
 TAGS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _ELEMENTS = 1 << 22
@@ -71,7 +71,7 @@ def export(
         writer.copy_files(base)
 
 
-def _convert(reader: TensorReader, source: str, writer: Writer, name: str) -> None:
+def _convert(reader: Reader, source: str, writer: Writer, name: str) -> None:
     import torch
 
     info = writer.planned[name]
@@ -82,7 +82,7 @@ def _convert(reader: TensorReader, source: str, writer: Writer, name: str) -> No
         writer.write(name, values, start)
 
 
-def _copy(reader: TensorReader, writer: Writer, name: str) -> None:
+def _copy(reader: Reader, writer: Writer, name: str) -> None:
     position = 0
     for block in reader.blocks(name):
         writer.write_bytes(name, block, position)
