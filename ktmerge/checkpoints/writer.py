@@ -6,10 +6,8 @@ Knows where every byte goes before the first is written; knows nothing about wha
 from __future__ import annotations
 
 import json
-import os
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -18,8 +16,10 @@ from typing import TYPE_CHECKING
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.dtypes import BITS, tag_of
 from ktmerge.checkpoints.files import clear_os_errors, copy_files
+from ktmerge.checkpoints.follower import Follower
 from ktmerge.checkpoints.header import FilePlan, TensorInfo, build_header
-from ktmerge.checkpoints.staging import Staging, preallocate, sync_tree
+from ktmerge.checkpoints.output import OutputFile
+from ktmerge.checkpoints.staging import Staging, sync_tree
 from ktmerge.errors import KtmergeError, UsageError
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ _SPARE = 16 << 20
 class Writer:
     """Context manager around one output folder; leaving it cleanly publishes the folder, any exception removes it.
 
-    Inside: `plan` (or `plan_like`) once, then `write` and `write_bytes` from any thread until every planned tensor is
-    complete, `copy_files` and `add_text` at any time.
+    Inside: `plan` (or `plan_like`) once, then `write`, `write_bytes` and `copy_range` from any thread until every
+    planned tensor is complete, `copy_files` and `add_text` at any time.
 
     Args:
         out: the folder to appear.
@@ -47,11 +47,10 @@ class Writer:
         self.out = Path(out)
         self._staging = Staging(self.out, overwrite)
         self._planned: dict[str, TensorInfo] = {}
-        self._written: dict[str, list[tuple[int, int]]] = {}
-        self._descriptors: dict[str, int] = {}
+        self._files: dict[str, OutputFile] = {}
+        self._arrived = threading.Condition()
+        self._follower: Follower | None = None
         self._index: str | None = None
-        self._idle = threading.Condition()
-        self._writing = 0
 
     def __enter__(self) -> Writer:
         self._staging.open()
@@ -118,7 +117,9 @@ class Writer:
         self._staging.require_space(sum(sizes.values()) + extra_bytes + _SPARE)
         self._index = index_file or ("model.safetensors.index.json" if len(files) > 1 else None)
         for file, (header, _) in headers.items():
-            self._create(file, header, sizes[file])
+            self._files[file] = OutputFile(self.folder / file, self.out / file, sizes[file], self._arrived)
+            self._files[file].write(memoryview(header), 0)
+        self._follower = Follower(self._files, self._arrived)
 
     def write(self, name: str, tensor: torch.Tensor, start: int = 0) -> None:
         """Write the elements of ``tensor`` from element ``start`` of the planned tensor ``name`` on; any thread may.
@@ -138,6 +139,28 @@ class Writer:
         """Write raw bytes from byte ``start`` of the planned tensor ``name`` on; any thread may."""
         self._write(self._info(name), memoryview(data).cast("B"), start)
 
+    def copy_range(self, name: str, descriptor: int, begin: int, end: int) -> bool:
+        """Let the kernel copy a whole tensor, the bytes ``[begin, end)`` of an open file; False if it cannot.
+
+        Raises:
+            KtmergeError: the tensor is planned with another size, or the disk is full.
+        """
+        info = self._info(name)
+        if end - begin != info.nbytes:
+            raise KtmergeError(f"tensor '{name}' has {info.nbytes} bytes; {end - begin} were given.")
+        return self._files[info.file].copy(descriptor, begin, end, info.begin)
+
+    def digests(self) -> dict[str, str]:
+        """sha256 of every weight file as hexadecimal; to be asked when every tensor is complete.
+
+        Raises:
+            KtmergeError: a tensor is incomplete, or a file cannot be read back.
+        """
+        self._require_complete()
+        if self._follower is None:
+            raise KtmergeError(f"{self.out}: nothing was planned, so there is nothing to hash.")
+        return self._follower.digests()
+
     def copy_files(self, checkpoint: Checkpoint, skip: Collection[str] = ()) -> list[str]:
         """Carry the non-weight files of ``checkpoint``; texts added before stay."""
         return copy_files(checkpoint, self.folder, skip)
@@ -155,24 +178,11 @@ class Writer:
         except KeyError:
             raise KtmergeError(f"{self.out}: tensor '{name}' is not planned.") from None
 
-    def _create(self, file: str, header: bytes, size: int) -> None:
-        path = self.folder / file
-        with clear_os_errors(self.out / file):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-            self._descriptors[file] = descriptor
-            preallocate(descriptor, size)
-            _pwrite(descriptor, memoryview(header), 0)
-
     def _write(self, info: TensorInfo, data: memoryview, start: int) -> None:
         stop = start + len(data)
         if start < 0 or stop > info.nbytes:
             raise KtmergeError(f"tensor '{info.name}' has {info.nbytes} bytes; bytes {start} to {stop} were given.")
-        with self._open(info.file) as descriptor, clear_os_errors(self.out / info.file):
-            _pwrite(descriptor, data, info.begin + start)
-        if len(data):
-            with self._idle:
-                self._written[info.name] = _joined([*self._written.get(info.name, ()), (start, stop)])
+        self._files[info.file].write(data, info.begin + start)
 
     def _commit(self) -> None:
         if not self._planned:
@@ -180,9 +190,8 @@ class Writer:
         self._require_complete()
         if self._index is not None:
             self.add_text(self._index, self._index_text())
-        with clear_os_errors(self.out):
-            for descriptor in self._descriptors.values():
-                os.fsync(descriptor)
+        for file in self._files.values():
+            file.sync()
         self._close()
         self._verify()
         sync_tree(self.folder, skip=frozenset(info.file for info in self._planned.values()))
@@ -190,9 +199,8 @@ class Writer:
 
     def _require_complete(self) -> None:
         for info in self._planned.values():
-            done = self._written.get(info.name, [])
-            if info.nbytes and done != [(0, info.nbytes)]:
-                count = sum(stop - start for start, stop in done)
+            count = self._files[info.file].count(info.begin, info.end)
+            if count != info.nbytes:
                 raise KtmergeError(f"tensor '{info.name}': only {count} of its {info.nbytes} bytes were written.")
 
     def _verify(self) -> None:
@@ -212,43 +220,8 @@ class Writer:
         total = sum(info.nbytes for info in self._planned.values())
         return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
 
-    @contextmanager
-    def _open(self, file: str) -> Iterator[int]:
-        """A file's descriptor, which stays open while it is used: a closed one's number may soon be another file's."""
-        with self._idle:
-            if file not in self._descriptors:
-                raise KtmergeError(f"{self.out}: is closed; nothing more can be written.")
-            descriptor = self._descriptors[file]
-            self._writing += 1
-        try:
-            yield descriptor
-        finally:
-            with self._idle:
-                self._writing -= 1
-                self._idle.notify_all()
-
     def _close(self) -> None:
-        with self._idle:
-            descriptors = list(self._descriptors.values())
-            self._descriptors.clear()
-            self._idle.wait_for(lambda: self._writing == 0)
-        for descriptor in descriptors:
-            os.close(descriptor)
-
-
-def _pwrite(descriptor: int, data: memoryview, position: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(descriptor, data[done:], position + done)
-
-
-def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Disjoint sorted spans that cover the same bytes."""
-    spans.sort()
-    joined = [spans[0]]
-    for start, stop in spans[1:]:
-        if start <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(joined[-1][1], stop))
-        else:
-            joined.append((start, stop))
-    return joined
+        if self._follower is not None:
+            self._follower.stop()
+        for file in self._files.values():
+            file.close()

@@ -10,7 +10,7 @@ from typing import Any
 from ktmerge.checkpoints import Writer, refuse_overlap
 from ktmerge.errors import KtmergeError
 from ktmerge.merge.plan import Plan, plan_blend
-from ktmerge.merge.record import FILE, file_digest, record
+from ktmerge.merge.record import FILE, record
 from ktmerge.merge.report import BlendReport
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.schema import Recipe
@@ -36,16 +36,14 @@ def blend(
     from ktmerge.merge.sinks import FileSink, require_device
 
     started = time.perf_counter()
-    require_device(device)
+    if device not in ("auto", "cpu"):
+        require_device(device)
     plan = plan_blend(recipe)
     refuse_overlap(out, [plan.base.root, *(expert.checkpoint.root for expert in plan.experts)])
     with Writer(out, overwrite) as writer:
         writer.plan_like(plan.base, plan.dtypes)
         report = execute(plan, FileSink(writer), device, progress)
-        with progress.task("digest", report.written, "bytes") as step:
-            for file in plan.base.weight_files:
-                report.out[file] = file_digest(writer.folder / file)
-                step.advance((writer.folder / file).stat().st_size)
+        report.out = writer.digests()
         if recipe.output.dtype != "base":
             writer.add_text("config.json", _config(plan))
         writer.add_text(FILE, record(plan, report))

@@ -5,29 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ktmerge import __version__
-from ktmerge.errors import KtmergeError
 from ktmerge.merge.kernels.keys import SCHEME
 from ktmerge.merge.plan import Plan
 from ktmerge.merge.registry import methods
 from ktmerge.merge.report import BlendReport
 
 FILE = "ktmerge.json"
-_BLOCK = 8 << 20
 
 
 def record(plan: Plan, report: BlendReport) -> str:
     """The record as JSON; the same blend gives the same text."""
-    import torch
-
     document = {
         "ktmerge": 1,
         "kind": "blend",
         "recipe": _recipe(plan),
-        "versions": {"ktmerge": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": versions(),
         "methods": _semantics(plan),
         "random": {"seed": plan.recipe.seed, "scheme": SCHEME},
         "inputs": {
@@ -42,27 +39,16 @@ def record(plan: Plan, report: BlendReport) -> str:
     return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
 
+def versions() -> dict[str, str]:
+    """What computed it; torch is asked without being loaded."""
+    return {"ktmerge": __version__, "torch": version("torch"), "python": platform.python_version()}
+
+
 def coefficients_digest(plan: Plan) -> str:
     """sha256 over what decides every tensor's values: action, stages, parameters, lambda, weights, type."""
     weights = {expert.name: expert.weight for expert in plan.experts}
     rows: list[Any] = [weights, *(tensor.coefficients() for tensor in plan.tensors)]
     return hashlib.sha256(json.dumps(rows, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file.
-
-    Raises:
-        KtmergeError: it cannot be read.
-    """
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb", buffering=0) as stream:
-            while block := stream.read(_BLOCK):
-                digest.update(block)
-    except OSError as error:
-        raise KtmergeError(f"{path}: cannot be read: {error.strerror}.") from None
-    return digest.hexdigest()
 
 
 def _recipe(plan: Plan) -> dict[str, Any]:

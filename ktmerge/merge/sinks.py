@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-
 from ktmerge.checkpoints import Checkpoint, Reader, TensorInfo, Writer, align
-from ktmerge.checkpoints.dtypes import tag_of
+from ktmerge.checkpoints.dtypes import tag_of, torch_dtype
 from ktmerge.errors import UsageError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 # Types that hold every value of the key type.
@@ -19,7 +18,7 @@ _HOLDS = {"BF16": ("BF16", "F32", "F64"), "F16": ("F16", "F32", "F64"), "F32": (
 
 
 class Sink(Protocol):
-    """Takes tensors piece by piece, under the base's names."""
+    """Takes tensors piece by piece, under the base's names, from any number of threads in any order."""
 
     def dtype(self, name: str, planned: str) -> str:
         """The type to round to, given the one the plan asks for."""
@@ -27,8 +26,17 @@ class Sink(Protocol):
     def write(self, name: str, values: Tensor, start: int) -> None:
         """Take elements from ``start`` on, flat, in that type."""
 
+    def write_bytes(self, name: str, data: memoryview, start: int) -> None:
+        """Take bytes of that type, from byte ``start`` on."""
+
     def copy(self, name: str, reader: Reader, source: str) -> None:
         """Take a whole tensor as it is."""
+
+    def finished(self, name: str) -> dict[str, Any] | None:
+        """The report of a tensor that an interrupted run completed and that is there; it need not be made again."""
+
+    def finish(self, name: str, report: dict[str, Any]) -> None:
+        """All of a tensor was written or copied; ``report`` is what `finished` will say of it."""
 
 
 class FileSink:
@@ -43,11 +51,23 @@ class FileSink:
     def write(self, name: str, values: Tensor, start: int) -> None:
         self._writer.write(name, values, start)
 
+    def write_bytes(self, name: str, data: memoryview, start: int) -> None:
+        self._writer.write_bytes(name, data, start)
+
     def copy(self, name: str, reader: Reader, source: str) -> None:
+        place = reader.place(source)
+        if place is not None and self._writer.copy_range(name, *place):
+            return
         start = 0
         for block in reader.blocks(source):
             self._writer.write_bytes(name, block, start)
             start += len(block)
+
+    def finished(self, name: str) -> dict[str, Any] | None:
+        return None
+
+    def finish(self, name: str, report: dict[str, Any]) -> None:
+        pass
 
 
 class LiveSink:
@@ -70,23 +90,41 @@ class LiveSink:
         if alignment.missing or alignment.mismatched or alignment.ambiguous or loose:
             alignment.require_complete()
         self._targets: Mapping[str, Tensor] = {name: state[found] for name, found in alignment.mapping.items()}
+        self._tags: dict[str, str] = {}
 
     def dtype(self, name: str, planned: str) -> str:
         target = self._targets.get(name)
-        if target is None:
-            return planned
-        own = tag_of(target.dtype)
-        return planned if own in _HOLDS.get(planned, (planned,)) else own
+        own = planned if target is None else tag_of(target.dtype)
+        self._tags[name] = planned if own in _HOLDS.get(planned, (planned,)) else own
+        return self._tags[name]
 
     def write(self, name: str, values: Tensor, start: int) -> None:
+        import torch
+
         target = self._targets.get(name)
         if target is None:
             return  # a buffer that the model computes itself
         with torch.no_grad():
             target.view(-1)[start : start + values.numel()].copy_(values)
 
+    def write_bytes(self, name: str, data: memoryview, start: int) -> None:
+        import torch
+
+        target = self._targets.get(name)
+        if target is None or not len(data):
+            return
+        dtype = torch_dtype(self._tags[name])
+        values = torch.frombuffer(bytearray(data) if data.readonly else data, dtype=torch.uint8).view(dtype)
+        self.write(name, values, start // dtype.itemsize)
+
     def copy(self, name: str, reader: Reader, source: str) -> None:
         self.write(name, reader.read(source), 0)
+
+    def finished(self, name: str) -> dict[str, Any] | None:
+        return None
+
+    def finish(self, name: str, report: dict[str, Any]) -> None:
+        pass
 
 
 def _as_checkpoint(state: Mapping[str, Tensor], base: Checkpoint) -> Checkpoint:
@@ -114,6 +152,8 @@ def require_device(device: str) -> torch.device:
     Raises:
         UsageError: there is no such device here.
     """
+    import torch
+
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

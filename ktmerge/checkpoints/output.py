@@ -1,0 +1,141 @@
+"""One file of known size that is written in pieces, from any thread, by the process or by the kernel."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ktmerge.checkpoints.files import clear_os_errors
+from ktmerge.checkpoints.spans import Spans
+from ktmerge.checkpoints.staging import preallocate
+from ktmerge.errors import KtmergeError
+
+_KERNEL_COPY = 64 << 20
+"""Bytes the kernel copies at a time, so that those who follow see them arrive and a signal is heard."""
+NOTICE = 4 << 20
+"""Those who follow are woken whenever the prefix passes a multiple of this, and at the end."""
+_CANNOT_COPY = frozenset({errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY})
+
+
+class OutputFile:
+    """A file being written, and which of its bytes have arrived.
+
+    Args:
+        path: where it is written.
+        shown: its name in messages.
+        size: bytes; the room is reserved at once.
+        arrived: notified when more of the file has arrived without a gap; shared by all files of a writer.
+
+    Raises:
+        KtmergeError: it cannot be made, or the disk is full.
+    """
+
+    def __init__(self, path: Path, shown: Path, size: int, arrived: threading.Condition) -> None:
+        self.size = size
+        self._shown = shown
+        self._arrived = arrived
+        self._spans = Spans()
+        self._writing = 0
+        with clear_os_errors(shown):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                preallocate(descriptor, size)
+            except BaseException:
+                os.close(descriptor)
+                raise
+        self._descriptor: int | None = descriptor
+
+    @property
+    def prefix(self) -> int:
+        """Bytes that have arrived without a gap from the beginning; to be asked with ``arrived`` held."""
+        return self._spans.prefix
+
+    @property
+    def descriptor(self) -> int:
+        """For those who read what has arrived.
+
+        Raises:
+            KtmergeError: the file is closed.
+        """
+        if self._descriptor is None:
+            raise KtmergeError(f"{self._shown}: is closed; nothing more can be written.")
+        return self._descriptor
+
+    def count(self, start: int, stop: int) -> int:
+        """How many of the bytes ``[start, stop)`` have arrived."""
+        with self._arrived:
+            return self._spans.count(start, stop)
+
+    def write(self, data: memoryview, position: int) -> None:
+        """Write ``data``, bytes, from ``position`` on.
+
+        Raises:
+            KtmergeError: the disk is full or fails, or the file is closed.
+        """
+        with self._use() as descriptor:
+            done = 0
+            while done < len(data):
+                done += os.pwrite(descriptor, data[done:], position + done)
+        self.mark(position, position + len(data))
+
+    def copy(self, source: int, begin: int, end: int, position: int) -> bool:
+        """Let the kernel copy the bytes ``[begin, end)`` of the descriptor ``source``; False if it cannot.
+
+        Raises:
+            KtmergeError: the disk is full or fails, or the file is closed.
+        """
+        copy_range = getattr(os, "copy_file_range", None)
+        while copy_range is not None and begin < end:
+            with self._use() as descriptor:
+                try:
+                    count = copy_range(source, descriptor, min(end - begin, _KERNEL_COPY), begin, position)
+                except OSError as error:
+                    if error.errno not in _CANNOT_COPY:
+                        raise
+                    return False
+            if not count:
+                return False  # the source is shorter than it was, which whoever reads it can say better
+            self.mark(position, position + count)
+            begin, position = begin + count, position + count
+        return begin == end
+
+    def mark(self, start: int, stop: int) -> None:
+        """Say that the bytes ``[start, stop)`` have arrived."""
+        with self._arrived:
+            before = self._spans.prefix
+            self._spans.add(start, stop)
+            after = self._spans.prefix
+            if after // NOTICE > before // NOTICE or before < after == self.size:
+                self._arrived.notify_all()
+
+    def sync(self) -> None:
+        """Force everything to the disk."""
+        with self._use() as descriptor:
+            os.fsync(descriptor)
+
+    def close(self) -> None:
+        """Close it when nobody writes any more: a closed descriptor's number may soon be another file's."""
+        with self._arrived:
+            descriptor, self._descriptor = self._descriptor, None
+            self._arrived.wait_for(lambda: self._writing == 0)
+        if descriptor is not None:
+            os.close(descriptor)
+
+    @contextmanager
+    def _use(self) -> Iterator[int]:
+        with self._arrived:
+            descriptor = self.descriptor
+            self._writing += 1
+        try:
+            with clear_os_errors(self._shown):
+                yield descriptor
+        finally:
+            with self._arrived:
+                self._writing -= 1
+                if self._descriptor is None:
+                    self._arrived.notify_all()
