@@ -155,10 +155,11 @@ def blend(
     out: str | Path,
     *,
     device: str = "auto",
+    resume: bool = False,
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> BlendReport:
-    """Blend base and experts into the checkpoint folder ``out``.
+    """Blend base and experts into the checkpoint folder ``out``; ``resume`` goes on where a killed run stopped.
 
     Raises:
         UsageError: wrong recipe or inputs, or ``out`` exists and ``overwrite`` is not set.
@@ -166,7 +167,7 @@ def blend(
     """
     from ktmerge import merge
 
-    return merge.blend(_loaded(recipe), Path(out), device=device, overwrite=overwrite, progress=progress)
+    return merge.blend(_loaded(recipe), Path(out), device=device, resume=resume, overwrite=overwrite, progress=progress)
 
 
 def blend_into(model: Any, recipe: RecipeLike, *, progress: Progress = SILENT) -> BlendReport:

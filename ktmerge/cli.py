@@ -109,6 +109,7 @@ def blend(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done to which tensors, and stop.")
     ] = False,
+    resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
     json_: JsonOption = False,
 ) -> None:
@@ -122,7 +123,9 @@ def blend(
         return
     if out is None:
         raise typer.BadParameter("needed unless --dry-run is given", param_hint="--out")
-    report = api.blend(loaded, out, device=device, overwrite=overwrite, progress=console.TerminalProgress())
+    report = api.blend(
+        loaded, out, device=device, resume=resume, overwrite=overwrite, progress=console.TerminalProgress()
+    )
     console.print_json(report.to_json()) if json_ else console.print_table(*report.table())
 
 

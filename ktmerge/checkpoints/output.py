@@ -9,13 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import xxhash
+
 from ktmerge.checkpoints.files import clear_os_errors
+from ktmerge.checkpoints.journal import Entry
 from ktmerge.checkpoints.spans import Spans
 from ktmerge.checkpoints.staging import preallocate
 from ktmerge.errors import KtmergeError
 
 _KERNEL_COPY = 64 << 20
 """Bytes the kernel copies at a time, so that those who follow see them arrive and a signal is heard."""
+_READ = 1 << 20
 NOTICE = 4 << 20
 """Those who follow are woken whenever the prefix passes a multiple of this, and at the end."""
 _CANNOT_COPY = frozenset({errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY})
@@ -25,7 +29,7 @@ class OutputFile:
     """A file being written, and which of its bytes have arrived.
 
     Args:
-        path: where it is written.
+        path: where it is written; a file that an interrupted run left there keeps its bytes.
         shown: its name in messages.
         size: bytes; the room is reserved at once.
         arrived: notified when more of the file has arrived without a gap; shared by all files of a writer.
@@ -42,8 +46,10 @@ class OutputFile:
         self._writing = 0
         with clear_os_errors(shown):
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
+                if os.fstat(descriptor).st_size > size:
+                    os.ftruncate(descriptor, size)
                 preallocate(descriptor, size)
             except BaseException:
                 os.close(descriptor)
@@ -103,6 +109,27 @@ class OutputFile:
             self.mark(position, position + count)
             begin, position = begin + count, position + count
         return begin == end
+
+    def holds(self, position: int, entry: Entry) -> bool:
+        """Whether the pieces of a tensor that begins at ``position`` read back as they were written.
+
+        Raises:
+            KtmergeError: the file cannot be read, or is closed.
+        """
+        buffer = memoryview(bytearray(_READ))
+        for piece in entry.pieces:
+            checksum = xxhash.xxh3_64()
+            start, stop = position + piece.start, position + piece.stop
+            while start < stop:
+                with self._use() as descriptor:
+                    count = os.preadv(descriptor, [buffer[: stop - start]], start)
+                if not count:
+                    return False
+                checksum.update(buffer[:count])
+                start += count
+            if checksum.intdigest() != piece.checksum:
+                return False
+        return True
 
     def mark(self, start: int, stop: int) -> None:
         """Say that the bytes ``[start, stop)`` have arrived."""

@@ -9,7 +9,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from ktmerge.checkpoints.files import clear_os_errors
@@ -43,8 +43,11 @@ class Staging:
         """The temporary folder."""
         return self._out.parent / f".{self._out.name}.ktmerge-{os.getpid()}"
 
-    def open(self) -> None:
-        """Make the folder, removing what dead runs left beside it.
+    def open(self, wanted: Callable[[Path], bool] = lambda folder: False) -> list[Path]:
+        """Make the folder, or take over one that a dead run left beside it and that is ``wanted``.
+
+        Returns:
+            what else dead runs had left, which is removed.
 
         Raises:
             KtmergeError: another run is writing the same output from this process, or the place cannot be written.
@@ -53,12 +56,14 @@ class Staging:
             self._made = _make_parents(self._out.parent)
         try:
             with clear_os_errors(self._out.parent):
-                _remove_stale(self._out)
+                removed = self._take_over(wanted)
                 refuse_output(self._given, self._overwrite)  # the line above may have put an old output back
-                self._lock = _make_locked(self.folder)
+                if self._lock is None:
+                    self._lock = _make_locked(self.folder)
         except BaseException:
-            self._remove_made()
+            self.leave()
             raise
+        return removed
 
     def require_space(self, needed: int) -> None:
         """Refuse to start what the disk cannot hold.
@@ -91,15 +96,29 @@ class Staging:
     def discard(self) -> None:
         """Remove whatever stands under the temporary name: the unfinished output, or the replaced one."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.leave()
+
+    def leave(self) -> None:
+        """Go as a killed run does, the unfinished output staying; empty parents made for it don't."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-        self._remove_made()
-
-    def _remove_made(self) -> None:
         with contextlib.suppress(OSError):
             while self._made:
                 self._made.pop().rmdir()
+
+    def _take_over(self, wanted: Callable[[Path], bool]) -> list[Path]:
+        """Go through the temporary folders of this output that no living run holds; return the removed ones."""
+        removed: list[Path] = []
+        for path, descriptor in _dead_runs(self._out):
+            if self._lock is None and wanted(path) and (path == self.folder or not self.folder.exists()):
+                self._lock = descriptor
+                os.rename(path, self.folder)
+            else:
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(descriptor)
+                removed.append(path)
+        return removed
 
 
 def refuse_output(out: Path, overwrite: bool) -> None:
@@ -218,10 +237,10 @@ def _try_lock(descriptor: int) -> None:
             raise
 
 
-def _remove_stale(out: Path) -> None:
-    """Remove the temporary folders of the same output that no living run holds."""
+def _dead_runs(out: Path) -> Iterator[tuple[Path, int]]:
+    """The temporary folders of the same output that no living run holds, each with a descriptor that locks it now."""
     pattern = re.compile(re.escape(f".{out.name}.ktmerge-") + r"\d+(-old)?$")
-    for name in os.listdir(out.parent):
+    for name in sorted(os.listdir(out.parent)):
         if not pattern.match(name):
             continue
         path = out.parent / name
@@ -234,8 +253,10 @@ def _remove_stale(out: Path) -> None:
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path, ignore_errors=True)
+            held = os.path.samestat(os.fstat(descriptor), os.stat(path))
         except OSError:
-            pass  # in use, or a file system without locks, where nobody can tell
-        finally:
+            held = False  # in use, or a file system without locks, where nobody can tell
+        if held:
+            yield path, descriptor
+        else:
             os.close(descriptor)

@@ -11,13 +11,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.dtypes import BITS, tag_of
 from ktmerge.checkpoints.files import clear_os_errors, copy_files
 from ktmerge.checkpoints.follower import Follower
 from ktmerge.checkpoints.header import FilePlan, TensorInfo, build_header
+from ktmerge.checkpoints.inheritance import Inheritance
+from ktmerge.checkpoints.journal import FILE, Entry, Journal, Remains
 from ktmerge.checkpoints.output import OutputFile
 from ktmerge.checkpoints.staging import Staging, sync_tree
 from ktmerge.errors import KtmergeError, UsageError
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 _SPARE = 16 << 20
 """Bytes left free beside what the plan needs: folder entries, texts, the index."""
+_PER_PIECE, _PER_LINE = 1024, 2048
+"""A journal takes less than one byte for so many of a tensor, and so many bytes beside for each tensor."""
 
 
 class Writer:
@@ -35,16 +39,28 @@ class Writer:
     Inside: `plan` (or `plan_like`) once, then `write`, `write_bytes` and `copy_range` from any thread until every
     planned tensor is complete, `copy_files` and `add_text` at any time.
 
+    With a ``pin``, each tensor that `finish` is told of is written down, so that the next writer of the same output
+    with the same pin can go on where this one was killed: what `finished` answers for need not be written again.
+
     Args:
         out: the folder to appear.
         overwrite: replace the checkpoint that is there; otherwise an existing output is refused at once.
+        pin: everything the bytes depend on, as JSON data; None to keep no journal.
+        resume: go on with what an interrupted run left, and leave the same if interrupted (by Ctrl-C, not by an error).
 
     Raises:
         UsageError: ``out`` exists and may not be replaced.
     """
 
-    def __init__(self, out: Path, overwrite: bool = False) -> None:
+    def __init__(
+        self, out: Path, overwrite: bool = False, *, pin: Mapping[str, Any] | None = None, resume: bool = False
+    ) -> None:
         self.out = Path(out)
+        self.notes: list[str] = []
+        self._pin: dict[str, Any] = json.loads(json.dumps(pin or {}))  # as it will be read back
+        self._resume = resume and pin is not None
+        self._remains: dict[str, Entry] = {}
+        self._journal: Journal | None = None
         self._staging = Staging(self.out, overwrite)
         self._planned: dict[str, TensorInfo] = {}
         self._files: dict[str, OutputFile] = {}
@@ -53,18 +69,31 @@ class Writer:
         self._index: str | None = None
 
     def __enter__(self) -> Writer:
-        self._staging.open()
+        inheritance = Inheritance(self._pin, self._resume)
+        removed = self._staging.open(inheritance.fits)
+        self.notes += inheritance.notes(len(removed))
+        with clear_os_errors(self.folder):
+            self._remains = inheritance.take(self.folder)
+            if self._pin:
+                self._journal = Journal(self.folder, Remains(self._pin, self._remains))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
         try:
             if kind is None:
                 self._commit()
+        except KeyboardInterrupt:
+            interrupted = True
+            raise
         finally:
             self._close()
-            self._staging.discard()
+            if interrupted and self._resume and (self.folder / FILE).exists():
+                self._staging.leave()
+            else:
+                self._staging.discard()
 
     @property
     def folder(self) -> Path:
@@ -114,7 +143,8 @@ class Writer:
         sizes = {
             file: max([len(header), *(info.end for info in tensors)]) for file, (header, tensors) in headers.items()
         }
-        self._staging.require_space(sum(sizes.values()) + extra_bytes + _SPARE)
+        there = sum(path.stat().st_blocks * 512 for file in sizes if (path := self.folder / file).exists())
+        self._staging.require_space(sum(sizes.values()) - there + extra_bytes + self._journal_room() + _SPARE)
         self._index = index_file or ("model.safetensors.index.json" if len(files) > 1 else None)
         for file, (header, _) in headers.items():
             self._files[file] = OutputFile(self.folder / file, self.out / file, sizes[file], self._arrived)
@@ -172,6 +202,32 @@ class Writer:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
 
+    def finish(self, name: str, report: dict[str, Any]) -> None:
+        """Say that a tensor is complete; ``report``, JSON data, is what `finished` will answer. Any thread may.
+
+        Raises:
+            KtmergeError: the disk is full.
+        """
+        if self._journal is not None:
+            with clear_os_errors(self.out):
+                self._journal.finish(name, self._info(name).nbytes, report)
+
+    def finished(self, name: str) -> dict[str, Any] | None:
+        """The report of a tensor that an interrupted run completed, if its bytes are still what they were; else None.
+
+        Raises:
+            KtmergeError: they cannot be read.
+        """
+        entry, info = self._remains.get(name), self._info(name)
+        if entry is None or not self._files[info.file].holds(info.begin, entry):
+            return None
+        self._files[info.file].mark(info.begin, info.end)
+        return entry.report
+
+    def _journal_room(self) -> int:
+        total = sum(info.nbytes for info in self._planned.values())
+        return total // _PER_PIECE + len(self._planned) * _PER_LINE if self._pin else 0
+
     def _info(self, name: str) -> TensorInfo:
         try:
             return self._planned[name]
@@ -182,6 +238,8 @@ class Writer:
         stop = start + len(data)
         if start < 0 or stop > info.nbytes:
             raise KtmergeError(f"tensor '{info.name}' has {info.nbytes} bytes; bytes {start} to {stop} were given.")
+        if self._journal is not None:
+            self._journal.wrote(info.name, start, data)
         self._files[info.file].write(data, info.begin + start)
 
     def _commit(self) -> None:
@@ -194,7 +252,9 @@ class Writer:
             file.sync()
         self._close()
         self._verify()
-        sync_tree(self.folder, skip=frozenset(info.file for info in self._planned.values()))
+        with clear_os_errors(self.folder):
+            (self.folder / FILE).unlink(missing_ok=True)
+        sync_tree(self.folder, skip=frozenset(self._files))
         self._staging.publish()
 
     def _require_complete(self) -> None:
@@ -225,3 +285,5 @@ class Writer:
             self._follower.stop()
         for file in self._files.values():
             file.close()
+        if self._journal is not None:
+            self._journal.close()

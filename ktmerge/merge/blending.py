@@ -10,14 +10,20 @@ from typing import Any
 from ktmerge.checkpoints import Writer, refuse_overlap
 from ktmerge.errors import KtmergeError
 from ktmerge.merge.plan import Plan, plan_blend
-from ktmerge.merge.record import FILE, record
+from ktmerge.merge.record import FILE, pin, record
 from ktmerge.merge.report import BlendReport
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.schema import Recipe
 
 
 def blend(
-    recipe: Recipe, out: Path, *, device: str = "auto", overwrite: bool = False, progress: Progress = SILENT
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
 ) -> BlendReport:
     """Blend base and experts into the checkpoint folder ``out``, which appears whole or not at all.
 
@@ -25,6 +31,7 @@ def blend(
         recipe: names base, experts and how to blend.
         out: its tensors get the base's names, its other files are the base's; ``ktmerge.json`` says how it was made.
         device: auto, cpu or cuda; never changes the result.
+        resume: go on with what an interrupted run of the same blend finished, and leave that if interrupted.
         overwrite: replace a checkpoint that is there.
         progress: where to report.
 
@@ -40,7 +47,9 @@ def blend(
         require_device(device)
     plan = plan_blend(recipe)
     refuse_overlap(out, [plan.base.root, *(expert.checkpoint.root for expert in plan.experts)])
-    with Writer(out, overwrite) as writer:
+    with Writer(out, overwrite, pin=pin(plan), resume=resume) as writer:
+        for note in writer.notes:
+            progress.note(note)
         writer.plan_like(plan.base, plan.dtypes)
         report = execute(plan, FileSink(writer), device, progress)
         report.out = writer.digests()

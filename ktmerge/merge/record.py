@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ktmerge import __version__
+from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.header import FileStamp
 from ktmerge.merge.kernels.keys import SCHEME
 from ktmerge.merge.plan import Plan
 from ktmerge.merge.registry import methods
@@ -23,20 +27,42 @@ def record(plan: Plan, report: BlendReport) -> str:
     document = {
         "ktmerge": 1,
         "kind": "blend",
-        "recipe": _recipe(plan),
-        "versions": versions(),
-        "methods": _semantics(plan),
-        "random": {"seed": plan.recipe.seed, "scheme": SCHEME},
-        "inputs": {
-            "base": {"headers": plan.base.header_digest()},
-            **{expert.name: {"headers": expert.checkpoint.header_digest()} for expert in plan.experts},
-        },
-        "coefficients": coefficients_digest(plan),
+        **_origin(plan),
         "output": {"sha256": report.out},
         "parts": report.parts(),
         "notes": report.notes,
     }
     return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+
+def pin(plan: Plan) -> dict[str, Any]:
+    """Everything the bytes of an output depend on, the identity of the input files included."""
+    files = {name: _stamps(checkpoint) for name, checkpoint in _inputs(plan).items()}
+    return {**_origin(plan), "input files": files}
+
+
+def _origin(plan: Plan) -> dict[str, Any]:
+    return {
+        "recipe": _recipe(plan),
+        "versions": versions(),
+        "methods": _semantics(plan),
+        "random": {"seed": plan.recipe.seed, "scheme": SCHEME},
+        "inputs": {name: {"headers": checkpoint.header_digest()} for name, checkpoint in _inputs(plan).items()},
+        "coefficients": coefficients_digest(plan),
+    }
+
+
+def _inputs(plan: Plan) -> dict[str, Checkpoint]:
+    return {"base": plan.base, **{expert.name: expert.checkpoint for expert in plan.experts}}
+
+
+def _stamps(checkpoint: Checkpoint) -> dict[str, list[int]]:
+    """Size, time and inode of every file that is read, as when its header was; of the others, as now."""
+    stamps = dict(checkpoint.stamps)
+    for file in checkpoint.other_files:
+        with suppress(OSError):
+            stamps[file] = FileStamp.of(os.stat(checkpoint.root / file))
+    return {file: [stamp.size, stamp.mtime_ns, stamp.inode] for file, stamp in sorted(stamps.items())}
 
 
 def versions() -> dict[str, str]:
@@ -45,9 +71,9 @@ def versions() -> dict[str, str]:
 
 
 def coefficients_digest(plan: Plan) -> str:
-    """sha256 over what decides every tensor's values: action, stages, parameters, lambda, weights, type."""
+    """sha256 over what decides every tensor's values: action, stages, parameters, lambda, weights, type, rounding."""
     weights = {expert.name: expert.weight for expert in plan.experts}
-    rows: list[Any] = [weights, *(tensor.coefficients() for tensor in plan.tensors)]
+    rows: list[Any] = [weights, plan.recipe.output.rounding, *(tensor.coefficients() for tensor in plan.tensors)]
     return hashlib.sha256(json.dumps(rows, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

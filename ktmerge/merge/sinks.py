@@ -64,10 +64,10 @@ class FileSink:
             start += len(block)
 
     def finished(self, name: str) -> dict[str, Any] | None:
-        return None
+        return self._writer.finished(name)
 
     def finish(self, name: str, report: dict[str, Any]) -> None:
-        pass
+        self._writer.finish(name, report)
 
 
 class LiveSink:

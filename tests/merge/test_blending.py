@@ -291,6 +291,12 @@ def test_memory_does_not_grow_with_the_tensor(tmp_path: Path, recipe_in: Any) ->
         def write(self, name: str, values: torch.Tensor, start: int) -> None:
             sizes.append(values.numel())
 
+        def finished(self, name: str) -> None:
+            return None
+
+        def finish(self, name: str, report: dict[str, Any]) -> None:
+            pass
+
     held, source.HELD = source.HELD, 1000
     try:
         execute(plan, Counting(), "cpu", chunk=4096)
