@@ -95,13 +95,15 @@ def _score_all(
 ) -> dict[str, Selection]:
     import torch
 
+    from ktmerge.checkpoints import Checkpoint
+    from ktmerge.checkpoints.limits import context_length
     from ktmerge.eval import encode_sets, score_model
     from ktmerge.eval.loading import choose_device, choose_dtype, load_model, load_tokenizer
     from ktmerge.merge import blend_into
 
     device = choose_device("auto")
     model, tokenizer = load_model(base, device, choose_dtype(device)), load_tokenizer(base)
-    encoded = encode_sets(sets, tokenizer, None)
+    encoded = encode_sets(sets, tokenizer, context_length(Checkpoint.open(base).config))
 
     def score(label: str) -> dict[str, TaskScore]:
         return score_model(model, tokenizer, sets, encoded=encoded, progress=progress, label=label)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ktmerge.errors import UsageError
-from ktmerge.eval.rows import Row
 from ktmerge.eval.templates import Template, is_template, missing_column
+from ktmerge.recipes.rows import Row
 from ktmerge.recipes.suites import ChoiceTask, GenerateTask, TextTask
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ktmerge.errors import UsageError
-from ktmerge.tuners.rows import Row, read_rows
+from ktmerge.recipes.rows import Row, listing, read_rows
 
 Role = Literal["system", "user", "assistant"]
 
@@ -35,7 +35,6 @@ _SHAREGPT_ROLES: dict[str, Role] = {
     "assistant": "assistant",
 }
 _ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -107,12 +106,6 @@ def read_data(files: Sequence[str], folder: Path, format: str = "auto") -> DataS
     if problems:
         raise UsageError(listing(problems))
     return DataSet(samples, tuple(files), tuple(digests), tuple(formats))
-
-
-def listing(problems: Sequence[str]) -> str:
-    """The first few problems, one a line, and how many more there are."""
-    rest = len(problems) - _SHOWN
-    return "\n".join([*problems[:_SHOWN], *([f"... and {rest} more problems in the data."] if rest > 0 else [])])
 
 
 def _format_of(rows: Sequence[Row], wanted: str, file: str, problems: list[str]) -> str:

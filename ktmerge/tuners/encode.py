@@ -17,7 +17,8 @@ from ktmerge.checkpoints.layout import read_json
 from ktmerge.checkpoints.quiet import quiet_transformers
 from ktmerge.errors import UsageError, first_line
 from ktmerge.progress import SILENT, Progress
-from ktmerge.tuners.data import ChatSample, PlainSample, Sample, listing
+from ktmerge.recipes.rows import listing
+from ktmerge.tuners.data import ChatSample, PlainSample, Sample
 
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ktmerge.errors import UsageError
+from ktmerge.recipes.rows import listing
 from ktmerge.recipes.schema import FinetuneJob
-from ktmerge.tuners.data import listing, read_data
+from ktmerge.tuners.data import read_data
 from ktmerge.tuners.encode import Encoded, Encoder, SampleError
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from ktmerge.demo import selection
 from ktmerge.demo.selection import Selection, at, rewrite, select
-from ktmerge.errors import KtmergeError
+from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.eval.results import PathPoint
 from ktmerge.recipes.load import load_recipe, load_suite
 from ktmerge.recipes.suites import Suite
@@ -112,3 +112,10 @@ def test_nothing_is_scored_twice_unless_something_changed(
     (workshop / "asked.jsonl").write_text("".join(lines[:-1]))
     path(workshop, tiny_llama)
     assert calls == [1, 1]
+
+
+def test_what_the_model_cannot_read_is_refused_before_anything_is_scored(workshop: Path, tiny_llama: Path) -> None:
+    suite = (workshop / "suite.yaml").read_text().replace("chunk_tokens: 32", "chunk_tokens: 600")
+    (workshop / "suite.yaml").write_text(suite)
+    with pytest.raises(UsageError, match="chunk_tokens is 600, the model reads 512 tokens"):
+        path(workshop, tiny_llama)

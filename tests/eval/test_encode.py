@@ -7,7 +7,7 @@ import pytest
 from ktmerge.errors import UsageError
 from ktmerge.eval.encode import Encoder, Request, even_chunks, fingerprint
 from ktmerge.eval.items import make_items
-from ktmerge.eval.rows import Row
+from ktmerge.recipes.rows import Row
 from ktmerge.recipes.suites import ChoiceTask, GenerateTask, TextTask
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from ktmerge.errors import UsageError
 from ktmerge.eval.items import ChoiceItem, GenerateItem, make_items
-from ktmerge.eval.rows import Row
+from ktmerge.recipes.rows import Row
 from ktmerge.recipes.suites import ChoiceTask, GenerateTask, TextTask
 
 

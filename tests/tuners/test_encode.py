@@ -224,4 +224,4 @@ def test_preview_shows_text_and_flags(tmp_path: Path, tiny_llama: Path) -> None:
     assert "".join(text for text, _ in shown[0].tokens) == "日本 Q 日 A" + STOP
     assert "".join(text for text, trained in shown[0].tokens if trained) == " 日 A" + STOP
     assert [one.dropped for one in shown] == [False, True]
-    assert shown[0].where == "a.jsonl: row 1"
+    assert shown[0].where == "a.jsonl:1"

@@ -247,7 +247,7 @@ def test_mistakes_are_found_before_anything_is_made(tiny_llama: Path, tmp_path: 
         assert not (tmp_path / "out").exists()
         assert not (tmp_path / "out.partial").exists()
 
-    refused(r"trainn\.jsonl: no such data file\. Did you mean 'train\.jsonl'", data=["trainn.jsonl"])
+    refused(r"trainn\.jsonl: no such file\. Did you mean 'train\.jsonl'", data=["trainn.jsonl"])
     with pytest.raises(UsageError) as caught:
         tune(tiny_llama, tmp_path, data=["x.jsonl"], eval_upstream="y.jsonl")
     assert "x.jsonl" in str(caught.value)

@@ -1,0 +1,147 @@
+"""Rows of a data file, whatever holds them: JSON lines, a JSON list or parquet. Knows nothing of samples or tasks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ktmerge.errors import did_you_mean, first_line
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
+"""What data files are usually called; the content decides how one is read."""
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row; ``number`` counts from 0 in its file, ``where`` names file and line (or row) in messages."""
+
+    number: int
+    where: str
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a file holds.
+
+    Attributes:
+        rows: those that could be read.
+        problems: a sentence for everything that is wrong, file and line named; nothing else may be relied on then.
+        digest: sha256 of the file.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    digest: str = ""
+
+
+def read_rows(path: Path, name: str) -> Rows:
+    """Read all rows of ``path``, called ``name`` in messages; raises nothing."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return Rows(problems=[f"{name}: no such file{_folder_missing(path)}.{_near(path.name, path.parent)}"])
+    except IsADirectoryError:
+        return Rows(problems=[f"{name}: is a folder; name the data files in it.{_near('', path)}"])
+    except OSError as error:
+        return Rows(problems=[f"{name}: cannot be read: {error.strerror or error}."])
+    rows, problems = [], []
+    try:
+        for number, (where, value) in enumerate(_values(data, path.suffix, name)):
+            if isinstance(value, dict):
+                rows.append(Row(number, where, value))
+            elif isinstance(value, _Broken):
+                problems.append(f"{where}: {value}.")
+            else:
+                problems.append(f"{where}: a row is an object with named values, not {_kind(value)}.")
+    except _FileError as error:
+        return Rows(problems=[f"{name}: {error}"])
+    if not rows and not problems:
+        problems.append(f"{name}: there are no rows in it.")
+    return Rows(rows, problems, hashlib.sha256(data).hexdigest())
+
+
+def listing(problems: Sequence[str]) -> str:
+    """The first few problems, one a line, and how many more there are."""
+    rest = len(problems) - _SHOWN
+    return "\n".join([*problems[:_SHOWN], *([f"... and {rest} more problems in the data."] if rest > 0 else [])])
+
+
+class _FileError(Exception):
+    """What is wrong with a whole file, without its name."""
+
+
+class _Broken(str):
+    """Stands for a row that could not be parsed, and says why."""
+
+
+def _values(data: bytes, suffix: str, name: str) -> Iterator[tuple[str, Any]]:
+    """Where and what: every row of a file, parsed."""
+    if data.startswith(b"PAR1") or suffix == ".parquet":
+        return ((f"{name}, row {number}", value) for number, value in enumerate(_parquet(data), 1))
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _FileError(f"is neither parquet nor text in UTF-8 (byte {error.start}).") from None
+    if text.lstrip().startswith("["):
+        values = _parse(text)
+        if isinstance(values, _Broken):
+            raise _FileError(f"{values}.")
+        return ((f"{name}, row {number}", value) for number, value in enumerate(values, 1))
+    return _lines(text, suffix, name)
+
+
+def _lines(text: str, suffix: str, name: str) -> Iterator[tuple[str, Any]]:
+    # split("\n"), not splitlines(): a row may hold other line separators of Unicode
+    numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    found = [(f"{name}:{number}", _parse(line)) for number, line in numbered]
+    if found and all(isinstance(value, _Broken) for _, value in found):
+        if suffix not in SUFFIXES:
+            raise _FileError(f"is none of {', '.join(SUFFIXES)}.")
+        if not isinstance(_parse(text), _Broken):
+            raise _FileError("is one JSON object; it must be a list of rows, or one row a line.")
+    return iter(found)
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if "\n" in text else ""
+        return _Broken(f"not valid JSON: {error.msg} ({line}column {error.colno})")
+    except (RecursionError, ValueError):
+        return _Broken("not valid JSON: nested too deeply, or with a number too long")
+
+
+def _parquet(data: bytes) -> list[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows: list[Any] = pyarrow.parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _FileError(f"not valid parquet: {first_line(error)}") from None
+    return rows
+
+
+def _folder_missing(path: Path) -> str:
+    return "" if path.parent.is_dir() else f" (there is no folder {path.parent.name})"
+
+
+def _near(wrong: str, folder: Path) -> str:
+    """The data file of a folder that may be meant; all of them where they are few."""
+    try:
+        names = [path.name for path in folder.iterdir() if path.suffix in SUFFIXES]
+    except OSError:
+        return ""
+    return did_you_mean(wrong, names, list_all=len(names) <= _SHOWN)
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false"}
+    return names.get(type(value), "null")
