@@ -1,0 +1,25 @@
+"""Fixtures of the tuners room."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # the helper beside these tests
+
+from tuning import Listener, tune
+
+from ktmerge.tuners import FinetuneReport
+
+
+@pytest.fixture(scope="session")
+def tuned(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FinetuneReport, Listener]:
+    """One fine-tune with both evaluation sets, looked at by many tests."""
+    folder = tmp_path_factory.mktemp("tuned")
+    listener = Listener()
+    report = tune(
+        tiny_llama, folder, eval_upstream="chats.jsonl", eval_downstream="train.jsonl", eval_every=4, progress=listener
+    )
+    return folder / "out", report, listener

@@ -1,0 +1,118 @@
+"""What stops a fine-tune, or is said before it starts: mistakes, existing outputs, a machine at its limits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tuning import JOB, Listener, sha256, tune, write
+
+from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.tuners import finetune
+
+
+def test_mistakes_are_found_before_anything_is_made(tiny_llama: Path, tmp_path: Path) -> None:
+    def refused(message: str, **settings: Any) -> None:
+        with pytest.raises(UsageError, match=message):
+            tune(tiny_llama, tmp_path, **settings)
+        assert not (tmp_path / "out").exists()
+        assert not (tmp_path / "out.partial").exists()
+
+    refused(r"trainn\.jsonl: no such file\. Did you mean 'train\.jsonl'", data=["trainn.jsonl"])
+    with pytest.raises(UsageError) as caught:
+        tune(tiny_llama, tmp_path, data=["x.jsonl"], eval_upstream="y.jsonl")
+    assert "x.jsonl" in str(caught.value)
+    assert "y.jsonl" in str(caught.value)
+    write(tmp_path / "long.jsonl", [{"prompt": "long", "completion": " long" * 9}] * 3)
+    refused("all 3 samples are longer than 8 tokens", data=["long.jsonl"], max_length=8)
+    refused(r"long\.jsonl: all 3 samples", eval_upstream="long.jsonl", max_length=16)
+    with pytest.raises(UsageError, match="is one of the inputs"):
+        finetune(FinetuneJob.model_validate(JOB), tiny_llama, tiny_llama, folder=tmp_path, overwrite=True)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError):
+        finetune(FinetuneJob.model_validate(JOB), tmp_path / "empty", tmp_path / "out", folder=tmp_path)
+
+
+def test_several_processes_are_refused(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="without torchrun"):
+        tune(tiny_llama, tmp_path)
+
+
+def test_an_existing_output_is_replaced_only_when_asked(tuned: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    tune(tiny_llama, tmp_path, max_steps=1)
+    before = sha256(tmp_path / "out")
+    with pytest.raises(UsageError, match="--overwrite"):
+        tune(tiny_llama, tmp_path)
+    assert sha256(tmp_path / "out") == before
+    with pytest.raises(UsageError, match="made with other settings: max_steps was 1, now 9"):
+        tune(tiny_llama, tmp_path, resume=True)
+    listener = Listener()
+    kept = tune(tiny_llama, tmp_path, max_steps=1, resume=True, progress=listener)
+    assert "already what the job asks for" in listener.notes[-1]
+    assert kept.record["run"]["steps"] == 1
+    tune(tiny_llama, tmp_path, overwrite=True)
+    assert sha256(tmp_path / "out") == sha256(tuned[0])
+
+
+def test_a_diverging_run_says_so(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ktmerge.tuners import trainer
+
+    plain = trainer.answer_loss
+
+    def diverging(model: Any, inputs: Any) -> Any:
+        return plain(model, inputs) * float("nan")
+
+    monkeypatch.setattr(trainer, "answer_loss", diverging)
+    monkeypatch.setattr("ktmerge.tuners.run.projects_faithfully", lambda *_: True)
+    with pytest.raises(KtmergeError, match="training diverged: loss is nan at step 1"):
+        tune(tiny_llama, tmp_path)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), r"out of memory while fine-tuning\. Set batch_size=2 and gradient_accumulation=2"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+            "activation_checkpointing=true, or a max_length below",
+        ),
+        (OSError(28, "No space left on device"), r"cannot be written .*No space left on device"),
+    ],
+)
+def test_a_machine_at_its_limits_is_answered(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, expected: str
+) -> None:
+    from ktmerge.tuners import trainer
+
+    def failing(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(trainer, "answer_loss", failing)
+    monkeypatch.setattr("ktmerge.tuners.run.projects_faithfully", lambda *_: True)
+    with pytest.raises(KtmergeError, match=expected) as caught:
+        tune(tiny_llama, tmp_path)
+    assert caught.value.exit_code == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_memory_is_said_beforehand(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ktmerge.tuners.run.memory_available", lambda device: 1e6)
+    listener = Listener()
+    tune(tiny_llama, tmp_path, max_steps=1, progress=listener)
+    assert any("may not fit into memory" in note and "0.0 GB are free" in note for note in listener.notes)
+
+
+def test_too_little_disk_is_said_beforehand(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ktmerge.tuners.run.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr("ktmerge.checkpoints.staging.Staging.require_space", lambda *_: None)
+    listener = Listener()
+    tune(tiny_llama, tmp_path, max_steps=1, progress=listener)
+    assert any("the disk may run full" in note for note in listener.notes)
