@@ -1,165 +1,137 @@
-"""Plan to tensors: reads, runs the stages, rounds once, hands to a sink. Fixed memory, whatever the model's size."""
+"""Plan to tensors: each is copied, made by the compiled kernels, or taken through its stages one by one.
+
+Fixed memory, whatever the model's size. Loads torch only for what the compiled kernels do not cover.
+"""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from itertools import chain
 
-import torch
-
-from ktmerge.checkpoints.dtypes import tag_of, torch_dtype
 from ktmerge.errors import KtmergeError
-from ktmerge.merge.flow import Flow
+from ktmerge.merge.device import choose_device
 from ktmerge.merge.fused import Fused
-from ktmerge.merge.kernels import Kernels, kernels_for
-from ktmerge.merge.kernels.keys import stream_key
+from ktmerge.merge.kernels.native import is_compiled, native
 from ktmerge.merge.plan import Plan, TensorPlan
 from ktmerge.merge.report import BlendReport, TensorReport
-from ktmerge.merge.sinks import Sink, require_device
-from ktmerge.merge.source import CHUNK, Chunk, Sources, changed_buffers, equal_bytes
+from ktmerge.merge.sinks import Sink
+from ktmerge.merge.source import Sources, changed_buffers, equal_bytes
 from ktmerge.progress import SILENT, Progress, Step
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def execute(
-    plan: Plan, sink: Sink, device: str = "auto", progress: Progress = SILENT, *, chunk: int = CHUNK
+    plan: Plan, sink: Sink, device: str = "auto", progress: Progress = SILENT, *, chunk: int | None = None
 ) -> BlendReport:
     """Carry out a plan.
 
     Args:
         plan: what becomes of every tensor.
-        sink: where the tensors go.
+        sink: where the tensors go; what it has finished already is not made again.
         device: auto, cpu or cuda.
         progress: where to report.
-        chunk: elements worked on at a time; changes memory, never the result.
+        chunk: elements worked on at a time; changes memory, never the result. None: what suits the machine.
 
     Raises:
         UsageError: the device is not there, or a tied head differs from its embedding.
         KtmergeError: an input is not finite, cannot be read or was changed; a value overflows the output's type.
     """
     started = time.perf_counter()
-    place = require_device(device)
-    report = BlendReport(plan.recipe.name, [], device=str(place), notes=list(plan.notes))
-    with torch.inference_mode(), Sources(plan, place, chunk) as sources:
+    place = choose_device(device)
+    report = BlendReport(plan.recipe.name, [], device=place, notes=list(plan.notes))
+    with Sources(plan, place, chunk) as sources:
         _require_tied(plan, sources)
         report.notes += _buffer_notes(plan, sources)
-        with Fused(plan, sources, place, chunk) as fused:
-            engine = _Engine(plan, sink, sources, place, fused)
-            engine.flow.prepare(progress)
-            total = sum(tensor.info.nbytes for tensor in plan.tensors)
-            with progress.task("blend", total, "bytes") as step:
-                for tensor in plan.tensors:
-                    report.tensors.append(engine.do(tensor, step))
+        done = _Engine(plan, sink, sources, place, progress).run(chunk)
         sources.check_unchanged()
+    report.tensors = [done[tensor.name] for tensor in plan.tensors]
     report.read = plan.base.nbytes + sum(expert.checkpoint.nbytes for expert in plan.experts)
-    report.written = engine.written
+    report.written = sum(tensor.nbytes for tensor in plan.tensors)
     report.seconds = time.perf_counter() - started
     return report
 
 
 class _Engine:
-    """One run: what every tensor needs on its way."""
+    """One run over one plan."""
 
-    def __init__(self, plan: Plan, sink: Sink, sources: Sources, device: torch.device, fused: Fused) -> None:
+    def __init__(self, plan: Plan, sink: Sink, sources: Sources, device: str, progress: Progress) -> None:
         self._plan = plan
         self._sink = sink
         self._sources = sources
         self._device = device
-        self._kernels: Kernels = kernels_for(device)
-        self._fused = fused
-        self.flow = Flow(plan, sources, self._kernels, fused)
-        self.written = 0
+        self._progress = progress
+        self._done: dict[str, TensorReport] = {}
 
-    def do(self, tensor: TensorPlan, step: Step) -> TensorReport:
-        """Make one tensor."""
-        result = TensorReport(tensor.name, tensor.part, tensor.method, tensor.info.numel)
-        if tensor.action == "blend":
-            self._blend(tensor, result, step)
-        else:
-            self._take(tensor, step)
-        return result
+    def run(self, chunk: int | None) -> dict[str, TensorReport]:
+        """Make every tensor; reports by name."""
+        left = []
+        for tensor in self._plan.tensors:
+            earlier = self._sink.finished(tensor.name)
+            if earlier is None:
+                left.append(tensor)
+            else:
+                self._done[tensor.name] = TensorReport(**earlier)
+        copied = [tensor for tensor in left if self._is_copy(tensor)]
+        blended = [tensor for tensor in left if not self._is_copy(tensor)]
+        with self._fused(blended, chunk) as fused:
+            mine = fused.prepare(self._plan.tensors, self._progress) if fused is not None else frozenset()
+            general = self._general([tensor for tensor in blended if tensor.name not in mine])
+            total = sum(tensor.info.nbytes for tensor in self._plan.tensors)
+            with self._progress.task("blend", total, "bytes") as step:
+                step.advance(sum(tensor.info.nbytes for tensor in self._plan.tensors if tensor.name in self._done))
+                self._take(copied, step)
+                refused: list[TensorPlan] = []
+                if fused is not None:
+                    for tensor, result in fused.run([tensor for tensor in blended if tensor.name in mine]):
+                        if result is None:
+                            refused.append(tensor)
+                        else:
+                            self._finish(tensor, result, step)
+                for tensor, result in chain(general, self._general(refused)):
+                    self._finish(tensor, result, step)
+        return self._done
 
-    def _take(self, tensor: TensorPlan, step: Step) -> None:
-        """Another's tensor as it is; rounded only if the output's type is another."""
-        expert = tensor.expert
-        reader = self._sources.base if expert is None else self._sources.experts[expert]
-        source = tensor.name if expert is None else tensor.sources[expert]
-        checkpoint = self._plan.base if expert is None else self._plan.expert(expert).checkpoint
-        tag = self._sink.dtype(tensor.name, tensor.dtype)
-        if checkpoint.tensors[source].dtype == tag:
-            self._sink.copy(tensor.name, reader, source)
-            self.written += tensor.info.nbytes
-            step.advance(tensor.info.nbytes)
-            return
-        width = tensor.info.nbytes / max(tensor.info.numel, 1)
-        for start in range(0, tensor.info.numel, CHUNK):
-            values = reader.read(source, start, min(start + CHUNK, tensor.info.numel)).to(self._device)
-            self._write(tensor, values, start, tag)
-            step.advance(values.numel() * width)
+    def _is_copy(self, tensor: TensorPlan) -> bool:
+        """Whether another's tensor is taken as it is."""
+        checkpoint = self._plan.base if tensor.expert is None else self._plan.expert(tensor.expert).checkpoint
+        own = checkpoint.tensors[self._source(tensor)].dtype
+        return tensor.action != "blend" and own == self._sink.dtype(tensor.name, tensor.dtype)
 
-    def _blend(self, tensor: TensorPlan, result: TensorReport, step: Step) -> None:
-        tag = self._sink.dtype(tensor.name, tensor.dtype)
-        width = tensor.info.nbytes / max(tensor.info.numel, 1)
-        if self._fused.blend(tensor, self.flow.found(tensor, 0, "threshold"), self._sink, tag, result, step):
-            self.written += tensor.info.numel * torch_dtype(tag).itemsize
-            return
-        for chunk, transformed, merged in self.flow.merged(tensor):
-            scaled = merged if tensor.lambda_ == 1 else merged * tensor.lambda_
-            stored = self._write(tensor, settle(chunk, scaled), chunk.start, tag)
-            _measure(result, chunk, scaled, stored)
-            if tensor.pipeline is not None and tensor.pipeline.transforms:
-                for name, delta in zip(tensor.sources, transformed, strict=True):
-                    result.kept[name] = result.kept.get(name, 0) + int(torch.count_nonzero(delta))
-            step.advance(merged.numel() * width)
+    def _source(self, tensor: TensorPlan) -> str:
+        """Its name where it is taken from."""
+        return tensor.name if tensor.expert is None else tensor.sources[tensor.expert]
 
-    def _write(self, tensor: TensorPlan, values: Tensor, start: int, tag: str) -> Tensor:
-        """Round once and hand to the sink."""
-        dtype = torch_dtype(tag)
-        recipe = self._plan.recipe
-        if dtype.is_floating_point:
-            _refuse_overflow(tensor, values, dtype)
-            key = stream_key(recipe.seed, "round", "", tensor.key)
-            rounded = self._kernels.round(values, dtype, recipe.output.rounding, key, start)
-        else:
-            rounded = values.to(dtype)
-        self._sink.write(tensor.name, rounded, start)
-        self.written += rounded.numel() * rounded.element_size()
-        return rounded
+    def _take(self, tensors: Iterable[TensorPlan], step: Step) -> None:
+        for tensor in tensors:
+            self._sink.copy(tensor.name, self._sources.of(tensor.expert), self._source(tensor))
+            result = TensorReport(tensor.name, tensor.part, tensor.method, tensor.info.numel)
+            self._finish(tensor, result, step)
 
+    def _fused(self, left: Sequence[TensorPlan], chunk: int | None) -> AbstractContextManager[Fused | None]:
+        """The compiled way, if there is one here and something for it to do."""
+        if self._device != "cpu" or not any(tensor.pipeline for tensor in left):
+            return nullcontext()
+        if not is_compiled():
+            self._progress.note("compiling the kernels for this processor, once; it takes about ten seconds")
+        kernels = native()
+        return nullcontext() if kernels is None else Fused(self._plan, self._sources, self._sink, kernels, chunk)
 
-def settle(chunk: Chunk, merged: Tensor) -> Tensor:
-    """theta_0 + M, and exactly what was there where M says so.
+    def _general(self, left: Sequence[TensorPlan]) -> Iterable[tuple[TensorPlan, TensorReport]]:
+        """Take tensors through their stages as torch functions."""
+        if not left:
+            return ()
+        from ktmerge.merge.general import General
 
-    Where M is 0 the result is theta_0 bit for bit (a negative zero included); where M is the delta of an expert it is
-    that expert's own value, which theta_0 + tau may miss by the rounding of both; of several, the first.
-    """
-    values = chunk.base + merged
-    for expert, delta in reversed(list(zip(chunk.experts, chunk.deltas, strict=True))):
-        values = torch.where(merged == delta, expert, values)
-    return torch.where(merged == 0, chunk.base, values)
+        general = General(self._plan, self._sink, self._sources, self._device)
+        general.prepare(left, self._progress)
+        return general.run(left)
 
-
-def _measure(result: TensorReport, chunk: Chunk, merged: Tensor, stored: Tensor) -> None:
-    base = chunk.base.float()
-    moved = stored.float() - base
-    result.intended += float(torch.dot(merged, merged))
-    result.base += float(torch.dot(base, base))
-    result.along += float(torch.dot(moved, merged))
-    result.changed += int(torch.count_nonzero(moved))
-
-
-def _refuse_overflow(tensor: TensorPlan, values: Tensor, dtype: torch.dtype) -> None:
-    """Values beyond the output type's range would become infinite, or stop at its end; NaN is refused with them."""
-    limit = torch.finfo(dtype).max
-    if not values.numel() or float(values.abs().max()) <= limit:
-        return
-    count = int((~(values.abs() <= limit)).sum())
-    raise KtmergeError(
-        f"tensor '{tensor.name}': {count} blended values are beyond the range of {tag_of(dtype)} "
-        f"(largest {limit:.4g}); check lambda and weights, or write output.dtype: bfloat16 or float32."
-    )
+    def _finish(self, tensor: TensorPlan, result: TensorReport, step: Step) -> None:
+        self._done[tensor.name] = result
+        self._sink.finish(tensor.name, asdict(result))
+        step.advance(tensor.info.nbytes)
 
 
 def _require_tied(plan: Plan, sources: Sources) -> None:

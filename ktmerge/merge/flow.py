@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ktmerge.merge.fused import Fused
 from ktmerge.merge.kernels import Kernels
 from ktmerge.merge.plan import Plan, TensorPlan
 from ktmerge.merge.source import Chunk, Sources
@@ -27,34 +25,29 @@ class Flow:
     gathered when the tensor's turn comes.
     """
 
-    def __init__(self, plan: Plan, sources: Sources, kernels: Kernels, fused: Fused) -> None:
+    def __init__(self, plan: Plan, sources: Sources, kernels: Kernels) -> None:
         self._plan = plan
-        self._fused = fused
         self._sources = sources
         self._kernels = kernels
         self._weights = {expert.name: expert.weight for expert in plan.experts}
         self._global: dict[str, Found] = {}
         self._local: tuple[str, Found] = ("", {})
 
-    def prepare(self, progress: Progress) -> None:
-        """Gather all statistics of global scope, position by position, as a later one may rest on an earlier."""
-        blended = [tensor for tensor in self._plan.tensors if tensor.pipeline is not None]
+    def prepare(self, wanted: Sequence[TensorPlan], progress: Progress) -> None:
+        """Gather all statistics of global scope that some tensors want, over all of the plan's that share them.
+
+        Position by position, as a later one may rest on an earlier.
+        """
+        pipelines = {pool for tensor in wanted for pool in _prefixes(tensor)}
+        blended = [tensor for tensor in self._plan.tensors if not pipelines.isdisjoint(_prefixes(tensor))]
         longest = max((len(tensor.pipeline.uses) for tensor in blended if tensor.pipeline), default=0)
         for position in range(longest):
             pools: dict[str, list[TensorPlan]] = {}
             for tensor in blended:
                 if _wants(tensor.pipeline, position, "global"):
-                    pools.setdefault(_pool(tensor.pipeline, position), []).append(tensor)
+                    pools.setdefault(_pipeline(tensor).prefix(position), []).append(tensor)
             if pools:
                 self._gather_pools(pools, position, progress)
-
-    def found(self, tensor: TensorPlan, position: int, name: str) -> dict[str, Any]:
-        """What the stage at ``position`` wanted to know under ``name``, by expert; empty if it wanted no such thing."""
-        pipeline = _pipeline(tensor)
-        self._gather_local(tensor, position + 1)
-        pool = self._global.get(_pool(pipeline, position), {}) if pipeline.uses[position].statistics() else {}
-        both = [*pool.items(), *self._local[1].items()]
-        return {expert: named[name] for (at, expert), named in both if at == position and name in named}
 
     def merged(self, tensor: TensorPlan) -> Iterator[tuple[Chunk, tuple[Tensor, ...], Tensor]]:
         """For each piece: what was read, the transformed deltas, and the merged delta before lambda; all flat."""
@@ -111,8 +104,6 @@ class Flow:
 
     def _show(self, tensor: TensorPlan, position: int, observers: _Observers) -> None:
         """Show the observers every piece of a tensor, as the stage at ``position`` will get it."""
-        if position == 0 and self._fused.observe(tensor, observers):
-            return
         pipeline = _pipeline(tensor)
         count = len(pipeline.transforms)
         for chunk in self._sources.chunks(tensor, whole=pipeline.reach == "tensor"):
@@ -160,7 +151,7 @@ class Flow:
         pipeline = _pipeline(tensor)
         statistics: dict[str, Any] = {}
         if pipeline.uses[position].statistics():
-            pool = self._global.get(_pool(pipeline, position), {})
+            pool = self._global.get(pipeline.prefix(position), {})
             for found in (pool, self._local[1]):
                 statistics |= found.get((position, expert), {})
         return Context(
@@ -195,9 +186,13 @@ def _wants(pipeline: Pipeline | None, position: int, scope: Scope) -> bool:
     return any(one.scope == scope for one in pipeline.uses[position].statistics())
 
 
-def _pool(pipeline: Pipeline | None, position: int) -> str:
-    """Tensors whose stages up to here are the same are measured together."""
-    return "" if pipeline is None else json.dumps([use.spec() for use in pipeline.uses[: position + 1]])
+def _prefixes(tensor: TensorPlan) -> set[str]:
+    """The pools of tensors, measured together, that a tensor belongs to."""
+    pipeline = tensor.pipeline
+    if pipeline is None:
+        return set()
+    found = range(len(pipeline.uses))
+    return {pipeline.prefix(position) for position in found if _wants(pipeline, position, "global")}
 
 
 def _unfinished(observers: _Observers) -> bool:

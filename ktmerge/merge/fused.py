@@ -1,53 +1,44 @@
-"""The fast way for element-wise pipelines on the CPU: compiled kernels over raw pieces, on all cores.
+"""The fast way for element-wise pipelines on the CPU: compiled kernels over raw pieces, on all cores. Loads no torch.
 
-Reading, arithmetic and writing of different pieces overlap, as none of them holds the interpreter's lock. Whatever is
-not covered here takes the general way, and every result equals it bit for bit.
+A tensor that fits a worker's buffers is read once and made from them; a larger one is made piece by piece by all
+workers. Reading, arithmetic and writing of different pieces overlap, as none of them holds the interpreter's lock.
+Whatever is not covered here takes the general way, and every result equals that bit for bit.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
+from ktmerge.merge.kernels.codes import FINE
 from ktmerge.merge.kernels.keys import stream_key
-from ktmerge.merge.kernels.radix import MagnitudeThreshold, Threshold
-from ktmerge.merge.methods.ties import relative
+from ktmerge.merge.kernels.native import Native
+from ktmerge.merge.program import Trim, program_of
+from ktmerge.merge.report import TensorReport
+from ktmerge.merge.selection import Job, Run, Work, find_thresholds
+from ktmerge.merge.steps import Steps
+from ktmerge.merge.workspace import KINDS, Blended, Row, Workspace
 
 if TYPE_CHECKING:
-    from types import ModuleType, TracebackType
-
-    from numpy.typing import NDArray
+    from types import TracebackType
 
     from ktmerge.merge.plan import Plan, TensorPlan
-    from ktmerge.merge.report import TensorReport
     from ktmerge.merge.sinks import Sink
     from ktmerge.merge.source import Sources
-    from ktmerge.merge.stage import Observer, Pipeline
-    from ktmerge.progress import Step
+    from ktmerge.progress import Progress
 
 PIECE = 1 << 19
-"""Elements of a piece; a multiple of 4, as random words come in fours."""
-
-_RAW = {"BF16": np.uint16, "F32": np.uint32}
-_TORCH = {"BF16": torch.bfloat16, "F32": torch.float32}
-
-
-@dataclass(frozen=True)
-class _Program:
-    """What the compiled kernel does for one pipeline: codes and numbers, no names."""
-
-    transform: int
-    combine: int
-    votes: Sequence[float]
-    weights: Sequence[float]
-    density: float = 1.0
-    factor: float = 1.0
+"""Elements of a piece of a large tensor; a multiple of 4, as random words come in fours."""
+HELD = 128 << 20
+"""Bytes of all workers' buffers together."""
+_PROBE = 2048
+"""Elements compared before a whole tensor is."""
 
 
 class Fused:
@@ -56,17 +47,26 @@ class Fused:
     Args:
         plan: what is to be done.
         sources: the open inputs.
-        device: pieces are worked on here only if it is the CPU.
-        chunk: most elements of a piece.
+        sink: where tensors go.
+        native: the compiled kernels.
+        chunk: elements of a piece; None for what suits the machine.
     """
 
-    def __init__(self, plan: Plan, sources: Sources, device: torch.device, chunk: int = PIECE) -> None:
-        self._piece = max(4, min(PIECE, chunk) // 4 * 4)
+    def __init__(self, plan: Plan, sources: Sources, sink: Sink, native: Native, chunk: int | None = None) -> None:
         self._plan = plan
         self._sources = sources
-        self._weights = {expert.name: expert.weight for expert in plan.experts}
-        self._kernels = _compiled() if device.type == "cpu" else None
-        self._pool = ThreadPoolExecutor(os.cpu_count() or 1, "blend") if self._kernels is not None else None
+        self._sink = sink
+        workers = os.cpu_count() or 1
+        experts = len(plan.experts)
+        self._piece = max(4, (chunk or PIECE) // 4 * 4)
+        self._room = HELD // workers if chunk is None else 0
+        self._ahead = 4 * workers
+        self._pool = ThreadPoolExecutor(workers, "blend")
+        self._spaces: SimpleQueue[Workspace] = SimpleQueue()
+        for _ in range(workers):
+            self._spaces.put(Workspace(native, experts))
+        self._own = Workspace(native, experts)
+        self._jobs: dict[str, Job] = {}
 
     def __enter__(self) -> Fused:
         return self
@@ -75,234 +75,165 @@ class Fused:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Wait for work under way, drop what has not begun, and end the threads."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(cancel_futures=True)
 
-    def observe(self, tensor: TensorPlan, observers: Mapping[tuple[int, str], Mapping[str, Observer]]) -> bool:
-        """Show magnitude thresholds every piece of a tensor, as deltas come from the experts; False if it cannot."""
-        flat = {expert: list(named.values()) for (_, expert), named in observers.items()}
-        if self._kernels is None or not self._readable(tensor) or set(flat) != set(tensor.sources):
-            return False
-        if any(len(found) != 1 or not isinstance(found[0], MagnitudeThreshold) for found in flat.values()):
-            return False
-        thresholds = {expert: cast(MagnitudeThreshold, found[0]) for expert, found in flat.items()}
-        wanted = {expert: one for expert, one in thresholds.items() if not one.done}
-        self._hold(tensor)
+    def prepare(self, tensors: Sequence[TensorPlan], progress: Progress) -> frozenset[str]:
+        """Find out which tensors can go this way, and the thresholds that several of them share.
 
-        def count(piece: tuple[int, int]) -> list[NDArray[np.int64]] | None:
-            base, experts = self._raw(tensor, *piece)
-            return [self._histogram(tensor, expert, one, base, experts, piece[0]) for expert, one in wanted.items()]
+        Args:
+            tensors: all of the plan.
+            progress: where to report.
 
-        totals = {expert: np.zeros(1 << 16, np.int64) for expert in wanted}
-        for counted in self._each(tensor, count):
-            if counted is None or any(one.size == 0 for one in counted):
-                return False  # an input is not finite: the general way says where
-            for total, one in zip(totals.values(), counted, strict=True):
-                total += one
-        for expert, total in totals.items():
-            wanted[expert].add(torch.from_numpy(total))
-        return True
+        Returns:
+            their names; of tensors that share a threshold all or none.
+        """
+        for tensor in tensors:
+            job = self._job(tensor)
+            if job is not None:
+                self._jobs[tensor.name] = job
+        for (position, _), members in _pools(tensors).items():
+            jobs = [self._jobs[tensor.name] for tensor in members if tensor.name in self._jobs]
+            found = None
+            if len(jobs) == len(members):
+                with progress.task("measure", len(jobs), "items") as step:
+                    counted = [job for job in jobs if not job.tensor.is_alias]
+                    found = find_thresholds(counted, position, self._spread, self._own)
+                    step.advance(len(jobs))
+            if found is not None:
+                for job in jobs:
+                    for expert, threshold in enumerate(found):
+                        job.steps.set_threshold(position, expert, threshold)
+            else:
+                for tensor in members:
+                    self._jobs.pop(tensor.name, None)
+        return frozenset(self._jobs)
 
-    def blend(
-        self,
-        tensor: TensorPlan,
-        thresholds: Mapping[str, Threshold],
-        sink: Sink,
-        tag: str,
-        result: TensorReport,
-        step: Step,
-    ) -> bool:
-        """Make a tensor whole and hand it to the sink; False if this way does not cover it."""
-        program = self._program(tensor)
-        rounding = self._plan.recipe.output.rounding
-        if program is None or tag not in _RAW or (program.transform == 1) != bool(thresholds):
-            return False
-        kernels = self._kernels
-        assert kernels is not None
-        numbers = self._numbers(tensor, program, thresholds)
-        round_key = np.uint64(stream_key(self._plan.recipe.seed, "round", "", tensor.key))
-        stochastic = rounding == "stochastic" and tag == "BF16"
-        width = tensor.info.nbytes / max(tensor.info.numel, 1)
-        self._hold(tensor)
+    def run(self, tensors: Iterable[TensorPlan]) -> Iterator[tuple[TensorPlan, TensorReport | None]]:
+        """Make the tensors and hand them to the sink; None where an input is not finite or a value overflows."""
+        running: deque[tuple[TensorPlan, Future[TensorReport | None]]] = deque()
+        for tensor in tensors:
+            job = self._jobs[tensor.name]
+            if job.nbytes > self._room:
+                yield tensor, self._make(job, self._spread, self._own)
+                continue
+            running.append((tensor, self._pool.submit(self._make_whole, job)))
+            while len(running) > self._ahead:
+                first, future = running.popleft()
+                yield first, future.result()
+        for tensor, future in running:
+            yield tensor, future.result()
 
-        def work(piece: tuple[int, int]) -> tuple[int, int, NDArray[np.float64], NDArray[np.int64]]:
-            start, stop = piece
-            base, experts = self._raw(tensor, start, stop)
-            out = np.empty(stop - start, _RAW[tag])
-            sums, kept = np.zeros(4), np.zeros(len(tensor.sources), np.int64)
-            status = kernels.blend(
-                _pair(base), _pair(experts), start, *numbers, stochastic, round_key, _pair(out), sums, kept
-            )
-            if status == kernels.FINE:
-                signed = out.view(np.int16 if tag == "BF16" else np.int32)
-                sink.write(tensor.name, torch.from_numpy(signed).view(_TORCH[tag]), start)
-            return status, stop - start, sums, kept
+    def _job(self, tensor: TensorPlan) -> Job | None:
+        """What the kernels need to make a tensor; None if they cannot."""
+        tag = self._sink.dtype(tensor.name, tensor.dtype)
+        infos = [self._plan.expert(name).checkpoint.tensors[source] for name, source in tensor.sources.items()]
+        tags = [info.dtype for info in (tensor.info, *infos)]
+        stochastic = self._plan.recipe.output.rounding == "stochastic" and tag != "F32"
+        if not {tag, *tags} <= KINDS.keys() or (stochastic and tag != "BF16") or not tensor.info.numel:
+            return None
+        weights = [self._plan.expert(name).weight for name in tensor.sources]
+        program = program_of(tensor.pipeline, weights) if tensor.pipeline is not None else None
+        if program is None or len(weights) != len(self._plan.experts):
+            return None
+        readers = [self._sources.base, *(self._sources.experts[name] for name in tensor.sources)]
+        names = [tensor.name, *tensor.sources.values()]
+        rows = [Row(reader, name, KINDS[own]) for reader, name, own in zip(readers, names, tags, strict=True)]
+        steps = Steps(program.steps, list(tensor.sources), self._plan.recipe.seed, tensor.key)
+        return Job(tensor, rows, steps, program, KINDS[tag], stochastic)
 
-        totals, counts = np.zeros(4), np.zeros(len(tensor.sources), np.int64)
-        for status, elements, sums, kept in self._each(tensor, work):
-            if status != kernels.FINE:
-                return False  # the general way finds the same and says where
-            totals += sums
-            counts += kept
-            step.advance(elements * width)
+    def _make_whole(self, job: Job) -> TensorReport | None:
+        """Read a tensor once and do everything in one worker's buffers."""
+        space = self._spaces.get()
+        try:
+
+            def alone(jobs: Iterable[Job], work: Work) -> Iterator[Any]:
+                for one in jobs:
+                    space.hold(one.rows, 0, one.elements)
+                    yield work(space, one)
+
+            return self._make(job, alone, space.probe)
+        finally:
+            self._spaces.put(space)
+
+    def _spread(self, jobs: Iterable[Job], work: Work) -> Iterator[Any]:
+        """``work`` on every piece of every job, on all cores; results in order."""
+
+        def task(job: Job, start: int) -> Any:
+            space = self._spaces.get()
+            try:
+                space.hold(job.rows, start, min(start + self._piece, job.elements))
+                return work(space, job)
+            finally:
+                self._spaces.put(space)
+
+        running: deque[Future[Any]] = deque()
+        for job in jobs:
+            for start in range(0, job.elements, self._piece):
+                running.append(self._pool.submit(task, job, start))
+                if len(running) > self._ahead:
+                    yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+
+    def _make(self, job: Job, run: Run, probe: Workspace) -> TensorReport | None:
+        tensor = job.tensor
+        result = TensorReport(tensor.name, tensor.part, tensor.method, tensor.info.numel)
+        if self._take_base(job, run, probe, result):
+            return result
+        for position, step in enumerate(job.program.steps):
+            if isinstance(step, Trim) and step.scope == "tensor":
+                found = find_thresholds([job], position, run, probe)
+                if found is None:
+                    return None
+                for expert, threshold in enumerate(found):
+                    job.steps.set_threshold(position, expert, threshold)
+        totals, kept = np.zeros(4), np.zeros(len(job.rows) - 1, np.int64)
+        for piece in run([job], self._blend):
+            if piece is None:
+                return None
+            totals += piece.sums
+            kept += piece.kept
         result.intended, result.base, result.along = (float(total) for total in totals[:3])
         result.changed = int(totals[3])
-        if program.transform:
-            result.kept = dict(zip(tensor.sources, counts.tolist(), strict=True))
+        if job.program.steps:
+            result.kept = dict(zip(tensor.sources, kept.tolist(), strict=True))
+        return result
+
+    def _blend(self, space: Workspace, job: Job) -> Blended | None:
+        tensor = job.tensor
+        key = stream_key(self._plan.recipe.seed, "round", "", tensor.key)
+        piece = space.blend(job.steps, job.program.combine, tensor.lambda_, job.kind, job.stochastic, key)
+        if piece.status != FINE:
+            return None  # the general way finds the same and says where
+        self._sink.write_bytes(tensor.name, piece.data, space.start * job.width)
+        return piece
+
+    def _take_base(self, job: Job, run: Run, probe: Workspace, result: TensorReport) -> bool:
+        """Let the kernel copy the base's bytes if no expert changed any, as a frozen tower's; False if one did."""
+        if any(row.kind != job.kind for row in job.rows):
+            return False
+        probe.hold(job.rows, 0, min(_PROBE, job.elements))
+        if not probe.equal():
+            return False
+        total = 0.0
+        for energy in run([job], lambda space, _: space.energy() if space.equal() else None):
+            if energy is None:
+                return False
+            total += energy
+        self._sink.copy(job.tensor.name, self._sources.base, job.tensor.name)
+        result.base = total
+        if job.program.steps:
+            result.kept = dict.fromkeys(job.tensor.sources, 0)
         return True
 
-    def _each(self, tensor: TensorPlan, work: Any) -> Iterator[Any]:
-        """``work`` on every piece, on all cores, results in order; few pieces at a time, so that memory is bounded."""
-        assert self._pool is not None
-        starts = range(0, tensor.info.numel, self._piece)
-        pieces = [(start, min(start + self._piece, tensor.info.numel)) for start in starts]
-        if len(pieces) == 1:
-            yield work(pieces[0])
-            return
-        ahead = 2 * (os.cpu_count() or 1)
-        running = [self._pool.submit(work, piece) for piece in pieces[:ahead]]
-        following = iter(pieces[ahead:])
-        while running:
-            result = running.pop(0).result()
-            for piece in following:
-                running.append(self._pool.submit(work, piece))
-                break
-            yield result
 
-    def _program(self, tensor: TensorPlan) -> _Program | None:
-        if self._kernels is None or not self._readable(tensor) or tensor.pipeline is None:
-            return None
-        weights = [self._weights[name] for name in tensor.sources]
-        return program(tensor.pipeline, weights, self._kernels)
-
-    def _readable(self, tensor: TensorPlan) -> bool:
-        """Whether all inputs have a type the kernels read, experts all the same one."""
-        tags = {self._plan.expert(name).checkpoint.tensors[source].dtype for name, source in tensor.sources.items()}
-        return tensor.info.numel > 0 and tensor.info.dtype in _RAW and len(tags) == 1 and tags <= _RAW.keys()
-
-    def _hold(self, tensor: TensorPlan) -> None:
-        """Let the sources read a small tensor once, before threads ask for it."""
-        self._sources.native(tensor, 0, 1)
-
-    def _raw(self, tensor: TensorPlan, start: int, stop: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        base, *experts = (_patterns(values) for values in self._sources.native(tensor, start, stop))
-        return base, np.stack(experts)
-
-    def _histogram(
-        self,
-        tensor: TensorPlan,
-        expert: str,
-        observer: MagnitudeThreshold,
-        base: NDArray[Any],
-        experts: NDArray[Any],
-        start: int,
-    ) -> NDArray[np.int64]:
-        """Counts of the observer's next digit in one piece; empty if an input is not finite."""
-        kernels = self._kernels
-        assert kernels is not None
-        other = experts[list(tensor.sources).index(expert)]
-        prefix = observer.prefix
-        first, second = (*prefix[:2], 0, 0)[:2]
-        hashed = 0
-        for digit in prefix[2:]:
-            hashed = hashed << 16 | digit
-        key = stream_key(self._plan.recipe.seed, "trim", expert, tensor.key)
-        counts = np.zeros(1 << 16, np.int64)
-        status = kernels.histogram(
-            _pair(base), _pair(other), start, np.uint64(key), len(prefix), first, second, np.uint64(hashed), counts
-        )
-        return counts if status == kernels.FINE else counts[:0]
-
-    def _numbers(self, tensor: TensorPlan, program: _Program, thresholds: Mapping[str, Threshold]) -> tuple[Any, ...]:
-        """The kernel's arguments from ``transform`` to ``lambda_``."""
-        names = list(tensor.sources)
-        purpose = "trim" if program.transform == 1 else "dare"
-        keys = [stream_key(self._plan.recipe.seed, purpose, name, tensor.key) for name in names]
-        least = [least_key(thresholds[name]) if thresholds else (0, 0, 0) for name in names]
-        floors, highs, lows = (np.array(column, np.uint32) for column in zip(*least, strict=True))
-        count = len(names)
-        return (
-            program.transform,
-            floors,
-            highs,
-            lows,
-            np.array(keys, np.uint64),
-            np.full(count, round(program.density * 2**32), np.uint64),
-            np.full(count, program.factor, np.float32),
-            program.combine,
-            np.array(program.votes, np.float32),
-            np.array(program.weights, np.float32),
-            np.float32(tensor.lambda_),
-        )
-
-
-def program(pipeline: Pipeline, weights: Sequence[float], kernels: Any) -> _Program | None:
-    """The kernel's program for a pipeline, or None if it has none."""
-    if pipeline.after or len(pipeline.transforms) > 1:
-        return None
-    combined = _combination(pipeline, weights, kernels)
-    if combined is None:
-        return None
-    if not pipeline.transforms:
-        return _Program(kernels.NONE, *combined)
-    use = pipeline.transforms[0]
-    given: Any = use.parameters
-    if use.stage.name == "trim":
-        return _Program(kernels.TRIM, *combined)
-    if use.stage.name == "dare" and given.rescale in ("unbiased", "none"):
-        factor = 1 / given.density if given.rescale == "unbiased" and given.density else 1.0
-        return _Program(kernels.DROP, *combined, density=given.density, factor=factor)
-    return None
-
-
-def _combination(
-    pipeline: Pipeline, weights: Sequence[float], kernels: Any
-) -> tuple[int, Sequence[float], Sequence[float]] | None:
-    name, given = pipeline.combine.stage.name, pipeline.combine.parameters
-    if name == "sum":
-        return kernels.SUM, weights, weights
-    if name == "mean":
-        total = sum(weights)
-        shares = [weight / total for weight in weights]
-        return kernels.SUM, shares, shares
-    options: Any = given
-    if name == "elect" and options.aggregate == "wmean" and options.tie == "zero" and options.elect != "count":
-        shares = relative(weights)
-        return kernels.ELECT, shares if options.elect == "weighted" else [1.0] * len(weights), shares
-    return None
-
-
-def least_key(threshold: Threshold) -> tuple[int, int, int]:
-    """The least key that is kept: magnitude pattern, and the two words of the hash that ties need."""
-    if threshold.keeps_all:
-        return 0, 0, 0
-    if threshold.keeps_none:
-        return 1 << 31, 0, 0
-    first, second, *hashed = (*threshold.prefix, 0, 0, 0, 0, 0)[:6]
-    return first << 15 | second, hashed[0] << 16 | hashed[1], hashed[2] << 16 | hashed[3]
-
-
-def _patterns(values: torch.Tensor) -> NDArray[Any]:
-    """The bit patterns of a flat tensor, without a copy."""
-    if values.dtype == torch.bfloat16:
-        return values.view(torch.int16).numpy().view(np.uint16)
-    return values.view(torch.int32).numpy().view(np.uint32)
-
-
-def _pair(raw: NDArray[Any]) -> tuple[NDArray[np.uint16], NDArray[np.uint32]]:
-    """The form the kernels take: one array for bf16 and one for fp32, of which one is empty."""
-    nothing = (0,) * raw.ndim
-    if raw.dtype == np.uint16:
-        return raw, np.empty(nothing, np.uint32)
-    return np.empty(nothing, np.uint16), raw
-
-
-def _compiled() -> ModuleType | None:
-    """The compiled kernels, or None where numba is not installed or is switched off."""
-    if os.environ.get("KTMERGE_KERNELS") == "reference":
-        return None
-    try:
-        from ktmerge.merge.kernels import compiled
-    except ImportError:
-        return None
-    return compiled
+def _pools(tensors: Iterable[TensorPlan]) -> dict[tuple[int, str], list[TensorPlan]]:
+    """Tensors that share a threshold, by the position of its stage and all stages up to it."""
+    pools: dict[tuple[int, str], list[TensorPlan]] = {}
+    for tensor in tensors:
+        if tensor.pipeline is None:
+            continue
+        for position, use in enumerate(tensor.pipeline.transforms):
+            if any(one.scope == "global" for one in use.statistics()):
+                pools.setdefault((position, tensor.pipeline.prefix(position)), []).append(tensor)
+    return dict(sorted(pools.items()))

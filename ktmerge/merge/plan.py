@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ktmerge.checkpoints import Alignment, Checkpoint, Parts, TensorClass, TensorInfo, align, resolve, tensor_class
 from ktmerge.checkpoints.alignment import tied_head
+from ktmerge.checkpoints.dtypes import BITS
 from ktmerge.errors import UsageError
 from ktmerge.merge.rules import Rule, resolve_rules
 from ktmerge.merge.settings import Setting, blend_setting
@@ -50,6 +51,11 @@ class TensorPlan:
     @property
     def name(self) -> str:
         return self.info.name
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the output; of a type that is kept, those of the input."""
+        return self.info.nbytes if self.dtype == self.info.dtype else self.info.numel * BITS[self.dtype] // 8
 
     @property
     def is_alias(self) -> bool:

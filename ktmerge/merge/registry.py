@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 from ktmerge.errors import UsageError, did_you_mean
-from ktmerge.merge.stage import Kind, Method, Parameters, Reach, Stage, _no_objection, _no_statistics
+from ktmerge.merge.stage import Kind, Method, Parameters, Reach, Stage, _no_objection, _no_statistics, _not_compiled
 
 Apply = TypeVar("Apply", bound=Callable[..., Any])
 Provider = Callable[[str], Method]
@@ -27,11 +27,12 @@ def stage(
     reach: Reach = "element",
     statistics: Callable[[Any], Any] = _no_statistics,
     objection: Callable[[Any, Any], str | None] = _no_objection,
+    compiled: Callable[..., Any] = _not_compiled,
 ) -> Callable[[Apply], Apply]:
     """Register the decorated function as a stage; see `Stage` for what it must be like."""
 
     def register(apply: Apply) -> Apply:
-        add_stage(Stage(name, kind, parameters, apply, reach, statistics, objection))
+        add_stage(Stage(name, kind, parameters, apply, reach, statistics, objection, compiled))
         return apply
 
     return register

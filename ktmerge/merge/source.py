@@ -1,4 +1,7 @@
-"""Pieces of one tensor in base and experts, as fp32 on the device. Knows the plan; knows nothing about methods."""
+"""Pieces of one tensor in base and experts, as fp32 on the device. Knows the plan; knows nothing about methods.
+
+Loads torch with the first piece.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
-
-import torch
 
 from ktmerge.checkpoints import Reader
 from ktmerge.errors import KtmergeError
@@ -43,9 +44,9 @@ class Chunk:
 class Sources:
     """Context manager that holds the open files of all inputs."""
 
-    def __init__(self, plan: Plan, device: torch.device, chunk: int = CHUNK) -> None:
+    def __init__(self, plan: Plan, device: str, chunk: int | None = None) -> None:
         self._device = device
-        self._chunk = chunk
+        self._chunk = chunk or CHUNK
         self._stack = ExitStack()
         self.base: Reader = plan.base.reader()
         self.experts: dict[str, Reader] = {expert.name: expert.checkpoint.reader() for expert in plan.experts}
@@ -62,6 +63,10 @@ class Sources:
     ) -> None:
         self._held = None
         self._stack.close()
+
+    def of(self, expert: str | None) -> Reader:
+        """The reader of an expert, or of the base."""
+        return self.base if expert is None else self.experts[expert]
 
     def check_unchanged(self) -> None:
         """Raise KtmergeError if an input file is not the one whose header was planned with."""
@@ -80,7 +85,9 @@ class Sources:
             yield self._chunk_of(tensor, start, min(start + step, total))
 
     def _chunk_of(self, tensor: TensorPlan, start: int, stop: int) -> Chunk:
-        native = [raw.to(self._device) for raw in self.native(tensor, start, stop)]
+        import torch
+
+        native = [raw.to(self._device) for raw in self._native(tensor, start, stop)]
         # A difference of fp64 weights is taken in fp64: in fp32 small changes would vanish before they are seen.
         wide = torch.float64 if any(raw.dtype == torch.float64 for raw in native) else torch.float32
         base, *experts = (raw.to(wide) for raw in native)
@@ -92,8 +99,8 @@ class Sources:
             self._checked.add((tensor.name, start))
         return Chunk(start, base, tuple(experts), deltas)
 
-    def native(self, tensor: TensorPlan, start: int, stop: int) -> Sequence[Tensor]:
-        """The same elements of base and experts, in their own types; any thread may ask once a first call is over."""
+    def _native(self, tensor: TensorPlan, start: int, stop: int) -> Sequence[Tensor]:
+        """The same elements of base and experts, in their own types."""
         if tensor.info.nbytes * (1 + len(tensor.sources)) > HELD:
             return self._read(tensor, start, stop)
         if self._held is None or self._held[0] != tensor.name:
@@ -106,6 +113,8 @@ class Sources:
 
     def _refuse_not_finite(self, tensor: TensorPlan) -> None:
         """Say whose values are not finite. A delta shows it, whichever of the two it comes from."""
+        import torch
+
         owners = [("the base", self.base, tensor.name)]
         owners += [(f"expert '{name}'", self.experts[name], source) for name, source in tensor.sources.items()]
         for owner, reader, source in owners:

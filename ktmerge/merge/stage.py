@@ -5,6 +5,7 @@ Knows types and declarations only; importing it loads no torch. Stages live in `
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
@@ -111,6 +112,10 @@ def _no_objection(parameters: Any, weights: Mapping[str, float]) -> str | None:
     return None
 
 
+def _not_compiled(*_: Any) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Stage:
     """One registered stage.
@@ -128,6 +133,8 @@ class Stage:
     Attributes:
         statistics: what has to be known first, given the parameters.
         objection: why these parameters cannot go with these experts and weights, if they cannot; asked while planning.
+        compiled: the same in the words of `ktmerge.merge.program`, for the compiled kernels, or None: of a transform,
+            given the parameters, a Trim or Drop; of a combine, given parameters and weights, a Sum or Elect.
     """
 
     name: str
@@ -137,6 +144,7 @@ class Stage:
     reach: Reach = "element"
     statistics: Callable[[Any], Sequence[Statistic]] = _no_statistics
     objection: Callable[[Any, Mapping[str, float]], str | None] = _no_objection
+    compiled: Callable[..., Any] = _not_compiled
 
     @property
     def summary(self) -> str:
@@ -185,6 +193,10 @@ class Pipeline:
     def spec(self) -> list[dict[str, Any]]:
         """Every stage and parameter as plain data."""
         return [use.spec() for use in self.uses]
+
+    def prefix(self, position: int) -> str:
+        """Every stage and parameter up to ``position``: tensors with the same share statistics of global scope."""
+        return json.dumps([use.spec() for use in self.uses[: position + 1]])
 
     def parameters(self) -> dict[str, Any]:
         """All parameters by name, of all stages together; for people to read."""

@@ -11,7 +11,8 @@ import torch
 from merge_models import Tensors, write
 from torch import Tensor
 
-from ktmerge.checkpoints import TensorReader
+from ktmerge.checkpoints import Reader
+from ktmerge.checkpoints.dtypes import torch_dtype
 from ktmerge.merge.engine import execute
 from ktmerge.merge.plan import plan_blend
 from ktmerge.merge.report import BlendReport
@@ -29,14 +30,26 @@ class MemorySink:
 
     def __init__(self) -> None:
         self.pieces: dict[str, dict[int, Tensor]] = {}
+        self.tags: dict[str, str] = {}
 
     def dtype(self, name: str, planned: str) -> str:
+        self.tags[name] = planned
         return planned
 
     def write(self, name: str, values: Tensor, start: int) -> None:
         self.pieces.setdefault(name, {})[start] = values.clone()
 
-    def copy(self, name: str, reader: TensorReader, source: str) -> None:
+    def write_bytes(self, name: str, data: memoryview, start: int) -> None:
+        values = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(torch_dtype(self.tags[name]))
+        self.write(name, values, start // values.element_size())
+
+    def finished(self, name: str) -> None:
+        return None
+
+    def finish(self, name: str, report: dict[str, Any]) -> None:
+        pass
+
+    def copy(self, name: str, reader: Reader, source: str) -> None:
         self.write(name, reader.read(source), 0)
 
     def tensors(self, like: Mapping[str, Tensor]) -> Tensors:

@@ -40,9 +40,20 @@ def stream_key(seed: int, purpose: str, expert: str, tensor: str) -> int:
     return int.from_bytes(blake2b(message, digest_size=8).digest(), "little")
 
 
-def words(key: int, count: int, plane: int = 0) -> np.ndarray:
-    blocks = [philox_block((block & 0xFFFFFFFF, block >> 32, plane, 0), key) for block in range(-(-count // 4))]
+def words(key: int, count: int) -> np.ndarray:
+    blocks = [philox_block((block & 0xFFFFFFFF, block >> 32, 0, 0), key) for block in range(-(-count // 4))]
     return np.array(blocks, dtype=np.uint64).reshape(-1)[:count]
+
+
+def splitmix(key: int, count: int) -> np.ndarray:
+    """The first outputs of SplitMix64 with that seed, by stepping its state."""
+    found, state = [], key
+    for _ in range(count):
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        z = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        found.append(z ^ z >> 31)
+    return np.array(found, dtype=np.uint64)
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------
@@ -52,8 +63,7 @@ def trim_all(deltas: Arrays, density: float, scope: str, expert: str, seed: int)
     """Keep floor(d n) largest magnitudes, ties to the larger 64-bit hash; per tensor, or over all of them."""
 
     def hashes(name: str) -> np.ndarray:
-        key, count = stream_key(seed, "trim", expert, name), deltas[name].size
-        return (words(key, count, 0) << np.uint64(32)) | words(key, count, 1)
+        return splitmix(stream_key(seed, "trim", expert, name), deltas[name].size)
 
     groups = [[name] for name in deltas] if scope == "tensor" else [list(deltas)]
     kept = {}

@@ -9,10 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from merge_oracles import philox_block, stream_key, words
+from merge_oracles import philox_block, splitmix, stream_key, words
 
 from ktmerge.merge.kernels import kernels_for, keys, philox, radix
 from ktmerge.merge.kernels.rounding import round_to
+from ktmerge.merge.kernels.search import Search
+from ktmerge.merge.kernels.splitmix import hashes
 from ktmerge.merge.kernels.sums import ExactSum
 from ktmerge.merge.stage import Context
 
@@ -35,23 +37,28 @@ def test_philox_gives_the_known_answers(
     assert tuple(int(word) for word in philox.philox(tensors, key)) == expected  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("plane", [0, 1, 3])
-def test_words_go_by_element_alone(plane: int) -> None:
+def test_words_go_by_element_alone() -> None:
     key = stream_key(3, "purpose", "expert", "tensor")
-    expected = words(key, 300, plane).astype(np.int64)
-    at = torch.tensor([299, 0, 4, 5, 6, 7, 8, 131])
-    assert philox.words_at(key, at, plane).tolist() == expected[at.numpy()].tolist()
-    if plane == 0:
-        for start, count in [(0, 300), (1, 299), (3, 2), (6, 1), (250, 50), (10, 0)]:
-            assert philox.words(key, start, count).tolist() == expected[start : start + count].tolist()
+    expected = words(key, 300).astype(np.int64)
+    for start, count in [(0, 300), (1, 299), (3, 2), (6, 1), (250, 50), (10, 0)]:
+        assert philox.words(key, start, count).tolist() == expected[start : start + count].tolist()
 
 
-def test_words_beyond_the_first_block_and_32_bits_of_blocks() -> None:
-    key, start = 99, (1 << 18) - 3
-    assert philox.words(key, start, 10).equal(philox.words_at(key, torch.arange(start, start + 10)))
-    far = 5 << 34
-    block = philox_block(((far // 4) & FULL, (far // 4) >> 32, 0, 0), key)
-    assert philox.words(key, far, 4).tolist() == list(block)
+@pytest.mark.parametrize("far", [(1 << 18) - 4, 5 << 34])
+def test_words_beyond_the_first_block_and_32_bits_of_blocks(far: int) -> None:
+    expected = [
+        word for block in (far // 4, far // 4 + 1) for word in philox_block((block & FULL, block >> 32, 0, 0), 99)
+    ]
+    assert philox.words(99, far, 8).tolist() == expected
+
+
+def test_splitmix_gives_the_known_answers() -> None:
+    known = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    assert hashes(1234567, torch.arange(5)).numpy().view(np.uint64).tolist() == known
+    assert splitmix(1234567, 5).tolist() == known
+    key = stream_key(3, "trim", "expert", "tensor")
+    at = torch.tensor([99, 0, 57])
+    assert hashes(key, at).numpy().view(np.uint64).tolist() == splitmix(key, 100)[at.numpy()].tolist()
 
 
 def test_keys_depend_on_every_field_and_are_the_documented_ones() -> None:
@@ -84,7 +91,7 @@ def select(values: list[torch.Tensor], count: int, chunk: int) -> list[torch.Ten
                 observer.observe(tensor[start : start + chunk], context(start, str(number)))
         observer.end_pass()
         passes += 1
-    assert passes <= len(radix.WIDTHS)
+    assert passes <= 10
     threshold = observer.result()
     kept = []
     for number, tensor in enumerate(values):
@@ -95,12 +102,11 @@ def select(values: list[torch.Tensor], count: int, chunk: int) -> list[torch.Ten
 
 
 def by_sorting(values: list[torch.Tensor], count: int) -> list[torch.Tensor]:
-    hashes = []
+    ties = []
     for number, tensor in enumerate(values):
-        key = stream_key(0, "trim", "a", str(number))
-        hashes.append((words(key, tensor.numel(), 0) << np.uint64(32)) | words(key, tensor.numel(), 1))
+        ties.append(splitmix(stream_key(0, "trim", "a", str(number)), tensor.numel()))
     flat = torch.cat(values).numpy()
-    order = np.lexsort((np.concatenate(hashes), np.abs(flat)))
+    order = np.lexsort((np.concatenate(ties), np.abs(flat)))
     kept = np.zeros_like(flat)
     if count:
         kept[order[-count:]] = flat[order[-count:]]
@@ -131,6 +137,50 @@ def test_radix_select_equals_sorting(seed: int, kind: str, sizes: list[int], sha
     count = int(share * sum(sizes))
     for kept, expected in zip(select(values, count, chunk), by_sorting(values, count), strict=True):
         assert kept.equal(expected)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    share=st.floats(0.01, 0.99),
+    size=st.sampled_from([50, 3000]),
+    sample=st.sampled_from([1, 40, 2000]),
+    steps=st.sampled_from([3, 400, 1 << 22]),
+    misleading=st.booleans(),
+)
+def test_a_hint_changes_passes_but_never_the_result(
+    seed: int, share: float, size: int, sample: int, steps: int, misleading: bool
+) -> None:
+    """Magnitudes on a coarse or fine grid; the sample may even be of something else."""
+    generator = np.random.default_rng(seed)
+    values = (np.round(generator.standard_normal(size) * steps) / steps).astype(np.float32)
+    magnitudes = np.abs(values).view(np.uint32)
+    shown = np.abs(generator.standard_normal(sample) * 1000).astype(np.float32).view(np.uint32)
+    shown = shown if misleading else generator.choice(magnitudes, sample)
+    keys = hashes(9, torch.arange(size)).numpy().view(np.uint64)
+    found = []
+    for hint in (False, True):
+        search = Search(int(share * size), size)
+        if hint:
+            search.hint(shown)
+        while not search.done:
+            interval = search.interval
+            chosen = keys[magnitudes == interval.floor] if interval.hashed else magnitudes
+            offsets = [int(key) - interval.low for key in chosen if int(key) >= interval.low]
+            counts, lows = np.zeros(interval.bins + 1, np.int64), np.zeros(interval.bins, np.uint32)
+            for offset in offsets:
+                if offset > interval.last:
+                    counts[-1] += 1
+                else:
+                    counts[offset >> interval.shift] += 1
+                    if not interval.hashed:
+                        lows[offset >> interval.shift] |= offset & ((1 << interval.shift) - 1)
+            search.add(counts, lows if hint and not interval.hashed else None)
+            search.end_pass()
+        found.append(search.result())
+    kept = [(magnitudes > one.floor) | ((magnitudes == one.floor) & (keys >= np.uint64(one.least))) for one in found]
+    assert np.array_equal(kept[0] & (magnitudes > 0), kept[1] & (magnitudes > 0))
+    assert kept[0].sum() == int(share * size) or found[0].floor == 0
 
 
 def test_ties_do_not_prefer_the_first_rows() -> None:

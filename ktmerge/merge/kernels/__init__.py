@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ktmerge.merge.kernels.radix import Threshold
     from ktmerge.merge.kernels.rounding import Rounding
+    from ktmerge.merge.kernels.search import Interval, Threshold
 
 
 class Kernels(Protocol):
@@ -21,8 +21,8 @@ class Kernels(Protocol):
     def words(self, key: int, start: int, count: int, device: torch.device) -> Tensor:
         """Random 32-bit words of elements ``start .. start + count``, int64 ``[count]``."""
 
-    def histogram(self, delta: Tensor, key: int, start: int, prefix: tuple[int, ...]) -> Tensor:
-        """Counts of the next digit among the elements whose magnitude key begins with ``prefix``, int64 on the host."""
+    def count(self, delta: Tensor, key: int, start: int, interval: Interval) -> Tensor:
+        """Elements in each bin of the interval, and above it last: int64 ``[bins + 1]`` on the host."""
 
     def keep(self, delta: Tensor, key: int, start: int, threshold: Threshold) -> Tensor:
         """``delta`` with every element below the threshold set to zero."""

@@ -1,53 +1,81 @@
-"""Element-wise blends compiled by numba: one pass over blocks that stay in the processor's first cache.
+"""Element-wise blends compiled by numba: one pass over blocks that stay in the processor's first caches.
 
 Equals the torch reference bit for bit: the same operations on fp32 numbers in the same order, each rounded by itself
 (no fused multiply-add, no reassociation). Every loop is a function of its own over contiguous arrays, the form that
-compiles to vector instructions. Importing this loads numba and no torch; nothing here takes the interpreter's lock.
+compiles to vector instructions. The entry points take bare addresses, so that their machine code can be kept on disk
+and called without numba (see `ktmerge.merge.kernels.native`); nothing here takes the interpreter's lock.
+
+All entry points read ``rows``: the base's elements and then each expert's, ``stride`` bytes apart, each of its own
+``kind``. ``start`` is the index of the first element in its tensor, a multiple of 4. The transforms are
+``steps`` codes, TRIM or DROP, with one number per step and expert in ``floors`` and ``leasts`` (the least magnitude
+pattern that is kept, and the least hash among those that have just that), ``keys`` (of the random stream), ``cuts``
+(random words below are kept) and ``factors`` (what the kept are multiplied by).
 """
 
-# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call,attr-defined"
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from numba import njit
+from numba import carray, njit
+from numba.types import CPointer, float32, float64, int64, uint16, uint32, uint64
 
-BLOCK = 4096
-"""Elements worked on at a time: a dozen arrays of them fit into 256 KB."""
+from ktmerge.merge.kernels.codes import BF16, BLOCK, DROP, ELECT, F16, F32, FINE, INPUT_NOT_FINITE, OVERFLOW, SUM, TRIM
 
-NONE, TRIM, DROP = 0, 1, 2
-SUM, ELECT = 0, 1
-FINE, INPUT_NOT_FINITE, OVERFLOW = 0, 1, 2
-
-_U32, _U64, _F32 = np.uint32, np.uint64, np.float32
+_U32, _U64, _F32, _F64 = np.uint32, np.uint64, np.float32, np.float64
 _MAGNITUDE, _EXPONENT = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
-_LARGEST16 = np.uint32(0x7F7F0000)
+_SIGN, _ONE = np.uint32(0x80000000), np.uint32(1)
+_LARGEST16, _LARGEST_HALF = np.uint32(0x7F7F0000), np.uint32(0x477FE000)
 _LOW = np.uint64(0xFFFFFFFF)
 
-_compile = njit(nogil=True, cache=True, error_model="numpy")
+_compile = njit(nogil=True, error_model="numpy")
 # Sums that only the report shows may be taken in any order.
-_compile_sums = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
+_compile_sums = njit(nogil=True, error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
 
 
 @_compile
-def _widen(raw, out):
+def _load_bf16(raw, out):
+    worst = _U32(0)
     for i in range(out.size):
-        out[i] = _U32(raw[i]) << _U32(16)
+        pattern = _U32(raw[i]) << _U32(16)
+        out[i] = pattern
+        worst = max(worst, pattern & _EXPONENT)
+    return worst == _EXPONENT
 
 
 @_compile
-def _copy(raw, out):
+def _load_f32(raw, out):
+    worst = _U32(0)
     for i in range(out.size):
         out[i] = raw[i]
+        worst = max(worst, raw[i] & _EXPONENT)
+    return worst == _EXPONENT
 
 
 @_compile
-def _load(raw, start, out):
-    """Elements from ``start`` on as fp32 patterns. ``raw`` is a pair, bf16 as uint16 and fp32 as uint32, one empty."""
-    if raw[1].size:
-        _copy(raw[1][start : start + out.size], out)
-    else:
-        _widen(raw[0][start : start + out.size], out)
+def _load_f16(raw, out):
+    """As an fp32 pattern 2**112 times too small, subnormals included, which one exact product puts right."""
+    values = out.view(np.float32)
+    worst = _U32(0)
+    for i in range(out.size):
+        half = _U32(raw[i])
+        worst = max(worst, half & _U32(0x7C00))
+        out[i] = (half & _U32(0x8000)) << _U32(16) | (half & _U32(0x7FFF)) << _U32(13)
+    for i in range(out.size):
+        values[i] = values[i] * _F32(2.0**112)
+    return worst == _U32(0x7C00)
+
+
+@_compile
+def _load(kind, raw16, raw32, first, out):
+    """One row's elements from ``first`` on as fp32 patterns; whether one is not finite."""
+    if kind == BF16:
+        return _load_bf16(raw16[first : first + out.size], out)
+    if kind == F16:
+        return _load_f16(raw16[first : first + out.size], out)
+    return _load_f32(raw32[first : first + out.size], out)
 
 
 @_compile
@@ -66,21 +94,6 @@ def _philox(key, first_counter, w0, w1, w2, w3):
 
 
 @_compile
-def _word_at(key, element, plane):
-    c0, c1, c2, c3 = (element >> _U64(2)) & _LOW, element >> _U64(34), plane, _U64(0)
-    k0, k1 = key & _LOW, key >> _U64(32)
-    for _ in range(10):
-        p0, p1 = _U64(0xD2511F53) * c0, _U64(0xCD9E8D57) * c2
-        c0, c1 = (p1 >> _U64(32)) ^ c1 ^ k0, p1 & _LOW
-        c2, c3 = (p0 >> _U64(32)) ^ c3 ^ k1, p0 & _LOW
-        k0, k1 = (k0 + _U64(0x9E3779B9)) & _LOW, (k1 + _U64(0xBB67AE85)) & _LOW
-    lane = element & _U64(3)
-    if lane < _U64(2):
-        return c0 if lane == _U64(0) else c1
-    return c2 if lane == _U64(2) else c3
-
-
-@_compile
 def _interleave(w0, w1, w2, w3, out):
     for b in range(w0.size):
         out[4 * b], out[4 * b + 1], out[4 * b + 2], out[4 * b + 3] = w0[b], w1[b], w2[b], w3[b]
@@ -90,17 +103,18 @@ def _interleave(w0, w1, w2, w3, out):
 def _words(key, start, lanes, out):
     """Random words of the elements ``start .. start + out.size``; ``start`` and the size are multiples of 4."""
     q = out.size // 4
-    w0, w1, w2, w3 = lanes[0][:q], lanes[1][:q], lanes[2][:q], lanes[3][:q]
+    w0, w1, w2, w3 = lanes[:q], lanes[q : 2 * q], lanes[2 * q : 3 * q], lanes[3 * q : 4 * q]
     _philox(key, _U64(start) >> _U64(2), w0, w1, w2, w3)
     _interleave(w0, w1, w2, w3, out)
 
 
 @_compile
-def _not_finite(patterns):
-    worst = _U32(0)
-    for i in range(patterns.size):
-        worst = max(worst, patterns[i] & _EXPONENT)
-    return worst == _EXPONENT
+def _hash(key, element):
+    """See `ktmerge.merge.kernels.splitmix`."""
+    z = key + (element + _U64(1)) * _U64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> _U64(27))) * _U64(0x94D049BB133111EB)
+    return z ^ (z >> _U64(31))
 
 
 @_compile
@@ -116,30 +130,34 @@ def _keep_above(delta, floor):
     tied = _U32(0)
     for i in range(delta.size):
         magnitude = patterns[i] & _MAGNITUDE
-        tied |= _U32(1) if magnitude == floor else _U32(0)
+        tied |= _ONE if magnitude == floor else _U32(0)
         patterns[i] = patterns[i] if magnitude >= floor else _U32(0)
     return tied != _U32(0)
 
 
 @_compile
-def _keep_hashed(delta, floor, words, high, low, key, start):
-    """Among the elements at ``floor``, zero those whose 64-bit hash is below ``(high, low)``."""
+def _keep_hashed(delta, floor, least, key, start):
+    """Among the elements at ``floor``, zero those whose hash is below ``least``."""
     patterns = delta.view(np.uint32)
     for i in range(delta.size):
-        below = ((patterns[i] & _MAGNITUDE) == floor) & (words[i] < high)
-        patterns[i] = _U32(0) if below else patterns[i]
-    if low == _U32(0):
-        return
-    for i in range(delta.size):  # equal in the first 32 bits: one in four thousand millions
-        at_edge = ((patterns[i] & _MAGNITUDE) == floor) & (words[i] == high)
-        if at_edge and _word_at(key, _U64(start + i), _U64(1)) < _U64(low):
-            patterns[i] = _U32(0)
+        below = _hash(key, _U64(start + i)) < least
+        patterns[i] = _U32(0) if below & ((patterns[i] & _MAGNITUDE) == floor) else patterns[i]
 
 
 @_compile
 def _drop(delta, words, cut, factor):
     for i in range(delta.size):
         delta[i] = delta[i] * factor if _U64(words[i]) < cut else _F32(0)
+
+
+@_compile
+def _transform(step, d, start, floor, least, key, cut, factor, lanes, words):
+    if step == TRIM:
+        if _keep_above(d, floor) and least != _U64(0):
+            _keep_hashed(d, floor, least, key, start)
+    elif step == DROP:
+        _words(key, start, lanes, words[: (d.size + 3) // 4 * 4])
+        _drop(d, words[: d.size], cut, factor)
 
 
 @_compile
@@ -152,6 +170,15 @@ def _scale_into(delta, weight, total):
 def _add_into(delta, weight, total):
     for i in range(total.size):
         total[i] += delta[i] * weight
+
+
+@_compile
+def _count(patterns):
+    """How many are neither zero nor minus zero."""
+    count = _U32(0)
+    for i in range(patterns.size):
+        count += _ONE if (patterns[i] & _MAGNITUDE) != _U32(0) else _U32(0)
+    return int64(count)
 
 
 @_compile
@@ -178,21 +205,17 @@ def _divide(total, share):
 
 
 @_compile
-def _times(merged, factor):
-    for i in range(merged.size):
-        merged[i] = merged[i] * factor
+def _scale_and_add(merged, factor, base, out):
+    for i in range(out.size):
+        scaled = merged[i] * factor
+        merged[i] = scaled
+        out[i] = base[i] + scaled
 
 
 @_compile
-def _add(base, merged, out):
+def _settle_expert(merged, expert, base, out):
     for i in range(out.size):
-        out[i] = base[i] + merged[i]
-
-
-@_compile
-def _settle_expert(merged, delta, expert, out):
-    for i in range(out.size):
-        out[i] = expert[i] if merged[i] == delta[i] else out[i]
+        out[i] = expert[i] if merged[i] == expert[i] - base[i] else out[i]
 
 
 @_compile
@@ -202,38 +225,74 @@ def _settle_base(merged, base, out):
 
 
 @_compile
-def _nearest16(patterns, out):
-    for i in range(out.size):
-        bits = patterns[i]
-        out[i] = np.uint16((bits + _U32(0x7FFF) + ((bits >> _U32(16)) & _U32(1))) >> _U32(16))
+def _largest(patterns):
+    worst = _U32(0)
+    for i in range(patterns.size):
+        worst = max(worst, patterns[i] & _MAGNITUDE)
+    return worst
 
 
 @_compile
-def _stochastic16(patterns, words, out):
+def _store_bf16(patterns, out, stored):
+    for i in range(out.size):
+        bits = patterns[i]
+        short = (bits + _U32(0x7FFF) + ((bits >> _U32(16)) & _ONE)) >> _U32(16)
+        out[i] = uint16(short)
+        stored[i] = short << _U32(16)
+
+
+@_compile
+def _store_bf16_stochastic(patterns, words, out, stored):
     for i in range(out.size):
         bits = patterns[i]
         carried = bits + (words[i] >> _U32(16))
         carried = bits if (carried & _EXPONENT) == _EXPONENT else carried
-        out[i] = np.uint16(carried >> _U32(16))
+        out[i] = uint16(carried >> _U32(16))
+        stored[i] = carried & _U32(0xFFFF0000)
 
 
 @_compile
-def _count(values):
-    count = 0
-    for i in range(values.size):
-        count += 1 if values[i] != 0 else 0
-    return count
+def _store_f16(patterns, out, stored):
+    """To the nearest, ties to even: by integer carry where fp16 is normal; below by adding 0.5, whose ulp is fp16's."""
+    small = stored.view(np.float32)
+    for i in range(out.size):
+        stored[i] = patterns[i] & _MAGNITUDE
+    for i in range(out.size):
+        small[i] = small[i] + _F32(0.5)
+    for i in range(out.size):
+        magnitude = patterns[i] & _MAGNITUDE
+        normal = (magnitude + _U32(0xFFF) + ((magnitude >> _U32(13)) & _ONE) - _U32(0x38000000)) >> _U32(13)
+        half = normal if magnitude >= _U32(0x38800000) else stored[i] - _U32(0x3F000000)
+        out[i] = uint16(half | (patterns[i] & _SIGN) >> _U32(16))
+
+
+@_compile
+def _store(kind, stochastic, patterns, words, out16, out32, stored):
+    """Round once; whether a value is beyond the type. Leaves what was stored as fp32 patterns in ``stored``."""
+    if kind == F32:
+        return _load_f32(patterns, out32) or _load_f32(patterns, stored)
+    worst = _largest(patterns)
+    if kind == F16:
+        if worst <= _LARGEST_HALF:
+            _store_f16(patterns, out16, stored)
+            _load_f16(out16, stored)
+        return worst > _LARGEST_HALF
+    if stochastic:
+        _store_bf16_stochastic(patterns, words, out16, stored)
+    else:
+        _store_bf16(patterns, out16, stored)
+    return worst > _LARGEST16
 
 
 @_compile_sums
-def _measure(base, merged, stored, sums):
-    intended, own, along = np.float64(0), np.float64(0), np.float64(0)
-    changed = 0
+def _sum_up(base, merged, stored, sums):
+    intended, own, along = _F64(0), _F64(0), _F64(0)
+    changed = int64(0)
     for i in range(base.size):
         moved = stored[i] - base[i]
-        intended += np.float64(merged[i]) * np.float64(merged[i])
-        own += np.float64(base[i]) * np.float64(base[i])
-        along += np.float64(moved) * np.float64(merged[i])
+        intended += _F64(merged[i]) * _F64(merged[i])
+        own += _F64(base[i]) * _F64(base[i])
+        along += _F64(moved) * _F64(merged[i])
         changed += 1 if moved != 0 else 0
     sums[0] += intended
     sums[1] += own
@@ -242,54 +301,31 @@ def _measure(base, merged, stored, sums):
 
 
 @_compile
-def blend(
-    base, experts, start, transform, floors, highs, lows, keys, cuts, factors, combine, votes, weights, lambda_,
-    stochastic, round_key, out, sums, kept,
+def _blend(
+    raw16, raw32, kinds, start, steps, floors, leasts, keys, cuts, factors, combine, votes, weights, lambda_,
+    kind, stochastic, round_key, out16, out32, sums, kept, theta, delta, lanes, words, vote, share, merged, values,
 ):  # fmt: skip
-    """Blend one piece; FINE, INPUT_NOT_FINITE or OVERFLOW.
-
-    Raw arrays come in pairs, uint16 for bf16 and uint32 for fp32, of which the one that does not apply is empty:
-    ``base`` and ``out`` ``[n]``, ``experts`` ``[N, n]``. ``start``, the index of the first element in its tensor, is a
-    multiple of 4.
-
-    ``transform`` is NONE, TRIM (``floors``, ``highs``, ``lows``: per expert, the least key that is kept) or DROP
-    (``cuts``: words below are kept; ``factors``: what they are multiplied by), with ``keys`` of the random streams.
-    ``combine`` is SUM of ``weights`` times deltas, or ELECT by ``votes`` times deltas and their mean by ``weights``.
-
-    Added to: ``sums`` fp64 ``[4]``, squared norms of merged delta and base, inner product of the former with what was
-    stored, number of changed elements; ``kept`` int64 ``[N]``, non-zeros after the transform.
-    """
-    count, number = max(base[0].size, base[1].size), len(keys)
-    theta = np.empty((number, BLOCK), np.uint32)
-    delta = np.empty((number, BLOCK), np.float32)
-    own, words = np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.uint32)
-    lanes = np.empty((4, BLOCK // 4), np.uint32)
-    vote, share = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    merged, values = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
-    status = FINE
+    number, count = kept.size, max(out16.size, out32.size)
+    status = int64(FINE)
     for first in range(0, count, BLOCK):
         n = min(BLOCK, count - first)
-        padded = (n + 3) // 4 * 4
-        theta0 = own[:n].view(np.float32)
-        _load(base, first, own[:n])
-        if _not_finite(own[:n]):
-            return INPUT_NOT_FINITE
+        own = theta[0][:n]
+        theta0 = own.view(np.float32)
+        if _load(kinds[0], raw16[0], raw32[0], first, own):
+            return int64(INPUT_NOT_FINITE)
         m, v, r = merged[:n], vote[:n], values[:n]
         for t in range(number):
-            d = delta[t][:n]
-            _load((experts[0][t], experts[1][t]), first, theta[t][:n])
-            if _not_finite(theta[t][:n]):
-                return INPUT_NOT_FINITE
-            _subtract(theta[t][:n].view(np.float32), theta0, d)
-            if transform == TRIM:
-                if _keep_above(d, floors[t]) and (highs[t] | lows[t]) != _U32(0):
-                    _words(keys[t], start + first, lanes, words[:padded])
-                    _keep_hashed(d, floors[t], words[:n], highs[t], lows[t], keys[t], start + first)
-            elif transform == DROP:
-                _words(keys[t], start + first, lanes, words[:padded])
-                _drop(d, words[:n], cuts[t], factors[t])
-            if transform != NONE:
-                kept[t] += _count(d)
+            d, other = delta[t][:n], theta[t + 1][:n]
+            if _load(kinds[t + 1], raw16[t + 1], raw32[t + 1], first, other):
+                return int64(INPUT_NOT_FINITE)
+            _subtract(other.view(np.float32), theta0, d)
+            for s in range(steps.size):
+                _transform(
+                    steps[s], d, start + first, floors[s][t], leasts[s][t], keys[s][t], cuts[s][t], factors[s][t],
+                    lanes, words,
+                )  # fmt: skip
+            if steps.size:
+                kept[t] += _count(d.view(np.uint32))
             if combine == SUM:
                 if t == 0:
                     _scale_into(d, weights[0], m)
@@ -304,105 +340,219 @@ def blend(
             for t in range(1, number):
                 _agree_next(delta[t][:n], v, weights[t], m, share[:n])
             _divide(m, share[:n])
-        if lambda_ != _F32(1):
-            _times(m, lambda_)
-        _add(theta0, m, r)
+        _scale_and_add(m, lambda_, theta0, r)
         for t in range(number - 1, -1, -1):
-            expert = theta[t][:n].view(np.float32)
-            d = delta[t][:n]
-            if transform != NONE:  # the delta as it came, before the transform
-                _subtract(expert, theta0, d)
-            _settle_expert(m, d, expert, r)
+            _settle_expert(m, theta[t + 1][:n].view(np.float32), theta0, r)
         _settle_base(m, theta0, r)
         if stochastic:
-            _words(round_key, start + first, lanes, words[:padded])
-        if _store(r.view(np.uint32), words[:n], stochastic, out, first):
-            status = OVERFLOW
-        _measure(theta0, m, words[:n].view(np.float32), sums)
+            _words(round_key, start + first, lanes, words[: (n + 3) // 4 * 4])
+        stored = vote[:n].view(np.uint32)
+        to16, to32 = out16[first : first + n], out32[first : first + n]
+        if _store(kind, stochastic, r.view(np.uint32), words[:n], to16, to32, stored):
+            status = int64(OVERFLOW)
+        _sum_up(theta0, m, stored.view(np.float32), sums)
     return status
 
 
-@_compile
-def _store(patterns, words, stochastic, raw, start):
-    """Round to the type of ``raw``, a pair as in `_load`; whether a value is beyond it. Leaves fp32 in ``words``."""
-    if raw[1].size:
-        _copy(patterns, raw[1][start : start + patterns.size])
-        _copy(patterns, words)
-        return _not_finite(patterns)
-    stored = raw[0][start : start + patterns.size]
-    if stochastic:
-        _stochastic16(patterns, words, stored)
-    else:
-        _nearest16(patterns, stored)
-    _widen(stored, words)
-    worst = _U32(0)
-    for i in range(patterns.size):
-        worst = max(worst, patterns[i] & _MAGNITUDE)
-    return worst > _LARGEST16
+def blend(
+    rows16, rows32, stride, kinds, number, count, start, step_count, steps, floors, leasts, keys, cuts, factors,
+    combine, votes, weights, lambda_, kind, stochastic, round_key, out16, out32, sums, kept, scratch,
+):  # fmt: skip
+    """Blend ``count`` elements; FINE, INPUT_NOT_FINITE or OVERFLOW.
 
-
-@_compile
-def _count_first(delta, counts):
-    patterns = delta.view(np.uint32)
-    for i in range(delta.size):
-        counts[(patterns[i] & _MAGNITUDE) >> _U32(15)] += 1
-
-
-@_compile
-def _count_second(delta, wanted, counts):
-    patterns = delta.view(np.uint32)
-    for i in range(delta.size):
-        magnitude = patterns[i] & _MAGNITUDE
-        if (magnitude >> _U32(15)) == wanted:
-            counts[magnitude & _U32(0x7FFF)] += 1
-
-
-@_compile
-def _count_hashed(delta, floor, words, digit, high, key, start, counts):
-    """Digit 0 or 1 of the first hash word, or 2 or 3 in the second, among the tied whose digits so far are ``high``."""
-    patterns = delta.view(np.uint32)
-    for i in range(delta.size):
-        if (patterns[i] & _MAGNITUDE) != floor:
-            continue
-        word = words[i]
-        if digit == 0:
-            counts[word >> _U32(16)] += 1
-        elif digit == 1:
-            if (word >> _U32(16)) == _U32(high):
-                counts[word & _U32(0xFFFF)] += 1
-        elif word == _U32(high >> _U64(16) if digit == 3 else high):
-            second = _word_at(key, _U64(start + i), _U64(1))
-            if digit == 2:
-                counts[second >> _U64(16)] += 1
-            elif (second >> _U64(16)) == (high & _U64(0xFFFF)):
-                counts[second & _U64(0xFFFF)] += 1
-
-
-@_compile
-def histogram(base, expert, start, key, length, first, second, high, counts):
-    """Add to ``counts`` the next digit of the key among the elements that agree with the digits so far.
-
-    ``length`` digits are known: ``first`` and ``second`` of the magnitude, then those of the hash put together in
-    ``high``; ``key`` is that of the hash's random stream. Raw arrays as in `blend`; FINE or INPUT_NOT_FINITE.
+    ``combine`` is SUM of ``weights`` times deltas, or ELECT by ``votes`` times deltas and their mean by ``weights``.
+    The result is stored as ``kind``, rounded to the nearest or stochastically. Added to: ``sums`` fp64 ``[4]``, squared
+    norms of merged delta and base, inner product of the former with what was stored, number of changed elements;
+    ``kept`` int64 ``[N]``, non-zeros after the transforms. ``scratch`` holds ``BLOCK * (2 N + 7)`` words.
     """
-    own, other = np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.uint32)
-    delta, words = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.uint32)
-    lanes = np.empty((4, BLOCK // 4), np.uint32)
-    floor = (_U32(first) << _U32(15)) | _U32(second)
-    count = max(base[0].size, base[1].size)
-    for begin in range(0, count, BLOCK):
-        n = min(BLOCK, count - begin)
-        _load(base, begin, own[:n])
-        _load(expert, begin, other[:n])
-        if _not_finite(own[:n]) or _not_finite(other[:n]):
-            return INPUT_NOT_FINITE
-        d = delta[:n]
-        _subtract(other[:n].view(np.float32), own[:n].view(np.float32), d)
-        if length == 0:
-            _count_first(d, counts)
-        elif length == 1:
-            _count_second(d, _U32(first), counts)
+    raw16 = carray(rows16, (number + 1, stride // 2))
+    raw32 = carray(rows32, (number + 1, stride // 4))
+    per_step = (step_count, number)
+    work = carray(scratch, (2 * number + 7, BLOCK))
+    floats = work.view(np.float32)
+    return _blend(
+        raw16, raw32, carray(kinds, (number + 1,)), start,
+        carray(steps, (step_count,)), carray(floors, per_step), carray(leasts, per_step), carray(keys, per_step),
+        carray(cuts, per_step), carray(factors, per_step),
+        combine, carray(votes, (number,)), carray(weights, (number,)), lambda_, kind, stochastic, round_key,
+        carray(out16, (0 if kind == F32 else count,)), carray(out32, (count if kind == F32 else 0,)),
+        carray(sums, (4,)), carray(kept, (number,)),
+        work[: number + 1], floats[number + 1 : 2 * number + 1], work[2 * number + 1],
+        work[2 * number + 2], floats[2 * number + 3], floats[2 * number + 4], floats[2 * number + 5],
+        floats[2 * number + 6],
+    )  # fmt: skip
+
+
+@_compile
+def _count_above(magnitudes, high):
+    count = _U32(0)
+    for i in range(magnitudes.size):
+        count += _ONE if magnitudes[i] > high else _U32(0)
+    return count
+
+
+@_compile
+def _count_magnitudes(magnitudes, low, last, shift, counts, lows):
+    rest = (_ONE << shift) - _ONE
+    for i in range(magnitudes.size):
+        inside = magnitudes[i] - low
+        if inside <= last:
+            counts[inside >> shift] += _ONE
+            lows[inside >> shift] |= inside & rest
+
+
+@_compile
+def _count_hashes(magnitudes, floor, key, start, low, last, shift, counts):
+    above = _U32(0)
+    for i in range(magnitudes.size):
+        if magnitudes[i] == floor:
+            value = _hash(key, _U64(start + i))
+            inside = value - low
+            if value < low:
+                continue
+            if inside <= last:
+                counts[inside >> shift] += _ONE
+            else:
+                above += _ONE
+    return above
+
+
+@_compile
+def _magnitudes(delta):
+    patterns = delta.view(np.uint32)
+    for i in range(delta.size):
+        patterns[i] &= _MAGNITUDE
+
+
+@_compile
+def _delta(
+    raw16, raw32, kinds, row, first, start, steps, floors, leasts, keys, cuts, factors, own, other, d, lanes, words
+):
+    """One expert's delta after the transforms, ``d.size`` elements from ``first`` on; whether one is not finite."""
+    t = row - 1
+    if _load(kinds[0], raw16[0], raw32[0], first, own[: d.size]):
+        return True
+    if _load(kinds[row], raw16[row], raw32[row], first, other[: d.size]):
+        return True
+    _subtract(other[: d.size].view(np.float32), own[: d.size].view(np.float32), d)
+    for s in range(steps.size):
+        _transform(
+            steps[s], d, start + first, floors[s][t], leasts[s][t], keys[s][t], cuts[s][t], factors[s][t], lanes, words
+        )
+    return False
+
+
+@_compile
+def _measure(
+    raw16, raw32, kinds, row, count, start, steps, floors, leasts, keys, cuts, factors,
+    hashed, floor, key, low, last, shift, counts, lows, own, other, delta, lanes, words,
+):  # fmt: skip
+    high = _U64(low + last)
+    for first in range(0, count, BLOCK):
+        d = delta[: min(BLOCK, count - first)]
+        if _delta(
+            raw16, raw32, kinds, row, first, start, steps, floors, leasts, keys, cuts, factors, own, other, d, lanes,
+            words,
+        ):  # fmt: skip
+            return int64(INPUT_NOT_FINITE)
+        _magnitudes(d)
+        magnitudes = d.view(np.uint32)
+        if hashed:
+            above = _count_hashes(magnitudes, floor, key, start + first, low, last, shift, counts)
         else:
-            _words(key, start + begin, lanes, words[: (n + 3) // 4 * 4])
-            _count_hashed(d, floor, words[:n], length - 2, high, key, start + begin, counts)
-    return FINE
+            above = _count_above(magnitudes, _U32(high)) if high < _U64(_MAGNITUDE) else _U32(0)
+            _count_magnitudes(magnitudes, _U32(low), _U32(last), _U32(shift), counts, lows)
+        counts[counts.size - 1] += above
+    return int64(FINE)
+
+
+def measure(
+    rows16, rows32, stride, kinds, number, row, count, start, step_count, steps, floors, leasts, keys, cuts, factors,
+    hashed, floor, key, low, last, shift, bins, counts, lows, scratch,
+):  # fmt: skip
+    """Count the keys of one expert's deltas, as they are after the transforms; FINE or INPUT_NOT_FINITE.
+
+    The key is the magnitude's pattern, or if ``hashed`` the hash of the elements whose magnitude is ``floor``. Added
+    to: ``counts`` uint32 ``[bins + 1]``, keys in ``[low, low + last]`` by ``(key - low) >> shift``, and keys above all
+    that in the last; ``lows`` uint32 ``[bins]``, the union of the bits that magnitudes lose in that shift.
+    """
+    per_step = (step_count, number)
+    work = carray(scratch, (5, BLOCK))
+    return _measure(
+        carray(rows16, (number + 1, stride // 2)), carray(rows32, (number + 1, stride // 4)),
+        carray(kinds, (number + 1,)), row, count, start,
+        carray(steps, (step_count,)), carray(floors, per_step), carray(leasts, per_step), carray(keys, per_step),
+        carray(cuts, per_step), carray(factors, per_step),
+        hashed, floor, key, low, last, shift, carray(counts, (bins + 1,)), carray(lows, (bins,)),
+        work[0], work[1], work[2].view(np.float32), work[3], work[4],
+    )  # fmt: skip
+
+
+def sample(
+    rows16, rows32, stride, kinds, number, row, count, start, step_count, steps, floors, leasts, keys, cuts, factors,
+    out, scratch,
+):  # fmt: skip
+    """The magnitude patterns of up to ``BLOCK`` deltas of one expert into ``out``; FINE or INPUT_NOT_FINITE."""
+    per_step = (step_count, number)
+    work = carray(scratch, (4, BLOCK))
+    patterns = carray(out, (count,))
+    d = patterns.view(np.float32)
+    if _delta(
+        carray(rows16, (number + 1, stride // 2)), carray(rows32, (number + 1, stride // 4)),
+        carray(kinds, (number + 1,)), row, 0, start,
+        carray(steps, (step_count,)), carray(floors, per_step), carray(leasts, per_step), carray(keys, per_step),
+        carray(cuts, per_step), carray(factors, per_step), work[0], work[1], d, work[2], work[3],
+    ):  # fmt: skip
+        return int64(INPUT_NOT_FINITE)
+    _magnitudes(d)
+    return int64(FINE)
+
+
+@_compile_sums
+def _energy(values):
+    total = _F64(0)
+    for i in range(values.size):
+        total += _F64(values[i]) * _F64(values[i])
+    return total
+
+
+@_compile
+def _energies(kind, raw16, raw32, count, sums, work):
+    for first in range(0, count, BLOCK):
+        own = work[: min(BLOCK, count - first)]
+        if _load(kind, raw16, raw32, first, own):
+            return int64(INPUT_NOT_FINITE)
+        sums[1] += _energy(own.view(np.float32))
+    return int64(FINE)
+
+
+def energy(rows16, rows32, kind, count, sums, scratch):
+    """Add the base's squared norm to ``sums[1]``; FINE or INPUT_NOT_FINITE."""
+    halves, words = (0, count) if kind == F32 else (count, 0)
+    return _energies(kind, carray(rows16, (halves,)), carray(rows32, (words,)), count, sums, carray(scratch, (BLOCK,)))
+
+
+_ROWS = [CPointer(uint16), CPointer(uint32), int64, CPointer(int64), int64]
+_STEPS = [
+    int64, CPointer(int64), CPointer(uint32), CPointer(uint64), CPointer(uint64), CPointer(uint64), CPointer(float32),
+]  # fmt: skip
+
+ENTRIES: dict[str, tuple[Any, Any]] = {
+    "blend": (
+        blend,
+        int64(
+            *_ROWS, int64, int64, *_STEPS, int64, CPointer(float32), CPointer(float32), float32, int64, int64, uint64,
+            CPointer(uint16), CPointer(uint32), CPointer(float64), CPointer(int64), CPointer(uint32),
+        ),
+    ),
+    "measure": (
+        measure,
+        int64(
+            *_ROWS, int64, int64, int64, *_STEPS, int64, uint32, uint64, uint64, uint64, uint64, int64,
+            CPointer(uint32), CPointer(uint32), CPointer(uint32),
+        ),
+    ),
+    "sample": (sample, int64(*_ROWS, int64, int64, int64, *_STEPS, CPointer(uint32), CPointer(uint32))),
+    "energy": (energy, int64(CPointer(uint16), CPointer(uint32), int64, int64, CPointer(float64), CPointer(uint32))),
+}  # fmt: skip
+"""Entry points by name, each with its signature."""

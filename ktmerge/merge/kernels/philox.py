@@ -39,7 +39,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: int) -> tuple[Te
 
 
 def words(key: int, start: int, count: int, device: torch.device | str = "cpu") -> Tensor:
-    """First random word of the elements ``start .. start + count``, int64 ``[count]``, in ``[0, 2**32)``."""
+    """Random word of the elements ``start .. start + count``, int64 ``[count]``, in ``[0, 2**32)``."""
     if count == 0:
         return torch.empty(0, dtype=torch.int64, device=device)
     first, last = start // 4, (start + count - 1) // 4 + 1
@@ -48,17 +48,11 @@ def words(key: int, start: int, count: int, device: torch.device | str = "cpu") 
         end = min(begin + _BLOCK, last)
         index = torch.arange(begin, end, dtype=torch.int64, device=device)
         lanes = result[(begin - first) * 4 : (end - first) * 4].view(-1, 4)
-        for lane, word in enumerate(philox(_counter(index, 0), key)):
+        for lane, word in enumerate(philox(_counter(index), key)):
             lanes[:, lane] = word
     return result[start - first * 4 :][:count]
 
 
-def words_at(key: int, elements: Tensor, plane: int = 0) -> Tensor:
-    """Random word number ``plane`` of each listed element, int64 like ``elements``."""
-    lanes = torch.stack(philox(_counter(elements >> 2, plane), key), dim=1)
-    return lanes.gather(1, (elements & 3).unsqueeze(1)).squeeze(1)
-
-
-def _counter(block: Tensor, plane: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _counter(block: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     zero = torch.zeros_like(block)
-    return block & _MASK, block >> 32, zero + plane, zero
+    return block & _MASK, block >> 32, zero, zero

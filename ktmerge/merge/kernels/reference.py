@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ktmerge.merge.kernels import philox, radix
 from ktmerge.merge.kernels.rounding import Rounding, round_to
+from ktmerge.merge.kernels.search import Interval, Threshold
 
 _EXACT = (torch.float32, torch.float64)
 
@@ -17,10 +18,10 @@ class Reference:
     def words(self, key: int, start: int, count: int, device: torch.device) -> Tensor:
         return philox.words(key, start, count, device)
 
-    def histogram(self, delta: Tensor, key: int, start: int, prefix: tuple[int, ...]) -> Tensor:
-        return radix.histogram(delta, key, start, prefix)
+    def count(self, delta: Tensor, key: int, start: int, interval: Interval) -> Tensor:
+        return radix.count(delta, key, start, interval)
 
-    def keep(self, delta: Tensor, key: int, start: int, threshold: radix.Threshold) -> Tensor:
+    def keep(self, delta: Tensor, key: int, start: int, threshold: Threshold) -> Tensor:
         return radix.keep(delta, key, start, threshold)
 
     def round(self, values: Tensor, dtype: torch.dtype, rounding: Rounding, key: int, start: int) -> Tensor:

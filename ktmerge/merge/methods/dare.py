@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from ktmerge.merge.kernels.keys import stream_key
+from ktmerge.merge.program import Drop
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
 
@@ -54,7 +55,14 @@ def _norms(parameters: DareParameters) -> tuple[Statistic, ...]:
     return (Statistic("ratio", "tensor", start),)
 
 
-@stage("dare", "transform", DareParameters, statistics=_norms)
+def _compiled(parameters: DareParameters) -> Drop | None:
+    if parameters.rescale in ("l1", "l2"):
+        return None
+    plain = parameters.rescale == "none" or parameters.density == 0
+    return Drop(parameters.density, 1.0 if plain else 1 / parameters.density, "dare")
+
+
+@stage("dare", "transform", DareParameters, statistics=_norms, compiled=_compiled)
 def dare(delta: Tensor, parameters: DareParameters, context: Context) -> Tensor:
     """Keep each element with probability d, independently, and multiply it by 1/d (arXiv:2311.03099, eq. 3-4).
 

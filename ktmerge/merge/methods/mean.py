@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ktmerge.merge.arithmetic import weighted_total
+from ktmerge.merge.program import Sum
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
 
@@ -19,11 +20,19 @@ def _sum_is_not_zero(parameters: Parameters, weights: Mapping[str, float]) -> st
     return None
 
 
-@stage("mean", "combine", objection=_sum_is_not_zero)
+def _shares(weights: Sequence[float]) -> list[float]:
+    total = sum(weights)
+    return [weight / total for weight in weights]
+
+
+def _compiled(parameters: Parameters, weights: Sequence[float]) -> Sum:
+    return Sum(_shares(weights))
+
+
+@stage("mean", "combine", objection=_sum_is_not_zero, compiled=_compiled)
 def mean(deltas: list[Tensor], parameters: Parameters, context: Context) -> Tensor:
     """Weighted mean of the deltas: M = sum_t w_t tau_t / sum_t w_t."""
-    total = sum(context.weights)
-    return weighted_total(deltas, [weight / total for weight in context.weights])
+    return weighted_total(deltas, _shares(context.weights))
 
 
 method(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ktmerge.merge.arithmetic import weighted_total
+from ktmerge.merge.program import Sum
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
 
@@ -12,7 +14,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@stage("sum", "combine")
+def _compiled(parameters: Parameters, weights: Sequence[float]) -> Sum:
+    return Sum(weights)
+
+
+@stage("sum", "combine", compiled=_compiled)
 def weighted_sum(deltas: list[Tensor], parameters: Parameters, context: Context) -> Tensor:
     """Weighted sum of the deltas: M = sum_t w_t tau_t."""
     return weighted_total(deltas, context.weights)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from ktmerge.merge.arithmetic import weighted_total
+from ktmerge.merge.program import Elect
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
 
@@ -69,7 +70,14 @@ def _majority(parameters: ElectParameters) -> tuple[Statistic, ...]:
     return (Statistic("majority", parameters.scope, start),)
 
 
-@stage("elect", "combine", ElectParameters, statistics=_majority, objection=_objection)
+def _compiled(parameters: ElectParameters, weights: Sequence[float]) -> Elect | None:
+    if parameters.aggregate != "wmean" or parameters.tie != "zero" or parameters.elect == "count":
+        return None
+    shares = relative(weights)
+    return Elect(shares if parameters.elect == "weighted" else [1.0] * len(shares), shares)
+
+
+@stage("elect", "combine", ElectParameters, statistics=_majority, objection=_objection, compiled=_compiled)
 def elect(deltas: list[Tensor], parameters: ElectParameters, context: Context) -> Tensor:
     """Per element, elect a sign and merge only the deltas that have it (arXiv:2306.01708, 4.2-4.3).
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from ktmerge.merge.kernels.keys import stream_key
+from ktmerge.merge.program import Trim
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
 
@@ -35,7 +36,11 @@ def _threshold(parameters: TrimParameters) -> tuple[Statistic, ...]:
     return (Statistic("threshold", parameters.scope, start),)
 
 
-@stage("trim", "transform", TrimParameters, statistics=_threshold)
+def _compiled(parameters: TrimParameters) -> Trim:
+    return Trim(parameters.density, parameters.scope, "trim")
+
+
+@stage("trim", "transform", TrimParameters, statistics=_threshold, compiled=_compiled)
 def trim(delta: Tensor, parameters: TrimParameters, context: Context) -> Tensor:
     """Keep the k = floor(density n) elements of largest magnitude (arXiv:2306.01708, 4.1).
 

@@ -1,0 +1,130 @@
+"""The general way of a tensor: every stage a torch function, on any device.
+
+It is what the compiled kernels are held against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ktmerge.checkpoints.dtypes import tag_of, torch_dtype
+from ktmerge.errors import KtmergeError
+from ktmerge.merge.flow import Flow
+from ktmerge.merge.kernels import kernels_for
+from ktmerge.merge.kernels.keys import stream_key
+from ktmerge.merge.plan import Plan, TensorPlan
+from ktmerge.merge.report import TensorReport
+from ktmerge.merge.sinks import Sink
+from ktmerge.merge.source import CHUNK, Chunk, Sources
+from ktmerge.progress import Progress
+
+
+class General:
+    """Makes tensors one after the other.
+
+    Args:
+        plan: what becomes of every tensor.
+        sink: where they go.
+        sources: the open inputs.
+        device: as torch calls it.
+    """
+
+    def __init__(self, plan: Plan, sink: Sink, sources: Sources, device: str) -> None:
+        self._plan = plan
+        self._sink = sink
+        self._sources = sources
+        self._device = torch.device(device)
+        self._kernels = kernels_for(self._device)
+        self._flow = Flow(plan, sources, self._kernels)
+
+    def prepare(self, tensors: Sequence[TensorPlan], progress: Progress) -> None:
+        """Gather what these tensors have to know of others.
+
+        Raises:
+            KtmergeError: an input is not finite.
+        """
+        with torch.inference_mode():
+            self._flow.prepare(tensors, progress)
+
+    def run(self, tensors: Sequence[TensorPlan]) -> Iterator[tuple[TensorPlan, TensorReport]]:
+        """Make these of the plan's tensors.
+
+        Raises:
+            KtmergeError: an input is not finite, or a value overflows the output's type.
+        """
+        for tensor in tensors:
+            result = TensorReport(tensor.name, tensor.part, tensor.method, tensor.info.numel)
+            with torch.inference_mode():
+                if tensor.action == "blend":
+                    self._blend(tensor, result)
+                else:
+                    self._convert(tensor)
+            yield tensor, result
+
+    def _convert(self, tensor: TensorPlan) -> None:
+        """Another's tensor, rounded to the output's type."""
+        expert = tensor.expert
+        source = tensor.name if expert is None else tensor.sources[expert]
+        tag = self._sink.dtype(tensor.name, tensor.dtype)
+        for start in range(0, tensor.info.numel, CHUNK):
+            values = self._sources.of(expert).read(source, start, min(start + CHUNK, tensor.info.numel))
+            self._write(tensor, values.to(self._device), start, tag)
+
+    def _blend(self, tensor: TensorPlan, result: TensorReport) -> None:
+        tag = self._sink.dtype(tensor.name, tensor.dtype)
+        for chunk, transformed, merged in self._flow.merged(tensor):
+            scaled = merged if tensor.lambda_ == 1 else merged * tensor.lambda_
+            stored = self._write(tensor, settle(chunk, scaled), chunk.start, tag)
+            _measure(result, chunk, scaled, stored)
+            if tensor.pipeline is not None and tensor.pipeline.transforms:
+                for name, delta in zip(tensor.sources, transformed, strict=True):
+                    result.kept[name] = result.kept.get(name, 0) + int(torch.count_nonzero(delta))
+
+    def _write(self, tensor: TensorPlan, values: Tensor, start: int, tag: str) -> Tensor:
+        """Round once and hand to the sink."""
+        dtype = torch_dtype(tag)
+        recipe = self._plan.recipe
+        if dtype.is_floating_point:
+            _refuse_overflow(tensor, values, dtype)
+            key = stream_key(recipe.seed, "round", "", tensor.key)
+            rounded = self._kernels.round(values, dtype, recipe.output.rounding, key, start)
+        else:
+            rounded = values.to(dtype)
+        self._sink.write(tensor.name, rounded, start)
+        return rounded
+
+
+def settle(chunk: Chunk, merged: Tensor) -> Tensor:
+    """theta_0 + M, and exactly what was there where M says so.
+
+    Where M is 0 the result is theta_0 bit for bit (a negative zero included); where M is the delta of an expert it is
+    that expert's own value, which theta_0 + tau may miss by the rounding of both; of several, the first.
+    """
+    values = chunk.base + merged
+    for expert, delta in reversed(list(zip(chunk.experts, chunk.deltas, strict=True))):
+        values = torch.where(merged == delta, expert, values)
+    return torch.where(merged == 0, chunk.base, values)
+
+
+def _measure(result: TensorReport, chunk: Chunk, merged: Tensor, stored: Tensor) -> None:
+    base = chunk.base.float()
+    moved = stored.float() - base
+    result.intended += float(torch.dot(merged, merged))
+    result.base += float(torch.dot(base, base))
+    result.along += float(torch.dot(moved, merged))
+    result.changed += int(torch.count_nonzero(moved))
+
+
+def _refuse_overflow(tensor: TensorPlan, values: Tensor, dtype: torch.dtype) -> None:
+    """Values beyond the output type's range would become infinite, or stop at its end; NaN is refused with them."""
+    limit = torch.finfo(dtype).max
+    if not values.numel() or float(values.abs().max()) <= limit:
+        return
+    count = int((~(values.abs() <= limit)).sum())
+    raise KtmergeError(
+        f"tensor '{tensor.name}': {count} blended values are beyond the range of {tag_of(dtype)} "
+        f"(largest {limit:.4g}); check lambda and weights, or write output.dtype: bfloat16 or float32."
+    )

@@ -1,0 +1,11 @@
+"""The numbers by which the compiled kernels and their callers understand each other."""
+
+from __future__ import annotations
+
+BLOCK = 2048
+"""Elements worked on at a time: a dozen arrays of them stay in the processor's first caches."""
+
+NONE, TRIM, DROP = 0, 1, 2
+SUM, ELECT = 0, 1
+BF16, F16, F32 = 0, 1, 2
+FINE, INPUT_NOT_FINITE, OVERFLOW = 0, 1, 2

@@ -1,0 +1,110 @@
+"""Thresholds of the compiled way: passes over all pieces of some tensors until every expert's is known."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ktmerge.merge.kernels.codes import BLOCK
+from ktmerge.merge.kernels.search import Search, Threshold
+from ktmerge.merge.program import Program, Trim
+from ktmerge.merge.workspace import WIDTHS
+
+if TYPE_CHECKING:
+    from ktmerge.merge.plan import TensorPlan
+    from ktmerge.merge.steps import Steps
+    from ktmerge.merge.workspace import Row, Workspace
+
+_LARGE = 1 << 18
+"""Elements from which a sample pays."""
+_BLOCKS = 16
+"""Blocks of a sample, spread evenly."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One tensor as the kernels see it: ``kind`` is the code of the output's type."""
+
+    tensor: TensorPlan
+    rows: Sequence[Row]
+    steps: Steps
+    program: Program
+    kind: int
+    stochastic: bool
+
+    @property
+    def elements(self) -> int:
+        return self.tensor.info.numel
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element of the output."""
+        return WIDTHS[self.kind]
+
+    @property
+    def nbytes(self) -> int:
+        """Room that a workspace needs to hold all of it."""
+        return self.elements * (len(self.rows) * max(row.width for row in self.rows) + self.width)
+
+
+Work = Callable[["Workspace", Job], Any]
+"""What is done with a piece that a workspace holds."""
+Run = Callable[[Iterable[Job], Work], Iterator[Any]]
+"""Does some work on every piece of some tensors."""
+
+
+def find_thresholds(jobs: Sequence[Job], position: int, run: Run, probe: Workspace) -> list[Threshold] | None:
+    """What the trim at ``position`` keeps of each expert, in all these tensors together; None if not all are finite.
+
+    Args:
+        jobs: tensors of the same program; the thresholds of earlier positions are set.
+        position: of the trim among the transforms.
+        run: does work on every piece.
+        probe: a workspace for samples.
+    """
+    step = jobs[0].program.steps[position]
+    assert isinstance(step, Trim)
+    elements = sum(job.elements for job in jobs)
+    searches = [Search(math.floor(step.density * elements), elements) for _ in jobs[0].rows[1:]]
+    if elements >= _LARGE:
+        _hint(searches, jobs, position, probe)
+    lock = threading.Lock()
+    while wanted := [expert for expert, search in enumerate(searches) if not search.done]:
+
+        def count(space: Workspace, job: Job, wanted: Sequence[int] = tuple(wanted)) -> bool:
+            for expert in wanted:
+                found = space.measure(expert + 1, job.steps, position, searches[expert].interval)
+                if found is None:
+                    return False
+                with lock:
+                    searches[expert].add(*found)
+            return True
+
+        if not all(list(run(jobs, count))):
+            return None
+        for expert in wanted:
+            searches[expert].end_pass()
+    return [search.result() for search in searches]
+
+
+def _hint(searches: Sequence[Search], jobs: Sequence[Job], position: int, probe: Workspace) -> None:
+    """Show the searches a sample: blocks at even distances over all tensors."""
+    wanted = [expert for expert, search in enumerate(searches) if not search.done]
+    if not wanted:
+        return
+    ends = np.cumsum([job.elements for job in jobs])
+    found: dict[int, list[Any]] = {expert: [] for expert in wanted}
+    for place in np.linspace(0, ends[-1], _BLOCKS, endpoint=False).astype(np.int64):
+        number = int(ends.searchsorted(place, side="right"))
+        job = jobs[number]
+        start = int(place - (ends[number] - job.elements)) // BLOCK * BLOCK
+        probe.hold(job.rows, start, min(start + BLOCK, job.elements))
+        for expert in wanted:
+            found[expert].append(probe.sample(expert + 1, job.steps, position))
+    for expert in wanted:
+        searches[expert].hint(np.concatenate(found[expert]))

@@ -1,0 +1,58 @@
+"""The transforms of one tensor as the arrays that the compiled kernels read. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ktmerge.merge.kernels.codes import DROP, TRIM
+from ktmerge.merge.kernels.keys import stream_key
+from ktmerge.merge.kernels.search import Threshold
+from ktmerge.merge.program import Drop, Trim
+
+_NEVER = 1 << 31
+"""Above every magnitude pattern."""
+
+
+class Steps:
+    """Numbers of every transform and expert; thresholds are filled in when they are known.
+
+    Args:
+        steps: the transforms, in order.
+        experts: names, in the plan's order.
+        seed: the recipe's.
+        tensor: the key under which random choices are made.
+    """
+
+    def __init__(self, steps: Sequence[Trim | Drop], experts: Sequence[str], seed: int, tensor: str) -> None:
+        shape = (len(steps), len(experts))
+        self._codes = np.array([TRIM if isinstance(step, Trim) else DROP for step in steps], np.int64)
+        self._floors = np.zeros(shape, np.uint32)
+        self._leasts = np.zeros(shape, np.uint64)
+        self._cuts = np.zeros(shape, np.uint64)
+        self._factors = np.zeros(shape, np.float32)
+        keys = [[stream_key(seed, step.purpose, expert, tensor) for expert in experts] for step in steps]
+        self._keys = np.array(keys, np.uint64).reshape(shape)
+        for position, step in enumerate(steps):
+            if isinstance(step, Drop):
+                self._cuts[position] = round(step.density * 2**32)
+                self._factors[position] = step.factor
+
+    def key(self, position: int, expert: int) -> int:
+        """Of the random stream or hash."""
+        return int(self._keys[position, expert])
+
+    def set_threshold(self, position: int, expert: int, threshold: Threshold) -> None:
+        """What the trim at ``position`` keeps of one expert."""
+        floor = 0 if threshold.keeps_all else _NEVER if threshold.keeps_none else threshold.floor
+        self._floors[position, expert] = floor
+        self._leasts[position, expert] = 0 if threshold.keeps_all or threshold.keeps_none else threshold.least
+
+    def arguments(self, count: int) -> tuple[int, ...]:
+        """The kernels' arguments for the first ``count`` transforms; valid as long as this object is."""
+        arrays = (self._codes, self._floors, self._leasts, self._keys, self._cuts, self._factors)
+        return (count, *(array.ctypes.data for array in arrays))
+
+    def __len__(self) -> int:
+        return len(self._codes)
