@@ -9,6 +9,7 @@ from typing import Any
 
 from ktmerge.checkpoints import Writer, refuse_overlap
 from ktmerge.errors import KtmergeError
+from ktmerge.merge.device import choose_device
 from ktmerge.merge.plan import Plan, plan_blend
 from ktmerge.merge.record import FILE, pin, record
 from ktmerge.merge.report import BlendReport
@@ -40,11 +41,10 @@ def blend(
         KtmergeError: the run failed; nothing is left behind.
     """
     from ktmerge.merge.engine import execute
-    from ktmerge.merge.sinks import FileSink, require_device
+    from ktmerge.merge.sinks import FileSink
 
     started = time.perf_counter()
-    if device not in ("auto", "cpu"):
-        require_device(device)
+    choose_device(device)
     plan = plan_blend(recipe)
     refuse_overlap(out, [plan.base.root, *(expert.checkpoint.root for expert in plan.experts)])
     with Writer(out, overwrite, pin=pin(plan), resume=resume) as writer:

@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ktmerge.checkpoints import Checkpoint, Reader, TensorInfo, Writer, align
 from ktmerge.checkpoints.dtypes import tag_of, torch_dtype
-from ktmerge.errors import UsageError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 # Types that hold every value of the key type.
@@ -144,24 +142,3 @@ def _as_checkpoint(state: Mapping[str, Tensor], base: Checkpoint) -> Checkpoint:
         metadata={},
         stamps={},
     )
-
-
-def require_device(device: str) -> torch.device:
-    """The device called ``auto``, ``cpu`` or ``cuda``.
-
-    Raises:
-        UsageError: there is no such device here.
-    """
-    import torch
-
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise UsageError(f"--device {device}: unknown; write auto, cpu or cuda.") from None
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: no CUDA device is available here; use cpu or auto.")
-    if found.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {device}: blends run on cpu or cuda.")
-    return found
