@@ -95,7 +95,8 @@ class Staging:
 
     def discard(self) -> None:
         """Remove whatever stands under the temporary name: the unfinished output, or the replaced one."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
         self.leave()
 
     def leave(self) -> None:
@@ -219,14 +220,29 @@ def _make_locked(folder: Path) -> int:
             raise KtmergeError(
                 f"{folder}: another run is writing this output; if none is, remove that folder."
             ) from None
-        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            _try_lock(descriptor)
-            if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
-                return descriptor
-        except (BlockingIOError, FileNotFoundError):
-            pass  # a run that cleans up took the new folder for a dead one
+            descriptor = _locked(folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        if descriptor is not None:
+            return descriptor
+
+
+def _locked(folder: Path) -> int | None:
+    """Lock a folder just made; None if it is gone, as a run that cleans up took it for a dead one's."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _try_lock(descriptor)
+        if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except BaseException:
         os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
 
 
 def _try_lock(descriptor: int) -> None:

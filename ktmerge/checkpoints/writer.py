@@ -70,18 +70,22 @@ class Writer:
 
     def __enter__(self) -> Writer:
         inheritance = Inheritance(self._pin, self._resume)
-        removed = self._staging.open(inheritance.fits)
-        self.notes += inheritance.notes(len(removed))
-        with clear_os_errors(self.folder):
-            self._remains = inheritance.take(self.folder)
-            if self._pin:
-                self._journal = Journal(self.folder, Remains(self._pin, self._remains))
+        try:
+            removed = self._staging.open(inheritance.fits)
+            self.notes += inheritance.notes(len(removed))
+            with clear_os_errors(self.folder):
+                self._remains = inheritance.take(self.folder)
+                if self._pin:
+                    self._journal = Journal(self.folder, Remains(self._pin, self._remains))
+        except BaseException as error:
+            self._end(isinstance(error, KeyboardInterrupt))
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        interrupted = isinstance(error, KeyboardInterrupt)
         try:
             if kind is None:
                 self._commit()
@@ -89,11 +93,14 @@ class Writer:
             interrupted = True
             raise
         finally:
-            self._close()
-            if interrupted and self._resume and (self.folder / FILE).exists():
-                self._staging.leave()
-            else:
-                self._staging.discard()
+            self._end(interrupted)
+
+    def _end(self, interrupted: bool) -> None:
+        self._close()
+        if interrupted and self._resume and (self.folder / FILE).exists():
+            self._staging.leave()
+        else:
+            self._staging.discard()
 
     @property
     def folder(self) -> Path:

@@ -1,0 +1,101 @@
+"""Blends killed at any moment: the previous output stays, and --resume comes to the bytes of an undisturbed run."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from commands import command, digests, ktmerge
+
+pytestmark = pytest.mark.slow
+
+KILLS = 55
+
+
+def hidden(folder: Path) -> list[str]:
+    return [name for name in os.listdir(folder) if name.startswith(".")]
+
+
+def start(folder: Path, *arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command("blend", "-r", "recipe.yaml", "--out", "place/out", "--overwrite", *arguments),
+        cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def kill(process: subprocess.Popen[str], after: float, begun: Path | None) -> str:
+    """SIGKILL after some seconds, counted from when the temporary folder appears in ``begun``; what it said."""
+    while begun is not None and process.poll() is None and not hidden(begun):
+        time.sleep(0.002)
+    time.sleep(after)
+    process.send_signal(signal.SIGKILL)
+    return process.communicate()[1]
+
+
+def test_killed_at_random_moments_and_resumed(large: Path) -> None:
+    place, out = large / "place", large / "place" / "out"
+    ktmerge("blend", "-r", "recipe.yaml", "--set", "blend.density=0.9", "--out", "old", cwd=large)
+    started = time.monotonic()
+    ktmerge("blend", "-r", "recipe.yaml", "--out", "whole", cwd=large)
+    whole_time = time.monotonic() - started
+    old, new = digests(large / "old"), digests(large / "whole")
+    assert old.keys() == new.keys()
+    assert old != new
+
+    generator = random.Random(0)
+    shutil.copytree(large / "old", out)
+    kills = finished = 0
+    resumed: list[str] = []
+    while kills < KILLS:
+        process = start(large, "--resume")
+        if generator.random() < 0.3:
+            said = kill(process, generator.uniform(0, whole_time), None)
+        else:
+            said = kill(process, generator.uniform(0, whole_time / 3), place)
+        resumed += [line for line in said.splitlines() if line.startswith("going on with")]
+        kills += process.returncode == -signal.SIGKILL
+        found = digests(out)
+        assert found in (old, new), "the output is neither the old nor the new one"
+        assert len(hidden(place)) <= 1
+        if found == new:
+            finished += 1
+            shutil.rmtree(out)
+            shutil.copytree(large / "old", out)
+    assert sum(" finished 0 " not in line for line in resumed) > 5, resumed
+    ktmerge("blend", "-r", "recipe.yaml", "--out", "place/out", "--overwrite", "--resume", cwd=large)
+    assert digests(out) == new
+    assert os.listdir(place) == ["out"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("resumable", [False, True])
+def test_a_signal_leaves_something_only_if_asked(small: Path, number: int, resumable: bool) -> None:
+    (small / "place").mkdir()
+    process = start(small, *(["--resume"] if resumable else []))
+    while process.poll() is None and not hidden(small / "place"):
+        time.sleep(0.001)
+    process.send_signal(number)
+    said = process.communicate()[1]
+    if process.returncode == 0:
+        pytest.skip("it was done before the signal came")
+    assert process.returncode == 130
+    assert "interrupted" in said
+    assert "Traceback" not in said
+    if not resumable:
+        assert os.listdir(small / "place") == []
+
+
+def test_a_plain_run_says_what_it_removed(small: Path) -> None:
+    (small / "place").mkdir()
+    process = start(small)
+    kill(process, 0, small / "place")
+    assert hidden(small / "place")
+    done = ktmerge("blend", "-r", "recipe.yaml", "--out", "place/out", cwd=small)
+    assert "removed what an interrupted run left" in done.stderr
+    assert os.listdir(small / "place") == ["out"]
