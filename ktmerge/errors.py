@@ -6,9 +6,15 @@ from collections.abc import Iterable
 
 
 class KtmergeError(Exception):
-    """The run failed for a reason ktmerge understands. The command line prints it without a traceback."""
+    """The run failed for a reason ktmerge understands. The command line prints it without a traceback.
+
+    A message may quote a stranger's file; what could steer a terminal, or cannot be written to one, is shown escaped.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in message))
 
 
 class UsageError(KtmergeError):

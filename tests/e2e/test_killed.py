@@ -8,10 +8,13 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from commands import command, digests, ktmerge
+
+from ktmerge.checkpoints.journal import FILE
 
 pytestmark = pytest.mark.slow
 
@@ -29,13 +32,21 @@ def start(folder: Path, *arguments: object) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def kill(process: subprocess.Popen[str], after: float, begun: Path | None) -> str:
-    """SIGKILL after some seconds, counted from when the temporary folder appears in ``begun``; what it said."""
-    while begun is not None and process.poll() is None and not hidden(begun):
-        time.sleep(0.002)
+def kill(process: subprocess.Popen[str], ready: Callable[[], bool], after: float = 0) -> str:
+    """SIGKILL some seconds after something is so; what the process said."""
+    while process.poll() is None and not ready():
+        time.sleep(0.001)
     time.sleep(after)
     process.send_signal(signal.SIGKILL)
     return process.communicate()[1]
+
+
+def lines(place: Path) -> int:
+    """How many lines the journal of the run in ``place`` has."""
+    try:
+        return sum((place / name / FILE).read_bytes().count(b"\n") for name in hidden(place))
+    except OSError:
+        return 0
 
 
 def test_killed_at_random_moments_and_resumed(large: Path) -> None:
@@ -54,10 +65,11 @@ def test_killed_at_random_moments_and_resumed(large: Path) -> None:
     resumed: list[str] = []
     while kills < KILLS:
         process = start(large, "--resume")
-        if generator.random() < 0.3:
-            said = kill(process, generator.uniform(0, whole_time), None)
-        else:
-            said = kill(process, generator.uniform(0, whole_time / 3), place)
+        if generator.random() < 0.4:
+            said = kill(process, lambda: True, generator.uniform(0, whole_time))
+        else:  # in the midst of the tensors, which are most of a blend only where models are larger
+            wanted = max(lines(place), 1) + generator.randint(0, 8)
+            said = kill(process, lambda wanted=wanted: lines(place) >= wanted, generator.uniform(0, 0.02))
         resumed += [line for line in said.splitlines() if line.startswith("going on with")]
         kills += process.returncode == -signal.SIGKILL
         found = digests(out)
@@ -94,7 +106,7 @@ def test_a_signal_leaves_something_only_if_asked(small: Path, number: int, resum
 def test_a_plain_run_says_what_it_removed(small: Path) -> None:
     (small / "place").mkdir()
     process = start(small)
-    kill(process, 0, small / "place")
+    kill(process, lambda: bool(hidden(small / "place")))
     assert hidden(small / "place")
     done = ktmerge("blend", "-r", "recipe.yaml", "--out", "place/out", cwd=small)
     assert "removed what an interrupted run left" in done.stderr

@@ -1,0 +1,156 @@
+"""Thousands of damaged headers, indexes, configurations and recipes: only ktmerge's own errors, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from commands import RECIPE, write_models
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mutations import altered, damaged
+
+from ktmerge import api
+from ktmerge.checkpoints import Checkpoint
+from ktmerge.errors import KtmergeError
+
+QUICK = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+LONG = settings(max_examples=4000, deadline=None, suppress_health_check=list(HealthCheck))
+
+LIMIT = 2_000
+"""Characters of a message: a person must be able to read it."""
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Little models and a recipe; each test damages its copy of one file and puts it back."""
+    folder = tmp_path_factory.mktemp("fuzz") / "work"
+    write_models(folder, width=8, layers=2, shards=2)
+    return folder
+
+
+def survive(attempt: Callable[[], object]) -> bool:
+    """Whether it went well; anything but one of ktmerge's own errors, in plain words, fails the test."""
+    try:
+        attempt()
+    except KtmergeError as error:
+        text = str(error)
+        assert text
+        assert all(line.isprintable() for line in text.splitlines()), repr(text)
+        assert all(len(line) < LIMIT for line in text.splitlines()), text
+        return False
+    return True
+
+
+def blend(folder: Path) -> None:
+    """Blend; if that is refused, nothing is left."""
+    with tempfile.TemporaryDirectory() as place:
+        try:
+            api.blend(folder / "recipe.yaml", Path(place) / "out", device="cpu")
+        except KtmergeError:
+            assert os.listdir(place) == []
+            raise
+        Checkpoint.open(Path(place) / "out")
+
+
+def with_bytes(path: Path, content: bytes, attempt: Callable[[], object]) -> bool:
+    """Try with other bytes in a file, and put the old ones back."""
+    before = path.read_bytes()
+    path.write_bytes(content)
+    try:
+        return survive(attempt)
+    finally:
+        path.write_bytes(before)
+
+
+def split(path: Path) -> tuple[bytes, bytes]:
+    """Header and data of a safetensors file."""
+    content = path.read_bytes()
+    stop = 8 + int.from_bytes(content[:8], "little")
+    return content[8:stop], content[stop:]
+
+
+def joined(header: bytes, data: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def as_json(document: Any) -> bytes:
+    return json.dumps(document).encode()
+
+
+def damaged_header(data: st.DataObject, models: Path) -> None:
+    path = data.draw(st.sampled_from(sorted(models.glob("*/*.safetensors"))))
+    header, weights = split(path)
+    kind = data.draw(st.sampled_from(["bytes", "tree", "tree", "length", "file"]))
+    if kind == "bytes":
+        content = joined(data.draw(damaged(header)), weights)
+    elif kind == "tree":
+        content = joined(as_json(data.draw(altered(json.loads(header)))), weights)
+    elif kind == "length":
+        content = data.draw(st.integers(0, 2**64 - 1)).to_bytes(8, "little") + header + weights
+    else:
+        content = data.draw(damaged(path.read_bytes()))
+    with_bytes(path, content, lambda: blend(models))
+
+
+def damaged_json(data: st.DataObject, models: Path) -> None:
+    """The index and the configuration."""
+    names = ["base/model.safetensors.index.json", "base/config.json", "a/model.safetensors.index.json", "a/config.json"]
+    path = models / data.draw(st.sampled_from(names))
+    if data.draw(st.booleans()):
+        content = as_json(data.draw(altered(json.loads(path.read_bytes()))))
+    else:
+        content = data.draw(damaged(path.read_bytes()))
+    with_bytes(path, content, lambda: blend(models))
+
+
+PLAIN = yaml.safe_load(RECIPE)
+RECIPES = [
+    PLAIN,
+    {
+        **PLAIN,
+        "blend": {"stages": {"transform": [{"trim": {"density": 0.2}}], "combine": {"elect": {}}}, "lambda": 0.5},
+        "output": {"dtype": "float16", "rounding": "nearest"},
+    },
+    {
+        **yaml.safe_load(RECIPE),
+        "blend": {"method": "dare_ties", "density": 0.2, "lambda": 0.7},
+    },
+]
+
+
+def damaged_recipe(data: st.DataObject, models: Path) -> None:
+    recipe = data.draw(st.sampled_from(RECIPES))
+    text = yaml.safe_dump(data.draw(altered(recipe))).encode()
+    if data.draw(st.integers(0, 3)) == 0:
+        text = data.draw(damaged(text))
+    reference = models / "recipe.yaml"
+    with_bytes(reference, text, lambda: api.check(str(reference)))
+    if data.draw(st.integers(0, 3)) == 0:
+        with_bytes(reference, text, lambda: blend(models))
+
+
+KINDS = {"header": damaged_header, "json": damaged_json, "recipe": damaged_recipe}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_is_damaged_is_sound(recipe: dict[str, Any], models: Path) -> None:
+    reference = models / "recipe.yaml"
+    assert with_bytes(reference, yaml.safe_dump(recipe).encode(), lambda: blend(models))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_our_own_errors(kind: str, models: Path) -> None:
+    QUICK(given(st.data())(lambda data: KINDS[kind](data, models)))()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_our_own_errors_thousands_of_times(kind: str, models: Path) -> None:
+    LONG(given(st.data())(lambda data: KINDS[kind](data, models)))()
