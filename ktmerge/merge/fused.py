@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from ktmerge.merge.source import Sources
     from ktmerge.progress import Progress
 
-PIECE = 1 << 19
-"""Elements of a piece of a large tensor; a multiple of 4, as random words come in fours."""
+PIECE = 1 << 18
+"""Elements of a piece: it stays in the caches. A multiple of 4, as random words come in fours."""
 HELD = 128 << 20
 """Bytes of all workers' buffers together."""
 _PROBE = 2048
@@ -142,14 +142,16 @@ class Fused:
         return Job(tensor, rows, steps, program, KINDS[tag], stochastic)
 
     def _make_whole(self, job: Job) -> TensorReport | None:
-        """Read a tensor once and do everything in one worker's buffers."""
+        """Make a tensor in one worker's buffers; if there are several passes over it, it is read once."""
         space = self._spaces.get()
+        size = job.elements if job.needs_passes else self._piece
         try:
 
             def alone(jobs: Iterable[Job], work: Work) -> Iterator[Any]:
                 for one in jobs:
-                    space.hold(one.rows, 0, one.elements)
-                    yield work(space, one)
+                    for start in range(0, one.elements, size):
+                        space.hold(one.rows, start, min(start + size, one.elements))
+                        yield work(space, one)
 
             return self._make(job, alone, space.probe)
         finally:

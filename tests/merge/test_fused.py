@@ -80,7 +80,6 @@ def test_equals_the_reference(
     workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blend_: dict[str, Any], output: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(fused, "PIECE", 1 << 12)  # several pieces, and a last one of its own size
-    monkeypatch.setattr(fused, "HELD", 1 << 15)
     for base, experts in itertools.product(DTYPES, repeat=2):
         monkeypatch.setenv("KTMERGE_KERNELS", "auto")
         fast, numbers = blended(workshop, tmp_path / "out", blend_, base, experts, output)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-BLOCK = 2048
+BLOCK = 1024
 """Elements worked on at a time: a dozen arrays of them stay in the processor's first caches."""
 
 NONE, TRIM, DROP = 0, 1, 2

@@ -26,7 +26,7 @@ from ktmerge.merge.kernels.codes import BF16, BLOCK, DROP, ELECT, F16, F32, FINE
 
 _U32, _U64, _F32, _F64 = np.uint32, np.uint64, np.float32, np.float64
 _MAGNITUDE, _EXPONENT = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
-_SIGN, _ONE = np.uint32(0x80000000), np.uint32(1)
+_SIGN, _ONE, _ZERO = np.uint32(0x80000000), np.uint32(1), np.float32(0)
 _LARGEST16, _LARGEST_HALF = np.uint32(0x7F7F0000), np.uint32(0x477FE000)
 _LOW = np.uint64(0xFFFFFFFF)
 
@@ -39,9 +39,9 @@ _compile_sums = njit(nogil=True, error_model="numpy", fastmath={"reassoc", "nsz"
 def _load_bf16(raw, out):
     worst = _U32(0)
     for i in range(out.size):
-        pattern = _U32(raw[i]) << _U32(16)
+        pattern = _U32(_U32(raw[i]) << _U32(16))
         out[i] = pattern
-        worst = max(worst, pattern & _EXPONENT)
+        worst = _U32(max(worst, _U32(pattern & _EXPONENT)))
     return worst == _EXPONENT
 
 
@@ -50,7 +50,7 @@ def _load_f32(raw, out):
     worst = _U32(0)
     for i in range(out.size):
         out[i] = raw[i]
-        worst = max(worst, raw[i] & _EXPONENT)
+        worst = _U32(max(worst, _U32(raw[i] & _EXPONENT)))
     return worst == _EXPONENT
 
 
@@ -61,8 +61,9 @@ def _load_f16(raw, out):
     worst = _U32(0)
     for i in range(out.size):
         half = _U32(raw[i])
-        worst = max(worst, half & _U32(0x7C00))
-        out[i] = (half & _U32(0x8000)) << _U32(16) | (half & _U32(0x7FFF)) << _U32(13)
+        worst = _U32(max(worst, _U32(half & _U32(0x7C00))))
+        sign = _U32(_U32(half & _U32(0x8000)) << _U32(16))
+        out[i] = _U32(sign | _U32(_U32(half & _U32(0x7FFF)) << _U32(13)))
     for i in range(out.size):
         values[i] = values[i] * _F32(2.0**112)
     return worst == _U32(0x7C00)
@@ -129,9 +130,10 @@ def _keep_above(delta, floor):
     patterns = delta.view(np.uint32)
     tied = _U32(0)
     for i in range(delta.size):
-        magnitude = patterns[i] & _MAGNITUDE
-        tied |= _ONE if magnitude == floor else _U32(0)
-        patterns[i] = patterns[i] if magnitude >= floor else _U32(0)
+        pattern = patterns[i]
+        magnitude = _U32(pattern & _MAGNITUDE)
+        tied = _U32(tied | (_ONE if magnitude == floor else _U32(0)))
+        patterns[i] = pattern if magnitude >= floor else _U32(0)
     return tied != _U32(0)
 
 
@@ -140,14 +142,15 @@ def _keep_hashed(delta, floor, least, key, start):
     """Among the elements at ``floor``, zero those whose hash is below ``least``."""
     patterns = delta.view(np.uint32)
     for i in range(delta.size):
+        pattern = patterns[i]
         below = _hash(key, _U64(start + i)) < least
-        patterns[i] = _U32(0) if below & ((patterns[i] & _MAGNITUDE) == floor) else patterns[i]
+        patterns[i] = _U32(0) if below & (_U32(pattern & _MAGNITUDE) == floor) else pattern
 
 
 @_compile
 def _drop(delta, words, cut, factor):
     for i in range(delta.size):
-        delta[i] = delta[i] * factor if _U64(words[i]) < cut else _F32(0)
+        delta[i] = delta[i] * factor if _U64(words[i]) < cut else _ZERO
 
 
 @_compile
@@ -177,31 +180,31 @@ def _count(patterns):
     """How many are neither zero nor minus zero."""
     count = _U32(0)
     for i in range(patterns.size):
-        count += _ONE if (patterns[i] & _MAGNITUDE) != _U32(0) else _U32(0)
+        count = _U32(count + (_ONE if _U32(patterns[i] & _MAGNITUDE) != _U32(0) else _U32(0)))
     return int64(count)
 
 
 @_compile
 def _agree_first(delta, vote, weight, total, share):
     for i in range(total.size):
-        agrees = ((delta[i] > 0) & (vote[i] > 0)) | ((delta[i] < 0) & (vote[i] < 0))
-        total[i] = (delta[i] if agrees else _F32(0)) * weight
-        share[i] = (_F32(1) if agrees else _F32(0)) * weight
+        agrees = ((delta[i] > _ZERO) & (vote[i] > _ZERO)) | ((delta[i] < _ZERO) & (vote[i] < _ZERO))
+        total[i] = (delta[i] if agrees else _ZERO) * weight
+        share[i] = (_F32(1) if agrees else _ZERO) * weight
 
 
 @_compile
 def _agree_next(delta, vote, weight, total, share):
     for i in range(total.size):
-        agrees = ((delta[i] > 0) & (vote[i] > 0)) | ((delta[i] < 0) & (vote[i] < 0))
-        total[i] += (delta[i] if agrees else _F32(0)) * weight
-        share[i] += (_F32(1) if agrees else _F32(0)) * weight
+        agrees = ((delta[i] > _ZERO) & (vote[i] > _ZERO)) | ((delta[i] < _ZERO) & (vote[i] < _ZERO))
+        total[i] += (delta[i] if agrees else _ZERO) * weight
+        share[i] += (_F32(1) if agrees else _ZERO) * weight
 
 
 @_compile
 def _divide(total, share):
     for i in range(total.size):
-        divisor = share[i] if share[i] > 0 else _F32(1)
-        total[i] = total[i] / divisor if share[i] > 0 else _F32(0)
+        divisor = share[i] if share[i] > _ZERO else _F32(1)
+        total[i] = total[i] / divisor if share[i] > _ZERO else _ZERO
 
 
 @_compile
@@ -215,20 +218,22 @@ def _scale_and_add(merged, factor, base, out):
 @_compile
 def _settle_expert(merged, expert, base, out):
     for i in range(out.size):
-        out[i] = expert[i] if merged[i] == expert[i] - base[i] else out[i]
+        theirs, value = expert[i], out[i]
+        out[i] = theirs if merged[i] == theirs - base[i] else value
 
 
 @_compile
 def _settle_base(merged, base, out):
     for i in range(out.size):
-        out[i] = base[i] if merged[i] == 0 else out[i]
+        own, value = base[i], out[i]
+        out[i] = own if merged[i] == _ZERO else value
 
 
 @_compile
 def _largest(patterns):
     worst = _U32(0)
     for i in range(patterns.size):
-        worst = max(worst, patterns[i] & _MAGNITUDE)
+        worst = _U32(max(worst, _U32(patterns[i] & _MAGNITUDE)))
     return worst
 
 
@@ -236,19 +241,20 @@ def _largest(patterns):
 def _store_bf16(patterns, out, stored):
     for i in range(out.size):
         bits = patterns[i]
-        short = (bits + _U32(0x7FFF) + ((bits >> _U32(16)) & _ONE)) >> _U32(16)
+        odd = _U32(_U32(bits >> _U32(16)) & _ONE)
+        short = _U32(_U32(bits + _U32(_U32(0x7FFF) + odd)) >> _U32(16))
         out[i] = uint16(short)
-        stored[i] = short << _U32(16)
+        stored[i] = _U32(short << _U32(16))
 
 
 @_compile
 def _store_bf16_stochastic(patterns, words, out, stored):
     for i in range(out.size):
         bits = patterns[i]
-        carried = bits + (words[i] >> _U32(16))
-        carried = bits if (carried & _EXPONENT) == _EXPONENT else carried
-        out[i] = uint16(carried >> _U32(16))
-        stored[i] = carried & _U32(0xFFFF0000)
+        carried = _U32(bits + _U32(words[i] >> _U32(16)))
+        carried = bits if _U32(carried & _EXPONENT) == _EXPONENT else carried
+        out[i] = uint16(_U32(carried >> _U32(16)))
+        stored[i] = _U32(carried & _U32(0xFFFF0000))
 
 
 @_compile
@@ -256,14 +262,15 @@ def _store_f16(patterns, out, stored):
     """To the nearest, ties to even: by integer carry where fp16 is normal; below by adding 0.5, whose ulp is fp16's."""
     small = stored.view(np.float32)
     for i in range(out.size):
-        stored[i] = patterns[i] & _MAGNITUDE
+        stored[i] = _U32(patterns[i] & _MAGNITUDE)
     for i in range(out.size):
         small[i] = small[i] + _F32(0.5)
     for i in range(out.size):
-        magnitude = patterns[i] & _MAGNITUDE
-        normal = (magnitude + _U32(0xFFF) + ((magnitude >> _U32(13)) & _ONE) - _U32(0x38000000)) >> _U32(13)
-        half = normal if magnitude >= _U32(0x38800000) else stored[i] - _U32(0x3F000000)
-        out[i] = uint16(half | (patterns[i] & _SIGN) >> _U32(16))
+        magnitude, small_half = _U32(patterns[i] & _MAGNITUDE), _U32(stored[i] - _U32(0x3F000000))
+        odd = _U32(_U32(magnitude >> _U32(13)) & _ONE)
+        normal = _U32(_U32(magnitude + _U32(_U32(0xC8000FFF) + odd)) >> _U32(13))
+        half = normal if magnitude >= _U32(0x38800000) else small_half
+        out[i] = uint16(_U32(half | _U32(_U32(patterns[i] & _SIGN) >> _U32(16))))
 
 
 @_compile
@@ -293,7 +300,7 @@ def _sum_up(base, merged, stored, sums):
         intended += _F64(merged[i]) * _F64(merged[i])
         own += _F64(base[i]) * _F64(base[i])
         along += _F64(moved) * _F64(merged[i])
-        changed += 1 if moved != 0 else 0
+        changed += 1 if moved != _ZERO else 0
     sums[0] += intended
     sums[1] += own
     sums[2] += along
@@ -387,15 +394,15 @@ def blend(
 def _count_above(magnitudes, high):
     count = _U32(0)
     for i in range(magnitudes.size):
-        count += _ONE if magnitudes[i] > high else _U32(0)
+        count = _U32(count + (_ONE if magnitudes[i] > high else _U32(0)))
     return count
 
 
 @_compile
 def _count_magnitudes(magnitudes, low, last, shift, counts, lows):
-    rest = (_ONE << shift) - _ONE
+    rest = _U32(_U32(_ONE << shift) - _ONE)
     for i in range(magnitudes.size):
-        inside = magnitudes[i] - low
+        inside = _U32(magnitudes[i] - low)
         if inside <= last:
             counts[inside >> shift] += _ONE
             lows[inside >> shift] |= inside & rest
@@ -421,7 +428,7 @@ def _count_hashes(magnitudes, floor, key, start, low, last, shift, counts):
 def _magnitudes(delta):
     patterns = delta.view(np.uint32)
     for i in range(delta.size):
-        patterns[i] &= _MAGNITUDE
+        patterns[i] = _U32(patterns[i] & _MAGNITUDE)
 
 
 @_compile

@@ -168,21 +168,24 @@ def measure(rows, kinds, count, least, fraction, broken, own, sums, largest, his
     ``rows`` uint8 ``[1 + N, bytes]``: the base's elements and each expert's, each of its own ``kinds``; ``least`` and
     ``fraction`` are the base's type's least exponent and bits of fraction.
 
-    Added to: ``broken`` int64 ``[1 + N]``, values that are infinite or NaN (0 from here on); ``own`` fp64 ``[1]``,
-    theta_0^2; ``sums`` fp64 ``[N, 2]``, tau^2 and tau theta_0; ``largest`` fp64 ``[N]``, the largest |tau| / ulp;
-    ``histograms`` int64 ``[N, BINS]`` of these ratios; and for every two experts, in order, ``dots`` fp64 ``[P]``,
-    tau_a tau_b, and ``signs`` int64 ``[P, 2]``, elements that both moved, and that they moved in opposite directions.
+    Added to: ``broken`` int64 ``[1 + N]``, values that are infinite or NaN; ``own`` fp64 ``[1]``,
+    theta_0^2; ``sums`` fp64 ``[N, 2]``, tau^2 and tau theta_0; ``largest`` int64 ``[N]``, the largest |tau| / ulp
+    as an fp64 pattern; ``histograms`` int64 ``[N, BINS]`` of these ratios; and for every two experts, in order, ``dots``
+    fp64 ``[P]``, tau_a tau_b, and ``signs`` int64 ``[P, 2]``, elements that both moved, and those in opposite
+    directions. Where a value of base or expert is broken, the expert counts as unchanged.
     """
     number = sums.shape[0]
-    patterns, base, per_ulp = np.empty(BLOCK, np.uint32), np.empty(BLOCK), np.empty(BLOCK)
-    deltas, ratios, moved = np.empty((number, BLOCK)), np.empty(BLOCK), np.empty(number, np.bool_)
+    patterns, base, finite = np.empty(BLOCK, np.uint32), np.empty(BLOCK), np.empty(BLOCK)
+    per_ulp, ratios = np.empty(BLOCK), np.empty(BLOCK)
+    deltas, moved = np.empty((number, BLOCK)), np.empty(number, np.bool_)
     for first in range(0, count, BLOCK):
         n = min(BLOCK, count - first)
-        theta, scale, ratio = base[:n], per_ulp[:n], ratios[:n]
+        theta, clean, scale, ratio = base[:n], finite[:n], per_ulp[:n], ratios[:n]
         _load(rows[0], kinds[0], first, patterns[:n], theta)
-        broken[0] += _silence(theta)
-        own[0] += _dot(theta, theta)
-        _per_ulp(theta, least, fraction, scale)
+        _copy(theta, clean)
+        broken[0] += _silence(clean)
+        own[0] += _dot(clean, clean)
+        _per_ulp(clean, least, fraction, scale)
         for t in range(number):
             delta = deltas[t][:n]
             moved[t] = kinds[t + 1] != kinds[0] or not _equal(rows[0], rows[t + 1], kinds[0], first, n)
@@ -190,13 +193,14 @@ def measure(rows, kinds, count, least, fraction, broken, own, sums, largest, his
                 histograms[t, 0] += n
                 continue
             _load(rows[t + 1], kinds[t + 1], first, patterns[:n], delta)
-            broken[t + 1] += _silence(delta)
             _subtract(delta, theta, delta)
+            if _silence(delta):
+                _load(rows[t + 1], kinds[t + 1], first, patterns[:n], ratio)
+                broken[t + 1] += _silence(ratio)
             sums[t, 0] += _dot(delta, delta)
-            sums[t, 1] += _dot(delta, theta)
+            sums[t, 1] += _dot(delta, clean)
             _ratios(delta, scale, ratio)
-            most = _bins(ratio.view(np.int64))
-            largest[t] = max(largest[t], most)
+            largest[t] = max(largest[t], _bins(ratio.view(np.int64)))
             _tally(ratio.view(np.int64), histograms[t])
         pair = 0
         for a in range(number):
