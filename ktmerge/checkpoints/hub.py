@@ -43,6 +43,12 @@ def resolve(reference: str, folder: Path) -> Path:
     return _download(match["name"], match["revision"])
 
 
+def hub_name(reference: str, folder: Path) -> str | None:
+    """``org/name`` if `resolve` takes the reference from the hub; None if it means a folder here."""
+    match = _HUB_ID.match(reference)
+    return None if match is None or (Path(folder) / reference).is_dir() else match["name"]
+
+
 def _sibling(path: Path) -> str:
     try:
         siblings = [child.name for child in path.parent.iterdir() if child.is_dir()]

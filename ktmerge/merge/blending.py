@@ -9,9 +9,13 @@ from typing import Any
 
 from ktmerge.checkpoints import Writer, refuse_overlap
 from ktmerge.errors import KtmergeError
+from ktmerge.merge.card import BASE_FILE as BASE_CARD
+from ktmerge.merge.card import FILE as CARD
+from ktmerge.merge.card import base_card, card
 from ktmerge.merge.device import choose_device
 from ktmerge.merge.plan import Plan, plan_blend
-from ktmerge.merge.record import FILE, pin, record
+from ktmerge.merge.record import FILE as RECORD
+from ktmerge.merge.record import pin, record
 from ktmerge.merge.report import BlendReport
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.schema import Recipe
@@ -30,7 +34,8 @@ def blend(
 
     Args:
         recipe: names base, experts and how to blend.
-        out: its tensors get the base's names, its other files are the base's; ``ktmerge.json`` says how it was made.
+        out: its tensors get the base's names, its other files are the base's; ``ktmerge.json`` and the
+            model card ``README.md`` say how it was made.
         device: auto, cpu or cuda; never changes the result.
         resume: go on with what an interrupted run of the same blend finished, and leave that if interrupted.
         overwrite: replace a checkpoint that is there.
@@ -55,7 +60,10 @@ def blend(
         report.out = writer.digests()
         if recipe.output.dtype != "base":
             writer.add_text("config.json", _config(plan))
-        writer.add_text(FILE, record(plan, report))
+        writer.add_text(RECORD, record(plan, report))
+        writer.add_text(CARD, card(plan, report))
+        if (text := base_card(plan.base)) is not None:
+            writer.add_text(BASE_CARD, text)
         writer.copy_files(plan.base)
     report.seconds = time.perf_counter() - started
     return report

@@ -43,7 +43,7 @@ def pin(plan: Plan) -> dict[str, Any]:
 
 def _origin(plan: Plan) -> dict[str, Any]:
     return {
-        "recipe": _recipe(plan),
+        "recipe": portable_recipe(plan),
         "versions": versions(),
         "methods": _semantics(plan),
         "random": {"seed": plan.recipe.seed, "scheme": SCHEME},
@@ -77,20 +77,30 @@ def coefficients_digest(plan: Plan) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _recipe(plan: Plan) -> dict[str, Any]:
-    """The recipe as understood; of absolute paths only the last name remains."""
+def portable_recipe(plan: Plan) -> dict[str, Any]:
+    """What was blended and how, as understood, with no more of a path than means something elsewhere."""
     document = plan.recipe.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"finetune", "eval"})
-    document["base"] = _portable(document.get("base"))
+    document["base"] = portable(document["base"])
     for expert in document["experts"].values():
-        expert["model"] = _portable(expert["model"])
+        expert["model"] = portable(expert["model"])
     return document
 
 
-def _portable(reference: Any) -> Any:
-    if not isinstance(reference, str):
-        return reference
-    path = Path(reference).expanduser()
-    return path.name if path.is_absolute() else reference
+def portable(reference: str) -> str:
+    """A hub id or a path below the recipe as it is; of any other path the last name, or what follows the last ``..``.
+
+    A base with an adapter, ``base+adapter``, is two references.
+    """
+    return "+".join(_below(Path(part)) if part else part for part in reference.split("+"))
+
+
+def _below(path: Path) -> str:
+    if path.expanduser().is_absolute():
+        return path.expanduser().name
+    parts = list(path.parts)
+    while ".." in parts:
+        del parts[: parts.index("..") + 1]
+    return "/".join(parts) or path.absolute().resolve().name
 
 
 def _semantics(plan: Plan) -> dict[str, int]:

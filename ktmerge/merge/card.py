@@ -1,0 +1,113 @@
+"""``README.md`` of an output, as the Hugging Face hub reads it: what it is made from, how, and how far it moved.
+
+Has no paths of this machine, and no date: the same blend gives the same text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from ktmerge import __version__
+from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.hub import hub_name
+from ktmerge.merge.plan import Plan
+from ktmerge.merge.record import FILE as RECORD
+from ktmerge.merge.record import portable, portable_recipe
+from ktmerge.merge.report import BlendReport
+
+FILE = "README.md"
+BASE_FILE = "BASE_README.md"
+_LICENCE = ("license", "license_name", "license_link")
+_FENCE = "---"
+
+
+def card(plan: Plan, report: BlendReport) -> str:
+    """The model card of what ``plan`` made."""
+    recipe = plan.recipe
+    text = yaml.safe_dump(portable_recipe(plan), sort_keys=False, allow_unicode=True, width=110)
+    sections = [
+        f"{_FENCE}\n{yaml.safe_dump(_front_matter(plan), sort_keys=False, allow_unicode=True)}{_FENCE}",
+        f"# {recipe.name}",
+        *([_line(recipe.description)] if recipe.description else []),
+        f"{_origin(plan)} It has the base's architecture, tensor names and inference cost.",
+        _table(["role", "model", "weight"], _inputs(plan)),
+        "## Recipe",
+        _block("yaml", text),
+        f"Saved as `recipe.yaml` beside these models, it gives the same bytes again with ktmerge {__version__} "
+        f"(`{RECORD}` has the versions, and the digests to compare with):",
+        _block("bash", f"ktmerge blend --recipe recipe.yaml --out {recipe.name}\n"),
+        "## How far it moved",
+        _table(*report.table()[:2]),
+        "*moved by*: norm of the merged change over the norm of the base. *stored*: share of that change that the "
+        "stored values show after rounding. *changed*: share of the elements that differ from the base.",
+    ]
+    if report.notes:
+        sections += ["## Notes", "\n".join(f"* {_line(note)}" for note in report.notes)]
+    return "\n\n".join(sections) + "\n"
+
+
+def base_card(base: Checkpoint) -> str | None:
+    """The base's own model card, to be kept under another name; None if it has none, or none that is text."""
+    try:
+        return (base.root / FILE).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _front_matter(plan: Plan) -> dict[str, Any]:
+    references = [plan.recipe.base or "", *(expert.model for expert in plan.recipe.experts.values())]
+    hub_names = [hub_name(part, plan.recipe.folder) for whole in references for part in whole.split("+")]
+    models = list(dict.fromkeys(filter(None, hub_names))) or [portable(references[0])]
+    stated = _stated(base_card(plan.base) or "")
+    return {
+        "base_model": models,
+        "base_model_relation": "merge",
+        "library_name": "transformers",
+        **{key: stated[key] for key in _LICENCE if isinstance(stated.get(key), str)},
+        "tags": ["ktmerge", "merge"],
+    }
+
+
+def _stated(text: str) -> dict[str, Any]:
+    """The front matter of a card; empty if there is none that can be read."""
+    head, *rest = text.lstrip("\ufeff").split(f"\n{_FENCE}", 1)
+    if not rest or not head.startswith(_FENCE):
+        return {}
+    try:
+        found = yaml.safe_load(head.removeprefix(_FENCE))
+    except (yaml.YAMLError, RecursionError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _origin(plan: Plan) -> str:
+    methods = dict.fromkeys(tensor.pipeline.method for tensor in plan.tensors if tensor.pipeline is not None)
+    experts = len(plan.experts)
+    fine_tunes = "one fine-tune" if experts == 1 else f"{experts} fine-tunes"
+    how = f" by {', '.join(f'`{_line(method)}`' for method in methods)}" if methods else ""
+    return f"{fine_tunes.capitalize()} of a base model, blended with it{how} by ktmerge {__version__}."
+
+
+def _inputs(plan: Plan) -> list[list[str]]:
+    experts = plan.recipe.experts
+    rows = [["base", f"`{_line(portable(plan.recipe.base or ''))}`", ""]]
+    return rows + [[name, f"`{_line(portable(experts[name].model))}`", f"{experts[name].weight:g}"] for name in experts]
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(_line(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def _block(language: str, text: str) -> str:
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}{language}\n{text}{fence}"
+
+
+def _line(text: str) -> str:
+    """Text that a stranger chose, on one line and without markup that a page would run."""
+    return " ".join(text.split()).replace("<", "&lt;")
