@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
@@ -170,6 +170,22 @@ def blend(
     return merge.blend(_loaded(recipe), Path(out), device=device, resume=resume, overwrite=overwrite, progress=progress)
 
 
+def refuse_without_out(
+    reference: str, *, overrides: Iterable[str] = (), base: str | None = None, experts: Sequence[str] = ()
+) -> NoReturn:
+    """Say that a blend needs an output, and with it whatever else is wrong.
+
+    Raises:
+        UsageError: always.
+    """
+    problems = ["--out: say where the blended model goes, or add --dry-run."]
+    try:
+        plan(load_recipe(reference, overrides=overrides, base=base, experts=experts))
+    except UsageError as error:
+        problems = [*str(error).splitlines(), *problems]
+    raise UsageError("\n".join(problems))
+
+
 def blend_into(model: Any, recipe: RecipeLike, *, progress: Progress = SILENT) -> BlendReport:
     """Blend in place: write the result into the parameters of a loaded transformers model."""
     from ktmerge import merge
@@ -309,13 +325,28 @@ def run(
 
 
 def inspect(
-    base: str | Path, tuned: Sequence[str | Path] = (), *, headers_only: bool = False, progress: Progress = SILENT
+    base: str | Path,
+    tuned: Sequence[str | Path] | Mapping[str, str | Path] = (),
+    *,
+    headers_only: bool = False,
+    progress: Progress = SILENT,
 ) -> Inspection:
-    """What is in a checkpoint and how far tuned models moved from it, part by part."""
+    """What is in a checkpoint and how far tuned models moved from it, by part and layer.
+
+    Args:
+        base: folder or hub id.
+        tuned: folders, ``name=folder`` strings, or a mapping of names to folders.
+        headers_only: read only the files' headers.
+        progress: where to report to.
+
+    Raises:
+        UsageError: a folder is no checkpoint, a name is given twice, or a model shares nothing with the base.
+        KtmergeError: weights cannot be read.
+    """
     from ktmerge.checkpoints import resolve
     from ktmerge.merge import diagnostics
 
-    folders = {Path(str(path)).name: resolve(str(path), Path.cwd()) for path in tuned}
+    folders = {name: resolve(str(path), Path.cwd()) for name, path in _named(tuned).items()}
     return diagnostics.inspect(resolve(str(base), Path.cwd()), folders, headers_only=headers_only, progress=progress)
 
 

@@ -116,13 +116,13 @@ def blend(
     """Blend base and experts into one ordinary checkpoint."""
     from ktmerge import api, console
 
+    if out is None and not dry_run:
+        api.refuse_without_out(recipe, overrides=set_ or (), base=base, experts=expert or ())
     loaded = api.load_recipe(recipe, overrides=set_ or (), base=base, experts=expert or ())
-    if dry_run:
+    if dry_run or out is None:
         plan = api.plan(loaded)
         console.print_json(plan.to_json()) if json_ else console.print_table(*plan.table())
         return
-    if out is None:
-        raise typer.BadParameter("needed unless --dry-run is given", param_hint="--out")
     report = api.blend(
         loaded, out, device=device, resume=resume, overwrite=overwrite, progress=console.TerminalProgress()
     )
@@ -195,23 +195,26 @@ def run(
         console.print_pairs(result.pairs())
 
 
-@app.command(epilog="Example: ktmerge inspect ./base runs/spam runs/kjv --headers")
+@app.command(epilog="Example: ktmerge inspect ./base runs/spam kjv=runs/kjv-2 --plot moved.png")
 def inspect(
     base: Annotated[str, typer.Argument(help="Base model.")],
-    tuned: Annotated[list[str] | None, typer.Argument(help="Tuned models to hold against it.")] = None,
+    tuned: Annotated[
+        list[str] | None, typer.Argument(help="Tuned models to hold against it: folders, or name=folder.")
+    ] = None,
     headers: Annotated[
         bool, typer.Option("--headers", help="Read only the files' headers: names, shapes, parts.")
     ] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Show every layer by itself, too.")] = False,
     json_: JsonOption = False,
 ) -> None:
-    """Show what is in a checkpoint and how far tuned models moved from it, part by part."""
+    """Show what is in a checkpoint and how far tuned models moved from it, by part and layer."""
     from ktmerge import api, console
 
     result = api.inspect(base, tuned or (), headers_only=headers, progress=console.TerminalProgress())
     if json_:
         console.print_json(result.to_json())
     else:
-        for columns, rows, title in result.tables():
+        for columns, rows, title in result.tables(layers=layers):
             console.print_table(columns, rows, title)
         for warning in result.warnings:
             console.stdout().print(f"warning: {warning}", markup=False)

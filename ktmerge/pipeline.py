@@ -80,7 +80,8 @@ def run(
 ) -> RunResult:
     """Make the experts the recipe describes, blend, score base, experts and blend, and write a report under ``out``.
 
-    With ``resume``, pieces that are already what the recipe asks for are kept.
+    With ``resume``, pieces that are already what the recipe asks for are kept. With ``overwrite``, each piece stays
+    until its successor is whole, and scores until the blend they tell of is replaced.
 
     Raises:
         UsageError: the recipe or its inputs are wrong, or ``out`` exists and neither flag is set.
@@ -90,15 +91,20 @@ def run(
 
     if recipe.base is None:
         raise UsageError(f"the recipe '{recipe.name}' names no base.")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: is a file; choose another folder.")
     if out.exists() and any(out.iterdir()) and not (resume or overwrite):
         raise UsageError(f"{out} exists; add --resume to go on with it, or --overwrite to replace it.")
     suite = suite_of(recipe) if recipe.eval is not None else None
     base = resolve(recipe.base, recipe.folder)
-    if overwrite and out.exists():
-        shutil.rmtree(out)
     experts = make_experts(recipe, resume=resume, overwrite=overwrite, progress=progress)
     out.mkdir(parents=True, exist_ok=True)
-    blended = make_blend(recipe, out / BLENDED, device=device, progress=progress) if recipe.blend is not None else None
+    afresh = overwrite and not resume
+    blended = None
+    if recipe.blend is not None:
+        blended = make_blend(recipe, out / BLENDED, device=device, resume=resume, afresh=afresh, progress=progress)
+    if afresh:
+        _remove_old(out, keep_blend=blended is not None)
     results = page = None
     if suite is not None and recipe.eval is not None:
         from ktmerge import eval as evaluation
@@ -123,6 +129,16 @@ def run(
             tuned=list(experts),
         )
     return RunResult(experts, blended, results, page)
+
+
+def _remove_old(out: Path, *, keep_blend: bool) -> None:
+    """Remove the pieces of an earlier run that tell of what is replaced, or that the recipe no longer asks for."""
+    from ktmerge.merge.record import FILE
+
+    for file in (SCORES, REPORT):
+        (out / file).unlink(missing_ok=True)
+    if not keep_blend and (out / BLENDED / FILE).exists():
+        shutil.rmtree(out / BLENDED, ignore_errors=True)
 
 
 def jobs_of(recipe: Recipe, only: Iterable[str] = ()) -> list[NamedJob]:
@@ -180,32 +196,29 @@ def make_experts(
     }
 
 
-def make_blend(recipe: Recipe, out: Path, *, device: str = "auto", progress: Progress = SILENT) -> Path:
-    """Blend into ``out`` unless it already holds this blend of these files.
+def make_blend(
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: str = "auto",
+    resume: bool = False,
+    afresh: bool = False,
+    progress: Progress = SILENT,
+) -> Path:
+    """Blend into ``out`` unless it already holds this blend of these files; ``afresh`` even then.
 
     Raises:
         UsageError: the recipe or its inputs are wrong.
-        KtmergeError: the blend failed.
+        KtmergeError: the blend failed; what was there stays.
     """
     from ktmerge import merge
-    from ktmerge.merge.plan import Plan, plan_blend
-    from ktmerge.merge.record import FILE, coefficients_digest
+    from ktmerge.merge.plan import plan_blend
+    from ktmerge.merge.record import recorded
 
-    def holds(plan: Plan) -> bool:
-        try:
-            record = json.loads((out / FILE).read_text(encoding="utf-8"))
-            written = (out / FILE).stat().st_mtime_ns
-        except (OSError, ValueError):
-            return False
-        inputs = [plan.base, *(expert.checkpoint for expert in plan.experts)]
-        newest = max((one.root / file).stat().st_mtime_ns for one in inputs for file in one.weight_files)
-        same = record.get("coefficients") == coefficients_digest(plan) and record.get("random", {}).get("seed")
-        return same == recipe.seed and newest < written
-
-    if holds(plan_blend(recipe)):
+    if not afresh and recorded(plan_blend(recipe), out) is not None:
         progress.note(f"{out} already holds this blend; kept")
     else:
-        merge.blend(recipe, out, device=device, overwrite=True, progress=progress)
+        merge.blend(recipe, out, device=device, resume=resume, overwrite=True, progress=progress)
     return out
 
 

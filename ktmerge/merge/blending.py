@@ -15,7 +15,7 @@ from ktmerge.merge.card import base_card, card
 from ktmerge.merge.device import choose_device
 from ktmerge.merge.plan import Plan, plan_blend
 from ktmerge.merge.record import FILE as RECORD
-from ktmerge.merge.record import pin, record
+from ktmerge.merge.record import pin, record, recorded
 from ktmerge.merge.report import BlendReport
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.schema import Recipe
@@ -37,7 +37,8 @@ def blend(
         out: its tensors get the base's names, its other files are the base's; ``ktmerge.json`` and the
             model card ``README.md`` say how it was made.
         device: auto, cpu or cuda; never changes the result.
-        resume: go on with what an interrupted run of the same blend finished, and leave that if interrupted.
+        resume: go on with what an interrupted run of the same blend finished, and leave that if interrupted; keep
+            ``out`` if it is this blend already.
         overwrite: replace a checkpoint that is there.
         progress: where to report.
 
@@ -52,6 +53,9 @@ def blend(
     choose_device(device)
     plan = plan_blend(recipe)
     refuse_overlap(out, [plan.base.root, *(expert.checkpoint.root for expert in plan.experts)])
+    if resume and (report := recorded(plan, out)) is not None:
+        progress.note(f"{out} already holds this blend; kept")
+        return report
     with Writer(out, overwrite, pin=pin(plan), resume=resume) as writer:
         for note in writer.notes:
             progress.note(note)

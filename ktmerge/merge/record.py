@@ -14,6 +14,7 @@ from typing import Any
 from ktmerge import __version__
 from ktmerge.checkpoints import Checkpoint
 from ktmerge.checkpoints.header import FileStamp
+from ktmerge.errors import UsageError
 from ktmerge.merge.kernels.keys import SCHEME
 from ktmerge.merge.plan import Plan
 from ktmerge.merge.registry import methods
@@ -33,6 +34,23 @@ def record(plan: Plan, report: BlendReport) -> str:
         "notes": report.notes,
     }
     return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+
+def recorded(plan: Plan, out: Path) -> BlendReport | None:
+    """What ``out`` says of itself if it is a whole output of this very plan, newer than its inputs; else None."""
+    try:
+        document = json.loads((out / FILE).read_text(encoding="utf-8"))
+        written = (out / FILE).stat().st_mtime_ns
+        same = all(document.get(key) == value for key, value in _origin(plan).items())
+        report = BlendReport(
+            plan.recipe.name, [], notes=list(document["notes"]), out=dict(document["output"]["sha256"])
+        )
+        report.recorded = list(document["parts"])
+        whole = set(Checkpoint.open(out).weight_files) == set(report.out)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, UsageError):
+        return None
+    newest = max(stamp.mtime_ns for checkpoint in _inputs(plan).values() for stamp in checkpoint.stamps.values())
+    return report if same and whole and newest < written else None
 
 
 def pin(plan: Plan) -> dict[str, Any]:

@@ -47,6 +47,7 @@ class BlendReport:
         written: bytes of weights.
         notes: what a person should know.
         out: sha256 of each weight file, by file; empty for a blend into a live model.
+        recorded: the parts as ``ktmerge.json`` has them, of an output that was there already; then nothing was read.
     """
 
     recipe: str
@@ -57,9 +58,12 @@ class BlendReport:
     device: str = "cpu"
     notes: list[str] = field(default_factory=list)
     out: dict[str, str] = field(default_factory=dict)
+    recorded: list[dict[str, Any]] | None = None
 
     def parts(self) -> list[dict[str, Any]]:
         """One summary for each part (all layers of a stack together) and treatment."""
+        if self.recorded is not None:
+            return self.recorded
         groups: dict[tuple[str, str], list[TensorReport]] = {}
         for tensor in self.tensors:
             groups.setdefault((tensor.part.partition("[")[0], tensor.what), []).append(tensor)
@@ -80,6 +84,8 @@ class BlendReport:
             ]
             for row in self.parts()
         ]
+        if self.recorded is not None:
+            return columns, rows, f"{self.recipe}: was there already"
         title = f"{self.recipe}: {self.written / 1e6:.0f} MB in {self.seconds:.1f} s on {self.device}"
         return columns, rows, title
 
