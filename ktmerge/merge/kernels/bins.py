@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 FINENESS = 7
 """Leading bits of a ratio's fraction that tell bins apart: whole numbers below 2**8 have bins of their own."""
 LEAST, MOST = -16, 32
@@ -15,4 +17,4 @@ def lower_edge(place: int) -> float:
     if place < 2:
         return 0.0
     octave, step = divmod(place - 2, 1 << FINENESS)
-    return 2.0 ** (LEAST + octave) * (1 + step / 2**FINENESS)
+    return math.ldexp(1 + step / (1 << FINENESS), LEAST + octave)

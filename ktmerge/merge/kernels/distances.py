@@ -168,11 +168,11 @@ def measure(rows, kinds, count, least, fraction, broken, own, sums, largest, his
     ``rows`` uint8 ``[1 + N, bytes]``: the base's elements and each expert's, each of its own ``kinds``; ``least`` and
     ``fraction`` are the base's type's least exponent and bits of fraction.
 
-    Added to: ``broken`` int64 ``[1 + N]``, values that are infinite or NaN; ``own`` fp64 ``[1]``,
-    theta_0^2; ``sums`` fp64 ``[N, 2]``, tau^2 and tau theta_0; ``largest`` int64 ``[N]``, the largest |tau| / ulp
-    as an fp64 pattern; ``histograms`` int64 ``[N, BINS]`` of these ratios; and for every two experts, in order, ``dots``
-    fp64 ``[P]``, tau_a tau_b, and ``signs`` int64 ``[P, 2]``, elements that both moved, and those in opposite
-    directions. Where a value of base or expert is broken, the expert counts as unchanged.
+    Added to: ``broken`` int64 ``[1 + N]``, values that are infinite or NaN; ``own`` fp64 ``[1]``, theta_0^2; ``sums``
+    fp64 ``[N, 2]``, tau^2 and tau theta_0; ``largest`` int64 ``[N]``, the largest |tau| / ulp as an fp64 pattern;
+    ``histograms`` int64 ``[N, BINS]`` of these ratios; and for every two experts, in order, ``dots`` fp64 ``[P]``,
+    tau_a tau_b, and ``signs`` int64 ``[P, 2]``, elements that both moved, and those in opposite directions. Where
+    a value of base or expert is broken, the expert counts as unchanged.
     """
     number = sums.shape[0]
     patterns, base, finite = np.empty(BLOCK, np.uint32), np.empty(BLOCK), np.empty(BLOCK)

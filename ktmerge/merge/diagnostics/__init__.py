@@ -1,0 +1,9 @@
+"""What is in a checkpoint, and how far tuned models moved from it: to look at before blending.
+
+Headers alone need neither numpy nor numba; the rest is one streaming pass.
+"""
+
+from ktmerge.merge.diagnostics.inspecting import inspect
+from ktmerge.merge.diagnostics.inspection import Inspection
+
+__all__ = ["Inspection", "inspect"]

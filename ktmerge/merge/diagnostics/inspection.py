@@ -1,0 +1,174 @@
+"""What was found in a base and its fine-tunes, by part and by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
+from typing import Any, TypeVar
+
+from ktmerge.merge.diagnostics.differences import Differences
+from ktmerge.merge.diagnostics.kinds import KINDS
+from ktmerge.merge.diagnostics.measures import QUANTILES, Effective, Movement, Pair, Spread
+from ktmerge.merge.diagnostics.table import Table, tables
+
+T = TypeVar("T", Movement, Spread, Pair)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What one part of the base consists of."""
+
+    tensors: int = 0
+    parameters: int = 0
+    nbytes: int = 0
+    dtypes: tuple[str, ...] = ()
+
+    def __add__(self, other: Contents) -> Contents:
+        return Contents(
+            self.tensors + other.tensors,
+            self.parameters + other.parameters,
+            self.nbytes + other.nbytes,
+            tuple(dict.fromkeys(self.dtypes + other.dtypes)),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "tensors": self.tensors,
+            "parameters": self.parameters,
+            "bytes": self.nbytes,
+            "dtypes": list(self.dtypes),
+        }
+
+
+@dataclass
+class Inspection:
+    """What was found. Layers are ``llm.layers[3]``; a part, ``llm.layers``, is all of a stack's layers together.
+
+    Attributes:
+        contents: what the base consists of, by part, in the order in which a model uses them.
+        layers: the same parts, with every layer of a stack by itself.
+        differences: per tuned model.
+        movements: per tuned model, by layer and kind of tensor; empty if only headers were read.
+        matrices: per tuned model, its matrices together: what F-1 asks of a right base.
+        spreads: per tuned model, by layer.
+        pairs: per two tuned models, by layer.
+        changed_by: by layer, how many tuned models changed each of its tensors.
+        broken: (model, tensor) -> values that are infinite or NaN; the base is ``""``.
+        warnings: what should make one stop.
+    """
+
+    contents: dict[str, Contents]
+    layers: list[str]
+    differences: dict[str, Differences] = field(default_factory=dict)
+    movements: dict[str, dict[tuple[str, str], Movement]] = field(default_factory=dict)
+    matrices: dict[str, Movement] = field(default_factory=dict)
+    spreads: dict[str, dict[str, Spread]] = field(default_factory=dict)
+    pairs: dict[tuple[str, str], dict[str, Pair]] = field(default_factory=dict)
+    changed_by: dict[str, list[int]] = field(default_factory=dict)
+    broken: dict[tuple[str, str], int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def models(self) -> list[str]:
+        """The tuned models whose weights were read."""
+        return list(self.movements)
+
+    def movement(self, model: str, part: str, kind: str | None = None) -> Movement | None:
+        """How far a model moved in a part or layer, or in one kind of its tensors; None if it has none of them."""
+        cells = self.movements[model].items()
+        return _total(moved for (at, what), moved in cells if _within(at, part) and kind in (None, what))
+
+    def spread(self, model: str, part: str) -> Spread | None:
+        """The distances in ulps in a part or layer."""
+        return _total(spread for at, spread in self.spreads[model].items() if _within(at, part))
+
+    def pair(self, first: str, second: str, part: str) -> Pair | None:
+        """Two models in a part or layer."""
+        return _total(pair for at, pair in self.pairs[first, second].items() if _within(at, part))
+
+    def effective(self, part: str) -> Effective | None:
+        """N_eff of a part's or layer's tensors."""
+        counts = [count for at, found in self.changed_by.items() if _within(at, part) for count in found]
+        return Effective.of(counts) if counts else None
+
+    def kinds(self, part: str) -> list[str]:
+        """The kinds of tensors in a part or layer."""
+        found = {what for cells in self.movements.values() for at, what in cells if _within(at, part)}
+        return [kind for kind in KINDS if kind in found]
+
+    def tables(self, *, layers: bool = False) -> Iterator[Table]:
+        """What people read: columns, rows and title of each table; with ``layers``, every layer by itself."""
+        return tables(self, layers=layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        return {
+            "base": {part: one.to_json() for part, one in self.contents.items()},
+            "differences": {name: one.to_json() for name, one in self.differences.items()},
+            "models": {
+                name: {
+                    "parts": self._by(self.contents, lambda part, name=name: self._moved(name, part)),
+                    "layers": self._by(self.layers, lambda part, name=name: self._moved(name, part, kinds=True)),
+                }
+                for name in self.models
+            },
+            "pairs": [
+                {
+                    "models": [first, second],
+                    "parts": self._by(self.contents, lambda part, a=first, b=second: self._paired(a, b, part)),
+                    "layers": self._by(self.layers, lambda part, a=first, b=second: self._paired(a, b, part)),
+                }
+                for first, second in self.pairs
+            ],
+            "effective_experts": {
+                "parts": self._by(self.contents, lambda part: (one := self.effective(part)) and one.to_json()),
+                "layers": self._by(self.layers, lambda part: (one := self.effective(part)) and one.to_json()),
+            },
+            "warnings": self.warnings,
+        }
+
+    @staticmethod
+    def _by(parts: Iterable[str], value: Any) -> dict[str, Any]:
+        return {part: found for part in parts if (found := value(part)) is not None}
+
+    def _moved(self, model: str, part: str, *, kinds: bool = False) -> dict[str, Any] | None:
+        moved, spread = self.movement(model, part), self.spread(model, part)
+        if moved is None or spread is None:
+            return None
+        ulps = {name: spread.quantile(share) for name, share in QUANTILES.items()} | {"max": spread.largest}
+        found = {**_norms(moved), "elements": moved.elements, "ulps": ulps}
+        if kinds:
+            cells = {kind: self.movement(model, part, kind) for kind in self.kinds(part)}
+            found["kinds"] = {kind: _norms(cell) for kind, cell in cells.items() if cell is not None}
+        return found
+
+    def _paired(self, first: str, second: str, part: str) -> dict[str, Any] | None:
+        pair = self.pair(first, second, part)
+        return None if pair is None else {
+            "cosine": _digits(pair.cosine), "sign_conflict": _digits(pair.conflict), "changed_by_both": pair.both,
+        }  # fmt: skip
+
+
+def stack_of(layer: str) -> str:
+    """The part that a layer belongs to, without its number."""
+    return layer.partition("[")[0]
+
+
+def _within(layer: str, part: str) -> bool:
+    return part in (layer, stack_of(layer))
+
+
+def _total(found: Iterable[T]) -> T | None:
+    listed = list(found)
+    return reduce(add, listed) if listed else None
+
+
+def _norms(moved: Movement) -> dict[str, Any]:
+    return {"relative_norm": _digits(moved.relative), "changed": _digits(moved.share)}
+
+
+def _digits(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")

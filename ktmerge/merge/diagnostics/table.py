@@ -1,0 +1,101 @@
+"""An inspection as tables for people: at most 120 characters wide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ktmerge.merge.diagnostics.measures import QUANTILES, Movement, Spread
+
+if TYPE_CHECKING:
+    from ktmerge.merge.diagnostics.inspection import Inspection
+
+Table = tuple[list[str], list[list[str]], str]
+
+WIDTH = 120
+_NONE = "–"
+
+
+def tables(found: Inspection, *, layers: bool) -> Iterator[Table]:
+    """Columns, rows and title of each table."""
+    yield _contents(found)
+    if found.models:
+        parts = found.layers if layers else list(found.contents)
+        parts = [part for part in parts if found.effective(part) is not None]
+        yield _movements(found, parts)
+        yield from _pairs(found, parts)
+    rows = [[name, what, line] for name, one in found.differences.items() for what, line in one.lines()]
+    if rows:
+        yield ["model", "about", "differs from the base in"], _once(rows), "beside the weights"
+
+
+def _contents(found: Inspection) -> Table:
+    rows = [
+        [part, str(one.tensors), f"{one.parameters / 1e6:.2f}", f"{one.nbytes / 1e6:.1f}", ", ".join(one.dtypes)]
+        for part, one in found.contents.items()
+    ]
+    return ["part", "tensors", "million", "MB", "types"], rows, "the base"
+
+
+def _movements(found: Inspection, parts: list[str]) -> Table:
+    """One row for each part and model, so that models stand below one another."""
+    columns = ["part", "N_eff", "model", "moved by", "changed", "median", "90 %", "99 %", "largest"]
+    rows = []
+    for part in parts:
+        for model in found.models:
+            moved, spread = found.movement(model, part), found.spread(model, part)
+            if moved is not None and spread is not None:
+                rows.append([part, str(found.effective(part)), model, *_moved(moved), *_ulps(moved, spread)])
+    title = "how far they moved: norm of the change / norm of the base; share of elements; steps of the base's type"
+    return columns, _once(rows, 2), title
+
+
+def _moved(moved: Movement) -> list[str]:
+    return [_percent(moved.relative, 2), _percent(moved.share, 1)]
+
+
+def _ulps(moved: Movement, spread: Spread) -> list[str]:
+    if not moved.changed:
+        return [_NONE] * 4
+    return [*(_count(spread.quantile(share)) for share in QUANTILES.values()), _count(spread.largest)]
+
+
+def _pairs(found: Inspection, parts: list[str]) -> Iterator[Table]:
+    """One row for each part and two models."""
+    rows = []
+    for part in parts:
+        for first, second in found.pairs:
+            pair = found.pair(first, second, part)
+            if pair is not None:
+                cosine = _NONE if pair.cosine is None else f"{pair.cosine:.3f}"
+                conflict = _NONE if pair.conflict is None else _percent(pair.conflict, 1)
+                rows.append([part, f"{first}, {second}", cosine, conflict])
+    if rows:
+        title = "every two: cosine of their changes; share of opposite signs where both changed (unrelated: 50 %)"
+        yield ["part", "models", "cosine", "opposite"], _once(rows), title
+
+
+def _once(rows: list[list[str]], columns: int = 1) -> list[list[str]]:
+    """Leave out the first cells of a row where they repeat those of the row above."""
+    above: list[str] = []
+    found = []
+    for row in rows:
+        found.append([*([""] * columns if row[:columns] == above else row[:columns]), *row[columns:]])
+        above = row[:columns]
+    return found
+
+
+def _percent(share: float, digits: int) -> str:
+    """Never 0 % for what is not 0."""
+    if not math.isfinite(share):
+        return "∞"
+    text = f"{share:.{digits}%}"
+    least = 10.0 ** (-2 - digits)
+    return f"<{least:.{digits}%}" if 0 < share < least else text
+
+
+def _count(steps: float) -> str:
+    if steps >= 2.0**32:
+        return ">4e9"
+    return f"{steps:g}" if steps < 1000 else (f"{steps:.0f}" if steps < 1e6 else f"{steps:.1e}")
