@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -303,6 +305,111 @@ def test_nothing_is_written_after_the_end(make_checkpoint: MakeCheckpoint) -> No
     assert Checkpoint.open(base.root.parent / "out").content_digest() == base.content_digest()
 
 
+# --- copies and digests -----------------------------------------------------------------------------------------------
+
+
+def place_of(base: Checkpoint, name: str) -> tuple[Path, int, int]:
+    info = base.tensors[name]
+    return base.root / info.file, info.begin, info.end
+
+
+@pytest.mark.parametrize("refusal", [None, errno.EXDEV, errno.EINVAL, errno.ENOSYS])
+def test_the_kernel_copies_where_it_can(
+    make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch, refusal: int | None
+) -> None:
+    base = Checkpoint.open(make_checkpoint())
+    whole = os.copy_file_range
+
+    def short(source: int, target: int, count: int, start: int, position: int) -> int:
+        if refusal is not None and start > place_of(base, "model.norm.weight")[1]:
+            raise OSError(refusal, os.strerror(refusal))
+        return whole(source, target, min(count, 5), start, position)
+
+    monkeypatch.setattr(os, "copy_file_range", short)
+    with Writer(base.root.parent / "out") as writer:
+        writer.plan_like(base)
+        for name in base.tensors:
+            path, begin, end = place_of(base, name)
+            with path.open("rb") as stream:
+                copied = writer.copy_range(name, stream.fileno(), begin, end)
+            assert copied is (refusal is None or name != "model.norm.weight")
+            if not copied:
+                writer.write_bytes(name, path.read_bytes()[begin:end])
+    assert Checkpoint.open(base.root.parent / "out").content_digest() == base.content_digest()
+
+
+def test_a_source_that_became_shorter_is_not_copied(make_checkpoint: MakeCheckpoint) -> None:
+    base = Checkpoint.open(make_checkpoint())
+    path, begin, end = place_of(base, "model.norm.weight")
+
+    def copy_short(writer: Writer) -> None:
+        os.truncate(path, end - 1)
+        with path.open("rb") as stream:
+            assert not writer.copy_range("model.norm.weight", stream.fileno(), begin, end)
+
+    with pytest.raises(KtmergeError, match="bytes were written"):
+        attempt(base, base.root.parent / "out", copy_short)
+
+
+def test_a_copy_on_a_full_disk_is_clear(make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = Checkpoint.open(make_checkpoint())
+
+    def full(*_: int) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "copy_file_range", full)
+    with pytest.raises(KtmergeError, match="the disk is full"):
+        attempt(base, base.root.parent / "out", lambda writer: writer.copy_range("model.norm.weight", 0, 0, 16))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_digests_follow_what_is_written(make_checkpoint: MakeCheckpoint, shards: int) -> None:
+    """Pieces of a few megabytes, from the end to the beginning and from two threads."""
+    values = np.random.default_rng(0).integers(0, 255, (5, 1 << 21), dtype=np.uint8)
+    base = Checkpoint.open(make_checkpoint(tensors={f"t{i}": row for i, row in enumerate(values)}, shards=shards))
+    out = base.root.parent / "out"
+    with Writer(out) as writer, ThreadPoolExecutor(2) as pool:
+        writer.plan_like(base)
+        pieces = [(i, start) for i in range(5) for start in range(0, 1 << 21, 300_000)]
+        list(
+            pool.map(
+                lambda p: writer.write_bytes(f"t{p[0]}", values[p[0]][p[1] : p[1] + 300_000].data, p[1]), pieces[::-1]
+            )
+        )
+        digests = writer.digests()
+    assert digests == {file: hashlib.sha256((out / file).read_bytes()).hexdigest() for file in base.weight_files}
+
+
+def test_digests_of_what_is_incomplete_are_refused(make_checkpoint: MakeCheckpoint) -> None:
+    base = Checkpoint.open(make_checkpoint())
+    with pytest.raises(KtmergeError, match="only 0 of its"):
+        attempt(base, base.root.parent / "out", lambda writer: writer.digests())
+
+
+def test_a_file_that_cannot_be_read_back_is_said(
+    make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = Checkpoint.open(make_checkpoint())
+
+    def broken(writer: Writer) -> None:
+        copy(base, writer)
+        writer.digests()
+
+    def failing(*_: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("ktmerge.checkpoints.follower.os.preadv", _only_in_threads(os.preadv, failing))
+    with pytest.raises(KtmergeError, match="cannot be read back: Input/output error"):
+        attempt(base, base.root.parent / "out", broken)
+
+
+def _only_in_threads(whole: Callable[..., int], other: Callable[..., int]) -> Callable[..., int]:
+    def chosen(*arguments: Any) -> int:
+        return (whole if threading.current_thread() is threading.main_thread() else other)(*arguments)
+
+    return chosen
+
+
 # --- misuse -----------------------------------------------------------------------------------------------------------
 
 
@@ -315,6 +422,7 @@ def test_nothing_is_written_after_the_end(make_checkpoint: MakeCheckpoint) -> No
         (lambda writer: writer.write("model.norm.weight", torch.ones(4), 1), "bytes 4 to 20 were given"),
         (lambda writer: writer.write("model.norm.weight", torch.ones(1), -1), "bytes -4 to 0 were given"),
         (lambda writer: writer.plan([]), "already planned"),
+        (lambda writer: writer.copy_range("model.norm.weight", 0, 0, 15), "has 16 bytes; 15 were given"),
     ],
 )
 def test_misuse_is_refused(make_checkpoint: MakeCheckpoint, call: Callable[[Writer], None], reason: str) -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import save_file
+
+from ktmerge import cli
 
 RECIPE = """
 ktmerge: 1
@@ -93,3 +97,20 @@ def write_shards(folder: Path, tensors: Mapping[str, torch.Tensor], shards: int)
         save_file(part, folder / file, {"format": "pt"})
         index |= dict.fromkeys(part, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def blend(folder: Path, out: Path, *arguments: str) -> int:
+    """Run ``ktmerge blend`` over the folder's recipe in this process; the exit code."""
+    return cli._exit_code(
+        ["blend", "-r", str(folder / "recipe.yaml"), "--out", str(out), "--device", "cpu", *arguments]
+    )
+
+
+def check_refused(folder: Path, out: Path, expected: str, capsys: pytest.CaptureFixture[str], code: int = 0) -> None:
+    """A blend fails with one of ktmerge's own errors, which says what is expected."""
+    capsys.readouterr()
+    found = blend(folder, out)
+    said = capsys.readouterr().err
+    assert found in ((code,) if code else (1, 2)), said
+    assert re.search(expected, said), said
+    assert "Traceback" not in said
