@@ -329,6 +329,8 @@ def inspect(
     tuned: Sequence[str | Path] | Mapping[str, str | Path] = (),
     *,
     headers_only: bool = False,
+    plot: str | Path | None = None,
+    overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> Inspection:
     """What is in a checkpoint and how far tuned models moved from it, by part and layer.
@@ -337,17 +339,28 @@ def inspect(
         base: folder or hub id.
         tuned: folders, ``name=folder`` strings, or a mapping of names to folders.
         headers_only: read only the files' headers.
+        plot: write a heat map, layer by kind of tensor, to this PNG, SVG or PDF file.
+        overwrite: replace a picture that is there.
         progress: where to report to.
 
     Raises:
-        UsageError: a folder is no checkpoint, a name is given twice, or a model shares nothing with the base.
+        UsageError: a folder is no checkpoint, a name is given twice, a model shares nothing with the base, or the
+            picture cannot be drawn or exists.
         KtmergeError: weights cannot be read.
     """
     from ktmerge.checkpoints import resolve
     from ktmerge.merge import diagnostics
 
     folders = {name: resolve(str(path), Path.cwd()) for name, path in _named(tuned).items()}
-    return diagnostics.inspect(resolve(str(base), Path.cwd()), folders, headers_only=headers_only, progress=progress)
+    target = None if plot is None else Path(plot)
+    if target is not None:
+        diagnostics.require_drawable(target, folders, headers_only=headers_only)
+        refuse_existing(target, overwrite)
+    found = diagnostics.inspect(resolve(str(base), Path.cwd()), folders, headers_only=headers_only, progress=progress)
+    if target is not None:
+        with failing_clearly(target):
+            target.write_bytes(diagnostics.heat_map(found, target))
+    return found
 
 
 @dataclass(frozen=True)

@@ -204,13 +204,19 @@ def inspect(
     headers: Annotated[
         bool, typer.Option("--headers", help="Read only the files' headers: names, shapes, parts.")
     ] = False,
-    layers: Annotated[bool, typer.Option("--layers", help="Show every layer by itself, too.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Show every layer by itself.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw layer by kind of tensor into this PNG, SVG or PDF file.")
+    ] = None,
+    overwrite: OverwriteOption = False,
     json_: JsonOption = False,
 ) -> None:
     """Show what is in a checkpoint and how far tuned models moved from it, by part and layer."""
     from ktmerge import api, console
 
-    result = api.inspect(base, tuned or (), headers_only=headers, progress=console.TerminalProgress())
+    result = api.inspect(
+        base, tuned or (), headers_only=headers, plot=plot, overwrite=overwrite, progress=console.TerminalProgress()
+    )
     if json_:
         console.print_json(result.to_json())
     else:

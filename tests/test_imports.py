@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "ktmerge"
 
-# room -> rooms it may import; every room may import itself, errors and progress.
+# room -> rooms it may import; every room may import itself, drawing, errors and progress.
 ALLOWED = {
     "checkpoints": set(),
     "recipes": {"checkpoints"},
@@ -26,10 +26,11 @@ ALLOWED = {
     "cli": {"api", "console", "demo", "doctor"},
     "__init__": {"api"},
     "__main__": {"cli"},
+    "drawing": set(),
     "errors": set(),
     "progress": set(),
 }
-SHARED = {"errors", "progress", "__version__"}
+SHARED = {"drawing", "errors", "progress", "__version__"}
 HEAVY = ("torch", "transformers", "mergekit", "datasets", "matplotlib", "pandas", "pyarrow", "scipy")
 
 

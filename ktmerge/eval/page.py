@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from ktmerge.eval.drawing import styles
+from ktmerge.drawing import styles
 from ktmerge.eval.picture import loss_picture, score_picture, tradeoff
 from ktmerge.eval.results import Generation, PathPoint, TaskInfo, write_whole
 from ktmerge.eval.summary import FORMULAS

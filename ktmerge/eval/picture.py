@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ktmerge.eval.drawing import FONT, GREY, INK, Style, drawn, new_figure, styles, to_svg
+from ktmerge.drawing import FONT, GREY, INK, Style, drawn, new_figure, styles, to_svg
 from ktmerge.eval.labels import Box, Label, along, place, square
 
 if TYPE_CHECKING:

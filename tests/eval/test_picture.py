@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ktmerge.eval.drawing import styles
+from ktmerge.drawing import styles
 from ktmerge.eval.picture import loss_picture, score_picture, tradeoff
 from ktmerge.eval.results import PathPoint, Results
 

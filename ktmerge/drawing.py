@@ -1,4 +1,4 @@
-"""Figures as SVG text: colours, fonts, and the same bytes for the same data. Knows nothing of scores."""
+"""Figures: colours, fonts, and the same bytes for the same data, as SVG text or a file. Knows nothing of scores."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 INK = "#010203"  # stands for the text colour of the page, which may be dark on light or the reverse
 GREY = "#888888"
 FONT = 9.0
+FILES = ("png", "svg", "pdf")
+"""Kinds of files a figure can be written as, by their suffix."""
 _SETTINGS = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -111,3 +113,19 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
     svg = re.sub(r'<svg ([^>]*?)width="[^"]*"', lambda found: opening + found[1], svg, count=1)
     svg = re.sub(r'height="[^"]*pt"', "", svg, count=1)
     return svg.replace(">", f'><title id="{name}-title">{escape(description)}</title>', 1).strip()
+
+
+def to_file(figure: Figure, kind: str) -> bytes:
+    """The figure as the content of a file, on white.
+
+    Args:
+        figure: a finished figure.
+        kind: one of `FILES`.
+    """
+    from matplotlib import rc_context
+
+    buffer = io.BytesIO()
+    undated = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
+    with rc_context({"svg.hashsalt": "ktmerge"}):
+        figure.savefig(buffer, format=kind, dpi=160, facecolor="white", metadata=undated)
+    return buffer.getvalue()

@@ -1,0 +1,188 @@
+"""The heat map of an inspection: layer by kind of tensor, one panel a tuned model, from the input down to the head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ktmerge.drawing import FILES, FONT, GREY, INK, drawn, new_figure, to_file
+from ktmerge.errors import UsageError
+from ktmerge.merge.diagnostics.kinds import KINDS
+
+if TYPE_CHECKING:
+    from ktmerge.merge.diagnostics.inspection import Inspection
+
+COLUMN, GAP, BAR = 17.0, 5.0, 13.0
+"""Points: width of a column; height between blocks, and of the bar of a part without layers."""
+SMALL = 7.0
+LEFT, TOP, BOTTOM, BETWEEN = 76.0, 44.0, 54.0, 16.0
+WIDEST = 820.0
+DECADES = 4
+"""What is this many powers of ten below the largest has the palest colour."""
+UNCHANGED = "#e4e4e4"
+
+
+@dataclass(frozen=True)
+class Block:
+    """What lies together: one part without layers, or the layers of a stack.
+
+    Attributes:
+        layers: their names in the inspection.
+        numbers: of the layers; empty for a part.
+    """
+
+    name: str
+    layers: list[str]
+    numbers: list[int]
+    height: float
+
+
+def require_drawable(path: Path, models: Collection[str], *, headers_only: bool) -> None:
+    """Refuse, before anything is read, what `heat_map` could not draw.
+
+    Raises:
+        UsageError: the suffix stands for no kind of picture, or there is nothing to draw.
+    """
+    if path.suffix[1:].lower() not in FILES:
+        raise UsageError(
+            f"{path}: can't draw '{path.suffix}' files; end it in {', '.join(f'.{one}' for one in FILES)}."
+        )
+    if not models or headers_only:
+        what = "needs their weights; leave --headers away" if models else "needs a tuned model to hold against the base"
+        raise UsageError(f"{path}: the heat map shows how far tuned models moved; it {what}.")
+
+
+def heat_map(found: Inspection, path: Path) -> bytes:
+    """Relative norms ||tau|| / ||theta_0|| on a logarithmic colour scale; grey is unchanged, white is not there.
+
+    Args:
+        found: with at least one tuned model measured.
+        path: the file it is for; its suffix, one of `ktmerge.drawing.FILES`, decides the kind.
+    """
+    from matplotlib.cm import ScalarMappable
+
+    blocks = list(_blocks(found.layers))
+    columns = [what for what in KINDS if any(what in found.kinds(one.name) for one in blocks if one.numbers)] or ["all"]
+    width = max(len(columns) * COLUMN, 90.0)
+    height = sum(block.height for block in blocks) + GAP * (len(blocks) - 1)
+    across = min(len(found.models), max(1, int((WIDEST - LEFT) / (width + BETWEEN))))
+    down = -(-len(found.models) // across)
+    page = LEFT + across * (width + BETWEEN), BOTTOM + down * (height + TOP)
+    with drawn():
+        scale = _scale(found)
+        figure = new_figure(*page)
+        for number, model in enumerate(found.models):
+            row, column = divmod(number, across)
+            left, bottom = LEFT + column * (width + BETWEEN), BOTTOM + (down - row - 1) * (height + TOP)
+            place = left / page[0], bottom / page[1], width / page[0], height / page[1]
+            axes: Any = figure.add_axes(place)
+            _panel(axes, found, model, blocks, columns, (width, height), scale, labelled=column == 0)
+        bar: Any = figure.add_axes((LEFT / page[0], 27 / page[1], min(width * across, 260) / page[0], 8 / page[1]))
+        _legend(figure, bar, ScalarMappable(*scale))
+        return to_file(figure, path.suffix[1:].lower())
+
+
+def _blocks(layers: Sequence[str]) -> Iterator[Block]:
+    for name, group in groupby(layers, lambda layer: layer.partition("[")[0]):
+        members = list(group)
+        numbers = [int(layer.partition("[")[2].rstrip("]")) for layer in members if "[" in layer]
+        each = min(11.0, max(5.0, 400 / len(members)))
+        yield Block(name, members, numbers, each * len(numbers) if numbers else BAR)
+
+
+def _scale(found: Inspection) -> tuple[Any, Any]:
+    """Norm and colours of all panels, so that a colour means the same in each."""
+    from matplotlib import colormaps
+    from matplotlib.colors import LogNorm
+
+    cells = [moved.relative for cells in found.movements.values() for moved in cells.values()]
+    positive = [value for value in cells if 0 < value < math.inf] or [1.0]
+    most = max(positive)
+    least = max(min(positive), most / 10**DECADES)
+    colours = colormaps["viridis_r"].with_extremes(bad=UNCHANGED)
+    return LogNorm(min(least, most / 10), most, clip=True), colours
+
+
+def _panel(
+    axes: Any,
+    found: Inspection,
+    model: str,
+    blocks: Sequence[Block],
+    columns: Sequence[str],
+    size: tuple[float, float],
+    scale: tuple[Any, Any],
+    *,
+    labelled: bool,
+) -> None:
+    """One model; the axes count points from the upper left corner."""
+    width, height = size
+    axes.set_xlim(0, width)
+    axes.set_ylim(height, 0)
+    axes.axis("off")
+    step, top = width / len(columns), 0.0
+    axes.text(0, -30, model, fontsize=FONT, fontweight="bold", va="bottom")
+    for i, column in enumerate(columns):
+        axes.text((i + 0.5) * step, -3, column, fontsize=SMALL, rotation=90, ha="center", va="bottom")
+    for block in blocks:
+        if block.numbers:
+            each = block.height / len(block.layers)
+            for i, layer in enumerate(block.layers):
+                cells = [found.movement(model, layer, column) for column in columns]
+                for j, moved in enumerate(cells):
+                    if moved is not None:
+                        _cell(axes, (j * step, top + i * each, step, each), moved.relative, scale)
+        elif (moved := found.movement(model, block.name)) is not None:
+            colour = _cell(axes, (0, top, width, block.height), moved.relative, scale)
+            text = f"{moved.relative:.2%}" if moved.changed and math.isfinite(moved.relative) else ""
+            dark = sum(colour[:3]) < 1.5
+            axes.text(
+                width / 2, top + block.height / 2, text, fontsize=SMALL, ha="center", va="center_baseline",
+                color="white" if dark else INK,
+            )  # fmt: skip
+        if labelled:
+            _label(axes, block, top)
+        top += block.height + GAP
+
+
+def _cell(
+    axes: Any, box: tuple[float, float, float, float], relative: float, scale: tuple[Any, Any]
+) -> tuple[float, ...]:
+    from matplotlib.colors import to_rgba
+    from matplotlib.patches import Rectangle
+
+    norm, colours = scale
+    colour: tuple[float, ...] = to_rgba(UNCHANGED) if relative == 0 else colours(norm(min(relative, norm.vmax)))
+    left, top, width, height = box
+    axes.add_patch(Rectangle((left, top), width, height, facecolor=colour, edgecolor="white", linewidth=0.4))
+    return colour
+
+
+def _label(axes: Any, block: Block, top: float) -> None:
+    """The name of a part, or of a stack with the numbers of its layers."""
+    middle = top + block.height / 2
+    if not block.numbers:
+        axes.text(-5, middle, block.name, fontsize=SMALL, ha="right", va="center_baseline")
+        return
+    each = block.height / len(block.numbers)
+    every = 1 if each >= 9 else (2 if each >= 7 else 5)
+    for i, number in enumerate(block.numbers):
+        if number % every == 0:
+            axes.text(-5, top + (i + 0.5) * each, str(number), fontsize=SMALL, ha="right", va="center_baseline")
+    rotation = 90 if block.height > 50 else 0
+    axes.text(-26, middle, block.name, fontsize=SMALL, ha="right", va="center", rotation=rotation)
+
+
+def _legend(figure: Any, bar: Any, colours: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    drawn_bar = figure.colorbar(colours, cax=bar, orientation="horizontal")
+    drawn_bar.outline.set_visible(False)
+    bar.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
+    bar.xaxis.set_minor_formatter(NullFormatter())
+    bar.tick_params(labelsize=SMALL)
+    bar.set_xlabel("norm of the change / norm of the base; grey: unchanged", fontsize=SMALL, color=INK, loc="left")
+    bar.tick_params(which="both", color=GREY)
