@@ -87,20 +87,30 @@ def test_killed_at_random_moments_and_resumed(large: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("resumable", [False, True])
-def test_a_signal_leaves_something_only_if_asked(small: Path, number: int, resumable: bool) -> None:
-    (small / "place").mkdir()
-    process = start(small, *(["--resume"] if resumable else []))
-    while process.poll() is None and not hidden(small / "place"):
-        time.sleep(0.001)
-    process.send_signal(number)
-    said = process.communicate()[1]
-    if process.returncode == 0:
-        pytest.skip("it was done before the signal came")
-    assert process.returncode == 130
-    assert "interrupted" in said
-    assert "Traceback" not in said
-    if not resumable:
-        assert os.listdir(small / "place") == []
+def test_a_signal_leaves_something_only_if_asked(large: Path, number: int, resumable: bool) -> None:
+    generator = random.Random(number)
+    place = large / "place"
+    place.mkdir()
+    ktmerge("blend", "-r", "recipe.yaml", "--out", "old", cwd=large)
+    stopped = left = 0
+    for _ in range(12):
+        process = start(large, *(["--resume"] if resumable else []))
+        while process.poll() is None and f".out.ktmerge-{process.pid}" not in hidden(place):
+            time.sleep(0.001)
+        time.sleep(generator.uniform(0, 0.15))
+        process.send_signal(number)
+        said = process.communicate()[1]
+        assert process.returncode in (0, 130), said
+        assert "Traceback" not in said
+        stopped += process.returncode == 130
+        left += bool(hidden(place))
+        assert process.returncode == 0 or "interrupted" in said
+        if "out" in os.listdir(place):  # the signal came too late
+            assert digests(place / "out") == digests(large / "old")
+            shutil.rmtree(place / "out")
+        assert resumable or os.listdir(place) == []
+    assert stopped
+    assert bool(left) == resumable
 
 
 def test_a_plain_run_says_what_it_removed(small: Path) -> None:
