@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,13 +19,16 @@ if TYPE_CHECKING:
     from ktmerge.tuners import PreviewSample
 
 SHOW_AFTER_SECONDS = 2.0
+WIDTH = 120
+"""Characters a line of a table may have where there is no terminal to say so."""
 
 
 def stdout() -> Console:
     """Where results go."""
     from rich.console import Console
 
-    return Console(soft_wrap=not sys.stdout.isatty())
+    terminal = sys.stdout.isatty()
+    return Console(soft_wrap=not terminal, width=None if terminal or "COLUMNS" in os.environ else WIDTH)
 
 
 def stderr() -> Console:
@@ -126,9 +130,9 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for i, column in enumerate(columns):
-        numeric = bool(rows) and all(row[i][:1] in "0123456789-+." or row[i] in ("", "–") for row in rows)
+        numeric = bool(rows) and all(row[i][:1] in "0123456789-+.<∞–" for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*[_plain(cell) for cell in row])

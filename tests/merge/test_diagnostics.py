@@ -133,7 +133,7 @@ def test_zero_bases_give_no_infinite_json(tmp_path: Path) -> None:
     assert math.isinf(moved.relative)
     json.dumps(found.to_json(), allow_nan=False)
     assert "∞" in str(list(found.tables()))
-    assert ">4e9" in str(list(found.tables())), "a step of zero is the least number there is"
+    assert "4G+" in str(list(found.tables())), "a step of zero is the least number there is"
 
 
 def test_tables_fit_120_columns_and_fold_layers(llavas: Path) -> None:

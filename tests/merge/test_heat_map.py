@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from merge_models import llama_tensors, tuned, write
 
 import ktmerge
@@ -54,6 +55,21 @@ def test_a_colour_means_the_same_in_every_panel_and_darker_is_farther(tmp_path: 
     half = len(both) // 2
     assert both[:half] == swapped[half:]
     assert sum(both[:half]) > sum(both[half:])
+
+
+def test_joined_queries_keys_and_values_lie_under_the_three(tmp_path: Path) -> None:
+    """A vision tower with one matrix for all three, a language model with three; and a model with joined ones only."""
+    shapes = {f"visual.blocks.{i}.attn.{name}.weight": (8, 8) for i in range(2) for name in ("qkv", "proj")}
+    joined = {name: torch.randn(shape) for name, shape in shapes.items()}
+    base = {**llama_tensors(torch.float32), **joined}
+    base |= {f"model.layers.{i}.self_attn.v_proj.weight": torch.randn(8, 8) for i in range(2)}
+    for name, tensors in (("both", base), ("joined", joined)):
+        write(tmp_path / name / "base", tensors)
+        write(tmp_path / name / "x", tuned(tensors, 1e-2, 1))
+        found = inspect(tmp_path / name / "base", {"x": tmp_path / name / "x"})
+        texts, _ = drawn(heat_map(found, Path("x.svg")).decode())
+        assert ("qkv" in texts) == (name == "joined")
+        assert ("v" in texts) == (name == "both")
 
 
 @pytest.mark.parametrize(("name", "start"), [("x.png", b"\x89PNG"), ("x.PDF", b"%PDF"), ("x.svg", b"<?xml")])

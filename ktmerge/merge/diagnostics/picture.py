@@ -24,6 +24,7 @@ WIDEST = 820.0
 DECADES = 4
 """What is this many powers of ten below the largest has the palest colour."""
 UNCHANGED = "#e4e4e4"
+_JOINED = ("q", "k", "v")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def heat_map(found: Inspection, path: Path) -> bytes:
     from matplotlib.cm import ScalarMappable
 
     blocks = list(_blocks(found.layers))
-    columns = [what for what in KINDS if any(what in found.kinds(one.name) for one in blocks if one.numbers)] or ["all"]
+    columns = _columns([found.kinds(layer) for block in blocks if block.numbers for layer in block.layers])
     width = max(len(columns) * COLUMN, 90.0)
     height = sum(block.height for block in blocks) + GAP * (len(blocks) - 1)
     across = min(len(found.models), max(1, int((WIDEST - LEFT) / (width + BETWEEN))))
@@ -92,6 +93,23 @@ def _blocks(layers: Sequence[str]) -> Iterator[Block]:
         numbers = [int(layer.partition("[")[2].rstrip("]")) for layer in members if "[" in layer]
         each = min(11.0, max(5.0, 400 / len(members)))
         yield Block(name, members, numbers, each * len(numbers) if numbers else BAR)
+
+
+def _columns(layers: Sequence[Sequence[str]]) -> list[str]:
+    """The kinds there are; none for joined queries, keys and values where other layers have columns for each."""
+    kinds = [kind for kind in KINDS if any(kind in layer for layer in layers)]
+    if set(_JOINED) <= set(kinds) and not any({"qkv", *_JOINED} <= set(layer) for layer in layers):
+        kinds = [kind for kind in kinds if kind != "qkv"]
+    return kinds or ["all"]
+
+
+def _places(kinds: Sequence[str], columns: Sequence[str]) -> Iterator[tuple[str, int, int]]:
+    """Kind, first column and number of columns of each cell of a layer."""
+    for kind in kinds:
+        if kind in columns:
+            yield kind, columns.index(kind), 1
+        elif free := [columns.index(one) for one in _JOINED if one not in kinds]:
+            yield kind, free[0], len(free)
 
 
 def _scale(found: Inspection) -> tuple[Any, Any]:
@@ -131,10 +149,9 @@ def _panel(
         if block.numbers:
             each = block.height / len(block.layers)
             for i, layer in enumerate(block.layers):
-                cells = [found.movement(model, layer, column) for column in columns]
-                for j, moved in enumerate(cells):
-                    if moved is not None:
-                        _cell(axes, (j * step, top + i * each, step, each), moved.relative, scale)
+                for what, first, span in _places(found.kinds(layer), columns):
+                    if (moved := found.movement(model, layer, what)) is not None:
+                        _cell(axes, (first * step, top + i * each, span * step, each), moved.relative, scale)
         elif (moved := found.movement(model, block.name)) is not None:
             colour = _cell(axes, (0, top, width, block.height), moved.relative, scale)
             text = f"{moved.relative:.2%}" if moved.changed and math.isfinite(moved.relative) else ""

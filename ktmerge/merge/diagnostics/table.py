@@ -27,7 +27,7 @@ def tables(found: Inspection, *, layers: bool) -> Iterator[Table]:
         yield from _pairs(found, parts)
     rows = [[name, what, line] for name, one in found.differences.items() for what, line in one.lines()]
     if rows:
-        yield ["model", "about", "differs from the base in"], _once(rows), "beside the weights"
+        yield ["model", "about", "differs from the base in"], _once(rows, 2), "beside the weights"
 
 
 def _contents(found: Inspection) -> Table:
@@ -46,19 +46,19 @@ def _movements(found: Inspection, parts: list[str]) -> Table:
         for model in found.models:
             moved, spread = found.movement(model, part), found.spread(model, part)
             if moved is not None and spread is not None:
-                rows.append([part, str(found.effective(part)), model, *_moved(moved), *_ulps(moved, spread)])
-    title = "how far they moved: norm of the change / norm of the base; share of elements; steps of the base's type"
+                rows.append([part, str(found.effective(part)), model, *_moved(moved, spread)])
+    title = (
+        "how far they moved: norm of the change / norm of the base; share of elements; ulps of the base's type\n"
+        "N_eff: how many models changed a tensor at all"
+    )
     return columns, _once(rows, 2), title
 
 
-def _moved(moved: Movement) -> list[str]:
-    return [_percent(moved.relative, 2), _percent(moved.share, 1)]
-
-
-def _ulps(moved: Movement, spread: Spread) -> list[str]:
+def _moved(moved: Movement, spread: Spread) -> list[str]:
     if not moved.changed:
-        return [_NONE] * 4
-    return [*(_count(spread.quantile(share)) for share in QUANTILES.values()), _count(spread.largest)]
+        return [_NONE] * 6
+    steps = [*(spread.quantile(share) for share in QUANTILES.values()), spread.largest]
+    return [_percent(moved.relative, 2), _percent(moved.share, 1), *map(_count, steps)]
 
 
 def _pairs(found: Inspection, parts: list[str]) -> Iterator[Table]:
@@ -67,22 +67,24 @@ def _pairs(found: Inspection, parts: list[str]) -> Iterator[Table]:
     for part in parts:
         for first, second in found.pairs:
             pair = found.pair(first, second, part)
-            if pair is not None:
-                cosine = _NONE if pair.cosine is None else f"{pair.cosine:.3f}"
+            if pair is not None and pair.cosine is not None:
                 conflict = _NONE if pair.conflict is None else _percent(pair.conflict, 1)
-                rows.append([part, f"{first}, {second}", cosine, conflict])
+                rows.append([part, f"{first}, {second}", f"{pair.cosine:.3f}", conflict])
     if rows:
         title = "every two: cosine of their changes; share of opposite signs where both changed (unrelated: 50 %)"
-        yield ["part", "models", "cosine", "opposite"], _once(rows), title
+        yield ["part", "models", "cosine", "opposite"], _once(rows, 1), title
 
 
-def _once(rows: list[list[str]], columns: int = 1) -> list[list[str]]:
-    """Leave out the first cells of a row where they repeat those of the row above."""
+def _once(rows: list[list[str]], columns: int) -> list[list[str]]:
+    """Leave out the first cells of a row that repeat those above them."""
     above: list[str] = []
     found = []
     for row in rows:
-        found.append([*([""] * columns if row[:columns] == above else row[:columns]), *row[columns:]])
-        above = row[:columns]
+        same = 0
+        while same < columns and above and row[same] == above[same]:
+            same += 1
+        found.append([""] * same + row[same:])
+        above = row
     return found
 
 
@@ -96,6 +98,10 @@ def _percent(share: float, digits: int) -> str:
 
 
 def _count(steps: float) -> str:
+    """Three digits, thousands as k."""
     if steps >= 2.0**32:
-        return ">4e9"
-    return f"{steps:g}" if steps < 1000 else (f"{steps:.0f}" if steps < 1e6 else f"{steps:.1e}")
+        return "4G+"
+    for unit, name in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if steps >= 0.9995 * unit:
+            return f"{steps / unit:.3g}{name}"
+    return f"{steps:.3g}"
