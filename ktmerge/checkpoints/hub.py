@@ -12,6 +12,7 @@ from typing import Any
 from ktmerge.errors import UsageError, did_you_mean
 
 _HUB_ID = re.compile(r"^(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?$")
+_CACHED = re.compile(r"/models--(?P<organisation>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
 # What a checkpoint needs; not the same weights again in other formats.
 _WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "*.tiktoken", "LICENSE*"]
 _UNWANTED = ["onnx/*", "openvino/*", "original/*", "consolidated*", "*.onnx", "checkpoint-*"]
@@ -47,6 +48,12 @@ def hub_name(reference: str, folder: Path) -> str | None:
     """``org/name`` if `resolve` takes the reference from the hub; None if it means a folder here."""
     match = _HUB_ID.match(reference)
     return None if match is None or (Path(folder) / reference).is_dir() else match["name"]
+
+
+def cached_as(root: Path) -> str | None:
+    """``org/name@commit`` of a folder in the hub's cache, ``models--org--name/snapshots/commit``; None of others."""
+    match = _CACHED.search(root.as_posix())
+    return match and f"{match['organisation']}/{match['name']}@{match['commit']}"
 
 
 def _sibling(path: Path) -> str:

@@ -14,7 +14,7 @@ from ktmerge.checkpoints import Checkpoint
 from ktmerge.checkpoints.hub import hub_name
 from ktmerge.merge.plan import Plan
 from ktmerge.merge.record import FILE as RECORD
-from ktmerge.merge.record import portable, portable_recipe
+from ktmerge.merge.record import portable_recipe
 from ktmerge.merge.report import BlendReport
 
 FILE = "README.md"
@@ -26,13 +26,14 @@ _FENCE = "---"
 def card(plan: Plan, report: BlendReport) -> str:
     """The model card of what ``plan`` made."""
     recipe = plan.recipe
-    text = yaml.safe_dump(portable_recipe(plan), sort_keys=False, allow_unicode=True, width=110)
+    told = portable_recipe(plan)
+    text = yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=110)
     sections = [
-        f"{_FENCE}\n{yaml.safe_dump(_front_matter(plan), sort_keys=False, allow_unicode=True)}{_FENCE}",
+        f"{_FENCE}\n{yaml.safe_dump(_front_matter(plan, told), sort_keys=False, allow_unicode=True)}{_FENCE}",
         f"# {recipe.name}",
         *([_line(recipe.description)] if recipe.description else []),
         f"{_origin(plan)} It has the base's architecture, tensor names and inference cost.",
-        _table(["role", "model", "weight"], _inputs(plan)),
+        _table(["role", "model", "weight"], _inputs(told)),
         "## Recipe",
         _block("yaml", text),
         f"Saved as `recipe.yaml` beside these models, it gives the same bytes again with ktmerge {__version__} "
@@ -56,10 +57,10 @@ def base_card(base: Checkpoint) -> str | None:
         return None
 
 
-def _front_matter(plan: Plan) -> dict[str, Any]:
-    references = [plan.recipe.base or "", *(expert.model for expert in plan.recipe.experts.values())]
+def _front_matter(plan: Plan, told: dict[str, Any]) -> dict[str, Any]:
+    references = [told["base"], *(expert["model"] for expert in told["experts"].values())]
     hub_names = [hub_name(part, plan.recipe.folder) for whole in references for part in whole.split("+")]
-    models = list(dict.fromkeys(filter(None, hub_names))) or [portable(references[0])]
+    models = list(dict.fromkeys(filter(None, hub_names))) or references[:1]
     stated = _stated(base_card(plan.base) or "")
     return {
         "base_model": models,
@@ -90,10 +91,10 @@ def _origin(plan: Plan) -> str:
     return f"{fine_tunes.capitalize()} of a base model, blended with it{how} by ktmerge {__version__}."
 
 
-def _inputs(plan: Plan) -> list[list[str]]:
-    experts = plan.recipe.experts
-    rows = [["base", f"`{_line(portable(plan.recipe.base or ''))}`", ""]]
-    return rows + [[name, f"`{_line(portable(experts[name].model))}`", f"{experts[name].weight:g}"] for name in experts]
+def _inputs(told: dict[str, Any]) -> list[list[str]]:
+    rows = [["base", f"`{_line(told['base'])}`", ""]]
+    experts = told["experts"].items()
+    return rows + [[name, f"`{_line(expert['model'])}`", f"{expert['weight']:g}"] for name, expert in experts]
 
 
 def _table(columns: list[str], rows: list[list[str]]) -> str:

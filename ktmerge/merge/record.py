@@ -14,6 +14,7 @@ from typing import Any
 from ktmerge import __version__
 from ktmerge.checkpoints import Checkpoint
 from ktmerge.checkpoints.header import FileStamp
+from ktmerge.checkpoints.hub import cached_as
 from ktmerge.errors import UsageError
 from ktmerge.merge.kernels.keys import SCHEME
 from ktmerge.merge.plan import Plan
@@ -98,10 +99,16 @@ def coefficients_digest(plan: Plan) -> str:
 def portable_recipe(plan: Plan) -> dict[str, Any]:
     """What was blended and how, as understood, with no more of a path than means something elsewhere."""
     document = plan.recipe.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"finetune", "eval"})
-    document["base"] = portable(document["base"])
-    for expert in document["experts"].values():
-        expert["model"] = portable(expert["model"])
+    document["base"] = _told(document["base"], plan.base)
+    for expert in plan.experts:
+        model = document["experts"][expert.name]
+        model["model"] = _told(model["model"], expert.checkpoint)
     return document
+
+
+def _told(reference: str, checkpoint: Checkpoint) -> str:
+    """A reference as it can be told; one to the hub with the commit that was there."""
+    return (cached_as(checkpoint.root) if "+" not in reference else None) or portable(reference)
 
 
 def portable(reference: str) -> str:

@@ -130,6 +130,17 @@ def test_models_of_the_hub_are_named_as_the_hub_does(
     assert "| base | `org/base@abc` |" in text
 
 
+def test_a_model_of_the_hub_is_told_with_its_commit(models: Path, tmp_path: Path, recipe_in: Any) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "hub" / "models--my-org--a--model.x" / "snapshots" / commit
+    shutil.copytree(models / "base", snapshot)
+    recipe = recipe_in(models, TWO, TIES, base=str(snapshot))
+    blend(recipe, tmp_path / "out", device="cpu")
+    text = card_of(tmp_path / "out")
+    assert front_matter(text)["base_model"] == ["my-org/a--model.x"]
+    assert yaml.safe_load(block(text, "yaml"))["base"] == f"my-org/a--model.x@{commit}"
+
+
 def test_strangers_texts_stay_text(models: Path, tmp_path: Path, recipe_in: Any) -> None:
     recipe = recipe_in(models, TWO, TIES, description="</p><script>x</script>\n```\n---\n# Not a heading")
     blend(recipe, tmp_path / "out", device="cpu")
