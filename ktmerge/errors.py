@@ -13,7 +13,7 @@ class KtmergeError(Exception):
 
     exit_code = 1
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str = "") -> None:
         super().__init__("".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in message))
 
 

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from ktmerge.checkpoints.header import TensorInfo
 from ktmerge.checkpoints.spans import Spans
 
 FILE = ".ktmerge-journal"
 _FORMAT = 1
+_PER_LINE, _PER_BYTE = 2048, 1024
+"""Bytes of a line without its pieces; bytes of a tensor for each of which a line has one more (pieces of 50 kB)."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Journal:
 
     def __init__(self, folder: Path, remains: Remains) -> None:
         self._pieces: dict[str, list[Piece]] = {}
+        self._lock = threading.Lock()
         path = folder / FILE
         fresh = path.with_name(FILE + "-new")
         lines = [_line({"journal": _FORMAT, "pin": remains.pin})]
@@ -77,19 +82,33 @@ class Journal:
         self._pieces.setdefault(name, []).append(piece)
 
     def finish(self, name: str, nbytes: int, report: dict[str, Any]) -> None:
-        """Write down a finished tensor. One that the kernel copied is left out: to copy it again is as quick."""
+        """Write down a finished tensor. One that the kernel copied is left out: to copy it again is as quick.
+
+        Raises:
+            OSError: the disk is full or fails.
+        """
         pieces = self._pieces.pop(name, [])
         spans = Spans()
         for piece in pieces:
             spans.add(piece.start, piece.stop)
-        if spans.prefix == nbytes and self._descriptor is not None:
-            os.write(self._descriptor, _entry_line(name, Entry(tuple(pieces), report)))
+        if spans.prefix != nbytes:
+            return
+        line = _entry_line(name, Entry(tuple(pieces), report))
+        with self._lock:
+            if self._descriptor is not None:
+                os.write(self._descriptor, line)
 
     def close(self) -> None:
         """Write nothing more."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        with self._lock:
+            descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def journal_room(tensors: Iterable[TensorInfo]) -> int:
+    """Bytes that a journal of these tensors may take: a line for each, in it some bytes for each piece."""
+    return sum(_PER_LINE + info.nbytes // _PER_BYTE for info in tensors)
 
 
 def read_journal(folder: Path) -> Remains | None:

@@ -1,14 +1,17 @@
-"""Whether transformers would load a checkpoint whole: no parameter left at random, no tensor left unused."""
+"""Whether a checkpoint is what it should be: its headers as planned, and whole for transformers to load."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.header import TensorInfo
 from ktmerge.checkpoints.layout import read_json
 from ktmerge.checkpoints.quiet import quiet_transformers
-from ktmerge.errors import KtmergeError
+from ktmerge.errors import KtmergeError, UsageError
 
 _SHOWN = 5
 _KINDS = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "of another shape"}
@@ -60,6 +63,21 @@ def verify_loadable(path: Path) -> Loadable:
     if troubles:
         raise KtmergeError(f"{path}: does not load whole as {architecture}: {'; '.join(troubles)}.")
     return Loadable("loads", f"{architecture} under transformers {transformers.__version__}")
+
+
+def verify_headers(folder: Path, shown: Path, planned: Mapping[str, TensorInfo]) -> None:
+    """Read the headers in ``folder`` back from the disk and hold them against the plan.
+
+    Raises:
+        KtmergeError: they differ, or cannot be read; ``shown`` is the folder's name in the message.
+    """
+    try:
+        found = Checkpoint.open(folder).tensors
+    except UsageError as error:
+        raise KtmergeError(f"{shown}: what was written does not read back: {error}") from None
+    wrong = sorted(name for name in {*found, *planned} if found.get(name) != planned.get(name))
+    if wrong:
+        raise KtmergeError(f"{shown}: the written header differs from the plan at '{wrong[0]}'.")
 
 
 def _name(key: Any) -> str:

@@ -19,18 +19,17 @@ from ktmerge.checkpoints.files import clear_os_errors, copy_files
 from ktmerge.checkpoints.follower import Follower
 from ktmerge.checkpoints.header import FilePlan, TensorInfo, build_header
 from ktmerge.checkpoints.inheritance import Inheritance
-from ktmerge.checkpoints.journal import FILE, Entry, Journal, Remains
+from ktmerge.checkpoints.journal import FILE, Entry, Journal, Remains, journal_room
 from ktmerge.checkpoints.output import OutputFile
 from ktmerge.checkpoints.staging import Staging, sync_tree
-from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.checkpoints.verify import verify_headers
+from ktmerge.errors import KtmergeError
 
 if TYPE_CHECKING:
     import torch
 
 _SPARE = 16 << 20
 """Bytes left free beside what the plan needs: folder entries, texts, the index."""
-_PER_PIECE, _PER_LINE = 1024, 2048
-"""A journal takes less than one byte for so many of a tensor, and so many bytes beside for each tensor."""
 
 
 class Writer:
@@ -118,13 +117,17 @@ class Writer:
         Args:
             base: the checkpoint to mirror.
             dtypes: safetensors tags of the tensors whose type changes, by name.
+
+        Raises:
+            UsageError, KtmergeError: as `plan`; or a file of the base is gone.
         """
         changed = dtypes or {}
         files: dict[str, list[TensorInfo]] = {file: [] for file in base.weight_files}
         for name, info in base.tensors.items():
             files[info.file].append(replace(info, dtype=changed.get(name, info.dtype)))
         plans = [FilePlan(file, tensors, {"format": "pt", **base.metadata[file]}) for file, tensors in files.items()]
-        carried = sum((base.root / file).stat().st_size for file in base.other_files)
+        with clear_os_errors(base.root):
+            carried = sum((base.root / file).stat().st_size for file in base.other_files)
         self.plan(plans, base.index_file, extra_bytes=carried)
 
     def plan(self, files: Sequence[FilePlan], index_file: str | None = None, *, extra_bytes: int = 0) -> None:
@@ -150,8 +153,9 @@ class Writer:
         sizes = {
             file: max([len(header), *(info.end for info in tensors)]) for file, (header, tensors) in headers.items()
         }
+        room = journal_room(self._planned.values()) if self._pin else 0
         there = sum(path.stat().st_blocks * 512 for file in sizes if (path := self.folder / file).exists())
-        self._staging.require_space(sum(sizes.values()) - there + extra_bytes + self._journal_room() + _SPARE)
+        self._staging.require_space(sum(sizes.values()) - there + extra_bytes + room + _SPARE)
         self._index = index_file or ("model.safetensors.index.json" if len(files) > 1 else None)
         for file, (header, _) in headers.items():
             self._files[file] = OutputFile(self.folder / file, self.out / file, sizes[file], self._arrived)
@@ -205,7 +209,7 @@ class Writer:
     def add_text(self, file: str, text: str) -> None:
         """Add a text file, replacing a carried one of that name."""
         path = self.folder / file
-        with clear_os_errors(path):
+        with clear_os_errors(self.out / file):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
 
@@ -231,10 +235,6 @@ class Writer:
         self._files[info.file].mark(info.begin, info.end)
         return entry.report
 
-    def _journal_room(self) -> int:
-        total = sum(info.nbytes for info in self._planned.values())
-        return total // _PER_PIECE + len(self._planned) * _PER_LINE if self._pin else 0
-
     def _info(self, name: str) -> TensorInfo:
         try:
             return self._planned[name]
@@ -258,7 +258,7 @@ class Writer:
         for file in self._files.values():
             file.sync()
         self._close()
-        self._verify()
+        verify_headers(self.folder, self.out, self._planned)
         with clear_os_errors(self.folder):
             (self.folder / FILE).unlink(missing_ok=True)
         sync_tree(self.folder, skip=frozenset(self._files))
@@ -269,18 +269,6 @@ class Writer:
             count = self._files[info.file].count(info.begin, info.end)
             if count != info.nbytes:
                 raise KtmergeError(f"tensor '{info.name}': only {count} of its {info.nbytes} bytes were written.")
-
-    def _verify(self) -> None:
-        """Read the headers back from the disk and hold them against the plan."""
-        try:
-            found = Checkpoint.open(self.folder)
-        except UsageError as error:
-            raise KtmergeError(f"{self.out}: what was written does not read back: {error}") from None
-        if found.tensors != self._planned:
-            wrong = sorted(
-                name for name in {*found.tensors, *self._planned} if found.tensors.get(name) != self._planned.get(name)
-            )
-            raise KtmergeError(f"{self.out}: the written header differs from the plan at '{wrong[0]}'.")
 
     def _index_text(self) -> str:
         weight_map = {name: info.file for name, info in sorted(self._planned.items())}
