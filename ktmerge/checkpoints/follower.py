@@ -48,6 +48,9 @@ class Follower:
             KtmergeError: a file cannot be read back.
         """
         self._threads[0].join()
+        for file in [name for name, file in self._files.items() if file.is_rewritten]:
+            self._digests[file] = hashlib.sha256()  # what was hashed may be what was written first
+            self._follow(file, 0, self._files[file].size)
         if self._failure is not None:
             raise KtmergeError(f"what was written cannot be read back: {self._failure.strerror}.")
         if self._stopped:
@@ -63,21 +66,24 @@ class Follower:
             thread.join()
 
     def _hash(self) -> None:
+        while (span := self._next(self._hashed, NOTICE)) is not None and self._follow(*span):
+            self._hashed[span[0]] = span[2]
+
+    def _follow(self, file: str, position: int, stop: int) -> bool:
+        """Hash the bytes ``[position, stop)`` of a file; whether they could all be read."""
         buffer = memoryview(bytearray(_BLOCK))
-        while (span := self._next(self._hashed, NOTICE)) is not None:
-            file, position, stop = span
-            while position < stop and not self._stopped:
-                try:
-                    count = os.preadv(self._files[file].descriptor, [buffer[: stop - position]], position)
-                except OSError as error:
-                    self._failure = error
-                    return
-                if not count:
-                    self._failure = OSError(errno.EIO, "the file is shorter than what was written")
-                    return
-                self._digests[file].update(buffer[:count])
-                position += count
-            self._hashed[file] = position
+        while position < stop and not self._stopped:
+            try:
+                count = os.preadv(self._files[file].descriptor, [buffer[: stop - position]], position)
+            except OSError as error:
+                self._failure = error
+                return False
+            if not count:
+                self._failure = OSError(errno.EIO, "the file is shorter than what was written")
+                return False
+            self._digests[file].update(buffer[:count])
+            position += count
+        return position == stop
 
     def _push(self) -> None:
         sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)

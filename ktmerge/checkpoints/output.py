@@ -26,7 +26,7 @@ _CANNOT_COPY = frozenset({errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTS
 
 
 class OutputFile:
-    """A file being written, and which of its bytes have arrived.
+    """A file being written, and which of its bytes have arrived. ``is_rewritten``: some have more than once.
 
     Args:
         path: where it is written; a file that an interrupted run left there keeps its bytes.
@@ -40,6 +40,7 @@ class OutputFile:
 
     def __init__(self, path: Path, shown: Path, size: int, arrived: threading.Condition) -> None:
         self.size = size
+        self.is_rewritten = False
         self._shown = shown
         self._arrived = arrived
         self._spans = Spans()
@@ -135,6 +136,7 @@ class OutputFile:
         """Say that the bytes ``[start, stop)`` have arrived."""
         with self._arrived:
             before = self._spans.prefix
+            self.is_rewritten |= self._spans.count(start, stop) > 0
             self._spans.add(start, stop)
             after = self._spans.prefix
             if after // NOTICE > before // NOTICE or before < after == self.size:

@@ -380,6 +380,20 @@ def test_digests_follow_what_is_written(make_checkpoint: MakeCheckpoint, shards:
     assert digests == {file: hashlib.sha256((out / file).read_bytes()).hexdigest() for file in base.weight_files}
 
 
+def test_digests_are_of_what_was_written_last(make_checkpoint: MakeCheckpoint) -> None:
+    values = np.random.default_rng(0).integers(0, 255, 9 << 20, dtype=np.uint8)
+    base = Checkpoint.open(make_checkpoint(tensors={"t": values}))
+    out = base.root.parent / "out"
+    with Writer(out) as writer:
+        writer.plan_like(base)
+        writer.write_bytes("t", bytes(9 << 20))
+        time.sleep(0.1)  # so that it is hashed
+        writer.write_bytes("t", values.data)
+        digests = writer.digests()
+    assert digests == {"model.safetensors": hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()}
+    assert Checkpoint.open(out).content_digest() == base.content_digest()
+
+
 def test_digests_of_what_is_incomplete_are_refused(make_checkpoint: MakeCheckpoint) -> None:
     base = Checkpoint.open(make_checkpoint())
     with pytest.raises(KtmergeError, match="only 0 of its"):
