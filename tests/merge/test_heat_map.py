@@ -15,11 +15,16 @@ from ktmerge.merge import inspect
 from ktmerge.merge.diagnostics import heat_map
 
 
+def cells(svg: str) -> list[str]:
+    """Fill colour of every cell, in order; cells are what has a white edge."""
+    return re.findall(r"style=\"fill: (#\w+)[^\"]*stroke: #ffffff", svg)
+
+
 def drawn(svg: str) -> tuple[list[str], dict[str, int]]:
     """Texts in order, and how many cells have each fill colour."""
     fills: dict[str, int] = {}
-    for patch in re.findall(r'<g id="patch_\d+">\s*<path d="[^"]*"[^/]*?style="fill: (#\w+)[^"]*stroke: #ffffff', svg):
-        fills[patch] = fills.get(patch, 0) + 1
+    for fill in cells(svg):
+        fills[fill] = fills.get(fill, 0) + 1
     return re.findall(r"<text[^>]*>([^<]*)</text>", svg), fills
 
 
@@ -29,8 +34,8 @@ def test_every_layer_and_kind_has_a_cell_and_what_did_not_move_is_grey(llamas: P
     assert [text for text in texts if text in ("a", "c")] == ["a", "c"]
     for text in ("embed", "llm.layers", "norm", "0", "1", "q", "k", "up", "down"):
         assert text in texts
-    cells = 2 * (2 * 5 + 2)  # two models; five kinds in two layers, embed, and the last norm
-    assert sum(fills.values()) == cells
+    # two models; five kinds in two layers, embed, and the last norm
+    assert sum(fills.values()) == 2 * (2 * 5 + 2)
     assert fills["#e4e4e4"] == sum(
         moved.changed == 0 for model in ("a", "c") for moved in found.movements[model].values()
     )
@@ -48,8 +53,7 @@ def test_a_colour_means_the_same_in_every_panel_and_darker_is_farther(tmp_path: 
     def brightness(*models: str) -> list[float]:
         found = inspect(tmp_path / "base", {name: tmp_path / name for name in models})
         svg = heat_map(found, Path("x.svg")).decode()
-        fills = re.findall(r"style=\"fill: #(\w\w)(\w\w)(\w\w)[^\"]*stroke: #ffffff", svg)
-        return [sum(int(one, 16) for one in fill) for fill in fills]
+        return [sum(bytes.fromhex(fill[1:])) for fill in cells(svg)]
 
     both, swapped = brightness("near", "far"), brightness("far", "near")
     half = len(both) // 2

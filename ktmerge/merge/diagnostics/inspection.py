@@ -78,8 +78,10 @@ class Inspection:
 
     def movement(self, model: str, part: str, kind: str | None = None) -> Movement | None:
         """How far a model moved in a part or layer, or in one kind of its tensors; None if it has none of them."""
-        cells = self.movements[model].items()
-        return _total(moved for (at, what), moved in cells if _within(at, part) and kind in (None, what))
+        cells = self.movements[model]
+        if (part, kind) in cells:
+            return cells[part, str(kind)]
+        return _total(moved for (at, what), moved in cells.items() if kind in (None, what) and _within(at, part))
 
     def spread(self, model: str, part: str) -> Spread | None:
         """The distances in ulps in a part or layer."""
@@ -158,7 +160,7 @@ def stack_of(layer: str) -> str:
 
 
 def _within(layer: str, part: str) -> bool:
-    return part in (layer, stack_of(layer))
+    return layer == part or ("[" not in part and stack_of(layer) == part)
 
 
 def _total(found: Iterable[T]) -> T | None:

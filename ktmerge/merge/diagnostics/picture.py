@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ktmerge.drawing import FILES, FONT, GREY, INK, drawn, new_figure, to_file
 from ktmerge.errors import UsageError
 from ktmerge.merge.diagnostics.kinds import KINDS
+from ktmerge.merge.diagnostics.table import percent
 
 if TYPE_CHECKING:
     from ktmerge.merge.diagnostics.inspection import Inspection
@@ -19,12 +20,15 @@ if TYPE_CHECKING:
 COLUMN, GAP, BAR = 17.0, 5.0, 13.0
 """Points: width of a column; height between blocks, and of the bar of a part without layers."""
 SMALL = 7.0
-LEFT, TOP, BOTTOM, BETWEEN = 76.0, 44.0, 54.0, 16.0
+LEFT, TOP, BOTTOM, BETWEEN = 76.0, 46.0, 54.0, 16.0
 WIDEST = 820.0
 DECADES = 4
 """What is this many powers of ten below the largest has the palest colour."""
 UNCHANGED = "#e4e4e4"
 _JOINED = ("q", "k", "v")
+
+Box = tuple[float, float, float, float]
+"""Left, top, width, height."""
 
 
 @dataclass(frozen=True)
@@ -67,23 +71,24 @@ def heat_map(found: Inspection, path: Path) -> bytes:
     from matplotlib.cm import ScalarMappable
 
     blocks = list(_blocks(found.layers))
-    columns = _columns([found.kinds(layer) for block in blocks if block.numbers for layer in block.layers])
+    kinds = {layer: found.kinds(layer) for block in blocks if block.numbers for layer in block.layers}
+    columns = _columns(list(kinds.values()))
     width = max(len(columns) * COLUMN, 90.0)
     height = sum(block.height for block in blocks) + GAP * (len(blocks) - 1)
     across = min(len(found.models), max(1, int((WIDEST - LEFT) / (width + BETWEEN))))
     down = -(-len(found.models) // across)
-    page = LEFT + across * (width + BETWEEN), BOTTOM + down * (height + TOP)
+    page = LEFT + across * (width + BETWEEN), BOTTOM + down * (height + TOP + BETWEEN) - BETWEEN
     with drawn():
-        scale = _scale(found)
+        *scale, clipped = _scale(found)
         figure = new_figure(*page)
         for number, model in enumerate(found.models):
             row, column = divmod(number, across)
-            left, bottom = LEFT + column * (width + BETWEEN), BOTTOM + (down - row - 1) * (height + TOP)
+            left, bottom = LEFT + column * (width + BETWEEN), BOTTOM + (down - row - 1) * (height + TOP + BETWEEN)
             place = left / page[0], bottom / page[1], width / page[0], height / page[1]
             axes: Any = figure.add_axes(place)
-            _panel(axes, found, model, blocks, columns, (width, height), scale, labelled=column == 0)
+            _panel(axes, found, model, blocks, kinds, columns, (width, height), scale, labelled=column == 0)
         bar: Any = figure.add_axes((LEFT / page[0], 27 / page[1], min(width * across, 260) / page[0], 8 / page[1]))
-        _legend(figure, bar, ScalarMappable(*scale))
+        _legend(figure, bar, ScalarMappable(*scale), clipped=clipped)
         return to_file(figure, path.suffix[1:].lower())
 
 
@@ -112,17 +117,16 @@ def _places(kinds: Sequence[str], columns: Sequence[str]) -> Iterator[tuple[str,
             yield kind, free[0], len(free)
 
 
-def _scale(found: Inspection) -> tuple[Any, Any]:
-    """Norm and colours of all panels, so that a colour means the same in each."""
+def _scale(found: Inspection) -> tuple[Any, Any, bool]:
+    """Norm and colours of all panels, so that a colour means the same in each; whether some cells are below."""
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 
     cells = [moved.relative for cells in found.movements.values() for moved in cells.values()]
     positive = [value for value in cells if 0 < value < math.inf] or [1.0]
-    most = max(positive)
-    least = max(min(positive), most / 10**DECADES)
-    colours = colormaps["viridis_r"].with_extremes(bad=UNCHANGED)
-    return LogNorm(min(least, most / 10), most, clip=True), colours
+    most, least = max(positive), min(positive)
+    lowest = max(least, most / 10**DECADES)
+    return LogNorm(min(lowest, most / 10), most, clip=True), colormaps["viridis_r"], least < lowest
 
 
 def _panel(
@@ -130,9 +134,10 @@ def _panel(
     found: Inspection,
     model: str,
     blocks: Sequence[Block],
+    kinds: Mapping[str, Sequence[str]],
     columns: Sequence[str],
     size: tuple[float, float],
-    scale: tuple[Any, Any],
+    scale: Sequence[Any],
     *,
     labelled: bool,
 ) -> None:
@@ -142,40 +147,49 @@ def _panel(
     axes.set_ylim(height, 0)
     axes.axis("off")
     step, top = width / len(columns), 0.0
-    axes.text(0, -30, model, fontsize=FONT, fontweight="bold", va="bottom")
+    most = int(width / (0.68 * FONT))
+    title = model if len(model) <= most else f"{model[: most // 2]}…{model[-(most // 2 - 1) :]}"
+    axes.text(0, -30, title, fontsize=FONT, fontweight="bold", va="bottom")
     for i, column in enumerate(columns):
         axes.text((i + 0.5) * step, -3, column, fontsize=SMALL, rotation=90, ha="center", va="bottom")
+    cells: list[tuple[Box, float]] = []
     for block in blocks:
         if block.numbers:
             each = block.height / len(block.layers)
             for i, layer in enumerate(block.layers):
-                for what, first, span in _places(found.kinds(layer), columns):
+                for what, first, span in _places(kinds[layer], columns):
                     if (moved := found.movement(model, layer, what)) is not None:
-                        _cell(axes, (first * step, top + i * each, span * step, each), moved.relative, scale)
+                        cells.append(((first * step, top + i * each, span * step, each), moved.relative))
         elif (moved := found.movement(model, block.name)) is not None:
-            colour = _cell(axes, (0, top, width, block.height), moved.relative, scale)
-            text = f"{moved.relative:.2%}" if moved.changed and math.isfinite(moved.relative) else ""
-            dark = sum(colour[:3]) < 1.5
+            cells.append(((0, top, width, block.height), moved.relative))
+            dark = sum(_colours([moved.relative], scale)[0][:3]) < 1.5
             axes.text(
-                width / 2, top + block.height / 2, text, fontsize=SMALL, ha="center", va="center_baseline",
-                color="white" if dark else INK,
+                width / 2, top + block.height / 2, percent(moved.relative, 2) if moved.changed else "",
+                fontsize=SMALL, ha="center", va="center_baseline", color="white" if dark else INK,
             )  # fmt: skip
         if labelled:
             _label(axes, block, top)
         top += block.height + GAP
+    _draw(axes, cells, scale)
 
 
-def _cell(
-    axes: Any, box: tuple[float, float, float, float], relative: float, scale: tuple[Any, Any]
-) -> tuple[float, ...]:
+def _draw(axes: Any, cells: Sequence[tuple[Box, float]], scale: Sequence[Any]) -> None:
+    from matplotlib.collections import PolyCollection
+
+    corners = [
+        [(left, top), (left + width, top), (left + width, top + height), (left, top + height)]
+        for (left, top, width, height), _ in cells
+    ]
+    colours = _colours([relative for _, relative in cells], scale)
+    axes.add_collection(PolyCollection(corners, facecolors=colours, edgecolors="white", linewidths=0.4), autolim=False)
+
+
+def _colours(values: Sequence[float], scale: Sequence[Any]) -> list[tuple[float, ...]]:
     from matplotlib.colors import to_rgba
-    from matplotlib.patches import Rectangle
 
     norm, colours = scale
-    colour: tuple[float, ...] = to_rgba(UNCHANGED) if relative == 0 else colours(norm(min(relative, norm.vmax)))
-    left, top, width, height = box
-    axes.add_patch(Rectangle((left, top), width, height, facecolor=colour, edgecolor="white", linewidth=0.4))
-    return colour
+    found = colours(norm([min(value, norm.vmax) for value in values]))
+    return [tuple(colour) if value else to_rgba(UNCHANGED) for value, colour in zip(values, found, strict=True)]
 
 
 def _label(axes: Any, block: Block, top: float) -> None:
@@ -193,10 +207,10 @@ def _label(axes: Any, block: Block, top: float) -> None:
     axes.text(-26, middle, block.name, fontsize=SMALL, ha="right", va="center", rotation=rotation)
 
 
-def _legend(figure: Any, bar: Any, colours: Any) -> None:
+def _legend(figure: Any, bar: Any, colours: Any, *, clipped: bool) -> None:
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    drawn_bar = figure.colorbar(colours, cax=bar, orientation="horizontal")
+    drawn_bar = figure.colorbar(colours, cax=bar, orientation="horizontal", extend="min" if clipped else "neither")
     drawn_bar.outline.set_visible(False)
     bar.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
     bar.xaxis.set_minor_formatter(NullFormatter())

@@ -58,7 +58,7 @@ def _moved(moved: Movement, spread: Spread) -> list[str]:
     if not moved.changed:
         return [_NONE] * 6
     steps = [*(spread.quantile(share) for share in QUANTILES.values()), spread.largest]
-    return [_percent(moved.relative, 2), _percent(moved.share, 1), *map(_count, steps)]
+    return [percent(moved.relative, 2), percent(moved.share, 1), *map(_count, steps)]
 
 
 def _pairs(found: Inspection, parts: list[str]) -> Iterator[Table]:
@@ -68,7 +68,7 @@ def _pairs(found: Inspection, parts: list[str]) -> Iterator[Table]:
         for first, second in found.pairs:
             pair = found.pair(first, second, part)
             if pair is not None and pair.cosine is not None:
-                conflict = _NONE if pair.conflict is None else _percent(pair.conflict, 1)
+                conflict = _NONE if pair.conflict is None else percent(pair.conflict, 1)
                 rows.append([part, f"{first}, {second}", f"{pair.cosine:.3f}", conflict])
     if rows:
         title = "every two: cosine of their changes; share of opposite signs where both changed (unrelated: 50 %)"
@@ -88,7 +88,7 @@ def _once(rows: list[list[str]], columns: int) -> list[list[str]]:
     return found
 
 
-def _percent(share: float, digits: int) -> str:
+def percent(share: float, digits: int) -> str:
     """Never 0 % for what is not 0."""
     if not math.isfinite(share):
         return "∞"

@@ -40,6 +40,9 @@ def warnings_of(found: Inspection) -> Iterator[str]:
 
 def _one(found: Inspection, name: str, far: bool) -> Iterator[str]:
     matrices = found.matrices[name]
+    if not found.movements[name]:
+        yield f"{name}: none of its weights could be measured; those it shares with the base are packed or no floats."
+        return
     if not any(moved.changed for moved in found.movements[name].values()):
         yield f"{name} equals the base everywhere."
         return
