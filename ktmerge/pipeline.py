@@ -215,7 +215,7 @@ def make_blend(
     from ktmerge.merge.plan import plan_blend
     from ktmerge.merge.record import recorded
 
-    if not afresh and recorded(plan_blend(recipe), out) is not None:
+    if not afresh and recorded(plan_blend(recipe), out, progress) is not None:
         progress.note(f"{out} already holds this blend; kept")
     else:
         merge.blend(recipe, out, device=device, resume=resume, overwrite=True, progress=progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.errors import KtmergeError, UsageError
 
+_BLOCK = 1 << 20
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -54,6 +56,19 @@ def refuse_overlap(out: Path, inputs: Iterable[Path]) -> None:
             raise UsageError(f"{out}: lies inside the input {given}; choose an output folder elsewhere.")
         if target in source.parents:
             raise UsageError(f"{out}: contains the input {given}; choose an output folder elsewhere.")
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, as hexadecimal.
+
+    Raises:
+        KtmergeError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with clear_os_errors(path), path.open("rb", buffering=0) as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -147,7 +147,7 @@ def _nothing_found(root: Path, names: set[str]) -> str:
 
 
 def _weight_map(root: Path, index: str) -> dict[str, str]:
-    document = read_json(root / index)
+    document = read_json(root / index, unique=True)
     weight_map = document.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UsageError(f"{root / index}: has no weight_map from tensor names to files.")
@@ -161,14 +161,14 @@ def _weight_map(root: Path, index: str) -> dict[str, str]:
     return weight_map
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file that must hold an object.
+def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
+    """Read a JSON file that must hold an object; ``unique``: in which no key may stand twice.
 
     Raises:
         UsageError: unreadable, not JSON, or not an object.
     """
     try:
-        document = json.loads(path.read_bytes().decode("utf-8"))
+        document = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_once if unique else None)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}.") from None
     except RecursionError:
@@ -178,6 +178,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise UsageError(f"{path}: not a JSON object.")
     return document
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} stands twice")
+        found[key] = value
+    return found
 
 
 def _others(root: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -53,7 +53,7 @@ def blend(
     choose_device(device)
     plan = plan_blend(recipe)
     refuse_overlap(out, [plan.base.root, *(expert.checkpoint.root for expert in plan.experts)])
-    if resume and (report := recorded(plan, out)) is not None:
+    if resume and (report := recorded(plan, out, progress)) is not None:
         progress.note(f"{out} already holds this blend; kept")
         return report
     with Writer(out, overwrite, pin=pin(plan), resume=resume) as writer:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ktmerge import __version__
 from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.files import file_digest
 from ktmerge.checkpoints.header import FileStamp
 from ktmerge.checkpoints.hub import cached_as
 from ktmerge.errors import UsageError
@@ -20,6 +21,7 @@ from ktmerge.merge.kernels.keys import SCHEME
 from ktmerge.merge.plan import Plan
 from ktmerge.merge.registry import methods
 from ktmerge.merge.report import BlendReport
+from ktmerge.progress import SILENT, Progress
 
 FILE = "ktmerge.json"
 
@@ -37,8 +39,12 @@ def record(plan: Plan, report: BlendReport) -> str:
     return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
 
-def recorded(plan: Plan, out: Path) -> BlendReport | None:
-    """What ``out`` says of itself if it is a whole output of this very plan, newer than its inputs; else None."""
+def recorded(plan: Plan, out: Path, progress: Progress = SILENT) -> BlendReport | None:
+    """What ``out`` says of itself if it is a whole output of this very plan, newer than its inputs; else None.
+
+    Raises:
+        KtmergeError: a weight file cannot be read.
+    """
     try:
         document = json.loads((out / FILE).read_text(encoding="utf-8"))
         written = (out / FILE).stat().st_mtime_ns
@@ -47,11 +53,18 @@ def recorded(plan: Plan, out: Path) -> BlendReport | None:
             plan.recipe.name, [], notes=list(document["notes"]), out=dict(document["output"]["sha256"])
         )
         report.recorded = list(document["parts"])
-        whole = set(Checkpoint.open(out).weight_files) == set(report.out)
+        checkpoint = Checkpoint.open(out)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, UsageError):
         return None
-    newest = max(stamp.mtime_ns for checkpoint in _inputs(plan).values() for stamp in checkpoint.stamps.values())
-    return report if same and whole and newest < written else None
+    newest = max(stamp.mtime_ns for one in _inputs(plan).values() for stamp in one.stamps.values())
+    if not same or newest >= written or set(checkpoint.weight_files) != set(report.out):
+        return None
+    with progress.task(f"check {out.name}", len(report.out)) as step:
+        for file, digest in report.out.items():
+            if file_digest(out / file) != digest:
+                return None
+            step.advance()
+    return report
 
 
 def pin(plan: Plan) -> dict[str, Any]:

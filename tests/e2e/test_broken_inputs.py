@@ -116,6 +116,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda a: edit_index(a / INDEX, lambda m: m.update({NORM: "../a/x.safetensors"})),
         "outside the folder",
     ),
+    "index doubles": (
+        lambda a: (a / INDEX).write_text((a / INDEX).read_text().replace("map\": {", f'map": {{"{NORM}": "x", ')),
+        f"the key '{NORM}' stands twice",
+    ),
     "index is no JSON": (lambda a: (a / INDEX).write_text("{"), "not JSON"),
     "other shape": (
         lambda a: edit(a / SHARD, lambda h: h[largest(h)].update(shape=[*h[largest(h)]["shape"], 1])),

@@ -73,7 +73,11 @@ def test_resuming_what_is_done_keeps_it(small: Path) -> None:
     other = api.load_recipe(str(small / "recipe.yaml"), overrides=["seed=4"])
     with pytest.raises(UsageError, match="--overwrite"):
         api.blend(other, out, device="cpu", resume=True)
-    (out / "model-00002-of-00002.safetensors").unlink()
+    shard = out / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")  # no longer what it says it is
+    with pytest.raises(UsageError, match="--overwrite"):
+        api.blend(small / "recipe.yaml", out, device="cpu", resume=True)
+    shard.unlink()
     with pytest.raises(UsageError, match="--overwrite"):
         api.blend(small / "recipe.yaml", out, device="cpu", resume=True)
 
