@@ -269,7 +269,9 @@ def _named(models: Sequence[str | Path] | Mapping[str, str | Path]) -> dict[str,
         name, equals, path = str(model).partition("=")
         if not equals:
             name, path = Path(str(model)).name, str(model)
-        if name in named or name == "base":
+        if name == "base":
+            raise UsageError(f"{model}: only the untuned model is called 'base'; call this one otherwise: name=folder.")
+        if name in named:
             raise UsageError(f"two models are called '{name}'; tell them apart with name=folder.")
         named[name] = path
     return named

@@ -12,20 +12,19 @@ _NAMES = tuple(
     (kind, re.compile(pattern, re.I))
     for kind, pattern in (
         ("norm", r"norm|(^|\.)ln(_|\d|\.)|_ln\."),
-        (
-            "qkv",
-            r"(^|[._])(c_attn|query_key_value|w?qkv(_proj)?|in_proj\w*|kv_[ab]_proj\w*)(\.|$)",
-        ),
-        ("router", r"(router|moe\.gate|mlp\.gate|shared_expert_gate|(^|\.)gate)\.(weight|bias)$|router"),
+        ("qkv", r"(^|[._])(c_attn|query_key_value|w?qkv(_proj)?|in_proj\w*|kv_[ab]_proj\w*)(\.|$)"),
+        ("router", r"(moe\.gate|mlp\.gate|shared_expert_gate|(^|\.)gate)\.(weight|bias)$|router"),
         ("q", r"(^|[._])(q|wq|query)(_proj|_lin|_[ab]_proj)?\.\w+$"),
         ("k", r"(^|[._])(k|wk|key)(_proj|_lin)?\.\w+$"),
         ("v", r"(^|[._])(v|wv|value)(_proj|_lin)?\.\w+$"),
-        ("o", r"(^|[._])(o|wo|out|o_lin)(_proj|_lin)?\.\w+$(?<!densereludense\.wo\.weight)"),
-        ("o", r"attn\.(c_)?proj\.|attention\.(output\.)?dense\.|attention\.projection|attn\.out\."),
+        ("down", r"dense\w*\.wo\."),  # of T5, whose attention has an output of its own
+        ("o", r"(^|[._])(o|wo|out)(_proj|_lin)?\.\w+$"),
+        ("o", r"attn\.(c_)?proj(ection)?\.|attention\.(output\.)?dense\.|attention\.projection"),
         ("gate", r"(^|[._])(gate_proj|w1|wi_0|w_gate)(\.|$)"),
-        ("up", r"(^|[._])(up_proj|gate_up_proj|w3|fc1|linear_?(fc)?1|c_fc|wi|wi_1|dense_h_to_4h|lin1)(\.|$)"),
+        ("up", r"(^|[._])((gate_)?up_proj(_bias)?|w3|fc1|linear_?(fc)?1|c_fc|wi|wi_1|dense_h_to_4h|lin1)(\.|$)"),
         ("up", r"intermediate\.dense\."),
-        ("down", r"(^|[._])(down_proj|w2|fc2|linear_?(fc)?2|c_proj|wo|dense_4h_to_h|lin2)(\.|$)|output\.dense\."),
+        ("down", r"(^|[._])(down_proj(_bias)?|w2|fc2|linear_?(fc)?2|c_proj|dense_4h_to_h|lin2)(\.|$)"),
+        ("down", r"output\.dense\."),
     )
 )
 
