@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,7 @@ def blend(
     if resume and (report := recorded(plan, out, progress)) is not None:
         progress.note(f"{out} already holds this blend; kept")
         return report
-    with Writer(out, overwrite, pin=pin(plan), resume=resume) as writer:
+    with _saying_what_stays(resume, progress), Writer(out, overwrite, pin=pin(plan), resume=resume) as writer:
         for note in writer.notes:
             progress.note(note)
         writer.plan_like(plan.base, plan.dtypes)
@@ -71,6 +73,16 @@ def blend(
         writer.copy_files(plan.base)
     report.seconds = time.perf_counter() - started
     return report
+
+
+@contextmanager
+def _saying_what_stays(resume: bool, progress: Progress) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if resume:
+            progress.note("what was finished is kept; go on with --resume")
+        raise
 
 
 def blend_into(model: Any, recipe: Recipe, *, device: str = "auto", progress: Progress = SILENT) -> BlendReport:
