@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from merge_models import write
 
+from ktmerge.errors import KtmergeError
 from ktmerge.merge import inspect
 from ktmerge.merge.diagnostics import Inspection, survey
 from ktmerge.merge.diagnostics.kinds import kind_of
@@ -154,6 +160,46 @@ def test_the_bytes_decide_the_sums_not_the_threads(tmp_path: Path, monkeypatch: 
     again = inspect(tmp_path / "a/base", {"0": tmp_path / "a/0"})
     assert again.to_json() == first.to_json()
     assert again.movements == first.movements
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to look at a peak of its own")
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    script = """
+import sys
+from pathlib import Path
+from ktmerge.merge import inspect
+folder = Path(sys.argv[1])
+inspect(folder / "base", {"x": folder / "x", "y": folder / "y"})
+print(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0], "torch" in sys.modules)
+"""
+    peaks = []
+    for millions in (4, 24):
+        folder = tmp_path / str(millions)
+        base = torch.randn(millions << 20, dtype=torch.float32).to(torch.bfloat16)
+        for name in ("base", "x", "y"):
+            write(folder / name, {NAME: base + (name != "base")})
+        done = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True, check=True)
+        peak, loaded = done.stdout.split()
+        assert loaded == "False"
+        peaks.append(int(peak) / 1024)
+    assert peaks[1] - peaks[0] < 20, "MB; the larger model has 120 MB more"
+
+
+def test_a_file_that_changes_meanwhile_is_found_out(tmp_path: Path) -> None:
+    hold(tmp_path, torch.ones(2000), torch.ones(2000))
+
+    class Meddler:
+        def note(self, text: str) -> None: ...
+
+        @contextmanager
+        def task(self, description: str, total: float | None, unit: str = "items") -> Iterator[Any]:
+            yield self
+
+        def advance(self, amount: float = 1) -> None:
+            os.utime(tmp_path / "0/model.safetensors", (1, 1))
+
+    with pytest.raises(KtmergeError, match=r"0/model\.safetensors: was changed while it was in use"):
+        inspect(tmp_path / "base", {"0": tmp_path / "0"}, progress=Meddler())
 
 
 def test_what_is_not_finite_is_counted_named_and_left_out(tmp_path: Path) -> None:

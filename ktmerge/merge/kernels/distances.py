@@ -23,9 +23,20 @@ _SHIFT, _FIRST = 52 - FINENESS, ((1023 + LEAST) << FINENESS) - 2
 _BIAS, _LARGEST, _EXPONENT, _INFINITE = 1023, 2046, 0x7FF, 0x7FF0000000000000
 _U32, _LIFT = np.uint32, np.float32(2.0**112)
 
-_compile = njit(nogil=True, cache=True, error_model="numpy")
-# Sums of non-negative numbers, and of products, in any order: only their last bits differ.
-_compile_sums = njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
+
+def _compiler(**options):
+    def compiled(function):
+        try:
+            return njit(nogil=True, cache=True, error_model="numpy", **options)(function)
+        except RuntimeError:  # no folder for the machine code can be written to: make it anew every time
+            return njit(nogil=True, error_model="numpy", **options)(function)
+
+    return compiled
+
+
+_compile = _compiler()
+# Sums of products may be taken in any order: only their last bits differ.
+_compile_sums = _compiler(fastmath={"reassoc", "nsz", "contract"})
 
 
 @_compile
