@@ -36,6 +36,13 @@ seed: 3
 """
 
 
+TOKENIZER = {
+    "model": {"type": "BPE", "vocab": {"<s>": 0, "a": 1, "b": 2}, "merges": [["a", "b"], "b a"]},
+    "added_tokens": [{"id": 0, "content": "<s>", "special": True}],
+    "normalizer": None,
+}
+
+
 def command(*arguments: object) -> list[str]:
     """``ktmerge`` with arguments, as a list for `subprocess`."""
     return [sys.executable, "-m", "ktmerge", *map(str, arguments)]
@@ -83,7 +90,7 @@ def write_models(folder: Path, width: int, layers: int, shards: int) -> None:
         tensors = {key: torch.from_numpy(values).bfloat16() for key, values in moved.items()}
         write_shards(folder / name, tensors, shards)
         (folder / name / "config.json").write_text(json.dumps(config))
-    (folder / "base" / "tokenizer.json").write_text("{}")
+        (folder / name / "tokenizer.json").write_text(json.dumps(TOKENIZER))
     (folder / "recipe.yaml").write_text(RECIPE)
 
 

@@ -23,6 +23,7 @@ from ktmerge.errors import KtmergeError
 QUICK = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 LONG = settings(max_examples=4000, deadline=None, suppress_health_check=list(HealthCheck))
 
+FILES = ["model.safetensors.index.json", "config.json", "tokenizer.json"]
 LIMIT = 2_000
 """Characters of a message: a person must be able to read it."""
 
@@ -100,14 +101,26 @@ def damaged_header(data: st.DataObject, models: Path) -> None:
 
 
 def damaged_json(data: st.DataObject, models: Path) -> None:
-    """The index and the configuration."""
-    names = ["base/model.safetensors.index.json", "base/config.json", "a/model.safetensors.index.json", "a/config.json"]
-    path = models / data.draw(st.sampled_from(names))
+    """The index, the configuration and the tokenizer."""
+    with_bytes(*_damaged_json(data, models), lambda: blend(models))
+
+
+def _damaged_json(data: st.DataObject, models: Path) -> tuple[Path, bytes]:
+    path = models / data.draw(st.sampled_from(["base", "a"])) / data.draw(st.sampled_from(FILES))
     if data.draw(st.booleans()):
-        content = as_json(data.draw(altered(json.loads(path.read_bytes()))))
-    else:
-        content = data.draw(damaged(path.read_bytes()))
-    with_bytes(path, content, lambda: blend(models))
+        return path, as_json(data.draw(altered(json.loads(path.read_bytes()))))
+    return path, data.draw(damaged(path.read_bytes()))
+
+
+def inspected(data: st.DataObject, models: Path) -> None:
+    """The same files, looked at."""
+
+    def look() -> None:
+        found = api.inspect(models / "base", [models / "a"], headers_only=data.draw(st.booleans()))
+        json.dumps(found.to_json())
+        assert found.tables()
+
+    with_bytes(*_damaged_json(data, models), look)
 
 
 PLAIN = yaml.safe_load(RECIPE)
@@ -136,7 +149,7 @@ def damaged_recipe(data: st.DataObject, models: Path) -> None:
         with_bytes(reference, text, lambda: blend(models))
 
 
-KINDS = {"header": damaged_header, "json": damaged_json, "recipe": damaged_recipe}
+KINDS = {"header": damaged_header, "json": damaged_json, "recipe": damaged_recipe, "inspect": inspected}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -69,7 +69,8 @@ def _tokens(root: Path, whole: Mapping[str, Any], config: Mapping[str, Any]) -> 
     tokens |= _json(root / "added_tokens.json")
     for number, entry in _mapping(config.get("added_tokens_decoder")).items():
         tokens[_content(entry)] = int(number) if str(number).isdigit() else -1
-    for entry in whole.get("added_tokens") or ():
+    added = whole.get("added_tokens")
+    for entry in added if isinstance(added, list) else ():
         tokens[_content(entry)] = entry.get("id", -1) if isinstance(entry, Mapping) else -1
     return {token: number for token, number in tokens.items() if isinstance(number, int)}
 
@@ -77,7 +78,7 @@ def _tokens(root: Path, whole: Mapping[str, Any], config: Mapping[str, Any]) -> 
 def _merges(model: dict[str, Any]) -> dict[str, Any]:
     """Merges are written as ``"a b"`` or as ``["a", "b"]``, by version of the library."""
     if isinstance(model.get("merges"), list):
-        model["merges"] = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
+        model["merges"] = [" ".join(map(str, pair)) if isinstance(pair, list) else pair for pair in model["merges"]]
     # Written by some versions only, where they say the default.
     return {key: value for key, value in model.items() if value not in (None, False)}
 
