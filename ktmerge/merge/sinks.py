@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ktmerge.checkpoints import Checkpoint, Reader, TensorInfo, Writer, align
 from ktmerge.checkpoints.dtypes import tag_of, torch_dtype
+from ktmerge.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +77,7 @@ class LiveSink:
         base: the base's headers.
 
     Raises:
-        UsageError: the model lacks a tensor of the base, or has it in another shape.
+        UsageError: the model lacks a tensor of the base, has it in another shape, or not in memory as a whole.
     """
 
     def __init__(self, model: Any, base: Checkpoint) -> None:
@@ -88,6 +89,11 @@ class LiveSink:
         if alignment.missing or alignment.mismatched or alignment.ambiguous or loose:
             alignment.require_complete()
         self._targets: Mapping[str, Tensor] = {name: state[found] for name, found in alignment.mapping.items()}
+        for name, target in self._targets.items():
+            if target.is_meta:
+                raise UsageError(f"the model: '{name}' is not in memory (meta device); load it without offloading.")
+            if not target.is_contiguous():
+                raise UsageError(f"the model: '{name}' is not contiguous in memory; call .contiguous() on it first.")
         self._tags: dict[str, str] = {}
 
     def dtype(self, name: str, planned: str) -> str:

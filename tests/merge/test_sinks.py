@@ -10,8 +10,10 @@ import torch
 from merge_models import read, same_bytes
 from torch import nn
 
+from ktmerge.checkpoints import Checkpoint
 from ktmerge.errors import UsageError
 from ktmerge.merge import blend, blend_into
+from ktmerge.merge.sinks import LiveSink
 
 TWO = {"a": ("a", 1.0), "b": ("b", 1.0)}
 
@@ -74,6 +76,38 @@ def test_a_model_of_another_shape_is_refused(llamas: Path, recipe_in: Any) -> No
     for found in (missing, wrong, more):
         with pytest.raises(UsageError, match="the model"):
             blend_into(Toy(found), recipe)
+
+
+def test_a_model_that_is_not_in_memory_is_refused(llamas: Path, recipe_in: Any) -> None:
+    recipe = recipe_in(llamas, TWO, {"method": "linear"})
+    with pytest.raises(UsageError, match="meta device"):
+        blend_into(Toy(read(llamas / "base")).to("meta"), recipe)
+    model = Toy(read(llamas / "base"))
+    weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    weight.data = weight.data.t().contiguous().t()
+    with pytest.raises(UsageError, match=r"'model\.layers\.0\.mlp\.up_proj\.weight' is not contiguous"):
+        blend_into(model, recipe)
+
+
+def test_bytes_and_values_are_the_same(llamas: Path) -> None:
+    """Both ways into a live model, in pieces, from memory that may not be written."""
+    base = Checkpoint.open(llamas / "base")
+    name = "model.layers.0.mlp.up_proj.weight"
+    values = torch.randn(base[name].numel, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = []
+    for way in ("write", "write_bytes"):
+        model = Toy(read(llamas / "base"))
+        sink = LiveSink(model, base)
+        assert sink.dtype(name, "BF16") == "BF16"
+        for start in range(0, len(values), 100):
+            piece = values[start : start + 100]
+            if way == "write":
+                sink.write(name, piece, start)
+            else:
+                sink.write_bytes(name, memoryview(piece.view(torch.uint8).numpy().tobytes()), 2 * start)
+        found.append(model.get_parameter(name).data)
+    assert same_bytes(*found)
+    assert same_bytes(found[0].reshape(-1), values)
 
 
 @pytest.mark.slow
