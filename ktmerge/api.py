@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -268,7 +269,9 @@ def _named(models: Sequence[str | Path] | Mapping[str, str | Path]) -> dict[str,
     for model in models:
         name, equals, path = str(model).partition("=")
         if not equals:
-            name, path = Path(str(model)).name, str(model)
+            name, path = Path(os.path.abspath(str(model))).name, str(model)  # of "." and "..", too
+        if not name or not path:
+            raise UsageError(f"'{model}': give a model as folder or name=folder.")
         if name == "base":
             raise UsageError(f"{model}: only the untuned model is called 'base'; call this one otherwise: name=folder.")
         if name in named:

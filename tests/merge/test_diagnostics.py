@@ -154,6 +154,16 @@ def test_tables_fit_120_columns_and_fold_layers(llavas: Path) -> None:
         assert parts == expected, "in the order in which the model uses them"
 
 
+def test_long_names_lose_their_middle_unless_they_would_become_the_same(llavas: Path) -> None:
+    long = "a-model-with-a-very-long-name"
+    found = inspect(llavas / "base", {f"{long}-1": llavas / "a", f"{long}-2": llavas / "b"})
+    rows = list(found.tables())[1][1]
+    assert {row[2] for row in rows} == {"a-model-with…long-name-1", "a-model-with…long-name-2"}
+    found = inspect(llavas / "base", {f"{long}-1-{long}": llavas / "a", f"{long}-2-{long}": llavas / "b"})
+    rows = list(found.tables())[1][1]
+    assert {row[2] for row in rows} == set(found.models)
+
+
 def test_json_has_parts_layers_and_kinds(llavas: Path) -> None:
     found = inspect(llavas / "base", {"a": llavas / "a", "b": llavas / "b"})
     document = json.loads(json.dumps(found.to_json(), allow_nan=False))

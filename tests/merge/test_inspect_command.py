@@ -59,6 +59,7 @@ def test_wrong_input_gets_one_sentence_and_code_2(tmp_path: Path) -> None:
         (["base", "wide"], "another size of the same architecture"),
         (["base", "clip"], "clip: shares no tensor with the base; it is another architecture"),
         (["base", "wide", "wide"], "two models are called 'wide'; tell them apart with name=folder"),
+        (["base", "x="], "'x=': give a model as folder or name=folder"),
         (["base", "--plot", "x.png"], "needs a tuned model to hold against the base"),
         (["base", "x=base", "--plot", "x.gif"], "can't draw '.gif' files"),
     ):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ktmerge.drawing import FILES, FONT, GREY, INK, drawn, new_figure, to_file
 from ktmerge.errors import UsageError
 from ktmerge.merge.diagnostics.kinds import KINDS
-from ktmerge.merge.diagnostics.table import percent
+from ktmerge.merge.diagnostics.table import percent, shorten
 
 if TYPE_CHECKING:
     from ktmerge.merge.diagnostics.inspection import Inspection
@@ -147,9 +147,7 @@ def _panel(
     axes.set_ylim(height, 0)
     axes.axis("off")
     step, top = width / len(columns), 0.0
-    most = int(width / (0.68 * FONT))
-    title = model if len(model) <= most else f"{model[: most // 2]}…{model[-(most // 2 - 1) :]}"
-    axes.text(0, -30, title, fontsize=FONT, fontweight="bold", va="bottom")
+    axes.text(0, -30, shorten(model, int(width / (0.68 * FONT))), fontsize=FONT, fontweight="bold", va="bottom")
     for i, column in enumerate(columns):
         axes.text((i + 0.5) * step, -3, column, fontsize=SMALL, rotation=90, ha="center", va="bottom")
     cells: list[tuple[Box, float]] = []

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Table = tuple[list[str], list[list[str]], str]
 
-WIDTH = 120
+_LABEL = 24
 _NONE = "–"
 
 
@@ -43,10 +43,10 @@ def _movements(found: Inspection, parts: list[str]) -> Table:
     columns = ["part", "N_eff", "model", "moved by", "changed", "median", "90 %", "99 %", "largest"]
     rows = []
     for part in parts:
-        for model in found.models:
+        for model, label in _labels(found).items():
             moved, spread = found.movement(model, part), found.spread(model, part)
             if moved is not None and spread is not None:
-                rows.append([part, str(found.effective(part)), model, *_moved(moved, spread)])
+                rows.append([part, str(found.effective(part)), label, *_moved(moved, spread)])
     title = (
         "how far they moved: norm of the change / norm of the base; share of elements; ulps of the base's type\n"
         "N_eff: how many models changed a tensor at all"
@@ -64,15 +64,28 @@ def _moved(moved: Movement, spread: Spread) -> list[str]:
 def _pairs(found: Inspection, parts: list[str]) -> Iterator[Table]:
     """One row for each part and two models."""
     rows = []
+    labels = _labels(found)
     for part in parts:
         for first, second in found.pairs:
             pair = found.pair(first, second, part)
             if pair is not None and pair.cosine is not None:
                 conflict = _NONE if pair.conflict is None else percent(pair.conflict, 1)
-                rows.append([part, f"{first}, {second}", f"{pair.cosine:.3f}", conflict])
+                rows.append([part, f"{labels[first]}, {labels[second]}", f"{pair.cosine:.3f}", conflict])
     if rows:
         title = "every two: cosine of their changes; share of opposite signs where both changed (unrelated: 50 %)"
         yield ["part", "models", "cosine", "opposite"], _once(rows, 1), title
+
+
+def shorten(name: str, most: int) -> str:
+    """A long name without its middle."""
+    half = most // 2
+    return name if len(name) <= most else f"{name[:half]}…{name[half + 1 - most :]}"
+
+
+def _labels(found: Inspection) -> dict[str, str]:
+    """What models are called where there is little room; unshortened where that would make two the same."""
+    short = {name: shorten(name, _LABEL) for name in found.models}
+    return short if len(set(short.values())) == len(short) else {name: name for name in found.models}
 
 
 def _once(rows: list[list[str]], columns: int) -> list[list[str]]:
