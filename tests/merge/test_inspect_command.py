@@ -74,5 +74,6 @@ def test_packed_weights_are_told_not_measured(tmp_path: Path) -> None:
     config = {"quantization_config": {"quant_method": "gptq"}}
     write(tmp_path / "base", packed, config)
     write(tmp_path / "x", packed, config)
-    printed = inspect("base", "x", cwd=tmp_path).stdout
+    printed = inspect("base", "x", "--plot", "x.png", cwd=tmp_path).stdout
     assert "warning: x: none of its weights could be measured" in printed
+    assert (tmp_path / "x.png").exists()

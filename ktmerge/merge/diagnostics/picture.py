@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -46,6 +46,36 @@ class Block:
     height: float
 
 
+@dataclass(frozen=True)
+class Grid:
+    """The rows and columns that all panels share.
+
+    Attributes:
+        blocks: from the input down to the head.
+        kinds: of tensors, by layer.
+        columns: kinds that have a column of their own.
+    """
+
+    blocks: list[Block]
+    kinds: dict[str, list[str]]
+    columns: list[str]
+
+    @classmethod
+    def of(cls, found: Inspection) -> Grid:
+        """The grid of an inspection."""
+        blocks = list(_blocks(found.layers))
+        kinds = {layer: found.kinds(layer) for block in blocks if block.numbers for layer in block.layers}
+        return cls(blocks, kinds, _columns(list(kinds.values())))
+
+    @property
+    def width(self) -> float:
+        return max(len(self.columns) * COLUMN, 90.0)
+
+    @property
+    def height(self) -> float:
+        return sum(block.height for block in self.blocks) + GAP * (len(self.blocks) - 1)
+
+
 def require_drawable(path: Path, models: Collection[str], *, headers_only: bool) -> None:
     """Refuse, before anything is read, what `heat_map` could not draw.
 
@@ -70,11 +100,8 @@ def heat_map(found: Inspection, path: Path) -> bytes:
     """
     from matplotlib.cm import ScalarMappable
 
-    blocks = list(_blocks(found.layers))
-    kinds = {layer: found.kinds(layer) for block in blocks if block.numbers for layer in block.layers}
-    columns = _columns(list(kinds.values()))
-    width = max(len(columns) * COLUMN, 90.0)
-    height = sum(block.height for block in blocks) + GAP * (len(blocks) - 1)
+    grid = Grid.of(found)
+    width, height = grid.width, grid.height
     across = min(len(found.models), max(1, int((WIDEST - LEFT) / (width + BETWEEN))))
     down = -(-len(found.models) // across)
     page = LEFT + across * (width + BETWEEN), BOTTOM + down * (height + TOP + BETWEEN) - BETWEEN
@@ -86,7 +113,7 @@ def heat_map(found: Inspection, path: Path) -> bytes:
             left, bottom = LEFT + column * (width + BETWEEN), BOTTOM + (down - row - 1) * (height + TOP + BETWEEN)
             place = left / page[0], bottom / page[1], width / page[0], height / page[1]
             axes: Any = figure.add_axes(place)
-            _panel(axes, found, model, blocks, kinds, columns, (width, height), scale, labelled=column == 0)
+            _panel(axes, found, model, grid, scale, labelled=column == 0)
         bar: Any = figure.add_axes((LEFT / page[0], 27 / page[1], min(width * across, 260) / page[0], 8 / page[1]))
         _legend(figure, bar, ScalarMappable(*scale), clipped=clipped)
         return to_file(figure, path.suffix[1:].lower())
@@ -129,33 +156,22 @@ def _scale(found: Inspection) -> tuple[Any, Any, bool]:
     return LogNorm(min(lowest, most / 10), most, clip=True), colormaps["viridis_r"], least < lowest
 
 
-def _panel(
-    axes: Any,
-    found: Inspection,
-    model: str,
-    blocks: Sequence[Block],
-    kinds: Mapping[str, Sequence[str]],
-    columns: Sequence[str],
-    size: tuple[float, float],
-    scale: Sequence[Any],
-    *,
-    labelled: bool,
-) -> None:
+def _panel(axes: Any, found: Inspection, model: str, grid: Grid, scale: Sequence[Any], *, labelled: bool) -> None:
     """One model; the axes count points from the upper left corner."""
-    width, height = size
+    width, columns = grid.width, grid.columns
     axes.set_xlim(0, width)
-    axes.set_ylim(height, 0)
+    axes.set_ylim(grid.height, 0)
     axes.axis("off")
     step, top = width / len(columns), 0.0
     axes.text(0, -30, shorten(model, int(width / (0.68 * FONT))), fontsize=FONT, fontweight="bold", va="bottom")
     for i, column in enumerate(columns):
         axes.text((i + 0.5) * step, -3, column, fontsize=SMALL, rotation=90, ha="center", va="bottom")
     cells: list[tuple[Box, float]] = []
-    for block in blocks:
+    for block in grid.blocks:
         if block.numbers:
             each = block.height / len(block.layers)
             for i, layer in enumerate(block.layers):
-                for what, first, span in _places(kinds[layer], columns):
+                for what, first, span in _places(grid.kinds[layer], columns):
                     if (moved := found.movement(model, layer, what)) is not None:
                         cells.append(((first * step, top + i * each, span * step, each), moved.relative))
         elif (moved := found.movement(model, block.name)) is not None:
