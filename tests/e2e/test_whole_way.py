@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from commands import command, ktmerge
+from commands import digests as every_digest
 
 pytestmark = pytest.mark.slow
 
 ROWS = [{"prompt": f"Is {n} good?", "completion": " yes" if n % 2 else " no"} for n in range(40)]
 
 
-def ktmerge(*arguments: object, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ktmerge", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
-    assert done.returncode == code, f"{command} gave {done.returncode}\n{done.stdout}\n{done.stderr}"
-    assert "Traceback" not in done.stderr
-    return done
-
-
 def digests(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*.safetensors"))
-    }
+    """sha256 of every weight file below a folder."""
+    return {file: digest for file, digest in every_digest(folder).items() if file.endswith(".safetensors")}
 
 
 @pytest.fixture
@@ -158,19 +149,8 @@ def test_a_stopped_finetune_resumes_to_the_same_bytes(workshop: Path) -> None:
     whole = digests(workshop / "runs/yesno")
 
     def start(*more: str) -> subprocess.Popen[str]:
-        command = [
-            sys.executable,
-            "-m",
-            "ktmerge",
-            "finetune",
-            "--recipe",
-            "recipe.yaml",
-            "--set",
-            "finetune.experts.yesno.max_steps=6",
-        ]
-        return subprocess.Popen([*command, *more], cwd=workshop, stderr=subprocess.PIPE, text=True)
-
-    import shutil
+        job = command("finetune", "--recipe", "recipe.yaml", "--set", "finetune.experts.yesno.max_steps=6", *more)
+        return subprocess.Popen(job, cwd=workshop, stderr=subprocess.PIPE, text=True)
 
     shutil.rmtree(workshop / "runs")
     process = start()
@@ -193,10 +173,8 @@ def test_a_stopped_finetune_resumes_to_the_same_bytes(workshop: Path) -> None:
 
 @pytest.mark.parametrize("seconds", [0.2, 0.6, 1.2, 2.0])
 def test_ctrl_c_during_a_blend_says_so_and_leaves_nothing(workshop: Path, tiny_llama: Path, seconds: float) -> None:
-    command = [sys.executable, "-m", "ktmerge", "blend", "-r", "ties", "--base", str(tiny_llama)]
-    process = subprocess.Popen(
-        [*command, "--expert", f"a={tiny_llama}", "--out", "x"], cwd=workshop, stderr=subprocess.PIPE, text=True
-    )
+    blend = command("blend", "-r", "ties", "--base", tiny_llama, "--expert", f"a={tiny_llama}", "--out", "x")
+    process = subprocess.Popen(blend, cwd=workshop, stderr=subprocess.PIPE, text=True)
     before = sorted(workshop.iterdir())
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
