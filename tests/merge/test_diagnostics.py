@@ -96,7 +96,7 @@ def test_a_fine_tune_too_fine_for_the_bases_type_is_pointed_out(tmp_path: Path) 
     found = inspect(tmp_path / "base", {"x": tmp_path / "x", "coarse": tmp_path / "coarse"})
     (line,) = [line for line in found.warnings if "output.dtype" in line]
     assert line.startswith("x: 100% of its changes are under half a step")
-    assert ("types", "14 tensors are F32, BF16 in the base") in found.differences["x"].lines()
+    assert ("types", "14 tensors in F32, BF16 in the base") in found.differences["x"].lines()
 
 
 def test_missing_and_misshapen_tensors_are_listed_not_fatal(tmp_path: Path) -> None:

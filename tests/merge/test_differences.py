@@ -53,8 +53,8 @@ def test_tokens_added_removed_renamed_and_moved(tmp_path: Path) -> None:
     assert list(found.lines()) == [
         ("vocabulary", "7 tokens in the base, 8 here"),
         ("vocabulary", "2 tokens added: <ref>, </ref>"),
-        ("vocabulary", "1 tokens removed: <gone>"),
-        ("vocabulary", "1 tokens renamed: <reserved_0> is <box> here"),
+        ("vocabulary", "1 token removed: <gone>"),
+        ("vocabulary", "1 token renamed: <reserved_0> is <box> here"),
         ("vocabulary", "2 tokens moved: b, c"),
     ]
     assert found.to_json()["vocabulary"] == {"base": 7, "here": 8, **found.tokens}
@@ -133,6 +133,16 @@ def test_settings_are_listed_and_those_of_one_side_gathered(tmp_path: Path) -> N
     ]
     assert {"where": "b", "base": 2, "here": 3} in found.to_json()["config"]
     assert len(found.config) == 9
+
+
+def test_what_could_steer_a_terminal_is_shown_as_escapes(tmp_path: Path) -> None:
+    tuned = {"tokenizer.json": tokenizer({"a": 0, "\n\x1b[31m": 1})}
+    found = differ(tmp_path, {"tokenizer.json": tokenizer({"a": 0})}, tuned, ({"x": "1"}, {"x": "\x1b]0;\x07"}))
+    assert list(found.lines()) == [
+        ("config", "x: 1 in the base, \\x1b]0;\\x07 here"),
+        ("vocabulary", "1 tokens in the base, 2 here"),
+        ("vocabulary", "1 token added: \\n\\x1b[31m"),
+    ]
 
 
 def test_files_of_other_bytes_are_named(tmp_path: Path) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import filecmp
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ktmerge.checkpoints import Alignment, Checkpoint
 from ktmerge.merge.diagnostics import tokenizer
-from ktmerge.merge.diagnostics.tokenizer import TokenizerFiles
+from ktmerge.merge.diagnostics.tokenizer import TokenizerFiles, read_object
 
 _IGNORED = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "is_local")
-_TOLD_BY_KEY = ("generation_config.json", "preprocessor_config.json", "processor_config.json")
+_TOLD_BY_KEY = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+)
 _SHOWN, _LONG, _LISTED = 3, 60, 8
 
 
@@ -64,13 +68,13 @@ class Differences:
         for kind, names in self.tensors.items():
             yield "tensors", f"{len(names)} {words[kind]}: {_some(names)}"
         for (base, here), count in self.types.items():
-            yield "types", f"{count} tensors are {here}, {base} in the base"
+            yield "types", f"{_many(count, 'tensor')} in {here}, {base} in the base"
         yield from (("config", line) for line in _words(self.config))
         base_size, size = self.vocabulary
         if base_size != size:
             yield "vocabulary", f"{_short(base_size)} tokens in the base, {_short(size)} here"
         for kind, tokens in self.tokens.items():
-            yield "vocabulary", f"{len(tokens)} tokens {kind}: {_some(tokens)}"
+            yield "vocabulary", f"{_many(len(tokens), 'token')} {kind}: {_some(tokens)}"
         yield from (("tokenizer", line) for line in _words(self.tokenizer))
         for kind, files in self.files.items():
             yield "files", f"{len(files)} {'only here' if kind == 'extra' else kind}: {_some(files)}"
@@ -103,7 +107,9 @@ def compare(base: Checkpoint, other: Checkpoint, alignment: Alignment) -> Differ
     config = list(_changes(base.config, other.config))
     for file in _TOLD_BY_KEY:
         if file in base.other_files and file in other.other_files:
-            config += _changes(_json(base, file), _json(other, file), f"{file.removesuffix('.json')}: ")
+            config += _changes(
+                read_object(base.root / file), read_object(other.root / file), f"{file.removesuffix('.json')}: "
+            )
     own, others = TokenizerFiles.read(base.root), TokenizerFiles.read(other.root)
     return Differences(
         {kind: names for kind, names in tensors.items() if names},
@@ -173,14 +179,6 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + key, value
 
 
-def _json(checkpoint: Checkpoint, file: str) -> Mapping[str, Any]:
-    try:
-        value = json.loads((checkpoint.root / file).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
 def _words(changes: Sequence[Change]) -> Iterator[str]:
     """Settings that both have, one a line; those that one of them leaves unsaid, together."""
     both = [change for change in changes if change.base is not None and change.here is not None]
@@ -197,11 +195,20 @@ def _size(template: str) -> str | None:
 
 
 def _short(value: Any) -> str:
-    text = "none" if value is None else str(value)
+    text = _visible("none" if value is None else str(value))
     return text if len(text) <= _LONG else f"{text[: _LONG - 3]}..."
+
+
+def _visible(text: str) -> str:
+    """Line breaks, and what could steer a terminal, as escapes."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _some(names: Iterable[str]) -> str:
     listed = list(names)
     more = f", and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
-    return ", ".join(listed[:_SHOWN]) + more
+    return _visible(", ".join(listed[:_SHOWN])) + more

@@ -42,7 +42,7 @@ class TokenizerFiles:
     @classmethod
     def read(cls, root: Path) -> TokenizerFiles:
         """Read what is there; a file that is no JSON counts as absent."""
-        whole, config = _json(root / "tokenizer.json"), _json(root / "tokenizer_config.json")
+        whole, config = read_object(root / "tokenizer.json"), read_object(root / "tokenizer_config.json")
         tokens = _tokens(root, whole, config)
         model = {key: value for key, value in _mapping(whole.get("model")).items() if key != "vocab"}
         rest = {key: whole[key] for key in ("normalizer", "pre_tokenizer", "post_processor", "decoder") if key in whole}
@@ -50,7 +50,7 @@ class TokenizerFiles:
         rules["merges.txt"] = _text(root / "merges.txt")
         rules = {file: text for file, text in rules.items() if text}
         special = {role: _content(config[role]) for role in _ROLES if config.get(role)}
-        more = _json(root / "special_tokens_map.json")
+        more = read_object(root / "special_tokens_map.json")
         special = {role: _content(more[role]) for role in _ROLES if more.get(role)} | special
         known = {*_ROLES, "chat_template", "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"}
         settings = {key: value for key, value in config.items() if key not in known}
@@ -64,9 +64,9 @@ def _tokens(root: Path, whole: Mapping[str, Any], config: Mapping[str, Any]) -> 
     elif isinstance(vocabulary, list):  # of [token, score], as Unigram has it
         tokens = {str(entry[0]): number for number, entry in enumerate(vocabulary) if isinstance(entry, list) and entry}
     else:
-        tokens = dict(_json(root / "vocab.json"))
+        tokens = dict(read_object(root / "vocab.json"))
         tokens = tokens or {token: number for number, token in enumerate(_text(root / "vocab.txt").splitlines())}
-    tokens |= _json(root / "added_tokens.json")
+    tokens |= read_object(root / "added_tokens.json")
     for number, entry in _mapping(config.get("added_tokens_decoder")).items():
         tokens[_content(entry)] = int(number) if str(number).isdigit() else -1
     added = whole.get("added_tokens")
@@ -85,7 +85,7 @@ def _merges(model: dict[str, Any]) -> dict[str, Any]:
 
 def _template(root: Path, config: Mapping[str, Any]) -> str:
     found = _text(root / "chat_template.jinja")
-    found = found or _json(root / "chat_template.json").get("chat_template") or config.get("chat_template") or ""
+    found = found or read_object(root / "chat_template.json").get("chat_template") or config.get("chat_template") or ""
     return found if isinstance(found, str) else json.dumps(found, sort_keys=True)
 
 
@@ -97,7 +97,8 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is none."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
