@@ -24,6 +24,11 @@ class Inheritance:
         self._taken: Remains | None = None
         self._others: list[Remains] = []
 
+    @property
+    def is_taken(self) -> bool:
+        """Whether there was something to go on with."""
+        return self._taken is not None
+
     def fits(self, folder: Path) -> bool:
         """Whether this run goes on with what is in ``folder``."""
         remains = read_journal(folder)

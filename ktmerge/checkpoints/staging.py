@@ -112,7 +112,8 @@ class Staging:
         """Go through the temporary folders of this output that no living run holds; return the removed ones."""
         removed: list[Path] = []
         for path, descriptor in _dead_runs(self._out):
-            if self._lock is None and wanted(path) and (path == self.folder or not self.folder.exists()):
+            free = self._lock is None and (path == self.folder or not self.folder.exists())
+            if free and wanted(path):
                 self._lock = descriptor
                 os.rename(path, self.folder)
             else:

@@ -45,7 +45,8 @@ class Writer:
         out: the folder to appear.
         overwrite: replace the checkpoint that is there; otherwise an existing output is refused at once.
         pin: everything the bytes depend on, as JSON data; None to keep no journal.
-        resume: go on with what an interrupted run left, and leave the same if interrupted (by Ctrl-C, not by an error).
+        resume: go on with what an interrupted run left, and leave that again, and more, if this one does not come to
+            its end; what it has made itself only if interrupted (by Ctrl-C, not by an error).
 
     Raises:
         UsageError: ``out`` exists and may not be replaced.
@@ -58,6 +59,7 @@ class Writer:
         self.notes: list[str] = []
         self._pin: dict[str, Any] = json.loads(json.dumps(pin or {}))  # as it will be read back
         self._resume = resume and pin is not None
+        self._inheritance = Inheritance(self._pin, self._resume)
         self._remains: dict[str, Entry] = {}
         self._journal: Journal | None = None
         self._staging = Staging(self.out, overwrite)
@@ -68,12 +70,11 @@ class Writer:
         self._index: str | None = None
 
     def __enter__(self) -> Writer:
-        inheritance = Inheritance(self._pin, self._resume)
         try:
-            removed = self._staging.open(inheritance.fits)
-            self.notes += inheritance.notes(len(removed))
+            removed = self._staging.open(self._inheritance.fits)
+            self.notes += self._inheritance.notes(len(removed))
             with clear_os_errors(self.folder):
-                self._remains = inheritance.take(self.folder)
+                self._remains = self._inheritance.take(self.folder)
                 if self._pin:
                     self._journal = Journal(self.folder, Remains(self._pin, self._remains))
         except BaseException as error:
@@ -96,7 +97,8 @@ class Writer:
 
     def _end(self, interrupted: bool) -> None:
         self._close()
-        if interrupted and self._resume and (self.folder / FILE).exists():
+        wanted = self._resume and (interrupted or self._inheritance.is_taken)
+        if wanted and (self.folder / FILE).exists():
             self._staging.leave()
         else:
             self._staging.discard()

@@ -223,6 +223,26 @@ def test_only_an_interrupted_resumable_run_leaves_something(
         assert not out.parent.exists()
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_what_was_taken_over_is_not_lost_by_an_error(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    out = tmp_path / "place" / "out"
+    kill(base, out, 4)
+
+    def refuse(*_: object) -> None:
+        raise KtmergeError("too little room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ktmerge.checkpoints.staging.Staging.require_space", refuse)
+        with pytest.raises(KtmergeError, match="too little room"):
+            go_on(base, out)
+    with pytest.raises(error):
+        stop(base, out, error, resume=True)
+    assert go_on(base, out)[0] == NAMES[:4]
+    check_equal(base, out)
+
+
 def test_an_interrupt_while_publishing_leaves_nothing_old(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
