@@ -8,25 +8,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
-from merge_models import llama_tensors, tuned, write
+from merge_models import llama_tensors, read, tuned, write
+
+from ktmerge import cli
 
 
-def inspect(*arguments: str | Path, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
-    done = subprocess.run(
-        [sys.executable, "-m", "ktmerge", "inspect", *map(str, arguments)],
-        capture_output=True, text=True, check=False, cwd=cwd, env=environment,
-    )  # fmt: skip
-    assert done.returncode == code, done.stderr + done.stdout
-    assert "Traceback" not in done.stderr
-    return done
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("COLUMNS", raising=False)
 
 
-def test_tables_warnings_and_a_picture(llavas: Path, tmp_path: Path) -> None:
-    write(tmp_path / "alien", {**tuned(read_all(llavas / "base"), 1.0, 5)})
-    arguments = llavas / "base", llavas / "a", f"second={llavas / 'b'}", tmp_path / "alien"
-    printed = inspect(*arguments, "--plot", "moved.png", cwd=tmp_path).stdout
+def test_tables_warnings_and_a_picture(llavas: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    floats = {name: values for name, values in read(llavas / "base").items() if values.is_floating_point()}
+    write(tmp_path / "alien", tuned(floats, 1.0, 5))
+    arguments = ["inspect", *map(str, (llavas / "base", llavas / "a", f"second={llavas / 'b'}", "alien"))]
+    command = [sys.executable, "-m", "ktmerge", *arguments, "--plot", "moved.png"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ)).stdout
     lines = printed.splitlines()
     assert max(len(line) for line in lines if not line.startswith("warning:")) <= 120
     (vision,) = [line.split() for line in lines if line.startswith(" vision.layers ") and "a" in line.split()]
@@ -35,19 +35,15 @@ def test_tables_warnings_and_a_picture(llavas: Path, tmp_path: Path) -> None:
     assert any(line.startswith("warning: alien is not a fine-tune of this base") for line in lines)
     assert (tmp_path / "moved.png").read_bytes().startswith(b"\x89PNG")
     assert "llm.layers[2]" not in printed
-    assert " llm.layers[2] " in inspect(*arguments, "--layers", cwd=tmp_path).stdout
-    document = json.loads(inspect(*arguments, "--json", cwd=tmp_path).stdout)
+    assert cli._exit_code([*arguments, "--layers"]) == 0
+    assert " llm.layers[2] " in capsys.readouterr().out
+    assert cli._exit_code([*arguments, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
     assert set(document["models"]) == {"a", "second", "alien"}
     assert document["models"]["alien"]["parts"]["llm.layers"]["relative_norm"] > 0.5
 
 
-def read_all(folder: Path) -> dict[str, torch.Tensor]:
-    from merge_models import read
-
-    return {name: values for name, values in read(folder).items() if values.is_floating_point()}
-
-
-def test_wrong_input_gets_one_sentence_and_code_2(tmp_path: Path) -> None:
+def test_wrong_input_gets_one_sentence_and_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "base", llama_tensors())
     write(tmp_path / "wide", llama_tensors(width=32))
     write(tmp_path / "clip", {"vision_model.patch.weight": torch.ones(3)})
@@ -63,17 +59,18 @@ def test_wrong_input_gets_one_sentence_and_code_2(tmp_path: Path) -> None:
         (["base", "--plot", "x.png"], "needs a tuned model to hold against the base"),
         (["base", "x=base", "--plot", "x.gif"], "can't draw '.gif' files"),
     ):
-        done = inspect(*arguments, cwd=tmp_path, code=2)
-        assert said in done.stderr
-        assert len(done.stderr.splitlines()) == 1
-        assert done.stdout == ""
+        assert cli._exit_code(["inspect", *arguments]) == 2
+        printed = capsys.readouterr()
+        assert said in printed.err
+        assert len(printed.err.splitlines()) == 1
+        assert printed.out == ""
 
 
-def test_packed_weights_are_told_not_measured(tmp_path: Path) -> None:
+def test_packed_weights_are_told_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     packed = {"model.layers.0.mlp.up_proj.qweight": torch.zeros(4, 4, dtype=torch.int32)}
     config = {"quantization_config": {"quant_method": "gptq"}}
     write(tmp_path / "base", packed, config)
     write(tmp_path / "x", packed, config)
-    printed = inspect("base", "x", "--plot", "x.png", cwd=tmp_path).stdout
-    assert "warning: x: none of its weights could be measured" in printed
+    assert cli._exit_code(["inspect", "base", "x", "--plot", "x.png"]) == 0
+    assert "warning: x: none of its weights could be measured" in capsys.readouterr().out
     assert (tmp_path / "x.png").exists()
