@@ -109,6 +109,10 @@ def test_missing_and_misshapen_tensors_are_listed_not_fatal(tmp_path: Path) -> N
     assert ("tensors", "1 missing: model.norm.weight") in lines
     assert any("1 of another shape: model.embed_tokens.weight (BF16 [48, 16]" in line for _, line in lines)
     assert found.movement("x", "norm") is None
+    whole = sum(values.numel() for values in base.values())
+    share = 1 - (48 * 16 + 16) / whole
+    assert found.coverage["x"] == pytest.approx(share)
+    assert any(f"x has only {share:.1%} of the base's weights" in line for line in found.warnings)
     assert found.effective("norm") is None
     assert found.movement("x", "llm.layers") is not None
 
@@ -168,6 +172,7 @@ def test_json_has_parts_layers_and_kinds(llavas: Path) -> None:
     found = inspect(llavas / "base", {"a": llavas / "a", "b": llavas / "b"})
     document = json.loads(json.dumps(found.to_json(), allow_nan=False))
     layer = document["models"]["a"]["layers"]["llm.layers[2]"]
+    assert document["models"]["a"]["coverage"] == 1
     assert set(layer) == {"relative_norm", "changed", "elements", "ulps", "kinds"}
     assert set(layer["kinds"]) == {"q", "k", "up", "down", "norm"}
     assert set(layer["ulps"]) == {"median", "p90", "p99", "max"}

@@ -84,6 +84,7 @@ def _measure(
     found.matrices = {name: Movement() for name in others}
     found.spreads = {name: {} for name in others}
     found.pairs = {two: {} for two in combinations(others, 2)}
+    total = sum(base.tensors[name].numel for name in names)
     mappings = {name: alignment.mapping for name, alignment in alignments.items()}
     for one in survey(base, names, others, mappings, progress):
         part = parts.of(one.name)
@@ -96,6 +97,8 @@ def _measure(
                 found.matrices[model] += moved
         for models, pair in one.pairs.items():
             _add(found.pairs[models], part, pair)
+    for model, cells in found.movements.items():
+        found.coverage[model] = sum(moved.elements for moved in cells.values()) / total if total else 1.0
 
 
 def _contents(checkpoint: Checkpoint, parts: Parts, layers: Iterable[str]) -> dict[str, Contents]:

@@ -53,6 +53,7 @@ class Inspection:
         differences: per tuned model.
         movements: per tuned model, by layer and kind of tensor; empty if only headers were read.
         matrices: per tuned model, its matrices together: what F-1 asks of a right base.
+        coverage: per tuned model, the share of the base's weights that it has, too; the rest is not measured.
         spreads: per tuned model, by layer.
         pairs: per two tuned models, by layer.
         changed_by: by layer, how many tuned models changed each of its tensors.
@@ -65,6 +66,7 @@ class Inspection:
     differences: dict[str, Differences] = field(default_factory=dict)
     movements: dict[str, dict[tuple[str, str], Movement]] = field(default_factory=dict)
     matrices: dict[str, Movement] = field(default_factory=dict)
+    coverage: dict[str, float] = field(default_factory=dict)
     spreads: dict[str, dict[str, Spread]] = field(default_factory=dict)
     pairs: dict[tuple[str, str], dict[str, Pair]] = field(default_factory=dict)
     changed_by: dict[str, list[int]] = field(default_factory=dict)
@@ -112,6 +114,7 @@ class Inspection:
             "differences": {name: one.to_json() for name, one in self.differences.items()},
             "models": {
                 name: {
+                    "coverage": _digits(self.coverage[name]),
                     "parts": self._by(self.contents, lambda part, name=name: self._moved(name, part)),
                     "layers": self._by(self.layers, lambda part, name=name: self._moved(name, part, kinds=True)),
                 }

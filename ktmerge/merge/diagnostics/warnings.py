@@ -8,6 +8,7 @@ from operator import add
 from typing import TYPE_CHECKING
 
 from ktmerge.merge.diagnostics.measures import Movement, Pair
+from ktmerge.merge.diagnostics.table import percent
 
 if TYPE_CHECKING:
     from ktmerge.merge.diagnostics.inspection import Inspection
@@ -18,6 +19,8 @@ UNLIKE = 0.5
 """Cosine between the matrices of model and base below which the one is no descendant of the other."""
 ALIKE = 0.9
 """Cosine between two experts' deltas above which they learned the same, or share another base."""
+WHOLE = 0.999
+"""Share of the base's weights that a fine-tune of it has under whatever names."""
 HALF = 0.5
 """Share of changes below half an ulp of the base's type from which on rounding to it undoes a fine-tune."""
 
@@ -43,6 +46,11 @@ def _one(found: Inspection, name: str, far: bool) -> Iterator[str]:
     if not found.movements[name]:
         yield f"{name}: none of its weights could be measured; those it shares with the base are packed or no floats."
         return
+    if found.coverage[name] < WHOLE:
+        yield (
+            f"{name} has only {percent(found.coverage[name], 1)} of the base's weights; the rest was not measured "
+            "(see what is missing or of another shape)."
+        )
     if not any(moved.changed for moved in found.movements[name].values()):
         yield f"{name} equals the base everywhere."
         return
