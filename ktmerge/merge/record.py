@@ -76,7 +76,7 @@ def pin(plan: Plan) -> dict[str, Any]:
 def _origin(plan: Plan) -> dict[str, Any]:
     return {
         "recipe": portable_recipe(plan),
-        "versions": versions(),
+        "versions": versions(plan),
         "methods": _semantics(plan),
         "random": {"seed": plan.recipe.seed, "scheme": SCHEME},
         "inputs": {name: {"headers": checkpoint.header_digest()} for name, checkpoint in _inputs(plan).items()},
@@ -97,9 +97,12 @@ def _stamps(checkpoint: Checkpoint) -> dict[str, list[int]]:
     return {file: [stamp.size, stamp.mtime_ns, stamp.inode] for file, stamp in sorted(stamps.items())}
 
 
-def versions() -> dict[str, str]:
-    """What computed it; torch is asked without being loaded."""
-    return {"ktmerge": __version__, "torch": version("torch"), "python": platform.python_version()}
+def versions(plan: Plan) -> dict[str, str]:
+    """What computed it; libraries are asked without being loaded."""
+    found = {"ktmerge": __version__, "torch": version("torch"), "python": platform.python_version()}
+    if any(method.startswith("mergekit:") for method in _semantics(plan)):
+        found["mergekit"] = version("mergekit")
+    return found
 
 
 def coefficients_digest(plan: Plan) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +62,21 @@ def test_the_same_bytes_and_record(
     assert files(out) == files(tmp_path / "whole")
     assert os.listdir(out.parent) == ["out"]
     assert {**resumed.to_json(), "seconds": 0} == {**whole.to_json(), "seconds": 0}
+
+
+@pytest.mark.parametrize("after", [2, 6])
+def test_methods_that_take_whole_tensors(llamas: Path, tmp_path: Path, recipe_in: Any, after: int) -> None:
+    """What the compiled kernels do not cover goes by torch, and is written in other pieces."""
+    recipe = recipe_in(llamas, TWO, {"method": "mergekit:della", "density": 0.5, "epsilon": 0.1}, seed=5)
+    blend(recipe, tmp_path / "whole", device="cpu")
+    out = tmp_path / "place" / "out"
+    with pytest.raises(KeyboardInterrupt):
+        blend(recipe, out, device="cpu", resume=True, progress=Interrupting(after))
+    progress = Interrupting()
+    blend(recipe, out, device="cpu", resume=True, progress=progress)
+    assert any("an interrupted run, which finished" in note for note in progress.notes)
+    assert files(out) == files(tmp_path / "whole")
+    assert json.loads((out / "ktmerge.json").read_text())["versions"]["mergekit"] == version("mergekit")
 
 
 def test_finished_tensors_are_not_made_again(
@@ -121,8 +139,6 @@ def test_another_blend_starts_from_the_beginning(
 
 
 def test_another_input_starts_from_the_beginning(tmp_path: Path, llamas: Path, recipe_in: Any) -> None:
-    import shutil
-
     shutil.copytree(llamas, tmp_path / "models")
     recipe = recipe_in(tmp_path / "models", TWO, TIES)
     out = tmp_path / "place" / "out"
