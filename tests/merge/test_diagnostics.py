@@ -33,7 +33,7 @@ def test_parts_and_layers_equal_a_direct_computation(llamas: Path) -> None:
     def whole(tensors: Tensors, part: str) -> torch.Tensor:
         return torch.cat([values.double().view(-1) for name, values in tensors.items() if part in name])
 
-    for part, pattern in (("llm.layers", ".layers."), ("llm.layers[1]", ".layers.1."), ("embed", "embed")):
+    for part, pattern in (("llm.layers", ".layers."), ("llm.layers[1]", ".layers.1."), ("embed", "embed"), ("all", "")):
         theta, first, second = (whole(tensors, pattern) for tensors in (base, a, b))
         first, second = first - theta, second - theta
         moved, pair = found.movement("a", part), found.pair("a", "b", part)
@@ -51,7 +51,7 @@ def test_parts_and_layers_equal_a_direct_computation(llamas: Path) -> None:
     assert found.warnings == []
     frozen = [name for name in base if ".layers.1." in name and same_bytes(base[name], c[name])]
     assert frozen, "c left layer 1 as it was"
-    for part, low, high in (("llm.layers[0]", 3, 3), ("llm.layers[1]", 2, 2), ("llm.layers", 2, 3)):
+    for part, low, high in (("llm.layers[0]", 3, 3), ("llm.layers[1]", 2, 2), ("llm.layers", 2, 3), ("all", 2, 3)):
         effective = found.effective(part)
         assert effective is not None
         assert (effective.least, effective.most) == (low, high), part
@@ -155,7 +155,7 @@ def test_tables_fit_120_columns_and_fold_layers(llavas: Path) -> None:
         if layers:
             expected[4:5] = [f"llm.layers[{i}]" for i in range(3)]
             expected[1:2] = [f"vision.layers[{i}]" for i in range(2)]
-        assert parts == expected, "in the order in which the model uses them"
+        assert parts == [*expected, "all"], "in the order in which the model uses them"
 
 
 def test_long_names_lose_their_middle_unless_they_would_become_the_same(llavas: Path) -> None:

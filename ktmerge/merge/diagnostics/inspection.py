@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from ktmerge.merge.diagnostics.differences import Differences
 from ktmerge.merge.diagnostics.kinds import KINDS
-from ktmerge.merge.diagnostics.measures import QUANTILES, Effective, Movement, Pair, Spread
+from ktmerge.merge.diagnostics.measures import ALL, QUANTILES, Effective, Movement, Pair, Spread
 from ktmerge.merge.diagnostics.table import Table, tables
 
 T = TypeVar("T", Movement, Spread, Pair)
@@ -47,6 +47,8 @@ class Contents:
 class Inspection:
     """What was found. Layers are ``llm.layers[3]``; a part, ``llm.layers``, is all of a stack's layers together.
 
+    Methods take a layer, a part, or `ALL`.
+
     Attributes:
         contents: what the base consists of, by part, in the order in which a model uses them.
         layers: the same parts, with every layer of a stack by itself.
@@ -79,29 +81,33 @@ class Inspection:
         return list(self.movements)
 
     def movement(self, model: str, part: str, kind: str | None = None) -> Movement | None:
-        """How far a model moved in a part or layer, or in one kind of its tensors; None if it has none of them."""
+        """How far a model moved there, or in one kind of the tensors; None if it has none of them."""
         cells = self.movements[model]
         if (part, kind) in cells:
             return cells[part, str(kind)]
         return _total(moved for (at, what), moved in cells.items() if kind in (None, what) and _within(at, part))
 
     def spread(self, model: str, part: str) -> Spread | None:
-        """The distances in ulps in a part or layer."""
+        """The distances in ulps."""
         return _total(spread for at, spread in self.spreads[model].items() if _within(at, part))
 
     def pair(self, first: str, second: str, part: str) -> Pair | None:
-        """Two models in a part or layer."""
+        """Two models beside each other."""
         return _total(pair for at, pair in self.pairs[first, second].items() if _within(at, part))
 
     def effective(self, part: str) -> Effective | None:
-        """N_eff of a part's or layer's tensors."""
+        """N_eff of the tensors; None if none was measured."""
         counts = [count for at, found in self.changed_by.items() if _within(at, part) for count in found]
         return Effective.of(counts) if counts else None
 
     def kinds(self, part: str) -> list[str]:
-        """The kinds of tensors in a part or layer."""
+        """The kinds of tensors."""
         found = {what for cells in self.movements.values() for at, what in cells if _within(at, part)}
         return [kind for kind in KINDS if kind in found]
+
+    def total(self) -> Contents:
+        """What the base consists of altogether."""
+        return reduce(add, self.contents.values())
 
     def tables(self, *, layers: bool = False) -> Iterator[Table]:
         """What people read: columns, rows and title of each table; with ``layers``, every layer by itself."""
@@ -109,13 +115,14 @@ class Inspection:
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain data."""
+        parts = [*self.contents, ALL]
         return {
-            "base": {part: one.to_json() for part, one in self.contents.items()},
+            "base": {part: one.to_json() for part, one in {**self.contents, ALL: self.total()}.items()},
             "differences": {name: one.to_json() for name, one in self.differences.items()},
             "models": {
                 name: {
                     "coverage": _digits(self.coverage[name]),
-                    "parts": self._by(self.contents, lambda part, name=name: self._moved(name, part)),
+                    "parts": self._by(parts, lambda part, name=name: self._moved(name, part)),
                     "layers": self._by(self.layers, lambda part, name=name: self._moved(name, part, kinds=True)),
                 }
                 for name in self.models
@@ -123,13 +130,13 @@ class Inspection:
             "pairs": [
                 {
                     "models": [first, second],
-                    "parts": self._by(self.contents, lambda part, a=first, b=second: self._paired(a, b, part)),
+                    "parts": self._by(parts, lambda part, a=first, b=second: self._paired(a, b, part)),
                     "layers": self._by(self.layers, lambda part, a=first, b=second: self._paired(a, b, part)),
                 }
                 for first, second in self.pairs
             ],
             "effective_experts": {
-                "parts": self._by(self.contents, lambda part: (one := self.effective(part)) and one.to_json()),
+                "parts": self._by(parts, lambda part: (one := self.effective(part)) and one.to_json()),
                 "layers": self._by(self.layers, lambda part: (one := self.effective(part)) and one.to_json()),
             },
             "warnings": self.warnings,
@@ -163,7 +170,7 @@ def stack_of(layer: str) -> str:
 
 
 def _within(layer: str, part: str) -> bool:
-    return layer == part or ("[" not in part and stack_of(layer) == part)
+    return part in (layer, ALL) or ("[" not in part and stack_of(layer) == part)
 
 
 def _total(found: Iterable[T]) -> T | None:

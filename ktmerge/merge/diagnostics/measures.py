@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+ALL = "all"
+"""Stands for all parts of a model together."""
 QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99}
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ktmerge.merge.diagnostics.measures import QUANTILES, Movement, Spread
+from ktmerge.merge.diagnostics.measures import ALL, QUANTILES, Movement, Spread
 
 if TYPE_CHECKING:
     from ktmerge.merge.diagnostics.inspection import Inspection
@@ -22,7 +22,7 @@ def tables(found: Inspection, *, layers: bool) -> Iterator[Table]:
     yield _contents(found)
     if found.models:
         parts = found.layers if layers else list(found.contents)
-        parts = [part for part in parts if found.effective(part) is not None]
+        parts = [part for part in [*parts, ALL] if found.effective(part) is not None]
         yield _movements(found, parts)
         yield from _pairs(found, parts)
     rows = [[name, what, line] for name, one in found.differences.items() for what, line in one.lines()]
@@ -33,7 +33,7 @@ def tables(found: Inspection, *, layers: bool) -> Iterator[Table]:
 def _contents(found: Inspection) -> Table:
     rows = [
         [part, str(one.tensors), f"{one.parameters / 1e6:.2f}", f"{one.nbytes / 1e6:.1f}", ", ".join(one.dtypes)]
-        for part, one in found.contents.items()
+        for part, one in {**found.contents, ALL: found.total()}.items()
     ]
     return ["part", "tensors", "million", "MB", "types"], rows, "the base"
 

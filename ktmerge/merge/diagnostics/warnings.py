@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import reduce
-from operator import add
 from typing import TYPE_CHECKING
 
-from ktmerge.merge.diagnostics.measures import Movement, Pair
+from ktmerge.merge.diagnostics.measures import ALL, Movement, Pair
 from ktmerge.merge.diagnostics.table import percent
 
 if TYPE_CHECKING:
@@ -29,7 +27,7 @@ def warnings_of(found: Inspection) -> Iterator[str]:
     """One sentence each."""
     yield from _broken(found.broken)
     far = {name for name, moved in found.matrices.items() if moved.relative > FAR}
-    pairs = {names: reduce(add, parts.values(), Pair()) for names, parts in found.pairs.items()}
+    pairs = {names: found.pair(*names, ALL) or Pair() for names in found.pairs}
     alike = {names: pair.cosine for names, pair in pairs.items() if pair.cosine is not None and pair.cosine > ALIKE}
     for name in found.models:
         yield from _one(found, name, name in far)
@@ -66,8 +64,8 @@ def _one(found: Inspection, name: str, far: bool) -> Iterator[str]:
                 f"{name} moved far: its matrices by {_times(matrices)}, fine-tunes rarely by over {FAR:.0%}. It was "
                 "probably tuned from another base of this family, or trained much further; a blend may be useless."
             )
-    spreads = list(found.spreads[name].values())
-    lost = reduce(add, spreads).below(0.5)
+    spread = found.spread(name, ALL)
+    lost = spread.below(0.5) if spread is not None else 0.0
     if lost > HALF:
         yield (
             f"{name}: {lost:.0%} of its changes are under half a step of the base's type, and rounding to it would "
