@@ -87,6 +87,18 @@ def test_suspicious_fine_tunes_are_pointed_out(tmp_path: Path) -> None:
     assert "they learned the same" in line
 
 
+def test_a_part_that_was_trained_anew_is_pointed_out(llavas: Path, tmp_path: Path) -> None:
+    tensors = read(llavas / "a")
+    generator = torch.Generator().manual_seed(8)
+    for name, values in tensors.items():
+        if "projector" in name:
+            tensors[name] = values.std() * torch.randn(values.shape, generator=generator)
+    write(tmp_path / "x", tensors)
+    (line,) = inspect(llavas / "base", {"x": tmp_path / "x"}).warnings
+    assert line.startswith("x: its connector has nothing of the base's (")
+    assert "blend.where" in line
+
+
 def test_a_fine_tune_too_fine_for_the_bases_type_is_pointed_out(tmp_path: Path) -> None:
     base = llama_tensors()
     write(tmp_path / "base", base)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 FAR = 0.1
 """||tau|| / ||theta_0|| of matrices above which a fine-tune of this base is unlikely."""
 UNLIKE = 0.5
-"""Cosine between the matrices of model and base below which the one is no descendant of the other."""
+"""Cosine between weights of model and base below which the ones do not descend from the others."""
 ALIKE = 0.9
 """Cosine between two experts' deltas above which they learned the same, or share another base."""
 WHOLE = 0.999
@@ -52,18 +52,23 @@ def _one(found: Inspection, name: str, far: bool) -> Iterator[str]:
     if not any(moved.changed for moved in found.movements[name].values()):
         yield f"{name} equals the base everywhere."
         return
-    if far:
-        likeness = matrices.likeness
-        if likeness is not None and likeness < UNLIKE:
-            yield (
-                f"{name} is not a fine-tune of this base: its matrices have nothing of the base's (cosine "
-                f"{likeness:.2f}, {_times(matrices)}). Blending the two would ruin both; find its own base."
-            )
-        else:
-            yield (
-                f"{name} moved far: its matrices by {_times(matrices)}, fine-tunes rarely by over {FAR:.0%}. It was "
-                "probably tuned from another base of this family, or trained much further; a blend may be useless."
-            )
+    if far and _unlike(matrices):
+        yield (
+            f"{name} is not a fine-tune of this base: its matrices have nothing of the base's (cosine "
+            f"{matrices.likeness:.2f}, {_times(matrices)}). Blending the two would ruin both; find its own base."
+        )
+        return
+    anew = {part: moved for part in found.contents if (moved := found.movement(name, part)) and _unlike(moved)}
+    for part, moved in anew.items():
+        yield (
+            f"{name}: its {part} has nothing of the base's ({_times(moved)}); it was probably trained anew. Keep "
+            "that part whole, from one of the two, by a rule under blend.where."
+        )
+    if far and not anew:
+        yield (
+            f"{name} moved far: its matrices by {_times(matrices)}, fine-tunes rarely by over {FAR:.0%}. It was "
+            "probably tuned from another base of this family, or trained much further; a blend may be useless."
+        )
     spread = found.spread(name, ALL)
     lost = spread.below(0.5) if spread is not None else 0.0
     if lost > HALF:
@@ -84,6 +89,11 @@ def _broken(found: Mapping[tuple[str, str], int]) -> Iterator[str]:
             f"{model or 'the base'}: {count} values of '{first}' are NaN or infinite{more}; they count as unchanged "
             "here, and a blend refuses them."
         )
+
+
+def _unlike(moved: Movement) -> bool:
+    """Whether nothing of the base is left."""
+    return moved.relative > FAR and moved.likeness is not None and moved.likeness < UNLIKE
 
 
 def _times(moved: Movement) -> str:
