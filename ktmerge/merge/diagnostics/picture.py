@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 COLUMN, GAP, BAR = 17.0, 5.0, 13.0
 """Points: width of a column; height between blocks, and of the bar of a part without layers."""
 SMALL = 7.0
-LEFT, TOP, BOTTOM, BETWEEN = 76.0, 46.0, 54.0, 16.0
+LEFT, TOP, BOTTOM, BETWEEN = 76.0, 46.0, 58.0, 16.0
 WIDEST = 820.0
 DECADES = 4
 """What is this many powers of ten below the largest has the palest colour."""
@@ -114,7 +114,7 @@ def heat_map(found: Inspection, path: Path) -> bytes:
             place = left / page[0], bottom / page[1], width / page[0], height / page[1]
             axes: Any = figure.add_axes(place)
             _panel(axes, found, model, grid, scale, labelled=column == 0)
-        bar: Any = figure.add_axes((LEFT / page[0], 27 / page[1], min(width * across, 260) / page[0], 8 / page[1]))
+        bar: Any = figure.add_axes((LEFT / page[0], 31 / page[1], min(width * across, 260) / page[0], 8 / page[1]))
         _legend(figure, bar, ScalarMappable(*scale), clipped=clipped)
         return to_file(figure, path.suffix[1:].lower())
 
