@@ -363,8 +363,9 @@ def inspect(
         refuse_existing(target, overwrite)
     found = diagnostics.inspect(resolve(str(base), Path.cwd()), folders, headers_only=headers_only, progress=progress)
     if target is not None:
-        with failing_clearly(target):
-            target.write_bytes(diagnostics.heat_map(found, target))
+        from ktmerge.eval.results import write_whole
+
+        write_whole(target, diagnostics.heat_map(found, target))
     return found
 
 

@@ -280,8 +280,8 @@ class Generation:
     note: str = ""
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file by one rename, so that it is there whole or not at all.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file by one rename, so that it is there whole or not at all; text as UTF-8.
 
     Raises:
         KtmergeError: the disk is full, the folder is missing or may not be written.
@@ -289,8 +289,8 @@ def write_whole(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with clear_os_errors(path):
         try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with temporary.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
