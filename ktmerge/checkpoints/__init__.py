@@ -10,6 +10,7 @@ from ktmerge.checkpoints.expressions import PartExpression
 from ktmerge.checkpoints.files import copy_files, refuse_overlap
 from ktmerge.checkpoints.header import FilePlan, TensorInfo
 from ktmerge.checkpoints.hub import resolve
+from ktmerge.checkpoints.opening import open_model
 from ktmerge.checkpoints.parts import Parts
 from ktmerge.checkpoints.reader import Reader, TensorReader
 from ktmerge.checkpoints.verify import verify_loadable
@@ -30,6 +31,7 @@ __all__ = [
     "content_digest",
     "copy_files",
     "header_digest",
+    "open_model",
     "refuse_overlap",
     "resolve",
     "tensor_class",

@@ -140,6 +140,38 @@ def align(base: Checkpoint, other: Checkpoint, label: str) -> Alignment:
     )
 
 
+def locate(names: Iterable[str], wanted: Iterable[str], label: str) -> dict[str, str]:
+    """Find single tensors, as an adapter names them, among a model's ``names``; what isn't there is left out.
+
+    Equal names first, then names without wrapper modules, at the strictest level at which one is left, then names
+    with one leading module more or less.
+
+    Raises:
+        UsageError: one could be several of the model's, or two would be the same; ``label`` says whose they are.
+    """
+    wanted, names = list(wanted), list(names)
+    there = set(names)
+    levels = [_grouped(dropped, names) for dropped in _LEVELS[1:]]
+    found: dict[str, str] = {}
+    for name in wanted:
+        candidates = [name] if name in there else []
+        for dropped, groups in zip(_LEVELS[1:], levels, strict=True):
+            candidates = candidates or groups.get(_canonical(name, dropped), [])
+        if len(candidates) > 1:
+            raise UsageError(f"{label}: '{name}' could be {_some(candidates)} of the model.")
+        if candidates:
+            found[name] = candidates[0]
+    taken = set(found.values())
+    found |= _pair_prefixed(
+        [name for name in wanted if name not in found], [name for name in names if name not in taken]
+    )
+    owners: dict[str, str] = {}
+    for name, place in found.items():
+        if owners.setdefault(place, name) != name:
+            raise UsageError(f"{label}: '{owners[place]}' and '{name}' would be one tensor of the model, '{place}'.")
+    return found
+
+
 def tied_head(checkpoint: Checkpoint) -> tuple[str, str] | None:
     """The output head and its embedding, where both are stored although the config says outright that it ties them."""
     head, table = _head(checkpoint), _table(checkpoint)
@@ -147,7 +179,7 @@ def tied_head(checkpoint: Checkpoint) -> tuple[str, str] | None:
         isinstance(section, Mapping) and "tie_word_embeddings" in section
         for section in (checkpoint.config, checkpoint.config.get("text_config"))
     )
-    if head is None or table is None or says_nothing or not _ties(checkpoint.config):
+    if head is None or table is None or says_nothing or not ties(checkpoint.config):
         return None
     return (head, table) if _same(checkpoint, head, table) else None
 
@@ -220,10 +252,10 @@ def _tie(base: Checkpoint, other: Checkpoint, mapping: dict[str, str]) -> dict[s
     base_table, other_table = _table(base), _table(other)
     if base_table is None or other_table is None:
         return {}
-    if base_head is None and other_head is not None and _ties(base.config):
+    if base_head is None and other_head is not None and ties(base.config):
         return {other_head: other_table} if _same(other, other_head, other_table) else {}
     # A model saved without any head (`LlamaModel`) ties nothing, whatever its config leaves unsaid.
-    others_is_tied = other_head is None and _ties(other.config) and not _headless(other.config)
+    others_is_tied = other_head is None and ties(other.config) and not _headless(other.config)
     if base_head is not None and base_head not in mapping and others_is_tied:
         mapping[base_head] = other_table
     return {}
@@ -246,7 +278,8 @@ def _table(checkpoint: Checkpoint) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def _ties(config: Mapping[str, Any]) -> bool:
+def ties(config: Mapping[str, Any]) -> bool:
+    """Whether the config lets the output head be the embedding; unsaid, it does."""
     text = config.get("text_config")
     inner = text.get("tie_word_embeddings", True) if isinstance(text, Mapping) else True
     return config.get("tie_word_embeddings", inner) is not False

@@ -30,6 +30,7 @@ class Checkpoint:
         left_behind: what does not travel: the weights in other formats, the state of a training run.
         metadata: ``__metadata__`` of each weight file.
         stamps: size, time and inode of each weight file when its header was read.
+        notes: what a person should know of how it is understood.
     """
 
     root: Path
@@ -41,6 +42,7 @@ class Checkpoint:
     left_behind: tuple[str, ...]
     metadata: dict[str, dict[str, str]]
     stamps: dict[str, FileStamp]
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
@@ -88,6 +90,11 @@ class Checkpoint:
         except KeyError:
             near = did_you_mean(name, self.tensors, list_all=False)
             raise UsageError(f"{self.root}: has no tensor '{name}'.{near}") from None
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """Every folder it is read from."""
+        return (self.root,)
 
     @property
     def nbytes(self) -> int:

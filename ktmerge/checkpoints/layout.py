@@ -87,7 +87,7 @@ def read_layout(root: Path) -> Layout:
     else:
         weight_map = None
         weights = (_single(root, names),)
-    carried, left_behind = _others(root, set(weights))
+    carried, left_behind = files_beside(root, set(weights))
     return Layout(weights, index, weight_map, carried, left_behind)
 
 
@@ -100,8 +100,8 @@ def _names(root: Path) -> set[str]:
         raise UsageError(f"{root}: cannot be read as a checkpoint folder: {error.strerror}.") from None
     if "adapter_config.json" in names:
         raise UsageError(
-            f"{root}: is a PEFT adapter, not a whole model; fold it into its base first "
-            "(PeftModel.merge_and_unload, then save_pretrained) and give that folder."
+            f"{root}: is a PEFT adapter, not a whole model; as an expert of a recipe it is folded into the base, "
+            "elsewhere give a whole model (PeftModel.merge_and_unload, then save_pretrained)."
         )
     return names
 
@@ -189,7 +189,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _others(root: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def files_beside(root: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The files below ``root`` other than its ``weights`` that travel with them, and those that don't.
+
+    Raises:
+        UsageError: one is unreadable, or neither file nor folder.
+    """
     carried: list[str] = []
     left_behind: list[str] = []
     for path in _files_below(root):

@@ -54,7 +54,9 @@ def blend(
     started = time.perf_counter()
     choose_device(device)
     plan = plan_blend(recipe)
-    refuse_overlap(out, [plan.base.root, *(expert.checkpoint.root for expert in plan.experts)])
+    refuse_overlap(
+        out, [root for one in (plan.base, *(expert.checkpoint for expert in plan.experts)) for root in one.roots]
+    )
     if resume and (report := recorded(plan, out, progress)) is not None:
         progress.note(f"{out} already holds this blend; kept")
         return report

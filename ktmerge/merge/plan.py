@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ktmerge.checkpoints import Alignment, Checkpoint, Parts, TensorClass, TensorInfo, align, resolve, tensor_class
+from ktmerge.checkpoints import Alignment, Checkpoint, Parts, TensorClass, TensorInfo, align, open_model, tensor_class
 from ktmerge.checkpoints.alignment import tied_head
 from ktmerge.checkpoints.dtypes import BITS
 from ktmerge.errors import UsageError
@@ -237,16 +237,16 @@ def _weights(recipe: Recipe) -> dict[str, float]:
     return {name: expert.weight for name, expert in recipe.experts.items()}
 
 
-def _open(recipe: Recipe, role: str, reference: str | None) -> Checkpoint:
+def _open(recipe: Recipe, role: str, reference: str | None, base: Checkpoint | None = None) -> Checkpoint:
     try:
-        return Checkpoint.open(resolve(str(reference), recipe.folder))
+        return open_model(str(reference), recipe.folder, base)
     except UsageError as error:
         raise UsageError("\n".join(f"{role}: {line}" for line in str(error).splitlines())) from None
 
 
 def _open_expert(recipe: Recipe, name: str, base: Checkpoint | None, problems: list[str]) -> ExpertPlan | None:
     label = f"experts.{name}"
-    checkpoint = _collect(problems, lambda: _open(recipe, f"{label}.model", recipe.experts[name].model))
+    checkpoint = _collect(problems, lambda: _open(recipe, f"{label}.model", recipe.experts[name].model, base))
     if checkpoint is None or base is None:
         return None
     alignment = align(base, checkpoint, label)
@@ -320,7 +320,9 @@ def _tensor_plan(
 
 
 def _notes(base: Checkpoint, experts: Iterable[ExpertPlan]) -> Iterable[str]:
+    yield from (f"base: {note}" for note in base.notes)
     for expert in experts:
+        yield from (f"{expert.name}: {note}" for note in expert.checkpoint.notes)
         renamed = expert.alignment.renamed
         if renamed:
             first = next(iter(renamed.items()))

@@ -186,7 +186,10 @@ def _expert(text: str) -> tuple[str, dict[str, Any]]:
 
 def _from_here(model: str) -> str:
     """A path given on the command line is relative to the current folder, not to the recipe's."""
-    return str(Path(model).absolute()) if Path(model).exists() else model
+    if Path(model).exists():
+        return str(Path(model).absolute())
+    model_and_adapter = model.split("+")
+    return "+".join(map(_from_here, model_and_adapter)) if all(model_and_adapter[1:]) and "+" in model else model
 
 
 FIXED_BLEND_KEYS = frozenset(_keys(Blend))

@@ -20,7 +20,10 @@ class _Section(BaseModel):
 class Expert(_Section):
     """One fine-tuned model."""
 
-    model: str = Field(description="a folder (relative to the recipe) or a hub id, `org/name@revision`")
+    model: str = Field(
+        description="a folder (relative to the recipe) or a hub id, `org/name@revision`; of a PEFT adapter, which is "
+        "folded into the base, or into another model: `model+adapter`"
+    )
     weight: float = Field(1.0, allow_inf_nan=False, description="its share when several experts are combined")
 
 

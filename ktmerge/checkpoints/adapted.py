@@ -1,0 +1,170 @@
+"""Which tensors of a model an adapter's names mean, and how their factors lie to them. Reads no weights."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ktmerge.checkpoints.alignment import locate
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.dtypes import FLOATS
+from ktmerge.checkpoints.header import TensorInfo
+from ktmerge.errors import UsageError
+
+PREFIX = "base_model.model."
+_FACTOR = re.compile(
+    r"^(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+    r"(\.(?P<leaf>weight|bias))?$"
+)
+_FOREIGN = re.compile(r"(^|\.)(lora_|ia3_|hada_|lokr_|oft_|vera_|boft_|prompt_|adaption_|token_adapter|ranknum)")
+
+
+@dataclass(frozen=True)
+class AdaptedModule:
+    """The adapted weight or bias of one module: the model's name of it, and the adapter's tensors."""
+
+    target: str
+    factors: Mapping[str, TensorInfo]
+    scale: float
+    outputs_are_rows: bool
+
+    @property
+    def is_bias(self) -> bool:
+        """Whether it is the bias beside the second factor, added to the module's own."""
+        return "lora_B.bias" in self.factors
+
+    @property
+    def pair(self) -> tuple[TensorInfo, TensorInfo]:
+        """A ``[r, in]`` and B ``[out, r]``."""
+        kind = "lora_embedding" if "lora_embedding_A" in self.factors else "lora"
+        return self.factors[f"{kind}_A"], self.factors[f"{kind}_B"]
+
+
+def understand(
+    folder: Path, config: Mapping[str, Any], stored: Mapping[str, TensorInfo], model: Checkpoint
+) -> tuple[list[AdaptedModule], dict[str, TensorInfo]]:
+    """The modules to fold, and the tensors stored whole, by the model's names.
+
+    Args:
+        folder: the adapter's.
+        config: its ``adapter_config.json``.
+        stored: its tensors, by the names of the modules in the model.
+        model: what it is folded into.
+
+    Raises:
+        UsageError: a tensor is no part of LoRA or DoRA, or the model has no such module.
+    """
+    factors: dict[str, dict[str, TensorInfo]] = {}
+    whole: dict[str, TensorInfo] = {}
+    for name, info in stored.items():
+        match = _FACTOR.match(name)
+        if info.dtype not in FLOATS:
+            raise UsageError(f"{folder}: the adapter's '{name}' is of type {info.dtype}; save it unquantised.")
+        if match is not None:
+            kind = match["kind"] + (".bias" if match["leaf"] == "bias" else "")
+            factors.setdefault(match["module"], {})[kind] = info
+        elif _FOREIGN.search(name):
+            raise UsageError(
+                f"{folder}: the adapter's tensor '{name}' is no part of LoRA or DoRA; it cannot be folded."
+            )
+        else:
+            whole[name.replace(".base_layer.", ".")] = info
+    targets = [f"{module}.weight" for module in factors]
+    biases = [f"{module}.bias" for module, found in factors.items() if "lora_B.bias" in found]
+    places = locate(model.tensors, [*targets, *biases, *whole], str(folder))
+    lost = [name for name in (*targets, *biases) if name not in places]
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise UsageError(
+            f"{folder}: the adapter changes '{lost[0]}'{more}, which {model.root} does not have; it belongs to another "
+            "model."
+        )
+    # A head that the model ties to its embedding is no tensor of its own; the alignment judges what is left over.
+    replaced = {places.get(name, name): info for name, info in whole.items()}
+    sideways = _Orientation(config, model)
+    modules = []
+    for module, found in factors.items():
+        target = places[f"{module}.weight"]
+        scale = _scale(folder, config, module, found)
+        bias = found.pop("lora_B.bias", None)
+        modules.append(AdaptedModule(target, found, scale, not sideways.of(target, found)))
+        if bias is not None:
+            modules.append(AdaptedModule(places[f"{module}.bias"], {"lora_B.bias": bias}, scale, True))
+    return modules, replaced
+
+
+def _scale(folder: Path, config: Mapping[str, Any], module: str, factors: Mapping[str, TensorInfo]) -> float:
+    """alpha / r, or alpha / sqrt(r), with the alpha of the first pattern that matches; r as it is stored."""
+    first = factors.get("lora_A") or factors.get("lora_embedding_A")
+    second = factors.get("lora_B") or factors.get("lora_embedding_B")
+    if first is None or second is None:
+        raise UsageError(f"{folder}: the adapter has only one factor of '{module}'; it is not whole.")
+    rank = first.shape[0] if first.shape else 0
+    alpha = _setting(folder, config, "alpha_pattern", module, config.get("lora_alpha"))
+    told = _setting(folder, config, "rank_pattern", module, config.get("r"))
+    if type(rank) is not int or rank < 1 or len(second.shape) < 2 or second.shape[1] != rank or told != rank:
+        raise UsageError(
+            f"{folder}: the adapter's factors of '{module}' have shapes {list(first.shape)} and {list(second.shape)}, "
+            f"which do not make the rank {told} of its config."
+        )
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
+        raise UsageError(f"{folder}: the adapter's lora_alpha for '{module}' is {alpha!r}, not a number.")
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _setting(folder: Path, config: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
+    patterns = config.get(key) or {}
+    if not isinstance(patterns, Mapping):
+        raise UsageError(f"{folder}: the adapter's {key} is no map from patterns to numbers.")
+    for pattern, value in patterns.items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        except re.error as error:
+            raise UsageError(f"{folder}: the adapter's {key} has the pattern {pattern!r}: {error}.") from None
+    return default
+
+
+class _Orientation:
+    """Which weights are stored ``[in, out]``, as GPT-2 does: told by shape, and where square by the model's others."""
+
+    def __init__(self, config: Mapping[str, Any], model: Checkpoint) -> None:
+        self._said = config.get("fan_in_fan_out") is True
+        self._model = model
+
+    def of(self, target: str, factors: Mapping[str, TensorInfo]) -> bool:
+        if "lora_embedding_A" in factors:
+            return True
+        shape = self._model.tensors[target].shape
+        inputs, outputs = factors["lora_A"].shape[1:2], factors["lora_B"].shape[:1]
+        if len(shape) != 2 or shape[0] != shape[1]:
+            return len(shape) == 2 and shape == (*inputs, *outputs)
+        stack = re.match(r".*\.\d+\.|", target)
+        votes = {
+            bias.shape[0] == info.shape[1]
+            for name, info in self._model.tensors.items()
+            if name.startswith(stack[0] if stack else "") and name.endswith(".weight") and len(info.shape) == 2
+            if info.shape[0] != info.shape[1]
+            and (bias := self._model.tensors.get(name.removesuffix("weight") + "bias")) is not None
+            and len(bias.shape) == 1
+        }
+        return votes.pop() if len(votes) == 1 else self._said
+
+
+def fits(module: AdaptedModule, shape: tuple[int, ...]) -> bool:
+    """Whether the factors make a tensor of that shape."""
+    if module.is_bias:
+        return shape == module.factors["lora_B.bias"].shape
+    first, second = (info.shape for info in module.pair)
+    # Of a convolution, the second factor is one of size 1 in every direction.
+    if len(first) != len(second) or any(size != 1 for size in second[2:]):
+        return False
+    product = (second[0], *first[1:])
+    magnitude = module.factors.get("lora_magnitude_vector")
+    if magnitude is not None and math.prod(magnitude.shape) != second[0]:
+        return False
+    return shape == (product if module.outputs_are_rows else product[::-1])

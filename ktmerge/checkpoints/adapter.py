@@ -1,0 +1,179 @@
+"""PEFT adapters: which tensors of a model a LoRA or DoRA changes, shown as a checkpoint, folded while it is read."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ktmerge.checkpoints.adapted import PREFIX, AdaptedModule, fits, understand
+from ktmerge.checkpoints.alignment import ties
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.classes import tensor_class
+from ktmerge.checkpoints.derived import Derived, DerivedReader, Made, shown
+from ktmerge.checkpoints.dtypes import FLOATS
+from ktmerge.checkpoints.header import FileStamp, TensorInfo, read_header
+from ktmerge.checkpoints.layout import files_beside, read_json
+from ktmerge.checkpoints.reader import Reader, TensorReader
+from ktmerge.errors import UsageError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+# Settings under which the sum of weight and product is not what was trained, and why.
+_UNKNOWN = {
+    "target_parameters": "adapts bare parameters (target_parameters)",
+    "trainable_token_indices": "trained single tokens (trainable_token_indices)",
+    "layer_replication": "repeats layers of its model (layer_replication)",
+    "use_qalora": "pools its inputs (use_qalora)",
+    "use_bdlora": "is block-diagonal (use_bdlora)",
+    "alora_invocation_tokens": "acts after an invocation only (alora_invocation_tokens)",
+    "arrow_config": "chooses among adapters while it runs (arrow_config)",
+    "kasa_config": "is KaSA (kasa_config)",
+    "monteclora_config": "is random (monteclora_config)",
+    "megatron_config": "is of a Megatron model (megatron_config)",
+}
+_MOVES_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether the folder holds a PEFT adapter."""
+    return (folder / CONFIG).exists()
+
+
+def open_adapter(folder: Path, model: Checkpoint) -> Derived:
+    """The adapter in ``folder`` over ``model``: adapted tensors in F32, the others as the model has them.
+
+    Raises:
+        UsageError: it is no LoRA or DoRA, cannot be expressed in weights, or doesn't fit the model.
+    """
+    config = read_json(folder / CONFIG)
+    _require_foldable(folder, config)
+    if not (folder / WEIGHTS).exists():
+        other = "only adapter_model.bin, a pickle" if (folder / "adapter_model.bin").exists() else f"no {WEIGHTS}"
+        raise UsageError(f"{folder}: has {other}; save the adapter again as safetensors (PeftModel.save_pretrained).")
+    header = read_header(folder / WEIGHTS, WEIGHTS)
+    stored = {info.name.removeprefix(PREFIX): info for info in header.tensors}
+    modules, replaced = understand(folder, config, stored, model)
+    tensors = dict(model.tensors)
+    for name, info in replaced.items():
+        tensors[name] = shown(TensorInfo(name, info.dtype, info.shape, info.file, 0, 0))
+    for module in modules:
+        tensors[module.target] = _shown_folded(folder, module, replaced.get(module.target), model)
+    _require_tied_together(folder, config, tensors, model)
+    stamps = {WEIGHTS: header.stamp, CONFIG: FileStamp.of(os.stat(folder / CONFIG))}
+
+    def opened() -> DerivedReader:
+        from ktmerge.checkpoints.folding import Shelf, fold
+
+        weights, own, shelf = model.reader(), TensorReader(folder, _by_name(header.tensors), stamps), Shelf()
+        made: dict[str, Made] = {name: _Replaced(info, own) for name, info in replaced.items()}
+        for module in modules:
+            whole = replaced.get(module.target)
+            original = model.tensors[module.target] if whole is None else whole
+            read = weights if whole is None else own
+            made[module.target] = fold(module, tensors[module.target], original, read, own, shelf)
+        return DerivedReader(tensors, weights, made, [own])
+
+    carried, left_behind = files_beside(folder, {WEIGHTS})
+    return Derived(
+        root=folder,
+        tensors=tensors,
+        config=model.config,
+        weight_files=model.weight_files,
+        index_file=model.index_file,
+        other_files=carried,
+        left_behind=left_behind,
+        metadata=model.metadata,
+        stamps={**stamps, **{f"model/{file}": stamp for file, stamp in model.stamps.items()}},
+        notes=(*model.notes, *_notes(config, model, len(modules) + len(replaced))),
+        below=model.roots,
+        opened=opened,
+    )
+
+
+@dataclass(frozen=True)
+class _Replaced:
+    """A tensor that the adapter stores whole."""
+
+    info: TensorInfo
+    own: Reader
+
+    def fill(self, start: int, target: memoryview) -> None:
+        self.own.read_into(self.info.name, start, target)
+
+
+def _by_name(tensors: tuple[TensorInfo, ...]) -> dict[str, TensorInfo]:
+    return {info.name: info for info in tensors}
+
+
+def _require_foldable(folder: Path, config: Mapping[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise UsageError(
+            f"{folder}: is a PEFT adapter of the type {kind}, which is not a change of weights that ktmerge can fold "
+            "(LoRA and DoRA are); merge it with PEFT where it can, and give the whole model."
+        )
+    for key, reason in _UNKNOWN.items():
+        if config.get(key):
+            raise UsageError(f"{folder}: the adapter {reason}, which cannot be folded into weights tensor by tensor.")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_MOVES_THE_BASE):
+        raise UsageError(
+            f"{folder}: the adapter began as {start}, which changed the weights below it, too; convert it to a plain "
+            "LoRA when saving (path_initial_model_for_weight_conversion), or merge it with PEFT."
+        )
+
+
+def _shown_folded(folder: Path, module: AdaptedModule, replaced: TensorInfo | None, model: Checkpoint) -> TensorInfo:
+    """The header entry of a folded tensor, once the factors are known to fit it."""
+    info = model.tensors[module.target]
+    shape = info.shape if replaced is None else replaced.shape
+    if info.dtype not in FLOATS:
+        raise UsageError(
+            f"{folder}: the adapter changes '{module.target}', which is quantised in {model.root}; fold it over the "
+            "unquantised model, or say dequantise."
+        )
+    if not fits(module, shape):
+        shapes = " and ".join(str(list(found.shape)) for found in module.factors.values())
+        raise UsageError(
+            f"{folder}: the adapter's factors of '{module.target}' have shapes {shapes}, which do not fit its "
+            f"{list(shape)}; it belongs to another model."
+        )
+    wide = "F64" if "F64" in (info.dtype, replaced.dtype if replaced is not None else "") else "F32"
+    return shown(info, wide, shape)
+
+
+def _require_tied_together(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], model: Checkpoint
+) -> None:
+    """Refuse what was trained for the embedding alone where the head is the same tensor: no file could hold it."""
+    if not ties(model.config) or config.get("ensure_weight_tying"):
+        return
+    vocabulary = [
+        name
+        for name in tensors
+        if name.endswith(".weight") and tensor_class(name, tensors[name], model.config) == "embed"
+    ]
+    heads = [name for name in vocabulary if re.search(r"(^|\.)(lm_head|embed_out|output)\.weight$", name)]
+    changed = [
+        name
+        for name in vocabulary
+        if re.search(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$", name)
+        and tensors[name] is not model.tensors.get(name)
+    ]
+    if changed and not heads:
+        raise UsageError(
+            f"{folder}: the adapter was trained on '{changed[0]}' but not on the head, which {model.root} ties to it: "
+            "as one tensor they cannot differ. Untie the model first, or train with ensure_weight_tying."
+        )
+
+
+def _notes(config: Mapping[str, Any], model: Checkpoint, count: int) -> list[str]:
+    told = str(config.get("base_model_name_or_path") or "")
+    doubt = f"; it says it was trained on '{Path(told).name}', make sure that this is the same" if told else ""
+    kind = "DoRA" if config.get("use_dora") else "LoRA"
+    return [f"a {kind} adapter, folded into {count} tensors of {model.root.name}{doubt}."]

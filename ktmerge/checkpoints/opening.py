@@ -1,0 +1,64 @@
+"""From what a recipe calls a model to its checkpoint, whatever kind it is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from ktmerge.checkpoints.adapter import is_adapter, open_adapter
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.hub import resolve
+from ktmerge.errors import UsageError
+
+
+def open_model(reference: str, folder: Path, base: Checkpoint | None = None) -> Checkpoint:
+    """The headers of the model that ``reference`` means.
+
+    Args:
+        reference: a folder (relative to ``folder``) or hub id of a checkpoint or of a PEFT adapter, or
+            ``model+adapter``.
+        folder: where relative paths start.
+        base: the model that a lone adapter is folded into; None where there is no such model.
+
+    Raises:
+        UsageError: there is no such model, or something is wrong with it.
+    """
+    path, adapter = _resolve(reference, folder)
+    if adapter is not None:
+        if is_adapter(path):
+            raise UsageError(
+                f"{reference}: '{path}' is an adapter itself; several adapters in one model are not folded."
+            )
+        model = Checkpoint.open(path)
+        folded = open_adapter(adapter, model)
+        # An output is like its base: the files beside the weights are the whole model's.
+        own = folded if base is not None else model
+        return replace(folded, root=own.root, other_files=own.other_files, below=(path, adapter))
+    if base is not None and is_adapter(path):
+        return open_adapter(path, base)
+    return Checkpoint.open(path)
+
+
+def _resolve(reference: str, folder: Path) -> tuple[Path, Path | None]:
+    """The folder of the model, and that of the adapter over it, if one is named."""
+    count = reference.count("+")
+    if count == 0 or (folder / Path(reference).expanduser()).is_dir():
+        return resolve(reference, folder), None
+    splits = [_halves(reference, position) for position, character in enumerate(reference) if character == "+"]
+    there = [pair for pair in splits if all((folder / Path(one).expanduser()).is_dir() for one in pair)]
+    if not there and count > 1:
+        raise UsageError(
+            f"{reference}: means no folders here; write model+adapter. Several adapters over one model are not folded: "
+            "give each as an expert of its own."
+        )
+    model, adapter = there[0] if there else splits[0]
+    if not model or not adapter:
+        raise UsageError(f"{reference}: write model+adapter, two folders or hub ids.")
+    found = resolve(adapter, folder)
+    if not is_adapter(found):
+        raise UsageError(f"{reference}: '{adapter}' is no PEFT adapter: it has no adapter_config.json.")
+    return resolve(model, folder), found
+
+
+def _halves(reference: str, position: int) -> tuple[str, str]:
+    return reference[:position], reference[position + 1 :]

@@ -1,0 +1,234 @@
+"""PEFT adapters as checkpoints. The oracle is PEFT: what merge_and_unload makes of the same adapter in float32."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ktmerge.checkpoints import Checkpoint, open_model
+from ktmerge.errors import UsageError
+
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("llama", {"target_modules": ALL_LINEAR, "lora_alpha": 16}),
+    "rslora": ("llama", {"target_modules": ["q_proj", "down_proj"], "use_rslora": True, "lora_alpha": 5}),
+    "patterns": (
+        "llama",
+        {
+            "target_modules": ["q_proj", "v_proj", "up_proj"],
+            "rank_pattern": {"v_proj": 2, r"layers\.1\.mlp\.up_proj": 6},
+            "alpha_pattern": {"v_proj": 3, r"^model\.layers\.1\.self_attn\.q_proj": 1},
+        },
+    ),
+    "dora": ("llama", {"target_modules": ["q_proj", "v_proj", "down_proj"], "use_dora": True}),
+    "saved": ("llama", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens", "norm"]}),
+    "embedding": ("llama", {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
+    "embedding dora": ("llama", {"target_modules": ["embed_tokens"], "use_dora": True}),
+    "bias": ("qwen", {"target_modules": ["q_proj", "v_proj"], "lora_bias": True, "bias": "all"}),
+    "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"]}),
+    "conv1d dora": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "use_dora": True}),
+    "conv1d, flag overwritten": ("gpt2 untied", {"target_modules": ["c_proj", "lm_head"]}),
+    "convolution": ("vit", {"target_modules": ["projection", "classifier"]}),
+    "convolution dora": ("vit", {"target_modules": ["projection"], "use_dora": True}),
+}
+
+
+def _build(kind: str) -> Any:
+    import transformers as t
+
+    small = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False}
+    gpt2 = {"vocab_size": 48, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    if kind == "llama":
+        return t.LlamaForCausalLM(t.LlamaConfig(**small, **heads))
+    if kind == "qwen":
+        return t.Qwen2ForCausalLM(t.Qwen2Config(**small, **heads))
+    if kind == "vit":
+        sides = {"image_size": 16, "patch_size": 8, "num_attention_heads": 2}
+        return t.ViTForImageClassification(t.ViTConfig(**sides, hidden_size=16, intermediate_size=24))
+    return t.GPT2LMHeadModel(t.GPT2Config(**gpt2, **ends, tie_word_embeddings=kind == "gpt2"))
+
+
+def make_adapter(folder: Path, kind: str, seed: int = 0, **settings: Any) -> dict[str, torch.Tensor]:
+    """Write a model (``model``) and an adapter of random factors (``adapter``); the merged weights by PEFT."""
+    import peft
+    import transformers
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = _build(kind)
+        model.save_pretrained(folder / "model")
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(**{"r": 4, **settings}))
+        for name, parameter in wrapped.named_parameters():
+            if parameter.requires_grad:
+                scale = 0.1 if "magnitude" in name else 0.3
+                parameter.data = parameter.data + scale * torch.rand(parameter.shape) * parameter.data.std()
+                if "lora_B" in name or "lora_embedding_A" in name:
+                    parameter.data = 0.2 * torch.randn(parameter.shape)
+    wrapped.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    fresh = type(model).from_pretrained(folder / "model", dtype=torch.float32)
+    merged = peft.PeftModel.from_pretrained(fresh, folder / "adapter").merge_and_unload(safe_merge=True)
+    assert isinstance(merged, transformers.PreTrainedModel)
+    merged.save_pretrained(folder / "merged")
+    return load_file(folder / "merged" / "model.safetensors")
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def adapted(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    folder = tmp_path_factory.mktemp("adapter")
+    kind, settings = CASES[request.param]
+    return folder, make_adapter(folder, kind, **settings)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plain")
+    make_adapter(folder, "llama", target_modules=ALL_LINEAR)
+    return folder
+
+
+@pytest.fixture
+def copy(plain: Path, tmp_path: Path) -> Path:
+    """The plain adapter and its model, to be spoiled."""
+    return Path(shutil.copytree(plain, tmp_path / "copy"))
+
+
+def test_folded_weights_are_pefts(adapted: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    folder, merged = adapted
+    model = Checkpoint.open(folder / "model")
+    folded = open_model("model+adapter", folder)
+    assert set(folded.tensors) == set(merged)
+    changed = 0
+    with folded.reader() as reader, model.reader() as original:
+        for name, expected in merged.items():
+            found = reader.read(name).view(expected.shape)
+            assert found.dtype == torch.float32
+            assert torch.allclose(found, expected, rtol=0, atol=1e-6), name
+            moved = not expected.equal(original.read(name).view(expected.shape))
+            changed += moved
+            assert (reader.place(name) is None) or not moved
+    assert changed
+
+
+@pytest.mark.parametrize("case", ["plain", "dora", "conv1d dora", "embedding"])
+def test_any_piece_has_the_bits_of_the_whole(case: str, tmp_path: Path) -> None:
+    kind, settings = CASES[case]
+    make_adapter(tmp_path, kind, **settings)
+    folded = open_model("adapter", tmp_path, Checkpoint.open(tmp_path / "model"))
+    with folded.reader() as reader:
+        for name, info in folded.tensors.items():
+            whole = reader.read(name)
+            assert b"".join(bytes(block) for block in reader.blocks(name)) == whole.numpy().tobytes()
+            for size in (1, 7, 17, 100):
+                if size == 1 and info.numel > 400:
+                    continue
+                with open_model("model+adapter", tmp_path).reader() as other:
+                    pieces = [
+                        other.read(name, start, min(start + size, info.numel))
+                        for start in reversed(range(0, info.numel, size))
+                    ]
+                assert torch.cat(pieces[::-1]).equal(whole)
+
+
+def test_bfloat16_weights_and_factors_are_folded_unrounded(copy: Path) -> None:
+    for file in (copy / "model" / "model.safetensors", copy / "adapter" / "adapter_model.safetensors"):
+        save_file({name: values.bfloat16() for name, values in load_file(file).items()}, file, {"format": "pt"})
+    name = "model.layers.1.mlp.down_proj.weight"
+    weights = load_file(copy / "model" / "model.safetensors")[name].double()
+    factors = load_file(copy / "adapter" / "adapter_model.safetensors")
+    a, b = (factors[f"base_model.model.{name.removesuffix('weight')}lora_{x}.weight"].double() for x in "AB")
+    folded = open_model("model+adapter", copy)
+    with folded.reader() as reader:
+        assert folded[name].dtype == "F32"
+        assert reader.read(name).view(16, 24).equal((weights + 2.0 * (b @ a)).float())
+    assert folded["model.norm.weight"].dtype == "BF16"
+
+
+def _config(folder: Path, **changes: Any) -> None:
+    path = folder / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"peft_type": "IA3"}, "of the type IA3.*LoRA and DoRA are"),
+        ({"peft_type": "PROMPT_TUNING"}, "of the type PROMPT_TUNING"),
+        ({"init_lora_weights": "pissa_niter_4"}, "began as pissa_niter_4.*path_initial_model"),
+        ({"target_parameters": ["experts.gate"]}, "bare parameters"),
+        ({"r": 8}, "do not make the rank 8"),
+        ({"rank_pattern": {"q_proj": 5}}, "do not make the rank 5"),
+        ({"alpha_pattern": {"q_(": 5}}, "alpha_pattern has the pattern"),
+        ({"lora_alpha": "much"}, "lora_alpha .*'much', not a number"),
+    ],
+)
+def test_what_is_no_change_of_weights_is_refused(copy: Path, changes: dict[str, Any], complaint: str) -> None:
+    _config(copy, **changes)
+    with pytest.raises(UsageError, match=complaint):
+        open_model("model+adapter", copy)
+
+
+@pytest.mark.parametrize(
+    ("rename", "complaint"),
+    [
+        (("layers.0.self_attn.q_proj", "layers.7.self_attn.q_proj"), "changes 'model.layers.7.*belongs to another"),
+        (("layers.0.self_attn.q_proj.lora_A.weight", "layers.0.self_attn.q_proj.ia3_l"), "no part of LoRA or DoRA"),
+        (("layers.0.self_attn.q_proj.lora_A", "layers.0.self_attn.o_proj.lora_A"), "only one factor"),
+        (("layers.0.self_attn.q_proj", "layers.0.mlp.up_proj"), "do not fit|only one factor"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(copy: Path, rename: tuple[str, str], complaint: str) -> None:
+    file = copy / "adapter" / "adapter_model.safetensors"
+    renamed = {name.replace(*rename): values for name, values in sorted(load_file(file).items())}
+    save_file(renamed, file)
+    with pytest.raises(UsageError, match=complaint):
+        open_model("model+adapter", copy)
+
+
+@pytest.mark.parametrize(
+    ("reference", "complaint"),
+    [
+        ("model+model", "'model' is no PEFT adapter"),
+        ("adapter+adapter", "several adapters"),
+        ("model+adapter+adapter", "Several adapters"),
+        ("model+nothing", "no such folder"),
+        ("adapter", "is a PEFT adapter, not a whole model"),
+        ("model+", "write model\\+adapter"),
+    ],
+)
+def test_wrong_references_are_refused(plain: Path, reference: str, complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        open_model(reference, plain)
+
+
+def test_an_adapter_of_the_embedding_alone_cannot_be_folded_into_a_tied_model(tmp_path: Path) -> None:
+    make_adapter(tmp_path, "gpt2", target_modules=["wte", "c_attn"])
+    with pytest.raises(UsageError, match=r"'transformer.wte.weight' but not on the head.*Untie"):
+        open_model("model+adapter", tmp_path)
+
+
+def test_names_of_other_versions_are_found(copy: Path) -> None:
+    """An adapter of a model that was wrapped otherwise when it was trained."""
+    file = copy / "adapter" / "adapter_model.safetensors"
+    expected = open_model("model+adapter", copy)
+    with expected.reader() as reader:
+        values = {name: reader.read(name) for name in expected.tensors}
+    save_file(
+        {name.replace("model.layers", "model.language_model.layers", 1): v for name, v in load_file(file).items()}, file
+    )
+    folded = open_model("model+adapter", copy)
+    with folded.reader() as reader:
+        assert all(reader.read(name).equal(values[name]) for name in folded.tensors)
+
+
+def test_a_folder_with_a_plus_in_its_name_is_a_folder(copy: Path) -> None:
+    (copy / "model").rename(copy / "a+b")
+    assert open_model("a+b", copy).roots == (copy / "a+b",)
+    assert set(open_model("a+b+adapter", copy).roots) == {copy / "a+b", copy / "adapter"}

@@ -1,0 +1,139 @@
+"""Blends whose experts are PEFT adapters."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from merge_models import llama_tensors, read, same_bytes, write
+from safetensors.torch import save_file
+
+from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.merge import blend
+from ktmerge.merge.plan import plan_blend
+
+WHOLE = {"method": "linear", "lambda": 1}
+
+
+def lora(
+    folder: Path, shapes: dict[str, tuple[int, ...]], rank: int = 3, alpha: float = 6.0
+) -> dict[str, torch.Tensor]:
+    """Write an adapter of random factors over the weights of these names; the deltas they make, in float64."""
+    generator = torch.Generator().manual_seed(7)
+    factors, deltas = {}, {}
+    for name, (outputs, inputs) in shapes.items():
+        a = 0.1 * torch.randn(rank, inputs, generator=generator)
+        b = 0.1 * torch.randn(outputs, rank, generator=generator)
+        module = name.removesuffix(".weight")
+        factors |= {f"base_model.model.{module}.lora_A.weight": a, f"base_model.model.{module}.lora_B.weight": b}
+        deltas[name] = alpha / rank * (b.double() @ a.double())
+    folder.mkdir()
+    save_file(factors, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "base_model_name_or_path": "/elsewhere/llama"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return deltas
+
+
+@pytest.fixture
+def adapted(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A bfloat16 Llama ``base`` and an ``adapter`` of half its matrices; the deltas."""
+    tensors = llama_tensors()
+    config = {"model_type": "llama", "tie_word_embeddings": True, "vocab_size": 48, "dtype": "bfloat16"}
+    write(tmp_path / "base", tensors, config, shards=2)
+    shapes = {name: tuple(values.shape) for name, values in tensors.items() if "_proj" in name and "layers.0" in name}
+    return tmp_path, lora(tmp_path / "adapter", shapes)
+
+
+@pytest.mark.parametrize("model", ["adapter", "base+adapter"])
+def test_lambda_1_is_the_folded_model(
+    adapted: tuple[Path, dict[str, torch.Tensor]], recipe_in: Any, tmp_path: Path, model: str
+) -> None:
+    folder, deltas = adapted
+    recipe = recipe_in(folder, {"a": (model, 1.0)}, WHOLE, output={"dtype": "float32"})
+    blend(recipe, tmp_path / "out", device="cpu")
+    stored, base = read(tmp_path / "out"), read(folder / "base")
+    for name, values in stored.items():
+        if name in deltas:
+            assert torch.allclose(values, (base[name].double() + deltas[name]).float(), rtol=0, atol=1e-7)
+        else:
+            assert values.equal(base[name].float())
+
+
+def test_untouched_tensors_stay_and_folded_ones_are_rounded_once(
+    adapted: tuple[Path, dict[str, torch.Tensor]], recipe_in: Any, tmp_path: Path
+) -> None:
+    folder, deltas = adapted
+    report = blend(recipe_in(folder, {"a": ("adapter", 1.0)}, WHOLE), tmp_path / "out", device="cpu")
+    stored, base = read(tmp_path / "out"), read(folder / "base")
+    for name, values in stored.items():
+        if name in deltas:
+            assert values.equal((base[name].double() + deltas[name]).float().bfloat16())
+        else:
+            assert same_bytes(values, base[name])
+    assert any(
+        "a: a LoRA adapter, folded into 4 tensors of base" in note and "'llama'" in note for note in report.notes
+    )
+    assert "/elsewhere" not in (tmp_path / "out" / "ktmerge.json").read_text()
+
+
+def test_a_kept_part_of_an_adapter_is_its_folded_weights(
+    adapted: tuple[Path, dict[str, torch.Tensor]], recipe_in: Any, tmp_path: Path
+) -> None:
+    folder, deltas = adapted
+    rules = [{"part": "llm.layers[0]", "keep": "a"}]
+    blend(
+        recipe_in(folder, {"a": ("adapter", 1.0)}, {"method": "ties", "where": rules}), tmp_path / "out", device="cpu"
+    )
+    stored, base = read(tmp_path / "out"), read(folder / "base")
+    for name, delta in deltas.items():
+        assert stored[name].equal((base[name].double() + delta).float().bfloat16())
+
+
+def test_an_adapter_and_a_whole_model_in_one_blend(
+    adapted: tuple[Path, dict[str, torch.Tensor]], recipe_in: Any, tmp_path: Path
+) -> None:
+    folder, _ = adapted
+    blend(recipe_in(folder, {"a": ("adapter", 1.0)}, WHOLE, output={"dtype": "float32"}), tmp_path / "folded")
+    ties = {"method": "ties", "density": 0.4}
+    experts = [{"a": (name, 1.0), "b": ("base", 0.5)} for name in ("adapter", str(tmp_path / "folded"))]
+    for number, given in enumerate(experts):
+        blend(recipe_in(folder, given, ties), tmp_path / f"out{number}", device="cpu")
+    first, second = read(tmp_path / "out0"), read(tmp_path / "out1")
+    assert all(same_bytes(values, second[name]) for name, values in first.items())
+
+
+def test_an_adapter_over_the_base_changes_what_the_others_are_measured_against(
+    adapted: tuple[Path, dict[str, torch.Tensor]], recipe_in: Any, tmp_path: Path
+) -> None:
+    folder, deltas = adapted
+    recipe = recipe_in(folder, {"a": ("base", 1.0)}, {"method": "linear", "lambda": 0}, base="base+adapter")
+    blend(recipe, tmp_path / "out", device="cpu")
+    base = read(folder / "base")
+    for name, values in read(tmp_path / "out").items():
+        wanted = (base[name].double() + deltas[name]).float() if name in deltas else base[name]
+        assert same_bytes(values, wanted)
+    assert (tmp_path / "out" / "config.json").exists()
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_what_an_adapter_needs_is_said(adapted: tuple[Path, dict[str, torch.Tensor]], recipe_in: Any) -> None:
+    folder, _ = adapted
+    with pytest.raises(UsageError, match=r"^base: .* is a PEFT adapter, not a whole model"):
+        plan_blend(recipe_in(folder, {"a": ("base", 1.0)}, WHOLE, base="adapter"))
+
+
+def test_an_output_over_an_input_and_an_adapter_changed_under_the_run_are_refused(
+    adapted: tuple[Path, dict[str, torch.Tensor]], recipe_in: Any, tmp_path: Path
+) -> None:
+    folder, _ = adapted
+    recipe = recipe_in(folder, {"a": ("base+adapter", 1.0)}, WHOLE)
+    with pytest.raises(UsageError, match="one of the inputs"):
+        blend(recipe, folder / "adapter", overwrite=True, device="cpu")
+    plan = plan_blend(recipe)
+    os.utime(folder / "adapter" / "adapter_model.safetensors", ns=(0, 0))
+    with pytest.raises(KtmergeError, match="was changed"), plan.experts[0].checkpoint.reader() as reader:
+        reader.check_unchanged()
