@@ -56,7 +56,7 @@ class Fused:
         self._plan = plan
         self._sources = sources
         self._sink = sink
-        workers = os.cpu_count() or 1
+        workers = _cores()
         experts = len(plan.experts)
         self._piece = max(4, (chunk or PIECE) // 4 * 4)
         self._room = HELD // workers if chunk is None else 0
@@ -227,6 +227,11 @@ class Fused:
         if job.program.steps:
             result.kept = dict.fromkeys(job.tensor.sources, 0)
         return True
+
+
+def _cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _pools(tensors: Iterable[TensorPlan]) -> dict[tuple[int, str], list[TensorPlan]]:

@@ -24,7 +24,7 @@ SHAPES = {
     "model.layers.0.input_layernorm.weight": (7,),
     "model.norm.weight": (1,),
 }
-DTYPES = {"16": torch.bfloat16, "32": torch.float32}
+DTYPES = {"b16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 BLENDS: list[dict[str, Any]] = [
     {"method": "linear", "lambda": 0.5},
     {"method": "task_arithmetic"},
@@ -35,6 +35,13 @@ BLENDS: list[dict[str, Any]] = [
     {"method": "dare", "density": 0.3},
     {"method": "dare", "density": 0.3, "rescale": "none"},
     {"method": "dare_ties", "density": 0.6, "lambda": 0.7},
+    {"stages": {"transform": [{"dare": {"density": 0.5}}, "trim"], "combine": "sum"}},
+]
+OUTPUTS: list[dict[str, Any]] = [
+    {},
+    {"dtype": "float16"},
+    {"dtype": "float32"},
+    {"dtype": "bfloat16", "rounding": "stochastic"},
 ]
 NOT_COVERED: list[dict[str, Any]] = [{"method": "ties", "tie": "majority"}, {"method": "dare", "rescale": "l1"}]
 
@@ -74,7 +81,7 @@ def blended(
     return (out / "model.safetensors").read_bytes(), report.parts()
 
 
-@pytest.mark.parametrize("output", [{}, {"dtype": "float32"}, {"dtype": "bfloat16", "rounding": "stochastic"}], ids=str)
+@pytest.mark.parametrize("output", OUTPUTS, ids=str)
 @pytest.mark.parametrize("blend_", BLENDS, ids=lambda value: "-".join(map(str, value.values())))
 def test_equals_the_reference(
     workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blend_: dict[str, Any], output: dict[str, Any]
@@ -107,20 +114,20 @@ def test_takes_the_pipelines_it_says_it_takes(
     monkeypatch.setattr(Flow, "merged", general)
     if blend_ in NOT_COVERED:
         with pytest.raises(AssertionError, match="the general way"):
-            blended(workshop, tmp_path / "out", blend_, "16", "32", {})
+            blended(workshop, tmp_path / "out", blend_, "b16", "f32", {})
     else:
-        blended(workshop, tmp_path / "out", blend_, "16", "32", {})
+        blended(workshop, tmp_path / "out", blend_, "b16", "f32", {})
 
 
 @pytest.mark.parametrize("method", ["linear", "ties"])
 def test_what_is_not_finite_is_named(workshop: Path, tmp_path: Path, method: str) -> None:
     from safetensors.torch import load_file
 
-    broken = load_file(workshop / "e1-16/model.safetensors")
+    broken = load_file(workshop / "e1-b16/model.safetensors")
     broken["model.norm.weight"][0] = float("nan")
-    for name in ("base16", "e0-16", "e2-16"):
+    for name in ("baseb16", "e0-b16", "e2-b16"):
         (tmp_path / name).symlink_to(workshop / name)
-    write(tmp_path / "e1-16", broken)
+    write(tmp_path / "e1-b16", broken)
     with pytest.raises(KtmergeError, match=r"expert 'e1': tensor 'model.norm.weight' has 1 value"):
-        blended(tmp_path, tmp_path / "out", {"method": method}, "16", "16", {})
+        blended(tmp_path, tmp_path / "out", {"method": method}, "b16", "b16", {})
     assert not (tmp_path / "out").exists()
