@@ -109,7 +109,8 @@ class Alignment:
             rows = grown[0]
             return (
                 f"its vocabulary has {rows.other.shape[0]} rows, the base's {rows.base.shape[0]} ('{rows.name}'): "
-                "tokens were added or removed while tuning. Resize the base to the same tokens before tuning."
+                "tokens were added or removed while tuning. Rows are matched by the tokens' text: put the "
+                "tokenizer.json of both beside their weights."
             )
         count = len(self.mismatched)
         return f"differs from the base in {count} of its tensors: {_some(map(str, self.mismatched))}."

@@ -16,6 +16,10 @@ def widen(data: bytes | bytearray | memoryview, tag: str) -> NDArray[np.float64]
 
 
 def narrow(values: NDArray[np.float64], tag: str) -> NDArray[np.uint8]:
-    """``values`` rounded to nearest, ties to even, to F64 or F32: their bytes."""
+    """``values`` rounded to nearest, ties to even, to the type ``tag`` (to BF16 by way of F32): their bytes."""
     with np.errstate(over="ignore"):  # the engine finds what is not finite, and names it
-        return np.ascontiguousarray(values, _NATIVE[tag]).reshape(-1).view(np.uint8)
+        if tag != "BF16":
+            return np.ascontiguousarray(values, _NATIVE[tag]).reshape(-1).view(np.uint8)
+        bits = values.astype(np.float32).reshape(-1).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values.reshape(-1)), 0x7FC0, rounded).astype(np.uint16).view(np.uint8)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ktmerge.checkpoints import Alignment, Checkpoint, Parts, TensorClass, TensorInfo, align, open_model, tensor_class
 from ktmerge.checkpoints.alignment import tied_head
 from ktmerge.checkpoints.dtypes import BITS
+from ktmerge.checkpoints.vocabulary import fit_vocabulary
 from ktmerge.errors import UsageError
 from ktmerge.merge.rules import Rule, resolve_rules
 from ktmerge.merge.settings import Setting, blend_setting
@@ -248,6 +249,9 @@ def _open_expert(recipe: Recipe, name: str, base: Checkpoint | None, problems: l
     label = f"experts.{name}"
     checkpoint = _collect(problems, lambda: _open(recipe, f"{label}.model", recipe.experts[name].model, base))
     if checkpoint is None or base is None:
+        return None
+    checkpoint = _collect(problems, lambda: fit_vocabulary(base, checkpoint, label))
+    if checkpoint is None:
         return None
     alignment = align(base, checkpoint, label)
     _collect(problems, alignment.require_complete)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ktmerge.checkpoints import Alignment, Checkpoint
+from ktmerge.checkpoints.tokens import read_object
 from ktmerge.merge.diagnostics import tokenizer
-from ktmerge.merge.diagnostics.tokenizer import TokenizerFiles, read_object
+from ktmerge.merge.diagnostics.tokenizer import TokenizerFiles
 
 _IGNORED = ("_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "is_local")
 _TOLD_BY_KEY = (

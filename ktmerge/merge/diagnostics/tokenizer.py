@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ktmerge.checkpoints.tokens import content, mapping, read_object, read_text, read_tokens
+
 FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json",
@@ -43,36 +45,18 @@ class TokenizerFiles:
     def read(cls, root: Path) -> TokenizerFiles:
         """Read what is there; a file that is no JSON counts as absent."""
         whole, config = read_object(root / "tokenizer.json"), read_object(root / "tokenizer_config.json")
-        tokens = _tokens(root, whole, config)
-        model = {key: value for key, value in _mapping(whole.get("model")).items() if key != "vocab"}
+        tokens = read_tokens(root)
+        model = {key: value for key, value in mapping(whole.get("model")).items() if key != "vocab"}
         rest = {key: whole[key] for key in ("normalizer", "pre_tokenizer", "post_processor", "decoder") if key in whole}
         rules = {"tokenizer.json": json.dumps([_merges(model), rest], sort_keys=True) if whole else ""}
-        rules["merges.txt"] = _text(root / "merges.txt")
+        rules["merges.txt"] = read_text(root / "merges.txt")
         rules = {file: text for file, text in rules.items() if text}
-        special = {role: _content(config[role]) for role in _ROLES if config.get(role)}
+        special = {role: content(config[role]) for role in _ROLES if config.get(role)}
         more = read_object(root / "special_tokens_map.json")
-        special = {role: _content(more[role]) for role in _ROLES if more.get(role)} | special
+        special = {role: content(more[role]) for role in _ROLES if more.get(role)} | special
         known = {*_ROLES, "chat_template", "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"}
         settings = {key: value for key, value in config.items() if key not in known}
         return cls(tokens, rules, special, _template(root, config), settings)
-
-
-def _tokens(root: Path, whole: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, int]:
-    vocabulary = _mapping(whole.get("model")).get("vocab")
-    if isinstance(vocabulary, Mapping):
-        tokens = {str(token): number for token, number in vocabulary.items()}
-    elif isinstance(vocabulary, list):  # of [token, score], as Unigram has it
-        tokens = {str(entry[0]): number for number, entry in enumerate(vocabulary) if isinstance(entry, list) and entry}
-    else:
-        tokens = dict(read_object(root / "vocab.json"))
-        tokens = tokens or {token: number for number, token in enumerate(_text(root / "vocab.txt").splitlines())}
-    tokens |= read_object(root / "added_tokens.json")
-    for number, entry in _mapping(config.get("added_tokens_decoder")).items():
-        tokens[_content(entry)] = int(number) if str(number).isdigit() else -1
-    added = whole.get("added_tokens")
-    for entry in added if isinstance(added, list) else ():
-        tokens[_content(entry)] = entry.get("id", -1) if isinstance(entry, Mapping) else -1
-    return {token: number for token, number in tokens.items() if isinstance(number, int)}
 
 
 def _merges(model: dict[str, Any]) -> dict[str, Any]:
@@ -84,30 +68,6 @@ def _merges(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def _template(root: Path, config: Mapping[str, Any]) -> str:
-    found = _text(root / "chat_template.jinja")
+    found = read_text(root / "chat_template.jinja")
     found = found or read_object(root / "chat_template.json").get("chat_template") or config.get("chat_template") or ""
     return found if isinstance(found, str) else json.dumps(found, sort_keys=True)
-
-
-def _content(entry: Any) -> str:
-    return str(entry.get("content", "")) if isinstance(entry, Mapping) else str(entry)
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is none."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
