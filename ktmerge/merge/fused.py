@@ -1,7 +1,6 @@
 """The fast way for element-wise pipelines on the CPU: compiled kernels over raw pieces, on all cores. Loads no torch.
 
-A tensor that fits a worker's buffers is read once and made from them; a larger one is made piece by piece by all
-workers. Reading, arithmetic and writing of different pieces overlap, as none of them holds the interpreter's lock.
+Tensors are made piece by piece, a large one by all workers together, others by one worker each. Reading, arithmetic and writing of different pieces overlap, as none of them holds the interpreter's lock.
 Whatever is not covered here takes the general way, and every result equals that bit for bit.
 """
 
@@ -33,10 +32,12 @@ if TYPE_CHECKING:
     from ktmerge.merge.source import Sources
     from ktmerge.progress import Progress
 
-PIECE = 1 << 18
-"""Elements of a piece: it stays in the caches. A multiple of 4, as random words come in fours."""
+PIECE = 1 << 20
+"""Most elements of a piece; a multiple of 4, as random words come in fours."""
 HELD = 128 << 20
-"""Bytes of all workers' buffers together."""
+"""Bytes of all workers' buffers together, at most."""
+_LARGE = 16
+"""Pieces above which a tensor is shared among workers."""
 _PROBE = 2048
 """Elements compared before a whole tensor is."""
 
@@ -58,8 +59,8 @@ class Fused:
         self._sink = sink
         workers = _cores()
         experts = len(plan.experts)
-        self._piece = max(4, (chunk or PIECE) // 4 * 4)
-        self._room = HELD // workers if chunk is None else 0
+        room = HELD // workers // (4 * (experts + 2))  # for base, experts and result, should they be fp32
+        self._piece = max(4, (chunk or min(PIECE, room)) // 4 * 4)
         self._ahead = 4 * workers
         self._pool = ThreadPoolExecutor(workers, "blend")
         self._spaces: SimpleQueue[Workspace] = SimpleQueue()
@@ -113,10 +114,10 @@ class Fused:
         running: deque[tuple[TensorPlan, Future[TensorReport | None]]] = deque()
         for tensor in tensors:
             job = self._jobs[tensor.name]
-            if job.nbytes > self._room:
+            if job.elements > _LARGE * self._piece:
                 yield tensor, self._make(job, self._spread, self._own)
                 continue
-            running.append((tensor, self._pool.submit(self._make_whole, job)))
+            running.append((tensor, self._pool.submit(self._make_alone, job)))
             while len(running) > self._ahead:
                 first, future = running.popleft()
                 yield first, future.result()
@@ -141,16 +142,15 @@ class Fused:
         steps = Steps(program.steps, list(tensor.sources), self._plan.recipe.seed, tensor.key)
         return Job(tensor, rows, steps, program, KINDS[tag], stochastic)
 
-    def _make_whole(self, job: Job) -> TensorReport | None:
-        """Make a tensor in one worker's buffers; if there are several passes over it, it is read once."""
+    def _make_alone(self, job: Job) -> TensorReport | None:
+        """Make a tensor in one worker."""
         space = self._spaces.get()
-        size = job.elements if job.needs_passes else self._piece
         try:
 
             def alone(jobs: Iterable[Job], work: Work) -> Iterator[Any]:
                 for one in jobs:
-                    for start in range(0, one.elements, size):
-                        space.hold(one.rows, start, min(start + size, one.elements))
+                    for start in range(0, one.elements, self._piece):
+                        space.hold(one.rows, start, min(start + self._piece, one.elements))
                         yield work(space, one)
 
             return self._make(job, alone, space.probe)

@@ -46,16 +46,6 @@ class Job:
         """Bytes of an element of the output."""
         return WIDTHS[self.kind]
 
-    @property
-    def needs_passes(self) -> bool:
-        """Whether the tensor has to be seen several times."""
-        return any(isinstance(step, Trim) and step.scope == "tensor" for step in self.program.steps)
-
-    @property
-    def nbytes(self) -> int:
-        """Room that a workspace needs to hold all of it."""
-        return self.elements * (len(self.rows) * max(row.width for row in self.rows) + self.width)
-
 
 Work = Callable[["Workspace", Job], Any]
 """What is done with a piece that a workspace holds."""

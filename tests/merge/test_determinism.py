@@ -90,7 +90,7 @@ def test_threads_and_pieces_do_not_show(
 ) -> None:
     document = recipe(BLENDS[kind])
     expected = digest(models, tmp_path / "out", document)
-    for cores, piece, held in [(1, 1 << 18, 128 << 20), (7, 1 << 18, 128 << 20), (3, 1024, 0), (2, 4096, 1 << 16)]:
+    for cores, piece, held in [(1, 1 << 20, 1 << 27), (7, 1 << 20, 1 << 27), (3, 512, 1 << 27), (2, 1 << 20, 1 << 17)]:
         monkeypatch.setattr(fused, "_cores", lambda count=cores: count)
         monkeypatch.setattr(fused, "PIECE", piece)
         monkeypatch.setattr(fused, "HELD", held)
@@ -125,12 +125,8 @@ def test_another_process_on_one_core_writes_the_same_files(models: Path, tmp_pat
         out = tmp_path / str(number) / "out"
         command = [sys.executable, "-m", "ktmerge", "blend", "--recipe", str(path), "--out", str(out)]
         environment = {**os.environ, "PYTHONHASHSEED": str(number), "OMP_NUM_THREADS": str(number + 1)}
-        run = subprocess.run(
-            command,
-            env=environment,
-            preexec_fn=lambda chosen=cores: os.sched_setaffinity(0, chosen),
-            capture_output=True,
-        )
+        bind = partial(os.sched_setaffinity, 0, cores)
+        run = subprocess.run(command, env=environment, preexec_fn=bind, capture_output=True)
         assert run.returncode == 0, run.stderr
         found.append({file.name: file.read_bytes() for file in out.iterdir()})
     assert found[0] == found[1]

@@ -399,28 +399,36 @@ def _count_above(magnitudes, high):
 
 
 @_compile
-def _count_magnitudes(magnitudes, low, last, shift, counts, lows):
-    rest = _U32(_U32(_ONE << shift) - _ONE)
+def _collect(magnitudes, low, last, found):
+    """Indices of the magnitudes in ``[low, low + last]`` into ``found``; how many. Without a branch to guess wrong."""
+    count = _U64(0)
     for i in range(magnitudes.size):
-        inside = _U32(magnitudes[i] - low)
-        if inside <= last:
-            counts[inside >> shift] += _ONE
-            lows[inside >> shift] |= inside & rest
+        found[count] = _U32(i)
+        count += _U64(1) if _U32(magnitudes[i] - low) <= last else _U64(0)
+    return int64(count)
 
 
 @_compile
-def _count_hashes(magnitudes, floor, key, start, low, last, shift, counts):
+def _count_magnitudes(magnitudes, found, low, shift, counts, lows):
+    rest = _U32(_U32(_ONE << shift) - _ONE)
+    for j in range(found.size):
+        inside = _U32(magnitudes[found[j]] - low)
+        counts[inside >> shift] += _ONE
+        lows[inside >> shift] |= inside & rest
+
+
+@_compile
+def _count_hashes(found, key, start, low, last, shift, counts):
     above = _U32(0)
-    for i in range(magnitudes.size):
-        if magnitudes[i] == floor:
-            value = _hash(key, _U64(start + i))
-            inside = value - low
-            if value < low:
-                continue
-            if inside <= last:
-                counts[inside >> shift] += _ONE
-            else:
-                above += _ONE
+    for j in range(found.size):
+        value = _hash(key, _U64(start) + _U64(found[j]))
+        if value < low:
+            continue
+        inside = value - low
+        if inside <= last:
+            counts[inside >> shift] += _ONE
+        else:
+            above += _ONE
     return above
 
 
@@ -465,10 +473,12 @@ def _measure(
         _magnitudes(d)
         magnitudes = d.view(np.uint32)
         if hashed:
-            above = _count_hashes(magnitudes, floor, key, start + first, low, last, shift, counts)
+            tied = words[: _collect(magnitudes, floor, _U32(0), words)]
+            above = _count_hashes(tied, key, start + first, low, last, shift, counts)
         else:
             above = _count_above(magnitudes, _U32(high)) if high < _U64(_MAGNITUDE) else _U32(0)
-            _count_magnitudes(magnitudes, _U32(low), _U32(last), _U32(shift), counts, lows)
+            near = words[: _collect(magnitudes, _U32(low), _U32(last), words)]
+            _count_magnitudes(magnitudes, near, _U32(low), _U32(shift), counts, lows)
         counts[counts.size - 1] += above
     return int64(FINE)
 
