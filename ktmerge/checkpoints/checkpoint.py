@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ktmerge.checkpoints.header import FileStamp, TensorInfo, TensorSpec, read_header
-from ktmerge.checkpoints.layout import Layout, read_json, read_layout
+from ktmerge.checkpoints.layout import Layout, files_beside, read_json, read_layout
 from ktmerge.checkpoints.reader import Reader, TensorReader
+from ktmerge.checkpoints.tree import find_branches, tree_config
 from ktmerge.errors import UsageError, did_you_mean
 from ktmerge.progress import SILENT, Progress
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The index of a checkpoint folder.
+    """The index of a checkpoint folder, or of a tree of them.
 
     Attributes:
         root: the folder.
@@ -31,6 +32,7 @@ class Checkpoint:
         metadata: ``__metadata__`` of each weight file.
         stamps: size, time and inode of each weight file when its header was read.
         notes: what a person should know of how it is understood.
+        branches: of a tree, its folders with the shard index of each; the names of their tensors begin with them.
     """
 
     root: Path
@@ -43,6 +45,7 @@ class Checkpoint:
     metadata: dict[str, dict[str, str]]
     stamps: dict[str, FileStamp]
     notes: tuple[str, ...] = ()
+    branches: tuple[tuple[str, str | None], ...] = ()
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
@@ -52,6 +55,8 @@ class Checkpoint:
             UsageError: whatever is wrong with it; file and tensor are named.
         """
         root = Path(path)
+        if branches := find_branches(root):
+            return cls._open_tree(root, {name: cls.open(root / name) for name in branches})
         layout = read_layout(root)
         tensors: dict[str, TensorInfo] = {}
         metadata: dict[str, dict[str, str]] = {}
@@ -77,6 +82,30 @@ class Checkpoint:
             left_behind=layout.left_behind,
             metadata=metadata,
             stamps=stamps,
+        )
+
+    @classmethod
+    def _open_tree(cls, root: Path, branches: dict[str, Checkpoint]) -> Checkpoint:
+        def placed(folder: str, files: Mapping[str, Any]) -> dict[str, Any]:
+            return {f"{folder}/{file}": value for file, value in files.items()}
+
+        carried, left_behind = files_beside(root, {f"{f}/{file}" for f, one in branches.items() for file in one.stamps})
+        config = read_json(root / "config.json") if (root / "config.json").exists() else {}
+        return cls(
+            root=root,
+            tensors={
+                f"{folder}.{name}": replace(info, name=f"{folder}.{name}", file=f"{folder}/{info.file}")
+                for folder, one in branches.items()
+                for name, info in one.tensors.items()
+            },
+            config=tree_config(config, {folder: one.config for folder, one in branches.items()}),
+            weight_files=tuple(f"{folder}/{file}" for folder, one in branches.items() for file in one.weight_files),
+            index_file=None,
+            other_files=carried,
+            left_behind=left_behind,
+            metadata={k: v for folder, one in branches.items() for k, v in placed(folder, one.metadata).items()},
+            stamps={k: v for folder, one in branches.items() for k, v in placed(folder, one.stamps).items()},
+            branches=tuple((folder, one.index_file) for folder, one in branches.items()),
         )
 
     def __getitem__(self, name: str) -> TensorInfo:

@@ -207,11 +207,15 @@ def _naturals(value: object) -> bool:
 
 @dataclass(frozen=True)
 class FilePlan:
-    """One weight file to be written: its name relative to the checkpoint, its tensors in order, its metadata."""
+    """One weight file to be written: its name relative to the checkpoint, its tensors in order, its metadata.
+
+    The names of its tensors begin with ``prefix``, which the file itself leaves out.
+    """
 
     file: str
     tensors: Sequence[TensorSpec]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = ""
 
 
 def build_header(plan: FilePlan) -> tuple[bytes, tuple[TensorInfo, ...]]:
@@ -228,10 +232,11 @@ def build_header(plan: FilePlan) -> tuple[bytes, tuple[TensorInfo, ...]]:
     spans: list[tuple[TensorSpec, int, int]] = []
     position = 0
     for spec in ordered:
-        if spec.name in described or spec.name == "__metadata__":
+        name = spec.name.removeprefix(plan.prefix)
+        if name in described or name == "__metadata__":
             raise UsageError(f"{plan.file}: tensor '{spec.name}' is planned twice, or its name is reserved.")
         end = position + _nbytes(spec, plan.file)
-        described[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, end]}
+        described[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, end]}
         spans.append((spec, position, end))
         position = end
     text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode("utf-8")

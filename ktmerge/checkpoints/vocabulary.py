@@ -37,7 +37,7 @@ class Vocabulary:
 
 def vocabulary_of(checkpoint: Checkpoint) -> Vocabulary:
     """The vocabulary in the first of a checkpoint's folders that has one: an adapter's own goes before its model's."""
-    for root in checkpoint.roots:
+    for root in _folders(checkpoint):
         if tokens := read_tokens(root):
             return Vocabulary(root, tokens)
     return Vocabulary(checkpoint.root, {})
@@ -46,7 +46,14 @@ def vocabulary_of(checkpoint: Checkpoint) -> Vocabulary:
 def tokenizer_root(checkpoint: Checkpoint) -> Path:
     """The first of its folders that seems to have a tokenizer."""
     names = ("tokenizer.json", "vocab.json", "vocab.txt")
-    return next((root for root in checkpoint.roots if any((root / name).exists() for name in names)), checkpoint.root)
+    return next(
+        (root for root in _folders(checkpoint) if any((root / name).exists() for name in names)), checkpoint.root
+    )
+
+
+def _folders(checkpoint: Checkpoint) -> list[Path]:
+    roots = checkpoint.roots
+    return [*roots, *(root / branch for root in roots for branch, _ in checkpoint.branches)]
 
 
 def vocabulary_tables(checkpoint: Checkpoint) -> tuple[list[str], int]:

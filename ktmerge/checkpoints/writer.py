@@ -67,7 +67,7 @@ class Writer:
         self._files: dict[str, OutputFile] = {}
         self._arrived = threading.Condition()
         self._follower: Follower | None = None
-        self._index: str | None = None
+        self._indexes: dict[str, str] = {}  # with what the names in it leave out
 
     def __enter__(self) -> Writer:
         try:
@@ -127,10 +127,16 @@ class Writer:
         files: dict[str, list[TensorInfo]] = {file: [] for file in base.weight_files}
         for name, info in base.tensors.items():
             files[info.file].append(replace(info, dtype=changed.get(name, info.dtype)))
-        plans = [FilePlan(file, tensors, {"format": "pt", **base.metadata[file]}) for file, tensors in files.items()]
+        prefixes = {file: f"{file.partition('/')[0]}." if base.branches else "" for file in files}
+        plans = [
+            FilePlan(file, tensors, {"format": "pt", **base.metadata[file]}, prefixes[file])
+            for file, tensors in files.items()
+        ]
         with clear_os_errors(base.root):
             carried = sum((base.root / file).stat().st_size for file in base.other_files)
         self.plan(plans, base.index_file, extra_bytes=carried)
+        if base.branches:
+            self._indexes = {f"{folder}/{index}": f"{folder}." for folder, index in base.branches if index is not None}
 
     def plan(self, files: Sequence[FilePlan], index_file: str | None = None, *, extra_bytes: int = 0) -> None:
         """Fix what will be written, check that there is room, and reserve it.
@@ -158,7 +164,8 @@ class Writer:
         room = journal_room(self._planned.values()) if self._pin else 0
         there = sum(path.stat().st_blocks * 512 for file in sizes if (path := self.folder / file).exists())
         self._staging.require_space(sum(sizes.values()) - there + extra_bytes + room + _SPARE)
-        self._index = index_file or ("model.safetensors.index.json" if len(files) > 1 else None)
+        if index_file is not None or len(files) > 1:
+            self._indexes = {index_file or "model.safetensors.index.json": ""}
         for file, (header, _) in headers.items():
             self._files[file] = OutputFile(self.folder / file, self.out / file, sizes[file], self._arrived)
             self._files[file].write(memoryview(header), 0)
@@ -255,8 +262,8 @@ class Writer:
         if not self._planned:
             raise KtmergeError(f"{self.out}: nothing was planned, so nothing is written.")
         self._require_complete()
-        if self._index is not None:
-            self.add_text(self._index, self._index_text())
+        for index, prefix in self._indexes.items():
+            self.add_text(index, self._index_text(index, prefix))
         for file in self._files.values():
             file.sync()
         self._close()
@@ -272,9 +279,14 @@ class Writer:
             if count != info.nbytes:
                 raise KtmergeError(f"tensor '{info.name}': only {count} of its {info.nbytes} bytes were written.")
 
-    def _index_text(self) -> str:
-        weight_map = {name: info.file for name, info in sorted(self._planned.items())}
-        total = sum(info.nbytes for info in self._planned.values())
+    def _index_text(self, index: str, prefix: str) -> str:
+        listed = {name: info for name, info in sorted(self._planned.items()) if name.startswith(prefix)}
+        folder = index.rpartition("/")[0]
+        weight_map = {
+            name.removeprefix(prefix): info.file.removeprefix(f"{folder}/" if folder else "")
+            for name, info in listed.items()
+        }
+        total = sum(info.nbytes for info in listed.values())
         return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
 
     def _close(self) -> None:

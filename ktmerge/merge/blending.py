@@ -67,7 +67,8 @@ def blend(
         report = execute(plan, FileSink(writer), device, progress)
         report.out = writer.digests()
         if recipe.output.dtype != "base":
-            writer.add_text("config.json", _config(plan))
+            for folder in ("", *(f"{branch}/" for branch, _ in plan.base.branches)):
+                writer.add_text(f"{folder}config.json", _config(plan, folder))
         writer.add_text(RECORD, record(plan, report))
         writer.add_text(CARD, card(plan, report))
         if (text := base_card(plan.base)) is not None:
@@ -104,9 +105,9 @@ def blend_into(model: Any, recipe: Recipe, *, device: str = "auto", progress: Pr
     return execute(plan, LiveSink(model, plan.base), device, progress)
 
 
-def _config(plan: Plan) -> str:
+def _config(plan: Plan, folder: str) -> str:
     """The base's ``config.json`` with the output's type where it names one: loaders go by it."""
-    path = plan.base.root / "config.json"
+    path = plan.base.root / folder / "config.json"
     try:
         document = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     except (OSError, ValueError) as error:
