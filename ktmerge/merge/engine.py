@@ -47,6 +47,7 @@ def execute(
         done = _Engine(plan, sink, sources, place, progress).run(chunk)
         sources.check_unchanged()
     report.tensors = [done[tensor.name] for tensor in plan.tensors]
+    report.notes += _broken_notes(report.tensors)
     report.read = plan.base.nbytes + sum(expert.checkpoint.nbytes for expert in plan.experts)
     report.written = sum(tensor.nbytes for tensor in plan.tensors)
     report.seconds = time.perf_counter() - started
@@ -160,3 +161,12 @@ def _buffer_notes(plan: Plan, sources: Sources) -> list[str]:
         f"{expert}: {len(names)} buffers differ from the base's, which are kept ({', '.join(names[:3])})."
         for expert, names in changed_buffers(plan, sources).items()
     ]
+
+
+def _broken_notes(tensors: Iterable[TensorReport]) -> list[str]:
+    broken = [tensor for tensor in tensors if tensor.broken]
+    if not broken:
+        return []
+    count = sum(tensor.broken for tensor in broken)
+    names = ", ".join(tensor.name for tensor in broken[:3])
+    return [f"{count} elements are NaN or infinite in an input and keep the base's value (in {names})."]

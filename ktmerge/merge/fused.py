@@ -1,7 +1,8 @@
 """The fast way for element-wise pipelines on the CPU: compiled kernels over raw pieces, on all cores. Loads no torch.
 
-Tensors are made piece by piece, a large one by all workers together, others by one worker each. Reading, arithmetic and writing of different pieces overlap, as none of them holds the interpreter's lock.
-Whatever is not covered here takes the general way, and every result equals that bit for bit.
+Tensors are made piece by piece, a large one by all workers together, others by one worker each. Reading, arithmetic
+and writing of different pieces overlap, as none of them holds the interpreter's lock. Whatever is not covered here
+takes the general way, and every result equals that bit for bit.
 """
 
 from __future__ import annotations

@@ -71,14 +71,20 @@ class General:
         tag = self._sink.dtype(tensor.name, tensor.dtype)
         for start in range(0, tensor.info.numel, CHUNK):
             values = self._sources.of(expert).read(source, start, min(start + CHUNK, tensor.info.numel))
+            if torch_dtype(tag).is_floating_point:
+                _refuse_overflow(tensor, values, torch_dtype(tag))
             self._write(tensor, values.to(self._device), start, tag)
 
     def _blend(self, tensor: TensorPlan, result: TensorReport) -> None:
         tag = self._sink.dtype(tensor.name, tensor.dtype)
         for chunk, transformed, merged in self._flow.merged(tensor):
             scaled = merged if tensor.lambda_ == 1 else merged * tensor.lambda_
-            stored = self._write(tensor, settle(chunk, scaled), chunk.start, tag)
-            _measure(result, chunk, scaled, stored)
+            values = settle(chunk, scaled)
+            _refuse_overflow(tensor, values, torch_dtype(tag))
+            if chunk.broken is not None and chunk.kept is not None:
+                values = torch.where(chunk.broken, chunk.kept, values)
+                result.broken += int(torch.count_nonzero(chunk.broken))
+            _measure(result, chunk, scaled, self._write(tensor, values, chunk.start, tag))
             if tensor.pipeline is not None and tensor.pipeline.transforms:
                 for name, delta in zip(tensor.sources, transformed, strict=True):
                     result.kept[name] = result.kept.get(name, 0) + int(torch.count_nonzero(delta))
@@ -88,7 +94,6 @@ class General:
         dtype = torch_dtype(tag)
         recipe = self._plan.recipe
         if dtype.is_floating_point:
-            _refuse_overflow(tensor, values, dtype)
             key = stream_key(recipe.seed, "round", "", tensor.key)
             rounded = self._kernels.round(values, dtype, recipe.output.rounding, key, start)
         else:
@@ -112,6 +117,9 @@ def settle(chunk: Chunk, merged: Tensor) -> Tensor:
 def _measure(result: TensorReport, chunk: Chunk, merged: Tensor, stored: Tensor) -> None:
     base = chunk.base.float()
     moved = stored.float() - base
+    if chunk.broken is not None:
+        moved = torch.where(chunk.broken, 0.0, moved)
+        merged = torch.where(chunk.broken, 0.0, merged)
     result.intended += float(torch.dot(merged, merged))
     result.base += float(torch.dot(base, base))
     result.along += float(torch.dot(moved, merged))

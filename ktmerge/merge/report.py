@@ -19,6 +19,7 @@ class TensorReport:
         along: inner product of what was stored (output minus theta_0, after rounding) with lambda M.
         changed: number of elements whose stored value differs from theta_0.
         kept: per expert, number of non-zero elements after the transforms.
+        broken: number of elements that are not finite in an input and so keep the base's value.
     """
 
     name: str
@@ -30,6 +31,7 @@ class TensorReport:
     along: float = 0.0
     changed: int = 0
     kept: dict[str, int] = field(default_factory=dict)
+    broken: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "part": self.part, "what": self.what, **summary([self])}

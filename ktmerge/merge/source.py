@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import zip_longest
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -33,12 +35,16 @@ class Chunk:
         base: theta_0.
         experts: theta_t.
         deltas: tau_t = theta_t - theta_0.
+        broken: where one of them is not finite, if that is allowed and there are any; deltas are 0 there.
+        kept: theta_0 as it is, in those places too.
     """
 
     start: int
     base: Tensor
     experts: tuple[Tensor, ...]
     deltas: tuple[Tensor, ...]
+    broken: Tensor | None = None
+    kept: Tensor | None = None
 
 
 class Sources:
@@ -47,6 +53,7 @@ class Sources:
     def __init__(self, plan: Plan, device: str, chunk: int | None = None) -> None:
         self._device = device
         self._chunk = chunk or CHUNK
+        self._keep_base = plan.recipe.output.not_finite == "keep_base"
         self._stack = ExitStack()
         self.base: Reader = plan.base.reader()
         self.experts: dict[str, Reader] = {expert.name: expert.checkpoint.reader() for expert in plan.experts}
@@ -81,13 +88,29 @@ class Sources:
         """
         total = tensor.info.numel
         step = max(total, 1) if whole else self._chunk
-        for start in range(0, total, step):
-            yield self._chunk_of(tensor, start, min(start + step, total))
+        pieces = [(start, min(start + step, total)) for start in range(0, total, step)]
+        if len(pieces) < 2:
+            for piece in pieces:
+                yield self._chunk_of(tensor, piece[0], self._load(tensor, *piece))
+            return
+        with ThreadPoolExecutor(1, "read") as ahead:  # the next piece is read while this one is worked on
+            coming = ahead.submit(self._load, tensor, *pieces[0])
+            for (start, _), following in zip_longest(pieces, pieces[1:]):
+                loaded = coming.result()
+                if following is not None:
+                    coming = ahead.submit(self._load, tensor, *following)
+                yield self._chunk_of(tensor, start, loaded)
 
-    def _chunk_of(self, tensor: TensorPlan, start: int, stop: int) -> Chunk:
+    def _load(self, tensor: TensorPlan, start: int, stop: int) -> Sequence[Tensor]:
+        """Raw elements on their way to the device: from pinned memory the copy goes on beside the arithmetic."""
+        found = self._native(tensor, start, stop)
+        if self._device == "cpu":
+            return found
+        return [raw.pin_memory().to(self._device, non_blocking=True) for raw in found]
+
+    def _chunk_of(self, tensor: TensorPlan, start: int, native: Sequence[Tensor]) -> Chunk:
         import torch
 
-        native = [raw.to(self._device) for raw in self._native(tensor, start, stop)]
         # A difference of fp64 weights is taken in fp64: in fp32 small changes would vanish before they are seen.
         wide = torch.float64 if any(raw.dtype == torch.float64 for raw in native) else torch.float32
         base, *experts = (raw.to(wide) for raw in native)
@@ -95,6 +118,8 @@ class Sources:
         if (tensor.name, start) not in self._checked:
             for delta in deltas:
                 if not math.isfinite(float(torch.stack(torch.aminmax(delta)).sum())):
+                    if self._keep_base:
+                        return _without_broken(start, base, experts, deltas)
                     self._refuse_not_finite(tensor)
             self._checked.add((tensor.name, start))
         return Chunk(start, base, tuple(experts), deltas)
@@ -124,7 +149,20 @@ class Sources:
                 count += int((~torch.isfinite(piece)).sum())
             if count:
                 found = f"{owner}: tensor '{source}' has {count} values that are NaN or infinite"
-                raise KtmergeError(f"{found}; blending would spread them.")
+                hint = "give a sound checkpoint, or keep the base's value there with output.not_finite: keep_base"
+                raise KtmergeError(f"{found}; blending would spread them: {hint}.")
+
+
+def _without_broken(start: int, base: Tensor, experts: Sequence[Tensor], deltas: Sequence[Tensor]) -> Chunk:
+    """A piece in which nobody moved where a value is not finite; a base that itself is not finite is 0 there."""
+    import torch
+
+    broken = ~torch.isfinite(base)
+    for values in (*experts, *deltas):
+        broken |= ~torch.isfinite(values)
+    own = torch.where(torch.isfinite(base), base, 0.0)
+    theirs = tuple(torch.where(broken, own, expert) for expert in experts)
+    return Chunk(start, own, theirs, tuple(torch.where(broken, 0.0, delta) for delta in deltas), broken, base)
 
 
 def equal_bytes(first: Reader, name: str, second: Reader, other: str) -> bool:

@@ -91,6 +91,9 @@ class Output(_Section):
         "base", description="base: each tensor as in the base"
     )
     rounding: Literal["nearest", "stochastic"] = "nearest"
+    not_finite: Literal["refuse", "keep_base"] = Field(
+        "refuse", description="where base or an expert is NaN or infinite: refuse to blend, or keep the base's value"
+    )
 
 
 def _as_list(value: Any) -> Any:
@@ -166,6 +169,7 @@ class Recipe(_Section):
     description: str = Field("", description="one line: when to use it")
     base: str | None = Field(None, description="a folder (relative to the recipe) or a hub id, `org/name@revision`")
     experts: dict[str, Expert] = Field(default_factory=dict)
+    dequantise: bool = Field(False, description="read quantised inputs as the numbers they stand for; else refused")
     blend: Blend | None = None
     output: Output = Field(default_factory=lambda: Output())
     seed: int = Field(42, ge=0, lt=2**63)

@@ -131,3 +131,55 @@ def test_what_is_not_finite_is_named(workshop: Path, tmp_path: Path, method: str
     with pytest.raises(KtmergeError, match=r"expert 'e1': tensor 'model.norm.weight' has 1 value"):
         blended(tmp_path, tmp_path / "out", {"method": method}, "b16", "b16", {})
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "blend_", [BLENDS[0], BLENDS[3], NOT_COVERED[0], {"method": "mergekit:slerp", "t": 0.5}], ids=str
+)
+def test_what_is_not_finite_can_keep_the_base(workshop: Path, tmp_path: Path, blend_: dict[str, Any]) -> None:
+    """Elsewhere nothing changes from a blend whose broken elements equal the base; a broken base stays as it is."""
+    from safetensors.torch import load_file
+
+    name, one = "model.layers.0.mlp.up_proj.weight", blend_["method"].startswith("mergekit")
+    tensors = {model: load_file(workshop / f"{model}-b16" / "model.safetensors") for model in ("e0", "e1")}
+    base = load_file(workshop / "baseb16/model.safetensors")
+    sound = {model: {key: value.clone() for key, value in found.items()} for model, found in tensors.items()}
+    places = [(3, 5, float("nan")), (69, 128, float("inf"))]
+    for row, column, value in places:
+        tensors["e1"][name][row, column] = value
+        for model in sound:
+            sound[model][name][row, column] = base[name][row, column]
+    results = {}
+    for kind, found in {"broken": tensors, "sound": sound}.items():
+        folder = tmp_path / kind
+        folder.mkdir()
+        (folder / "base").symlink_to(workshop / "baseb16")
+        for model, values in found.items():
+            write(folder / model, values)
+        document = {
+            "ktmerge": 1,
+            "base": "base",
+            "experts": {model: {"model": model} for model in (["e1"] if one else found)},
+            "blend": blend_,
+            "output": {"not_finite": "keep_base"},
+        }
+        report = blend(parse_recipe(document, "test", folder), folder / "out")
+        assert any("2 elements are NaN or infinite" in note for note in report.notes) == (kind == "broken")
+        results[kind] = (load_file(folder / "out/model.safetensors"), report.parts())
+    for key, value in results["sound"][0].items():
+        assert results["broken"][0][key].equal(value), key
+    assert results["broken"][1] == results["sound"][1]
+
+
+def test_a_broken_base_stays_as_it_is(workshop: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    name = "model.norm.weight"
+    base = load_file(workshop / "baseb16/model.safetensors")
+    base[name][0] = float("-inf")
+    write(tmp_path / "baseb16", base)
+    for expert in ("e0", "e1", "e2"):
+        (tmp_path / f"{expert}-b16").symlink_to(workshop / f"{expert}-b16")
+    output = {"not_finite": "keep_base", "dtype": "float16"}
+    blended(tmp_path, tmp_path / "out", {"method": "linear"}, "b16", "b16", output)
+    assert load_file(tmp_path / "out/model.safetensors")[name].tolist() == [float("-inf")]
