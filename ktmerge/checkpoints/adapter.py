@@ -90,6 +90,9 @@ def open_adapter(folder: Path, model: Checkpoint) -> Derived:
         metadata=model.metadata,
         stamps={**stamps, **{f"model/{file}": stamp for file, stamp in model.stamps.items()}},
         notes=(*model.notes, *_notes(config, model, len(modules) + len(replaced))),
+        branches=model.branches,
+        written={**model.written, **{m.target: model.written.get(m.target, model[m.target].dtype) for m in modules}},
+        stale=model.stale,
         below=model.roots,
         opened=opened,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ class Checkpoint:
         metadata: ``__metadata__`` of each weight file.
         stamps: size, time and inode of each weight file when its header was read.
         notes: what a person should know of how it is understood.
+        written: the type of tensors that are to be written in another than they are shown in.
+        stale: keys of the config that do not hold for what is shown.
         branches: of a tree, its folders with the shard index of each; the names of their tensors begin with them.
     """
 
@@ -46,6 +48,8 @@ class Checkpoint:
     stamps: dict[str, FileStamp]
     notes: tuple[str, ...] = ()
     branches: tuple[tuple[str, str | None], ...] = ()
+    written: Mapping[str, str] = field(default_factory=dict)
+    stale: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:

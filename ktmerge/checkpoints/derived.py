@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.dtypes import BITS, torch_dtype
@@ -48,6 +48,14 @@ def shown(info: TensorInfo, dtype: str | None = None, shape: tuple[int, ...] | N
     """What the header would say of a tensor that is made in place of ``info``."""
     made = TensorInfo(info.name, dtype or info.dtype, info.shape if shape is None else shape, info.file, 0, 0)
     return TensorInfo(made.name, made.dtype, made.shape, made.file, 0, made.numel * BITS[made.dtype] // 8)
+
+
+def derive(
+    source: Checkpoint, tensors: dict[str, TensorInfo], opened: Callable[[], DerivedReader], **changes: Any
+) -> Derived:
+    """A checkpoint that is ``source`` but for the tensors it shows."""
+    taken = {name: getattr(source, name) for name in Checkpoint.__dataclass_fields__}
+    return Derived(**{**taken, "tensors": tensors, "below": source.roots[1:], "opened": opened, **changes})
 
 
 class DerivedReader:

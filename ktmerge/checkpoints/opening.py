@@ -8,10 +8,13 @@ from pathlib import Path
 from ktmerge.checkpoints.adapter import is_adapter, open_adapter
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.hub import resolve
+from ktmerge.checkpoints.quantised import dequantise
 from ktmerge.errors import UsageError
 
 
-def open_model(reference: str, folder: Path, base: Checkpoint | None = None) -> Checkpoint:
+def open_model(
+    reference: str, folder: Path, base: Checkpoint | None = None, *, dequantised: bool = False
+) -> Checkpoint:
     """The headers of the model that ``reference`` means.
 
     Args:
@@ -19,6 +22,7 @@ def open_model(reference: str, folder: Path, base: Checkpoint | None = None) -> 
             ``model+adapter``.
         folder: where relative paths start.
         base: the model that a lone adapter is folded into; None where there is no such model.
+        dequantised: whether quantised weights are shown as the numbers they stand for.
 
     Raises:
         UsageError: there is no such model, or something is wrong with it.
@@ -29,14 +33,19 @@ def open_model(reference: str, folder: Path, base: Checkpoint | None = None) -> 
             raise UsageError(
                 f"{reference}: '{path}' is an adapter itself; several adapters in one model are not folded."
             )
-        model = Checkpoint.open(path)
+        model = _open(path, dequantised)
         folded = open_adapter(adapter, model)
         # An output is like its base: the files beside the weights are the whole model's.
         own = folded if base is not None else model
         return replace(folded, root=own.root, other_files=own.other_files, below=(path, adapter))
     if base is not None and is_adapter(path):
         return open_adapter(path, base)
-    return Checkpoint.open(path)
+    return _open(path, dequantised)
+
+
+def _open(path: Path, dequantised: bool) -> Checkpoint:
+    found = Checkpoint.open(path)
+    return dequantise(found, str(path)) if dequantised else found
 
 
 def _resolve(reference: str, folder: Path) -> tuple[Path, Path | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,7 @@ from typing import Any
 from ktmerge.checkpoints.alignment import align
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.classes import tensor_class
-from ktmerge.checkpoints.derived import Derived, DerivedReader, Made, shown
-from ktmerge.checkpoints.header import TensorInfo
+from ktmerge.checkpoints.derived import Derived, DerivedReader, Made, derive, shown
 from ktmerge.checkpoints.rows import Gathered, Run, Table, runs_of
 from ktmerge.checkpoints.tokens import read_tokens, same_tokens
 from ktmerge.errors import UsageError
@@ -152,14 +151,6 @@ def _aligned(base: Checkpoint, other: Checkpoint, pairs: list[tuple[str, str]], 
     name, found = pairs[0]
     config = resized(other.config, other[found].shape[0], base[name].shape[0])
     return derive(other, tensors, opened, config=config, notes=(*other.notes, note))
-
-
-def derive(
-    source: Checkpoint, tensors: dict[str, TensorInfo], opened: Callable[[], DerivedReader], **changes: Any
-) -> Derived:
-    """A checkpoint that is ``source`` but for the tensors it shows."""
-    taken = {name: getattr(source, name) for name in Checkpoint.__dataclass_fields__}
-    return Derived(**{**taken, "tensors": tensors, "below": source.roots[1:], "opened": opened, **changes})
 
 
 def resized(config: Mapping[str, Any], old: int, new: int) -> dict[str, Any]:

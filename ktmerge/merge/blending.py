@@ -66,7 +66,7 @@ def blend(
         writer.plan_like(plan.base, plan.dtypes)
         report = execute(plan, FileSink(writer), device, progress)
         report.out = writer.digests()
-        if recipe.output.dtype != "base":
+        if recipe.output.dtype != "base" or plan.base.stale:
             for folder in ("", *(f"{branch}/" for branch, _ in plan.base.branches)):
                 writer.add_text(f"{folder}config.json", _config(plan, folder))
         writer.add_text(RECORD, record(plan, report))
@@ -113,7 +113,9 @@ def _config(plan: Plan, folder: str) -> str:
     except (OSError, ValueError) as error:
         raise KtmergeError(f"{path}: cannot be read: {error}.") from None
     for section in [document, *(value for value in document.values() if isinstance(value, dict))]:
-        for key in ("dtype", "torch_dtype"):
+        for key in plan.base.stale:
+            section.pop(key, None)
+        for key in ("dtype", "torch_dtype") if plan.recipe.output.dtype != "base" else ():
             if isinstance(section.get(key), str):
                 section[key] = plan.recipe.output.dtype
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ktmerge.checkpoints import Alignment, Checkpoint, Parts, TensorClass, TensorInfo, align, open_model, tensor_class
 from ktmerge.checkpoints.alignment import tied_head
 from ktmerge.checkpoints.dtypes import BITS
+from ktmerge.checkpoints.quantised import scheme_of
 from ktmerge.checkpoints.vocabulary import fit_vocabulary
 from ktmerge.errors import UsageError
 from ktmerge.merge.rules import Rule, resolve_rules
@@ -19,6 +20,9 @@ from ktmerge.recipes.schema import Recipe
 Action = Literal["base", "expert", "blend"]
 
 _OUTPUT_TAGS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+_WAY_OUT = "Give the unquantised model, or write 'dequantise: true'"
 
 
 @dataclass(frozen=True)
@@ -240,7 +244,7 @@ def _weights(recipe: Recipe) -> dict[str, float]:
 
 def _open(recipe: Recipe, role: str, reference: str | None, base: Checkpoint | None = None) -> Checkpoint:
     try:
-        return open_model(str(reference), recipe.folder, base)
+        return open_model(str(reference), recipe.folder, base, dequantised=recipe.dequantise)
     except UsageError as error:
         raise UsageError("\n".join(f"{role}: {line}" for line in str(error).splitlines())) from None
 
@@ -249,6 +253,10 @@ def _open_expert(recipe: Recipe, name: str, base: Checkpoint | None, problems: l
     label = f"experts.{name}"
     checkpoint = _collect(problems, lambda: _open(recipe, f"{label}.model", recipe.experts[name].model, base))
     if checkpoint is None or base is None:
+        return None
+    scheme = scheme_of(checkpoint)
+    if scheme is not None and scheme_of(base) is None:
+        problems.append(f"{label}: its weights are quantised by {scheme}, the base's are not. {_WAY_OUT}.")
         return None
     checkpoint = _collect(problems, lambda: fit_vocabulary(base, checkpoint, label))
     if checkpoint is None:
@@ -280,20 +288,21 @@ def _tensor_plans(
         sources = {
             expert.name: expert.alignment.mapping[name] for expert in experts if name in expert.alignment.mapping
         }
-        plans.append(_tensor_plan(recipe, info, parts.of(key), classes[name], key, sources, setting, rule))
+        plans.append(_tensor_plan(recipe, base, info, parts.of(key), classes[name], key, sources, setting, rule))
     for rule in ordered:
         problems += rule.unused(matched[rule.index])
     quantised = [plan.name for plan in plans if plan.tensor_class == "quant" and plan.action == "blend"]
     if quantised:
         problems.append(
-            f"base: {len(quantised)} tensors are quantised ({', '.join(quantised[:3])}...): sums of packed codes mean "
-            "nothing. Give the unquantised checkpoint, or keep these tensors with a where rule."
+            f"base: {len(quantised)} tensors are quantised by {scheme_of(base)} ({', '.join(quantised[:3])}...): sums "
+            f"of packed codes mean nothing. {_WAY_OUT}, or keep these tensors with a where rule."
         )
     return tuple(plans)
 
 
 def _tensor_plan(
     recipe: Recipe,
+    base: Checkpoint,
     info: TensorInfo,
     part: str,
     kind: TensorClass,
@@ -303,7 +312,8 @@ def _tensor_plan(
     rule: Rule | None,
 ) -> TensorPlan:
     tag = _OUTPUT_TAGS.get(recipe.output.dtype)
-    dtype = tag if tag is not None and info.is_float and kind not in ("buffer", "quant") else info.dtype
+    own = base.written.get(info.name, info.dtype)
+    dtype = tag if tag is not None and info.is_float and kind not in ("buffer", "quant") else own
     common: dict[str, Any] = {
         "info": info,
         "part": part,

@@ -219,7 +219,7 @@ def test_quantised_tensors_are_refused_unless_kept(tmp_path: Path, recipe_in: An
     config = {"quantization_config": {"quant_method": "x"}}
     for name in ("base", "a"):
         write(tmp_path / name, packed, config)
-    with pytest.raises(UsageError, match=r"quantised \(model.layers.0.mlp.up_proj.weight"):
+    with pytest.raises(UsageError, match=r"quantised by x \(model.layers.0.mlp.up_proj.weight"):
         plan_blend(recipe_in(tmp_path, ONE, {"method": "linear"}))
     rules = [{"match": "*layers.0.mlp.up_proj*", "keep": "base"}]
     blend(recipe_in(tmp_path, ONE, {"method": "linear", "where": rules}), tmp_path / "out", device="cpu")
