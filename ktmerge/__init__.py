@@ -1,7 +1,8 @@
 """ktmerge: fine-tune fully, blend back with the base, score upstream and downstream.
 
 The verbs of the command line as functions: `finetune`, `blend`, `blend_into`, `evaluate`, `compare`, `report`, `run`,
-`inspect`, `plan`, `load_recipe`. Importing this loads neither torch nor transformers.
+`inspect`, `plan`, `load_recipe`; and `Pristine`, what a sweep of `blend_into` reads from.
+Importing this loads neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ktmerge.api import (
+        Pristine,
         blend,
         blend_into,
         compare,
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "Pristine",
     "blend",
     "blend_into",
     "compare",

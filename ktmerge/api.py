@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     from ktmerge.merge import BlendReport
     from ktmerge.merge.diagnostics import Inspection
     from ktmerge.merge.plan import Plan
+    from ktmerge.merge.pristine import Pristine
     from ktmerge.pipeline import RunResult
     from ktmerge.recipes import Suite
     from ktmerge.tuners import FinetuneReport, PreviewSample
 
 __all__ = [
+    "Pristine",
     "blend",
     "blend_into",
     "compare",
@@ -45,6 +47,14 @@ __all__ = [
 ]
 
 RecipeLike = str | Path | Recipe
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Pristine":
+        raise AttributeError(f"module 'ktmerge.api' has no attribute '{name}'")
+    from ktmerge.merge.pristine import Pristine
+
+    return Pristine
 
 
 def _loaded(recipe: RecipeLike, overrides: Iterable[str] = ()) -> Recipe:
@@ -187,11 +197,21 @@ def refuse_without_out(
     raise UsageError("\n".join(problems))
 
 
-def blend_into(model: Any, recipe: RecipeLike, *, progress: Progress = SILENT) -> BlendReport:
-    """Blend in place: write the result into the parameters of a loaded transformers model."""
+def blend_into(
+    model: Any,
+    recipe: RecipeLike,
+    sources: Pristine | None = None,
+    *,
+    device: str = "auto",
+    progress: Progress = SILENT,
+) -> BlendReport:
+    """Blend in place: write the result into the parameters of a loaded transformers model.
+
+    A sweep gives one ``Pristine()`` as ``sources`` to all its blends: every weight is then read from disk once.
+    """
     from ktmerge import merge
 
-    return merge.blend_into(model, _loaded(recipe), progress=progress)
+    return merge.blend_into(model, _loaded(recipe), sources, device=device, progress=progress)
 
 
 # --- eval -------------------------------------------------------------------------------------------------------------

@@ -100,6 +100,7 @@ def _score_all(
     from ktmerge.eval import encode_sets, score_model
     from ktmerge.eval.loading import choose_device, choose_dtype, load_model, load_tokenizer
     from ktmerge.merge import blend_into
+    from ktmerge.merge.pristine import Pristine
 
     device = choose_device("auto")
     model, tokenizer = load_model(base, device, choose_dtype(device)), load_tokenizer(base)
@@ -110,11 +111,12 @@ def _score_all(
 
     untuned = score("base")
     found: dict[str, Selection] = {}
+    sources = Pristine()
     with torch.inference_mode(False):
         for name, recipe in recipes.items():
             points = [PathPoint(0.0, 0.0, 0.0)]
             for coefficient in coefficients[name]:
-                blend_into(model, at(recipe, coefficient), progress=progress)
+                blend_into(model, at(recipe, coefficient), sources, progress=progress)
                 gain, change = _gains(score(f"{name}, lambda {coefficient:g}"), untuned, sets)
                 points.append(PathPoint(coefficient, gain, change))
                 progress.note(

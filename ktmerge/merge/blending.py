@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ktmerge.checkpoints import Writer, refuse_overlap
 from ktmerge.errors import KtmergeError
@@ -21,6 +21,9 @@ from ktmerge.merge.record import pin, record, recorded
 from ktmerge.merge.report import BlendReport
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from ktmerge.merge.pristine import Pristine
 
 
 def blend(
@@ -88,11 +91,25 @@ def _saying_what_stays(resume: bool, progress: Progress) -> Iterator[None]:
         raise
 
 
-def blend_into(model: Any, recipe: Recipe, *, device: str = "auto", progress: Progress = SILENT) -> BlendReport:
+def blend_into(
+    model: Any,
+    recipe: Recipe,
+    sources: Pristine | None = None,
+    *,
+    device: str = "auto",
+    progress: Progress = SILENT,
+) -> BlendReport:
     """Blend in place: write the result into the parameters of a loaded model of the base's architecture.
 
     Values are rounded as the recipe's output says, so that they equal those of the file route; a parameter of a type
     too narrow for that is rounded to its own. If the run fails, the model is left partly changed.
+
+    Args:
+        model: a ``torch.nn.Module``.
+        recipe: names base, experts and how to blend.
+        sources: copies of base and experts in memory, for a sweep: what a blend lacks is read into them once.
+        device: auto, cpu or cuda: where to compute; never changes the result.
+        progress: where to report.
 
     Raises:
         UsageError: the recipe or its inputs are wrong, or the model doesn't have the base's tensors.
@@ -102,7 +119,7 @@ def blend_into(model: Any, recipe: Recipe, *, device: str = "auto", progress: Pr
     from ktmerge.merge.sinks import LiveSink
 
     plan = plan_blend(recipe)
-    return execute(plan, LiveSink(model, plan.base), device, progress)
+    return execute(plan, LiveSink(model, plan.base), device, progress, pristine=sources)
 
 
 def _config(plan: Plan, folder: str) -> str:

@@ -16,6 +16,7 @@ from ktmerge.merge.device import choose_device
 from ktmerge.merge.fused import Fused
 from ktmerge.merge.kernels.native import is_compiled, native
 from ktmerge.merge.plan import Plan, TensorPlan
+from ktmerge.merge.pristine import Pristine
 from ktmerge.merge.report import BlendReport, TensorReport
 from ktmerge.merge.sinks import Sink
 from ktmerge.merge.source import Sources, changed_buffers, equal_bytes
@@ -23,7 +24,13 @@ from ktmerge.progress import SILENT, Progress, Step
 
 
 def execute(
-    plan: Plan, sink: Sink, device: str = "auto", progress: Progress = SILENT, *, chunk: int | None = None
+    plan: Plan,
+    sink: Sink,
+    device: str = "auto",
+    progress: Progress = SILENT,
+    *,
+    chunk: int | None = None,
+    pristine: Pristine | None = None,
 ) -> BlendReport:
     """Carry out a plan.
 
@@ -32,6 +39,7 @@ def execute(
         sink: where the tensors go; what it has finished already is not made again.
         device: auto, cpu or cuda.
         progress: where to report.
+        pristine: copies in memory to read instead of the files.
         chunk: elements worked on at a time; changes memory, never the result. None: what suits the machine.
 
     Raises:
@@ -41,7 +49,7 @@ def execute(
     started = time.perf_counter()
     place = choose_device(device)
     report = BlendReport(plan.recipe.name, [], device=place, notes=list(plan.notes))
-    with Sources(plan, place, chunk) as sources:
+    with Sources(plan, place, chunk, pristine) as sources:
         _require_tied(plan, sources)
         report.notes += _buffer_notes(plan, sources)
         done = _Engine(plan, sink, sources, place, progress).run(chunk)

@@ -21,6 +21,8 @@ from ktmerge.merge.plan import Plan, TensorPlan
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ktmerge.merge.pristine import Pristine
+
 CHUNK = 1 << 20
 """Elements of a piece: 4 MB in fp32."""
 HELD = 128 << 20
@@ -50,13 +52,17 @@ class Chunk:
 class Sources:
     """Context manager that holds the open files of all inputs."""
 
-    def __init__(self, plan: Plan, device: str, chunk: int | None = None) -> None:
+    def __init__(self, plan: Plan, device: str, chunk: int | None = None, pristine: Pristine | None = None) -> None:
         self._device = device
         self._chunk = chunk or CHUNK
         self._keep_base = plan.recipe.output.not_finite == "keep_base"
         self._stack = ExitStack()
-        self.base: Reader = plan.base.reader()
-        self.experts: dict[str, Reader] = {expert.name: expert.checkpoint.reader() for expert in plan.experts}
+        if pristine is None:
+            self.base: Reader = plan.base.reader()
+            self.experts: dict[str, Reader] = {expert.name: expert.checkpoint.reader() for expert in plan.experts}
+        else:
+            self.base = pristine.reader(plan, None)
+            self.experts = {expert.name: pristine.reader(plan, expert.name) for expert in plan.experts}
         self._held: tuple[str, tuple[Tensor, ...]] | None = None
         self._checked: set[tuple[str, int]] = set()
 
@@ -104,7 +110,7 @@ class Sources:
     def _load(self, tensor: TensorPlan, start: int, stop: int) -> Sequence[Tensor]:
         """Raw elements on their way to the device: from pinned memory the copy goes on beside the arithmetic."""
         found = self._native(tensor, start, stop)
-        if self._device == "cpu":
+        if self._device == "cpu" or found[0].is_cuda:
             return found
         return [raw.pin_memory().to(self._device, non_blocking=True) for raw in found]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import torch
 from merge_models import read, same_bytes
 from torch import nn
 
-from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints import Checkpoint, TensorReader
 from ktmerge.errors import UsageError
 from ktmerge.merge import blend, blend_into
+from ktmerge.merge.pristine import Pristine
 from ktmerge.merge.sinks import LiveSink
 
 TWO = {"a": ("a", 1.0), "b": ("b", 1.0)}
@@ -47,6 +49,43 @@ def test_live_parameters_equal_the_file(llamas: Path, tmp_path: Path, recipe_in:
     assert model.lm_head.weight is model.get_parameter("model.embed_tokens.weight")
     assert model.get_parameter("model.norm.weight").requires_grad
     assert report.written > 0
+
+
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_a_sweep_from_memory_equals_the_files(
+    kernels: str, llamas: Path, tmp_path: Path, recipe_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every weight is read once, but again if its file was replaced meanwhile."""
+    monkeypatch.setenv("KTMERGE_KERNELS", kernels)
+    folder = tmp_path / "models"
+    shutil.copytree(llamas, folder)
+    model, sources = Toy(read(folder / "base")), Pristine()
+    reads: list[tuple[str, str]] = []
+    whole = TensorReader.read_into
+
+    def read_into(self: TensorReader, name: str, start: int, target: memoryview) -> None:
+        reads.append((self._root.name, name))
+        whole(self, name, start, target)
+
+    blends: list[dict[str, Any]] = [
+        {"method": "ties", "density": density, "scope": scope}
+        for density in (0.2, 0.6)
+        for scope in ("tensor", "global")
+    ]
+    blends += [{"method": "linear", "lambda": 0.5, "where": [{"part": "norm", "keep": "a"}]}]
+    for number, given in enumerate(blends):
+        recipe = recipe_in(folder, TWO, given, output={"rounding": "stochastic"})
+        with monkeypatch.context() as context:
+            context.setattr(TensorReader, "read_into", read_into)
+            blend_into(model, recipe, sources)
+        blend(recipe, tmp_path / f"out{number}", device="cpu")
+        stored = read(tmp_path / f"out{number}")
+        assert all(same_bytes(model.get_parameter(name).data, stored[name]) for name in stored), given
+    assert sorted(reads) == sorted((model, name) for model in ("a", "b", "base") for name in stored)
+    shutil.rmtree(folder / "a")
+    shutil.copytree(llamas / "b", folder / "a")
+    blend_into(model, recipe_in(folder, {"a": ("a", 1.0)}, {"method": "linear"}), sources)
+    assert all(same_bytes(model.get_parameter(name).data, found) for name, found in read(llamas / "b").items())
 
 
 def test_a_wider_model_holds_the_rounded_values(llamas: Path, tmp_path: Path, recipe_in: Any) -> None:

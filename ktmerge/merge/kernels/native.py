@@ -66,13 +66,15 @@ class Native:
             setattr(self, name, kind(self._engine.get_function_address(_symbol(name))))
 
 
-@cache
 def native() -> Native | None:
     """The kernels, compiled first if this machine has not done so yet; None without numba or with
     ``KTMERGE_KERNELS=reference`` in the environment.
     """
-    if os.environ.get("KTMERGE_KERNELS") == "reference":
-        return None
+    return None if os.environ.get("KTMERGE_KERNELS") == "reference" else _loaded()
+
+
+@cache
+def _loaded() -> Native | None:
     try:
         path = _path()
         code = _kept(path)
