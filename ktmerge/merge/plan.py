@@ -9,6 +9,7 @@ from typing import Any, Literal
 from ktmerge.checkpoints import Alignment, Checkpoint, Parts, TensorClass, TensorInfo, align, open_model, tensor_class
 from ktmerge.checkpoints.alignment import tied_head
 from ktmerge.checkpoints.dtypes import BITS
+from ktmerge.checkpoints.experts import fit_experts
 from ktmerge.checkpoints.quantised import scheme_of
 from ktmerge.checkpoints.vocabulary import fit_vocabulary
 from ktmerge.errors import UsageError
@@ -258,6 +259,7 @@ def _open_expert(recipe: Recipe, name: str, base: Checkpoint | None, problems: l
     if scheme is not None and scheme_of(base) is None:
         problems.append(f"{label}: its weights are quantised by {scheme}, the base's are not. {_WAY_OUT}.")
         return None
+    checkpoint = fit_experts(base, checkpoint)
     checkpoint = _collect(problems, lambda: fit_vocabulary(base, checkpoint, label))
     if checkpoint is None:
         return None

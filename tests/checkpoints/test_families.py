@@ -45,6 +45,7 @@ QWEN_VIT = {
     "spatial_merge_size": 2,
     "temporal_patch_size": 2,
 }
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
 ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2]}
 OUT = {"out_hidden_size": 16, "intermediate_size": 24}
 Build = Callable[[Any], Any]  # from the transformers module to a model
@@ -130,6 +131,61 @@ FAMILIES: dict[str, tuple[Build, dict[str, int]]] = {
             )
         ),
         {"llm": 2, "vision": 3},
+    ),
+    "qwen3-vl-moe": (
+        lambda t: t.Qwen3VLMoeForConditionalGeneration(
+            t.Qwen3VLMoeConfig(
+                text_config={**TEXT, **MOE, "head_dim": 8, "rope_scaling": ROPE},
+                vision_config={
+                    **QWEN_VIT,
+                    **OUT,
+                    "num_position_embeddings": 16,
+                    "deepstack_visual_indexes": [0, 1, 2],
+                },
+            )
+        ),
+        {"llm": 2, "vision": 3},
+    ),
+    "qwen3.5-vl": (
+        lambda t: t.Qwen3_5ForConditionalGeneration(
+            t.Qwen3_5Config(
+                text_config={
+                    **TEXT,
+                    "head_dim": 8,
+                    "rope_parameters": {**ROPE, "rope_theta": 1e4},
+                    "layer_types": ["linear_attention", "full_attention"],
+                    "linear_num_value_heads": 2,
+                    "linear_num_key_heads": 2,
+                    "linear_key_head_dim": 8,
+                    "linear_value_head_dim": 8,
+                },
+                vision_config={**QWEN_VIT, **OUT, "num_position_embeddings": 16},
+            )
+        ),
+        {"llm": 2, "vision": 3},
+    ),
+    "qwen3": (lambda t: t.Qwen3ForCausalLM(t.Qwen3Config(**TEXT, head_dim=8)), {"llm": 2}),
+    "whisper": (
+        lambda t: t.WhisperForConditionalGeneration(
+            t.WhisperConfig(
+                vocab_size=99,
+                d_model=16,
+                encoder_layers=2,
+                decoder_layers=3,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=24,
+                decoder_ffn_dim=24,
+                num_mel_bins=8,
+                max_source_positions=16,
+                max_target_positions=12,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+                decoder_start_token_id=1,
+            )
+        ),
+        {"llm": 3, "encoder": 2},
     ),
     "smolvlm": (
         lambda t: t.SmolVLMForConditionalGeneration(

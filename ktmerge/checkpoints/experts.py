@@ -1,0 +1,149 @@
+"""Mixtures of experts stored in two ways: one matrix an expert, or all of a layer stacked, gate above up.
+
+Files have them one by one; models in memory, and what is saved from there as it is, have them stacked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.derived import DerivedReader, Made, derive, shown
+from ktmerge.checkpoints.dtypes import BITS
+from ktmerge.checkpoints.header import TensorInfo
+from ktmerge.checkpoints.reader import Reader
+
+_SINGLE = re.compile(
+    r"^(?P<owner>.+)\.experts\.(?P<number>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$"
+)
+_STYLES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+"""What gate, up and down are called."""
+
+Singles = Mapping[str, dict[int, dict[str, TensorInfo]]]
+
+
+def fit_experts(base: Checkpoint, other: Checkpoint) -> Checkpoint:
+    """``other`` with its experts stacked or single as the base's are; given back as it is where nothing is to be done.
+
+    Only shapes that leave no doubt are taken: gate and up ``[E, 2 i, h]`` above each other, down ``[E, h, i]``.
+    """
+    single, single_there = _singles(base), _singles(other)
+    stacked, stacked_there = _stacks(base), _stacks(other)
+    if single and not single_there and stacked_there:
+        return _split(other, single, stacked_there)
+    if stacked and not stacked_there and single_there:
+        return _stack(other, stacked, single_there)
+    return other
+
+
+def _singles(checkpoint: Checkpoint) -> Singles:
+    """Owner -> number -> leaf."""
+    found: dict[str, dict[int, dict[str, TensorInfo]]] = defaultdict(lambda: defaultdict(dict))
+    for name, info in checkpoint.tensors.items():
+        if ".experts." in name and (match := _SINGLE.match(name)):
+            found[match["owner"]][int(match["number"])][match["leaf"]] = info
+    return found
+
+
+def _stacks(checkpoint: Checkpoint) -> dict[str, tuple[TensorInfo, TensorInfo]]:
+    """Owner -> gate and up, and down, of those without biases (which gpt-oss has, with gate and up interleaved)."""
+    found = {}
+    for name, info in checkpoint.tensors.items():
+        if name.endswith(".experts.gate_up_proj") and f"{name}_bias" not in checkpoint.tensors:
+            down = checkpoint.tensors.get(name.replace("gate_up_proj", "down_proj"))
+            if down is not None and len(info.shape) == len(down.shape) == 3:
+                found[name.removesuffix(".experts.gate_up_proj")] = info, down
+    return found
+
+
+def _split(other: Checkpoint, single: Singles, stacks: Mapping[str, tuple[TensorInfo, TensorInfo]]) -> Checkpoint:
+    """Show each expert of a stack as the place in the file where it lies."""
+    if type(other) is not Checkpoint:  # what is made while it is read lies nowhere
+        return other
+    owners = _owners(stacks, single)
+    style = next(style for style in _STYLES if any(style[0] in one for of in single.values() for one in of.values()))
+    tensors: dict[str, TensorInfo] = {}
+    for name, info in other.tensors.items():
+        owner, leaf = name.rpartition(".experts.")[::2]
+        if owner not in owners or leaf not in ("gate_up_proj", "down_proj"):
+            renamed = _renamed(name, owners)
+            tensors[renamed] = replace(info, name=renamed)
+            continue
+        count, inner, hidden = stacks[owner][0].shape[0], stacks[owner][0].shape[1] // 2, stacks[owner][0].shape[2]
+        if stacks[owner][0].shape[1] % 2 or stacks[owner][1].shape != (count, hidden, inner):
+            return other
+        leaves = style[:2] if leaf == "gate_up_proj" else style[2:]
+        shape = (inner, hidden) if leaf == "gate_up_proj" else (hidden, inner)
+        size, begin = inner * hidden * BITS[info.dtype] // 8, info.begin
+        for number in range(count):
+            for part in leaves:
+                own = f"{owners[owner]}.experts.{number}.{part}.weight"
+                tensors[own] = TensorInfo(own, info.dtype, shape, info.file, begin, begin + size)
+                begin += size
+    return replace(other, tensors=tensors, notes=(*other.notes, "its experts are stacked; they are taken one by one."))
+
+
+def _stack(other: Checkpoint, stacks: Mapping[str, tuple[TensorInfo, TensorInfo]], single: Singles) -> Checkpoint:
+    """Show the experts of each owner as one tensor."""
+    owners = _owners(single, stacks)
+    tensors = {_renamed(name, owners): info for name, info in other.tensors.items() if not _SINGLE.match(name)}
+    places = {name: info.name for name, info in tensors.items()}
+    joined: dict[str, list[TensorInfo]] = {}
+    for owner, numbers in single.items():
+        if owner not in owners or set(numbers) != set(range(len(numbers))):
+            return other
+        for leaves, stack in (((0, 1), "gate_up_proj"), ((2,), "down_proj")):
+            names = [[style[leaf] for leaf in leaves] for style in _STYLES]
+            chosen = next((one for one in names if all(set(one) <= set(given) for given in numbers.values())), None)
+            if chosen is None:
+                return other
+            parts = [numbers[number][leaf] for number in range(len(numbers)) for leaf in chosen]
+            if len({(part.dtype, part.shape) for part in parts}) != 1 or len(parts[0].shape) != 2:
+                return other
+            rows, columns = parts[0].shape
+            name = f"{owners[owner]}.experts.{stack}"
+            info = TensorInfo(name, parts[0].dtype, (len(numbers), rows * len(chosen), columns), parts[0].file, 0, 0)
+            tensors[name], joined[name] = shown(info), parts
+
+    def opened() -> DerivedReader:
+        source = other.reader()
+        made: dict[str, Made] = {name: _Joined(parts, source) for name, parts in joined.items()}
+        made |= {name: _Joined([other.tensors[own]], source) for name, own in places.items() if name != own}
+        return DerivedReader(tensors, source, made)
+
+    return derive(other, tensors, opened, notes=(*other.notes, "its experts are single; they are taken as stacks."))
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """Tensors of one size behind one another."""
+
+    parts: Sequence[TensorInfo]
+    source: Reader
+
+    def fill(self, start: int, target: memoryview) -> None:
+        width, size = BITS[self.parts[0].dtype] // 8, self.parts[0].numel
+        done = 0
+        while done < len(target):
+            number, offset = divmod(start + done // width, size)
+            piece = target[done : done + (size - offset) * width]
+            self.source.read_into(self.parts[number].name, offset, piece)
+            done += len(piece)
+
+
+def _owners(theirs: Mapping[str, object], base: Mapping[str, object]) -> dict[str, str]:
+    """The base's name of every block of experts: its own, or that of the only one in the same layer."""
+    by_layer = {owner.rpartition(".")[0]: owner for owner in base}
+    return {owner: owner if owner in base else by_layer.get(owner.rpartition(".")[0], owner) for owner in theirs}
+
+
+def _renamed(name: str, owners: Mapping[str, str]) -> str:
+    """The name of a tensor beside the experts, such as the router, in a block that the base calls otherwise."""
+    for depth in range(name.count("."), 0, -1):
+        owner = name.rsplit(".", depth)[0]
+        if owner in owners:
+            return owners[owner] + name[len(owner) :]
+    return name
