@@ -280,10 +280,8 @@ def _reference(reference: Any, where: str) -> str:
         reference = reference["model"]
     if not isinstance(reference, str):
         raise UsageError(
-            f"{_WHERE}: {where}: write a folder or a hub id; adapters and overrides cannot be said in a recipe."
+            f"{_WHERE}: {where}: write a folder or hub id, with an adapter as 'model+adapter'; overrides cannot be said."
         )
-    if "+" in reference:
-        raise UsageError(f"{_WHERE}: {where}: '{reference}' adds an adapter; fold it into a checkpoint first.")
     return reference
 
 

@@ -126,6 +126,12 @@ def test_gradients_need_the_base(tmp_path: Path) -> None:
         imported(merge_method="ties", base_model="org/far", models=TWO, parameters={"density": [0.1, 0.9]})
 
 
+def test_an_adapter_stays_an_adapter() -> None:
+    models = [{"model": "org/x+runs/lora", "parameters": {"weight": 1, "density": 0.5}}]
+    recipe, _ = imported(merge_method="ties", base_model="org/x", models=models)
+    assert [(name, one["model"]) for name, one in recipe["experts"].items()] == [("lora", "org/x+runs/lora")]
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"slices": []}, "'slices' cannot be said in a recipe"),
     ({"modules": {}}, "'modules' cannot be said in a recipe"),
@@ -136,8 +142,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"models": []}, "has no models"),
     ({"models": [{"modle": "x"}]}, r"models\[0\] names no model"),
     ({"models": [{"model": "x", "params": {}}]}, "unknown key 'params'"),
-    ({"models": [{"model": "x+lora"}]}, "adds an adapter"),
-    ({"models": [{"model": {"model": "x", "lora": "y"}}]}, "adapters and overrides cannot be said"),
+    ({"models": [{"model": {"model": "x", "lora": "y"}}]}, "with an adapter as 'model\\+adapter'"),
     ({"models": [{"model": "base"}]}, "no model besides the base"),
     ({"models": [{"model": "x"}]}, "ties needs weight for x"),
     ({"base_model": None}, "ties without base_model"),
