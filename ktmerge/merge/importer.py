@@ -280,7 +280,7 @@ def _reference(reference: Any, where: str) -> str:
         reference = reference["model"]
     if not isinstance(reference, str):
         raise UsageError(
-            f"{_WHERE}: {where}: write a folder or hub id, with an adapter as 'model+adapter'; overrides cannot be said."
+            f"{_WHERE}: {where}: write a folder or hub id, an adapter as 'model+adapter'; overrides cannot be said."
         )
     return reference
 

@@ -142,7 +142,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"models": []}, "has no models"),
     ({"models": [{"modle": "x"}]}, r"models\[0\] names no model"),
     ({"models": [{"model": "x", "params": {}}]}, "unknown key 'params'"),
-    ({"models": [{"model": {"model": "x", "lora": "y"}}]}, "with an adapter as 'model\\+adapter'"),
+    ({"models": [{"model": {"model": "x", "lora": "y"}}]}, "an adapter as 'model\\+adapter'"),
     ({"models": [{"model": "base"}]}, "no model besides the base"),
     ({"models": [{"model": "x"}]}, "ties needs weight for x"),
     ({"base_model": None}, "ties without base_model"),
