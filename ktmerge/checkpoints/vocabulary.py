@@ -76,7 +76,7 @@ def vocabulary_tables(checkpoint: Checkpoint) -> tuple[list[str], int]:
     return embeddings + biases, rows.pop()
 
 
-def fit_vocabulary(base: Checkpoint, other: Checkpoint, label: str) -> Checkpoint:
+def fit_vocabulary(base: Checkpoint, other: Checkpoint, label: str, *, grown: bool = False) -> Checkpoint:
     """``other`` with the rows of its tables in the base's order, and as many.
 
     A row whose token it doesn't have, and padding, is shown as the base's, so that it stays as it is there. Where both
@@ -86,24 +86,27 @@ def fit_vocabulary(base: Checkpoint, other: Checkpoint, label: str) -> Checkpoin
         base: whose vocabulary counts.
         other: the expert.
         label: what messages call it.
+        grown: whether the base has rows of tokens that its own files don't list: they count as padding here.
 
     Raises:
         UsageError: the tokenizers say that tokens were changed, but not which row is which.
     """
     names, rows = vocabulary_tables(base)
-    same_files = same_tokens(tokenizer_root(base), tokenizer_root(other))
+    same_files = not grown and same_tokens(tokenizer_root(base), tokenizer_root(other))
     if same_files and all(name in other.tensors and other[name].shape == base[name].shape for name in names):
         return other
-    pairs = _pairs(base, other, names, label)
+    pairs = pair_tables(base, other, names, label)
     sizes = {other[found].shape[0] for _, found in pairs}
     if len(sizes) != 1 or any(base[name].shape[1:] != other[found].shape[1:] for name, found in pairs):
         return other
     theirs = sizes.pop()
     own, vocabulary = vocabulary_of(base).tokens, vocabulary_of(other)
     places = {token: number for token, number in vocabulary.tokens.items() if 0 <= number < theirs}
+    if grown and not places:
+        raise UsageError(f"{label}: has no tokenizer.json, so its tokens cannot be joined with the others'.")
     if not own or not places:
         return other  # equal sizes answer row by row; of others the alignment says that they don't fit
-    if theirs == rows and all(own.get(token) == number for token, number in places.items()):
+    if not grown and theirs == rows and all(own.get(token) == number for token, number in places.items()):
         return other
     known = {token: number for token, number in own.items() if token in places and 0 <= number < rows}
     if len(known) < len(own) / 2:
@@ -124,7 +127,7 @@ def fit_vocabulary(base: Checkpoint, other: Checkpoint, label: str) -> Checkpoin
     return _aligned(base, other, pairs, runs_of([[source] for source in sources]), note)
 
 
-def _pairs(base: Checkpoint, other: Checkpoint, names: list[str], label: str) -> list[tuple[str, str]]:
+def pair_tables(base: Checkpoint, other: Checkpoint, names: list[str], label: str) -> list[tuple[str, str]]:
     """The tables of the base, and what they are in ``other``, a head that only ``other`` stores included."""
     alignment = align(base, other, label)
     found = alignment.mapping | {wrong.name: wrong.other.name for wrong in alignment.mismatched}

@@ -69,6 +69,8 @@ def blend(
         writer.plan_like(plan.base, plan.dtypes)
         report = execute(plan, FileSink(writer), device, progress)
         report.out = writer.digests()
+        for file, changed in plan.texts.items():
+            writer.add_text(file, changed)
         if recipe.output.dtype != "base" or plan.base.stale:
             for folder in ("", *(f"{branch}/" for branch, _ in plan.base.branches)):
                 writer.add_text(f"{folder}config.json", _config(plan, folder))
@@ -126,7 +128,8 @@ def _config(plan: Plan, folder: str) -> str:
     """The base's ``config.json`` with the output's type where it names one: loaders go by it."""
     path = plan.base.root / folder / "config.json"
     try:
-        document = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        text = plan.texts.get(f"{folder}config.json")
+        document = json.loads(text or (path.read_text(encoding="utf-8") if path.exists() else "{}"))
     except (OSError, ValueError) as error:
         raise KtmergeError(f"{path}: cannot be read: {error}.") from None
     for section in [document, *(value for value in document.values() if isinstance(value, dict))]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from ktmerge.checkpoints import Alignment, Checkpoint, Parts, TensorClass, TensorInfo, align, open_model, tensor_class
@@ -11,6 +12,7 @@ from ktmerge.checkpoints.alignment import tied_head
 from ktmerge.checkpoints.dtypes import BITS
 from ktmerge.checkpoints.experts import fit_experts
 from ktmerge.checkpoints.quantised import scheme_of
+from ktmerge.checkpoints.union import join_vocabularies
 from ktmerge.checkpoints.vocabulary import fit_vocabulary
 from ktmerge.errors import UsageError
 from ktmerge.merge.rules import Rule, resolve_rules
@@ -99,7 +101,10 @@ class ExpertPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a blend will do. Experts are sorted by name: their order in the recipe has no influence."""
+    """Everything a blend will do. Experts are sorted by name: their order in the recipe has no influence.
+
+    ``texts`` are those of the base's files that change with the vocabulary.
+    """
 
     recipe: Recipe
     base: Checkpoint
@@ -107,6 +112,7 @@ class Plan:
     tensors: tuple[TensorPlan, ...]
     layers: Mapping[str, int]
     notes: tuple[str, ...] = field(default=())
+    texts: Mapping[str, str] = field(default_factory=dict)
 
     def expert(self, name: str) -> ExpertPlan:
         """The expert of that name."""
@@ -209,7 +215,14 @@ def plan_blend(recipe: Recipe) -> Plan:
     elif setting is not None:
         problems += [f"blend: {objection}" for objection in setting.objections(_weights(recipe))]
     base = _collect(problems, lambda: _open(recipe, "base", recipe.base)) if recipe.base is not None else None
-    experts = [_open_expert(recipe, name, base, problems) for name in sorted(recipe.experts)]
+    opened = _open_experts(recipe, base, problems)
+    texts: Mapping[str, str] = {}
+    if base is not None and recipe.output.vocabulary == "union" and not problems:
+        union = _collect(problems, partial(join_vocabularies, base, opened))
+        base, texts = (base, {}) if union is None else (union.base, union.texts)
+    experts = [
+        _align(recipe, base, name, one, bool(texts), problems) for name, one in opened.items() if base is not None
+    ]
     tensors: tuple[TensorPlan, ...] = ()
     layers: Mapping[str, int] = {}
     if setting is not None:
@@ -221,7 +234,7 @@ def plan_blend(recipe: Recipe) -> Plan:
     _raise(problems)
     assert base is not None
     ready = tuple(expert for expert in experts if expert is not None)
-    return Plan(recipe, base, ready, tensors, layers, tuple(_notes(base, ready)))
+    return Plan(recipe, base, ready, tensors, layers, tuple(_notes(base, ready)), texts)
 
 
 def _collect(problems: list[str], find: Any) -> Any:
@@ -250,22 +263,32 @@ def _open(recipe: Recipe, role: str, reference: str | None, base: Checkpoint | N
         raise UsageError("\n".join(f"{role}: {line}" for line in str(error).splitlines())) from None
 
 
-def _open_expert(recipe: Recipe, name: str, base: Checkpoint | None, problems: list[str]) -> ExpertPlan | None:
+def _open_experts(recipe: Recipe, base: Checkpoint | None, problems: list[str]) -> dict[str, Checkpoint]:
+    """The experts that can be opened, sorted by name, their tensors named as the base names its."""
+    opened = {}
+    for name in sorted(recipe.experts):
+        where = f"experts.{name}.model"
+        checkpoint = _collect(problems, partial(_open, recipe, where, recipe.experts[name].model, base))
+        scheme = None if checkpoint is None else scheme_of(checkpoint)
+        if checkpoint is None or base is None:
+            continue
+        if scheme is not None and scheme_of(base) is None:
+            problems.append(f"experts.{name}: its weights are quantised by {scheme}, the base's are not. {_WAY_OUT}.")
+            continue
+        opened[name] = fit_experts(base, checkpoint)
+    return opened
+
+
+def _align(
+    recipe: Recipe, base: Checkpoint, name: str, checkpoint: Checkpoint, grown: bool, problems: list[str]
+) -> ExpertPlan | None:
     label = f"experts.{name}"
-    checkpoint = _collect(problems, lambda: _open(recipe, f"{label}.model", recipe.experts[name].model, base))
-    if checkpoint is None or base is None:
+    fitted = _collect(problems, lambda: fit_vocabulary(base, checkpoint, label, grown=grown))
+    if fitted is None:
         return None
-    scheme = scheme_of(checkpoint)
-    if scheme is not None and scheme_of(base) is None:
-        problems.append(f"{label}: its weights are quantised by {scheme}, the base's are not. {_WAY_OUT}.")
-        return None
-    checkpoint = fit_experts(base, checkpoint)
-    checkpoint = _collect(problems, lambda: fit_vocabulary(base, checkpoint, label))
-    if checkpoint is None:
-        return None
-    alignment = align(base, checkpoint, label)
+    alignment = align(base, fitted, label)
     _collect(problems, alignment.require_complete)
-    return ExpertPlan(name, recipe.experts[name].weight, checkpoint, alignment)
+    return ExpertPlan(name, recipe.experts[name].weight, fitted, alignment)
 
 
 def _tensor_plans(

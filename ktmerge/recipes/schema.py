@@ -91,6 +91,9 @@ class Output(_Section):
         "base", description="base: each tensor as in the base"
     )
     rounding: Literal["nearest", "stochastic"] = "nearest"
+    vocabulary: Literal["base", "union"] = Field(
+        "base", description="union: the tokens that experts added, too, with their rows"
+    )
     not_finite: Literal["refuse", "keep_base"] = Field(
         "refuse", description="where base or an expert is NaN or infinite: refuse to blend, or keep the base's value"
     )
