@@ -137,3 +137,33 @@ def test_an_output_over_an_input_and_an_adapter_changed_under_the_run_are_refuse
     os.utime(folder / "adapter" / "adapter_model.safetensors", ns=(0, 0))
     with pytest.raises(KtmergeError, match="was changed"), plan.experts[0].checkpoint.reader() as reader:
         reader.check_unchanged()
+
+
+@pytest.mark.parametrize("model", ["org/adapter@v1", "org/base@abc+org/adapter@v1", "base+org/adapter@v1"])
+def test_adapters_come_from_the_hub(
+    adapted: tuple[Path, dict[str, torch.Tensor]],
+    recipe_in: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+) -> None:
+    folder, _ = adapted
+    places = {"org/base@abc": "base", "org/adapter@v1": "adapter", "base": "base"}
+    monkeypatch.setattr("ktmerge.checkpoints.opening.resolve", lambda reference, _: folder / places[reference])
+    plan = plan_blend(recipe_in(folder, {"a": (model, 1.0)}, WHOLE))
+    assert folder / "adapter" in plan.experts[0].checkpoint.roots
+
+
+def test_an_interrupted_blend_goes_on_only_with_the_same_adapter(
+    adapted: tuple[Path, dict[str, torch.Tensor]], recipe_in: Any, tmp_path: Path
+) -> None:
+    folder, _ = adapted
+    recipe = recipe_in(folder, {"a": ("adapter", 1.0)}, WHOLE)
+    blend(recipe, tmp_path / "out", device="cpu")
+    first, written = read(tmp_path / "out"), (tmp_path / "out" / "ktmerge.json").stat().st_mtime_ns
+    blend(recipe, tmp_path / "out", device="cpu", resume=True)
+    assert (tmp_path / "out" / "ktmerge.json").stat().st_mtime_ns == written
+    config = folder / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 6.0', '"lora_alpha": 3.0'))
+    blend(recipe, tmp_path / "out", device="cpu", resume=True, overwrite=True)
+    assert any(not same_bytes(values, first[name]) for name, values in read(tmp_path / "out").items())

@@ -122,7 +122,7 @@ def test_models_of_the_hub_are_named_as_the_hub_does(
     models: Path, tmp_path: Path, recipe_in: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     places = {"org/base@abc": "base", "other/tuned": "a", "b": "b"}
-    monkeypatch.setattr("ktmerge.merge.plan.resolve", lambda reference, _: models / places[reference])
+    monkeypatch.setattr("ktmerge.checkpoints.opening.resolve", lambda reference, _: models / places[reference])
     recipe = recipe_in(models, {"a": ("other/tuned", 1.0), "b": ("b", 1.0)}, TIES, base="org/base@abc")
     blend(recipe, tmp_path / "out", device="cpu")
     text = card_of(tmp_path / "out")
