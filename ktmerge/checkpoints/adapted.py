@@ -73,6 +73,8 @@ def understand(
             )
         else:
             whole[name.replace(".base_layer.", ".")] = info
+    if not factors and not whole:
+        raise UsageError(f"{folder}: the adapter has no tensors.")
     targets = [f"{module}.weight" for module in factors]
     biases = [f"{module}.bias" for module, found in factors.items() if "lora_B.bias" in found]
     places = locate(model.tensors, [*targets, *biases, *whole], str(folder))
@@ -99,8 +101,8 @@ def understand(
 
 def _scale(folder: Path, config: Mapping[str, Any], module: str, factors: Mapping[str, TensorInfo]) -> float:
     """alpha / r, or alpha / sqrt(r), with the alpha of the first pattern that matches; r as it is stored."""
-    first = factors.get("lora_A") or factors.get("lora_embedding_A")
-    second = factors.get("lora_B") or factors.get("lora_embedding_B")
+    kind = "lora_embedding" if "lora_embedding_A" in factors else "lora"
+    first, second = factors.get(f"{kind}_A"), factors.get(f"{kind}_B")
     if first is None or second is None:
         raise UsageError(f"{folder}: the adapter has only one factor of '{module}'; it is not whole.")
     rank = first.shape[0] if first.shape else 0

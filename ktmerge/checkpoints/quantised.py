@@ -6,6 +6,7 @@ What is known here is what the stored layout says completely: FP8 with scales, M
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -115,12 +116,13 @@ def _understand(checkpoint: Checkpoint, scheme: str, label: str) -> tuple[dict[s
     """The weights by name, and the stored tensors that are no weights of their own."""
     tensors, config = checkpoint.tensors, checkpoint.config
     block = _settings(config).get("weight_block_size")
+    sides = [side for side in block if type(side) is int and side > 0] if isinstance(block, list) else []
+    size = (sides[0], sides[1]) if len(sides) == 2 else None
     packed: dict[str, Packed] = {}
     for name, info in tensors.items():
         found: tuple[str, Packed] | None = None
         if info.dtype in ("F8_E4M3", "F8_E5M2"):
             scales = next((tensors[name + end] for end in _SCALES if name + end in tensors), None)
-            size = (int(block[0]), int(block[1])) if isinstance(block, list) and len(block) == 2 else None
             found = (
                 None
                 if scales is None
@@ -159,10 +161,33 @@ def _four_bits(checkpoint: Checkpoint, name: str) -> tuple[str, Packed] | None:
     stored = {role: tensors[f"{name}.{end}"] for role, end in roles.items() if f"{name}.{end}" in tensors}
     if state is None or "map" not in stored:
         return None
-    shape = read_state(checkpoint, state).get("shape")
+    said = read_state(checkpoint, state)
+    shape = said.get("shape")
     if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
         return None
+    if not _maxima_fit(math.prod(shape), stored, said):
+        return None
     return name, Packed("bnb4", {"codes": tensors[name], "state": state, **stored}, tuple(shape))
+
+
+def _maxima_fit(count: int, stored: Mapping[str, TensorInfo], said: Mapping[str, Any]) -> bool:
+    """Whether there is one maximum for each block of ``count`` elements, itself a code or a number."""
+    block, outer = said.get("blocksize"), said.get("nested_blocksize")
+    if type(block) is not int or block < 1 or stored["absmax"].numel != -(-count // block):
+        return False
+    if "nested_absmax" not in stored:
+        return stored["absmax"].is_float
+    return (
+        stored["absmax"].dtype == "U8"
+        and type(outer) is int
+        and outer > 0
+        and isinstance(said.get("nested_offset", 0.0), (int, float))
+        and stored["nested_absmax"].is_float
+        and stored["nested_absmax"].numel == -(-stored["absmax"].numel // outer)
+        and "nested_map" in stored
+        and stored["nested_map"].is_float
+        and stored["nested_map"].numel == 256
+    )
 
 
 def read_state(checkpoint: Checkpoint, state: TensorInfo) -> dict[str, Any]:
@@ -188,10 +213,8 @@ def _require_fit(name: str, group: Packed, label: str) -> None:
     elif group.kind == "int8" and scales is not None:
         fits = scales.dtype == "F32" and scales.numel == codes.shape[0]
     elif group.kind == "bnb4":
-        count = 1
-        for size in group.shape:
-            count *= size
-        fits = codes.numel == (count + 1) // 2 and group.stored["map"].numel == 16
+        table = group.stored["map"]
+        fits = codes.numel == (math.prod(group.shape) + 1) // 2 and table.numel == 16 and table.is_float
     if not fits:
         shapes = ", ".join(f"'{info.name}' {info.dtype} {list(info.shape)}" for info in group.stored.values())
         raise UsageError(f"{label}: the stored tensors of the quantised '{name}' do not fit together: {shapes}.")
@@ -201,9 +224,7 @@ def scale_grid(
     shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, int] | None
 ) -> tuple[int, int, int, int] | None:
     """How a grid of scales lies over a weight seen as matrices: its rows and columns, and those of a block."""
-    count = 1
-    for size in scales:
-        count *= size
+    count = math.prod(scales)
     rows, columns = shape[-2:] if len(shape) > 1 else (1, shape[0] if shape else 1)
     if count == 1:
         return 1, 1, rows, columns

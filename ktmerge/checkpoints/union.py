@@ -41,6 +41,8 @@ def join_vocabularies(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> Un
     if not names or not own.tokens or not (own.root / "tokenizer.json").exists():
         raise UsageError(f"base: output.vocabulary: union needs a tokenizer.json in {base.root} and one embedding.")
     first = max(own.tokens.values()) + 1
+    if first > rows:
+        raise UsageError(f"base: its tokenizer in {own.root} numbers tokens up to {first - 1}, but it has {rows} rows.")
     numbers: dict[str, int] = {}
     entries: list[dict[str, Any]] = []
     owners: dict[str, list[tuple[str, int]]] = {}

@@ -89,3 +89,13 @@ def test_what_cannot_be_joined_is_refused(tmp_path: Path, recipe_in: Any) -> Non
         plan_blend(recipe_in(tmp_path, {"b": ("b", 1.0), "c": ("c", 1.0)}, WHOLE, output=UNION))
     with pytest.raises(UsageError, match=r"union needs a tokenizer\.json"):
         plan_blend(recipe_in(tmp_path, {"c": ("c", 1.0)}, WHOLE, base="b", output=UNION))
+
+
+def test_a_tokenizer_that_numbers_beyond_the_table_is_refused(tmp_path: Path, recipe_in: Any) -> None:
+    base = model(tmp_path / "base", llama_tensors(), BASE, 2)
+    document = json.loads((tmp_path / "base" / "tokenizer.json").read_text())
+    document["added_tokens"][-1]["id"] = 10**12
+    (tmp_path / "base" / "tokenizer.json").write_text(json.dumps(document))
+    model(tmp_path / "a", base, [*BASE, "<x>"], 3)
+    with pytest.raises(UsageError, match="numbers tokens up to 1000000000000, but it has 48 rows"):
+        plan_blend(recipe_in(tmp_path, {"a": ("a", 1.0)}, WHOLE, output=UNION))
