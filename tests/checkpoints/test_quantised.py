@@ -195,5 +195,5 @@ def test_a_state_that_does_not_fit_its_codes_is_refused(tmp_path: Path, wrong: d
         f"{NAME}.quant_state.bitsandbytes__nf4": _state(**state),
     }
     write(tmp_path / "q", tensors, "bitsandbytes")
-    with pytest.raises(UsageError, match="stored otherwise|do not fit together"):
+    with pytest.raises(UsageError, match=r"stored otherwise|do not fit together"):
         open_model("q", tmp_path, dequantised=True)
