@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ktmerge.merge.kernels.codes import BLOCK
-from ktmerge.merge.kernels.search import Search, Threshold
+from ktmerge.merge.kernels.search import Interval, Search, Threshold, hashes
 from ktmerge.merge.program import Program, Trim
 from ktmerge.merge.workspace import WIDTHS
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from ktmerge.merge.plan import TensorPlan
     from ktmerge.merge.steps import Steps
-    from ktmerge.merge.workspace import Row, Workspace
+    from ktmerge.merge.workspace import Measured, Row, Workspace
 
 _LARGE = 1 << 18
 """Elements from which a sample pays."""
 _BLOCKS = 16
 """Blocks of a sample, spread evenly."""
+_FEW = 1 << 21
+"""Candidates of one expert that are kept: 16 MB."""
+_COARSE = 15
+"""Shift of an interval that was not narrowed by a sample: most elements would be candidates."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,35 @@ class Job:
     def width(self) -> int:
         """Bytes of an element of the output."""
         return WIDTHS[self.kind]
+
+
+class Candidates:
+    """The elements that one pass found in its interval, as long as they are few: the next pass is then about them only.
+
+    Args:
+        interval: of the pass.
+    """
+
+    def __init__(self, interval: Interval) -> None:
+        self._interval = interval
+        self._found: list[tuple[NDArray[np.uint32], NDArray[np.uint32], int, int]] | None = []
+        self.room = 0 if interval.hashed or interval.shift >= _COARSE else _FEW
+
+    def add(self, measured: Measured, start: int, key: int) -> None:
+        """Take in those of a piece that begins at element ``start``; ``key`` is of the hash of its tensor."""
+        if self._found is None or measured.places is None or measured.patterns is None:
+            self._found, self.room = None, 0
+            return
+        self._found.append((measured.places.copy(), measured.patterns.copy(), start, key))
+        self.room = max(0, self.room - measured.places.size)
+
+    def decide(self, search: Search) -> None:
+        """Finish a search that now asks for the hashes of one magnitude."""
+        if self._found is None or search.done or not search.interval.hashed or self._interval.hashed:
+            return
+        floor = search.interval.floor
+        found = [hashes(key, start + places[patterns == floor]) for places, patterns, start, key in self._found]
+        search.decide(np.concatenate(found))
 
 
 Work = Callable[["Workspace", Job], Any]
@@ -70,20 +105,25 @@ def find_thresholds(jobs: Sequence[Job], position: int, run: Run, probe: Workspa
         _hint(searches, jobs, position, probe)
     lock = threading.Lock()
     while wanted := [expert for expert, search in enumerate(searches) if not search.done]:
+        near = {expert: Candidates(searches[expert].interval) for expert in wanted}
 
-        def count(space: Workspace, job: Job, wanted: Sequence[int] = tuple(wanted)) -> bool:
+        def count(
+            space: Workspace, job: Job, wanted: Sequence[int] = tuple(wanted), near: Mapping[int, Candidates] = near
+        ) -> bool:
             for expert in wanted:
-                found = space.measure(expert + 1, job.steps, position, searches[expert].interval)
+                found = space.measure(expert + 1, job.steps, position, searches[expert].interval, near[expert].room)
                 if found is None:
                     return False
                 with lock:
-                    searches[expert].add(*found)
+                    searches[expert].add(found.counts, found.lows)
+                    near[expert].add(found, space.start, job.steps.key(position, expert))
             return True
 
         if not all(list(run(jobs, count))):
             return None
         for expert in wanted:
             searches[expert].end_pass()
+            near[expert].decide(searches[expert])
     return [search.result() for search in searches]
 
 

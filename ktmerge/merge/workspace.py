@@ -41,6 +41,22 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What one piece has for a `Search`; valid until the workspace is used again.
+
+    Attributes:
+        counts, lows: for `Search.add`.
+        places: uint32, indices in the piece of the magnitudes in the interval; None if there was no room.
+        patterns: uint32, their patterns.
+    """
+
+    counts: NDArray[Any]
+    lows: NDArray[Any]
+    places: NDArray[np.uint32] | None
+    patterns: NDArray[np.uint32] | None
+
+
+@dataclass(frozen=True)
 class Blended:
     """One piece as the kernel made it.
 
@@ -69,6 +85,7 @@ class Workspace:
         self._kinds = np.zeros(experts + 1, np.int64)
         self._scratch = np.empty((2 * experts + 7) * BLOCK, np.uint32)
         self._counts, self._lows = np.zeros(BINS + 1, np.uint32), np.zeros(BINS, np.uint32)
+        self._places, self._patterns = np.empty(0, np.uint32), np.empty(0, np.uint32)
         self._held: tuple[str, int, int] | None = None
         self._number, self._count, self.start = 0, 0, 0
 
@@ -112,22 +129,29 @@ class Workspace:
         )  # fmt: skip
         return float(sums[1]) if status == FINE else None
 
-    def measure(
-        self, row: int, steps: Steps, position: int, interval: Interval
-    ) -> tuple[NDArray[Any], NDArray[Any]] | None:
-        """Counts and lost bits for `Search.add`, of one row's deltas before the step at ``position``.
+    def measure(self, row: int, steps: Steps, position: int, interval: Interval, room: int = 0) -> Measured | None:
+        """Count one row's deltas before the step at ``position``, and note up to ``room`` of those in the interval.
 
-        None if an input is not finite. Valid until the workspace is used again.
+        None if an input is not finite.
         """
+        if self._places.size < room:
+            self._places, self._patterns = np.empty(room, np.uint32), np.empty(room, np.uint32)
+        taken = np.zeros(1, np.int64)
         counts, lows = self._counts[: interval.bins + 1], self._lows[: interval.bins]
         counts.fill(0)
         lows.fill(0)
         status = self._native.measure(
             *self._inputs(), row, self._count, self.start, *steps.arguments(position),
             int(interval.hashed), interval.floor, steps.key(position, row - 1), interval.low, interval.last,
-            interval.shift, interval.bins, counts.ctypes.data, lows.ctypes.data, self._scratch.ctypes.data,
+            interval.shift, interval.bins, counts.ctypes.data, lows.ctypes.data,
+            room, self._places.ctypes.data, self._patterns.ctypes.data, taken.ctypes.data, self._scratch.ctypes.data,
         )  # fmt: skip
-        return (counts, lows) if status == FINE else None
+        if status != FINE:
+            return None
+        found = int(taken[0])
+        if interval.hashed or found > room:
+            return Measured(counts, lows, None, None)
+        return Measured(counts, lows, self._places[:found], self._patterns[:found])
 
     def sample(self, row: int, steps: Steps, position: int) -> NDArray[np.uint32]:
         """Magnitude patterns of one row's deltas before the step at ``position``; the piece is a `BLOCK` at most."""

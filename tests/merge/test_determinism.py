@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ktmerge.merge import blend, fused
+from ktmerge.merge import blend, fused, selection
 from ktmerge.recipes.load import parse_recipe
 
 EXPERTS = ("a", "b", "c")
@@ -95,6 +95,19 @@ def test_threads_and_pieces_do_not_show(
         monkeypatch.setattr(fused, "PIECE", piece)
         monkeypatch.setattr(fused, "HELD", held)
         assert digest(models, tmp_path / "out", document) == expected, (cores, piece, held)
+
+
+@pytest.mark.parametrize("kind", ["ties", "ties global"])
+def test_samples_and_noted_candidates_do_not_show(
+    kind: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a sample or none, and with room for all candidates of a threshold, for some, or for none."""
+    expected = digest(models, tmp_path / "out", recipe(BLENDS[kind]))
+    for large, few in [(1, 1 << 21), (1, 300), (1, 0), (1 << 30, 1 << 21), (1 << 30, 0)]:
+        monkeypatch.setattr(selection, "_LARGE", large)
+        monkeypatch.setattr(selection, "_FEW", few)
+        monkeypatch.setattr(fused, "PIECE", 1 << 10)
+        assert digest(models, tmp_path / "out", recipe(BLENDS[kind])) == expected, (large, few)
 
 
 @pytest.mark.parametrize("kind", BLENDS)

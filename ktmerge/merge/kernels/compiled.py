@@ -418,6 +418,13 @@ def _count_magnitudes(magnitudes, found, low, shift, counts, lows):
 
 
 @_compile
+def _note(magnitudes, found, first, places, patterns):
+    for j in range(found.size):
+        places[j] = _U32(first + found[j])
+        patterns[j] = magnitudes[found[j]]
+
+
+@_compile
 def _count_hashes(found, key, start, low, last, shift, counts):
     above = _U32(0)
     for j in range(found.size):
@@ -460,7 +467,7 @@ def _delta(
 @_compile
 def _measure(
     raw16, raw32, kinds, row, count, start, steps, floors, leasts, keys, cuts, factors,
-    hashed, floor, key, low, last, shift, counts, lows, own, other, delta, lanes, words,
+    hashed, floor, key, low, last, shift, counts, lows, places, patterns, taken, own, other, delta, lanes, words,
 ):  # fmt: skip
     high = _U64(low + last)
     for first in range(0, count, BLOCK):
@@ -479,19 +486,25 @@ def _measure(
             above = _count_above(magnitudes, _U32(high)) if high < _U64(_MAGNITUDE) else _U32(0)
             near = words[: _collect(magnitudes, _U32(low), _U32(last), words)]
             _count_magnitudes(magnitudes, near, _U32(low), _U32(shift), counts, lows)
+            noted = taken[0] + near.size
+            if noted <= places.size:
+                _note(magnitudes, near, first, places[taken[0] : noted], patterns[taken[0] : noted])
+            taken[0] = noted
         counts[counts.size - 1] += above
     return int64(FINE)
 
 
 def measure(
     rows16, rows32, stride, kinds, number, row, count, start, step_count, steps, floors, leasts, keys, cuts, factors,
-    hashed, floor, key, low, last, shift, bins, counts, lows, scratch,
+    hashed, floor, key, low, last, shift, bins, counts, lows, room, places, patterns, taken, scratch,
 ):  # fmt: skip
     """Count the keys of one expert's deltas, as they are after the transforms; FINE or INPUT_NOT_FINITE.
 
     The key is the magnitude's pattern, or if ``hashed`` the hash of the elements whose magnitude is ``floor``. Added
     to: ``counts`` uint32 ``[bins + 1]``, keys in ``[low, low + last]`` by ``(key - low) >> shift``, and keys above all
     that in the last; ``lows`` uint32 ``[bins]``, the union of the bits that magnitudes lose in that shift.
+    Of the magnitudes in the interval ``places`` and ``patterns``, both uint32 ``[room]``, take index and pattern;
+    ``taken`` int64 ``[1]`` counts them, also those for which there was no room.
     """
     per_step = (step_count, number)
     work = carray(scratch, (5, BLOCK))
@@ -501,6 +514,7 @@ def measure(
         carray(steps, (step_count,)), carray(floors, per_step), carray(leasts, per_step), carray(keys, per_step),
         carray(cuts, per_step), carray(factors, per_step),
         hashed, floor, key, low, last, shift, carray(counts, (bins + 1,)), carray(lows, (bins,)),
+        carray(places, (room,)), carray(patterns, (room,)), carray(taken, (1,)),
         work[0], work[1], work[2].view(np.float32), work[3], work[4],
     )  # fmt: skip
 
@@ -566,7 +580,8 @@ ENTRIES: dict[str, tuple[Any, Any]] = {
         measure,
         int64(
             *_ROWS, int64, int64, int64, *_STEPS, int64, uint32, uint64, uint64, uint64, uint64, int64,
-            CPointer(uint32), CPointer(uint32), CPointer(uint32),
+            CPointer(uint32), CPointer(uint32), int64, CPointer(uint32), CPointer(uint32), CPointer(int64),
+            CPointer(uint32),
         ),
     ),
     "sample": (sample, int64(*_ROWS, int64, int64, int64, *_STEPS, CPointer(uint32), CPointer(uint32))),

@@ -37,7 +37,7 @@ _ARGUMENTS = {
 _ROWS, _STEPS = "ppipi", "ipppppp"
 _SIGNATURES = {
     "blend": f"{_ROWS}ii{_STEPS}ippfiilppppp",
-    "measure": f"{_ROWS}iii{_STEPS}iwllllippp",
+    "measure": f"{_ROWS}iii{_STEPS}iwllllippipppp",
     "sample": f"{_ROWS}iii{_STEPS}pp",
     "energy": "ppiipp",
 }
