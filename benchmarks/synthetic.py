@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 
 CHUNK = 1 << 22
 
-# Qwen2.5-0.5B's shape, the same three times as large, and one small enough for a smoke test.
+# Qwen2.5-0.5B's shape, the same with fewer and more layers, one three times as large with larger tensors, and one small
+# enough for a smoke test.
+_HALF = {"hidden": 896, "layers": 24, "mlp": 4864, "heads": 14, "kv_heads": 2, "vocabulary": 151936}
 SHAPES = {
-    "0.5b": {"hidden": 896, "layers": 24, "mlp": 4864, "heads": 14, "kv_heads": 2, "vocabulary": 151936},
+    "0.25b": _HALF | {"layers": 8},
+    "0.5b": _HALF,
+    "1b": _HALF | {"layers": 58},
     "1.5b": {"hidden": 1536, "layers": 28, "mlp": 8960, "heads": 12, "kv_heads": 2, "vocabulary": 151936},
     "tiny": {"hidden": 128, "layers": 2, "mlp": 256, "heads": 4, "kv_heads": 2, "vocabulary": 4096},
 }
@@ -27,6 +32,11 @@ def make(folder: Path, size: str, experts: int, noise: float = 1e-3) -> tuple[Pa
             _write(path, tensors, noise if path != base else 0.0, seed)
             (path / "config.json").write_text(json.dumps(_config(**SHAPES[size]), indent=2))
     return base, paths
+
+
+def count(size: str) -> int:
+    """Parameters of a model of that size."""
+    return sum(math.prod(shape) for shape in _tensors(**SHAPES[size]).values())
 
 
 def _tensors(hidden: int, layers: int, mlp: int, heads: int, kv_heads: int, vocabulary: int) -> dict[str, list[int]]:
