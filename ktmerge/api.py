@@ -362,7 +362,7 @@ def inspect(
 
     Args:
         base: folder or hub id.
-        tuned: folders, ``name=folder`` strings, or a mapping of names to folders.
+        tuned: folders or hub ids (of PEFT adapters too), ``name=model`` strings, or a mapping of names to models.
         headers_only: read only the files' headers.
         plot: write a heat map, layer by kind of tensor, to this PNG, SVG or PDF file.
         overwrite: replace a picture that is there.
@@ -373,15 +373,14 @@ def inspect(
             picture cannot be drawn or exists.
         KtmergeError: weights cannot be read.
     """
-    from ktmerge.checkpoints import resolve
     from ktmerge.merge import diagnostics
 
-    folders = {name: resolve(str(path), Path.cwd()) for name, path in _named(tuned).items()}
+    models = _named(tuned)
     target = None if plot is None else Path(plot)
     if target is not None:
-        diagnostics.require_drawable(target, folders, headers_only=headers_only)
+        diagnostics.require_drawable(target, models, headers_only=headers_only)
         refuse_existing(target, overwrite)
-    found = diagnostics.inspect(resolve(str(base), Path.cwd()), folders, headers_only=headers_only, progress=progress)
+    found = diagnostics.inspect(base, models, headers_only=headers_only, progress=progress)
     if target is not None:
         from ktmerge.eval.results import write_whole
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ktmerge.merge.source import Sources
     from ktmerge.progress import Progress
 
-PIECE = 1 << 20
+PIECE = 1 << 19
 """Most elements of a piece; a multiple of 4, as random words come in fours."""
 HELD = 128 << 20
 """Bytes of all workers' buffers together, at most."""

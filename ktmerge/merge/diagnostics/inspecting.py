@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ktmerge.checkpoints import Alignment, Checkpoint, Parts, align, tensor_class
+from ktmerge.checkpoints.opening import open_model
 from ktmerge.errors import UsageError
 from ktmerge.merge.diagnostics.differences import compare
 from ktmerge.merge.diagnostics.inspection import Contents, Inspection, stack_of
@@ -21,13 +22,17 @@ _FLOW = ("vision", "audio", "encoder", "connector", "embed", "llm", "norm", "hea
 
 
 def inspect(
-    base: Path, tuned: Mapping[str, Path] | None = None, *, headers_only: bool = False, progress: Progress = SILENT
+    base: str | Path,
+    tuned: Mapping[str, str | Path] | None = None,
+    *,
+    headers_only: bool = False,
+    progress: Progress = SILENT,
 ) -> Inspection:
     """Look into a base and its fine-tunes.
 
     Args:
-        base: checkpoint folder.
-        tuned: folders by name.
+        base: folder or hub id.
+        tuned: by name: folders or hub ids, of PEFT adapters too (folded into the base), or ``model+adapter``.
         headers_only: don't read weights; imports neither numpy nor numba.
         progress: where to report.
 
@@ -35,9 +40,9 @@ def inspect(
         UsageError: a folder is not a readable checkpoint, or shares nothing with the base.
         KtmergeError: weights cannot be read.
     """
-    reference = Checkpoint.open(base)
+    reference = open_model(str(base), Path.cwd())
     parts = Parts(reference)
-    others = {name: Checkpoint.open(path) for name, path in (tuned or {}).items()}
+    others = {name: open_model(str(model), Path.cwd(), reference) for name, model in (tuned or {}).items()}
     alignments = {name: align(reference, other, name) for name, other in others.items()}
     for alignment in alignments.values():
         _require_some(alignment)
