@@ -56,7 +56,7 @@ def picture(rows: list[dict[str, float]], kind: str) -> bytes:
         ],
     }
     with drawn():
-        figure = new_figure(8, 3)
+        figure = new_figure(640, 260)
         for axes, (label, points) in zip(figure.subplots(1, 2), panels.items(), strict=True):
             ordered = sorted(points, key=lambda point: point[0])
             places = [place for place, _ in ordered]
