@@ -168,6 +168,7 @@ class Flow:
             kernels=self._kernels,
             expert=expert,
             statistics=statistics,
+            layout=tensor.layout,
         )
 
 

@@ -11,6 +11,7 @@ from ktmerge.checkpoints import Alignment, Checkpoint, Parts, TensorClass, Tenso
 from ktmerge.checkpoints.alignment import tied_head
 from ktmerge.checkpoints.dtypes import BITS
 from ktmerge.checkpoints.experts import fit_experts
+from ktmerge.checkpoints.matrices import MatrixLayout, matrix_layout
 from ktmerge.checkpoints.quantised import scheme_of
 from ktmerge.checkpoints.union import join_vocabularies
 from ktmerge.checkpoints.vocabulary import fit_vocabulary
@@ -42,6 +43,7 @@ class TensorPlan:
         pipeline: the stages, for the action ``blend``.
         lambda_: scale of the merged delta, for the action ``blend``.
         rule: index of the ``where`` rule that decided, if one did.
+        layout: where the linear maps are, of class matrix.
     """
 
     info: TensorInfo
@@ -55,6 +57,7 @@ class TensorPlan:
     pipeline: Pipeline | None = None
     lambda_: float = 1.0
     rule: int | None = None
+    layout: MatrixLayout | None = None
 
     @property
     def name(self) -> str:
@@ -347,6 +350,7 @@ def _tensor_plan(
         "key": key,
         "sources": sources,
         "rule": None if rule is None else rule.index,
+        "layout": matrix_layout(key, info.shape, base.config) if kind == "matrix" else None,
     }
     keep = None if rule is None else rule.keep
     if keep is not None and keep != "base" and keep in sources:
@@ -355,7 +359,7 @@ def _tensor_plan(
         return TensorPlan(action="base", **common)
     chosen = setting if rule is None or rule.setting is None else rule.setting
     pipeline = chosen.pipelines.get(kind)
-    return TensorPlan(action="blend", pipeline=pipeline, lambda_=chosen.lambda_, **common)
+    return TensorPlan(action="blend", pipeline=pipeline, lambda_=chosen.lambda_of(kind), **common)
 
 
 def _notes(base: Checkpoint, experts: Iterable[ExpertPlan]) -> Iterable[str]:

@@ -9,7 +9,17 @@ from functools import cache
 from typing import Any, TypeVar
 
 from ktmerge.errors import UsageError, did_you_mean
-from ktmerge.merge.stage import Kind, Method, Parameters, Reach, Stage, _no_objection, _no_statistics, _not_compiled
+from ktmerge.merge.stage import (
+    Kind,
+    Method,
+    Parameters,
+    Reach,
+    Stage,
+    _no_needs,
+    _no_objection,
+    _no_statistics,
+    _not_compiled,
+)
 
 Apply = TypeVar("Apply", bound=Callable[..., Any])
 Provider = Callable[[str], Method]
@@ -28,11 +38,12 @@ def stage(
     statistics: Callable[[Any], Any] = _no_statistics,
     objection: Callable[[Any, Any], str | None] = _no_objection,
     compiled: Callable[..., Any] = _not_compiled,
+    needs: Callable[[Any], Any] = _no_needs,
 ) -> Callable[[Apply], Apply]:
     """Register the decorated function as a stage; see `Stage` for what it must be like."""
 
     def register(apply: Apply) -> Apply:
-        add_stage(Stage(name, kind, parameters, apply, reach, statistics, objection, compiled))
+        add_stage(Stage(name, kind, parameters, apply, reach, statistics, objection, compiled, needs))
         return apply
 
     return register

@@ -27,6 +27,12 @@ class Setting:
     pipelines: Mapping[TensorClass, Pipeline]
     lambda_: float
 
+    def lambda_of(self, tensor_class: TensorClass) -> float:
+        """Scale of the merged delta of tensors of one class."""
+        if self.method.capped and tensor_class in self.method.otherwise:
+            return max(-1.0, min(1.0, self.lambda_))
+        return self.lambda_
+
     def objections(self, weights: Mapping[str, float]) -> list[str]:
         """Why the method cannot take these experts."""
         least, most = self.method.experts

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 from pydantic import BaseModel, ConfigDict
 
 from ktmerge.checkpoints import TensorClass
+from ktmerge.checkpoints.matrices import MatrixLayout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 Kind = Literal["transform", "combine", "calibrate", "guard", "scale"]
 Reach = Literal["element", "tensor"]
 Scope = Literal["tensor", "global"]
+Measure = Literal["inputs", "fisher"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """In the order in which a tensor goes through them."""
@@ -31,6 +33,35 @@ class Parameters(BaseModel):
     """Parameters of a stage: typed, with ranges, defaults and descriptions. Nothing is coerced, nothing is extra."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+@dataclass(frozen=True)
+class Need:
+    """Something measured by running a model on data (``ktmerge stats``) that a stage cannot do without.
+
+    Attributes:
+        measure: ``inputs``: a sample of what the linear maps were given; ``fisher``: the mean square of the gradient.
+        of: measured in the base, on upstream data; or in each expert, on its own data.
+    """
+
+    measure: Measure
+    of: Literal["base", "experts"]
+
+
+class Measurements(Protocol):
+    """What was measured of one tensor. ``expert`` is a name, or empty for the base on upstream data.
+
+    Every method raises KtmergeError if the tensor was not measured in that model.
+    """
+
+    def inputs(self, expert: str = "") -> Tensor:
+        """Sampled inputs ``[tokens, i]`` of the linear map, fp32; of stacked experts ``[E, tokens, i]``."""
+
+    def fisher(self, expert: str = "") -> Tensor:
+        """Diagonal Fisher information of the piece at hand, fp32, shaped like it; not normalised."""
+
+    def fisher_norm(self, expert: str = "") -> float:
+        """L2 norm of the diagonal Fisher information over all of the model's tensors."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +82,8 @@ class Context:
         base: theta_0 of this piece, fp32.
         statistics: what the stage's own `Statistic` declarations found, by name.
         kernels: the arithmetic that has a fast form on some device.
+        layout: where the linear maps are in a tensor of class matrix; see `ktmerge.merge.matrices`.
+        measured: what `Stage.needs` asked for.
     """
 
     tensor: str
@@ -66,6 +99,8 @@ class Context:
     kernels: Kernels
     expert: str = ""
     statistics: Mapping[str, Any] = field(default_factory=dict)
+    layout: MatrixLayout | None = None
+    measured: Measurements | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +143,10 @@ def _no_statistics(parameters: Any) -> Sequence[Statistic]:
     return ()
 
 
+def _no_needs(parameters: Any) -> Sequence[Need]:
+    return ()
+
+
 def _no_objection(parameters: Any, weights: Mapping[str, float]) -> str | None:
     return None
 
@@ -132,6 +171,7 @@ class Stage:
 
     Attributes:
         statistics: what has to be known first, given the parameters.
+        needs: what has to be measured on data before, given the parameters.
         objection: why these parameters cannot go with these experts and weights, if they cannot; asked while planning.
         compiled: the same in the words of `ktmerge.merge.program`, for the compiled kernels, or None: of a transform,
             given the parameters, a Trim or Drop; of a combine, given parameters and weights, a Sum or Elect.
@@ -145,6 +185,7 @@ class Stage:
     statistics: Callable[[Any], Sequence[Statistic]] = _no_statistics
     objection: Callable[[Any, Mapping[str, float]], str | None] = _no_objection
     compiled: Callable[..., Any] = _not_compiled
+    needs: Callable[[Any], Sequence[Need]] = _no_needs
 
     @property
     def summary(self) -> str:
@@ -235,6 +276,9 @@ class Promises:
         experts: the order of the experts changes nothing.
         elements: shuffled elements give the shuffled merged delta; not so for random choices, which go by position.
         unbiased: the merged delta's mean over seeds is that of ``neutral``.
+        tolerance: of all of these, relative to the tensor's largest value; 0 is bit for bit. Decompositions round.
+        rotations: turning the outputs and the inputs of a matrix in all models turns the merged matrix alike.
+        nothing: parameters under which the base comes back bit for bit, lambda 1; lambda 0 always does.
     """
 
     neutral: Mapping[str, Any] | None = field(default_factory=dict)
@@ -244,6 +288,9 @@ class Promises:
     experts: bool = True
     elements: bool = True
     unbiased: bool = False
+    tolerance: float = 0.0
+    rotations: bool = False
+    nothing: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -256,6 +303,10 @@ class Method:
         lambda_: default scale of the merged delta.
         experts: least and most number of experts; None for no limit.
         otherwise: stages for tensor classes that the method proper does not suit.
+        capped: those classes never get a lambda above 1 (or below -1): a matrix may be pushed beyond its experts, a
+            norm times 1.5 breaks the model.
+        formula: of the merged delta, in one line of plain text.
+        cost: per matrix of o outputs, i inputs and N experts, e.g. ``N oi`` or ``eigh i^3``.
         semantics: raised whenever the same recipe would give other bytes.
         own: stages that exist only inside this method, not in the registry.
     """
@@ -267,6 +318,9 @@ class Method:
     lambda_: float = 1.0
     experts: tuple[int, int | None] = (1, None)
     otherwise: Mapping[TensorClass, Stages] = field(default_factory=dict)
+    capped: bool = False
+    formula: str = ""
+    cost: str = "N oi"
     promises: Promises = Promises()
     semantics: int = 1
     own: tuple[Stage, ...] = ()
