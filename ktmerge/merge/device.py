@@ -1,8 +1,9 @@
-"""Which device a blend runs on. Loads torch only where there may be another than the CPU."""
+"""What a blend runs on: the device, the cores. Loads torch only where there may be another than the CPU."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 
 from ktmerge.errors import UsageError
 
@@ -27,6 +28,11 @@ def choose_device(wanted: str) -> str:
     if index and int(index) >= torch.cuda.device_count():
         raise UsageError(f"--device {wanted}: there are only {torch.cuda.device_count()} CUDA devices.")
     return wanted
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _has_driver() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,18 @@ Found = dict[tuple[int, str], dict[str, Any]]
 """Results of statistics: by position of the stage and expert (empty after combining), then by name."""
 
 
+class _Local(threading.local):
+    """Statistics of the tensor a thread works on."""
+
+    name = ""
+    found: Found = {}  # noqa: RUF012 (replaced before it is written to)
+
+
 class Flow:
     """Runs pipelines over a plan's tensors; knows stages only by what they declare.
 
     `prepare` gathers the statistics of global scope, in passes over all tensors they concern; those of one tensor are
-    gathered when the tensor's turn comes.
+    gathered when the tensor's turn comes. Several threads may each take tensors through `merged`.
     """
 
     def __init__(self, plan: Plan, sources: Sources, kernels: Kernels) -> None:
@@ -31,7 +39,7 @@ class Flow:
         self._kernels = kernels
         self._weights = {expert.name: expert.weight for expert in plan.experts}
         self._global: dict[str, Found] = {}
-        self._local: tuple[str, Found] = ("", {})
+        self._local = _Local()
 
     def prepare(self, wanted: Sequence[TensorPlan], progress: Progress) -> None:
         """Gather all statistics of global scope that some tensors want, over all of the plan's that share them.
@@ -80,8 +88,8 @@ class Flow:
 
     def _gather_local(self, tensor: TensorPlan, stop: int) -> None:
         """Gather the statistics of tensor scope of all stages before position ``stop``."""
-        if self._local[0] != tensor.name:
-            self._local = (tensor.name, {})
+        if self._local.name != tensor.name:
+            self._local.name, self._local.found = tensor.name, {}
         for position in range(stop):
             if not _wants(tensor.pipeline, position, "tensor") or self._has_local(position):
                 continue
@@ -89,10 +97,10 @@ class Flow:
             while _unfinished(observers):
                 self._show(tensor, position, observers)
                 _end_pass([observers])
-            self._local[1].update(_results(observers))
+            self._local.found.update(_results(observers))
 
     def _has_local(self, position: int) -> bool:
-        return any(key[0] == position for key in self._local[1])
+        return any(key[0] == position for key in self._local.found)
 
     def _observers(self, tensor: TensorPlan, position: int, scope: Scope, elements: int) -> _Observers:
         pipeline = _pipeline(tensor)
@@ -152,7 +160,7 @@ class Flow:
         statistics: dict[str, Any] = {}
         if pipeline.uses[position].statistics():
             pool = self._global.get(pipeline.prefix(position), {})
-            for found in (pool, self._local[1]):
+            for found in (pool, self._local.found):
                 statistics |= found.get((position, expert), {})
         return Context(
             tensor=tensor.key,

@@ -7,7 +7,6 @@ takes the general way, and every result equals that bit for bit.
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ktmerge.merge.device import cores
 from ktmerge.merge.kernels.codes import FINE
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.kernels.native import Native
@@ -58,7 +58,7 @@ class Fused:
         self._plan = plan
         self._sources = sources
         self._sink = sink
-        workers = _cores()
+        workers = cores()
         experts = len(plan.experts)
         room = HELD // workers // (4 * (experts + 2))  # for base, experts and result, should they be fp32
         self._piece = max(4, (chunk or min(PIECE, room)) // 4 * 4)
@@ -228,11 +228,6 @@ class Fused:
         if job.program.steps:
             result.kept = dict.fromkeys(job.tensor.sources, 0)
         return True
-
-
-def _cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _pools(tensors: Iterable[TensorPlan]) -> dict[tuple[int, str], list[TensorPlan]]:

@@ -5,13 +5,18 @@ It is what the compiled kernels are held against.
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from ktmerge.checkpoints.dtypes import tag_of, torch_dtype
 from ktmerge.errors import KtmergeError
+from ktmerge.merge.device import cores
 from ktmerge.merge.flow import Flow
 from ktmerge.merge.kernels import kernels_for
 from ktmerge.merge.kernels.keys import stream_key
@@ -21,9 +26,46 @@ from ktmerge.merge.sinks import Sink
 from ktmerge.merge.source import CHUNK, Chunk, Sources
 from ktmerge.progress import Progress
 
+_ROOM = 2 << 30
+"""Bytes that whole tensors under work may take together; one that is larger is worked on alone."""
+
+
+class _Room:
+    """Lets through as many at a time as fit into so many bytes, and always one."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._taken = 0
+        self._turn = threading.Condition()
+
+    @contextmanager
+    def take(self, size: int) -> Iterator[None]:
+        """Wait until there is room for ``size`` bytes, and hold it."""
+        with self._turn:
+            self._turn.wait_for(lambda: not self._taken or self._taken + size <= self._size)
+            self._taken += size
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._taken -= size
+                self._turn.notify_all()
+
+
+@contextmanager
+def _one_thread_each(device: torch.device) -> Iterator[None]:
+    """No threads within an operation, whose number would show in the last bit of a sum."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
 
 class General:
-    """Makes tensors one after the other.
+    """Takes tensors through their stages.
 
     Args:
         plan: what becomes of every tensor.
@@ -46,23 +88,51 @@ class General:
         Raises:
             KtmergeError: an input is not finite.
         """
-        with torch.inference_mode():
+        with torch.inference_mode(), _one_thread_each(self._device):
             self._flow.prepare(tensors, progress)
 
     def run(self, tensors: Sequence[TensorPlan]) -> Iterator[tuple[TensorPlan, TensorReport]]:
-        """Make these of the plan's tensors.
+        """Make these of the plan's tensors: on the CPU several at a time, each on one core.
+
+        So sums and decompositions give the same bits however many cores there are, and no core waits for another.
 
         Raises:
             KtmergeError: an input is not finite, or a value overflows the output's type.
         """
-        for tensor in tensors:
-            result = TensorReport(tensor.name, tensor.part, tensor.method, tensor.info.numel)
-            with torch.inference_mode():
-                if tensor.action == "blend":
-                    self._blend(tensor, result)
-                else:
-                    self._convert(tensor)
-            yield tensor, result
+        workers = min(cores(), len(tensors)) if self._device.type == "cpu" else 1
+        if workers < 2:
+            with _one_thread_each(self._device):
+                for tensor in tensors:
+                    yield tensor, self._make(tensor)
+            return
+        room = _Room(_ROOM)
+        with _one_thread_each(self._device), ThreadPoolExecutor(workers, "blend") as pool:
+            running: deque[tuple[TensorPlan, Future[TensorReport]]] = deque()
+            try:
+                for tensor in tensors:
+                    running.append((tensor, pool.submit(self._make_within, room, tensor)))
+                    while len(running) > 2 * workers:
+                        first, future = running.popleft()
+                        yield first, future.result()
+                while running:
+                    first, future = running.popleft()
+                    yield first, future.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _make_within(self, room: _Room, tensor: TensorPlan) -> TensorReport:
+        whole = tensor.pipeline is not None and tensor.pipeline.reach == "tensor"
+        with room.take(4 * tensor.info.numel * (3 + 2 * len(tensor.sources)) if whole else 0):
+            return self._make(tensor)
+
+    def _make(self, tensor: TensorPlan) -> TensorReport:
+        result = TensorReport(tensor.name, tensor.part, tensor.method, tensor.info.numel)
+        with torch.inference_mode():
+            if tensor.action == "blend":
+                self._blend(tensor, result)
+            else:
+                self._convert(tensor)
+        return result
 
     def _convert(self, tensor: TensorPlan) -> None:
         """Another's tensor, rounded to the output's type."""

@@ -6,6 +6,7 @@ Loads torch with the first piece.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -49,6 +50,13 @@ class Chunk:
     kept: Tensor | None = None
 
 
+class _Held(threading.local):
+    """The tensor a thread works on, as it is in base and experts."""
+
+    name = ""
+    values: Sequence[Tensor] = ()
+
+
 class Sources:
     """Context manager that holds the open files of all inputs."""
 
@@ -63,7 +71,7 @@ class Sources:
         else:
             self.base = pristine.reader(plan, None)
             self.experts = {expert.name: pristine.reader(plan, expert.name) for expert in plan.experts}
-        self._held: tuple[str, tuple[Tensor, ...]] | None = None
+        self._held = _Held()
         self._checked: set[tuple[str, int]] = set()
 
     def __enter__(self) -> Sources:
@@ -74,7 +82,7 @@ class Sources:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._held = None
+        self._held = _Held()
         self._stack.close()
 
     def of(self, expert: str | None) -> Reader:
@@ -134,9 +142,11 @@ class Sources:
         """The same elements of base and experts, in their own types."""
         if tensor.info.nbytes * (1 + len(tensor.sources)) > HELD:
             return self._read(tensor, start, stop)
-        if self._held is None or self._held[0] != tensor.name:
-            self._held = (tensor.name, tuple(self._read(tensor, 0, tensor.info.numel)))
-        return [whole[start:stop] for whole in self._held[1]]
+        held = self._held
+        if held.name != tensor.name:
+            held.values = self._read(tensor, 0, tensor.info.numel)
+            held.name = tensor.name
+        return [whole[start:stop] for whole in held.values]
 
     def _read(self, tensor: TensorPlan, start: int, stop: int) -> list[Tensor]:
         found = [self.base.read(tensor.name, start, stop)]

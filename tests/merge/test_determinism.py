@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ktmerge.merge import blend, fused, selection
+from ktmerge.merge import blend, fused, general, selection
 from ktmerge.recipes.load import parse_recipe
 
 EXPERTS = ("a", "b", "c")
@@ -91,7 +91,8 @@ def test_threads_and_pieces_do_not_show(
     document = recipe(BLENDS[kind])
     expected = digest(models, tmp_path / "out", document)
     for cores, piece, held in [(1, 1 << 20, 1 << 27), (7, 1 << 20, 1 << 27), (3, 512, 1 << 27), (2, 1 << 20, 1 << 17)]:
-        monkeypatch.setattr(fused, "_cores", lambda count=cores: count)
+        monkeypatch.setattr(fused, "cores", lambda count=cores: count)
+        monkeypatch.setattr(general, "cores", lambda count=cores: count)
         monkeypatch.setattr(fused, "PIECE", piece)
         monkeypatch.setattr(fused, "HELD", held)
         assert digest(models, tmp_path / "out", document) == expected, (cores, piece, held)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, Union
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 # What the recipe says elsewhere: experts.<name>.weight, and lambda, which ktmerge applies to the merged delta itself.
 _GIVEN = ("weight", "lambda")
 _BASE = "base"
+# mergekit draws from torch's one generator, which tensors made at the same time would share.
+_GENERATOR = threading.Lock()
 
 
 @provider("mergekit")
@@ -104,7 +107,7 @@ def _merge(theirs: Any, deltas: list[Tensor], parameters: Parameters, context: C
         tensors.insert(0, context.base)
         ids.insert(0, _BASE)
     devices = [context.base.device] if context.base.is_cuda else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    with _GENERATOR, torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(stream_key(context.seed, theirs.spec.name, "", context.tensor))
         try:
             merged: Tensor = merge_tensors(
