@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _LARGE = 1 << 18
 """Elements from which a sample pays."""
 _BLOCKS = 16
-"""Blocks of a sample, spread evenly."""
+"""Blocks of a sample, spread evenly; of more elements as many more as the square root of their number."""
 _FEW = 1 << 21
 """Candidates of one expert that are kept: 16 MB."""
 _COARSE = 15
@@ -110,11 +110,12 @@ def find_thresholds(jobs: Sequence[Job], position: int, run: Run, probe: Workspa
         def count(
             space: Workspace, job: Job, wanted: Sequence[int] = tuple(wanted), near: Mapping[int, Candidates] = near
         ) -> bool:
-            for expert in wanted:
-                found = space.measure(expert + 1, job.steps, position, searches[expert].interval, near[expert].room)
-                if found is None:
-                    return False
-                with lock:
+            asked = [(expert, searches[expert].interval, near[expert].room) for expert in wanted]
+            measured = space.measure(job.steps, position, asked)
+            if measured is None:
+                return False
+            with lock:
+                for expert, found in zip(wanted, measured, strict=True):
                     searches[expert].add(found.counts, found.lows)
                     near[expert].add(found, space.start, job.steps.key(position, expert))
             return True
@@ -134,7 +135,8 @@ def _hint(searches: Sequence[Search], jobs: Sequence[Job], position: int, probe:
         return
     ends = np.cumsum([job.elements for job in jobs])
     found: dict[int, list[Any]] = {expert: [] for expert in wanted}
-    for place in np.linspace(0, ends[-1], _BLOCKS, endpoint=False).astype(np.int64):
+    blocks = int(_BLOCKS * max(1.0, math.sqrt(ends[-1] / (1 << 20))))
+    for place in np.linspace(0, ends[-1], blocks, endpoint=False).astype(np.int64):
         number = int(ends.searchsorted(place, side="right"))
         job = jobs[number]
         start = int(place - (ends[number] - job.elements)) // BLOCK * BLOCK

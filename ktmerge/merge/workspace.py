@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ktmerge.merge.kernels.codes import BF16, BLOCK, ELECT, F16, F32, FINE, SUM
+from ktmerge.merge.kernels.codes import BF16, BLOCK, ELECT, F16, F32, FINE, SUM, UNREADABLE, WINDOW
 from ktmerge.merge.kernels.search import BINS, Interval
 from ktmerge.merge.program import Elect, Sum
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ktmerge.checkpoints import Reader
-    from ktmerge.merge.kernels.native import Native
+    from ktmerge.merge.kernels.native import Entry, Native
     from ktmerge.merge.steps import Steps
 
 KINDS = {"BF16": BF16, "F16": F16, "F32": F32}
@@ -38,6 +38,12 @@ class Row:
     def width(self) -> int:
         """Bytes an element."""
         return WIDTHS[self.kind]
+
+    @cached_property
+    def place(self) -> tuple[int, int] | None:
+        """Descriptor and first byte, if the tensor lies in a file as it is."""
+        found = self.reader.place(self.name)
+        return None if found is None else found[:2]
 
 
 @dataclass(frozen=True)
@@ -83,10 +89,12 @@ class Workspace:
         self._stride = 0
         self._out = np.empty(0, np.uint8)
         self._kinds = np.zeros(experts + 1, np.int64)
+        self._files, self._places = np.full(experts + 1, -1, np.int64), np.zeros(experts + 1, np.int64)
         self._scratch = np.empty((2 * experts + 7) * BLOCK, np.uint32)
-        self._counts, self._lows = np.zeros(BINS + 1, np.uint32), np.zeros(BINS, np.uint32)
-        self._places, self._patterns = np.empty(0, np.uint32), np.empty(0, np.uint32)
-        self._held: tuple[str, int, int] | None = None
+        self._counts, self._lows = np.zeros((experts, BINS + 1), np.uint32), np.zeros((experts, BINS), np.uint32)
+        self._noted, self._patterns = np.empty((2, experts, 0), np.uint32)
+        self._wanted: Sequence[Row] = ()
+        self._held = False
         self._number, self._count, self.start = 0, 0, 0
 
     @cached_property
@@ -95,24 +103,50 @@ class Workspace:
         return Workspace(self._native, self._experts)
 
     def hold(self, rows: Sequence[Row], start: int, stop: int) -> None:
-        """Read the same elements of all rows, the base's first, unless they are here already."""
-        wanted = (rows[0].name, start, stop)
-        if self._held == wanted:
+        """Turn to the same elements of all rows, the base's first. They are read when they are needed."""
+        if self._wanted is rows and (self.start, self._count) == (start, stop - start):
             return
-        self._held = None
+        self._wanted, self._held = rows, False
         self._number, self._count, self.start = len(rows) - 1, stop - start, start
-        width = max(row.width for row in rows)
-        self._stride = -(-self._count * width // _LINE) * _LINE
-        if self._rows.size < self._stride * len(rows):
-            self._rows = np.empty(self._stride * len(rows), np.uint8)
         for number, row in enumerate(rows):
-            begin = number * self._stride
             self._kinds[number] = row.kind
-            row.reader.read_into(row.name, start, self._rows[begin : begin + self._count * row.width].data)
-        self._held = wanted
+            file, begin = row.place or (-1, 0)
+            self._files[number], self._places[number] = file, begin + start * row.width
+        if (self._files[: len(rows)] < 0).any():
+            self._files[0] = -1
+        self._make_room(min(WINDOW, self._count))
+
+    def _make_room(self, elements: int) -> None:
+        """Buffers for so many elements of every row."""
+        width = max(row.width for row in self._wanted)
+        self._stride = -(-elements * width // _LINE) * _LINE
+        if self._rows.size < self._stride * len(self._wanted):
+            self._rows = np.empty(self._stride * len(self._wanted), np.uint8)
+
+    def _read(self) -> None:
+        """Read all rows now, and tell the kernels that they need not."""
+        if self._held:
+            return
+        self._make_room(self._count)
+        for number, row in enumerate(self._wanted):
+            begin = number * self._stride
+            row.reader.read_into(row.name, self.start, self._rows[begin : begin + self._count * row.width].data)
+        self._files[0] = -1
+        self._held = True
+
+    def _call(self, kernel: Entry, *arguments: Any) -> int:
+        """Let a kernel work on the rows, which it reads by itself where they lie in files as they are."""
+        if self._files[0] < 0:
+            self._read()
+        status = kernel(*self._inputs(), self._files.ctypes.data, self._places.ctypes.data, *arguments)
+        if status != UNREADABLE:
+            return status
+        self._read()  # says what is wrong, or reads it after all
+        return kernel(*self._inputs(), self._files.ctypes.data, self._places.ctypes.data, *arguments)
 
     def equal(self) -> bool:
         """Whether all experts equal the base byte for byte; they have its type."""
+        self._read()
         size = self._count * WIDTHS[int(self._kinds[0])]
         base = self._rows[:size]
         return all(
@@ -122,6 +156,7 @@ class Workspace:
 
     def energy(self) -> float | None:
         """The base's squared norm; None if it is not finite somewhere."""
+        self._read()
         sums = np.zeros(4)
         status = self._native.energy(
             self._rows.ctypes.data, self._rows.ctypes.data, int(self._kinds[0]), self._count, sums.ctypes.data,
@@ -129,32 +164,61 @@ class Workspace:
         )  # fmt: skip
         return float(sums[1]) if status == FINE else None
 
-    def measure(self, row: int, steps: Steps, position: int, interval: Interval, room: int = 0) -> Measured | None:
-        """Count one row's deltas before the step at ``position``, and note up to ``room`` of those in the interval.
+    def measure(
+        self, steps: Steps, position: int, wanted: Sequence[tuple[int, Interval, int]]
+    ) -> list[Measured] | None:
+        """Count experts' deltas before the step at ``position``; None if an input is not finite.
 
-        None if an input is not finite.
+        Args:
+            steps: the transforms.
+            position: of one of them.
+            wanted: number of the expert, interval, and how many of those in the interval to note at most.
         """
-        if self._places.size < room:
-            self._places, self._patterns = np.empty(room, np.uint32), np.empty(room, np.uint32)
-        taken = np.zeros(1, np.int64)
-        counts, lows = self._counts[: interval.bins + 1], self._lows[: interval.bins]
-        counts.fill(0)
-        lows.fill(0)
-        status = self._native.measure(
-            *self._inputs(), row, self._count, self.start, *steps.arguments(position),
-            int(interval.hashed), interval.floor, steps.key(position, row - 1), interval.low, interval.last,
-            interval.shift, interval.bins, counts.ctypes.data, lows.ctypes.data,
-            room, self._places.ctypes.data, self._patterns.ctypes.data, taken.ctypes.data, self._scratch.ctypes.data,
+        most = min(self._count, max(room for *_, room in wanted))
+        if self._noted.shape[1] < most:
+            self._noted, self._patterns = np.empty((2, self._experts, most), np.uint32)
+        taken = np.zeros(len(wanted), np.int64)
+        rows = np.array([expert + 1 for expert, *_ in wanted], np.int64)
+        searches = np.array(
+            [
+                (
+                    one.hashed,
+                    one.floor,
+                    steps.key(position, expert),
+                    one.low,
+                    one.last,
+                    one.shift,
+                    one.bins,
+                    min(room, most),
+                )
+                for expert, one, room in wanted
+            ],
+            np.uint64,
+        )
+        for number, (_, interval, _) in enumerate(wanted):
+            self._counts[number, : interval.bins + 1] = 0
+            self._lows[number, : interval.bins] = 0
+        status = self._call(
+            self._native.measure, self._count, self.start, *steps.arguments(position),
+            len(wanted), rows.ctypes.data, searches.ctypes.data, BINS, self._counts.ctypes.data, self._lows.ctypes.data,
+            self._noted.shape[1], self._noted.ctypes.data, self._patterns.ctypes.data, taken.ctypes.data,
+            self._scratch.ctypes.data,
         )  # fmt: skip
         if status != FINE:
             return None
-        found = int(taken[0])
-        if interval.hashed or found > room:
-            return Measured(counts, lows, None, None)
-        return Measured(counts, lows, self._places[:found], self._patterns[:found])
+        found = []
+        for number, (_, interval, room) in enumerate(wanted):
+            counts, lows = self._counts[number, : interval.bins + 1], self._lows[number, : interval.bins]
+            count = int(taken[number])
+            if interval.hashed or count > min(room, most):
+                found.append(Measured(counts, lows, None, None))
+            else:
+                found.append(Measured(counts, lows, self._noted[number, :count], self._patterns[number, :count]))
+        return found
 
     def sample(self, row: int, steps: Steps, position: int) -> NDArray[np.uint32]:
         """Magnitude patterns of one row's deltas before the step at ``position``; the piece is a `BLOCK` at most."""
+        self._read()
         out = np.empty(self._count, np.uint32)
         self._native.sample(
             *self._inputs(), row, self._count, self.start, *steps.arguments(position), out.ctypes.data,
@@ -169,12 +233,12 @@ class Workspace:
         width = WIDTHS[kind]
         if self._out.size < self._count * width:
             self._out = np.empty(self._count * width, np.uint8)
-        out, rows = self._out.ctypes.data, self._number
+        out = self._out.ctypes.data
         weights = np.array(combine.weights, np.float32)
         votes = np.array(combine.votes if isinstance(combine, Elect) else combine.weights, np.float32)
-        sums, kept = np.zeros(4), np.zeros(rows, np.int64)
-        status = self._native.blend(
-            *self._inputs(), self._count, self.start, *steps.arguments(len(steps)),
+        sums, kept = np.zeros(4), np.zeros(self._number, np.int64)
+        status = self._call(
+            self._native.blend, self._count, self.start, *steps.arguments(len(steps)),
             ELECT if isinstance(combine, Elect) else SUM, votes.ctypes.data, weights.ctypes.data, lambda_,
             kind, int(stochastic), round_key, out, out, sums.ctypes.data, kept.ctypes.data, self._scratch.ctypes.data,
         )  # fmt: skip

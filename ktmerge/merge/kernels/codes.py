@@ -5,7 +5,10 @@ from __future__ import annotations
 BLOCK = 1024
 """Elements worked on at a time: a dozen arrays of them stay in the processor's first caches."""
 
+WINDOW = 32 * BLOCK
+"""Elements read from files at a time: those of base and a few experts stay in the processor's second cache."""
+
 NONE, TRIM, DROP = 0, 1, 2
 SUM, ELECT = 0, 1
 BF16, F16, F32 = 0, 1, 2
-FINE, INPUT_NOT_FINITE, OVERFLOW = 0, 1, 2
+FINE, INPUT_NOT_FINITE, OVERFLOW, UNREADABLE = 0, 1, 2, 3

@@ -10,9 +10,13 @@ All entry points read ``rows``: the base's elements and then each expert's, ``st
 ``steps`` codes, TRIM or DROP, with one number per step and expert in ``floors`` and ``leasts`` (the least magnitude
 pattern that is kept, and the least hash among those that have just that), ``keys`` (of the random stream), ``cuts``
 (random words below are kept) and ``factors`` (what the kept are multiplied by).
+
+Where the rows lie in files as they are, ``files`` and ``places`` (descriptor, and position of the first element) say so
+and the kernels read them by themselves, window by window into ``rows``: what is computed on is then in the second cache
+still. A first descriptor below 0 means that ``rows`` holds everything already.
 """
 
-# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call,attr-defined"
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call,attr-defined,operator"
 
 from __future__ import annotations
 
@@ -20,9 +24,24 @@ from typing import Any
 
 import numpy as np
 from numba import carray, njit
-from numba.types import CPointer, float32, float64, int64, uint16, uint32, uint64
+from numba.core.types import ExternalFunction
+from numba.types import CPointer, float32, float64, int32, int64, uint16, uint32, uint64, voidptr
 
-from ktmerge.merge.kernels.codes import BF16, BLOCK, DROP, ELECT, F16, F32, FINE, INPUT_NOT_FINITE, OVERFLOW, SUM, TRIM
+from ktmerge.merge.kernels.codes import (
+    BF16,
+    BLOCK,
+    DROP,
+    ELECT,
+    F16,
+    F32,
+    FINE,
+    INPUT_NOT_FINITE,
+    OVERFLOW,
+    SUM,
+    TRIM,
+    UNREADABLE,
+    WINDOW,
+)  # fmt: skip
 
 _U32, _U64, _F32, _F64 = np.uint32, np.uint64, np.float32, np.float64
 _MAGNITUDE, _EXPONENT = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
@@ -33,6 +52,27 @@ _LOW = np.uint64(0xFFFFFFFF)
 _compile = njit(nogil=True, error_model="numpy")
 # Sums that only the report shows may be taken in any order.
 _compile_sums = njit(nogil=True, error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
+
+_pread = ExternalFunction("pread", int64(int32, voidptr, uint64, int64))
+
+
+@_compile
+def _fill(file, position, target):
+    """Bytes of a file from ``position`` on; False if it ends before, or cannot be read."""
+    done = int64(0)
+    while done < target.size:
+        count = _pread(int32(file), target[done:].ctypes, uint64(target.size - done), int64(position + done))
+        if count <= 0:
+            return False
+        done += count
+    return True
+
+
+@_compile
+def _fetch(row, raw16, kinds, files, places, first, count):
+    """Elements ``first .. first + count`` of one row, from its file to the beginning of its buffer."""
+    width = 4 if kinds[row] == F32 else 2
+    return _fill(files[row], places[row] + first * width, raw16[row].view(np.uint8)[: count * width])
 
 
 @_compile
@@ -125,26 +165,49 @@ def _subtract(expert, base, out):
 
 
 @_compile
-def _keep_above(delta, floor):
-    """Zero what has a smaller magnitude pattern than ``floor``; whether any has exactly that pattern."""
-    patterns = delta.view(np.uint32)
-    tied = _U32(0)
-    for i in range(delta.size):
-        pattern = patterns[i]
-        magnitude = _U32(pattern & _MAGNITUDE)
-        tied = _U32(tied | (_ONE if magnitude == floor else _U32(0)))
-        patterns[i] = pattern if magnitude >= floor else _U32(0)
-    return tied != _U32(0)
+def _flag(magnitudes, low, last, flags):
+    for i in range(magnitudes.size):
+        flags[i] = np.uint8(1) if _U32(_U32(magnitudes[i] & _MAGNITUDE) - low) <= last else np.uint8(0)
 
 
 @_compile
-def _keep_hashed(delta, floor, least, key, start):
-    """Among the elements at ``floor``, zero those whose hash is below ``least``."""
+def _gather(flags, found):
+    """Indices of the flags that are set into ``found``, eight at a time where none is; how many."""
+    words = flags.view(np.uint64)
+    count = _U64(0)
+    for w in range(words.size):
+        if words[w]:
+            for i in range(8 * w, 8 * w + 8):
+                found[count] = _U32(i)
+                count += _U64(flags[i])
+    return int64(count)
+
+
+@_compile
+def _collect(patterns, low, last, flags, found):
+    """Indices of the magnitudes in ``[low, low + last]`` into ``found``, which has room for all; how many."""
+    eights = (patterns.size + 7) // 8 * 8
+    _flag(patterns, low, last, flags)
+    for i in range(patterns.size, eights):
+        flags[i] = np.uint8(0)
+    return _gather(flags[:eights], found)
+
+
+@_compile
+def _keep_above(delta, floor):
+    """Zero what has a smaller magnitude pattern than ``floor``."""
     patterns = delta.view(np.uint32)
     for i in range(delta.size):
         pattern = patterns[i]
-        below = _hash(key, _U64(start + i)) < least
-        patterns[i] = _U32(0) if below & (_U32(pattern & _MAGNITUDE) == floor) else pattern
+        patterns[i] = pattern if _U32(pattern & _MAGNITUDE) >= floor else _U32(0)
+
+
+@_compile
+def _drop_hashed(delta, tied, least, key, start):
+    """Zero those of the elements ``tied`` whose hash is below ``least``."""
+    for j in range(tied.size):
+        if _hash(key, _U64(start) + _U64(tied[j])) < least:
+            delta[tied[j]] = _ZERO
 
 
 @_compile
@@ -156,8 +219,10 @@ def _drop(delta, words, cut, factor):
 @_compile
 def _transform(step, d, start, floor, least, key, cut, factor, lanes, words):
     if step == TRIM:
-        if _keep_above(d, floor) and least != _U64(0):
-            _keep_hashed(d, floor, least, key, start)
+        _keep_above(d, floor)
+        if least != _U64(0):
+            tied = _collect(d.view(np.uint32), floor, _U32(0), lanes.view(np.uint8), words)
+            _drop_hashed(d, words[:tied], least, key, start)
     elif step == DROP:
         _words(key, start, lanes, words[: (d.size + 3) // 4 * 4])
         _drop(d, words[: d.size], cut, factor)
@@ -309,21 +374,23 @@ def _sum_up(base, merged, stored, sums):
 
 @_compile
 def _blend(
-    raw16, raw32, kinds, start, steps, floors, leasts, keys, cuts, factors, combine, votes, weights, lambda_,
-    kind, stochastic, round_key, out16, out32, sums, kept, theta, delta, lanes, words, vote, share, merged, values,
+    raw16, raw32, kinds, start, begin, end, origin, steps, floors, leasts, keys, cuts, factors, combine, votes,
+    weights, lambda_, kind, stochastic, round_key, out16, out32, sums, kept,
+    theta, delta, lanes, words, vote, share, merged, values,
 ):  # fmt: skip
-    number, count = kept.size, max(out16.size, out32.size)
+    """The elements from ``begin`` to ``end`` of the piece; the rows begin with its element ``origin``."""
+    number = kept.size
     status = int64(FINE)
-    for first in range(0, count, BLOCK):
-        n = min(BLOCK, count - first)
+    for first in range(begin, end, BLOCK):
+        n = min(BLOCK, end - first)
         own = theta[0][:n]
         theta0 = own.view(np.float32)
-        if _load(kinds[0], raw16[0], raw32[0], first, own):
+        if _load(kinds[0], raw16[0], raw32[0], first - origin, own):
             return int64(INPUT_NOT_FINITE)
         m, v, r = merged[:n], vote[:n], values[:n]
         for t in range(number):
             d, other = delta[t][:n], theta[t + 1][:n]
-            if _load(kinds[t + 1], raw16[t + 1], raw32[t + 1], first, other):
+            if _load(kinds[t + 1], raw16[t + 1], raw32[t + 1], first - origin, other):
                 return int64(INPUT_NOT_FINITE)
             _subtract(other.view(np.float32), theta0, d)
             for s in range(steps.size):
@@ -362,10 +429,10 @@ def _blend(
 
 
 def blend(
-    rows16, rows32, stride, kinds, number, count, start, step_count, steps, floors, leasts, keys, cuts, factors,
-    combine, votes, weights, lambda_, kind, stochastic, round_key, out16, out32, sums, kept, scratch,
+    rows16, rows32, stride, kinds, number, files, places, count, start, step_count, steps, floors, leasts, keys, cuts,
+    factors, combine, votes, weights, lambda_, kind, stochastic, round_key, out16, out32, sums, kept, scratch,
 ):  # fmt: skip
-    """Blend ``count`` elements; FINE, INPUT_NOT_FINITE or OVERFLOW.
+    """Blend ``count`` elements; FINE, INPUT_NOT_FINITE, OVERFLOW or UNREADABLE.
 
     ``combine`` is SUM of ``weights`` times deltas, or ELECT by ``votes`` times deltas and their mean by ``weights``.
     The result is stored as ``kind``, rounded to the nearest or stochastically. Added to: ``sums`` fp64 ``[4]``, squared
@@ -374,20 +441,37 @@ def blend(
     """
     raw16 = carray(rows16, (number + 1, stride // 2))
     raw32 = carray(rows32, (number + 1, stride // 4))
+    own_kinds, own_files, own_places = (
+        carray(kinds, (number + 1,)),
+        carray(files, (number + 1,)),
+        carray(places, (number + 1,)),
+    )
     per_step = (step_count, number)
     work = carray(scratch, (2 * number + 7, BLOCK))
     floats = work.view(np.float32)
-    return _blend(
-        raw16, raw32, carray(kinds, (number + 1,)), start,
-        carray(steps, (step_count,)), carray(floors, per_step), carray(leasts, per_step), carray(keys, per_step),
-        carray(cuts, per_step), carray(factors, per_step),
-        combine, carray(votes, (number,)), carray(weights, (number,)), lambda_, kind, stochastic, round_key,
-        carray(out16, (0 if kind == F32 else count,)), carray(out32, (count if kind == F32 else 0,)),
-        carray(sums, (4,)), carray(kept, (number,)),
-        work[: number + 1], floats[number + 1 : 2 * number + 1], work[2 * number + 1],
-        work[2 * number + 2], floats[2 * number + 3], floats[2 * number + 4], floats[2 * number + 5],
-        floats[2 * number + 6],
-    )  # fmt: skip
+    halves, words = (0, count) if kind == F32 else (count, 0)
+    fetched = own_files[0] >= 0
+    window = WINDOW if fetched else count
+    worst = int64(FINE)
+    for begin in range(0, count, window):
+        end = min(begin + window, count)
+        origin = begin if fetched else 0
+        for row in range(number + 1):
+            if fetched and not _fetch(row, raw16, own_kinds, own_files, own_places, begin, end - begin):
+                return int64(UNREADABLE)
+        status = _blend(
+            raw16, raw32, own_kinds, start, begin, end, origin,
+            carray(steps, (step_count,)), carray(floors, per_step), carray(leasts, per_step), carray(keys, per_step),
+            carray(cuts, per_step), carray(factors, per_step),
+            combine, carray(votes, (number,)), carray(weights, (number,)), lambda_, kind, stochastic, round_key,
+            carray(out16, (halves,)), carray(out32, (words,)), carray(sums, (4,)), carray(kept, (number,)),
+            work[: number + 1], floats[number + 1 : 2 * number + 1], work[2 * number + 1], work[2 * number + 6],
+            floats[2 * number + 2], floats[2 * number + 3], floats[2 * number + 4], floats[2 * number + 5],
+        )  # fmt: skip
+        if status == INPUT_NOT_FINITE:
+            return status
+        worst = max(worst, status)
+    return worst
 
 
 @_compile
@@ -396,16 +480,6 @@ def _count_above(magnitudes, high):
     for i in range(magnitudes.size):
         count = _U32(count + (_ONE if magnitudes[i] > high else _U32(0)))
     return count
-
-
-@_compile
-def _collect(magnitudes, low, last, found):
-    """Indices of the magnitudes in ``[low, low + last]`` into ``found``; how many. Without a branch to guess wrong."""
-    count = _U64(0)
-    for i in range(magnitudes.size):
-        found[count] = _U32(i)
-        count += _U64(1) if _U32(magnitudes[i] - low) <= last else _U64(0)
-    return int64(count)
 
 
 @_compile
@@ -450,10 +524,9 @@ def _magnitudes(delta):
 def _delta(
     raw16, raw32, kinds, row, first, start, steps, floors, leasts, keys, cuts, factors, own, other, d, lanes, words
 ):
-    """One expert's delta after the transforms, ``d.size`` elements from ``first`` on; whether one is not finite."""
+    """One expert's delta after the transforms, elements ``first .. first + d.size`` of the rows, whose first element is
+    ``start`` in the tensor; whether one is not finite. ``own`` holds the base's."""
     t = row - 1
-    if _load(kinds[0], raw16[0], raw32[0], first, own[: d.size]):
-        return True
     if _load(kinds[row], raw16[row], raw32[row], first, other[: d.size]):
         return True
     _subtract(other[: d.size].view(np.float32), own[: d.size].view(np.float32), d)
@@ -466,57 +539,87 @@ def _delta(
 
 @_compile
 def _measure(
-    raw16, raw32, kinds, row, count, start, steps, floors, leasts, keys, cuts, factors,
-    hashed, floor, key, low, last, shift, counts, lows, places, patterns, taken, own, other, delta, lanes, words,
+    raw16, raw32, kinds, wanted, start, origin, count, steps, floors, leasts, keys, cuts, factors,
+    searches, counts, lows, places, patterns, taken, own, other, delta, lanes, words,
 ):  # fmt: skip
-    high = _U64(low + last)
+    """``count`` elements of the rows, which begin with element ``origin`` of the piece."""
     for first in range(0, count, BLOCK):
-        d = delta[: min(BLOCK, count - first)]
-        if _delta(
-            raw16, raw32, kinds, row, first, start, steps, floors, leasts, keys, cuts, factors, own, other, d, lanes,
-            words,
-        ):  # fmt: skip
+        n = min(BLOCK, count - first)
+        d = delta[:n]
+        if _load(kinds[0], raw16[0], raw32[0], first, own[:n]):
             return int64(INPUT_NOT_FINITE)
-        _magnitudes(d)
-        magnitudes = d.view(np.uint32)
-        if hashed:
-            tied = words[: _collect(magnitudes, floor, _U32(0), words)]
-            above = _count_hashes(tied, key, start + first, low, last, shift, counts)
-        else:
-            above = _count_above(magnitudes, _U32(high)) if high < _U64(_MAGNITUDE) else _U32(0)
-            near = words[: _collect(magnitudes, _U32(low), _U32(last), words)]
-            _count_magnitudes(magnitudes, near, _U32(low), _U32(shift), counts, lows)
-            noted = taken[0] + near.size
-            if noted <= places.size:
-                _note(magnitudes, near, first, places[taken[0] : noted], patterns[taken[0] : noted])
-            taken[0] = noted
-        counts[counts.size - 1] += above
+        for w in range(wanted.size):
+            if _delta(
+                raw16, raw32, kinds, wanted[w], first, start + origin, steps, floors, leasts, keys, cuts, factors,
+                own, other, d, lanes, words,
+            ):  # fmt: skip
+                return int64(INPUT_NOT_FINITE)
+            hashed, floor, key, low = searches[w][0], _U32(searches[w][1]), searches[w][2], searches[w][3]
+            last, shift, bins, room = searches[w][4], searches[w][5], int64(searches[w][6]), int64(searches[w][7])
+            _magnitudes(d)
+            magnitudes, flags = d.view(np.uint32), lanes.view(np.uint8)
+            if hashed:
+                tied = words[: _collect(magnitudes, floor, _U32(0), flags, words)]
+                above = _count_hashes(tied, key, start + origin + first, low, last, shift, counts[w])
+            else:
+                high = low + last
+                above = _count_above(magnitudes, _U32(high)) if high < _U64(_MAGNITUDE) else _U32(0)
+                near = words[: _collect(magnitudes, _U32(low), _U32(last), flags, words)]
+                _count_magnitudes(magnitudes, near, _U32(low), _U32(shift), counts[w], lows[w])
+                noted = taken[w] + near.size
+                if noted <= room:
+                    _note(magnitudes, near, origin + first, places[w][taken[w] : noted], patterns[w][taken[w] : noted])
+                taken[w] = noted
+            counts[w][bins] += above
     return int64(FINE)
 
 
 def measure(
-    rows16, rows32, stride, kinds, number, row, count, start, step_count, steps, floors, leasts, keys, cuts, factors,
-    hashed, floor, key, low, last, shift, bins, counts, lows, room, places, patterns, taken, scratch,
+    rows16, rows32, stride, kinds, number, files, places, count, start, step_count, steps, floors, leasts, keys, cuts,
+    factors, wanted_count, wanted, searches, width, counts, lows, capacity, noted, patterns, taken, scratch,
 ):  # fmt: skip
-    """Count the keys of one expert's deltas, as they are after the transforms; FINE or INPUT_NOT_FINITE.
+    """Count the keys of some rows' deltas, as they are after the transforms; FINE, INPUT_NOT_FINITE or UNREADABLE.
 
-    The key is the magnitude's pattern, or if ``hashed`` the hash of the elements whose magnitude is ``floor``. Added
-    to: ``counts`` uint32 ``[bins + 1]``, keys in ``[low, low + last]`` by ``(key - low) >> shift``, and keys above all
-    that in the last; ``lows`` uint32 ``[bins]``, the union of the bits that magnitudes lose in that shift.
-    Of the magnitudes in the interval ``places`` and ``patterns``, both uint32 ``[room]``, take index and pattern;
-    ``taken`` int64 ``[1]`` counts them, also those for which there was no room.
+    ``wanted`` int64 are those rows; ``searches`` uint64 ``[wanted, 8]`` what to count in each: hashed, floor, key, low,
+    last, shift, bins, room. The key is the magnitude's pattern, or if ``hashed`` the hash, by ``key``, of the elements
+    whose magnitude is ``floor``. Added to: ``counts`` uint32 ``[wanted, width + 1]``, keys in ``[low, low + last]`` by
+    ``(key - low) >> shift``, and keys above all that in number ``bins``; ``lows`` uint32 ``[wanted, width]``, the union
+    of the bits that magnitudes lose in that shift. Of the magnitudes in the interval ``noted`` and ``patterns``, both
+    uint32 ``[wanted, capacity]``, take index in the piece and pattern of up to ``room``; ``taken`` int64 ``[wanted]``
+    counts them, also those for which there was no room. ``scratch`` holds ``BLOCK * 5`` words.
     """
+    raw16 = carray(rows16, (number + 1, stride // 2))
+    raw32 = carray(rows32, (number + 1, stride // 4))
+    own_kinds, own_files, own_places = (
+        carray(kinds, (number + 1,)),
+        carray(files, (number + 1,)),
+        carray(places, (number + 1,)),
+    )
+    own_wanted = carray(wanted, (wanted_count,))
     per_step = (step_count, number)
     work = carray(scratch, (5, BLOCK))
-    return _measure(
-        carray(rows16, (number + 1, stride // 2)), carray(rows32, (number + 1, stride // 4)),
-        carray(kinds, (number + 1,)), row, count, start,
-        carray(steps, (step_count,)), carray(floors, per_step), carray(leasts, per_step), carray(keys, per_step),
-        carray(cuts, per_step), carray(factors, per_step),
-        hashed, floor, key, low, last, shift, carray(counts, (bins + 1,)), carray(lows, (bins,)),
-        carray(places, (room,)), carray(patterns, (room,)), carray(taken, (1,)),
-        work[0], work[1], work[2].view(np.float32), work[3], work[4],
-    )  # fmt: skip
+    fetched = own_files[0] >= 0
+    window = WINDOW if fetched else count
+    for begin in range(0, count, window):
+        size = min(window, count - begin)
+        if fetched:
+            if not _fetch(0, raw16, own_kinds, own_files, own_places, begin, size):
+                return int64(UNREADABLE)
+            for w in range(wanted_count):
+                if not _fetch(own_wanted[w], raw16, own_kinds, own_files, own_places, begin, size):
+                    return int64(UNREADABLE)
+        status = _measure(
+            raw16, raw32, own_kinds, own_wanted, start, begin, size,
+            carray(steps, (step_count,)), carray(floors, per_step), carray(leasts, per_step), carray(keys, per_step),
+            carray(cuts, per_step), carray(factors, per_step),
+            carray(searches, (wanted_count, 8)), carray(counts, (wanted_count, width + 1)),
+            carray(lows, (wanted_count, width)), carray(noted, (wanted_count, capacity)),
+            carray(patterns, (wanted_count, capacity)), carray(taken, (wanted_count,)),
+            work[0], work[1], work[2].view(np.float32), work[3], work[4],
+        )  # fmt: skip
+        if status != FINE:
+            return status
+    return int64(FINE)
 
 
 def sample(
@@ -528,9 +631,10 @@ def sample(
     work = carray(scratch, (4, BLOCK))
     patterns = carray(out, (count,))
     d = patterns.view(np.float32)
-    if _delta(
-        carray(rows16, (number + 1, stride // 2)), carray(rows32, (number + 1, stride // 4)),
-        carray(kinds, (number + 1,)), row, 0, start,
+    raw16, raw32 = carray(rows16, (number + 1, stride // 2)), carray(rows32, (number + 1, stride // 4))
+    own_kinds = carray(kinds, (number + 1,))
+    if _load(own_kinds[0], raw16[0], raw32[0], 0, work[0][:count]) or _delta(
+        raw16, raw32, own_kinds, row, 0, start,
         carray(steps, (step_count,)), carray(floors, per_step), carray(leasts, per_step), carray(keys, per_step),
         carray(cuts, per_step), carray(factors, per_step), work[0], work[1], d, work[2], work[3],
     ):  # fmt: skip
@@ -564,6 +668,7 @@ def energy(rows16, rows32, kind, count, sums, scratch):
 
 
 _ROWS = [CPointer(uint16), CPointer(uint32), int64, CPointer(int64), int64]
+_FILES = [CPointer(int64), CPointer(int64)]
 _STEPS = [
     int64, CPointer(int64), CPointer(uint32), CPointer(uint64), CPointer(uint64), CPointer(uint64), CPointer(float32),
 ]  # fmt: skip
@@ -572,16 +677,15 @@ ENTRIES: dict[str, tuple[Any, Any]] = {
     "blend": (
         blend,
         int64(
-            *_ROWS, int64, int64, *_STEPS, int64, CPointer(float32), CPointer(float32), float32, int64, int64, uint64,
-            CPointer(uint16), CPointer(uint32), CPointer(float64), CPointer(int64), CPointer(uint32),
+            *_ROWS, *_FILES, int64, int64, *_STEPS, int64, CPointer(float32), CPointer(float32), float32, int64, int64,
+            uint64, CPointer(uint16), CPointer(uint32), CPointer(float64), CPointer(int64), CPointer(uint32),
         ),
     ),
     "measure": (
         measure,
         int64(
-            *_ROWS, int64, int64, int64, *_STEPS, int64, uint32, uint64, uint64, uint64, uint64, int64,
-            CPointer(uint32), CPointer(uint32), int64, CPointer(uint32), CPointer(uint32), CPointer(int64),
-            CPointer(uint32),
+            *_ROWS, *_FILES, int64, int64, *_STEPS, int64, CPointer(int64), CPointer(uint64), int64, CPointer(uint32),
+            CPointer(uint32), int64, CPointer(uint32), CPointer(uint32), CPointer(int64), CPointer(uint32),
         ),
     ),
     "sample": (sample, int64(*_ROWS, int64, int64, int64, *_STEPS, CPointer(uint32), CPointer(uint32))),

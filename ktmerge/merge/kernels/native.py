@@ -30,14 +30,13 @@ _UNUSED = (
 _ARGUMENTS = {
     "p": ctypes.c_void_p,
     "i": ctypes.c_int64,
-    "w": ctypes.c_uint32,
     "l": ctypes.c_uint64,
     "f": ctypes.c_float,
 }
 _ROWS, _STEPS = "ppipi", "ipppppp"
 _SIGNATURES = {
-    "blend": f"{_ROWS}ii{_STEPS}ippfiilppppp",
-    "measure": f"{_ROWS}iii{_STEPS}iwllllippipppp",
+    "blend": f"{_ROWS}ppii{_STEPS}ippfiilppppp",
+    "measure": f"{_ROWS}ppii{_STEPS}ippippipppp",
     "sample": f"{_ROWS}iii{_STEPS}pp",
     "energy": "ppiipp",
 }
@@ -144,7 +143,7 @@ def _compile() -> bytes:
         else:
             module.link_in(part)
     wanted = {function.name for function in module.functions if function.is_declaration}
-    unknown = {name for name in wanted if not name.startswith(("llvm.", "Py")) and name not in _UNUSED}
+    unknown = {name for name in wanted if not name.startswith(("llvm.", "Py")) and name not in (*_UNUSED, "pread")}
     if unknown:
         raise AssertionError(f"the kernels need {', '.join(sorted(unknown))}, which only numba's runtime has")
     machine = llvm.Target.from_default_triple().create_target_machine(
