@@ -1,0 +1,179 @@
+"""Second moments of a linear map's inputs, kept as a few rows and a diagonal instead of a dense i x i matrix.
+
+Everything in float64: ill-conditioned solves follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Normalisation = Literal["fro2", "trace1", "none", "spectral"]
+
+_ZERO = 1e-12
+"""Eigenvalues below this share of the largest are rounding, not directions."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Eigenvectors V of a covariance with eigenvalue above zero, V = ``rows``^T ``turn``, never multiplied out.
+
+    Attributes:
+        eigenvalues: ``[r]``, from the largest to the smallest.
+        rows: ``[n, i]``, or None for the identity.
+        turn: ``[n, r]``.
+    """
+
+    eigenvalues: Tensor
+    rows: Tensor | None
+    turn: Tensor
+
+    def onto(self, values: Tensor) -> Tensor:
+        """Coordinates ``[o, r]`` of the rows of ``values [o, i]``: values V."""
+        return (values if self.rows is None else values @ self.rows.T) @ self.turn
+
+    def back(self, coordinates: Tensor) -> Tensor:
+        """The rows ``[o, i]`` that have these coordinates ``[o, r]``: coordinates V^T."""
+        turned = coordinates @ self.turn.T
+        return turned if self.rows is None else turned @ self.rows
+
+
+@dataclass(frozen=True)
+class Covariance:
+    """C = ``factor``^T ``factor`` + diag(``diagonal``).
+
+    Attributes:
+        factor: ``[r, i]`` float64; r may be larger or smaller than i, or 0.
+        diagonal: ``[i]`` float64, of 0 or more.
+    """
+
+    factor: Tensor
+    diagonal: Tensor
+
+    @property
+    def inputs(self) -> int:
+        """i, the size of C."""
+        return self.diagonal.shape[0]
+
+    def variances(self) -> Tensor:
+        """The diagonal of C, ``[i]``."""
+        return (self.factor**2).sum(0) + self.diagonal
+
+    def trace(self) -> float:
+        """Sum of the eigenvalues."""
+        return float(self.variances().sum())
+
+    def scaled(self, by: float) -> Covariance:
+        """C times a number of 0 or more."""
+        return Covariance(self.factor * by**0.5, self.diagonal * by)
+
+    def shrunk(self, eta: float) -> Covariance:
+        """eta C + (1 - eta) diag(C): everything off the diagonal times eta."""
+        if eta == 1:
+            return self
+        return Covariance((self.factor if eta else self.factor[:0]) * eta**0.5,
+                          self.diagonal + (1 - eta) * (self.factor**2).sum(0))  # fmt: skip
+
+    def ridged(self, ridge: float) -> Covariance:
+        """C + ridge I."""
+        return Covariance(self.factor, self.diagonal + ridge)
+
+    def times(self, values: Tensor) -> Tensor:
+        """values C, ``[o, i]``; by way of the dense C where that is less work."""
+        rows, outputs = self.factor.shape[0], values.shape[0]
+        if 2 * outputs * rows > (outputs + rows) * self.inputs:
+            return values @ self.dense()
+        return (values @ self.factor.T) @ self.factor + values * self.diagonal
+
+    def product(self, first: Tensor, second: Tensor) -> Tensor:
+        """<first, second>_C of each row: the diagonal of first C second^T, ``[o]``."""
+        inner = ((first @ self.factor.T) * (second @ self.factor.T)).sum(1)
+        return inner + (first * second * self.diagonal).sum(1)
+
+    def energy(self, values: Tensor) -> Tensor:
+        """Mean square of each output, the diagonal of values C values^T, ``[o]``."""
+        return ((values @ self.factor.T) ** 2).sum(1) + (values**2 * self.diagonal).sum(1)
+
+    def dense(self) -> Tensor:
+        """C itself, ``[i, i]``."""
+        import torch
+
+        return self.factor.T @ self.factor + torch.diag(self.diagonal)
+
+    def solve(self, values: Tensor) -> Tensor:
+        """values C^-1 of a positive definite C; with fewer rows than inputs, in the space of the rows (Woodbury)."""
+        import torch
+
+        rows = self.factor.shape[0]
+        if not rows:
+            return values / self.diagonal
+        if rows >= self.inputs or not bool((self.diagonal > 0).all()):
+            return torch.cholesky_solve(values.T, torch.linalg.cholesky(self.dense())).T
+        inner = self.factor / self.diagonal
+        small = inner @ self.factor.T
+        small.diagonal().add_(1)
+        scaled = values / self.diagonal
+        weights = torch.cholesky_solve((scaled @ self.factor.T).T, torch.linalg.cholesky(small)).T
+        return scaled - weights @ inner
+
+    def frame(self) -> Frame:
+        """The eigenvectors of C; with fewer rows than inputs and no diagonal, from the rows' own Gram matrix.
+
+        The dual costs r^3 instead of i^3.
+        """
+        import torch
+
+        rows = self.factor.shape[0]
+        dual = rows < self.inputs and not bool(self.diagonal.any())
+        gram = self.factor @ self.factor.T if dual else self.dense()
+        values, vectors = torch.linalg.eigh(gram)
+        values, vectors = values.flip(0), vectors.flip(1)
+        known = values > _ZERO * values[:1].clamp(min=0)
+        values, vectors = values[known], vectors[:, known]
+        return Frame(values, self.factor, vectors / values.sqrt()) if dual else Frame(values, None, vectors)
+
+
+def of_inputs(inputs: Tensor, eta: float = 1.0) -> Covariance:
+    """X^T X / R of sampled inputs ``[R, i]``, with everything off the diagonal times ``eta``."""
+    sample = inputs.double() / max(inputs.shape[0], 1) ** 0.5
+    return Covariance(sample, sample.new_zeros(sample.shape[1])).shrunk(eta)
+
+
+def of_rows(rows: Tensor) -> Covariance:
+    """rows^T rows, of ``[o, i]``."""
+    factor = rows.double()
+    return Covariance(factor, factor.new_zeros(factor.shape[1]))
+
+
+def total(covariances: Sequence[Covariance], weights: Sequence[float]) -> Covariance:
+    """sum_t alpha_t C_t, with weights of 0 or more."""
+    import torch
+
+    used = [one.scaled(weight) for one, weight in zip(covariances, weights, strict=True) if weight > 0]
+    if not used:
+        return covariances[0].scaled(0)
+    return Covariance(torch.cat([one.factor for one in used]), torch.stack([one.diagonal for one in used]).sum(0))
+
+
+def of_delta(delta: Tensor, norm: Normalisation = "fro2", power: float = 1.0) -> Covariance:
+    """What a delta ``[o, i]`` tells of the inputs it was trained on: C = (tau^T tau / s)^q (arXiv:2503.08099).
+
+    Args:
+        delta: tau, not all zero.
+        norm: s: the squared Frobenius norm, the squared spectral norm, or 1; ``trace1`` divides the power by its trace.
+        power: q; below 1 flattens the spectrum.
+    """
+    whole = of_rows(delta)
+    if power == 1 and norm != "spectral":
+        return whole if norm == "none" else whole.scaled(1 / whole.trace())
+    frame = whole.frame()
+    values = frame.eigenvalues
+    size = {"fro2": float(values.sum()), "spectral": float(values[0])}.get(norm, 1.0)
+    powers = (values / size) ** power
+    if norm == "trace1":
+        powers = powers / powers.sum()
+    return Covariance(frame.back(powers.sqrt().diag()), whole.diagonal)

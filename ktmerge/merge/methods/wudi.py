@@ -1,0 +1,158 @@
+"""Merging by regression without data: a delta's own rows tell which inputs its expert saw (WUDI, SWUDI, ACTMat)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from ktmerge.checkpoints import TensorClass
+from ktmerge.merge.registry import method, stage
+from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ktmerge.merge.covariance import Covariance
+
+
+class SpectralRegmeanParameters(Parameters):
+    filter: Literal["none", "exp", "tikhonov"] = Field(
+        "none", description="how far a direction goes from init to the regression: all the way, 1 - exp(-lambda T), or "
+        "lambda / (lambda + ridge * mean lambda)",
+    )  # fmt: skip
+    time: float = Field(300.0, ge=0, description="T of the exp filter: how long the gradient flow it stands for runs")
+    ridge: float = Field(1e-3, ge=0, description="of the tikhonov filter, relative to the mean eigenvalue")
+    rank: Literal["all", "fraction", "energy", "nuclear", "stable", "participation"] = Field(
+        "participation",
+        description="how many directions take part: all, a fraction of the inputs, those that hold a share of the "
+        "eigenvalues or of their roots, the stable rank, or the participation of the roots",
+    )
+    keep: float = Field(0.85, ge=0, le=1, description="the fraction or share of the rank rules that have one")
+    init: Literal["mean", "sum", "zero"] = Field("mean", description="where directions stay that do not take part")
+    cov_norm: Literal["fro2", "trace1", "none", "spectral"] = Field(
+        "fro2", description="divide tau^T tau by its trace before the power, or after, by nothing, or by its largest"
+    )
+    cov_power: float = Field(1.0, gt=0, le=4, description="power of tau^T tau; below 1 flattens its spectrum")
+    base_weight: float = Field(0.0, ge=0, description="weight of the base as a member that wants no change; 0: none")
+    base_cov: Literal["weights", "identity"] = Field(
+        "weights", description="what the base's inputs look like: its weights' theta_0^T theta_0, or all the same"
+    )
+    split_fused: bool = Field(True, description="take maps that share a tensor (query, key and value) apart")
+
+
+def positive(parameters: Any, weights: Mapping[str, float]) -> str | None:
+    """Objection to weights that are no share of anything."""
+    if min(weights.values()) < 0 or max(weights.values()) <= 0:
+        return (
+            "merging by regression needs expert weights of 0 or more, one of them positive; task_arithmetic subtracts"
+        )
+    return None
+
+
+def relative(weights: Sequence[float]) -> list[float]:
+    """Weights divided by their mean, so that equal ones are exactly 1."""
+    if len(set(weights)) == 1:
+        return [1.0] * len(weights)
+    mean = sum(weights) / len(weights)
+    return [weight / mean for weight in weights]
+
+
+@stage("spectral_regmean", "combine", SpectralRegmeanParameters, reach="tensor", objection=positive)
+def spectral_regmean(deltas: list[Tensor], parameters: SpectralRegmeanParameters, context: Context) -> Tensor:
+    """Regression towards each expert on the inputs that its own delta stands for (arXiv:2606.07289; arXiv:2604.01329).
+
+    C_t = tau_t^T tau_t / ||tau_t||^2, C = sum_t w_t C_t = V lambda V^T, D = sum_t w_t tau_t C_t, weights relative to
+    their mean; M = M_0 + [(D V)(f / lambda) - (M_0 V) f] V^T. The mean where experts share inputs, the sum where they
+    don't. Experts that did not change a map, or have weight 0, are no members; of a single one the delta is returned.
+
+    Differs from the paper's code: M_0 is the mean, not the sum, as directions left out would else keep N times the
+    delta of equal experts; lambda is measured in units of C's trace over N, which makes T and the floor relative.
+    """
+    import torch
+
+    from ktmerge.merge.covariance import of_delta
+    from ktmerge.merge.matrices import by_map, changed
+    from ktmerge.merge.regression import Filter
+    from ktmerge.merge.regression import spectral_regmean as solve
+
+    filter = Filter(parameters.filter, parameters.time, parameters.ridge, parameters.rank, parameters.keep)
+
+    def merge(maps: list[Tensor], base: Tensor, number: int) -> Tensor:
+        members = [t for t in changed(maps, base) if context.weights[t] > 0]
+        if not members:
+            return torch.zeros_like(base)
+        if len(members) == 1 and parameters.init != "zero" and not parameters.base_weight:
+            return maps[members[0]]
+        own = [maps[t] for t in members]
+        covariances = [of_delta(one, parameters.cov_norm, parameters.cov_power) for one in own]
+        weights = relative([context.weights[t] for t in members])
+        return solve(own, covariances, filter, parameters.init, weights=weights, base=_base(base, parameters)).float()
+
+    return by_map(deltas, context, merge, fused=parameters.split_fused)
+
+
+def _base(base: Tensor, parameters: SpectralRegmeanParameters) -> Covariance | None:
+    """C_0 of trace ``base_weight``, normalised as the experts' are, or None if the base is no member."""
+    from ktmerge.merge.covariance import Covariance, of_delta
+
+    if not parameters.base_weight:
+        return None
+    if parameters.base_cov == "identity":
+        rows = base.double()[:0]
+        return Covariance(rows, rows.new_full(base.shape[1:], parameters.base_weight / base.shape[1]))
+    if not bool(base.any()):
+        return None
+    return of_delta(base, parameters.cov_norm, parameters.cov_power).scaled(parameters.base_weight)
+
+
+MEAN = Stages(combine=("mean", {}))
+MEANS: Mapping[TensorClass, Stages] = {"embed": MEAN, "vector": MEAN, "conv": MEAN}
+
+_SOURCE = "Wei et al., 2026, arXiv:2606.07289, after Cheng et al., ICML 2025, arXiv:2503.08099"
+_PROMISES = Promises(identical="mean", elements=False, rotations=True, tolerance=1e-5)
+
+for _name, _summary, _source, _formula, _parameters in (
+    (
+        "wudi_cf",
+        "Several experts: what WUDI seeks by gradient steps, solved exactly; swudi_a damps its weak directions.",
+        "Cheng et al., ICML 2025, arXiv:2503.08099, solved in closed form",
+        "(sum_t tau_t C_t)(sum_t C_t)^+, C_t = tau_t^T tau_t / ||tau_t||^2",
+        {"filter": "none", "rank": "all"},
+    ),
+    (
+        "actmat",
+        "As wudi_cf, but experts that moved further count more.",
+        "arXiv:2604.01329",
+        "(sum_t tau_t C_t)(sum_t C_t)^+, C_t = tau_t^T tau_t",
+        {"filter": "none", "rank": "all", "cov_norm": "none"},
+    ),
+    (
+        "swudi",
+        "As swudi_a, with two knobs: how many directions take part, and how far the weak ones go.",
+        _SOURCE,
+        "M_0 + [(D V)(f / l) - (M_0 V) f] V^T, f = 1 - exp(-l T) on the first keep * i directions, M_0 the mean",
+        {"filter": "exp", "rank": "fraction"},
+    ),
+    (
+        "swudi_a",
+        "Several experts and no data: the first to try; adds what needs other inputs, averages what shares them.",
+        _SOURCE,
+        "M_0 + (D V / l - M_0 V) V^T on the first (sum sqrt(l))^2 / sum(l) directions V, M_0 the mean",
+        {"filter": "none", "rank": "participation"},
+    ),
+):
+    method(
+        Method(
+            name=_name,
+            summary=_summary,
+            source=_source,
+            stages=Stages(combine=("spectral_regmean", _parameters)),
+            otherwise=MEANS,
+            capped=True,
+            formula=_formula,
+            cost="eigh min(i, N o)^3 + N oi min(i, N o)",
+            promises=_PROMISES,
+        )
+    )

@@ -1,0 +1,166 @@
+"""Merging by regression without data: what it must give where the answer is known, and the solver's own promises."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ktmerge.checkpoints.matrices import MatrixLayout
+from ktmerge.merge.covariance import Covariance, of_delta, of_inputs, of_rows, total
+from ktmerge.merge.kernels import kernels_for
+from ktmerge.merge.registry import find_stage
+from ktmerge.merge.regression import Filter, leading, spectral_regmean
+from ktmerge.merge.stage import Context
+
+FILTERS = [
+    Filter("none"),
+    Filter("exp", time=30.0),
+    Filter("tikhonov", strength=0.5),
+    Filter("none", rank="participation"),
+    Filter("exp", time=30.0, rank="fraction", keep=0.4),
+    Filter("tikhonov", strength=0.5, rank="energy", keep=0.6),
+]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+
+
+def context(experts: int, shape: tuple[int, ...], base: Tensor | None = None, **other: Any) -> Context:
+    return Context(
+        tensor="model.layers.0.mlp.up_proj.weight", part="llm.layers[0]", layers={"llm": 2}, tensor_class="matrix",
+        shape=shape, start=0, seed=1, experts=tuple("abcdef"[:experts]), weights=(1.0,) * experts,
+        base=torch.zeros(shape) if base is None else base, kernels=kernels_for(torch.device("cpu")),
+        layout=MatrixLayout(False, (shape[-2],)), **other,
+    )  # fmt: skip
+
+
+def apart(experts: int, outputs: int, inputs: int) -> list[Tensor]:
+    """Deltas that read different inputs, in a turned frame: their row spaces are orthogonal."""
+    frame = torch.linalg.qr(random(inputs, inputs, seed=99))[0]
+    each = inputs // experts
+    return [random(outputs, each, seed=t) @ frame[t * each : (t + 1) * each] for t in range(experts)]
+
+
+@pytest.mark.parametrize("filter", FILTERS, ids=str)
+@pytest.mark.parametrize("shape", [(12, 7), (5, 17)])
+def test_one_member_comes_back(filter: Filter, shape: tuple[int, int]) -> None:
+    delta = random(*shape)
+    for init in ("mean", "sum"):
+        close(spectral_regmean([delta], [of_delta(delta)], filter, init), delta)
+
+
+@pytest.mark.parametrize("filter", FILTERS, ids=str)
+def test_equal_members_give_the_one(filter: Filter) -> None:
+    delta = random(6, 9)
+    close(spectral_regmean([delta] * 3, [of_delta(delta)] * 3, filter, "mean"), delta)
+
+
+def test_members_that_read_different_inputs_add_up() -> None:
+    deltas = apart(3, 8, 12)
+    for init in ("mean", "sum", "zero"):
+        close(
+            spectral_regmean(deltas, [of_delta(one) for one in deltas], Filter("none"), init),
+            sum(deltas[1:], deltas[0]),
+        )
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(4, 30), (9, 30), (20, 8)])
+def test_the_dual_equals_the_primal(outputs: int, inputs: int) -> None:
+    deltas = [random(outputs, inputs, seed=t) for t in range(3)]
+    rows = [of_delta(one) for one in deltas]
+    nothing = torch.zeros(inputs, inputs, dtype=torch.float64)
+    whole = [Covariance(torch.cat([one.factor, nothing]), one.diagonal) for one in rows]
+    for filter, init in product(FILTERS, ("mean", "sum", "zero")):
+        close(spectral_regmean(deltas, rows, filter, init), spectral_regmean(deltas, whole, filter, init), 1e-8)
+
+
+def test_the_answer_is_where_the_objective_is_flat() -> None:
+    deltas = [random(6, 10, seed=t) for t in range(3)]
+    covariances = [of_inputs(random(25, 10, seed=t + 5), eta=0.9) for t in range(3)]
+    base, weights = of_inputs(random(25, 10, seed=9)), [0.5, 2.0, 1.0]
+    merged = spectral_regmean(deltas, covariances, Filter("none"), "mean", weights=weights, base=base)
+    pulls = [a * one.times(merged - d) for a, one, d in zip(weights, covariances, deltas, strict=True)]
+    gradient = sum(pulls, base.times(merged))
+    assert float(gradient.norm()) < 1e-6 * float(pulls[0].norm())
+
+
+def test_a_base_of_great_weight_pins_what_it_reads() -> None:
+    deltas, base = apart(2, 5, 10), apart(2, 5, 10)[0]
+    covariances = [of_delta(one) for one in deltas]
+    held = spectral_regmean(deltas, covariances, Filter("none"), "mean", base=of_delta(base).scaled(1e7))
+    close(held, deltas[1], 1e-5)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+def test_covariances_say_what_their_matrix_says(eta: float) -> None:
+    few, many = random(4, 9), random(30, 9, seed=1)
+    values = random(3, 9, seed=2)
+    for inputs in (few, many):
+        one = of_inputs(inputs, eta).ridged(0.1)
+        raw = inputs.T @ inputs / inputs.shape[0]
+        matrix = eta * raw + (1 - eta) * raw.diag().diag() + 0.1 * torch.eye(9, dtype=torch.float64)
+        close(one.dense(), matrix)
+        close(one.variances(), matrix.diag())
+        close(one.times(values), values @ matrix)
+        close(one.energy(values), (values @ matrix @ values.T).diag())
+        close(one.product(values, 2 - values), (values @ matrix @ (2 - values).T).diag())
+        close(one.solve(values), torch.linalg.solve(matrix, values.T).T)
+        assert one.trace() == pytest.approx(float(matrix.trace()))
+        close(total([one, one.scaled(2)], [1.0, 0.25]).dense(), 1.5 * matrix)
+
+
+def test_frames_hold_the_eigenvectors() -> None:
+    for rows in (random(4, 9), random(20, 9)):
+        frame = of_rows(rows).frame()
+        assert frame.eigenvalues.tolist() == sorted(frame.eigenvalues.tolist(), reverse=True)
+        assert frame.eigenvalues.shape == (min(rows.shape),)
+        close(frame.back(frame.onto(rows)), rows)
+        close(frame.onto(rows).T @ frame.onto(rows), frame.eigenvalues.diag())
+    assert of_rows(torch.zeros(3, 4)).frame().eigenvalues.numel() == 0
+
+
+def test_rank_rules_count() -> None:
+    values = torch.tensor([8.0, 4.0, 2.0, 2.0], dtype=torch.float64)
+    assert leading(values, "all", 0.0, 10) == 4
+    assert leading(values, "fraction", 0.25, 10) == 3
+    assert leading(values, "energy", 0.75, 10) == 2
+    assert leading(values, "energy", 1.0, 10) == 4
+    assert leading(values, "nuclear", 0.0, 10) == 0
+    assert leading(values, "stable", 0.0, 10) == 2
+    assert leading(values, "participation", 0.0, 10) == 4
+    assert leading(torch.ones(5, dtype=torch.float64), "participation", 0.0, 10) == 5
+
+
+def test_signs_of_eigenvectors_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    deltas = [random(6, 10, seed=t).float() for t in range(3)]
+    stage = find_stage("spectral_regmean", "combine")
+    parameters = stage.parameters(filter="exp", time=20.0)
+    plain = stage.apply(deltas, parameters, context(3, (6, 10)))
+    eigh = torch.linalg.eigh
+
+    def turned(matrix: Tensor) -> Any:
+        values, vectors = eigh(matrix)
+        return values, vectors * torch.tensor([1.0, -1.0], dtype=vectors.dtype).repeat(matrix.shape[0])[
+            : matrix.shape[0]
+        ]
+
+    monkeypatch.setattr(torch.linalg, "eigh", turned)
+    close(stage.apply(deltas, parameters, context(3, (6, 10))), plain, 1e-6)
+
+
+def test_an_expert_that_changed_nothing_is_no_member() -> None:
+    deltas = [random(6, 10, seed=t).float() for t in range(2)]
+    stage = find_stage("spectral_regmean", "combine")
+    both = stage.apply(deltas, stage.parameters(), context(2, (6, 10)))
+    third = stage.apply([*deltas, torch.zeros(6, 10)], stage.parameters(), context(3, (6, 10)))
+    assert both.equal(third)
+    assert stage.apply([deltas[0], torch.zeros(6, 10)], stage.parameters(), context(2, (6, 10))) is not None
