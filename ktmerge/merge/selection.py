@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ktmerge.merge.kernels.codes import BLOCK
-from ktmerge.merge.kernels.search import Interval, Search, Threshold, hashes
+from ktmerge.merge.kernels.search import Interval, Search, Threshold
 from ktmerge.merge.program import Program, Trim
-from ktmerge.merge.workspace import WIDTHS
+from ktmerge.merge.workspace import WIDTHS, Noted
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from ktmerge.merge.plan import TensorPlan
     from ktmerge.merge.steps import Steps
     from ktmerge.merge.workspace import Measured, Row, Workspace
@@ -61,25 +59,26 @@ class Candidates:
     """
 
     def __init__(self, interval: Interval) -> None:
-        self._interval = interval
-        self._found: list[tuple[NDArray[np.uint32], NDArray[np.uint32], int, int]] | None = []
+        self._hashed = interval.hashed
+        self._noted: list[Noted] | None = []
         self.room = 0 if interval.hashed or interval.shift >= _COARSE else _FEW
 
     def add(self, measured: Measured, start: int, key: int) -> None:
         """Take in those of a piece that begins at element ``start``; ``key`` is of the hash of its tensor."""
-        if self._found is None or measured.places is None or measured.patterns is None:
-            self._found, self.room = None, 0
+        if self._noted is None or measured.places is None or measured.patterns is None:
+            self._noted, self.room = None, 0
             return
-        self._found.append((measured.places.copy(), measured.patterns.copy(), start, key))
+        self._noted.append(Noted(measured.places.copy(), measured.patterns.copy(), start, key))
         self.room = max(0, self.room - measured.places.size)
 
-    def decide(self, search: Search) -> None:
-        """Finish a search that now asks for the hashes of one magnitude."""
-        if self._found is None or search.done or not search.interval.hashed or self._interval.hashed:
+    def decide(self, search: Search, space: Workspace) -> None:
+        """Finish a search that now asks for the hashes of one magnitude, without another look at the tensors."""
+        if self._noted is None or self._hashed:
             return
-        floor = search.interval.floor
-        found = [hashes(key, start + places[patterns == floor]) for places, patterns, start, key in self._found]
-        search.decide(np.concatenate(found))
+        while not search.done and search.interval.hashed:
+            for noted in self._noted:
+                search.add(space.tally(search.interval, noted))
+            search.end_pass()
 
 
 Work = Callable[["Workspace", Job], Any]
@@ -124,7 +123,7 @@ def find_thresholds(jobs: Sequence[Job], position: int, run: Run, probe: Workspa
             return None
         for expert in wanted:
             searches[expert].end_pass()
-            near[expert].decide(searches[expert])
+            near[expert].decide(searches[expert], probe)
     return [search.result() for search in searches]
 
 

@@ -63,6 +63,21 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Noted:
+    """Elements of a piece that begins with the tensor's element ``start``; ``key`` is of the hash of the tensor.
+
+    Attributes:
+        places: uint32, indices in the piece.
+        patterns: uint32, of their magnitudes.
+    """
+
+    places: NDArray[np.uint32]
+    patterns: NDArray[np.uint32]
+    start: int
+    key: int
+
+
+@dataclass(frozen=True)
 class Blended:
     """One piece as the kernel made it.
 
@@ -215,6 +230,19 @@ class Workspace:
             else:
                 found.append(Measured(counts, lows, self._noted[number, :count], self._patterns[number, :count]))
         return found
+
+    def tally(self, interval: Interval, noted: Noted) -> NDArray[np.uint32]:
+        """For `Search.add`: how many of the noted elements of the floor's magnitude have a hash in which bin.
+
+        Valid until the workspace is used again.
+        """
+        counts = self._counts[0, : interval.bins + 1]
+        counts.fill(0)
+        self._native.tally(
+            noted.places.ctypes.data, noted.patterns.ctypes.data, noted.places.size, interval.floor, noted.key,
+            noted.start, interval.low, interval.last, interval.shift, interval.bins, counts.ctypes.data,
+        )  # fmt: skip
+        return counts
 
     def sample(self, row: int, steps: Steps, position: int) -> NDArray[np.uint32]:
         """Magnitude patterns of one row's deltas before the step at ``position``; the piece is a `BLOCK` at most."""

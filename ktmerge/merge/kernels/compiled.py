@@ -42,6 +42,7 @@ from ktmerge.merge.kernels.codes import (
     UNREADABLE,
     WINDOW,
 )  # fmt: skip
+from ktmerge.merge.kernels.gathering import collect
 
 _U32, _U64, _F32, _F64 = np.uint32, np.uint64, np.float32, np.float64
 _MAGNITUDE, _EXPONENT = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
@@ -165,35 +166,6 @@ def _subtract(expert, base, out):
 
 
 @_compile
-def _flag(magnitudes, low, last, flags):
-    for i in range(magnitudes.size):
-        flags[i] = np.uint8(1) if _U32(_U32(magnitudes[i] & _MAGNITUDE) - low) <= last else np.uint8(0)
-
-
-@_compile
-def _gather(flags, found):
-    """Indices of the flags that are set into ``found``, eight at a time where none is; how many."""
-    words = flags.view(np.uint64)
-    count = _U64(0)
-    for w in range(words.size):
-        if words[w]:
-            for i in range(8 * w, 8 * w + 8):
-                found[count] = _U32(i)
-                count += _U64(flags[i])
-    return int64(count)
-
-
-@_compile
-def _collect(patterns, low, last, flags, found):
-    """Indices of the magnitudes in ``[low, low + last]`` into ``found``, which has room for all; how many."""
-    eights = (patterns.size + 7) // 8 * 8
-    _flag(patterns, low, last, flags)
-    for i in range(patterns.size, eights):
-        flags[i] = np.uint8(0)
-    return _gather(flags[:eights], found)
-
-
-@_compile
 def _keep_above(delta, floor):
     """Zero what has a smaller magnitude pattern than ``floor``."""
     patterns = delta.view(np.uint32)
@@ -221,7 +193,7 @@ def _transform(step, d, start, floor, least, key, cut, factor, lanes, words):
     if step == TRIM:
         _keep_above(d, floor)
         if least != _U64(0):
-            tied = _collect(d.view(np.uint32), floor, _U32(0), lanes.view(np.uint8), words)
+            tied = collect(d.view(np.uint32), floor, _U32(0), words)
             _drop_hashed(d, words[:tied], least, key, start)
     elif step == DROP:
         _words(key, start, lanes, words[: (d.size + 3) // 4 * 4])
@@ -557,14 +529,14 @@ def _measure(
             hashed, floor, key, low = searches[w][0], _U32(searches[w][1]), searches[w][2], searches[w][3]
             last, shift, bins, room = searches[w][4], searches[w][5], int64(searches[w][6]), int64(searches[w][7])
             _magnitudes(d)
-            magnitudes, flags = d.view(np.uint32), lanes.view(np.uint8)
+            magnitudes = d.view(np.uint32)
             if hashed:
-                tied = words[: _collect(magnitudes, floor, _U32(0), flags, words)]
+                tied = words[: collect(magnitudes, floor, _U32(0), words)]
                 above = _count_hashes(tied, key, start + origin + first, low, last, shift, counts[w])
             else:
                 high = low + last
                 above = _count_above(magnitudes, _U32(high)) if high < _U64(_MAGNITUDE) else _U32(0)
-                near = words[: _collect(magnitudes, _U32(low), _U32(last), flags, words)]
+                near = words[: collect(magnitudes, _U32(low), _U32(last), words)]
                 _count_magnitudes(magnitudes, near, _U32(low), _U32(shift), counts[w], lows[w])
                 noted = taken[w] + near.size
                 if noted <= room:
@@ -643,6 +615,36 @@ def sample(
     return int64(FINE)
 
 
+@_compile
+def _tally(places, patterns, floor, key, start, low, last, shift, counts):
+    above = _U32(0)
+    for j in range(places.size):
+        if patterns[j] != floor:
+            continue
+        value = _hash(key, _U64(start) + _U64(places[j]))
+        if value < low:
+            continue
+        inside = value - low
+        if inside <= last:
+            counts[inside >> shift] += _ONE
+        else:
+            above += _ONE
+    counts[counts.size - 1] += above
+
+
+def tally(places, patterns, noted, floor, key, start, low, last, shift, bins, counts):
+    """Of ``noted`` elements that `measure` noted, count the hashes of those with the magnitude ``floor``; FINE.
+
+    Added to ``counts`` uint32 ``[bins + 1]``: hashes in ``[low, low + last]`` by ``(hash - low) >> shift``, and those
+    above all that in the last.
+    """
+    size = (noted,)
+    _tally(
+        carray(places, size), carray(patterns, size), floor, key, start, low, last, shift, carray(counts, (bins + 1,))
+    )
+    return int64(FINE)
+
+
 @_compile_sums
 def _energy(values):
     total = _F64(0)
@@ -686,6 +688,13 @@ ENTRIES: dict[str, tuple[Any, Any]] = {
         int64(
             *_ROWS, *_FILES, int64, int64, *_STEPS, int64, CPointer(int64), CPointer(uint64), int64, CPointer(uint32),
             CPointer(uint32), int64, CPointer(uint32), CPointer(uint32), CPointer(int64), CPointer(uint32),
+        ),
+    ),
+    "tally": (
+        tally,
+        int64(
+            CPointer(uint32), CPointer(uint32), int64, uint32, uint64, int64, uint64, uint64, uint64, int64,
+            CPointer(uint32),
         ),
     ),
     "sample": (sample, int64(*_ROWS, int64, int64, int64, *_STEPS, CPointer(uint32), CPointer(uint32))),

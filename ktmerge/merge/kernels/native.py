@@ -20,8 +20,8 @@ from ktmerge.merge.kernels import codes
 
 Entry = Callable[..., int]
 
-_NAMES = ("blend", "measure", "sample", "energy")
-_SOURCES = (Path(__file__).with_name("compiled.py"), Path(codes.__file__))
+_NAMES = ("blend", "measure", "tally", "sample", "energy")
+_SOURCES = (Path(codes.__file__), *(Path(__file__).with_name(name) for name in ("compiled.py", "gathering.py")))
 # What numba's code would call to raise or to count references. The kernels do neither, but the linker wants them.
 _UNUSED = (
     "NRT_Free", "NRT_MemInfo_call_dtor", "numba_do_raise", "numba_gil_ensure", "numba_gil_release",
@@ -30,6 +30,7 @@ _UNUSED = (
 _ARGUMENTS = {
     "p": ctypes.c_void_p,
     "i": ctypes.c_int64,
+    "w": ctypes.c_uint32,
     "l": ctypes.c_uint64,
     "f": ctypes.c_float,
 }
@@ -37,6 +38,7 @@ _ROWS, _STEPS = "ppipi", "ipppppp"
 _SIGNATURES = {
     "blend": f"{_ROWS}ppii{_STEPS}ippfiilppppp",
     "measure": f"{_ROWS}ppii{_STEPS}ippippipppp",
+    "tally": "ppiwlilllip",
     "sample": f"{_ROWS}iii{_STEPS}pp",
     "energy": "ppiipp",
 }
@@ -47,6 +49,7 @@ class Native:
 
     blend: Entry
     measure: Entry
+    tally: Entry
     sample: Entry
     energy: Entry
 

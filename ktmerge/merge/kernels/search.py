@@ -73,7 +73,6 @@ class Search:
         self._keep, self._elements = keep, elements
         self._bins = min(BINS, max(256, 1 << (2 * elements).bit_length()))
         self._interval = _covering(0, _MAGNITUDES, self._bins)
-        self._needed = 0  # of the elements of the floor's magnitude
         self._above = 0  # elements of larger magnitude than the floor; known once the keys are hashes
         self._result = Threshold(0, 0, keep, elements)
         self.done = keep <= 0 or keep >= elements
@@ -124,13 +123,6 @@ class Search:
             self._narrow(wanted, inside)
         self._start_pass()
 
-    def decide(self, hashes: NDArray[np.uint64]) -> None:
-        """Save the passes over hashes: here are those of all elements of the magnitude that `interval` names."""
-        first = hashes.size - self._needed
-        least = int(np.partition(hashes, first)[first])
-        self._result = Threshold(self._interval.floor, least, self._keep, self._elements)
-        self.done = True
-
     def result(self) -> Threshold:
         """Valid once done."""
         return self._result
@@ -160,7 +152,6 @@ class Search:
             self.done = True
         elif single:
             self._above = self._keep - needed
-            self._needed = needed
             self._interval = _expected(needed, count, self._bins, low)
         else:
             self._interval = _covering(low, low + (1 << interval.shift), self._bins, interval)
@@ -180,11 +171,3 @@ def _expected(needed: int, count: int, bins: int, floor: int) -> Interval:
     low = max(0, int(share * _HASHES - reach))
     high = min(_HASHES, int(share * _HASHES + reach) + 1)
     return _covering(low, high, bins, Interval(0, 0, 0, hashed=True, floor=floor))
-
-
-def hashes(key: int, elements: NDArray[Any]) -> NDArray[np.uint64]:
-    """64-bit hash of each element of a tensor, which decides between equal magnitudes; see `splitmix`."""
-    z = (elements.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(key)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
