@@ -162,6 +162,8 @@ class Flow:
             pool = self._global.get(pipeline.prefix(position), {})
             for found in (pool, self._local.found):
                 statistics |= found.get((position, expert), {})
+        base = self._shaped(tensor, chunk.base.float())
+        use = pipeline.uses[position]
         return Context(
             tensor=tensor.key,
             part=tensor.part,
@@ -172,11 +174,12 @@ class Flow:
             seed=self._plan.recipe.seed,
             experts=tuple(tensor.sources),
             weights=tuple(self._weights[name] for name in tensor.sources),
-            base=self._shaped(tensor, chunk.base.float()),
+            base=base,
             kernels=self._kernels,
             expert=expert,
             statistics=statistics,
             layout=tensor.layout,
+            measured=self._sources.measurements(tensor, chunk.start, base) if use.stage.needs(use.parameters) else None,
         )
 
 

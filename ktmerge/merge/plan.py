@@ -13,9 +13,11 @@ from ktmerge.checkpoints.dtypes import BITS
 from ktmerge.checkpoints.experts import fit_experts
 from ktmerge.checkpoints.matrices import MatrixLayout, matrix_layout
 from ktmerge.checkpoints.quantised import scheme_of
+from ktmerge.checkpoints.statistics import Statistics
 from ktmerge.checkpoints.union import join_vocabularies
 from ktmerge.checkpoints.vocabulary import fit_vocabulary
 from ktmerge.errors import UsageError
+from ktmerge.merge.needs import open_statistics, without_statistics
 from ktmerge.merge.rules import Rule, resolve_rules
 from ktmerge.merge.settings import Setting, blend_setting
 from ktmerge.merge.stage import Pipeline
@@ -106,7 +108,8 @@ class ExpertPlan:
 class Plan:
     """Everything a blend will do. Experts are sorted by name: their order in the recipe has no influence.
 
-    ``texts`` are those of the base's files that change with the vocabulary.
+    ``texts`` are those of the base's files that change with the vocabulary; ``statistics``, by ``base`` or the expert's
+    name, are those that a stage needs.
     """
 
     recipe: Recipe
@@ -116,6 +119,7 @@ class Plan:
     layers: Mapping[str, int]
     notes: tuple[str, ...] = field(default=())
     texts: Mapping[str, str] = field(default_factory=dict)
+    statistics: Mapping[str, Statistics] = field(default_factory=dict)
 
     def expert(self, name: str) -> ExpertPlan:
         """The expert of that name."""
@@ -197,7 +201,9 @@ def check_recipe(recipe: Recipe) -> None:
     if setting is not None:
         if recipe.experts:
             problems += [f"blend: {objection}" for objection in setting.objections(_weights(recipe))]
-        _collect(problems, lambda: resolve_rules(recipe, setting, None))
+        rules = _collect(problems, lambda: resolve_rules(recipe, setting, None)) or ()
+        if recipe.base is not None:
+            problems += without_statistics(recipe, _settings(setting, rules))
     _raise(problems)
 
 
@@ -234,10 +240,16 @@ def plan_blend(recipe: Recipe) -> Plan:
         if base is not None and parts is not None:
             found = [expert for expert in experts if expert is not None]
             tensors, layers = _tensor_plans(recipe, base, found, setting, rules, parts, problems), parts.layers
+        problems += without_statistics(recipe, _settings(setting, rules))
+    statistics = open_statistics(recipe, base, tensors, problems) if base is not None else {}
     _raise(problems)
     assert base is not None
     ready = tuple(expert for expert in experts if expert is not None)
-    return Plan(recipe, base, ready, tensors, layers, tuple(_notes(base, ready)), texts)
+    return Plan(recipe, base, ready, tensors, layers, tuple(_notes(base, ready)), texts, statistics)
+
+
+def _settings(setting: Setting, rules: Iterable[Rule]) -> list[Setting]:
+    return [setting, *(rule.setting for rule in rules if rule.setting is not None)]
 
 
 def _collect(problems: list[str], find: Any) -> Any:

@@ -74,6 +74,7 @@ def pin(plan: Plan) -> dict[str, Any]:
 
 
 def _origin(plan: Plan) -> dict[str, Any]:
+    statistics = {name: one.digest for name, one in plan.statistics.items()}
     return {
         "recipe": portable_recipe(plan),
         "versions": versions(plan),
@@ -81,6 +82,7 @@ def _origin(plan: Plan) -> dict[str, Any]:
         "random": {"seed": plan.recipe.seed, "scheme": SCHEME},
         "inputs": {name: {"headers": checkpoint.header_digest()} for name, checkpoint in _inputs(plan).items()},
         "coefficients": coefficients_digest(plan),
+        **({"statistics": statistics} if statistics else {}),
     }
 
 
@@ -119,7 +121,19 @@ def portable_recipe(plan: Plan) -> dict[str, Any]:
     for expert in plan.experts:
         model = document["experts"][expert.name]
         model["model"] = _told(model["model"], expert.checkpoint)
+    for section in (document, *document["experts"].values()):
+        if isinstance(section.get("statistics"), str):
+            section["statistics"] = portable(section["statistics"])
+        elif "statistics" in section:
+            _tell_job(section["statistics"])
     return document
+
+
+def _tell_job(job: dict[str, Any]) -> None:
+    for key in ("folder", "images"):
+        if key in job:
+            job[key] = portable(job[key])
+    job["data"] = [portable(file) for file in job["data"]]
 
 
 def _told(reference: str, checkpoint: Checkpoint) -> str:

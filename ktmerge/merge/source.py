@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from ktmerge.checkpoints import Reader
 from ktmerge.errors import KtmergeError
+from ktmerge.merge.measured import OpenStatistics, TensorMeasurements
 from ktmerge.merge.plan import Plan, TensorPlan
 
 if TYPE_CHECKING:
@@ -71,12 +72,15 @@ class Sources:
         else:
             self.base = pristine.reader(plan, None)
             self.experts = {expert.name: pristine.reader(plan, expert.name) for expert in plan.experts}
+        self._statistics = {name: OpenStatistics(one, one.reader()) for name, one in plan.statistics.items()}
         self._held = _Held()
         self._checked: set[tuple[str, int]] = set()
 
     def __enter__(self) -> Sources:
         for reader in (self.base, *self.experts.values()):
             self._stack.enter_context(reader)
+        for measured in self._statistics.values():
+            self._stack.enter_context(measured.reader)
         return self
 
     def __exit__(
@@ -93,6 +97,12 @@ class Sources:
         """Raise KtmergeError if an input file is not the one whose header was planned with."""
         for reader in (self.base, *self.experts.values()):
             reader.check_unchanged()
+        for measured in self._statistics.values():
+            measured.reader.check_unchanged()
+
+    def measurements(self, tensor: TensorPlan, start: int, piece: Tensor) -> TensorMeasurements:
+        """What was measured of the elements of a tensor from ``start`` on that ``piece`` holds, shaped like it."""
+        return TensorMeasurements(self._statistics, tensor, start, tuple(piece.shape), piece.device)
 
     def chunks(self, tensor: TensorPlan, *, whole: bool = False) -> Iterator[Chunk]:
         """The tensor piece by piece, or in one piece.

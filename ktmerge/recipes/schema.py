@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
 
 from ktmerge.recipes.suites import Task
 
@@ -17,6 +17,56 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_folder(value: Any) -> Any:
+    return {"folder": value} if isinstance(value, str) else value
+
+
+class Statistics(_Section):
+    """What is measured by running a model on data, for methods that need it: a folder, or how to make it."""
+
+    folder: str | None = Field(
+        None,
+        min_length=1,
+        description="relative to the recipe; alone: it is already made; default: stats/<name>",
+    )
+    data: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+        default_factory=list, description="JSONL, JSON or parquet; of an expert by default what it was tuned on"
+    )
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = "auto"
+    images: str | None = Field(None, description="folder where the images that rows name are, for models that see")
+    self_generate: int | None = Field(None, ge=1, description="texts that the model writes itself, instead of data")
+    samples: int = Field(256, ge=1, description="rows of the data that are used, drawn by the seed")
+    tokens: int = Field(2048, ge=1, description="tokens kept of each distinct input of a linear map")
+    max_length: int = Field(2048, ge=8, description="tokens; longer samples are left out")
+    fisher: Literal["none", "empirical", "sampled"] = Field(
+        "none", description="the diagonal Fisher information: of the data's answers, or of answers the model draws"
+    )
+    dtype: Literal["float16", "float32"] = Field("float16", description="of the kept inputs")
+    seed: int = Field(42, ge=0, lt=2**63)
+
+    @property
+    def is_job(self) -> bool:
+        """Whether it says how to make the statistics, and not only where they are."""
+        return self.model_fields_set != {"folder"}
+
+    @model_serializer(mode="wrap")
+    def _plain_folder(self, proper: Any) -> Any:
+        return proper(self) if self.is_job else self.folder
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Statistics:
+        if self.data and self.self_generate is not None:
+            raise ValueError("give either data or self_generate")
+        return self
+
+
+MaybeStatistics = Annotated[Statistics | None, BeforeValidator(_as_folder)]
+
+
 class Expert(_Section):
     """One fine-tuned model."""
 
@@ -25,6 +75,7 @@ class Expert(_Section):
         "folded into the base, or into another model: `model+adapter`"
     )
     weight: float = Field(1.0, allow_inf_nan=False, description="its share when several experts are combined")
+    statistics: MaybeStatistics = Field(None, description="measured in it on its own data; see the top level's")
 
 
 class WhereRule(BaseModel):
@@ -99,10 +150,6 @@ class Output(_Section):
     )
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 class FinetuneJob(_Section):
     """How one expert is made. Defaults: tuning for text models of up to a few billion parameters."""
 
@@ -172,6 +219,9 @@ class Recipe(_Section):
     description: str = Field("", description="one line: when to use it")
     base: str | None = Field(None, description="a folder (relative to the recipe) or a hub id, `org/name@revision`")
     experts: dict[str, Expert] = Field(default_factory=dict)
+    statistics: MaybeStatistics = Field(
+        None, description="measured in the base on upstream data: a folder that `ktmerge stats` made, or how to make it"
+    )
     dequantise: bool = Field(False, description="read quantised inputs as the numbers they stand for; else refused")
     blend: Blend | None = None
     output: Output = Field(default_factory=lambda: Output())
@@ -189,7 +239,26 @@ class Recipe(_Section):
             for name in self.finetune.experts:
                 if name not in self.experts:
                     raise ValueError(f"finetune.experts.{name} is not one of the experts ({', '.join(self.experts)})")
+        self._require_data()
         for rule in self.blend.where if self.blend else ():
             if rule.keep is not None and rule.keep != "base" and rule.keep not in self.experts:
                 raise ValueError(f"keep: '{rule.keep}' is neither base nor an expert ({', '.join(self.experts)})")
         return self
+
+    def statistics_of(self, name: str) -> Statistics | None:
+        """What is written about the statistics of an expert, or of the ``base``."""
+        return self.statistics if name == "base" else self.experts[name].statistics
+
+    def statistics_folder(self, name: str) -> Path | None:
+        """Where the statistics of an expert, or of the ``base``, are or will be."""
+        found = self.statistics_of(name)
+        return None if found is None else self.folder / (found.folder or f"stats/{name}")
+
+    def _require_data(self) -> None:
+        """Every job that makes statistics says on what, or its expert's fine-tune does."""
+        tuned = self.finetune.experts if self.finetune else {}
+        for name in ("base", *self.experts):
+            job = self.statistics_of(name)
+            if job is not None and job.is_job and not job.data and job.self_generate is None and name not in tuned:
+                where = "statistics" if name == "base" else f"experts.{name}.statistics"
+                raise ValueError(f"{where}: write data (files), or self_generate (a number of texts), to measure on")

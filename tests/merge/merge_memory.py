@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from merge_models import Tensors, write
+from merge_statistics import measure, needs_measurements
 from torch import Tensor
 
 from ktmerge.checkpoints import Reader
@@ -92,7 +93,7 @@ class Workbench:
         write(folder / "base", base, config)
         for name, tensors in experts.items():
             write(folder / "experts" / name, tensors, config)
-        document = {
+        document: dict[str, Any] = {
             "ktmerge": 1,
             "base": "base",
             "experts": {
@@ -101,6 +102,10 @@ class Workbench:
             "blend": dict(blend),
             **recipe,
         }
+        if needs_measurements(document["blend"]):
+            document["statistics"] = measure(folder / "base", folder / "stats" / "base")
+            for name, expert in document["experts"].items():
+                expert["statistics"] = measure(folder / "experts" / name, folder / "stats" / name)
         sink = MemorySink()
         report = execute(plan_blend(parse_recipe(document, "recipe", folder)), sink, "cpu", chunk=chunk)
         return dict(sorted(sink.tensors(base).items())), report
