@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from ktmerge.errors import KtmergeError
 from ktmerge.merge import fused
 from ktmerge.merge.blending import blend
+from ktmerge.merge.sinks import FileSink
 from ktmerge.recipes.load import parse_recipe
 
 pytest.importorskip("numba")
@@ -183,3 +185,31 @@ def test_a_broken_base_stays_as_it_is(workshop: Path, tmp_path: Path) -> None:
     output = {"not_finite": "keep_base", "dtype": "float16"}
     blended(tmp_path, tmp_path / "out", {"method": "linear"}, "b16", "b16", output)
     assert load_file(tmp_path / "out/model.safetensors")[name].tolist() == [float("-inf")]
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_a_file_cut_short_while_the_kernels_read_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    count = 400
+    for name in ("base", "e0"):
+        own = torch.Generator().manual_seed(len(name))
+        write(tmp_path / name, {f"layers.{n}.weight": torch.randn(64, 64, generator=own) for n in range(count)})
+    made: list[str] = []
+    real = FileSink.write_bytes
+
+    def cut(sink: FileSink, name: str, data: memoryview, start: int) -> None:
+        if not made:
+            os.truncate(tmp_path / "e0" / "model.safetensors", 100_000)
+        made.append(name)
+        real(sink, name, data, start)
+
+    monkeypatch.setattr(FileSink, "write_bytes", cut)
+    document = {
+        "ktmerge": 1, "base": "base", "experts": {"e0": {"model": "e0"}}, "blend": {"method": method},
+    }  # fmt: skip
+    with pytest.raises(KtmergeError, match=r"e0/model.safetensors: ends inside tensor '.*'; it was truncated"):
+        blend(parse_recipe(document, "test", tmp_path), tmp_path / "out", device="cpu")
+    assert made
+    assert len(made) < count
+    assert not (tmp_path / "out").exists()

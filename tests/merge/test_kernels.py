@@ -259,3 +259,19 @@ def test_rounding_is_keyed_by_element() -> None:
     pieces = [kernels.round(values[s : s + 77], torch.bfloat16, "stochastic", 5, s) for s in range(0, 500, 77)]
     assert whole.equal(torch.cat(pieces))
     assert not whole.equal(kernels.round(values, torch.bfloat16, "stochastic", 6, 0))
+
+
+def test_what_is_in_an_interval_is_found_by_vectors_and_one_by_one() -> None:
+    from ktmerge.merge.kernels import gathering
+
+    random = np.random.default_rng(0)
+    for size in (1024, 1000, 17, 16, 15, 1, 0):
+        patterns = random.integers(0, 2**32, size, dtype=np.uint32)  # of both signs
+        for low, last in [(0, 2**31 - 1), (1 << 30, 1 << 28), (5, 0), (int(patterns[-1:].sum()) & 0x7FFFFFFF, 0)]:
+            magnitudes = (patterns & 0x7FFFFFFF).astype(np.int64)
+            expected = np.flatnonzero((magnitudes >= low) & (magnitudes <= low + last))
+            for collect in (gathering.collect, gathering._collect_one_by_one):
+                found = np.zeros(size, np.uint32)
+                with np.errstate(over="ignore"):
+                    count = int(collect(patterns, np.uint32(low), np.uint32(last), found))
+                assert found[:count].tolist() == expected.tolist(), (size, low, last, collect)
