@@ -26,6 +26,10 @@ CASES: list[tuple[str, dict[str, Any], dict[str, float], float]] = [
     ("swudi_a", {"cov_norm": "trace1", "cov_power": 0.5, "rank": "energy", "keep": 0.7}, EVEN, 1.0),
     ("swudi_a", {"cov_norm": "spectral", "rank": "stable"}, EVEN, 1.0),
     ("swudi_a", {"rank": "nuclear", "keep": 0.6}, EVEN, 1.0),
+    ("cts", {}, EVEN, 1.0),
+    ("cts", {"residual": "sum", "mu": 0.5}, {"a": 1.0, "b": 1.0}, 1.1),
+    ("cts", {"residual": "wudi_cf"}, UNEVEN, 0.6),
+    ("cts", {"residual": "root"}, {"a": 1.0, "c": -0.5}, 1.0),
 ]
 DEFAULTS: dict[str, dict[str, Any]] = {
     "wudi_cf": {"filter": "none", "rank": "all"},
@@ -105,6 +109,34 @@ def merge_map(deltas: list[np.ndarray], base: np.ndarray, weights: list[float], 
     )  # fmt: skip
 
 
+def common_then_specific(deltas: list[np.ndarray], base: np.ndarray, weights: list[float], **p: Any) -> np.ndarray:
+    """Mean of the coherent responses, plus the rest merged."""
+    members = [t for t, delta in enumerate(deltas) if np.linalg.norm(delta) > 1e-12 * np.linalg.norm(base)]
+    if not members:
+        return np.zeros_like(base)
+    mean = sum(weights[t] for t in members) / len(members)
+    own = [weights[t] / mean * deltas[t] for t in members]
+    n = len(own)
+    if n == 1:
+        return deltas[members[0]]
+    covariances = [covariance(delta, "fro2", 1.0) for delta in own]
+    values, vectors = np.linalg.eigh(sum(covariances))
+    values, vectors = values[::-1], vectors[:, ::-1]
+    vectors = vectors[:, values > 1e-12 * values[0]]
+    responses = np.stack([delta @ vectors for delta in own])
+    kappa = (responses.sum(0) ** 2).sum(0) / (n * (responses**2).sum((0, 1)))
+    gate = np.clip((kappa - 1 / n) / (1 - 1 / n), 0, 1)
+    common = (responses.mean(0) * gate) @ vectors.T
+    specific = [delta - (delta @ vectors * gate) @ vectors.T for delta in own]
+    rule = p.get("residual", "swudi_a")
+    if rule in ("sum", "root", "mean"):
+        rest = sum(specific) / {"sum": 1, "root": n**0.5, "mean": n}[rule]
+    else:
+        rank = "all" if rule == "wudi_cf" else "participation"
+        rest = regress(specific, covariances, [1.0] * n, np.zeros_like(covariances[0]), filter="none", rank=rank)
+    return common + p.get("mu", 1.0) * rest
+
+
 def merged_deltas(
     method: str, base: Arrays, deltas: Mapping[str, Arrays], weights: Mapping[str, float], seed: int,
     classes: Mapping[str, str], **p: Any,
@@ -114,7 +146,9 @@ def merged_deltas(
     merged = {}
     for name in base:
         own = [deltas[expert][name] for expert in experts]
-        if classes[name] == "matrix":
+        if classes[name] == "matrix" and method == "cts":
+            merged[name] = common_then_specific(own, base[name], w, **p)
+        elif classes[name] == "matrix":
             merged[name] = merge_map(own, base[name], w, **{**DEFAULTS[method], **p})
         else:
             merged[name] = sum(a * delta for a, delta in zip(w, own, strict=True)) / sum(w)

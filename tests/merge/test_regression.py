@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ktmerge.checkpoints.matrices import MatrixLayout
+from ktmerge.merge.common import shared
 from ktmerge.merge.covariance import Covariance, of_delta, of_inputs, of_rows, total
 from ktmerge.merge.kernels import kernels_for
 from ktmerge.merge.registry import find_stage
@@ -155,6 +156,35 @@ def test_signs_of_eigenvectors_do_not_matter(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(torch.linalg, "eigh", turned)
     close(stage.apply(deltas, parameters, context(3, (6, 10))), plain, 1e-6)
+
+
+@pytest.mark.parametrize("residual", ["swudi_a", "wudi_cf", "sum", "root", "mean"])
+def test_common_then_specific_of_one_and_of_equal_experts(residual: str) -> None:
+    stage = find_stage("cts", "combine")
+    parameters = stage.parameters(residual=residual)
+    delta = random(6, 10).float()
+    assert stage.apply([delta], parameters, context(1, (6, 10))).equal(delta)
+    close(stage.apply([delta] * 3, parameters, context(3, (6, 10))), delta, 1e-6)
+
+
+def test_common_then_specific_adds_what_reads_different_inputs() -> None:
+    stage = find_stage("cts", "combine")
+    deltas = [one.float() for one in apart(3, 8, 12)]
+    for residual in ("sum", "wudi_cf"):
+        merged = stage.apply(deltas, stage.parameters(residual=residual), context(3, (8, 12)))
+        close(merged, deltas[0] + deltas[1] + deltas[2], 1e-5)
+    common = stage.apply(deltas, stage.parameters(mu=0.0), context(3, (8, 12)))
+    assert float(common.abs().max()) < 1e-5 * float(deltas[0].abs().max())
+
+
+def test_coherence_tells_common_from_specific() -> None:
+    parts = apart(2, 5, 10)
+    alike = shared([parts[0] + 0.3 * parts[1], parts[0] - 0.3 * parts[1]])
+    assert sorted(alike.coherence.tolist()) == pytest.approx([0.0] * 5 + [1.0] * 5)
+    energies = [float((part**2).sum()) for part in parts]
+    assert alike.common_share() == pytest.approx(energies[0] / (energies[0] + 0.09 * energies[1]))
+    assert shared(parts).common_share() == pytest.approx(0.0)
+    assert shared([parts[0]]).common_share() == pytest.approx(1.0)
 
 
 def test_an_expert_that_changed_nothing_is_no_member() -> None:

@@ -1,0 +1,58 @@
+"""What several deltas of one map have in common: a shared frame of inputs, and how alike they answer in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ktmerge.merge.covariance import Frame, of_delta, total
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shared:
+    """N deltas in the eigenvectors v_r of sum_t tau_t^T tau_t / ||tau_t||^2.
+
+    Attributes:
+        frame: the eigenvectors, and their eigenvalues.
+        responses: a_t = tau_t V ``[o, r]`` of each delta.
+        energies: sum_t ||a_{t,r}||^2, ``[r]``.
+        coherence: kappa_r = ||sum_t a_{t,r}||^2 / (N energies_r), ``[r]``: 1 where all answer alike, 1/N where one
+            does alone or all do at right angles, 0 where they cancel.
+    """
+
+    frame: Frame
+    responses: tuple[Tensor, ...]
+    energies: Tensor
+    coherence: Tensor
+
+    def gate(self) -> Tensor:
+        """Coherence beyond what unrelated deltas have, in [0, 1]: (kappa - 1/N) / (1 - 1/N), and 1 of one delta."""
+        import torch
+
+        count = len(self.responses)
+        if count == 1:
+            return torch.ones_like(self.coherence)
+        return ((self.coherence - 1 / count) / (1 - 1 / count)).clamp(0, 1)
+
+    def mean(self) -> Tensor:
+        """Mean response, ``[o, r]``."""
+        return sum(self.responses[1:], self.responses[0]) / len(self.responses)
+
+    def common_share(self) -> float:
+        """Share of all deltas' energy that is in their common part: N ||mean * gate||^2 / sum_t ||tau_t||^2."""
+        whole = float(self.energies.sum())
+        return float((self.gate() ** 2 * self.coherence * self.energies).sum()) / whole if whole else 0.0
+
+
+def shared(deltas: Sequence[Tensor]) -> Shared:
+    """Deltas ``[o, i]``, none of them zero, in their shared frame; float64."""
+    own = [delta.double() for delta in deltas]
+    frame = total([of_delta(one) for one in own], [1.0] * len(own)).frame()
+    responses = tuple(frame.onto(one) for one in own)
+    energies = sum((one**2).sum(0) for one in responses[1:]) + (responses[0] ** 2).sum(0)
+    added = sum(responses[1:], responses[0])
+    return Shared(frame, responses, energies, (added**2).sum(0) / (len(own) * energies))

@@ -1,0 +1,80 @@
+"""RegMean: for every linear map the least-squares fit to all experts' outputs on their own inputs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from ktmerge.merge.methods.wudi import MEANS, positive
+from ktmerge.merge.registry import method, stage
+from ktmerge.merge.stage import Context, Method, Need, Parameters, Promises, Stages
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ktmerge.merge.covariance import Covariance
+
+
+class RegmeanParameters(Parameters):
+    eta: float = Field(0.9, ge=0, le=1, description="factor on all covariances of two different inputs; 0: diagonal")
+    ridge: float = Field(1e-3, ge=1e-9, le=1, description="pull towards the mean delta, relative to the mean variance")
+    normalise: Literal["none", "trace"] = Field(
+        "none", description="whether experts with larger inputs count for more, or every one alike"
+    )
+    base_weight: float = Field(
+        0.0, ge=0, description="weight of the base, on upstream inputs, as a member that wants no change; 0: none"
+    )
+
+
+def _needs(parameters: RegmeanParameters) -> tuple[Need, ...]:
+    experts = Need("inputs", "experts")
+    return (experts, Need("inputs", "base")) if parameters.base_weight else (experts,)
+
+
+@stage("regmean", "combine", RegmeanParameters, reach="tensor", needs=_needs, objection=positive)
+def regmean(deltas: list[Tensor], parameters: RegmeanParameters, context: Context) -> Tensor:
+    """M = [sum_t w_t tau_t G_t + rho mean(tau)] (sum_t w_t G_t + w_0 G_0 + rho I)^-1 (arXiv:2212.09849, eq. 2).
+
+    G = X^T X / R with everything off the diagonal times eta, and w relative to its mean. An expert that did not change
+    a map stays a member: it wants the base's answers on its inputs. With one expert and no base the delta is returned.
+
+    Differs from the paper's code: deltas are merged, not weights, and the ridge rho pulls towards their mean: inputs
+    that no sample has would else go to zero, not to the base.
+    """
+    from ktmerge.merge.matrices import by_map
+    from ktmerge.merge.methods.wudi import relative
+    from ktmerge.merge.regression import Filter, spectral_regmean
+    from ktmerge.merge.sampled import Sampled
+
+    if len(deltas) == 1 and not parameters.base_weight:
+        return deltas[0]
+    sampled = Sampled(context)
+    weights = relative(context.weights)
+    filter = Filter("tikhonov", strength=parameters.ridge)
+
+    def merge(maps: list[Tensor], base: Tensor, number: int) -> Tensor:
+        def covariance(expert: str) -> Covariance:
+            found = sampled.covariance(expert, number, base.shape[1], parameters.eta)
+            trace = found.trace()
+            return found.scaled(1 / trace) if parameters.normalise == "trace" and trace > 0 else found
+
+        anchor = covariance("").scaled(parameters.base_weight) if parameters.base_weight else None
+        own = [covariance(expert) for expert in context.experts]
+        return spectral_regmean(maps, own, filter, "mean", weights=weights, base=anchor).float()
+
+    return by_map(deltas, context, merge, fused=False)
+
+
+method(
+    Method(
+        name="regmean",
+        summary="Several experts and data: the least-squares fit to all their outputs, each on its own inputs.",
+        source="Jin et al., ICLR 2023, arXiv:2212.09849",
+        stages=Stages(combine=("regmean", {})),
+        otherwise=MEANS,
+        formula="(sum_t w_t tau_t G_t + rho mean) (sum_t w_t G_t + w_0 G_0 + rho I)^-1",
+        cost="i^3 / 3 + N R i^2",
+        promises=Promises(identical="mean", elements=False, tolerance=1e-5),
+    )
+)

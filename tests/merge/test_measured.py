@@ -1,0 +1,338 @@
+"""Methods that rest on measurements: against their formulas in float64 numpy, and what they promise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ktmerge.checkpoints.matrices import MatrixLayout
+from ktmerge.errors import KtmergeError
+from ktmerge.merge.covariance import of_inputs
+from ktmerge.merge.curve import a_path, back, with_priors
+from ktmerge.merge.kernels import kernels_for
+from ktmerge.merge.registry import find_stage, stages
+from ktmerge.merge.stage import Context
+
+UP = "model.layers.0.mlp.up_proj.weight"
+QUERY = "model.layers.0.self_attn.q_proj.weight"
+OUTPUT = "model.layers.0.self_attn.o_proj.weight"
+COMBINES = ("regmean", "regmean_back")
+
+
+class Measured:
+    """Inputs and Fisher information by expert, the base's under the empty name."""
+
+    def __init__(self, inputs: dict[str, Tensor] | None = None, fisher: dict[str, Tensor] | None = None) -> None:
+        self._inputs, self._fisher = inputs or {}, fisher or {}
+
+    def inputs(self, expert: str = "") -> Tensor:
+        return self._inputs[expert]
+
+    def fisher(self, expert: str = "") -> Tensor:
+        return self._fisher[expert]
+
+    def fisher_norm(self, expert: str = "") -> float:
+        return {"": 2.0, "a": 3.0, "b": 0.5}[expert]
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(tokens: int, inputs: int, seed: int) -> Tensor:
+    """Inputs of unequal strength that have to do with each other."""
+    return (random(tokens, inputs, seed=seed) * torch.linspace(0.3, 2, inputs)) @ random(inputs, inputs, seed=seed + 1)
+
+
+def measured(experts: str = "a", inputs: int = 10, tokens: int = 40) -> Measured:
+    return Measured({name: correlated(tokens, inputs, seed) for seed, name in enumerate(("", *experts), 20)})
+
+
+def run(
+    stage: str,
+    deltas: Sequence[Tensor],
+    found: Measured | None,
+    merged: Tensor | None = None,
+    *,
+    weights: tuple[float, ...] = (),
+    tensor: str = UP,
+    base: Tensor | None = None,
+    layout: MatrixLayout | None = None,
+    **parameters: Any,
+) -> Tensor:
+    shape = tuple(deltas[0].shape)
+    context = Context(
+        tensor=tensor, part="llm.layers[0]", layers={"llm": 2}, tensor_class="matrix", shape=shape, start=0, seed=1,
+        experts=tuple("abc"[: len(deltas)]), weights=weights or (1.0,) * len(deltas),
+        base=random(*shape, seed=50) if base is None else base, kernels=kernels_for(torch.device("cpu")),
+        layout=layout or MatrixLayout(False, (shape[-2],)), measured=found,
+    )  # fmt: skip
+    one = stages()[stage]
+    values = (list(deltas),) if one.kind == "combine" else (deltas[0] if merged is None else merged, list(deltas))
+    copies = [delta.clone() for delta in deltas]
+    result: Tensor = one.apply(*values, one.parameters(**parameters), context)
+    assert all(delta.equal(copy) for delta, copy in zip(deltas, copies, strict=True))
+    assert result.dtype == torch.float32
+    assert result.shape == shape
+    return result
+
+
+def close(found: Tensor, expected: Any, tolerance: float = 1e-5) -> None:
+    wanted = torch.as_tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
+
+
+def second_moment(inputs: Tensor, eta: float = 1.0) -> np.ndarray:
+    x = inputs.double().numpy()
+    moment = x.T @ x / x.shape[0]
+    return eta * moment + (1 - eta) * np.diag(np.diag(moment))
+
+
+def objective(merged: Tensor, found: Measured, delta: Tensor, a: float) -> float:
+    felt = float(((merged @ found.inputs().T) ** 2).mean())
+    missed = float((((merged - delta) @ found.inputs("a").T) ** 2).mean())
+    return (1 - a) * felt + a * missed
+
+
+# --- regmean ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [6, 40])
+@pytest.mark.parametrize("normalise", ["none", "trace"])
+@pytest.mark.parametrize("base_weight", [0.0, 0.4])
+def test_regmean_is_its_formula(tokens: int, normalise: str, base_weight: float) -> None:
+    deltas, weights = [random(7, 10, seed=t) for t in range(3)], (0.5, 2.0, 0.5)
+    found = measured("abc", tokens=tokens)
+    merged = run("regmean", deltas, found, weights=weights, eta=0.8, normalise=normalise, base_weight=base_weight)
+    grams = {name: second_moment(found.inputs(name), 0.8) for name in ("", *"abc")}
+    if normalise == "trace":
+        grams = {name: gram / np.trace(gram) for name, gram in grams.items()}
+    own = [delta.double().numpy() for delta in deltas]
+    mean = sum(weights) / 3
+    total = sum(w / mean * grams[name] for name, w in zip("abc", weights, strict=True)) + base_weight * grams[""]
+    rho = 1e-3 * np.trace(total) / 10
+    target = sum(w / mean * d @ grams[name] for name, d, w in zip("abc", own, weights, strict=True))
+    target = target + rho * sum(w * d for d, w in zip(own, weights, strict=True)) / sum(weights)
+    close(merged, np.linalg.solve(total + rho * np.eye(10), target.T).T)
+
+
+def test_regmean_of_equal_inputs_is_the_mean_and_of_one_expert_the_expert() -> None:
+    deltas = [random(7, 10, seed=t) for t in range(2)]
+    same = correlated(30, 10, 3)
+    found = Measured({"a": same, "b": same})
+    close(run("regmean", deltas, found, weights=(1.0, 3.0)), (deltas[0].double() + 3 * deltas[1].double()) / 4)
+    assert run("regmean", deltas[:1], found).equal(deltas[0])
+    close(run("regmean", [deltas[0]] * 2, measured("ab")), deltas[0].double())
+
+
+# --- regmean_back -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [6, 40])
+@pytest.mark.parametrize("priors", [(0.0, 0.0), (0.3, 0.01)])
+def test_back_merge_is_its_formula(tokens: int, priors: tuple[float, float]) -> None:
+    delta, found, a = random(7, 10), measured(tokens=tokens), 0.3
+    merged = run("regmean_back", [delta], found, a=a, eta=0.7, ridge=0.01, prior_u=priors[0], prior_d=priors[1])
+    up, down = (second_moment(found.inputs(name), 0.7) for name in ("", "a"))
+    unit = (np.trace(up) + np.trace(down)) / 20
+    up, down = up + (0.01 + priors[0]) * unit * np.eye(10), down + (0.01 + priors[1]) * unit * np.eye(10)
+    close(merged, a * delta.double().numpy() @ down @ np.linalg.inv((1 - a) * up + a * down))
+
+
+@pytest.mark.parametrize("a", [0.0, 1e-6, 0.1, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("tokens", [6, 40])
+def test_the_whole_path_costs_one_decomposition(a: float, tokens: int) -> None:
+    delta, found = random(7, 10), measured(tokens=tokens)
+    up, (down,) = with_priors(of_inputs(found.inputs(), 0.9), [of_inputs(found.inputs("a"), 0.9)], 1e-3, 1e-3)
+    path = a_path(delta, up, down)
+    close(path.at(a), back([delta], [1.0], up, [down], a), 1e-6)
+
+
+def test_ends_of_the_back_merge_are_exact() -> None:
+    delta, found = random(7, 10), measured()
+    up, (down,) = with_priors(of_inputs(found.inputs()), [of_inputs(found.inputs("a"))], 1e-3, 1e-3)
+    path = a_path(delta, up, down)
+    assert path.at(1.0).equal(delta)
+    assert not path.at(0.0).any()
+    for stage in ("regmean_back", "cstar"):
+        assert run(stage, [delta], found, a=1.0).equal(delta)
+        assert not run(stage, [delta], found, a=0.0).any()
+
+
+@pytest.mark.parametrize("stage", ["regmean_back", "cstar"])
+def test_equal_sides_are_plain_interpolation(stage: str) -> None:
+    delta, same = random(7, 10), correlated(30, 10, 3)
+    close(run(stage, [delta], Measured({"": same, "a": same}), a=0.3), 0.3 * delta.double())
+
+
+def test_back_merge_is_where_the_objective_is_flat() -> None:
+    deltas, shares, a = [random(6, 10, seed=t).double() for t in range(2)], [0.25, 0.75], 0.4
+    up, downs = with_priors(
+        of_inputs(correlated(40, 10, 1)), [of_inputs(correlated(40, 10, seed)) for seed in (5, 9)], 1e-3, 1e-3
+    )
+    merged = back(deltas, shares, up, downs, a)
+    pulls = [a * w * one.times(merged - d) for w, one, d in zip(shares, downs, deltas, strict=True)]
+    assert float((sum(pulls) + (1 - a) * up.times(merged)).norm()) < 1e-6 * float(pulls[0].norm())
+
+
+def test_back_merge_beats_interpolation_on_its_own_objective() -> None:
+    delta, found = random(7, 10), measured(tokens=200)
+    merged = run("regmean_back", [delta], found, a=0.5, eta=1.0, ridge=1e-6)
+    assert objective(merged, found, delta, 0.5) < 0.9 * min(
+        objective(share * delta, found, delta, 0.5) for share in torch.linspace(0, 1, 21).tolist()
+    )
+    best = run("cstar", [delta], found, a=0.5)
+    for share in torch.linspace(0, 1, 21).tolist():
+        assert objective(best, found, delta, 0.5) <= objective(share * delta, found, delta, 0.5) + 1e-6
+
+
+def test_priors_decide_about_inputs_nobody_saw() -> None:
+    delta = random(5, 10)
+    seen = torch.cat([random(30, 6), torch.zeros(30, 4)], 1)
+    found = Measured({"": seen, "a": seen.flip(0)})
+    for prior_u, prior_d, expected in ((0.0, 0.0, 0.5), (9.0, 0.0, 0.0), (0.0, 9.0, 1.0)):
+        merged = run("regmean_back", [delta], found, eta=1.0, prior_u=prior_u, prior_d=prior_d)
+        torch.testing.assert_close(merged[:, 6:], expected * delta[:, 6:], rtol=0, atol=2e-3)
+
+
+def test_without_correlations_every_input_is_by_itself() -> None:
+    delta, found = random(7, 10), measured()
+    merged = run("regmean_back", [delta], found, a=0.3, eta=0.0, ridge=1e-9)
+    up, down = ((found.inputs(name).double() ** 2).mean(0) for name in ("", "a"))
+    close(merged, delta.double() * 0.3 * down / (0.7 * up + 0.3 * down))
+
+
+# --- cstar ------------------------------------------------------------------------------------------------------------
+
+
+def energies(delta: np.ndarray, inputs: Tensor) -> np.ndarray:
+    """Mean square of each output."""
+    return ((inputs.double().numpy() @ delta.T) ** 2).mean(0)
+
+
+def test_coefficients_are_their_formula() -> None:
+    delta, found, a = random(6, 10), measured(), 0.3
+    values = delta.double().numpy()
+    up, down = energies(values, found.inputs()), energies(values, found.inputs("a"))
+    close(
+        run("cstar", [delta], found, a=a, granularity="row"), values * (a * down / ((1 - a) * up + a * down))[:, None]
+    )
+    up, down = up.sum(), down.sum()
+    close(run("cstar", [delta], found, a=a), values * (a * down / ((1 - a) * up + a * down)))
+    fused = MatrixLayout(False, (4, 2))
+    parts = [run("cstar", [delta[rows]], found, a=a) for rows in (slice(0, 4), slice(4, 6))]
+    close(run("cstar", [delta], found, a=a, layout=fused), torch.cat(parts), 1e-7)
+
+
+def test_coefficients_of_heads() -> None:
+    delta, found = random(6, 10), measured()
+    knobs: dict[str, Any] = {"a": 0.3, "granularity": "head", "head_size": 2}
+    rows = [run("cstar", [delta[start : start + 2]], found, a=0.3) for start in (0, 2, 4)]
+    close(run("cstar", [delta], found, tensor=QUERY, **knobs), torch.cat(rows), 1e-7)
+    columns = [
+        run("cstar", [delta[:, s : s + 2]], Measured({n: found.inputs(n)[:, s : s + 2] for n in ("", "a")}), a=0.3)
+        for s in range(0, 10, 2)
+    ]
+    close(run("cstar", [delta], found, tensor=OUTPUT, **knobs), torch.cat(columns, 1), 1e-7)
+    close(run("cstar", [delta], found, tensor=UP, **knobs), run("cstar", [delta], found, a=0.3), 1e-7)
+    objection = find_stage("cstar", "guard").objection
+    parameters = find_stage("cstar", "guard").parameters(granularity="head")
+    assert "head_size" in str(objection(parameters, {"a": 1.0}))
+
+
+def test_coefficients_of_several_experts_minimise_the_error() -> None:
+    deltas, found, a, weights = [random(6, 10, seed=t) for t in range(2)], measured("ab"), 0.6, (1.0, 3.0)
+    merged = deltas[0] + deltas[1]
+    scaled = run("cstar", deltas, found, merged, a=a, weights=weights)
+    ratio = float((scaled / merged).mean())
+    close(scaled, ratio * merged.double())
+
+    def cost(c: float) -> float:
+        felt = energies(c * merged.double().numpy(), found.inputs()).sum()
+        missed = [
+            energies((c * merged - d).double().numpy(), found.inputs(n)).sum()
+            for n, d in zip("ab", deltas, strict=True)
+        ]
+        return float((1 - a) * felt + a * (missed[0] + 3 * missed[1]) / 4)
+
+    assert cost(ratio) < min(cost(ratio - 1e-3), cost(ratio + 1e-3))
+
+
+def test_what_upstream_does_not_feel_is_kept_whole() -> None:
+    delta = random(6, 10)
+    apart = {"": torch.cat([random(30, 5), torch.zeros(30, 5)], 1), "a": correlated(30, 10, 2)}
+    delta[:, :5] = 0
+    assert run("cstar", [delta], Measured(apart), a=0.2).equal(delta)
+    silent = Measured({"": torch.zeros(30, 10), "a": torch.zeros(30, 10)})
+    close(run("cstar", [delta], silent, a=0.2), 0.2 * delta.double())
+
+
+# --- nullspace --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [6, 40])
+def test_null_space_guards_are_their_formulas(tokens: int) -> None:
+    delta, found = random(7, 10), measured(tokens=tokens)
+    up = second_moment(found.inputs())
+    values, vectors = np.linalg.eigh(up)
+    own = delta.double().numpy()
+    close(run("nullspace", [delta], found, kappa=3.0), own @ np.linalg.inv(np.eye(10) + 3 * up / values.mean()))
+    values, vectors = values[::-1], vectors[:, ::-1]
+    count = int(np.argmax(np.cumsum(values) >= 0.9 * values.sum())) + 1
+    q = vectors[:, :count]
+    hard = run("nullspace", [delta], found, mode="hard", energy=0.9)
+    close(hard, own - own @ q @ q.T)
+    close(run("nullspace", [hard], found, mode="hard", energy=0.9), hard.double(), 1e-5)
+
+
+def test_null_space_guards_never_add_to_what_upstream_feels() -> None:
+    delta, found = random(7, 10), measured(tokens=30)
+    felt = [float(((run("nullspace", [delta], found, kappa=k) @ found.inputs().T) ** 2).sum()) for k in (0, 1, 10, 1e6)]
+    assert felt == sorted(felt, reverse=True)
+    assert felt[-1] < 1e-8 * felt[0]
+    cut = [
+        float(((run("nullspace", [delta], found, mode="hard", energy=e) @ found.inputs().T) ** 2).sum())
+        for e in (0.0, 0.5, 0.9, 1.0)
+    ]
+    assert cut == sorted(cut, reverse=True)
+    assert run("nullspace", [delta], found, kappa=0.0).equal(delta)
+    assert run("nullspace", [delta], found, mode="hard", energy=0.0).equal(delta)
+
+
+# --- where the maps are -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", [*COMBINES, "cstar", "nullspace"])
+def test_stacked_and_transposed_maps_meet_their_own_inputs(stage: str) -> None:
+    deltas = [random(3, 6, 10, seed=t) for t in range(2)]
+    inputs = {
+        name: torch.stack([correlated(30, 10, 7 * n + t) for t in range(3)]) for n, name in enumerate(("", "a", "b"))
+    }
+    stacked = run(stage, deltas, Measured(inputs))
+    for t in range(3):
+        own = Measured({name: values[t] for name, values in inputs.items()})
+        base = random(3, 6, 10, seed=50)[t]
+        close(run(stage, [delta[t] for delta in deltas], own, base=base), stacked[t].double(), 1e-6)
+    single = Measured({name: values[0] for name, values in inputs.items()})
+    turned = run(stage, [delta[0].T for delta in deltas], single, layout=MatrixLayout(True, (6,)))
+    close(run(stage, [delta[0] for delta in deltas], single), turned.T.double(), 1e-6)
+
+
+@pytest.mark.parametrize("stage", [*COMBINES, "cstar", "nullspace"])
+def test_measurements_that_are_missing_or_do_not_fit_are_refused(stage: str) -> None:
+    deltas = [random(6, 10, seed=t) for t in range(2)]
+    with pytest.raises(KtmergeError, match="ktmerge stats"):
+        run(stage, deltas, None)
+    with pytest.raises(KtmergeError, match="has 10 inputs, but 9 were measured"):
+        run(stage, deltas, measured("ab", inputs=9))
+
+
+@pytest.mark.parametrize("stage", [*COMBINES, "cstar", "nullspace"])
+def test_samples_without_a_token_are_no_obstacle(stage: str) -> None:
+    deltas = [random(6, 10, seed=t) for t in range(2)]
+    assert run(stage, deltas, Measured({name: torch.empty(0, 10) for name in ("", "a", "b")})).isfinite().all()
