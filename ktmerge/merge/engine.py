@@ -18,6 +18,7 @@ from ktmerge.merge.kernels.native import is_compiled, native
 from ktmerge.merge.plan import Plan, TensorPlan
 from ktmerge.merge.pristine import Pristine
 from ktmerge.merge.report import BlendReport, TensorReport
+from ktmerge.merge.selection import Thresholds
 from ktmerge.merge.sinks import Sink
 from ktmerge.merge.source import Sources, changed_buffers, equal_bytes
 from ktmerge.progress import SILENT, Progress, Step
@@ -52,7 +53,8 @@ def execute(
     with Sources(plan, place, chunk, pristine) as sources:
         _require_tied(plan, sources)
         report.notes += _buffer_notes(plan, sources)
-        done = _Engine(plan, sink, sources, place, progress).run(chunk)
+        known = None if pristine is None else pristine.thresholds(plan)
+        done = _Engine(plan, sink, sources, place, progress).run(chunk, known)
         sources.check_unchanged()
     report.tensors = [done[tensor.name] for tensor in plan.tensors]
     report.notes += _broken_notes(report.tensors)
@@ -73,7 +75,7 @@ class _Engine:
         self._progress = progress
         self._done: dict[str, TensorReport] = {}
 
-    def run(self, chunk: int | None) -> dict[str, TensorReport]:
+    def run(self, chunk: int | None, known: Thresholds | None = None) -> dict[str, TensorReport]:
         """Make every tensor; reports by name."""
         left = []
         for tensor in self._plan.tensors:
@@ -84,7 +86,7 @@ class _Engine:
                 self._done[tensor.name] = TensorReport(**earlier)
         copied = [tensor for tensor in left if self._is_copy(tensor)]
         blended = [tensor for tensor in left if not self._is_copy(tensor)]
-        with self._fused(blended, chunk) as fused:
+        with self._fused(blended, chunk, known) as fused:
             mine = fused.prepare(self._plan.tensors, self._progress) if fused is not None else frozenset()
             general = self._general([tensor for tensor in blended if tensor.name not in mine])
             total = sum(tensor.info.nbytes for tensor in self._plan.tensors)
@@ -118,14 +120,18 @@ class _Engine:
             result = TensorReport(tensor.name, tensor.part, tensor.method, tensor.info.numel)
             self._finish(tensor, result, step)
 
-    def _fused(self, left: Sequence[TensorPlan], chunk: int | None) -> AbstractContextManager[Fused | None]:
+    def _fused(
+        self, left: Sequence[TensorPlan], chunk: int | None, known: Thresholds | None
+    ) -> AbstractContextManager[Fused | None]:
         """The compiled way, if there is one here and something for it to do."""
         if self._device != "cpu" or not any(tensor.pipeline for tensor in left):
             return nullcontext()
         if not is_compiled():
             self._progress.note("compiling the kernels for this processor, once; it takes about ten seconds")
         kernels = native()
-        return nullcontext() if kernels is None else Fused(self._plan, self._sources, self._sink, kernels, chunk)
+        if kernels is None:
+            return nullcontext()
+        return Fused(self._plan, self._sources, self._sink, kernels, chunk, known)
 
     def _general(self, left: Sequence[TensorPlan]) -> Iterable[tuple[TensorPlan, TensorReport]]:
         """Take tensors through their stages as torch functions."""

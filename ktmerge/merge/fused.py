@@ -8,7 +8,7 @@ takes the general way, and every result equals that bit for bit.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,10 @@ from ktmerge.merge.device import cores
 from ktmerge.merge.kernels.codes import FINE
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.kernels.native import Native
+from ktmerge.merge.kernels.search import Threshold
 from ktmerge.merge.program import Trim, program_of
 from ktmerge.merge.report import TensorReport
-from ktmerge.merge.selection import Job, Run, Work, find_thresholds
+from ktmerge.merge.selection import Job, Run, Thresholds, Work, find_thresholds
 from ktmerge.merge.steps import Steps
 from ktmerge.merge.workspace import KINDS, Blended, Row, Workspace
 
@@ -52,9 +53,18 @@ class Fused:
         sink: where tensors go.
         native: the compiled kernels.
         chunk: elements of a piece; None for what suits the machine.
+        known: thresholds of these inputs that were found before; those found now are added.
     """
 
-    def __init__(self, plan: Plan, sources: Sources, sink: Sink, native: Native, chunk: int | None = None) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        sources: Sources,
+        sink: Sink,
+        native: Native,
+        chunk: int | None = None,
+        known: Thresholds | None = None,
+    ) -> None:
         self._plan = plan
         self._sources = sources
         self._sink = sink
@@ -69,6 +79,7 @@ class Fused:
             self._spaces.put(Workspace(native, experts))
         self._own = Workspace(native, experts)
         self._jobs: dict[str, Job] = {}
+        self._known = {} if known is None else known
 
     def __enter__(self) -> Fused:
         return self
@@ -93,13 +104,14 @@ class Fused:
             job = self._job(tensor)
             if job is not None:
                 self._jobs[tensor.name] = job
-        for (position, _), members in _pools(tensors).items():
+        for (position, prefix), members in _pools(tensors).items():
             jobs = [self._jobs[tensor.name] for tensor in members if tensor.name in self._jobs]
             found = None
             if len(jobs) == len(members):
                 with progress.task("measure", len(jobs), "items") as step:
                     counted = [job for job in jobs if not job.tensor.is_alias]
-                    found = find_thresholds(counted, position, self._spread, self._own)
+                    names = tuple(job.tensor.name for job in counted)
+                    found = self._thresholds((prefix, names), counted, position, self._spread, self._own)
                     step.advance(len(jobs))
             if found is not None:
                 for job in jobs:
@@ -185,7 +197,8 @@ class Fused:
             return result
         for position, step in enumerate(job.program.steps):
             if isinstance(step, Trim) and step.scope == "tensor":
-                found = find_thresholds([job], position, run, probe)
+                prefix = tensor.pipeline.prefix(position) if tensor.pipeline is not None else ""
+                found = self._thresholds((prefix, tensor.name), [job], position, run, probe)
                 if found is None:
                     return None
                 for expert, threshold in enumerate(found):
@@ -201,6 +214,14 @@ class Fused:
         if job.program.steps:
             result.kept = dict(zip(tensor.sources, kept.tolist(), strict=True))
         return result
+
+    def _thresholds(
+        self, key: Hashable, jobs: Sequence[Job], position: int, run: Run, probe: Workspace
+    ) -> list[Threshold] | None:
+        found = self._known.get(key) or find_thresholds(jobs, position, run, probe)
+        if found is not None:
+            self._known[key] = found
+        return found
 
     def _blend(self, space: Workspace, job: Job) -> Blended | None:
         tensor = job.tensor

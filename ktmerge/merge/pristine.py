@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ktmerge.merge.plan import Plan
+    from ktmerge.merge.selection import Thresholds
 
 _BLOCK = 8 << 20
 
@@ -24,7 +25,8 @@ _BLOCK = 8 << 20
 class Pristine:
     """Base and experts as they were read; blends read them and never change them.
 
-    What a recipe needs is read when a blend first asks for it, and again if its files have changed since.
+    What a recipe needs is read when a blend first asks for it, and again if its files have changed since. Thresholds
+    are found once: a sweep of lambda goes over every weight once a blend.
 
     Args:
         device: where the copies lie: cpu, or cuda if a GPU has the room, which saves the way through the bus.
@@ -33,6 +35,7 @@ class Pristine:
     def __init__(self, device: str = "cpu") -> None:
         self._device = device
         self._readers: dict[str, Reader] = {}
+        self._thresholds: dict[str, Thresholds] = {}
 
     def reader(self, plan: Plan, expert: str | None) -> Reader:
         """Of an expert, or of the base."""
@@ -45,6 +48,13 @@ class Pristine:
             held = HostReader(checkpoint.tensors, copies)
             self._readers[key] = held if self._device == "cpu" else DeviceReader(checkpoint.tensors, held, self._device)
         return self._readers[key]
+
+    def thresholds(self, plan: Plan) -> Thresholds:
+        """What trims of these inputs with this seed were found to keep; the finder's to read and to fill."""
+        models = [_identity(plan, None, plan.base)]
+        models += [_identity(plan, expert.name, expert.checkpoint) for expert in plan.experts]
+        names = [expert.name for expert in plan.experts]
+        return self._thresholds.setdefault(json.dumps([plan.recipe.seed, names, models]), {})
 
 
 class HostReader:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +81,8 @@ class Candidates:
             search.end_pass()
 
 
+Thresholds = dict[Hashable, list[Threshold]]
+"""What trims keep of each expert, by stages up to the trim and by tensor, or by all tensors that share a threshold."""
 Work = Callable[["Workspace", Job], Any]
 """What is done with a piece that a workspace holds."""
 Run = Callable[[Iterable[Job], Work], Iterator[Any]]

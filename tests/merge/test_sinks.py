@@ -68,9 +68,10 @@ def test_a_sweep_from_memory_equals_the_files(
         whole(self, name, start, target)
 
     blends: list[dict[str, Any]] = [
-        {"method": "ties", "density": density, "scope": scope}
+        {"method": "ties", "density": density, "scope": scope, "lambda": lambda_}
         for density in (0.2, 0.6)
         for scope in ("tensor", "global")
+        for lambda_ in (1.0, 0.5)  # the second finds the first's thresholds
     ]
     blends += [{"method": "linear", "lambda": 0.5, "where": [{"part": "norm", "keep": "a"}]}]
     for number, given in enumerate(blends):
@@ -86,6 +87,12 @@ def test_a_sweep_from_memory_equals_the_files(
     shutil.copytree(llamas / "b", folder / "a")
     blend_into(model, recipe_in(folder, {"a": ("a", 1.0)}, {"method": "linear"}), sources)
     assert all(same_bytes(model.get_parameter(name).data, found) for name, found in read(llamas / "b").items())
+    for seed in (1, 2):
+        recipe = recipe_in(folder, TWO, {"method": "ties"}, seed=seed)
+        blend_into(model, recipe, sources)
+        blend(recipe, tmp_path / f"seed{seed}", device="cpu")
+        stored = read(tmp_path / f"seed{seed}")
+        assert all(same_bytes(model.get_parameter(name).data, stored[name]) for name in stored), seed
 
 
 def test_a_wider_model_holds_the_rounded_values(llamas: Path, tmp_path: Path, recipe_in: Any) -> None:
