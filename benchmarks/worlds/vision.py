@@ -23,7 +23,7 @@ ANSWERS = {"garments": FASHION_NAMES, "animals": ANIMAL_NAMES, "turns": WAYS}
 QUESTIONS = {"garments": "which garment is this ?", "animals": "which animal is this ?", "turns": "which way is up ?"}
 WORDS = ("<pad>", "<s>", "<image>", *dict.fromkeys(" ".join(QUESTIONS.values()).split()),
          *dict.fromkeys(word for words in ANSWERS.values() for word in words if word != "up"))  # fmt: skip
-ITEMS = {SELECT: 250, REPORT: 500}
+ITEMS = {SELECT: 200, REPORT: 400}
 """Pictures in each set."""
 
 SIDE, PATCHES = 32, 16
@@ -59,8 +59,8 @@ def _sets() -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
         },
         "turns": {
             "train": cut(turned, ways, 0, len(turned)),
-            SELECT: cut(turned_test, ways_test, 2000, 2000 + half),
-            REPORT: cut(turned_test, ways_test, 2000 + half, 2000 + some),
+            SELECT: cut(turned_test, ways_test, some, some + half),
+            REPORT: cut(turned_test, ways_test, some + half, 2 * some),
         },
     }
 
@@ -170,5 +170,6 @@ VISION = World(
     train=_train,
     load=_load,
     score=_score,
+    items=ITEMS,
     calibration=_calibration,
 )

@@ -26,7 +26,7 @@ Scores = dict[str, "NDArray[np.float64]"]
 """Of every set: the score of each item, 0 to 100."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class World:
     """One world, whatever it is made of.
 
@@ -39,6 +39,7 @@ class World:
         train: makes ``folder/base`` and ``folder/<task>``, all of one seed; what is there stays.
         load: the model in a folder, ready to be scored.
         score: item scores of a model on some sets of a split.
+        items: how much is scored, for records of scores.
         calibration: what statistics are measured on: batches of a set's training data, as keywords of the model.
     """
 
@@ -50,6 +51,7 @@ class World:
     train: Callable[[Path, int], None]
     load: Callable[[Path], Any]
     score: Callable[[Any, str, Sequence[str]], Scores]
+    items: Mapping[str, Any]
     calibration: Callable[[str], Iterator[Mapping[str, Any]]]
 
 

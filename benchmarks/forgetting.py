@@ -1,0 +1,127 @@
+"""How much every method keeps of what the base knew, and of what the experts learned: a first honest comparison.
+
+    python benchmarks/forgetting.py                       # everything, into docs/results.md, .csv and .svg
+    python benchmarks/forgetting.py --seeds 1 --methods linear,ties --out /tmp/look
+
+Two worlds are made from packages (fetched once): a text model and a vision-language model, each pretrained here and
+then fully fine-tuned on other things. Every method is swept along its ways with as many points as every other (see
+`paths`); the way and the point are chosen on one split and reported on another. What is trained or scored is kept in
+--folder, so that a stopped run goes on when it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import findings
+from paths import takes
+from sweep import part_of, score_models, sweep
+from worlds import WORLDS
+
+from ktmerge.errors import KtmergeError
+from ktmerge.merge.registry import methods
+
+KINDS = ("single", "multi")
+MARKERS = ("<!-- results -->\n", "<!-- end of results -->\n")
+
+Task = tuple[str, ...]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--worlds", default=",".join(WORLDS))
+    parser.add_argument("--methods", help="names, separated by commas; default: all that are registered")
+    parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes of one thread each")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "ktmerge-forgetting")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs")
+    parser.add_argument("--only", choices=["train", "sweep", "report"], help="just this step")
+    arguments = parser.parse_args()
+
+    names = arguments.methods.split(",") if arguments.methods else list(methods())
+    worlds = arguments.worlds.split(",")
+    seeds = range(arguments.seeds)
+    folder = str(arguments.folder)
+    kinds = [(world, kind) for world in worlds for kind in KINDS]
+    wanted = {kind: [name for name in names if takes(methods()[name], 1 if kind == "single" else 2)] for kind in KINDS}
+    if arguments.only in (None, "train"):
+        _run([("train", world, str(seed), folder) for seed in seeds for world in worlds], arguments.jobs)
+    if arguments.only in (None, "sweep"):
+        _run([("score", w, kind, str(seed), folder) for seed in seeds for w, kind in kinds], arguments.jobs)
+        tasks = [("sweep", w, kind, str(seed), folder, m) for seed in seeds for w, kind in kinds for m in wanted[kind]]
+        _run(tasks, arguments.jobs)
+    if arguments.only in (None, "report"):
+        found = {}
+        sections = []
+        for world, kind in kinds:
+            parts = [part_of(world, kind, seed, arguments.folder) for seed in seeds]
+            title = f"{world}, {'one task' if kind == 'single' else f'{len(parts[0].experts)} tasks'}"
+            found[title] = list(findings.rows(parts, wanted[kind]))
+            sections += [f"### {title}", findings.verdict(found[title]), findings.table(found[title], parts)]
+        write(arguments.out, "\n\n".join(sections), found)
+
+
+def write(out: Path, text: str, found: dict[str, list[findings.Row]]) -> None:
+    """The tables between the page's markers, the CSV and the picture beside it."""
+    out.mkdir(parents=True, exist_ok=True)
+    page = out / "results.md"
+    start, end = MARKERS
+    old = page.read_text(encoding="utf-8") if page.is_file() else f"# Results\n\n{start}{end}"
+    before, _, rest = old.partition(start)
+    page.write_text(f"{before}{start}\n{text}\n\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+    (out / "results.csv").write_text(findings.to_csv(found), encoding="utf-8")
+    (out / "results.svg").write_bytes(findings.picture(found, "svg"))
+
+
+def _run(tasks: Sequence[Task], jobs: int) -> None:
+    """Do the tasks in processes of one thread each; tasks of one world and seed follow one another."""
+    started = time.perf_counter()
+    with multiprocessing.get_context("spawn").Pool(jobs, _begin) as pool:
+        for number, (task, said) in enumerate(pool.imap_unordered(_do, tasks), 1):
+            if said:
+                minutes = (time.perf_counter() - started) / 60
+                print(f"{number}/{len(tasks)} {minutes:5.1f} min  {' '.join(task[:4])} {' '.join(task[5:])}: {said}",
+                      flush=True)  # fmt: skip
+
+
+def _begin() -> None:
+    import torch
+    from transformers.utils import logging
+
+    os.nice(10)
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+
+
+def _do(task: Task) -> tuple[Task, str]:
+    started = time.perf_counter()
+    try:
+        _steps(*task)
+    except KtmergeError as error:
+        return task, f"refused: {error}"
+    seconds = time.perf_counter() - started
+    return task, f"{seconds:.1f} s" if seconds > 1 else ""
+
+
+def _steps(step: str, world: str, *rest: str) -> None:
+    if step == "train":
+        seed, folder = rest
+        path = Path(folder) / world / seed
+        path.mkdir(parents=True, exist_ok=True)
+        WORLDS[world].train(path, int(seed))
+        return
+    kind, seed, folder, *method = rest
+    part = part_of(world, kind, int(seed), Path(folder))
+    action: Any = score_models if step == "score" else sweep
+    action(part, *method)
+
+
+if __name__ == "__main__":
+    main()

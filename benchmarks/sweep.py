@@ -1,0 +1,222 @@
+"""One method on one part of one world: blended in place along its ways, scored, and kept as JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from paths import DISTANCES, knob_of
+from tradeoff import Resamples, Sides, front, harmonic, hypervolume
+from worlds import WORLDS
+from worlds.world import REPORT, SELECT, Scores, World
+
+import ktmerge
+from ktmerge.errors import KtmergeError
+from ktmerge.merge.registry import find_method
+from ktmerge.recipes.load import parse_recipe
+
+Point = dict[str, Any]
+"""``way``, ``value``, ``blend`` and, by split, ``select`` and ``report``: item scores of every set."""
+
+BASE, LAMBDA = "base", "lambda"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which experts of a world are merged.
+
+    Attributes:
+        kind: single or multi.
+        experts: the tasks; also the downstream sets.
+    """
+
+    world: World
+    kind: str
+    seed: int
+    folder: Path
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        return self.world.tasks[:1] if self.kind == "single" else self.world.tasks
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        return (*self.world.upstream, *self.experts)
+
+    @property
+    def models(self) -> Path:
+        """Where base and experts lie."""
+        return self.folder / self.world.name / str(self.seed)
+
+    def file(self, name: str) -> Path:
+        """Where the points of a method, or of a model, are kept."""
+        return self.models / self.kind / f"{name.replace(':', '-')}.json"
+
+    def digest(self) -> str:
+        """Changes with the models and with what they are asked."""
+        settings = [(self.models / name / "settings.json").read_text() for name in (BASE, *self.experts)]
+        return hashlib.sha256(json.dumps([settings, self.world.items]).encode()).hexdigest()
+
+
+def part_of(world: str, kind: str, seed: int, folder: Path) -> Part:
+    """The part of that name."""
+    return Part(WORLDS[world], kind, seed, folder)
+
+
+def score_models(part: Part) -> None:
+    """Score base and experts on both splits."""
+    for name in (BASE, *part.experts):
+        if _kept(part, name) is None:
+            model = part.world.load(part.models / name)
+            scores = {split: _plain(part.world.score(model, split, part.sets)) for split in (SELECT, REPORT)}
+            _keep(part, name, {"points": [{"way": "", "value": 0.0, **scores}]})
+
+
+def sweep(part: Part, method: str) -> None:
+    """Blend and score a method along its ways; keep the better way, and why others were refused."""
+    if _kept(part, method) is not None:
+        return
+    started = time.perf_counter()
+    ways: dict[str, list[Point]] = {}
+    refused: list[str] = []
+    for way, settings in _ways(part, method, refused):
+        found = []
+        for value, blend in settings:
+            try:
+                model = _blended(part, blend)
+            except KtmergeError as error:
+                refused.append(f"{way} {value:g}: {error}")
+                continue
+            scores = part.world.score(model, SELECT, part.sets)
+            found.append({"way": way, "value": value, "blend": blend, SELECT: _plain(scores)})
+        if found:
+            ways[way] = found
+    points: list[Point] = []
+    if ways:
+        sides = sides_of(part, SELECT)
+        points = max(ways.values(), key=lambda one: area(sides, one))
+        for point in points:
+            point[REPORT] = _plain(part.world.score(_blended(part, point["blend"]), REPORT, part.sets))
+    _keep(part, method, {"points": points, "refused": refused, "seconds": time.perf_counter() - started})
+
+
+def read(part: Part, name: str) -> dict[str, Any] | None:
+    """What was kept of a method or model; item scores as arrays."""
+    document = _kept(part, name)
+    for point in document["points"] if document else ():
+        for split in (SELECT, REPORT):
+            point[split] = {one: np.asarray(values) for one, values in point[split].items()}
+    return document
+
+
+def sides_of(part: Part, split: str, draws: int = 0) -> Sides:
+    """The two sides of a part, normalised between its base and its experts."""
+    models = {name: read(part, name) for name in (BASE, *part.experts)}
+    items = {name: document["points"][0][split] for name, document in models.items() if document}
+    sizes = {name: len(values) for name, values in items[BASE].items()}
+    experts = {name: items[name] for name in part.experts}
+    return Sides(part.world.upstream, part.experts, items[BASE], experts, Resamples.of(sizes, draws))
+
+
+def chosen(sides: Sides, points: Sequence[Point]) -> int:
+    """The point of a way with the largest harmonic mean of u and d on the selection split; of equals the first."""
+    values = [float(harmonic(*sides.normalised(point[SELECT]))[0]) for point in points]
+    return int(np.argmax(values))
+
+
+def kept_front(sides: Sides, points: Sequence[Point]) -> list[Point]:
+    """The points that no other point of the way beats on the selection split."""
+    return [points[i] for i in front(_places(sides, points)[:, :, 0])]
+
+
+def area(sides: Sides, points: Sequence[Point]) -> float:
+    """Hypervolume of a way on the selection split."""
+    return float(hypervolume(_places(sides, points))[0])
+
+
+def _places(sides: Sides, points: Sequence[Point]) -> Any:
+    return np.array([sides.normalised(_arrays(point[SELECT])) for point in points])
+
+
+def _ways(part: Part, method: str, refused: list[str]) -> Any:
+    """Every way of the method: its name, and value and blend section of each point."""
+    knob = knob_of(find_method(method))
+    if knob is not None:
+        yield knob.name, [(value, {"method": method, knob.name: value}) for value in knob.values]
+    try:
+        unit = _unit(part, method)
+    except KtmergeError as error:
+        refused.append(f"{LAMBDA}: {error}")
+        return
+    yield LAMBDA, [(share, {"method": method, "lambda": share * unit}) for share in DISTANCES[part.kind]]
+
+
+def _unit(part: Part, method: str) -> float:
+    """The lambda at which the merged model is as far from the base as its experts are on average."""
+    base = _weights(part, BASE)
+    merged = dict(_blended(part, {"method": method, "lambda": 1.0}).state_dict())
+    mean = float(np.mean([_distance(base, _weights(part, name)) for name in part.experts]))
+    distance = _distance(base, merged)
+    return mean / distance if distance else 1.0
+
+
+def _distance(base: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    squares = sum(float((other[name].double() - values.double()).square().sum()) for name, values in base.items())
+    return math.sqrt(squares)
+
+
+@lru_cache(maxsize=8)
+def _weights(part: Part, name: str) -> dict[str, Any]:
+    return {key: values.detach().clone() for key, values in part.world.load(part.models / name).state_dict().items()}
+
+
+@lru_cache(maxsize=1)
+def _live(part: Part) -> tuple[Any, Any]:
+    return part.world.load(part.models / BASE), ktmerge.Pristine()
+
+
+def _blended(part: Part, blend: Mapping[str, Any]) -> Any:
+    """The live model with the blend's weights."""
+    model, sources = _live(part)
+    document = {
+        "ktmerge": 1,
+        "base": str(part.models / BASE),
+        "experts": {name: {"model": str(part.models / name)} for name in part.experts},
+        "blend": dict(blend),
+        "seed": part.seed,
+    }
+    ktmerge.blend_into(model, parse_recipe(document, str(blend["method"]), part.models), sources)
+    return model
+
+
+def _plain(scores: Scores) -> dict[str, list[float]]:
+    return {name: [round(float(value), 3) for value in values] for name, values in scores.items()}
+
+
+def _arrays(scores: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: np.asarray(values) for name, values in scores.items()}
+
+
+def _kept(part: Part, name: str) -> dict[str, Any] | None:
+    try:
+        document: dict[str, Any] = json.loads(part.file(name).read_text())
+    except (OSError, ValueError):
+        return None
+    return document if document.get("inputs") == part.digest() else None
+
+
+def _keep(part: Part, name: str, document: Mapping[str, Any]) -> None:
+    path = part.file(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
+    temporary.write_text(json.dumps({"inputs": part.digest(), **document}))
+    os.replace(temporary, path)
