@@ -127,6 +127,8 @@ def _gaps(statistics: Statistics, owner: str, measure: Measure, tensors: Iterabl
 
 
 def _served(statistics: Statistics, owner: str, measure: Measure, tensor: TensorPlan) -> bool:
+    if not tensor.info.numel:
+        return True
     name = name_in(statistics, tensor, owner)
     if measure == "fisher":
         info = statistics.fisher_of(name)
