@@ -19,7 +19,7 @@ from ktmerge.merge.catalogue import NO_DATA, entries
 DRAWS = 1000
 WISE = "linear"
 """With one expert its way by lambda is the WiSE line; with several it is that of their mean."""
-RIVALS = ("ties", "dare_ties", "task_arithmetic")
+RIVALS = (WISE, "task_arithmetic", "ties", "dare_ties")
 MEASURES = ("E", "F", "O", "H")
 
 
@@ -178,9 +178,8 @@ def picture(found: Mapping[str, Sequence[Row]], kind: str) -> bytes:
         figure = new_figure(760, 620)
         for axes, (title, some) in zip(figure.subplots(2, 2).flat, found.items(), strict=False):
             ordered = sorted(some, key=lambda row: -row.area[0])
-            known = (WISE, *RIVALS)
-            best = [row.name for row in ordered if row.name not in known][:4]
-            looks = styles([WISE, *RIVALS[:2], *best], WISE)
+            best = [row.name for row in ordered if row.name not in RIVALS][:4]
+            looks = styles([WISE, "ties", "dare_ties", *best], WISE)
             for row in ordered:
                 if (look := looks.get(row.name)) is not None:
                     place = row.line[np.argsort(row.line[:, 1])]

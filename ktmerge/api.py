@@ -15,7 +15,6 @@ from ktmerge.errors import UsageError
 from ktmerge.pipeline import NamedJob, jobs_of, recipe_text
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes import gallery, load_recipe
-from ktmerge.recipes.document import read_yaml
 from ktmerge.recipes.load import suite_of, validate
 from ktmerge.recipes.overrides import apply_overrides
 from ktmerge.recipes.schema import FinetuneJob, Recipe
@@ -474,9 +473,33 @@ def show_recipe(reference: str, overrides: Iterable[str] = ()) -> str:
     return _text(path)
 
 
-def list_recipes() -> list[tuple[str, str]]:
-    """Name and one line on when to use it, for every recipe of the gallery."""
-    return [(name, str(read_yaml(gallery.locate(name)[0])["description"])) for name in gallery.names()]
+@dataclass(frozen=True)
+class Listed:
+    """One recipe of the gallery.
+
+    Attributes:
+        when: to use it.
+        method: what it blends with.
+        data: what ``ktmerge stats`` has to measure before; ``none`` if nothing.
+    """
+
+    name: str
+    when: str
+    method: str
+    data: str
+
+
+def list_recipes() -> list[Listed]:
+    """Every recipe of the gallery, by name."""
+    from ktmerge.merge.catalogue import NO_DATA, data_of_recipe
+
+    listed = []
+    for name in gallery.names():
+        recipe = load_recipe(name)
+        method = (recipe.blend.method or "stages") if recipe.blend else ""
+        data = data_of_recipe(recipe.blend) if recipe.blend else NO_DATA
+        listed.append(Listed(name, recipe.description, method, data))
+    return listed
 
 
 def import_recipe(source: Path, out: Path | None, *, overwrite: bool = False) -> tuple[str, list[str]]:

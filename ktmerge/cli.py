@@ -292,13 +292,15 @@ def recipe_show(recipe: Annotated[str, typer.Argument(help="Recipe file or galle
 
 @recipes.command("list", epilog="Example: ktmerge recipe list")
 def recipe_list(json_: JsonOption = False) -> None:
-    """List the recipes that come with ktmerge, and when to use each."""
+    """List the recipes that come with ktmerge, when to use each, and what each has to measure on data before."""
     from ktmerge import api, console
 
-    rows = api.list_recipes()
-    console.print_json(
-        [dict(zip(("name", "when"), row, strict=True)) for row in rows]
-    ) if json_ else console.print_table(("name", "when"), rows)
+    listed = [vars(recipe) for recipe in api.list_recipes()]
+    if json_:
+        console.print_json(listed)
+    else:
+        columns = ("name", "when", "method", "data")
+        console.print_table(columns, [[row[column] for column in columns] for row in listed])
 
 
 @recipes.command("import", epilog="Example: ktmerge recipe import mergekit.yaml --out recipe.yaml")

@@ -78,6 +78,11 @@ def data_of(setting: Setting) -> str:
     return ", ".join(_words(needs)) or NO_DATA
 
 
+def data_of_recipe(blend: Blend) -> str:
+    """The same for a recipe's blend section; methods of other tools need nothing measured and are not asked."""
+    return NO_DATA if ":" in (blend.method or "") else data_of(blend_setting(blend))
+
+
 def defaults(setting: Setting) -> dict[str, Any]:
     """The parameters of what a method does to matrices, and lambda."""
     pipeline = setting.pipelines["matrix"]
@@ -145,13 +150,12 @@ def _experts(bounds: tuple[int, int | None]) -> str:
 
 
 def _words(needs: Iterable[Need]) -> Iterator[str]:
-    names = {"inputs": "layer inputs", "fisher": "Fisher information"}
-    of = {"base": "the base, upstream", "experts": "each expert"}
+    names = {"inputs": "inputs", "fisher": "Fisher"}
     found: dict[str, list[str]] = {}
     for need in sorted(needs, key=lambda need: (need.measure, need.of)):
-        found.setdefault(names.get(need.measure, need.measure), []).append(of.get(need.of, need.of))
+        found.setdefault(names.get(need.measure, need.measure), []).append(need.of)
     for measure, models in sorted(found.items()):
-        yield f"{measure} of {' and of '.join(models)}"
+        yield f"{measure} of {' and '.join(models)}"
 
 
 def _parameters(stage: Stage) -> Iterator[str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from ktmerge import api
 from ktmerge.errors import UsageError
 from ktmerge.merge import catalogue
 from ktmerge.merge.registry import methods
@@ -44,10 +47,10 @@ def test_every_recipe_of_the_gallery_says_when_to_use_it() -> None:
     ("needs", "words"),
     [
         ([], "none"),
-        ([Need("inputs", "base")], "layer inputs of the base, upstream"),
+        ([Need("inputs", "base")], "inputs of base"),
         (
             [Need("inputs", "experts"), Need("fisher", "base"), Need("inputs", "base")],
-            "Fisher information of the base, upstream, layer inputs of the base, upstream and of each expert",
+            "Fisher of base, inputs of base and experts",
         ),
     ],
 )
@@ -88,3 +91,17 @@ def test_differences_are_read_from_docstrings(monkeypatch: pytest.MonkeyPatch) -
 def test_a_page_without_markers_is_refused() -> None:
     with pytest.raises(UsageError, match="<!-- methods -->"):
         catalogue.fill("# Methods\n")
+
+
+def test_the_list_of_recipes_says_what_each_needs() -> None:
+    found = {recipe.name: recipe for recipe in api.list_recipes()}
+    assert list(found) == gallery.names()
+    assert found["ties"].method == "ties"
+    assert found["ties"].data == "none"
+    assert {recipe.data != "none" for recipe in found.values()} == {True, False}
+
+
+def test_listing_recipes_loads_no_torch() -> None:
+    code = "import sys; from ktmerge import api; api.list_recipes(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
