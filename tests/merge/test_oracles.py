@@ -48,7 +48,19 @@ CASES += [case for family in FAMILIES for case in family.CASES]
 IDS = [f"{method}-{'-'.join(map(str, parameters.values()))}-{len(weights)}" for method, parameters, weights, _ in CASES]
 
 
-MEASURED: set[str] = {"cstar", "cts_guard", "diag_back", "nullspace", "regmean", "regmean_back"}
+MEASURED: set[str] = {
+    "cgm",
+    "cgm_hard",
+    "cstar",
+    "cts_guard",
+    "diag_back",
+    "fisher",
+    "fisher_back",
+    "guarded",
+    "nullspace",
+    "regmean",
+    "regmean_back",
+}
 """Methods that need measured statistics; their oracles are in files of their own."""
 
 

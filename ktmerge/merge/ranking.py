@@ -1,0 +1,32 @@
+"""The largest of a tensor's scores, exactly so many, whatever ties."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def largest(scores: Tensor, count: int, key: int) -> Tensor:
+    """Mask, shaped like ``scores``, of exactly ``count`` of the largest; ties go to the larger hash of the index.
+
+    Args:
+        scores: any shape, finite.
+        count: from 0 to their number.
+        key: of the hash; see `ktmerge.merge.kernels.keys`.
+    """
+    import torch
+
+    from ktmerge.merge.kernels.splitmix import hashes
+
+    flat = scores.reshape(-1)
+    total = flat.numel()
+    if count <= 0 or count >= total:
+        return torch.full_like(scores, count > 0, dtype=torch.bool)
+    edge = flat.kthvalue(total - count + 1).values
+    kept = flat > edge
+    tied = (flat == edge).nonzero().squeeze(1)
+    unsigned = hashes(key, tied) ^ torch.iinfo(torch.int64).min  # signed order of these is the hashes' own
+    kept[tied[unsigned.topk(count - int(kept.sum())).indices]] = True
+    return kept.reshape(scores.shape)
