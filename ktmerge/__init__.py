@@ -1,7 +1,7 @@
 """ktmerge: fine-tune fully, blend back with the base, score upstream and downstream.
 
 The verbs of the command line as functions: `finetune`, `blend`, `blend_into`, `evaluate`, `compare`, `report`, `run`,
-`inspect`, `plan`, `load_recipe`; and `Pristine`, what a sweep of `blend_into` reads from.
+`inspect`, `recommend`, `plan`, `load_recipe`; and `Pristine`, what a sweep of `blend_into` reads from.
 Importing this loads neither torch nor transformers.
 """
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         inspect,
         load_recipe,
         plan,
+        recommend,
         report,
         run,
     )
@@ -36,6 +37,7 @@ __all__ = [
     "inspect",
     "load_recipe",
     "plan",
+    "recommend",
     "report",
     "run",
 ]

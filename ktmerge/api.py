@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ktmerge.merge.diagnostics import Inspection
     from ktmerge.merge.plan import Plan
     from ktmerge.merge.pristine import Pristine
+    from ktmerge.merge.recommendation import Recommendation
     from ktmerge.pipeline import RunResult
     from ktmerge.recipes import Suite
     from ktmerge.tuners import FinetuneReport, PreviewSample
@@ -41,6 +42,7 @@ __all__ = [
     "inspect",
     "load_recipe",
     "plan",
+    "recommend",
     "report",
     "run",
 ]
@@ -385,6 +387,39 @@ def inspect(
 
         write_whole(target, diagnostics.heat_map(found, target))
     return found
+
+
+def recommend(
+    base: str | Path,
+    tuned: Sequence[str | Path] | Mapping[str, str | Path],
+    *,
+    statistics: bool = False,
+    progress: Progress = SILENT,
+) -> Recommendation:
+    """Which three recipes to try on these models, why, and the commands for it.
+
+    Args:
+        base: folder or hub id.
+        tuned: at least one; as of `inspect`.
+        statistics: whether data of both sides are at hand, so that methods that measure on them are worth a try.
+        progress: where to report to.
+
+    Raises:
+        UsageError: no tuned model, one that shares nothing with the base, or one that equals it.
+        KtmergeError: weights cannot be read.
+    """
+    from ktmerge.merge.diagnostics.rank import rank_share
+    from ktmerge.merge.recommendation import recommend as choose
+
+    models = {name: str(model) for name, model in _named(tuned).items()}
+    if not models:
+        raise UsageError("name at least one tuned model after the base.")
+    found = inspect(base, models, progress=progress)
+    for name in models:
+        if not found.matrices[name].changed:
+            raise UsageError(f"{name}: none of its matrices differs from the base's; there is nothing to blend.")
+    rank = rank_share(base, models)
+    return choose(found, str(base), models, statistics=statistics, rank=rank)
 
 
 @dataclass(frozen=True)

@@ -226,6 +226,28 @@ def inspect(
             console.stdout().print(f"warning: {warning}", markup=False)
 
 
+@app.command(epilog="Example: ktmerge recommend ./base spam=runs/spam kjv=runs/kjv --statistics")
+def recommend(
+    base: Annotated[str, typer.Argument(help="Base model.")],
+    tuned: Annotated[list[str], typer.Argument(help="Tuned models: folders, or name=folder.")],
+    statistics: Annotated[
+        bool, typer.Option("--statistics", help="Data of both sides are at hand to measure on.")
+    ] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Say which three recipes to try on these models, why, and with which commands."""
+    from ktmerge import api, console
+
+    found = api.recommend(base, tuned, statistics=statistics, progress=console.TerminalProgress())
+    if json_:
+        console.print_json(found.to_json())
+        return
+    for columns, rows, title in found.tables():
+        console.print_table(columns, rows, title)
+    for line in (*(f"warning: {one}" for one in found.warnings), *found.prepare, *found.commands.values()):
+        console.stdout().print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 @app.command(epilog="Example: ktmerge report scores.json --out report.html")
 def report(
     scores: Annotated[Path, typer.Argument(help="Score file of 'ktmerge eval' or 'ktmerge run'.")],
