@@ -10,14 +10,15 @@ import numpy as np
 
 CHUNK = 1 << 22
 
-# Qwen2.5-0.5B's shape, the same with fewer and more layers, one three times as large with larger tensors, and one small
-# enough for a smoke test.
+# Qwen2.5-0.5B's shape, the same with fewer and more layers, one three times as large with larger tensors, and two
+# small ones.
 _HALF = {"hidden": 896, "layers": 24, "mlp": 4864, "heads": 14, "kv_heads": 2, "vocabulary": 151936}
 SHAPES = {
     "0.25b": _HALF | {"layers": 8},
     "0.5b": _HALF,
     "1b": _HALF | {"layers": 58},
     "1.5b": {"hidden": 1536, "layers": 28, "mlp": 8960, "heads": 12, "kv_heads": 2, "vocabulary": 151936},
+    "0.05b": {"hidden": 512, "layers": 8, "mlp": 2048, "heads": 8, "kv_heads": 2, "vocabulary": 32768},
     "tiny": {"hidden": 128, "layers": 2, "mlp": 256, "heads": 4, "kv_heads": 2, "vocabulary": 4096},
 }
 
