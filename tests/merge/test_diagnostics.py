@@ -201,13 +201,18 @@ import sys
 from pathlib import Path
 from ktmerge.merge import inspect
 from ktmerge.merge.importer import import_mergekit
+from ktmerge.merge.needs import needs_of
 from ktmerge.merge.plan import plan_blend
 from ktmerge.merge.registry import methods
+from ktmerge.merge.settings import blend_setting
 from ktmerge.recipes.load import parse_recipe
+from ktmerge.recipes.schema import Blend
 folder = Path({str(llamas)!r})
 inspect(folder / "base", {{"a": folder / "a"}}, headers_only=True)
 import_mergekit("merge_method: ties\\nbase_model: b\\nmodels: [{{model: a, parameters: {{weight: 1}}}}]")
 for name, method in methods().items():
+    if any(needs_of(pipeline) for pipeline in blend_setting(Blend(method=name)).pipelines.values()):
+        continue
     experts = dict.fromkeys("ab"[: method.experts[1] or 2])
     document = {{"ktmerge": 1, "base": "base", "blend": {{"method": name}}}}
     document["experts"] = {{x: {{"model": x}} for x in experts}}

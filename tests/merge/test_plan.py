@@ -12,7 +12,9 @@ from merge_models import llama_tensors, read, same_bytes, tuned, write
 
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.merge import blend
+from ktmerge.merge.needs import needs_of
 from ktmerge.merge.plan import Plan, check_recipe, plan_blend
+from ktmerge.merge.settings import blend_setting
 from ktmerge.recipes import gallery, load_recipe
 
 ONE = {"a": ("a", 1.0)}
@@ -288,8 +290,16 @@ def test_gallery_recipes_are_right(name: str, llavas: Path) -> None:
     assert recipe.description.endswith(".")
     assert recipe.base is None
     check_recipe(recipe)
-    least = 1 if name in ("wise-ft", "trim", "mergekit-slerp") else 2
-    plan_blend(load_recipe(name, base=str(llavas / "base"), experts=[f"{x}={llavas / x}" for x in "ab"[:least]]))
+    assert recipe.blend is not None
+    setting = blend_setting(recipe.blend)
+    least, most = setting.method.experts
+    count = 1 if name == "mergekit-slerp" else max(least, min(2, most or 2))
+    ready = load_recipe(name, base=str(llavas / "base"), experts=[f"{x}={llavas / x}" for x in "abc"[:count]])
+    if any(needs_of(pipeline) for pipeline in setting.pipelines.values()):
+        with pytest.raises(UsageError, match="ktmerge stats"):
+            plan_blend(ready)
+    else:
+        plan_blend(ready)
 
 
 def test_check_without_checkpoints_finds_the_same_words(recipe_in: Any, tmp_path: Path) -> None:
