@@ -1,7 +1,7 @@
 """ktmerge: fine-tune fully, blend back with the base, score upstream and downstream.
 
 The verbs of the command line as functions: `finetune`, `blend`, `blend_into`, `evaluate`, `compare`, `report`, `run`,
-`inspect`, `recommend`, `plan`, `load_recipe`; and `Pristine`, what a sweep of `blend_into` reads from.
+`inspect`, `measure`, `recommend`, `plan`, `load_recipe`; and `Pristine`, what a sweep of `blend_into` reads from.
 Importing this loads neither torch nor transformers.
 """
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         finetune,
         inspect,
         load_recipe,
+        measure,
         plan,
         recommend,
         report,
@@ -36,6 +37,7 @@ __all__ = [
     "finetune",
     "inspect",
     "load_recipe",
+    "measure",
     "plan",
     "recommend",
     "report",

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import yaml
 
 from ktmerge.errors import UsageError
-from ktmerge.pipeline import NamedJob, jobs_of, recipe_text
+from ktmerge.pipeline import NamedJob, NamedMeasurement, jobs_of, measurements_of, recipe_text
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes import gallery, load_recipe
 from ktmerge.recipes.load import suite_of, validate
 from ktmerge.recipes.overrides import apply_overrides
-from ktmerge.recipes.schema import FinetuneJob, Recipe
+from ktmerge.recipes.schema import FinetuneJob, Recipe, Statistics
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ktmerge.pipeline import RunResult
     from ktmerge.recipes import Suite
     from ktmerge.tuners import FinetuneReport, PreviewSample
+    from ktmerge.tuners.statistics import StatisticsReport
 
 __all__ = [
     "Pristine",
@@ -41,6 +42,7 @@ __all__ = [
     "finetune",
     "inspect",
     "load_recipe",
+    "measure",
     "plan",
     "recommend",
     "report",
@@ -146,6 +148,95 @@ def _job(document: dict[str, Any], where: str, folder: Path, base: str, out: Pat
     from ktmerge.checkpoints import resolve
 
     return NamedJob(out.name, validate(FinetuneJob, document, where), resolve(base, folder), out, folder)
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+def measure(
+    model: str | Path,
+    data: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+    **settings: Any,
+) -> StatisticsReport:
+    """Measure what methods want to know of ``model`` on ``data``, into the folder ``out``.
+
+    Args:
+        model: folder or hub id.
+        data: files as `finetune` reads them; empty for texts of the model's own, with ``self_generate=N``.
+        out: the statistics; appear whole or not at all.
+        device: auto, cpu or cuda.
+        resume: go on where an interrupted run stopped.
+        overwrite: replace statistics that are there.
+        progress: where to report to.
+        settings: any key of a recipe's ``statistics``, e.g. ``fisher="empirical"``.
+
+    Raises:
+        UsageError: an unknown setting, unreadable data, an existing output.
+        KtmergeError: the run failed, e.g. out of memory.
+    """
+    paths = [data] if isinstance(data, (str, Path)) else data
+    jobs = measurements(
+        None, model=str(model), out=Path(out), settings={"data": [str(path) for path in paths], **settings}
+    )
+    return measure_all(jobs, device=device, resume=resume, overwrite=overwrite, progress=progress)[0]
+
+
+def measurements(
+    recipe: RecipeLike | None,
+    *,
+    only: Iterable[str] = (),
+    model: str | None = None,
+    out: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    overrides: Iterable[str] = (),
+) -> list[NamedMeasurement]:
+    """The statistics a recipe says how to make, or those that ``model``, ``out`` and ``settings`` describe.
+
+    Raises:
+        UsageError: neither or both are given, something is missing, or the recipe has no such jobs.
+    """
+    from ktmerge.checkpoints import resolve
+
+    given = {key: value for key, value in (settings or {}).items() if value not in (None, [])}
+    if recipe is not None:
+        if model is not None or out is not None or given:
+            raise UsageError("MODEL, --out and what is measured belong to 'ktmerge stats' without --recipe.")
+        found = measurements_of(_loaded(recipe, overrides), only)
+        if not found:
+            raise UsageError("the recipe says of no statistics how to make them: write data below 'statistics'.")
+        return found
+    if model is None or out is None:
+        raise UsageError("give either --recipe, or a model, --data and --out.")
+    if "data" not in given and "self_generate" not in given:
+        raise UsageError("nothing to measure on: give --data, or --self-generate N for texts of the model's own.")
+    job = validate(Statistics, apply_overrides(given, overrides), "statistics")
+    return [NamedMeasurement(out.name, job, resolve(model, Path.cwd()), out, Path.cwd())]
+
+
+def measure_all(
+    jobs: Iterable[NamedMeasurement],
+    *,
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> list[StatisticsReport]:
+    """Make statistics one after the other."""
+    from ktmerge.tuners import statistics
+
+    return [
+        statistics.measure(
+            job.job, job.model, job.out, folder=job.folder, device=device, resume=resume, overwrite=overwrite,
+            progress=progress,
+        )
+        for job in jobs
+    ]  # fmt: skip
 
 
 # --- blend ------------------------------------------------------------------------------------------------------------
@@ -342,7 +433,7 @@ def run(
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> RunResult:
-    """Go the whole way of a recipe: make its experts, blend, score, report. Finished pieces are kept."""
+    """Go the whole way of a recipe: make its experts, measure, blend, score, report. Finished pieces are kept."""
     from ktmerge import pipeline
 
     return pipeline.run(
@@ -438,7 +529,9 @@ class Checked:
                 f"{len(self.plan.tensors)} tensors, {', '.join(e.name for e in self.plan.experts)} into base"
             )
         elif blend_section is not None:
-            found["blend"] = f"{blend_section.method or 'stages'}; tensors not checked, as not all models are there yet"
+            found["blend"] = (
+                f"{blend_section.method or 'stages'}; tensors not checked, as not all of its inputs are there yet"
+            )
         if self.recipe.finetune is not None:
             found["finetune"] = ", ".join(self.recipe.finetune.experts)
         if self.suite is not None:
@@ -482,9 +575,13 @@ def check(
 
 
 def _to_be_made(recipe: Recipe) -> bool:
-    """Whether an expert is missing because the recipe's finetune section has yet to make it."""
+    """Whether an expert or statistics are missing because the recipe says how to make them and has yet to."""
     jobs = recipe.finetune.experts if recipe.finetune is not None else {}
-    return any(not (recipe.folder / recipe.experts[name].model).exists() for name in jobs)
+    if any(not (recipe.folder / recipe.experts[name].model).exists() for name in jobs):
+        return True
+    sections = {name: recipe.statistics_of(name) for name in ("base", *recipe.experts)}
+    made = [recipe.statistics_folder(name) for name, section in sections.items() if section and section.is_job]
+    return any(folder is not None and not folder.exists() for folder in made)
 
 
 def _missing_data(recipe: Recipe, suite: Suite | None) -> list[str]:
@@ -492,6 +589,10 @@ def _missing_data(recipe: Recipe, suite: Suite | None) -> list[str]:
     for name, job in recipe.finetune.experts.items() if recipe.finetune is not None else ():
         files = [*job.data, job.eval_upstream, job.eval_downstream]
         wanted += [(f"finetune.experts.{name}", recipe.folder / file) for file in files if file is not None]
+    for name in ("base", *recipe.experts):
+        section = recipe.statistics_of(name)
+        where = "statistics" if name == "base" else f"experts.{name}.statistics"
+        wanted += [(where, recipe.folder / file) for file in (section.data if section is not None else ())]
     wanted += [(f"eval, task {task.name}", suite.folder / task.data) for task in suite.tasks()] if suite else []
     return [f"{where}: {path}: no such file." for where, path in wanted if not path.is_file()]
 

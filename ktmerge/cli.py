@@ -98,6 +98,46 @@ def finetune(
             console.print_pairs(report.pairs())
 
 
+@app.command(epilog="Example: ktmerge stats ./base --data upstream.jsonl --out stats/base")
+def stats(
+    model: Annotated[str | None, typer.Argument(help="Model folder or hub id.")] = None,
+    data: Annotated[list[str] | None, typer.Option("--data", help="JSONL, JSON or parquet, as for finetune.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where the statistics go.")] = None,
+    images: Annotated[str | None, typer.Option("--images", help="Folder of the images that rows name.")] = None,
+    self_generate: Annotated[
+        int | None, typer.Option("--self-generate", min=1, help="Instead of data: so many texts the model writes.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Rows of the data to use; default 256.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to keep of each input; default 2048.")] = None,
+    fisher: Annotated[str | None, typer.Option(help="none (default), empirical or sampled.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="Make the statistics this recipe describes.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="With --recipe: just those of 'base' or an expert. Repeatable.")
+    ] = None,
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Measure a model on data, for the methods that need it: inputs of its linear maps, Fisher information."""
+    from ktmerge import api, console
+
+    settings = {"data": data or [], "images": images, "self_generate": self_generate, "samples": samples,
+                "tokens": tokens, "fisher": fisher}  # fmt: skip
+    jobs = api.measurements(recipe, only=only or (), model=model, out=out, settings=settings, overrides=set_ or ())
+    reports = api.measure_all(
+        jobs, device=device, resume=resume, overwrite=overwrite, progress=console.TerminalProgress()
+    )
+    if json_:
+        console.print_json([report.to_json() for report in reports])
+    else:
+        for report in reports:
+            console.print_pairs(report.pairs())
+
+
 @app.command(epilog="Example: ktmerge blend --recipe ties --base ./base --expert spam=runs/spam --out blended")
 def blend(
     recipe: RecipeOption,
@@ -180,7 +220,7 @@ def run(
     overwrite: OverwriteOption = False,
     json_: JsonOption = False,
 ) -> None:
-    """Go the whole way of a recipe: fine-tune, blend, score, report."""
+    """Go the whole way of a recipe: fine-tune, measure, blend, score, report."""
     from ktmerge import api, console
 
     loaded = api.load_recipe(recipe, overrides=set_ or ())

@@ -1,4 +1,4 @@
-"""The whole way of one recipe: make its experts, blend, score, report.
+"""The whole way of one recipe: make its experts, measure, blend, score, report.
 
 Each piece appears whole and is kept if it is already what the recipe asks for, so an interrupted run goes on where it
 stopped.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ import yaml
 from ktmerge.errors import UsageError, did_you_mean
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.load import suite_of
-from ktmerge.recipes.schema import FinetuneJob, Recipe
+from ktmerge.recipes.schema import FinetuneJob, Recipe, Statistics
 
 if TYPE_CHECKING:
     from ktmerge.eval import Results
@@ -44,6 +44,21 @@ class NamedJob:
 
 
 @dataclass(frozen=True)
+class NamedMeasurement:
+    """Statistics to be made: of which model (``base`` or the expert's name), into which folder.
+
+    Attributes:
+        folder: where the job's relative paths start.
+    """
+
+    name: str
+    job: Statistics
+    model: Path
+    out: Path
+    folder: Path
+
+
+@dataclass(frozen=True)
 class RunResult:
     """What a run left behind; a piece the recipe does not ask for is None."""
 
@@ -51,9 +66,11 @@ class RunResult:
     blended: Path | None
     results: Results | None
     report: Path | None
+    statistics: dict[str, Path] = field(default_factory=dict)
 
     def pairs(self) -> dict[str, str]:
         found = {f"expert {name}": str(path) for name, path in self.experts.items()}
+        found |= {f"statistics of {name}": str(path) for name, path in self.statistics.items()}
         if self.blended is not None:
             found["blended model"] = str(self.blended)
         if self.report is not None:
@@ -63,6 +80,7 @@ class RunResult:
     def to_json(self) -> dict[str, Any]:
         return {
             "experts": {name: str(path) for name, path in self.experts.items()},
+            "statistics": {name: str(path) for name, path in self.statistics.items()},
             "blended": None if self.blended is None else str(self.blended),
             "report": None if self.report is None else str(self.report),
             "scores": None if self.results is None else self.results.to_json(),
@@ -78,7 +96,7 @@ def run(
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> RunResult:
-    """Make the experts the recipe describes, blend, score base, experts and blend, and write a report under ``out``.
+    """Make the experts the recipe describes and the statistics, blend, score all models, report; all under ``out``.
 
     With ``resume``, pieces that are already what the recipe asks for are kept. With ``overwrite``, each piece stays
     until its successor is whole, and scores until the blend they tell of is replaced.
@@ -98,6 +116,7 @@ def run(
     suite = suite_of(recipe) if recipe.eval is not None else None
     base = resolve(recipe.base, recipe.folder)
     experts = make_experts(recipe, resume=resume, overwrite=overwrite, progress=progress)
+    statistics = make_statistics(recipe, device=device, resume=resume, overwrite=overwrite, progress=progress)
     out.mkdir(parents=True, exist_ok=True)
     afresh = overwrite and not resume
     blended = None
@@ -128,7 +147,7 @@ def run(
             training={name: log for name, path in experts.items() if (log := training_log(path))},
             tuned=list(experts),
         )
-    return RunResult(experts, blended, results, page)
+    return RunResult(experts, blended, results, page, statistics)
 
 
 def _remove_old(out: Path, *, keep_blend: bool) -> None:
@@ -194,6 +213,68 @@ def make_experts(
         name: made[name] if name in made else resolve(expert.model, recipe.folder)
         for name, expert in recipe.experts.items()
     }
+
+
+def measurements_of(recipe: Recipe, only: Iterable[str] = ()) -> list[NamedMeasurement]:
+    """The statistics a recipe says how to make, restricted to ``only`` (``base`` or experts' names) if any.
+
+    An expert is measured on what it was tuned on, unless its job says otherwise.
+
+    Raises:
+        UsageError: the recipe has no such job, or a model is not there.
+    """
+    from ktmerge.checkpoints import resolve
+
+    known = {"base": recipe.base, **{name: expert.model for name, expert in recipe.experts.items()}}
+    jobs = {name: job for name in known if (job := recipe.statistics_of(name)) is not None and job.is_job}
+    wanted = list(only) or list(jobs)
+    for name in wanted:
+        if name not in jobs:
+            raise UsageError(f"--only {name}: the recipe makes no such statistics.{did_you_mean(name, jobs)}")
+    found = []
+    for name in wanted:
+        job, model, out = jobs[name], known[name], recipe.statistics_folder(name)
+        if model is None or out is None:
+            raise UsageError(f"the recipe '{recipe.name}' names no base; add one, or give --base.")
+        tuned = recipe.finetune.experts.get(name) if recipe.finetune is not None else None
+        if not job.data and job.self_generate is None and tuned is not None:
+            job = job.model_copy(update={"data": tuned.data, "format": tuned.format})
+        found.append(NamedMeasurement(name, job, resolve(model, recipe.folder), out, recipe.folder))
+    return found
+
+
+def make_statistics(
+    recipe: Recipe,
+    *,
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> dict[str, Path]:
+    """Make the statistics that the recipe describes and that are not there yet; their folders by model.
+
+    Those that were made by the very same job of the very same model are kept.
+
+    Raises:
+        UsageError: a folder holds something else and ``overwrite`` is not set, or a job's inputs are wrong.
+        KtmergeError: a measurement failed.
+    """
+    from ktmerge.tuners import statistics
+
+    made = {}
+    for one in measurements_of(recipe):
+        statistics.measure(
+            one.job,
+            one.model,
+            one.out,
+            folder=one.folder,
+            device=device,
+            overwrite=overwrite,
+            resume=resume or (one.out.exists() and not overwrite),
+            progress=progress,
+        )
+        made[one.name] = one.out
+    return made
 
 
 def make_blend(

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ktmerge.checkpoints import Checkpoint, Reader, TensorInfo, Writer, align
+from ktmerge.checkpoints import Checkpoint, Reader, Writer, align
 from ktmerge.checkpoints.dtypes import tag_of, torch_dtype
+from ktmerge.checkpoints.live import as_checkpoint
 from ktmerge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class LiveSink:
 
     def __init__(self, model: Any, base: Checkpoint) -> None:
         state: dict[str, Tensor] = dict(model.state_dict())
-        alignment = align(base, _as_checkpoint(state, base), "the model")
+        alignment = align(base, as_checkpoint(state, base), "the model")
         stored = set(alignment.mapping.values())
         places = {tensor.data_ptr() for name, tensor in state.items() if name in stored}
         loose = [name for name in alignment.extra if state[name].data_ptr() not in places]
@@ -129,22 +130,3 @@ class LiveSink:
 
     def finish(self, name: str, report: dict[str, Any]) -> None:
         pass
-
-
-def _as_checkpoint(state: Mapping[str, Tensor], base: Checkpoint) -> Checkpoint:
-    """The headers a checkpoint of this model would have."""
-    infos = {
-        name: TensorInfo(name, tag_of(tensor.dtype), tuple(tensor.shape), "", 0, tensor.numel() * tensor.element_size())
-        for name, tensor in state.items()
-    }
-    return Checkpoint(
-        root=base.root,
-        tensors=infos,
-        config=base.config,
-        weight_files=(),
-        index_file=None,
-        other_files=(),
-        left_behind=(),
-        metadata={},
-        stamps={},
-    )

@@ -135,6 +135,11 @@ class Encoder:
         rows = config.get("vocab_size")
         return cls(tokenizer, stops, rows if isinstance(rows, int) else None)
 
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The tokens that end a text."""
+        return self._stops
+
     def require_template(self, samples: Sequence[Sample]) -> None:
         """Refuse conversations for a model that has no chat template.
 

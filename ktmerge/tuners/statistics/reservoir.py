@@ -1,0 +1,100 @@
+"""A uniform sample of the rows that go by, of fixed size, and exact means over all of them."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Priorities = NDArray[np.uint64]
+
+
+def priorities(seed: int, kind: str, example: int, start: int, count: int) -> Priorities:
+    """Random 64-bit numbers of the rows ``start .. start + count`` of one example, uint64 ``[count]``.
+
+    From a counter-based generator (Philox4x64, Salmon et al., SC 2011) keyed by seed and kind, with the example in the
+    counter: a row has the same number in every module and whatever else goes by.
+    """
+    key = int.from_bytes(hashlib.blake2b(f"{seed} {kind}".encode(), digest_size=16).digest(), "little")
+    words = [key & (2**64 - 1), key >> 64]
+    found = np.random.Philox(key=words, counter=[0, 0, example, 0]).random_raw(start + count)
+    return np.asarray(found[start:], dtype=np.uint64)
+
+
+class Reservoir:
+    """The rows with the lowest priorities, kept in a file of scratch: memory does not grow with what is kept.
+
+    Which row is in which place depends on the rows seen so far alone, so a run that goes on from a saved `state`, and
+    is shown the rows after it again, ends with the same file.
+
+    Args:
+        path: the scratch file; made, or taken up.
+        size: most rows to keep.
+        width: numbers in a row.
+    """
+
+    def __init__(self, path: Path, size: int, width: int) -> None:
+        self._rows = np.memmap(path, np.float32, "r+" if path.exists() else "w+", shape=(size, width))
+        self._size, self.width = size, width
+        self._order = np.empty((0, 3), np.uint64)
+        self.count = 0
+        self.square = torch.zeros(width, dtype=torch.float64)
+        self.absolute = torch.zeros(width, dtype=torch.float64)
+
+    @property
+    def kept(self) -> int:
+        """How many rows there are."""
+        return len(self._order)
+
+    def add(self, rows: Tensor, chances: Priorities, example: int, start: int) -> None:
+        """Show the next rows.
+
+        Args:
+            rows: ``[n, width]`` fp32.
+            chances: uint64 ``[n]``; those with the lowest stay.
+            example: number of the example they are of.
+            start: number of the first of them in its example.
+        """
+        self.count += len(rows)
+        wide = rows.double()
+        self.square += (wide * wide).sum(0).cpu()
+        self.absolute += wide.abs().sum(0).cpu()
+        place = np.full(len(rows), example << 32, np.uint64) + np.arange(start, start + len(rows), dtype=np.uint64)
+        coming = np.stack([chances, place, np.full(len(rows), self._size, np.uint64)], axis=1)
+        both = np.concatenate([self._order, coming])
+        chosen = np.lexsort((both[:, 1], both[:, 0]))[: self._size]
+        stays = np.sort(chosen[chosen < self.kept])
+        comes = np.sort(chosen[chosen >= self.kept])
+        taken = both[stays, 2]
+        free = np.setdiff1d(np.arange(self._size, dtype=np.uint64), taken)[: len(comes)]
+        both[comes, 2] = free
+        if len(comes):
+            found = rows[torch.from_numpy(comes - self.kept).to(rows.device)].float().cpu().numpy()
+            self._rows[free.astype(np.int64)] = found
+        self._order = both[np.concatenate([stays, comes])]
+
+    def sample(self) -> Tensor:
+        """The rows kept, ``[kept, width]`` fp32, in the order in which they went by."""
+        order = self._order[np.argsort(self._order[:, 1])]
+        return torch.from_numpy(np.asarray(self._rows[order[:, 2].astype(np.int64)]))
+
+    def state(self) -> dict[str, Tensor]:
+        """What has to be known to go on, beside the scratch file."""
+        self._rows.flush()
+        return {
+            "order": torch.from_numpy(self._order.astype(np.int64)),
+            "count": torch.tensor(self.count),
+            "square": self.square.clone(),
+            "absolute": self.absolute.clone(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`."""
+        self._order = state["order"].numpy().astype(np.uint64)
+        self.count = int(state["count"])
+        self.square, self.absolute = state["square"].clone(), state["absolute"].clone()
