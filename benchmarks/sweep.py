@@ -17,7 +17,7 @@ import numpy as np
 from paths import DISTANCES, knob_of
 from tradeoff import Resamples, Sides, front, harmonic, hypervolume
 from worlds import WORLDS
-from worlds.world import REPORT, SELECT, Scores, World
+from worlds.world import REPORT, SELECT, Scores, World, measure
 
 import ktmerge
 from ktmerge.errors import KtmergeError
@@ -61,6 +61,10 @@ class Part:
         """Where the points of a method, or of a model, are kept."""
         return self.models / self.kind / f"{name.replace(':', '-')}.json"
 
+    def statistics(self, name: str) -> str:
+        """Where what was measured in a model lies."""
+        return str(self.models / "statistics" / name)
+
     def digest(self) -> str:
         """Changes with the models and with what they are asked."""
         settings = [(self.models / name / "settings.json").read_text() for name in (BASE, *self.experts)]
@@ -73,8 +77,10 @@ def part_of(world: str, kind: str, seed: int, folder: Path) -> Part:
 
 
 def score_models(part: Part) -> None:
-    """Score base and experts on both splits."""
+    """Measure base and experts on training data, and score them on both splits."""
     for name in (BASE, *part.experts):
+        measured_on = "upstream" if name == BASE else name
+        measure(part.world, part.models / name, measured_on, Path(part.statistics(name)))
         if _kept(part, name) is None:
             model = part.world.load(part.models / name)
             scores = {split: _plain(part.world.score(model, split, part.sets)) for split in (SELECT, REPORT)}
@@ -190,7 +196,10 @@ def _blended(part: Part, blend: Mapping[str, Any]) -> Any:
     document = {
         "ktmerge": 1,
         "base": str(part.models / BASE),
-        "experts": {name: {"model": str(part.models / name)} for name in part.experts},
+        "statistics": part.statistics(BASE),
+        "experts": {
+            name: {"model": str(part.models / name), "statistics": part.statistics(name)} for name in part.experts
+        },
         "blend": dict(blend),
         "seed": part.seed,
     }

@@ -127,11 +127,14 @@ def _score(model: Any, split: str, names: Sequence[str]) -> Scores:
     return {name: piece.numpy() for name, piece in zip(names, pieces, strict=True)}
 
 
-def _calibration(name: str) -> Iterator[Mapping[str, Any]]:
+def _calibration(name: str) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
+    import torch
+
     rows = _rows(tuple(packages.GENRES) if name == "upstream" else (name,))
-    places = np.linspace(0, len(rows) - 1, CALIBRATION).astype(int)
-    for chosen in rows[places].split(16):
-        yield {"input_ids": chosen, "labels": chosen}
+    answers = torch.ones(LENGTH + 1, dtype=torch.bool)
+    answers[0] = False
+    for row in rows[np.linspace(0, len(rows) - 1, CALIBRATION).astype(int)]:
+        yield {"input_ids": row[None]}, answers
 
 
 TEXT = World(

@@ -154,11 +154,12 @@ def _score(model: Any, split: str, names: Sequence[str]) -> Scores:
     return found
 
 
-def _calibration(name: str) -> Iterator[Mapping[str, Any]]:
+def _calibration(name: str) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
     name = UPSTREAM[0] if name == "upstream" else name
     pictures, answers = _sets()[name]["train"]
-    for start in range(0, CALIBRATION, 16):
-        yield _inputs(name, pictures[start : start + 16], answers[start : start + 16])
+    for number in range(CALIBRATION):
+        inputs = _inputs(name, pictures[number : number + 1], answers[number : number + 1])
+        yield inputs, inputs.pop("labels")[0] >= 0
 
 
 VISION = World(

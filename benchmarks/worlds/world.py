@@ -15,12 +15,15 @@ import numpy as np
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch import Tensor
 
 SELECT, REPORT = "select", "report"
 """Splits that are scored: knobs are chosen on the first, results are reported on the second; no item is in both."""
 
 CALIBRATION = 128
-"""Items of the training data that statistics are measured on."""
+"""Examples of the training data that statistics are measured on."""
+TOKENS = 2048
+"""Rows kept of what each linear map was given."""
 
 Scores = dict[str, "NDArray[np.float64]"]
 """Of every set: the score of each item, 0 to 100."""
@@ -40,7 +43,8 @@ class World:
         load: the model in a folder, ready to be scored.
         score: item scores of a model on some sets of a split.
         items: how much is scored, for records of scores.
-        calibration: what statistics are measured on: batches of a set's training data, as keywords of the model.
+        calibration: what statistics are measured on: single examples of the training data of ``upstream`` or of a task,
+            as keywords of the model ``[1, ...]``, and which tokens are answers ``[tokens]``.
     """
 
     name: str
@@ -52,7 +56,7 @@ class World:
     load: Callable[[Path], Any]
     score: Callable[[Any, str, Sequence[str]], Scores]
     items: Mapping[str, Any]
-    calibration: Callable[[str], Iterator[Mapping[str, Any]]]
+    calibration: Callable[[str], Iterator[tuple[Mapping[str, Tensor], Tensor]]]
 
 
 def fit(model: Any, batch: Callable[[int], Mapping[str, Any]], steps: int, rate: float) -> None:
@@ -94,3 +98,26 @@ def keep(folder: Path, make: Callable[[], Any], settings: Mapping[str, Any]) -> 
     (temporary / mark.name).write_text(text)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
+
+
+def measure(world: World, model: Path, name: str, out: Path) -> None:
+    """Measure a model on a set's training data, as ``ktmerge stats`` does: inputs and Fisher information."""
+    from ktmerge.checkpoints import Checkpoint
+    from ktmerge.recipes.schema import Statistics
+    from ktmerge.tuners.statistics.collector import Collector
+    from ktmerge.tuners.statistics.examples import Example
+
+    if (out / "statistics.json").is_file():
+        return
+    scratch, made = (out.with_name(f".{out.name}-{os.getpid()}-{what}") for what in ("scratch", "made"))
+    for folder in (scratch, made):
+        folder.mkdir(parents=True)
+    job = Statistics(tokens=TOKENS, fisher="empirical")
+    collector = Collector(world.load(model), Checkpoint.open(model), job, scratch)
+    for number, (keywords, answers) in enumerate(world.calibration(name)):
+        collector.observe(number, Example(keywords, answers))
+    collector.close()
+    collector.write(made)
+    shutil.rmtree(scratch)
+    shutil.rmtree(out, ignore_errors=True)
+    os.replace(made, out)
