@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 Normalisation = Literal["fro2", "trace1", "none", "spectral"]
 
+_BLOCK = 512
+"""Columns worked on at a time."""
+
 _ZERO = 1e-12
 """Eigenvalues below this share of the largest are rounding, not directions."""
 
@@ -102,7 +105,7 @@ class Covariance:
         """C itself, ``[i, i]``."""
         import torch
 
-        return self.factor.T @ self.factor + torch.diag(self.diagonal)
+        return gram(self.factor) + torch.diag(self.diagonal)
 
     def solve(self, values: Tensor) -> Tensor:
         """values C^-1 of a positive definite C; with fewer rows than inputs, in the space of the rows (Woodbury)."""
@@ -113,10 +116,9 @@ class Covariance:
             return values / self.diagonal
         if rows >= self.inputs or not bool((self.diagonal > 0).all()):
             return torch.cholesky_solve(values.T, torch.linalg.cholesky(self.dense())).T
-        inner = self.factor / self.diagonal
-        small = inner @ self.factor.T
+        inner, scaled = self.factor / self.diagonal, values / self.diagonal
+        small = gram((self.factor / self.diagonal.sqrt()).T)
         small.diagonal().add_(1)
-        scaled = values / self.diagonal
         weights = torch.cholesky_solve((scaled @ self.factor.T).T, torch.linalg.cholesky(small)).T
         return scaled - weights @ inner
 
@@ -129,12 +131,23 @@ class Covariance:
 
         rows = self.factor.shape[0]
         dual = rows < self.inputs and not bool(self.diagonal.any())
-        gram = self.factor @ self.factor.T if dual else self.dense()
-        values, vectors = torch.linalg.eigh(gram)
+        values, vectors = torch.linalg.eigh(gram(self.factor.T) if dual else self.dense())
         values, vectors = values.flip(0), vectors.flip(1)
         known = values > _ZERO * values[:1].clamp(min=0)
         values, vectors = values[known], vectors[:, known]
         return Frame(values, self.factor, vectors / values.sqrt()) if dual else Frame(values, None, vectors)
+
+
+def gram(columns: Tensor) -> Tensor:
+    """columns^T columns ``[n, n]``, symmetric to the last bit; only one of the two halves is worked out."""
+    import torch
+
+    wide = columns.shape[1]
+    whole = columns.new_zeros(wide, wide)
+    for start in range(0, wide, _BLOCK):
+        part = slice(start, start + _BLOCK)
+        torch.mm(columns[:, part].T, columns[:, start:], out=whole[part, start:])
+    return whole.triu() + whole.triu(1).T
 
 
 def of_inputs(inputs: Tensor, eta: float = 1.0) -> Covariance:
