@@ -15,6 +15,7 @@ from ktmerge.merge.stage import (
     Parameters,
     Reach,
     Stage,
+    _never,
     _no_needs,
     _no_objection,
     _no_statistics,
@@ -39,11 +40,12 @@ def stage(
     objection: Callable[[Any, Any], str | None] = _no_objection,
     compiled: Callable[..., Any] = _not_compiled,
     needs: Callable[[Any], Any] = _no_needs,
+    whole: Callable[[Any], bool] = _never,
 ) -> Callable[[Apply], Apply]:
     """Register the decorated function as a stage; see `Stage` for what it must be like."""
 
     def register(apply: Apply) -> Apply:
-        add_stage(Stage(name, kind, parameters, apply, reach, statistics, objection, compiled, needs))
+        add_stage(Stage(name, kind, parameters, apply, reach, statistics, objection, compiled, needs, whole))
         return apply
 
     return register

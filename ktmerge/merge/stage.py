@@ -155,6 +155,10 @@ def _not_compiled(*_: Any) -> None:
     return None
 
 
+def _never(parameters: Any) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Stage:
     """One registered stage.
@@ -172,6 +176,7 @@ class Stage:
     Attributes:
         statistics: what has to be known first, given the parameters.
         needs: what has to be measured on data before, given the parameters.
+        whole: parameters with which a stage of reach ``element`` works as one of reach ``tensor``.
         objection: why these parameters cannot go with these experts and weights, if they cannot; asked while planning.
         compiled: the same in the words of `ktmerge.merge.program`, for the compiled kernels, or None: of a transform,
             given the parameters, a Trim or Drop; of a combine, given parameters and weights, a Sum or Elect.
@@ -186,6 +191,7 @@ class Stage:
     objection: Callable[[Any, Mapping[str, float]], str | None] = _no_objection
     compiled: Callable[..., Any] = _not_compiled
     needs: Callable[[Any], Sequence[Need]] = _no_needs
+    whole: Callable[[Any], bool] = _never
 
     @property
     def summary(self) -> str:
@@ -199,6 +205,11 @@ class StageUse:
 
     stage: Stage
     parameters: Parameters
+
+    @property
+    def reach(self) -> Reach:
+        """The stage's, or ``tensor`` where these parameters call for it."""
+        return "tensor" if self.stage.whole(self.parameters) else self.stage.reach
 
     def statistics(self) -> Sequence[Statistic]:
         """What has to be known before this use."""
@@ -229,7 +240,7 @@ class Pipeline:
     @property
     def reach(self) -> Reach:
         """``tensor`` if any stage has to see tensors whole."""
-        return "tensor" if any(use.stage.reach == "tensor" for use in self.uses) else "element"
+        return "tensor" if any(use.reach == "tensor" for use in self.uses) else "element"
 
     def spec(self) -> list[dict[str, Any]]:
         """Every stage and parameter as plain data."""
