@@ -1,0 +1,95 @@
+"""SLERP of deltas: two experts on the great circle between them, or several, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from ktmerge.merge.registry import method, stage
+from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class SlerpParameters(Parameters):
+    t: float | None = Field(
+        None, ge=0, le=1, description="how far from the first expert, by name, to the second; default: its weight"
+    )
+    granularity: Literal["tensor", "row", "column"] = Field(
+        "tensor", description="one angle for each tensor, or for each row (output) or column (input) of a matrix"
+    )
+
+
+def positive(weights: Mapping[str, float]) -> str | None:
+    """What speaks against weights that are not all of 0 or more, and some positive."""
+    if min(weights.values()) < 0 or max(weights.values()) <= 0:
+        return "the experts' weights are shares: 0 or more, one of them positive; use task_arithmetic to subtract"
+    return None
+
+
+def _objection(parameters: SlerpParameters, weights: Mapping[str, float]) -> str | None:
+    if parameters.t is not None and len(weights) != 2:
+        return f"t goes from one expert to a second, there are {len(weights)}; give the experts weights instead"
+    return positive(weights)
+
+
+def _geometry(parameters: SlerpParameters) -> tuple[Statistic, ...]:
+    def start(domain: Domain) -> Observer:
+        from ktmerge.merge.gram import GramObserver
+
+        return GramObserver(parameters.granularity)
+
+    return (Statistic("geometry", "tensor", start),)
+
+
+@stage("slerp", "combine", SlerpParameters, statistics=_geometry, objection=_objection)
+def slerp(deltas: list[Tensor], parameters: SlerpParameters, context: Context) -> Tensor:
+    """Go along the great circle from delta to delta: sin((1-t)W)/sin(W) a + sin(tW)/sin(W) b (Shoemake, 1985).
+
+    W is the angle between a and b; t the second's share w_b / (w_a + w_b), and of expert m its share among the first m
+    (arXiv:2406.16768, app. B.3), in the order of their names: of three or more, the order matters. A straight line
+    where |cos W| > 0.9995, towards the opposite, and from or to a delta of norm 0.
+    Differs from mergekit's slerp, which turns weights, not deltas: siblings lie within a degree of one another, so that
+    the circle between them is a straight line and slerp the mean. As mergekit's nuslerp with a base, where a "row" is
+    what is a column here.
+    """
+    from ktmerge.merge.gram import combined
+    from ktmerge.merge.sphere import slerp_coefficients
+
+    geometry = context.statistics["geometry"]
+    if geometry is None:
+        return deltas[0].clone()
+    weights = context.weights
+    steps = [weights[n] / (sum(weights[: n + 1]) or 1.0) for n in range(1, len(weights))]
+    if parameters.t is not None:
+        steps = [parameters.t]
+    return combined(deltas, slerp_coefficients(geometry, steps), parameters.granularity, context)
+
+
+method(
+    Method(
+        name="slerp",
+        summary="Two experts: the point between them on the arc, as far from the base as they are; t says where.",
+        source="Shoemake, SIGGRAPH 1985; on deltas as in mergekit's NuSLERP",
+        stages=Stages(combine=("slerp", {})),
+        experts=(2, 2),
+        formula="(sin((1-t)W) tau_a + sin(tW) tau_b) / sin W, cos W = <tau_a, tau_b> / (|tau_a| |tau_b|)",
+        cost="N^2 oi",
+        promises=Promises(neutral=None, identical="mean", tolerance=1e-6),
+    )
+)
+method(
+    Method(
+        name="nuslerp",
+        summary="As slerp, with an angle of its own for every row (or column) of a matrix.",
+        source="NuSLERP, mergekit",
+        stages=Stages(combine=("slerp", {"granularity": "row"})),
+        experts=(2, 2),
+        formula="as slerp, row by row",
+        cost="N^2 oi",
+        promises=Promises(neutral=None, identical="mean", tolerance=1e-6, elements=False),
+    )
+)

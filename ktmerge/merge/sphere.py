@@ -1,0 +1,78 @@
+"""Means of deltas by their angles, as coefficients of the deltas: everything follows from inner products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ktmerge.merge.gram import Geometry
+
+_NEARLY_PARALLEL = 0.9995
+_NOTHING = 1e-9
+
+
+def slerp_coefficients(geometry: Geometry, steps: Sequence[float]) -> NDArray[Any]:
+    """``[G, N]``: from the first delta on, go the share ``steps[t - 1]`` of the great circle to delta t.
+
+    sin((1 - t) W) / sin(W) and sin(t W) / sin(W) with W the angle between them (Shoemake, 1985); a straight line where
+    the circle is not defined or no different: |cos W| > 0.9995, or a delta of norm 0.
+    """
+    products, norms = geometry.products, geometry.norms
+    coefficients = np.zeros_like(norms)
+    coefficients[:, 0] = 1.0
+    length = norms[:, 0]
+    for number, step in enumerate(steps, 1):
+        inner = np.einsum("ga,ga->g", coefficients, products[:, :, number])
+        lengths = length * norms[:, number]
+        cosine = np.divide(inner, lengths, out=np.ones_like(inner), where=lengths > 0)
+        straight = np.abs(cosine) > _NEARLY_PARALLEL
+        angle = np.arccos(np.where(straight, 0.0, cosine))
+        sine = np.sin(angle)
+        coefficients *= np.where(straight, 1 - step, np.sin((1 - step) * angle) / sine)[:, None]
+        coefficients[:, number] = np.where(straight, step, np.sin(step * angle) / sine)
+        length = np.sqrt(np.maximum(np.einsum("ga,gab,gb->g", coefficients, products, coefficients), 0.0))
+    return coefficients
+
+
+def direction_coefficients(geometry: Geometry, weights: Sequence[float], iterations: int) -> NDArray[Any]:
+    """``[G, N]``: the mean length of the deltas along their mean direction; without iterations, the Euclidean mean's.
+
+    With them, the Karcher mean of the directions: repeat d <- exp_d(sum_t w_t log_d u_t). Where the directions cancel
+    there is no mean direction, and the plain mean is taken. Experts that did not move have no direction and no share.
+    """
+    cosines, norms = geometry.cosines, geometry.norms
+    moved = norms > 0
+    shares = np.where(moved, np.asarray(weights), 0.0)
+    shares /= np.maximum(shares.sum(1, keepdims=True), np.finfo(float).tiny)
+    length = _lengths(shares, cosines)
+    cancelled = length < _NOTHING
+    mean = shares / np.where(cancelled, 1.0, length)[:, None]
+    for _ in range(iterations):
+        mean = _step(mean, shares, cosines)
+    scale = (shares * norms).sum(1, keepdims=True)
+    spherical = np.divide(scale * mean, norms, out=np.zeros_like(norms), where=moved)
+    return np.where(cancelled[:, None], shares, spherical)
+
+
+def _step(mean: NDArray[Any], shares: NDArray[Any], cosines: NDArray[Any]) -> NDArray[Any]:
+    """One step along the mean of the tangents at ``mean``, given in coefficients of the unit deltas."""
+    along = np.clip(np.einsum("gab,gb->ga", cosines, mean), -1.0, 1.0)
+    angle = np.arccos(along)
+    sine = np.sin(angle)
+    # A delta opposite to the mean points in no particular direction from it; near the mean angle and sine are equal.
+    ratio = np.divide(angle, sine, out=np.ones_like(sine), where=sine > _NOTHING)
+    weight = np.where((sine <= _NOTHING) & (along < 0), 0.0, shares * ratio)
+    tangent = weight - (weight * along).sum(1, keepdims=True) * mean
+    length = _lengths(tangent, cosines)[:, None]
+    turned = np.divide(np.sin(length), length, out=np.ones_like(length), where=length > 0) * tangent
+    mean = np.cos(length) * mean + turned
+    size = _lengths(mean, cosines)[:, None]
+    return np.divide(mean, size, out=mean, where=size > 0)
+
+
+def _lengths(coefficients: NDArray[Any], cosines: NDArray[Any]) -> NDArray[Any]:
+    squares = np.einsum("ga,gab,gb->g", coefficients, cosines, coefficients)
+    return np.asarray(np.sqrt(np.maximum(squares, 0.0)))
