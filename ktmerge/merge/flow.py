@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ktmerge.merge.kernels import Kernels
 from ktmerge.merge.plan import Plan, TensorPlan
 from ktmerge.merge.source import Chunk, Sources
-from ktmerge.merge.stage import Context, Domain, Observer, Pipeline, Scope
+from ktmerge.merge.stage import Context, Domain, Observer, Pipeline, Scope, StageUse
 from ktmerge.progress import Progress
 
 if TYPE_CHECKING:
@@ -117,11 +117,14 @@ class Flow:
         for chunk in self._sources.chunks(tensor, whole=pipeline.reach == "tensor"):
             deltas = self._run(tensor, chunk, min(position, count))
             merged = self._finish(tensor, chunk, deltas, position) if position > count else None
+            use = pipeline.uses[position]
             for (_, expert), named in observers.items():
                 context = self._context(tensor, chunk, position, expert)
-                values: Any = merged if merged is not None else deltas
-                if expert:
-                    values = deltas[list(tensor.sources).index(expert)]
+                values: Any = [_shaped(tensor, use, delta) for delta in deltas]
+                if merged is not None:
+                    values = _shaped(tensor, use, merged)
+                elif expert:
+                    values = values[list(tensor.sources).index(expert)]
                 for observer in named.values():
                     if not observer.done:
                         observer.observe(values, context)
@@ -129,8 +132,9 @@ class Flow:
     def _run(self, tensor: TensorPlan, chunk: Chunk, stop: int) -> list[Tensor]:
         """All deltas through the transforms before position ``stop``."""
         pipeline = _pipeline(tensor)
-        deltas = [self._shaped(tensor, delta) for delta in chunk.deltas]
+        deltas: list[Tensor] = list(chunk.deltas)
         for position, use in enumerate(pipeline.transforms[:stop]):
+            deltas = [_shaped(tensor, use, delta) for delta in deltas]
             contexts = [self._context(tensor, chunk, position, expert) for expert in tensor.sources]
             deltas = [
                 use.stage.apply(delta, use.parameters, context) for delta, context in zip(deltas, contexts, strict=True)
@@ -142,18 +146,17 @@ class Flow:
         pipeline = _pipeline(tensor)
         first = len(pipeline.transforms)
         combine = pipeline.combine
+        deltas = [_shaped(tensor, combine, delta) for delta in deltas]
         merged = combine.stage.apply(deltas, combine.parameters, self._context(tensor, chunk, first))
         for position, use in enumerate(pipeline.after[: stop - first - 1], first + 1):
             context = self._context(tensor, chunk, position)
+            merged = _shaped(tensor, use, merged)
             if use.stage.kind == "scale":
                 merged = use.stage.apply(merged, use.parameters, context)
             else:
-                own = [self._shaped(tensor, delta) for delta in chunk.deltas]
+                own = [_shaped(tensor, use, delta) for delta in chunk.deltas]
                 merged = use.stage.apply(merged, own, use.parameters, context)
         return merged
-
-    def _shaped(self, tensor: TensorPlan, flat: Tensor) -> Tensor:
-        return flat.view(tensor.info.shape) if _pipeline(tensor).reach == "tensor" else flat
 
     def _context(self, tensor: TensorPlan, chunk: Chunk, position: int, expert: str = "") -> Context:
         pipeline = _pipeline(tensor)
@@ -162,8 +165,8 @@ class Flow:
             pool = self._global.get(pipeline.prefix(position), {})
             for found in (pool, self._local.found):
                 statistics |= found.get((position, expert), {})
-        base = self._shaped(tensor, chunk.base.float())
         use = pipeline.uses[position]
+        base = _shaped(tensor, use, chunk.base.float())
         return Context(
             tensor=tensor.key,
             part=tensor.part,
@@ -190,6 +193,11 @@ def _pipeline(tensor: TensorPlan) -> Pipeline:
     if tensor.pipeline is None:
         raise ValueError(f"'{tensor.name}' is not blended")
     return tensor.pipeline
+
+
+def _shaped(tensor: TensorPlan, use: StageUse, values: Tensor) -> Tensor:
+    """Values as a stage takes them: shaped if it works on whole tensors, else flat, whatever the others do."""
+    return values.reshape(tensor.info.shape if use.reach == "tensor" else -1)
 
 
 def _wants(pipeline: Pipeline | None, position: int, scope: Scope) -> bool:
