@@ -1,8 +1,8 @@
 """The ways on which a method is swept from the base to the experts, found from what it says of itself.
 
 Two ways are known: by lambda, at the same distances from the base for every method; and by the method's own knob, if
-it has one. A knob is a number that takes the method from keeping nothing to keeping everything, or failing that its
-density, or failing that its first number.
+it has one: a number at whose ends it says to keep everything, or nothing; or failing that the density, or the weight of
+the base as a participant.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def knob_of(method: Method) -> Knob | None:
     """A method's own knob; None if lambda is all there is."""
     numbers = {number.name: number for number in _numbers(method)}
     neutral, nothing = method.promises.neutral or {}, method.promises.nothing or {}
-    ends = [name for name in numbers if name in neutral and name in nothing]
-    chosen = next(iter([*ends, *(name for name in ("density",) if name in numbers), *numbers]), None)
+    order = [[*neutral.keys() & nothing.keys()], neutral, nothing, ["density", "base_weight"]]
+    chosen = next((name for names in order for name in numbers if name in names), None)
     if chosen is None:
         return None
     return Knob(chosen, _values(numbers[chosen], nothing.get(chosen), neutral.get(chosen)))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from worlds.world import REPORT, SELECT, Scores, World, measure
 
 import ktmerge
 from ktmerge.errors import KtmergeError
-from ktmerge.merge.registry import find_method
+from ktmerge.merge.registry import find_method, methods
+from ktmerge.merge.settings import blend_setting
 from ktmerge.recipes.load import parse_recipe
+from ktmerge.recipes.schema import Blend
 
 Point = dict[str, Any]
 """``way``, ``value``, ``blend`` and, by split, ``select`` and ``report``: item scores of every set."""
@@ -220,12 +223,25 @@ def _kept(part: Part, name: str) -> dict[str, Any] | None:
         document: dict[str, Any] = json.loads(part.file(name).read_text())
     except (OSError, ValueError):
         return None
-    return document if document.get("inputs") == part.digest() else None
+    return document if document.get("inputs") == _inputs(part, name) else None
 
 
 def _keep(part: Part, name: str, document: Mapping[str, Any]) -> None:
     path = part.file(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    temporary.write_text(json.dumps({"inputs": part.digest(), **document}))
+    temporary.write_text(json.dumps({"inputs": _inputs(part, name), **document}))
     os.replace(temporary, path)
+
+
+@cache
+def _inputs(part: Part, name: str) -> str:
+    """Changes with the models, with what they are asked, and with the method's own code."""
+    stages = {
+        use.stage
+        for pipeline in (blend_setting(Blend(method=name)).pipelines.values() if name in methods() else ())
+        for use in pipeline.uses
+    }
+    files = {file for stage in stages if (file := inspect.getsourcefile(stage.apply)) is not None}
+    code = [Path(file).read_text(encoding="utf-8") for file in sorted(files)]
+    return hashlib.sha256(json.dumps([part.digest(), code]).encode()).hexdigest()
