@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -77,7 +77,7 @@ def finetune(
     progress: Progress = SILENT,
     **settings: Any,
 ) -> FinetuneReport:
-    """Fine-tune all weights of ``base`` on ``data`` into the folder ``out``.
+    """Fine-tune ``base``, all of it or what ``train`` says, on ``data`` into the folder ``out``.
 
     Args:
         base: folder or hub id.
@@ -86,7 +86,8 @@ def finetune(
         resume: go on where an interrupted run stopped.
         overwrite: replace a tuned checkpoint that is there.
         progress: where to report to.
-        settings: any key of a recipe's ``finetune.experts.<name>``, e.g. ``learning_rate=2e-5``.
+        settings: any key of a recipe's ``finetune.experts.<name>``, e.g. ``learning_rate=2e-5``,
+            ``train="last:4+head"``.
 
     Raises:
         UsageError: an unknown setting, unreadable data, an existing output.
@@ -106,21 +107,37 @@ def finetune_jobs(
     data: Sequence[str] = (),
     out: Path | None = None,
     overrides: Iterable[str] = (),
+    settings: Mapping[str, Any] | None = None,
 ) -> list[NamedJob]:
     """The fine-tunes a recipe describes, or the one that ``base``, ``data`` and ``out`` describe.
+
+    Args:
+        recipe: file, gallery name, or a loaded recipe.
+        only: of the recipe, just these experts.
+        base: folder or hub id; replaces the recipe's.
+        data: without a recipe: what to train on.
+        out: without a recipe: where the tuned model goes.
+        overrides: ``key=value`` strings; of the recipe, or without one of the job.
+        settings: keys of the job by name, in every job; None stands for "not given".
 
     Raises:
         UsageError: neither or both are given, or the recipe has no such experts.
     """
+    given = {key: value for key, value in (settings or {}).items() if value is not None}
     if recipe is None:
         if base is None or not data or out is None:
             raise UsageError("give either --recipe, or all of --base, --data and --out.")
-        document = apply_overrides({"data": list(data)}, overrides)
+        document = apply_overrides({"data": list(data), **given}, overrides)
         return [_job(document, "--set", Path.cwd(), base, out)]
     if data or out is not None:
         raise UsageError("--data and --out belong to a fine-tune without --recipe; the recipe names its own.")
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides=overrides, base=base)
-    return jobs_of(loaded, only)
+    jobs = jobs_of(loaded, only)
+    return [replace(job, job=_changed(job.job, given)) for job in jobs] if given else jobs
+
+
+def _changed(job: FinetuneJob, settings: Mapping[str, Any]) -> FinetuneJob:
+    return validate(FinetuneJob, {**job.model_dump(), **settings}, "the command line")
 
 
 def finetune_all(

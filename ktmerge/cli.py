@@ -74,6 +74,9 @@ def finetune(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Without --recipe: where the tuned model goes.")
     ] = None,
+    train: Annotated[
+        str | None, typer.Option("--train", help="full, top:K, last:K, connector, llm, head, ...; joined by +.")
+    ] = None,
     set_: SetOption = None,
     preview: Annotated[
         int, typer.Option("--preview", help="Show N samples with the trained tokens marked, and stop.")
@@ -82,10 +85,12 @@ def finetune(
     overwrite: OverwriteOption = False,
     json_: JsonOption = False,
 ) -> None:
-    """Fine-tune every weight of a base model on your data."""
+    """Fine-tune a base model on your data: every weight of it, or what --train says."""
     from ktmerge import api, console
 
-    jobs = api.finetune_jobs(recipe, only=only or (), base=base, data=data or (), out=out, overrides=set_ or ())
+    jobs = api.finetune_jobs(
+        recipe, only=only or (), base=base, data=data or (), out=out, overrides=set_ or (), settings={"train": train}
+    )
     if preview:
         for job in jobs:
             console.print_preview(api.preview(job, preview))

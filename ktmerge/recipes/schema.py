@@ -6,8 +6,18 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
+from ktmerge.checkpoints import PartExpression
+from ktmerge.recipes import training
 from ktmerge.recipes.suites import Task
 
 SCHEMA_VERSION = 1
@@ -19,6 +29,10 @@ class _Section(BaseModel):
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
+
+
+def _as_sum(value: Any) -> Any:
+    return "+".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _as_folder(value: Any) -> Any:
@@ -157,12 +171,15 @@ class FinetuneJob(_Section):
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = "auto"
     eval_upstream: str | None = Field(None, description="same formats; its loss is logged while training")
     eval_downstream: str | None = Field(None, description="same formats; its loss is logged while training")
-    train: Literal["full"] = "full"
+    train: Annotated[str, BeforeValidator(_as_sum)] = Field("full", description=training.HELP)
     epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, ge=1, description="instead of epochs")
     batch_size: int = Field(8, ge=1, description="samples per device and forward pass")
     gradient_accumulation: int = Field(1, ge=1)
     learning_rate: float = Field(1e-5, gt=0, lt=1)
+    learning_rates: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(
+        default_factory=dict, description="{part expression: rate}, first match wins; elsewhere learning_rate"
+    )
     scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup: float = Field(0.03, ge=0, description="below 1: share of the steps; otherwise steps")
     weight_decay: float = Field(0.0, ge=0)
@@ -183,6 +200,19 @@ class FinetuneJob(_Section):
         "float32", description="of the expert's weights"
     )
     seed: int = Field(42, ge=0)
+
+    @field_validator("train")
+    @classmethod
+    def _readable(cls, text: str) -> str:
+        training.TrainExpression.parse(text)
+        return text
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _readable_parts(cls, rates: dict[str, float]) -> dict[str, float]:
+        for expression in rates:
+            PartExpression.parse(expression)
+        return rates
 
 
 class Finetune(_Section):

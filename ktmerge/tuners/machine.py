@@ -15,8 +15,8 @@ from ktmerge.recipes.schema import FinetuneJob
 if TYPE_CHECKING:
     from ktmerge.checkpoints import Checkpoint
 
-BYTES_PER_PARAMETER = 16
-"""fp32 weight, gradient, and the two moments of Adam."""
+WEIGHT_BYTES, GRADIENT_BYTES, STATE_BYTES = 4, 4, 8
+"""Per parameter: fp32 masters and gradients, and the two moments of Adam."""
 _WRITE_FAILURES = ("inline_container", "PytorchStreamWriter", "I/O error", "os error")
 _RUNTIME = 600e6
 """Bytes of the libraries themselves."""
@@ -82,7 +82,14 @@ def deterministic(device: str) -> Iterator[None]:
         filling.fill_uninitialized_memory = fill
 
 
-def memory_needed(base: Checkpoint, job: FinetuneJob, longest: int, piece_tokens: int | None, precision: str) -> float:
+def memory_needed(
+    base: Checkpoint,
+    job: FinetuneJob,
+    longest: int,
+    piece_tokens: int | None,
+    precision: str,
+    trained: int | None = None,
+) -> float:
     """Estimated peak in bytes, from the base's headers.
 
     Args:
@@ -91,6 +98,7 @@ def memory_needed(base: Checkpoint, job: FinetuneJob, longest: int, piece_tokens
         longest: tokens of the longest sample.
         piece_tokens: tokens worked on at a time, if batches are split.
         precision: of the forward pass.
+        trained: how many parameters have gradients and moments; all, if not given.
     """
     config = base.config
     parameters = sum(info.numel for info in base.tensors.values() if info.is_float)
@@ -102,7 +110,8 @@ def memory_needed(base: Checkpoint, job: FinetuneJob, longest: int, piece_tokens
     width = 2.5 if precision == "bfloat16" else 4.0
     layer = tokens * (_HIDDEN_KEPT * hidden + _INNER_KEPT * inner) * width
     kept = layer + layers * tokens * hidden * width if job.activation_checkpointing else layers * layer
-    return BYTES_PER_PARAMETER * parameters + kept + _RUNTIME
+    moved = parameters if trained is None else trained
+    return WEIGHT_BYTES * parameters + (GRADIENT_BYTES + STATE_BYTES) * moved + kept + _RUNTIME
 
 
 def memory_available(device: str) -> float:

@@ -48,6 +48,7 @@ class FinetuneReport:
             "samples": f"{counts['samples']}{dropped}; {counts['tokens']} tokens, {counts['trained_tokens']} trained",
             "steps": f"{run['steps']} in {run['seconds']:.0f} s, {run['tokens_per_second']:.0f} tokens/s, "
             f"{run['device']}, {run['precision']}",
+            **_shown_part(run),
             "training loss": f"{losses['first']:.4f} -> {losses['last']:.4f}",
         }
         for name in ("upstream", "downstream"):
@@ -55,6 +56,15 @@ class FinetuneReport:
             if values:
                 shown[f"{name} loss"] = f"{values[0]:.4f} -> {values[-1]:.4f}"
         return shown
+
+
+def _shown_part(run: dict[str, Any]) -> dict[str, str]:
+    """What was trained, if not everything; records of earlier versions do not say."""
+    trained = run.get("trained")
+    if not trained or trained["parameters"] == trained["of"]:
+        return {}
+    parts = ", ".join(one["part"] for one in trained["parts"] if one["trained"])
+    return {"trained": f"{parts}: {trained['parameters']:,} of {trained['of']:,} parameters"}
 
 
 def inputs_of(job: FinetuneJob, base: Checkpoint, base_digest: str, data: dict[str, DataSet]) -> dict[str, Any]:

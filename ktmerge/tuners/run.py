@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ktmerge.checkpoints import Checkpoint
 from ktmerge.checkpoints.quiet import quiet_transformers
-from ktmerge.errors import KtmergeError, UsageError, first_line
+from ktmerge.errors import KtmergeError, first_line
 from ktmerge.progress import Progress, Step
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners.encode import EncodedSet, Encoder
@@ -27,7 +27,9 @@ from ktmerge.tuners.machine import (
     memory_available,
     memory_needed,
 )
+from ktmerge.tuners.model import load_model, trained_state
 from ktmerge.tuners.partial import Partial, Saved
+from ktmerge.tuners.trained import Trained, choose_trained
 
 if TYPE_CHECKING:
     from ktmerge.tuners.callbacks import Interruption, Rhythm
@@ -70,7 +72,6 @@ class TrainingRun:
         """
         from ktmerge.tuners.callbacks import Interruption
 
-        self._announce(saved)
         started, earlier = monotonic(), saved.seconds if saved else 0.0
         with (
             self._explaining(),
@@ -100,15 +101,19 @@ class TrainingRun:
                 self._progress.note("stopped at once; go on from the last saved step with --resume.")
             raise
 
-    def _announce(self, saved: Saved | None) -> None:
+    def _announce(self, saved: Saved | None, trained: Trained) -> None:
         job, machine = self._job, self._machine
         samples = job.batch_size * job.gradient_accumulation
         start = f"going on after step {saved.step} of" if saved else "training"
         self._progress.note(
             f"{self._name}: {start} {self._total} steps of {samples} samples, on {machine.name}, {machine.precision}."
         )
+        for line in trained.lines():
+            self._progress.note(line)
+        for asked, other in trained.shared:
+            self._progress.note(f"{asked} and {other} share one tensor in this model: training one trains both.")
         longest = self._encoded["train"].longest
-        needed = memory_needed(self._base, job, longest, self._piece_tokens, machine.precision)
+        needed = memory_needed(self._base, job, longest, self._piece_tokens, machine.precision, trained.parameters)
         free = memory_available(machine.device)
         if needed > free:
             self._progress.note(
@@ -116,10 +121,9 @@ class TrainingRun:
                 f"{_less_memory(job, longest)}"
             )
 
-        self._warn_of_disk()
+        self._warn_of_disk(trained.parameters)
 
-    def _warn_of_disk(self) -> None:
-        parameters = sum(info.numel for info in self._base.tensors.values())
+    def _warn_of_disk(self, parameters: int) -> None:
         # the result twice, under the Trainer's names and the base's, and up to three checkpoints with moments
         needed = parameters * (8 + (36 if self._rhythm().save_step < self._total else 0))
         free = shutil.disk_usage(self._partial.folder).free
@@ -136,6 +140,8 @@ class TrainingRun:
 
         set_seed(self._job.seed)
         model = load_model(self._base, self._progress)
+        self._trained = trained = choose_trained(model, self._base, self._job)
+        self._announce(saved, trained)
         if self._job.activation_checkpointing:
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         rhythm = self._rhythm()
@@ -143,6 +149,7 @@ class TrainingRun:
             lean=projects_faithfully(model, model.config.get_text_config().vocab_size),
             piece_tokens=self._piece_tokens,
             eval_sets={name: found.samples for name, found in self._encoded.items() if name != "train"},
+            rates=dict(trained.rates),
             model=model,
             args=self._arguments(evaluate_first=rhythm.evaluates and saved is None),
             train_dataset=self._encoded["train"].samples,
@@ -208,7 +215,7 @@ class TrainingRun:
         model: Any = trainer.model
         plain: Any = GenerationConfig
         model.generation_config = plain()  # the base's travels as a file; an odd one would be refused here
-        model.save_pretrained(final)
+        model.save_pretrained(final, state_dict=trained_state(model))
         facts = {
             "steps": self._total,
             "seconds": round(seconds, 2),
@@ -217,7 +224,8 @@ class TrainingRun:
             "precision": self._machine.precision,
             "threads": self._machine.threads,
             "seed": self._job.seed,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "parameters": self._trained.total,
+            "trained": self._trained.to_json(),
         }
         (final / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         self._partial.seal(final, self._total, seconds)
@@ -252,39 +260,6 @@ def total_steps(job: FinetuneJob, samples: int) -> int:
 def warmup_steps(job: FinetuneJob, total: int) -> int:
     """Steps over which the rate rises; the first of them has rate 0, so that one step at least remains."""
     return min(total - 1, round(total * job.warmup) if job.warmup < 1 else int(job.warmup))
-
-
-def load_model(base: Checkpoint, progress: Progress) -> Any:
-    """The model of a checkpoint with fp32 weights.
-
-    Raises:
-        UsageError: transformers has no text model of this kind, or the checkpoint lacks weights of it.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    loader: Any = AutoModelForCausalLM
-    try:
-        model, found = loader.from_pretrained(
-            base.root,
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        kind = base.config.get("model_type", "unknown")
-        raise UsageError(
-            f"{base.root}: cannot be loaded as a text model (its type is '{kind}'): {first_line(error)}"
-        ) from None
-    missing = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
-    if missing:
-        raise UsageError(f"{base.root}: lacks {len(missing)} weights of its own model, e.g. '{missing[0]}'.")
-    unused = sorted(map(str, found["unexpected_keys"]))
-    if unused:
-        progress.note(f"{len(unused)} tensors are no part of the text model and stay as they are, e.g. '{unused[0]}'.")
-    return model
 
 
 def _less_memory(job: FinetuneJob, longest: int) -> str:

@@ -20,6 +20,7 @@ from ktmerge.tuners.export import export
 from ktmerge.tuners.partial import LOG, Partial, differences, read_object
 from ktmerge.tuners.report import RECORD, FinetuneReport, inputs_of, record_of
 from ktmerge.tuners.run import FACTS, TrainingRun
+from ktmerge.tuners.trained import require_trainable
 
 
 def finetune(
@@ -32,7 +33,7 @@ def finetune(
     resume: bool = False,
     progress: Progress = SILENT,
 ) -> FinetuneReport:
-    """Fine-tune all weights of the checkpoint ``base`` into the folder ``out``.
+    """Fine-tune the checkpoint ``base``, all of it or what ``job.train`` says, into the folder ``out``.
 
     Args:
         job: what to do.
@@ -54,6 +55,7 @@ def finetune(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("ktmerge finetune runs as one process; start it without torchrun.")
     checkpoint = _open_base(base)
+    require_trainable(checkpoint, job)
     data = _read(job, folder)
     encoder = Encoder.load(base)
     encoded = _encode(encoder, data, _longest_allowed(job, checkpoint), progress)

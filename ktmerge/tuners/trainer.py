@@ -29,19 +29,47 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         lean: whether the model passed `projects_faithfully`.
         piece_tokens: split every batch into pieces of this many tokens; None: take it whole.
         eval_sets: samples by name; their mean losses per trained token are logged as ``eval_<name>_loss``.
+        rates: learning rate of each trained parameter, by name.
     """
 
     def __init__(
-        self, *, lean: bool, piece_tokens: int | None, eval_sets: Mapping[str, Sequence[Encoded]], **kwargs: Any
+        self,
+        *,
+        lean: bool,
+        piece_tokens: int | None,
+        eval_sets: Mapping[str, Sequence[Encoded]],
+        rates: Mapping[str, float],
+        **kwargs: Any,
     ) -> None:
         super().__init__(eval_dataset=dict(eval_sets) or None, **kwargs)
         self._lean = lean
         self._piece_tokens = piece_tokens
         self._eval_sets = eval_sets
+        self._rates = rates
         self._tokens, self._step_seconds = 0, 0.0
         if lean:
             # have the trained tokens of all accumulated batches counted: compute_loss divides by their number
             self.model_accepts_loss_kwargs = True
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer, with a group for every learning rate, with and without weight decay (norms and biases)."""
+        if self.optimizer is None:
+            network = self._network if model is None else model
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, network)
+            self.optimizer = kind(self._groups(network), **settings)
+        found: torch.optim.Optimizer = self.optimizer
+        return found
+
+    def _groups(self, network: torch.nn.Module) -> list[dict[str, Any]]:
+        decayed = set(self.get_decay_parameter_names(network))
+        groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
+        for name, parameter in network.named_parameters():
+            if name in self._rates:
+                groups.setdefault((self._rates[name], name in decayed), []).append(parameter)
+        return [
+            {"params": members, "lr": rate, "weight_decay": self.args.weight_decay if decays else 0.0}
+            for (rate, decays), members in groups.items()
+        ]
 
     @property
     def _network(self) -> Any:
@@ -118,8 +146,8 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and saved buffers, the shared ones once."""
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    """Trained parameters and saved buffers, the shared ones once."""
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
     state = model.state_dict()
     buffers = {name: buffer.detach() for name, buffer in model.named_buffers() if name in state}
     return {name: tensor.contiguous() for name, tensor in {**parameters, **buffers}.items()}

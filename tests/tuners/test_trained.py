@@ -1,0 +1,118 @@
+"""What is trained: the tensors asked for move, at their rates; all others come out with the base's bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tuning import Listener, sha256, tune, weights
+from typer.testing import CliRunner
+
+from ktmerge import api
+from ktmerge.checkpoints import Checkpoint
+from ktmerge.cli import app
+from ktmerge.errors import UsageError
+
+
+def moved(base: Path, out: Path) -> set[str]:
+    """The names of tensors that changed; those that did not have the base's type and bytes."""
+    before, after = weights(base), weights(out)
+    assert before.keys() == after.keys()
+    same = {name for name in before if after[name].dtype == before[name].dtype and after[name].equal(before[name])}
+    assert all(not after[name].float().equal(before[name].float()) for name in before.keys() - same)
+    return before.keys() - same
+
+
+@pytest.mark.parametrize(
+    ("train", "prefixes"),
+    [
+        ("last:1", ("model.layers.1.",)),
+        ("top:1+norm", ("model.layers.0.", "model.norm.")),
+        ("llm.layers", ("model.layers.",)),
+        ("head", ("model.embed_tokens.",)),
+    ],
+)
+def test_exactly_what_was_asked_for_moves(tiny_llama: Path, tmp_path: Path, train: str, prefixes: Any) -> None:
+    listener = Listener()
+    report = tune(tiny_llama, tmp_path, train=train, max_steps=3, weight_decay=0.1, warmup=0, progress=listener)
+    wanted = {name for name in weights(tiny_llama) if name.startswith(prefixes)}
+    assert moved(tiny_llama, tmp_path / "out") == wanted
+    assert report.record["run"]["trained"]["tensors"] == len(wanted)
+    assert report.record["run"]["trained"]["parameters"] == sum(weights(tiny_llama)[n].numel() for n in wanted)
+    assert any(note.startswith(f"training {len(wanted)} of ") for note in listener.notes)
+    assert any("frozen" in note for note in listener.notes)
+    assert any("head and embed share one tensor" in note for note in listener.notes) == (train == "head")
+
+
+def test_frozen_tensors_are_never_rounded(tiny_llama: Path, tmp_path: Path) -> None:
+    tune(tiny_llama, tmp_path, "first", max_steps=2, save_dtype="float32")
+    tune(tmp_path / "first", tmp_path, "second", max_steps=2, train="norm", save_dtype="float16")
+    assert moved(tmp_path / "first", tmp_path / "second") == {"model.norm.weight"}
+    assert Checkpoint.open(tmp_path / "second").tensors["model.norm.weight"].dtype == "F16"
+
+
+def test_rates_by_part_are_the_steps_of_the_first_update(tiny_llama: Path, tmp_path: Path) -> None:
+    """Adam's first step moves every element with a gradient by the rate."""
+    rates = {"llm.layers[0]": 1e-4, "llm.layers, norm": 3e-4}
+    tune(tiny_llama, tmp_path, max_steps=1, warmup=0, scheduler="constant", learning_rate=1e-3, learning_rates=rates)
+    before, after = weights(tiny_llama), weights(tmp_path / "out")
+    for name, rate in (
+        ("model.layers.0.mlp.up_proj.weight", 1e-4),
+        ("model.layers.1.mlp.up_proj.weight", 3e-4),
+        ("model.norm.weight", 3e-4),
+        ("model.embed_tokens.weight", 1e-3),
+    ):
+        step = (after[name] - before[name].float()).abs().max()
+        assert float(step) == pytest.approx(rate, rel=1e-2), name
+
+
+def test_a_part_resumes_to_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
+    from test_resume import StopsAt
+
+    settings: dict[str, Any] = {"train": "last:1+head", "learning_rates": {"head": 2e-4}}
+    tune(tiny_llama, tmp_path, "whole", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        tune(tiny_llama, tmp_path, **settings, progress=StopsAt(4))
+    held = weights(tmp_path / "out.partial/checkpoint-4")
+    assert not any(name.startswith("model.layers.0.") for name in held)
+    tune(tiny_llama, tmp_path, **settings, resume=True)
+    assert sha256(tmp_path / "out") == sha256(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"train": "connector"}, "part 'connector' matches no tensor of this model; it has llm, llm.layers, embed, head, norm"),
+        ({"train": "last:3"}, "the model has 2 layers"),
+        ({"train": "norm", "learning_rates": {"head": 1e-4}}, "learning_rates 'head': matches nothing that is trained"),
+        ({"learning_rates": {"llm": 1e-4, "norm": 1e-5}}, "learning_rates 'norm': matches nothing"),
+    ],
+)
+def test_what_matches_nothing_is_refused_before_anything_is_read(
+    tiny_llama: Path, tmp_path: Path, settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        tune(tiny_llama, tmp_path, **settings, data=["missing.jsonl"])
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_the_command_line_takes_it(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    document = {
+        "ktmerge": 1,
+        "base": str(tiny_llama),
+        "experts": {"one": {"model": "one"}},
+        "blend": {"method": "linear"},
+        "finetune": {"experts": {"one": {"data": "d.jsonl"}}},
+    }
+    recipe.write_text(json.dumps(document))
+    assert api.finetune_jobs(recipe, settings={"train": "last:1"})[0].job.train == "last:1"
+    assert api.finetune_jobs(recipe, settings={"train": None})[0].job.train == "full"
+    called = CliRunner().invoke(
+        app, ["finetune", "--base", str(tiny_llama), "--data", "d", "--out", str(tmp_path / "o"), "--train", "last"]
+    )
+    assert isinstance(called.exception, UsageError)
+    assert called.exception.exit_code == 2
+    assert "write last:K" in str(called.exception)
