@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import findings
-from paths import takes
+from paths import knob_of, takes
 from sweep import part_of, score_models, sweep
 from worlds import WORLDS
 
@@ -50,12 +50,15 @@ def main() -> None:
     seeds = range(arguments.seeds)
     folder = str(arguments.folder)
     kinds = [(world, kind) for world in worlds for kind in KINDS]
-    wanted = {kind: [name for name in names if takes(methods()[name], 1 if kind == "single" else 2)] for kind in KINDS}
+    wanted = {at: [name for name in names if worthwhile(name, len(part_of(*at, 0, arguments.folder).experts))]
+              for at in kinds}  # fmt: skip
     if arguments.only in (None, "train"):
         _run([("train", world, str(seed), folder) for seed in seeds for world in worlds], arguments.jobs)
     if arguments.only in (None, "sweep"):
         _run([("score", w, kind, str(seed), folder) for seed in seeds for w, kind in kinds], arguments.jobs)
-        tasks = [("sweep", w, kind, str(seed), folder, m) for seed in seeds for w, kind in kinds for m in wanted[kind]]
+        tasks = [
+            ("sweep", w, kind, str(seed), folder, m) for seed in seeds for w, kind in kinds for m in wanted[w, kind]
+        ]
         _run(tasks, arguments.jobs)
     if arguments.only in (None, "report"):
         found = {}
@@ -63,9 +66,16 @@ def main() -> None:
         for world, kind in kinds:
             parts = [part_of(world, kind, seed, arguments.folder) for seed in seeds]
             title = f"{world}, {'one task' if kind == 'single' else f'{len(parts[0].experts)} tasks'}"
-            found[title] = list(findings.rows(parts, wanted[kind]))
+            found[title] = list(findings.rows(parts, wanted[world, kind]))
             sections += [f"### {title}", findings.verdict(found[title]), findings.table(found[title], parts)]
         write(arguments.out, "\n\n".join(sections), found)
+
+
+def worthwhile(name: str, experts: int) -> bool:
+    """Whether a method takes so many experts and is not, by its own promise, ``linear`` with one."""
+    method = methods()[name]
+    same = experts == 1 and method.promises.neutral == {} and knob_of(method) is None
+    return takes(method, experts) and (not same or name in findings.RIVALS)
 
 
 def write(out: Path, text: str, found: dict[str, list[findings.Row]]) -> None:
