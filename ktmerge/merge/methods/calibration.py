@@ -1,0 +1,154 @@
+"""What sets the size of a merged delta, whatever merged it: singular value calibration (SVC) and norm budgets."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from ktmerge.merge.methods.wudi import MEANS
+from ktmerge.merge.registry import method, stage
+from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SKIPPED = 1e-7
+"""Singular values below this share of the largest become zero."""
+_FLOOR = 1e-12
+"""Of ||u^T tau_t||^2, as a share of ||tau_t||^2."""
+
+
+class SvcParameters(Parameters):
+    alpha: float | None = Field(
+        None,
+        gt=0,
+        description="least response of an expert to count in full; 1 / N if not given, so that experts at right angles "
+        "give their sum",
+    )
+    split_fused: bool = Field(True, description="take maps that share a tensor (query, key and value) apart")
+
+
+@stage("svc", "calibrate", SvcParameters, reach="tensor")
+def svc(merged: Tensor, deltas: list[Tensor], parameters: SvcParameters, context: Context) -> Tensor:
+    """Rescale the merged delta, direction by direction, to what the experts do there (arXiv:2602.05536).
+
+    M = U S V^T; a_r = u_r^T M, a_r^t = u_r^T tau_t, s_r^t = <a_r, a_r^t> / ||a_r^t||^2,
+    gamma_r = N / sum_t max(alpha, s_r^t), S' = gamma S. Equal experts give the one, whether M was their sum or mean:
+    what several share is no longer counted several times, and lambda 1 means the same after every rule. N counts the
+    experts that changed the map. Tensors that are no linear maps stay as they were merged.
+
+    The formula has no weights: each delta is multiplied by its weight over the mean of their magnitudes.
+    """
+    import torch
+
+    from ktmerge.merge.matrices import by_map
+    from ktmerge.merge.spectra import has_maps, members, one_sided
+
+    if not has_maps(context):
+        return merged
+
+    def calibrate(maps: list[Tensor], base: Tensor, number: int) -> Tensor:
+        whole = maps[0]
+        own = members(maps[1:], base, context)
+        if not own or not bool(whole.any()) or (len(own) == 1 and whole.equal(own[0])):
+            return whole
+        found = one_sided(whole).top(min(whole.shape), _SKIPPED)
+        answers = found.values[:, None] * found.right.T
+        alpha = 1 / len(own) if parameters.alpha is None else parameters.alpha
+        counted = torch.zeros_like(found.values)
+        for delta in own:
+            response = found.left.T @ delta.double()
+            energy = (response**2).sum(1).clamp(min=_FLOOR * float((delta.double() ** 2).sum()))
+            counted += ((answers * response).sum(1) / energy).clamp(min=alpha)
+        return ((found.left * (len(own) / counted)) @ answers).float()
+
+    return by_map([merged, *deltas], context, calibrate, fused=parameters.split_fused)
+
+
+@stage("norm_budget", "calibrate", reach="tensor")
+def norm_budget(merged: Tensor, deltas: list[Tensor], parameters: Parameters, context: Context) -> Tensor:
+    """Give the merged delta of each tensor the mean length of the experts': M' = M mean_t ||tau_t|| / ||M||.
+
+    Makes lambda 1 comparable between rules. Only experts that changed the tensor count; each delta is multiplied by its
+    weight over the mean of their magnitudes. A merged delta of zero stays zero.
+    """
+    from ktmerge.merge.spectra import members
+
+    length = float(merged.double().norm())
+    own = members(deltas, context.base, context)
+    if not own or not length > 0 or (len(own) == 1 and merged.equal(own[0])):
+        return merged
+    budget = sum(float(delta.double().norm()) for delta in own) / len(own)
+    return (merged.double() * (budget / length)).float()
+
+
+_SVC = (("svc", dict[str, Any]()),)
+_SOURCE = "arXiv:2602.05536"
+_CALIBRATED: tuple[tuple[str, str, str, Stages, str, str], ...] = (
+    (
+        "task_arithmetic_svc",
+        "Several experts: their sum, with what they share counted once; needs no search for lambda.",
+        f"Ilharco et al., ICLR 2023, arXiv:2212.04089; {_SOURCE}",
+        Stages(combine=("sum", {}), calibrate=_SVC),
+        "sum_t tau_t",
+        "eigh min(o, i)^3",
+    ),
+    (
+        "ties_svc",
+        "As ties, with the strength of every direction set by what the experts do there.",
+        f"Yadav et al., NeurIPS 2023, arXiv:2306.01708; {_SOURCE}",
+        Stages(transform=(("trim", {}),), combine=("elect", {}), calibrate=_SVC),
+        "ties",
+        "eigh min(o, i)^3",
+    ),
+    (
+        "tsv_m_svc",
+        "As tsv_m, with the strength of every direction set by what the experts do there.",
+        f"Gargiulo et al., CVPR 2025, arXiv:2412.00081; {_SOURCE}",
+        Stages(combine=("tsv_m", {}), calibrate=_SVC),
+        "tsv_m",
+        "(N + 3) eigh min(o, i)^3",
+    ),
+    (
+        "swudi_a_svc",
+        "Several experts and no data: as swudi_a, with the strength of every direction set by the experts.",
+        f"Wei et al., 2026, arXiv:2606.07289; {_SOURCE}",
+        Stages(combine=("spectral_regmean", {"filter": "none", "rank": "participation"}), calibrate=_SVC),
+        "swudi_a",
+        "eigh min(i, N o)^3 + eigh min(o, i)^3",
+    ),
+)
+
+for _name, _summary, _from, _stages, _merged, _cost in _CALIBRATED:
+    method(
+        Method(
+            name=_name,
+            summary=_summary,
+            source=_from,
+            stages=_stages,
+            otherwise=MEANS,
+            capped=True,
+            formula=f"U g S V^T of {_merged} = U S V^T, g = N / sum_t max(1 / N, <u M, u tau_t> / ||u tau_t||^2)",
+            cost=f"{_cost} + N oi min(o, i)",
+            promises=Promises(
+                neutral={"density": 1.0} if _name == "ties_svc" else {},
+                identical="other" if _name == "tsv_m_svc" else "mean",
+                elements=False, rotations=_name != "ties_svc", tolerance=2e-5,
+            ),
+        )
+    )  # fmt: skip
+
+method(
+    Method(
+        name="norm_budget",
+        summary="Several experts: their mean direction, as long as they are on average; averaging alone shortens it.",
+        source="ktmerge; the rule for lengths after OPCM, arXiv:2501.09522",
+        stages=Stages(combine=("mean", {}), calibrate=(("norm_budget", {}),)),
+        otherwise=MEANS,
+        capped=True,
+        formula="mean_t ||tau_t|| M / ||M||, M = mean_t tau_t",
+        cost="N oi",
+        promises=Promises(identical="mean", elements=False, rotations=True, tolerance=1e-6),
+    )
+)

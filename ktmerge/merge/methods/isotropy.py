@@ -1,0 +1,176 @@
+"""Even out the spectrum of the merged delta, so that no expert's strong directions drown another's (Iso)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from ktmerge.merge.methods.wudi import MEANS
+from ktmerge.merge.registry import method, stage
+from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class IsotropyParameters(Parameters):
+    power: float = Field(
+        0.0, ge=0, le=1, description="of the singular values; 0 makes all equal, 1 leaves the sum as is"
+    )
+    preserve: Literal["nuclear", "frobenius"] = Field(
+        "nuclear", description="what stays the same: the mean singular value, as published, or the Frobenius norm"
+    )
+    split_fused: bool = Field(True, description="take maps that share a tensor (query, key and value) apart")
+
+
+class IsoCtsParameters(Parameters):
+    common: float = Field(0.8, ge=0, le=1, description="share of the directions that all experts have together")
+    split_fused: bool = Field(True, description="take maps that share a tensor (query, key and value) apart")
+
+
+@stage("isotropy", "combine", IsotropyParameters, reach="tensor")
+def isotropy(deltas: list[Tensor], parameters: IsotropyParameters, context: Context) -> Tensor:
+    """Sum of the deltas with its singular values evened out: sum_t tau_t = U S V^T, M = c U S^p V^T (arXiv:2502.04959).
+
+    c keeps the mean of the min(o, i) singular values (``nuclear``; with p = 0 Iso-C's mean(S) U V^T) or ||S||
+    (``frobenius``). With p = 0 the weakest directions, noise most of all, are raised to the mean; p = 0.5 is milder.
+    One expert does not come back as it was unless p = 1. Tensors that are no linear maps are averaged.
+
+    The formula has no weights: each delta is multiplied by its weight over the mean of their magnitudes.
+
+    Differs from the paper's code: directions whose singular value is rounding stay out, as their vectors are arbitrary.
+    """
+    import torch
+
+    from ktmerge.merge.matrices import by_map
+    from ktmerge.merge.methods.mean import mean
+    from ktmerge.merge.spectra import has_maps, members, total
+
+    if not has_maps(context):
+        return mean(deltas, Parameters(), context)
+
+    def merge(maps: list[Tensor], base: Tensor, number: int) -> Tensor:
+        own = members(maps, base, context)
+        if not own:
+            return torch.zeros_like(base)
+        if parameters.power == 1:
+            return own[0] if len(own) == 1 else total(own).float()
+        return _evened(total(own), parameters).float()
+
+    return by_map(deltas, context, merge, fused=parameters.split_fused)
+
+
+def _evened(added: Tensor, parameters: IsotropyParameters) -> Tensor:
+    from ktmerge.merge.spectra import NOISE, one_sided
+
+    found = one_sided(added)
+    values = found.values[found.values > NOISE * found.values[0]]
+    if not values.numel():
+        return added
+    powers = values**parameters.power
+    if parameters.preserve == "frobenius":
+        scale = values.norm() / powers.norm()
+    else:
+        # with p = 0 the mean over all of min(o, i), those that stay out included
+        count = found.values.numel() if parameters.power == 0 else float(powers.sum())
+        scale = values.sum() / count
+    return found.filtered(scale * powers / values)
+
+
+@stage("iso_cts", "combine", IsoCtsParameters, reach="tensor")
+def iso_cts(deltas: list[Tensor], parameters: IsoCtsParameters, context: Context) -> Tensor:
+    """Common directions of the sum and specific ones of each expert, all equally strong (Iso-CTS, arXiv:2502.04959).
+
+    r = min(o, i), specific = round((r - floor(common r)) / N) N (half to even), k = r - specific. U_c, S_c, V_c the k
+    largest triplets of sum_t tau_t; of each (I - U_c U_c^T) tau_t the specific / N largest; side by side, U, S and V:
+    M = mean(S) polar(U) polar(V)^T. With no room for specific directions this is Iso-C. One expert does not come back
+    as it was. Tensors that are no linear maps are averaged.
+
+    The formula has no weights: each delta is multiplied by its weight over the mean of their magnitudes.
+
+    Differs from the paper's code: directions whose singular value is rounding stay out, as their vectors are arbitrary.
+    """
+    import torch
+
+    from ktmerge.merge.matrices import by_map
+    from ktmerge.merge.methods.mean import mean
+    from ktmerge.merge.spectra import has_maps, members
+
+    if not has_maps(context):
+        return mean(deltas, Parameters(), context)
+
+    def merge(maps: list[Tensor], base: Tensor, number: int) -> Tensor:
+        own = members(maps, base, context)
+        return _common_and_specific(own, parameters.common).float() if own else torch.zeros_like(base)
+
+    return by_map(deltas, context, merge, fused=parameters.split_fused)
+
+
+def _common_and_specific(own: list[Tensor], common: float) -> Tensor:
+    import torch
+
+    from ktmerge.merge.spectra import Spectrum, one_sided, polar, total
+
+    added = total(own)
+    size = min(added.shape)
+    count = specific_count(size, common, len(own))
+    shared = one_sided(added).top(size - count * len(own))
+    triplets: list[Spectrum] = []
+    for delta in own:
+        rest = delta.double() - shared.left @ (shared.left.T @ delta.double())
+        found = one_sided(rest).top(count) if count else shared.first(0)
+        # what is left of a delta inside the common space is rounding
+        triplets.append(found.first(int((found.values > 1e-6 * float(delta.norm())).sum())))
+    triplets.append(shared)
+    strength = torch.cat([one.values for one in triplets]).sum() / size
+    left = polar(torch.cat([one.left for one in triplets], dim=1))
+    right = polar(torch.cat([one.right for one in triplets], dim=1))
+    return strength * left @ right.T
+
+
+def specific_count(size: int, common: float, experts: int) -> int:
+    """Specific directions of each expert: so many that N times them is the even share of what common ones leave."""
+    each = round((size - int(common * size)) / experts)
+    return min(each, size // experts)
+
+
+for _name, _summary, _formula, _cost, _stages in (
+    (
+        "iso_c",
+        "Several experts whose strong directions drown each other: make all directions of their sum equally strong.",
+        "mean(S) U V^T of sum_t tau_t = U S V^T",
+        "eigh min(o, i)^3",
+        Stages(combine=("isotropy", {})),
+    ),
+    (
+        "soft_iso",
+        "As iso_c, but halfway: weak directions are raised without letting noise catch up; try it on language models.",
+        "||S|| / ||S^p|| U S^p V^T of sum_t tau_t = U S V^T, p = 0.5",
+        "eigh min(o, i)^3",
+        Stages(combine=("isotropy", {"power": 0.5, "preserve": "frobenius"})),
+    ),
+    (
+        "iso_cts",
+        "As iso_c with many experts: a fifth of the directions is reserved for what only one of them has.",
+        "mean(S) polar(U) polar(V)^T, [U, S, V] = top 80 % of sum_t tau_t and the rest from each beyond them",
+        "(N + 3) eigh min(o, i)^3",
+        Stages(combine=("iso_cts", {})),
+    ),
+):
+    method(
+        Method(
+            name=_name,
+            summary=_summary,
+            source="Marczak et al., ICML 2025, arXiv:2502.04959" + ("; softened by ktmerge" if "soft" in _name else ""),
+            stages=_stages,
+            otherwise=MEANS,
+            capped=True,
+            formula=_formula,
+            cost=_cost,
+            promises=Promises(
+                neutral={"power": 1.0} if _name == "soft_iso" else None,
+                identical="other", elements=False, rotations=True, tolerance=1e-5,
+            ),
+        )
+    )  # fmt: skip

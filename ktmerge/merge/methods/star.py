@@ -1,0 +1,60 @@
+"""Keep the head of each delta's spectrum and make up for what was cut off (STAR)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from ktmerge.merge.methods.wudi import MEANS
+from ktmerge.merge.registry import method, stage
+from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class StarParameters(Parameters):
+    eta: float = Field(0.4, ge=0, le=1, description="share of the sum of singular values that the kept ones hold")
+    split_fused: bool = Field(True, description="take maps that share a tensor (query, key and value) apart")
+
+
+@stage("star", "transform", StarParameters, reach="tensor")
+def star(delta: Tensor, parameters: StarParameters, context: Context) -> Tensor:
+    """Keep the largest singular values and rescale them to the sum of all (arXiv:2502.10339).
+
+    r the fewest with sum_{k <= r} s_k >= eta sum s; s'_k = s_k sum s / sum_{k <= r} s_k.
+    """
+    import torch
+
+    from ktmerge.merge.matrices import by_map, changed
+    from ktmerge.merge.spectra import has_maps, one_sided, rank_of
+
+    if not has_maps(context) or parameters.eta == 1:
+        return delta
+
+    def rescale(maps: list[Tensor], base: Tensor, number: int) -> Tensor:
+        own = maps[0]
+        if not changed(maps, base):
+            return own
+        found = one_sided(own)
+        kept = found.values[: rank_of(found.values, "nuclear", 0, parameters.eta)]
+        if not kept.numel():
+            return torch.zeros_like(own)
+        return found.filtered((found.values.sum() / kept.sum()).expand(kept.shape)).float()
+
+    return by_map([delta], context, rescale, fused=parameters.split_fused)
+
+
+method(
+    Method(
+        name="star",
+        summary="Several experts: cut the small directions of each, which interfere most, keep its strength; average.",
+        source="Lee et al., NAACL 2025, arXiv:2502.10339",
+        stages=Stages(transform=(("star", {}),), combine=("mean", {})),
+        otherwise=MEANS,
+        formula="mean_t U_r (S_r sum s / sum_r s) V_r^T of tau_t = U S V^T, sum_r s >= 0.4 sum s",
+        cost="N eigh min(o, i)^3",
+        promises=Promises(neutral={"eta": 1.0}, identical="other", elements=False, rotations=True, tolerance=1e-5),
+    )
+)

@@ -1,0 +1,74 @@
+"""Task singular vectors: each expert's strongest directions, made orthogonal to the others' (TSV-M)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from ktmerge.merge.methods.wudi import MEANS
+from ktmerge.merge.registry import method, stage
+from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class TsvParameters(Parameters):
+    fraction: float | None = Field(
+        None, gt=0, le=1, description="share of the smaller dimension that each expert gets; 1 / N if not given"
+    )
+    split_fused: bool = Field(True, description="take maps that share a tensor (query, key and value) apart")
+
+
+@stage("tsv_m", "combine", TsvParameters, reach="tensor")
+def tsv_m(deltas: list[Tensor], parameters: TsvParameters, context: Context) -> Tensor:
+    """Sum of each expert's top singular directions, decorrelated between experts (arXiv:2412.00081, section 3.2).
+
+    k = max(1, floor(min(o, i) / N)); U, S, V the k largest triplets of all experts side by side;
+    M = polar(U) diag(S) polar(V)^T. Of a single expert that changed a map the delta is returned; experts at right
+    angles on both sides with no more than k directions give their sum. Tensors that are no linear maps are averaged.
+
+    The formula has no weights: each delta is multiplied by its weight over the mean of their magnitudes.
+
+    Differs from the paper's code: the polar factors leave out directions whose singular value is rounding, as where
+    experts share a direction a full factor adds an arbitrary one; N counts the experts that changed the map.
+    """
+    import torch
+
+    from ktmerge.merge.matrices import by_map
+    from ktmerge.merge.methods.mean import mean
+    from ktmerge.merge.spectra import draws, has_maps, members, polar, top
+
+    if not has_maps(context):
+        return mean(deltas, Parameters(), context)
+
+    def merge(maps: list[Tensor], base: Tensor, number: int) -> Tensor:
+        own = members(maps, base, context)
+        if len(own) < 2:
+            return own[0] if own else torch.zeros_like(base)
+        size = min(base.shape)
+        share = 1 / len(own) if parameters.fraction is None else parameters.fraction
+        count = max(1, size // len(own) if parameters.fraction is None else int(size * share))
+        found = [top(one, count, draws(context)) for one in own]
+        left, right = (
+            polar(torch.cat(sides, dim=1)) for sides in zip(*((f.left, f.right) for f in found), strict=True)
+        )
+        return ((left * torch.cat([one.values for one in found])) @ right.T).float()
+
+    return by_map(deltas, context, merge, fused=parameters.split_fused)
+
+
+method(
+    Method(
+        name="tsv_m",
+        summary="Several unlike experts: add what each does most strongly, kept out of the others' way.",
+        source="Gargiulo et al., CVPR 2025, arXiv:2412.00081",
+        stages=Stages(combine=("tsv_m", {})),
+        otherwise=MEANS,
+        capped=True,
+        formula="polar(U) diag(S) polar(V)^T, [U, S, V] = top min(o, i) / N singular triplets of each tau_t",
+        cost="(N + 2) eigh min(o, i)^3",
+        promises=Promises(identical="other", elements=False, rotations=True, tolerance=1e-5),
+    )
+)

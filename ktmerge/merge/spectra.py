@@ -1,0 +1,233 @@
+"""Singular values and vectors of deltas: what the spectral methods share.
+
+Vectors come from the smaller Gram matrix in float64: for float32 data as exact as an SVD in float32, and far cheaper.
+Where the small singular values themselves decide, `decompositions.singular_values` finds them without squaring.
+No function's result depends on the signs of the vectors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Literal
+
+from ktmerge.merge.decompositions import eigh
+from ktmerge.merge.kernels.keys import stream_key
+from ktmerge.merge.matrices import changed
+from ktmerge.merge.regression import leading
+from ktmerge.merge.weights import relative
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ktmerge.merge.stage import Context
+
+Rule = Literal["rank", "fraction", "energy", "nuclear", "stable", "participation"]
+
+NOISE = 1e-5
+"""Singular values below this share of the largest are rounding; their vectors are arbitrary."""
+_SMALL = 512
+_FEW = 16
+"""Matrices of at least `_SMALL` rows and columns are sampled for fewer than one in `_FEW` of their directions."""
+_SPARE = 16
+_ITERATIONS = 4
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """U diag(s) V^T, float64.
+
+    Attributes:
+        left: U ``[o, r]``.
+        values: s ``[r]``, from the largest to the smallest.
+        right: V ``[i, r]``.
+    """
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+
+    def matrix(self) -> Tensor:
+        """The matrix of these triplets, ``[o, i]``."""
+        return (self.left * self.values) @ self.right.T
+
+    def first(self, count: int) -> Spectrum:
+        """The triplets of the ``count`` largest values."""
+        return Spectrum(self.left[:, :count], self.values[:count], self.right[:, :count])
+
+
+@dataclass(frozen=True)
+class OneSided:
+    """Singular values s and the vectors of a matrix's shorter side, float64.
+
+    Attributes:
+        values: s ``[m]``, m = min(o, i), from the largest to the smallest; exact to 1e-8 of the largest.
+        vectors: ``[m, m]``: U if the matrix has no more outputs than inputs, else V.
+    """
+
+    whole: Tensor
+    values: Tensor
+    vectors: Tensor
+
+    @property
+    def is_left(self) -> bool:
+        """Whether the vectors are U."""
+        return self.whole.shape[0] <= self.whole.shape[1]
+
+    def filtered(self, factors: Tensor) -> Tensor:
+        """U diag(g s) V^T for factors g ``[k]`` of the k largest values, 0 for the others."""
+        own = self.vectors[:, : factors.numel()]
+        if self.is_left:
+            return (own * factors) @ (own.T @ self.whole)
+        return (self.whole @ own * factors) @ own.T
+
+    def top(self, count: int, floor: float = NOISE) -> Spectrum:
+        """The triplets of the ``count`` largest values above ``floor`` times the largest."""
+        if not self.values.numel():
+            return Spectrum(self.whole[:, :0], self.values, self.whole.T[:, :0])
+        count = min(count, int((self.values > floor * self.values[0]).sum()))
+        own, values = self.vectors[:, :count], self.values[:count]
+        if self.is_left:
+            return Spectrum(own, values, self.whole.T @ own / values)
+        return Spectrum(self.whole @ own / values, values, own)
+
+
+def one_sided(matrix: Tensor) -> OneSided:
+    """Singular values and the shorter side's vectors of ``[o, i]``."""
+    whole = matrix.double()
+    gram = whole @ whole.T if whole.shape[0] <= whole.shape[1] else whole.T @ whole
+    values, vectors = eigh(gram)
+    return OneSided(whole, values.flip(0).clamp(min=0).sqrt(), vectors.flip(1))
+
+
+def top(matrix: Tensor, count: int, draw: Callable[[int], Tensor]) -> Spectrum:
+    """The ``count`` largest singular triplets of ``[o, i]``; no triplets of values that are rounding.
+
+    A few of a large matrix are found by subspace iteration from a random start (arXiv:0909.4061, algorithm 4.4), which
+    is exact to about the gap between their values and the next.
+
+    Args:
+        matrix: any.
+        count: r.
+        draw: gives so many random numbers, from a keyed stream: see `draws`.
+    """
+    import torch
+
+    outputs, inputs = matrix.shape
+    if min(outputs, inputs) < _SMALL or count * _FEW > min(outputs, inputs):
+        return one_sided(matrix).top(count)
+    width = count + _SPARE
+    basis = matrix @ draw(inputs * width).view(inputs, width).to(matrix)
+    for _ in range(_ITERATIONS):
+        basis = torch.linalg.qr(basis)[0]
+        basis = matrix @ torch.linalg.qr(matrix.T @ basis)[0]
+    basis = torch.linalg.qr(basis)[0].double()
+    inner = one_sided(basis.T @ matrix.double()).top(count)
+    return Spectrum(basis @ inner.left, inner.values, inner.right)
+
+
+def polar(stack: Tensor) -> Tensor:
+    """A B^T of the SVD A S B^T of ``[n, r]``, without the directions whose value is rounding.
+
+    Vectors that are given twice leave no direction for the second: a full polar factor would put any there.
+    """
+    found = one_sided(stack)
+    if not found.values.numel() or not float(found.values[0]) > 0:
+        return found.whole
+    kept = found.values[found.values > NOISE * found.values[0]]
+    return found.filtered(1 / kept)
+
+
+def rank_of(values: Tensor, rule: Rule, rank: int, share: float) -> int:
+    """How many of the singular values ``[m]``, in descending order, a rule takes.
+
+    Args:
+        values: s.
+        rule: ``rank``: as many; ``fraction`` of m; the fewest that hold a share of sum s^2 (``energy``) or of sum s
+            (``nuclear``); the ``stable`` rank sum s^2 / s_1^2; the ``participation`` (sum s)^2 / sum s^2. Rounded up.
+        rank: of that rule.
+        share: the fraction or share.
+    """
+    positive = int((values > 0).sum())
+    if rule == "rank":
+        return min(rank, positive)
+    return min(leading(values[:positive] ** 2, rule, share, values.numel()), positive)
+
+
+def threshold(values: Tensor, shape: tuple[int, int]) -> float:
+    """Gavish and Donoho's singular value threshold for unknown noise (arXiv:1305.5870; arXiv:2605.20296).
+
+    omega(beta) median(s) / mu_beta, beta = min(o, i) / max(o, i), omega^2 = 2 (beta + 1) + 8 beta /
+    ((beta + 1) + sqrt(beta^2 + 14 beta + 1)), mu_beta the root of the Marchenko-Pastur distribution's median.
+    """
+    beta = min(shape) / max(shape)
+    omega = math.sqrt(2 * (beta + 1) + 8 * beta / ((beta + 1) + math.sqrt(beta**2 + 14 * beta + 1)))
+    return omega * noise(values, shape)
+
+
+def noise(values: Tensor, shape: tuple[int, int]) -> float:
+    """sigma sqrt(max(o, i)) of the i.i.d. noise that would have the same median singular value.
+
+    A singular value of pure noise lies between 1 - sqrt(beta) and 1 + sqrt(beta) times this.
+    """
+    count = values.numel()
+    descending = values.double()
+    middle = float(descending[(count - 1) // 2] + descending[count // 2]) / 2
+    return middle / math.sqrt(marchenko_pastur_median(min(shape) / max(shape)))
+
+
+@cache
+def marchenko_pastur_median(beta: float) -> float:
+    """Median of the Marchenko-Pastur distribution of ratio beta in (0, 1] and variance 1.
+
+    With x = 1 + beta - 2 sqrt(beta) cos(phi) its density is 2 sin(phi)^2 / (pi x) dphi, whose integral has a closed
+    form; the rest is bisection.
+    """
+    if not 0 < beta <= 1:
+        raise ValueError(f"a ratio of {beta} is not in (0, 1]")
+    root = math.sqrt(beta)
+
+    def below(phi: float) -> float:
+        angle = math.atan2((1 + root) * math.sin(phi / 2), (1 - root) * math.cos(phi / 2))
+        return (math.sin(phi) * root + (1 + beta) * phi / 2 - (1 - beta) * angle) / (math.pi * beta)
+
+    low, high = 0.0, math.pi
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if below(middle) < 0.5 else (low, middle)
+    return 1 + beta - 2 * root * math.cos(low)
+
+
+def draws(context: Context) -> Callable[[int], Tensor]:
+    """Random numbers in (-1/2, 1/2) for `top`, from a stream of this tensor and, within a transform, this expert."""
+    key = stream_key(context.seed, "subspace", context.expert, context.tensor)
+
+    def draw(count: int) -> Tensor:
+        words = context.kernels.words(key, 0, count, context.base.device)
+        return (words.double() + 0.5) / 2**32 - 0.5
+
+    return draw
+
+
+def has_maps(context: Context) -> bool:
+    """Whether the tensor is made of linear maps; stages spelled out in a recipe get to see all others, too."""
+    return context.tensor_class == "matrix"
+
+
+def members(maps: Sequence[Tensor], base: Tensor, context: Context) -> list[Tensor]:
+    """tau_t w_t / mean |w| of the experts that changed this map and have a weight; float32 like the deltas."""
+    numbers = [number for number in changed(maps, base) if context.weights[number] != 0]
+    if not numbers:
+        return []
+    weights = relative([context.weights[number] for number in numbers])
+    return [maps[n] if weight == 1 else maps[n] * weight for n, weight in zip(numbers, weights, strict=True)]
+
+
+def total(deltas: Sequence[Tensor]) -> Tensor:
+    """sum_t tau_t in float64."""
+    added = deltas[0].double()
+    for delta in deltas[1:]:
+        added = added + delta.double()
+    return added
