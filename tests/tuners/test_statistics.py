@@ -1,0 +1,318 @@
+"""Measured statistics against models run by hand; the same whatever else is measured; the same bytes after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tuning import CHATS, ROWS, write
+
+from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.statistics import FISHER, INPUTS, RECORD, Statistics
+from ktmerge.errors import UsageError
+from ktmerge.recipes.schema import Statistics as Job
+from ktmerge.tuners.data import read_data
+from ktmerge.tuners.encode import Encoded, Encoder
+from ktmerge.tuners.statistics import StatisticsReport, measure
+from ktmerge.tuners.statistics.reservoir import Reservoir, priorities
+
+QUERY, KEY = "model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.k_proj.weight"
+GATE, DOWN = "model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.down_proj.weight"
+
+
+def made(model: Path, folder: Path, out: str = "stats", /, **settings: Any) -> StatisticsReport:
+    write(folder / "rows.jsonl", ROWS)
+    flags = {name: settings.pop(name) for name in ("overwrite", "resume") if name in settings}
+    job = Job.model_validate({"data": ["rows.jsonl"], **settings} if "self_generate" not in settings else settings)
+    return measure(job, model, folder / out, folder=folder, **flags)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def encoded_rows(model: Path, folder: Path, count: int = len(ROWS)) -> list[Encoded]:
+    encoder = Encoder.load(model)
+    return [encoder.encode(sample) for sample in read_data(["rows.jsonl"], folder).samples[:count]]
+
+
+def in_float64(path: Path) -> Any:
+    from transformers import LlamaForCausalLM
+
+    return LlamaForCausalLM.from_pretrained(path, dtype=torch.float64).eval()
+
+
+def by_hand(path: Path, texts: list[Encoded]) -> dict[str, torch.Tensor]:
+    """What layer 1's maps are given, from the formulas of the Llama block, all texts padded into one batch."""
+    model = in_float64(path)
+    longest = max(map(len, texts))
+    ids, mask = (torch.zeros(len(texts), longest, dtype=torch.int64) for _ in range(2))
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = torch.tensor(text.ids)
+        mask[row, : len(text)] = 1
+    layer = model.model.layers[1]
+    middle: list[torch.Tensor] = []
+    layer.post_attention_layernorm.register_forward_hook(lambda module, args, out: middle.append(args[0]))
+    with torch.no_grad():
+        before = model(ids, attention_mask=mask, output_hidden_states=True).hidden_states[1]
+
+    def normed(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return scale * values / (values.square().mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt()
+
+    query = normed(before, layer.input_layernorm.weight)[mask.bool()]
+    gate = normed(middle[0], layer.post_attention_layernorm.weight)[mask.bool()]
+    gated = gate @ layer.mlp.gate_proj.weight.T
+    down = gated / (1 + (-gated).exp()) * (gate @ layer.mlp.up_proj.weight.T)
+    return {QUERY: query.detach(), GATE: gate.detach(), DOWN: down.detach()}
+
+
+def test_samples_and_means_are_what_the_maps_are_given(tiny_llama: Path, tmp_path: Path) -> None:
+    made(tiny_llama, tmp_path, dtype="float32", tokens=4096)
+    found = load_file(tmp_path / "stats" / INPUTS)
+    for name, rows in by_hand(tiny_llama, encoded_rows(tiny_llama, tmp_path)).items():
+        sample = found[f"sample/{name}"]
+        assert sample.shape == rows.shape
+        torch.testing.assert_close(sample.double(), rows, rtol=1e-4, atol=1e-5 * float(rows.abs().max()))
+        torch.testing.assert_close(found[f"mean_square/{name}"].double(), rows.square().mean(0), rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(found[f"mean_absolute/{name}"].double(), rows.abs().mean(0), rtol=1e-4, atol=1e-9)
+    statistics = Statistics.open(tmp_path / "stats")
+    assert statistics.is_of(Checkpoint.open(tiny_llama))
+    assert statistics.samples[KEY] == (QUERY,)
+    assert len(statistics.samples) == 14
+    assert not any("norm" in name or "embed" in name for name in statistics.samples)
+
+
+def test_a_sample_is_some_of_the_rows_the_same_tokens_everywhere(tiny_llama: Path, tmp_path: Path) -> None:
+    made(tiny_llama, tmp_path, "all", dtype="float32", tokens=4096)
+    made(tiny_llama, tmp_path, "some", dtype="float16", tokens=20)
+    every, some = (load_file(tmp_path / name / INPUTS) for name in ("all", "some"))
+    same = torch.ones(20, len(every[f"sample/{QUERY}"]), dtype=torch.bool)
+    for name in (QUERY, GATE, DOWN):
+        whole, part = every[f"sample/{name}"].half(), some[f"sample/{name}"]
+        assert part.dtype == torch.float16
+        assert part.shape == (20, whole.shape[1])
+        same &= (part[:, None] == whole[None]).all(-1)
+        assert every[f"mean_square/{name}"].equal(some[f"mean_square/{name}"])
+    last = -1
+    for row in same:  # one place after the other, and the same in all three
+        last = next(place for place in row.nonzero()[:, 0].tolist() if place > last)
+
+
+def test_inputs_do_not_depend_on_what_else_is_measured(tiny_llama: Path, tmp_path: Path) -> None:
+    made(tiny_llama, tmp_path, "alone", tokens=30)
+    made(tiny_llama, tmp_path, "both", tokens=30, fisher="empirical")
+    alone, both = (load_file(tmp_path / name / INPUTS) for name in ("alone", "both"))
+    assert alone.keys() == both.keys()
+    for name in alone:
+        torch.testing.assert_close(alone[name], both[name], rtol=1e-3, atol=1e-6)
+
+
+def test_rows_are_drawn_evenly_and_however_they_arrive(tmp_path: Path) -> None:
+    rows, keep, trials = 40, 10, 400
+    values = torch.arange(rows, dtype=torch.float32)[:, None]
+    counts = np.zeros(rows)
+    for seed in range(trials):
+        kept = []
+        for number, cuts in enumerate(((0, 40), (0, 7, 8, 31, 40))):
+            one = Reservoir(tmp_path / f"{seed}-{number}", keep, 1)
+            for start, stop in pairwise(cuts):
+                chances = priorities(seed, "text", 3, start, stop - start)
+                one.add(values[start:stop], chances, 3, start)
+            kept.append(one.sample()[:, 0].tolist())
+            assert one.count == rows
+        assert kept[0] == kept[1] == sorted(kept[0])
+        assert len(set(kept[0])) == keep
+        counts[[int(value) for value in kept[0]]] += 1
+    share = keep / rows
+    deviations = (counts - trials * share) / (trials * share * (1 - share)) ** 0.5
+    assert np.abs(deviations).max() < 4.5
+    assert 0.4 < (deviations**2).mean() < 1.8
+
+
+def test_fisher_is_the_mean_of_each_examples_squared_gradient(tiny_llama: Path, tmp_path: Path) -> None:
+    report = made(tiny_llama, tmp_path, fisher="empirical", samples=len(ROWS))
+    model = in_float64(tiny_llama)
+    texts = encoded_rows(tiny_llama, tmp_path)
+    expected = {name: torch.zeros_like(values) for name, values in model.named_parameters()}
+    for text in texts:
+        model.zero_grad()
+        ids = torch.tensor(text.ids)
+        logits = model(ids[None]).logits[0].log_softmax(-1)
+        total = sum(logits[n - 1, ids[n]] for n in range(1, len(text)) if text.trained[n])
+        total.backward()  # type: ignore[union-attr]
+        for name, values in model.named_parameters():
+            expected[name] += values.grad**2 / len(texts)
+    found = load_file(tmp_path / "stats" / FISHER)
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(
+            found[name].double(), values, rtol=1e-3, atol=1e-6 * float(values.max()), msg=lambda text, n=name: n + text
+        )
+    norm = sum(float(values.square().sum()) for values in expected.values()) ** 0.5
+    assert Statistics.open(tmp_path / "stats").fisher_norm == pytest.approx(norm, rel=1e-4)
+    assert report.record["fisher"]["examples"] == len(ROWS)
+
+
+def test_drawn_answers_are_the_models_and_the_seeds(tiny_llama: Path, tmp_path: Path) -> None:
+    for out, seed in (("one", 1), ("again", 1), ("two", 2)):
+        made(tiny_llama, tmp_path, out, fisher="sampled", seed=seed, samples=len(ROWS))
+    one, again, two = (load_file(tmp_path / out / FISHER) for out in ("one", "again", "two"))
+    assert all(one[name].equal(again[name]) for name in one)
+    assert not one[GATE].equal(two[GATE])
+    # E[g] = 0 over the model's own answers: the expected square of a last-layer gradient has a closed form
+    model = in_float64(tiny_llama)
+    norm = "model.norm.weight"
+    expected = torch.zeros_like(model.model.norm.weight)
+    draws = torch.zeros_like(expected)
+    for text in encoded_rows(tiny_llama, tmp_path):
+        ids, answer = torch.tensor(text.ids), [n - 1 for n in range(1, len(text)) if text.trained[n]]
+        with torch.no_grad():
+            found = model(ids[None], output_hidden_states=True)
+            plain = found.hidden_states[-1][0, answer] / model.model.norm.weight
+            chances = found.logits[0, answer].softmax(-1)
+            head = model.lm_head.weight
+            spread = chances @ head.square() - (chances @ head).square()  # variance of the head's rows under the model
+            expected += (plain.square() * spread).sum(0) / len(ROWS)
+    for out in ("one", "two"):
+        draws += load_file(tmp_path / out / FISHER)[norm].double() / 2
+    assert float(draws.sum() / expected.sum()) == pytest.approx(1.0, abs=0.25)
+
+
+def test_rows_are_drawn_by_the_seed(tiny_llama: Path, tmp_path: Path) -> None:
+    counts = [made(tiny_llama, tmp_path, f"s{seed}", samples=5, seed=seed).record["tokens"][QUERY] for seed in range(6)]
+    assert made(tiny_llama, tmp_path, "again", samples=5, seed=3).record["tokens"][QUERY] == counts[3]
+    assert len(set(counts)) > 1
+
+
+def test_a_model_is_measured_on_texts_of_its_own(tiny_llama: Path, tmp_path: Path) -> None:
+    first = made(tiny_llama, tmp_path, "one", self_generate=4, max_length=24)
+    made(tiny_llama, tmp_path, "two", self_generate=4, max_length=24)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    assert first.record["examples"] == 4
+    assert 8 <= first.record["tokens"][QUERY] <= 96
+
+
+def test_conversations_are_read_as_for_a_fine_tune(tiny_llama: Path, tmp_path: Path) -> None:
+    write(tmp_path / "chats.jsonl", CHATS)
+    report = made(tiny_llama, tmp_path, data=["chats.jsonl"])
+    assert report.record["examples"] == len(CHATS)
+    assert report.pairs()["inputs"].startswith("8 distinct, of 14 linear maps")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from ktmerge.recipes.schema import Statistics
+from ktmerge.tuners.statistics import collector, measure
+module = sys.modules["ktmerge.tuners.statistics.measure"]
+module.SAVE_SECONDS = 0.0
+proper = collector.Collector.observe
+def observe(self, number, example):
+    proper(self, number, example)
+    if number == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+collector.Collector.observe = observe
+job = Statistics(data=["rows.jsonl"], tokens=30, fisher="sampled")
+measure(job, Path(sys.argv[1]), Path(sys.argv[2]) / "killed", folder=Path(sys.argv[2]), resume=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
+    settings = {"tokens": 30, "fisher": "sampled"}
+    made(tiny_llama, tmp_path, "whole", **settings)
+    for last in (2, 17, 18):
+        command = [sys.executable, "-c", KILLED, str(tiny_llama), str(tmp_path), str(last)]
+        done = subprocess.run(command, env={**os.environ, "PYTHONWARNINGS": "ignore"}, capture_output=True, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+        assert not (tmp_path / "killed").exists()
+    with pytest.raises(UsageError, match="an earlier run stopped here"):
+        made(tiny_llama, tmp_path, "killed", **settings)
+    with pytest.raises(UsageError, match="tokens was 30, now 31"):
+        made(tiny_llama, tmp_path, "killed", resume=True, **{**settings, "tokens": 31})
+    made(tiny_llama, tmp_path, "killed", resume=True, **settings)
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+    assert not (tmp_path / "killed.partial").exists()
+
+
+def test_what_is_there_is_kept_or_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    made(tiny_llama, tmp_path, tokens=8)
+    before = (tmp_path / "stats" / RECORD).stat().st_mtime_ns
+    made(tiny_llama, tmp_path, tokens=8, resume=True)
+    assert (tmp_path / "stats" / RECORD).stat().st_mtime_ns == before
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        made(tiny_llama, tmp_path, tokens=8)
+    with pytest.raises(UsageError, match="tokens was 8, now 9"):
+        made(tiny_llama, tmp_path, tokens=9, resume=True)
+    made(tiny_llama, tmp_path, tokens=9, overwrite=True)
+    assert load_file(tmp_path / "stats" / INPUTS)[f"sample/{QUERY}"].shape[0] == 9
+
+
+def test_refusals(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from ktmerge.cli import _exit_code
+
+    write(tmp_path / "rows.jsonl", ROWS)
+    rows, out, model = str(tmp_path / "rows.jsonl"), str(tmp_path / "out"), str(tiny_llama)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    write(tmp_path / "seeing.jsonl", [{**ROWS[0], "images": ["none.png"]}])
+    cases = {
+        "nothing to measure on": [model, "--out", out],
+        "give either --recipe": ["--data", rows],
+        "belong to 'ktmerge stats' without --recipe": [model, "--recipe", "ties"],
+        "the recipe says of no statistics how to make them": ["--recipe", "ties"],
+        "statistics: fisher: input should be": [model, "--data", rows, "--out", out, "--fisher", "exact"],
+        "no such file": [model, "--data", "nowhere.jsonl", "--out", out],
+        "one of the inputs": [model, "--data", rows, "--out", model],
+        "is an adapter": [str(adapter), "--data", rows, "--out", out],
+        "none.png: no such image": [model, "--data", str(tmp_path / "seeing.jsonl"), "--out", out],
+        "no row of the data names an image": [model, "--data", rows, "--out", out, "--images", str(tmp_path)],
+        "give either data or self_generate": [model, "--data", rows, "--out", out, "--self-generate", "2"],
+        "unknown key 'token'": [model, "--data", rows, "--out", out, "--set", "token=3"],
+        "are longer than 8 tokens": [model, "--data", rows, "--out", out, "--set", "max_length=8"],
+    }
+    for sentence, arguments in cases.items():
+        write(tmp_path / "rows.jsonl", [{"prompt": "Is it good? " * 9, "completion": "yes"}])
+        assert _exit_code(["stats", *arguments]) == 2, sentence
+        said = " ".join(capsys.readouterr().err.split())
+        assert sentence in said, said
+    assert not Path(out).exists()
+
+
+def test_statistics_are_made_on_the_way_of_a_recipe(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ktmerge import load_recipe, pipeline
+
+    write(tmp_path / "rows.jsonl", ROWS)
+    job = {"data": ["rows.jsonl"], "max_steps": 1, "batch_size": 2, "precision": "float32"}
+    document = {
+        "ktmerge": 1,
+        "base": str(tiny_llama),
+        "statistics": {"data": "rows.jsonl", "tokens": 16},
+        "experts": {"a": {"model": "runs/a", "statistics": {"tokens": 16, "folder": "measured/a"}}},
+        "finetune": {"experts": {"a": job}},
+        "blend": {"method": "linear"},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(document))
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    result = pipeline.run(recipe, tmp_path / "out")
+    assert result.statistics == {"base": tmp_path / "stats/base", "a": tmp_path / "measured/a"}
+    for name, model in (("base", tiny_llama), ("a", tmp_path / "runs/a")):
+        assert Statistics.open(result.statistics[name]).is_of(Checkpoint.open(model))
+    before = files_of(tmp_path / "measured/a")
+    stamp = (tmp_path / "measured/a" / RECORD).stat().st_mtime_ns
+    pipeline.run(recipe, tmp_path / "out", resume=True)
+    assert files_of(tmp_path / "measured/a") == before
+    assert (tmp_path / "measured/a" / RECORD).stat().st_mtime_ns == stamp
