@@ -463,6 +463,7 @@ def inspect(
     tuned: Sequence[str | Path] | Mapping[str, str | Path] = (),
     *,
     headers_only: bool = False,
+    common: bool = False,
     plot: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress = SILENT,
@@ -473,6 +474,7 @@ def inspect(
         base: folder or hub id.
         tuned: folders or hub ids (of PEFT adapters too), ``name=model`` strings, or a mapping of names to models.
         headers_only: read only the files' headers.
+        common: also say how much the changes of two or more tuned models have in common; takes minutes.
         plot: write a heat map, layer by kind of tensor, to this PNG, SVG or PDF file.
         overwrite: replace a picture that is there.
         progress: where to report to.
@@ -489,7 +491,7 @@ def inspect(
     if target is not None:
         diagnostics.require_drawable(target, models, headers_only=headers_only)
         refuse_existing(target, overwrite)
-    found = diagnostics.inspect(base, models, headers_only=headers_only, progress=progress)
+    found = diagnostics.inspect(base, models, headers_only=headers_only, common=common, progress=progress)
     if target is not None:
         from ktmerge.eval.results import write_whole
 

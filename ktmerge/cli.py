@@ -250,6 +250,9 @@ def inspect(
         bool, typer.Option("--headers", help="Read only the files' headers: names, shapes, parts.")
     ] = False,
     layers: Annotated[bool, typer.Option("--layers", help="Show every layer by itself.")] = False,
+    common: Annotated[
+        bool, typer.Option("--common", help="Also say how much two or more tuned models have in common; takes minutes.")
+    ] = False,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw layer by kind of tensor into this PNG, SVG or PDF file.")
     ] = None,
@@ -260,8 +263,9 @@ def inspect(
     from ktmerge import api, console
 
     result = api.inspect(
-        base, tuned or (), headers_only=headers, plot=plot, overwrite=overwrite, progress=console.TerminalProgress()
-    )
+        base, tuned or (), headers_only=headers, common=common, plot=plot, overwrite=overwrite,
+        progress=console.TerminalProgress(),
+    )  # fmt: skip
     if json_:
         console.print_json(result.to_json())
     else:

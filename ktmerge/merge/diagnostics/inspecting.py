@@ -26,6 +26,7 @@ def inspect(
     tuned: Mapping[str, str | Path] | None = None,
     *,
     headers_only: bool = False,
+    common: bool = False,
     progress: Progress = SILENT,
 ) -> Inspection:
     """Look into a base and its fine-tunes.
@@ -34,12 +35,18 @@ def inspect(
         base: folder or hub id.
         tuned: by name: folders or hub ids, of PEFT adapters too (folded into the base), or ``model+adapter``.
         headers_only: don't read weights; imports neither numpy nor numba.
+        common: also say how much the changes of two or more fine-tunes have in common; takes minutes, loads torch.
         progress: where to report.
 
     Raises:
-        UsageError: a folder is not a readable checkpoint, or shares nothing with the base.
+        UsageError: a folder is not a readable checkpoint, or shares nothing with the base; ``common`` of fewer than
+            two models or of headers only.
         KtmergeError: weights cannot be read.
     """
+    if common and (headers_only or len(tuned or {}) < 2):
+        raise UsageError(
+            "what is common shows in the weights of two or more tuned models; name them, without --headers."
+        )
     reference = open_model(str(base), Path.cwd())
     parts = Parts(reference)
     others = {name: open_model(str(model), Path.cwd(), reference) for name, model in (tuned or {}).items()}
@@ -53,6 +60,8 @@ def inspect(
     if others and not headers_only:
         _measure(reference, parts, others, alignments, found, progress)
         found.warnings += warnings_of(found)
+    if common:
+        _compare(reference, parts, others, alignments, found, progress)
     return found
 
 
@@ -104,6 +113,22 @@ def _measure(
             _add(found.pairs[models], part, pair)
     for model, cells in found.movements.items():
         found.coverage[model] = sum(moved.elements for moved in cells.values()) / total if total else 1.0
+
+
+def _compare(
+    base: Checkpoint,
+    parts: Parts,
+    others: Mapping[str, Checkpoint],
+    alignments: Mapping[str, Alignment],
+    found: Inspection,
+    progress: Progress,
+) -> None:
+    from ktmerge.merge.diagnostics.commonality import commonalities
+
+    names = [name for name, info in base.tensors.items() if tensor_class(name, info, base.config) == "matrix"]
+    mappings = {name: alignment.mapping for name, alignment in alignments.items()}
+    for name, one in commonalities(base, names, others, mappings, progress):
+        _add(found.common, parts.of(name), one)
 
 
 def _contents(checkpoint: Checkpoint, parts: Parts, layers: Iterable[str]) -> dict[str, Contents]:

@@ -9,12 +9,13 @@ from functools import reduce
 from operator import add
 from typing import Any, TypeVar
 
+from ktmerge.merge.diagnostics.commonality import Commonality
 from ktmerge.merge.diagnostics.differences import Differences
 from ktmerge.merge.diagnostics.kinds import KINDS
 from ktmerge.merge.diagnostics.measures import ALL, QUANTILES, Effective, Movement, Pair, Spread
 from ktmerge.merge.diagnostics.table import Table, tables
 
-T = TypeVar("T", Movement, Spread, Pair)
+T = TypeVar("T", Movement, Spread, Pair, Commonality)
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Inspection:
         spreads: per tuned model, by layer.
         pairs: per two tuned models, by layer.
         changed_by: by layer, how many tuned models changed each of its tensors.
+        common: by layer, what the changes of its matrices have in common; empty unless asked for.
         broken: (model, tensor) -> values that are infinite or NaN; the base is ``""``.
         warnings: what should make one stop.
     """
@@ -72,6 +74,7 @@ class Inspection:
     spreads: dict[str, dict[str, Spread]] = field(default_factory=dict)
     pairs: dict[tuple[str, str], dict[str, Pair]] = field(default_factory=dict)
     changed_by: dict[str, list[int]] = field(default_factory=dict)
+    common: dict[str, Commonality] = field(default_factory=dict)
     broken: dict[tuple[str, str], int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -94,6 +97,10 @@ class Inspection:
     def pair(self, first: str, second: str, part: str) -> Pair | None:
         """Two models beside each other."""
         return _total(pair for at, pair in self.pairs[first, second].items() if _within(at, part))
+
+    def commonality(self, part: str) -> Commonality | None:
+        """What the changes there have in common; None if no matrix was changed by two models, or nobody asked."""
+        return _total(one for at, one in self.common.items() if _within(at, part))
 
     def effective(self, part: str) -> Effective | None:
         """N_eff of the tensors; None if none was measured."""
@@ -139,8 +146,16 @@ class Inspection:
                 "parts": self._by(parts, lambda part: (one := self.effective(part)) and one.to_json()),
                 "layers": self._by(self.layers, lambda part: (one := self.effective(part)) and one.to_json()),
             },
+            **({"common": self._common(parts)} if self.common else {}),
             "warnings": self.warnings,
         }
+
+    def _common(self, parts: list[str]) -> dict[str, Any]:
+        def told(part: str) -> dict[str, Any] | None:
+            one = self.commonality(part)
+            return None if one is None else one.to_json()
+
+        return {"parts": self._by(parts, told), "layers": self._by(self.layers, told)}
 
     @staticmethod
     def _by(parts: Iterable[str], value: Any) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ktmerge.merge.diagnostics.measures import ALL, QUANTILES, Movement, Spread
+from ktmerge.merge.diagnostics.commonality import COHERENCE
+from ktmerge.merge.diagnostics.measures import ALL, QUANTILES, Effective, Movement, Spread
 
 if TYPE_CHECKING:
     from ktmerge.merge.diagnostics.inspection import Inspection
@@ -25,6 +26,8 @@ def tables(found: Inspection, *, layers: bool) -> Iterator[Table]:
         parts = [part for part in [*parts, ALL] if found.effective(part) is not None]
         yield _movements(found, parts)
         yield from _pairs(found, parts)
+        if found.common:
+            yield _common(found, parts)
     rows = [[name, what, line] for name, one in found.differences.items() for what, line in one.lines()]
     if rows:
         yield ["model", "about", "differs from the base in"], _once(rows, 2), "beside the weights"
@@ -74,6 +77,21 @@ def _pairs(found: Inspection, parts: list[str]) -> Iterator[Table]:
     if rows:
         title = "every two: cosine of their changes; share of opposite signs where both changed (unrelated: 50 %)"
         yield ["part", "models", "cosine", "opposite"], _once(rows, 1), title
+
+
+def _common(found: Inspection, parts: list[str]) -> Table:
+    """One row for each part with a matrix that two models changed."""
+    rows = []
+    for part in parts:
+        one = found.commonality(part)
+        if one is not None:
+            spectrum = [f"{one.quantile(share):.2f}" for share in COHERENCE.values()]
+            rows.append([part, str(Effective.of(one.counts)), str(len(one.counts)), percent(one.share, 1), *spectrum])
+    title = (
+        "what they have in common, in matrices that two or more changed: share of the changes' energy that is common\n"
+        "coherence of the directions it is in, from least to most coherent: 1 all alike, 1/N unrelated, 0 cancelling"
+    )
+    return ["part", "N_eff", "maps", "common", "10 %", "median", "90 %"], rows, title
 
 
 def shorten(name: str, most: int) -> str:
