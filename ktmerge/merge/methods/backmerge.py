@@ -33,8 +33,8 @@ def _needs(parameters: BackParameters) -> tuple[Need, ...]:
     return NEEDS
 
 
-@stage("trust", "scale", TrustParameters)
-def trust(merged: Tensor, parameters: TrustParameters, context: Context) -> Tensor:
+@stage("interpolate", "scale", TrustParameters)
+def interpolate(merged: Tensor, parameters: TrustParameters, context: Context) -> Tensor:
     """M times a: plain interpolation, with the knob of the methods that merge back."""
     import torch
 
@@ -80,7 +80,7 @@ def regmean_back(deltas: list[Tensor], parameters: BackParameters, context: Cont
     return by_map(deltas, context, merge, fused=False)
 
 
-TRUST = Stages(combine=("mean", {}), scale=(("trust", {}),))
+TRUST = Stages(combine=("mean", {}), scale=(("interpolate", {}),))
 TRUSTED: dict[TensorClass, Stages] = {"embed": TRUST, "vector": TRUST, "conv": TRUST}
 """What has no linear map: interpolated by the same a."""
 
