@@ -183,6 +183,7 @@ class Flow:
             statistics=statistics,
             layout=tensor.layout,
             measured=self._sources.measurements(tensor, chunk.start, base) if use.stage.needs(use.parameters) else None,
+            deltas=tuple(chunk.deltas),
         )
 
 

@@ -84,6 +84,7 @@ class Context:
         kernels: the arithmetic that has a fast form on some device.
         layout: where the linear maps are in a tensor of class matrix; see `ktmerge.merge.matrices`.
         measured: what `Stage.needs` asked for.
+        deltas: of all experts in this piece, flat, before any stage; for statistics of stages that are not given them.
     """
 
     tensor: str
@@ -101,6 +102,7 @@ class Context:
     statistics: Mapping[str, Any] = field(default_factory=dict)
     layout: MatrixLayout | None = None
     measured: Measurements | None = None
+    deltas: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)

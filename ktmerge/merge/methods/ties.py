@@ -30,7 +30,9 @@ class ElectParameters(Parameters):
     tie: Literal["zero", "majority", "plus"] = Field(
         "zero", description="when the vote is exactly even: drop the element, take the majority of all signs, or plus"
     )
-    scope: Literal["tensor", "global"] = Field("tensor", description="whose signs make the majority that breaks ties")
+    scope: Literal["tensor", "row", "global"] = Field(
+        "tensor", description="whose signs make the majority that breaks ties: the tensor's (row too), or all"
+    )
 
 
 def _objection(parameters: ElectParameters, weights: Mapping[str, float]) -> str | None:
@@ -67,7 +69,7 @@ def _majority(parameters: ElectParameters) -> tuple[Statistic, ...]:
     def start(domain: Domain) -> Observer:
         return _SignBalance(parameters)
 
-    return (Statistic("majority", parameters.scope, start),)
+    return (Statistic("majority", "global" if parameters.scope == "global" else "tensor", start),)
 
 
 def _compiled(parameters: ElectParameters, weights: Sequence[float]) -> Elect | None:
@@ -97,7 +99,7 @@ def elect(deltas: list[Tensor], parameters: ElectParameters, context: Context) -
         for delta in deltas:
             largest = torch.maximum(largest, delta * sign)
         return largest * sign
-    return _disjoint(deltas, sign, parameters.aggregate, weights)
+    return disjoint(deltas, sign, parameters.aggregate, weights)
 
 
 def relative(weights: Sequence[float]) -> list[float]:
@@ -116,7 +118,7 @@ def _vote(deltas: list[Tensor], parameters: ElectParameters, weights: list[float
     return weighted_total(deltas, weights if parameters.elect == "weighted" else equal)
 
 
-def _disjoint(deltas: list[Tensor], sign: Tensor, aggregate: str, weights: list[float]) -> Tensor:
+def disjoint(deltas: list[Tensor], sign: Tensor, aggregate: str, weights: list[float]) -> Tensor:
     """Sum over the agreeing experts, divided by their weight or number; 0 where nobody agrees."""
     import torch
 

@@ -18,37 +18,56 @@ if TYPE_CHECKING:
 
 class TrimParameters(Parameters):
     density: float = Field(0.2, ge=0, le=1, description="fraction of the elements that is kept, exactly")
-    scope: Literal["tensor", "global"] = Field(
-        "tensor", description="rank within each tensor, or among all elements of the expert"
+    scope: Literal["tensor", "row", "global"] = Field(
+        "tensor", description="rank within each tensor, each output of it, or among all elements of the expert"
     )
 
 
-def _hash_key(context: Context) -> int:
+def hash_key(context: Context) -> int:
+    """Key of the hashes that decide between equal magnitudes."""
     return stream_key(context.seed, "trim", context.expert, context.tensor)
 
 
+def by_rows(parameters: TrimParameters) -> bool:
+    """Whether elements are ranked within rows."""
+    return parameters.scope == "row"
+
+
 def _threshold(parameters: TrimParameters) -> tuple[Statistic, ...]:
+    if parameters.scope == "row":
+        return ()
+
     def start(domain: Domain) -> Observer:
         from ktmerge.merge.kernels.radix import MagnitudeThreshold
 
-        return MagnitudeThreshold(math.floor(parameters.density * domain.elements), domain.elements, _hash_key)
+        return MagnitudeThreshold(math.floor(parameters.density * domain.elements), domain.elements, hash_key)
 
     return (Statistic("threshold", parameters.scope, start),)
 
 
-def _compiled(parameters: TrimParameters) -> Trim:
+def _compiled(parameters: TrimParameters) -> Trim | None:
+    if parameters.scope == "row":
+        return None
     return Trim(parameters.density, parameters.scope, "trim")
 
 
-@stage("trim", "transform", TrimParameters, statistics=_threshold, compiled=_compiled)
+@stage("trim", "transform", TrimParameters, statistics=_threshold, compiled=_compiled, whole=by_rows)
 def trim(delta: Tensor, parameters: TrimParameters, context: Context) -> Tensor:
     """Keep the k = floor(density n) elements of largest magnitude (arXiv:2306.01708, 4.1).
 
     Equal magnitudes at the edge are decided by a hash of (seed, expert, tensor, element), so that exactly k stay and no
-    rows are preferred.
+    rows are preferred. ``row``: floor(density i) of each output's i.
     """
+    if parameters.scope == "row":
+        from ktmerge.merge.rows import by_row
+
+        def choose(rows: Tensor, ranks: Tensor, elements: Tensor) -> Tensor:
+            wide = rows.shape[1]
+            return rows.where(ranks >= wide - math.floor(parameters.density * wide), 0.0)
+
+        return by_row(delta, context, hash_key(context), choose)
     threshold = context.statistics["threshold"]
-    return context.kernels.keep(delta, _hash_key(context), context.start, threshold)
+    return context.kernels.keep(delta, hash_key(context), context.start, threshold)
 
 
 method(

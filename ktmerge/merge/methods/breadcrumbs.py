@@ -1,0 +1,95 @@
+"""Model Breadcrumbs: mask the largest changes as outliers and the smallest as noise."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from ktmerge.merge.methods.trim import TrimParameters, by_rows, hash_key
+from ktmerge.merge.registry import method, stage
+from ktmerge.merge.stage import Context, Domain, Method, Observer, Promises, Stages, Statistic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class BreadcrumbsParameters(TrimParameters):
+    gamma: float = Field(0.01, ge=0, le=1, description="fraction of the elements taken out as outliers, at the top")
+
+
+def _counts(parameters: BreadcrumbsParameters, elements: int) -> tuple[int, int]:
+    """How many are outliers, and how many are outliers or kept."""
+    kept = math.floor(parameters.density * elements)
+    outliers = min(math.floor(parameters.gamma * elements), elements - kept)
+    return outliers, outliers + kept
+
+
+def _thresholds(parameters: BreadcrumbsParameters) -> tuple[Statistic, ...]:
+    if parameters.scope == "row":
+        return ()
+
+    def start(which: int, domain: Domain) -> Observer:
+        from ktmerge.merge.kernels.radix import MagnitudeThreshold
+
+        return MagnitudeThreshold(_counts(parameters, domain.elements)[which], domain.elements, hash_key)
+
+    return (
+        Statistic("outliers", parameters.scope, lambda domain: start(0, domain)),
+        Statistic("kept", parameters.scope, lambda domain: start(1, domain)),
+    )
+
+
+@stage("breadcrumbs", "transform", BreadcrumbsParameters, statistics=_thresholds, whole=by_rows)
+def breadcrumbs(delta: Tensor, parameters: BreadcrumbsParameters, context: Context) -> Tensor:
+    """Take out the floor(gamma n) largest magnitudes and keep the floor(density n) next ones (arXiv:2312.06795, 3).
+
+    If both do not fit, the outliers give way. Equal magnitudes are decided as in trim, which this is for gamma 0.
+    ``row``: the same within what goes into each output, as the authors' code has it.
+    Differs from mergekit, whose slice is empty where gamma n < 1: there it drops the whole change.
+    """
+    import torch
+
+    key = hash_key(context)
+    if parameters.scope == "row":
+        from ktmerge.merge.rows import by_row
+
+        def choose(rows: Tensor, ranks: Tensor, elements: Tensor) -> Tensor:
+            wide = rows.shape[1]
+            outliers, first = _counts(parameters, wide)
+            return rows.where((ranks >= wide - first) & (ranks < wide - outliers), 0.0)
+
+        return by_row(delta, context, key, choose)
+    kept = context.kernels.keep(delta, key, context.start, context.statistics["kept"])
+    outliers = context.kernels.keep(delta, key, context.start, context.statistics["outliers"])
+    return torch.where(outliers == 0, kept, 0.0)
+
+
+# A handful of values make up a norm or a bias; there the masks are left out and the rest of the method stays.
+_SUM, _ELECT = Stages(combine=("sum", {})), Stages(combine=("elect", {}))
+_KEEP_ALL = {"density": 1.0, "gamma": 0.0}
+
+method(
+    Method(
+        name="breadcrumbs",
+        summary="One expert or several: keep large changes but not the very largest, which move the base most.",
+        source="Davari and Belilovsky, ECCV 2024, arXiv:2312.06795",
+        stages=Stages(transform=(("breadcrumbs", {}),), combine=("sum", {})),
+        lambda_=0.3,
+        otherwise={"vector": _SUM},
+        formula="sum_t w_t (tau_t without its gamma n largest, then its density n largest)",
+        promises=Promises(neutral=_KEEP_ALL, identical="sum"),
+    )
+)
+method(
+    Method(
+        name="breadcrumbs_ties",
+        summary="As breadcrumbs, for experts that disagree: drop what they pull in opposite directions.",
+        source="Davari and Belilovsky, ECCV 2024, arXiv:2312.06795, with the election of arXiv:2306.01708",
+        stages=Stages(transform=(("breadcrumbs", {}),), combine=("elect", {})),
+        otherwise={"vector": _ELECT},
+        formula="disjoint mean, by elected sign, of breadcrumbs(tau_t)",
+        promises=Promises(neutral=_KEEP_ALL, identical="mean"),
+    )
+)

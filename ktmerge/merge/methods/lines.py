@@ -1,0 +1,94 @@
+"""LiNeS: shallow layers go further back to the base than deep ones."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from ktmerge.merge.registry import method, stage
+from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_LAYER = re.compile(r"(.+)\.layers\[(\d+)\]")
+
+
+class LinesParameters(Parameters):
+    alpha: float | Literal["auto"] = Field(
+        0.5,
+        description="scale of the first layer; auto: what gives the merge the L1 norm of the sum of N experts, over N",
+    )
+    beta: float | None = Field(None, description="what the last layer gets on top; if not given 1 - alpha")
+    outside: Literal["alpha", "alpha+beta"] = Field(
+        "alpha", description="scale of what is in no layer: embeddings, the final norm, the head, connectors"
+    )
+
+
+class _Share:
+    """Observer of (||sum_t tau_t||_1 / ||M||_1) / N over all tensors, from exact sums."""
+
+    def __init__(self) -> None:
+        from ktmerge.merge.kernels.sums import ExactSum
+
+        self._plain, self._merged = ExactSum(1), ExactSum(1)
+        self._experts = 1
+        self.done = False
+
+    def observe(self, values: Tensor, context: Context) -> None:
+        from ktmerge.merge.arithmetic import weighted_total
+
+        self._plain.add(weighted_total(context.deltas, [1.0] * len(context.deltas)))
+        self._merged.add(values)
+        self._experts = len(context.experts)
+
+    def end_pass(self) -> None:
+        self.done = True
+
+    def result(self) -> float:
+        merged = self._merged.value()
+        return float(self._plain.value() / merged / self._experts) if merged else 1.0
+
+
+def _share(parameters: LinesParameters) -> tuple[Statistic, ...]:
+    if parameters.alpha != "auto":
+        return ()
+
+    def start(domain: Domain) -> Observer:
+        return _Share()
+
+    return (Statistic("alpha", "global", start),)
+
+
+@stage("lines", "scale", LinesParameters, statistics=_share)
+def lines(merged: Tensor, parameters: LinesParameters, context: Context) -> Tensor:
+    """Scale layer l of L by alpha + beta l / (L - 1) (arXiv:2410.17146, eq. 2), each stack of layers by its own ramp.
+
+    A stack of one layer gets alpha, and so does what is in no layer, or else alpha + beta. ``auto`` is the alpha of the
+    paper's multi-task setting, (||sum_t tau_t||_1 / ||M||_1) / N: 1/N for a plain sum.
+    Differs from the authors' code, which takes any number in a name for the layer's: here it is the block's own.
+    """
+    alpha = context.statistics["alpha"] if parameters.alpha == "auto" else parameters.alpha
+    beta = 1 - alpha if parameters.beta is None else parameters.beta
+    layer = _LAYER.fullmatch(context.part)
+    if layer:
+        number, last = int(layer[2]), context.layers[layer[1]] - 1
+        depth = number / last if last > 0 else 0.0
+    else:
+        depth = float(parameters.outside == "alpha+beta")
+    factor = alpha + beta * depth
+    return merged if factor == 1 else merged * factor
+
+
+method(
+    Method(
+        name="lines",
+        summary="One expert: go back to the base in shallow layers, keep deep ones; one number, like linear.",
+        source="Wang et al., ICLR 2025, arXiv:2410.17146",
+        stages=Stages(combine=("mean", {}), scale=(("lines", {}),)),
+        formula="(alpha + beta l / (L-1)) tau in layer l of L",
+        promises=Promises(neutral={"alpha": 1.0}, nothing={"alpha": 0.0, "beta": 0.0}, identical="mean"),
+    )
+)
