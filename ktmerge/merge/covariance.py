@@ -86,20 +86,26 @@ class Covariance:
         return Covariance(self.factor, self.diagonal + ridge)
 
     def times(self, values: Tensor) -> Tensor:
-        """values C, ``[o, i]``; by way of the dense C where that is less work."""
-        rows, outputs = self.factor.shape[0], values.shape[0]
-        if 2 * outputs * rows > (outputs + rows) * self.inputs:
+        """values C, ``[o, i]``."""
+        if self._is_long(values.shape[0]):
             return values @ self.dense()
         return (values @ self.factor.T) @ self.factor + values * self.diagonal
 
+    def _is_long(self, outputs: int) -> bool:
+        """Whether a product with so many rows is less work by way of the dense C."""
+        rows = self.factor.shape[0]
+        return 2 * outputs * rows > (outputs + rows) * self.inputs
+
     def product(self, first: Tensor, second: Tensor) -> Tensor:
         """<first, second>_C of each row: the diagonal of first C second^T, ``[o]``."""
+        if self._is_long(first.shape[0]):
+            return ((first @ self.dense()) * second).sum(1)
         inner = ((first @ self.factor.T) * (second @ self.factor.T)).sum(1)
         return inner + (first * second * self.diagonal).sum(1)
 
     def energy(self, values: Tensor) -> Tensor:
         """Mean square of each output, the diagonal of values C values^T, ``[o]``."""
-        return ((values @ self.factor.T) ** 2).sum(1) + (values**2 * self.diagonal).sum(1)
+        return self.product(values, values)
 
     def dense(self) -> Tensor:
         """C itself, ``[i, i]``."""
@@ -139,7 +145,7 @@ class Covariance:
 
 
 def gram(columns: Tensor) -> Tensor:
-    """columns^T columns ``[n, n]``, symmetric to the last bit; only one of the two halves is worked out."""
+    """columns^T columns ``[n, n]``; only one of the two halves is worked out."""
     import torch
 
     wide = columns.shape[1]
@@ -147,7 +153,8 @@ def gram(columns: Tensor) -> Tensor:
     for start in range(0, wide, _BLOCK):
         part = slice(start, start + _BLOCK)
         torch.mm(columns[:, part].T, columns[:, start:], out=whole[part, start:])
-    return whole.triu() + whole.triu(1).T
+        whole[start + _BLOCK :, part] = whole[part, start + _BLOCK :].T
+    return whole
 
 
 def of_inputs(inputs: Tensor, eta: float = 1.0) -> Covariance:

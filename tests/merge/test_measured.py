@@ -263,6 +263,21 @@ def test_coefficients_of_several_experts_minimise_the_error() -> None:
     assert cost(ratio) < min(cost(ratio - 1e-3), cost(ratio + 1e-3))
 
 
+def test_coefficients_without_data() -> None:
+    deltas, base = [random(6, 10, seed=t) for t in range(2)], random(6, 10, seed=50)
+    merged, a = deltas[0] + deltas[1], 0.7
+    own, m, w = [one.double().numpy() for one in deltas], merged.double().numpy(), base.double().numpy()
+    grams = [one.T @ one / (one**2).sum() for one in own]
+    wanted = sum(np.trace(one @ gram @ m.T) for one, gram in zip(own, grams, strict=True)) / 2
+    felt = sum(np.trace(m @ gram @ m.T) for gram in grams) / 2
+    c = a * wanted / (a * felt + (1 - a) * np.trace(m @ w.T @ w @ m.T) / (w**2).sum())
+    close(run("cstar", deltas, None, merged, a=a, covariance="weights", base=base), c * m)
+    close(run("cstar", [deltas[0]] * 2, None, 2 * deltas[0], a=1.0, covariance="weights"), own[0])
+    assert not run("cstar", [torch.zeros(6, 10)], None, covariance="weights").any()
+    stage = find_stage("cstar", "guard")
+    assert not stage.needs(stage.parameters(covariance="weights"))
+
+
 def test_what_upstream_does_not_feel_is_kept_whole() -> None:
     delta = random(6, 10)
     apart = {"": torch.cat([random(30, 5), torch.zeros(30, 5)], 1), "a": correlated(30, 10, 2)}

@@ -23,11 +23,14 @@ class CoefficientParameters(TrustParameters):
         "tensor", description="one number for each linear map, each of its outputs, or each attention head"
     )
     head_size: int | None = Field(None, ge=1, description="width of an attention head; needed for granularity head")
+    covariance: Literal["inputs", "weights"] = Field(
+        "inputs", description="what the inputs are like: as measured, or as the deltas and the base's weights tell"
+    )
     split_fused: bool = Field(True, description="take maps that share a tensor (query, key and value) apart")
 
 
 def _needs(parameters: CoefficientParameters) -> tuple[Need, ...]:
-    return NEEDS
+    return NEEDS if parameters.covariance == "inputs" else ()
 
 
 def _objection(parameters: CoefficientParameters, weights: Mapping[str, float]) -> str | None:
@@ -43,13 +46,14 @@ def cstar(merged: Tensor, deltas: list[Tensor], parameters: CoefficientParameter
     c = a sum_t w_t <tau_t, M>_t / (a sum_t w_t <M, M>_t + (1-a) <M, M>_u), <A, B>_t = tr(A C_t B^T), weights as shares
     of their sum; with one expert and M = tau, a e_d / ((1-a) e_u + a e_d) of the mean squared changes of the output.
     ``row``: the same of each output. ``head``: of each head's rows in the queries, keys and values, of its columns in
-    the output projection, and ``tensor`` elsewhere. A change that nobody feels gets c = a.
+    the output projection, and ``tensor`` elsewhere. A change that nobody feels gets c = a. Covariance ``weights`` takes
+    no data: C_t = tau_t^T tau_t / ||tau_t||^2 and C_u = theta_0^T theta_0 / ||theta_0||^2 stand for X^T X / R.
     """
     from ktmerge.merge.diagnostics.kinds import kind_of
     from ktmerge.merge.matrices import by_map
     from ktmerge.merge.sampled import Sampled
 
-    sampled = Sampled(context, fused=parameters.split_fused)
+    sampled = Sampled(context, fused=parameters.split_fused) if parameters.covariance == "inputs" else None
     whole = sum(context.weights)
     shares = [weight / whole for weight in context.weights]
     size = parameters.head_size if parameters.granularity == "head" else None
@@ -58,7 +62,10 @@ def cstar(merged: Tensor, deltas: list[Tensor], parameters: CoefficientParameter
     def scale(maps: list[Tensor], base: Tensor, number: int) -> Tensor:
         values, own = maps[0].double(), [one.double() for one in maps[1:]]
         wide = base.shape[1]
-        covariances = [sampled.covariance(expert, number, wide) for expert in ("", *context.experts)]
+        if sampled is None:
+            covariances = [_told_by(one) for one in (base, *maps[1:])]
+        else:
+            covariances = [sampled.covariance(expert, number, wide) for expert in ("", *context.experts)]
         if size is not None and kind == "o" and wide % size == 0:
             pieces = [
                 values[:, part] * _ratios(
@@ -78,6 +85,13 @@ def cstar(merged: Tensor, deltas: list[Tensor], parameters: CoefficientParameter
         return (values * _ratios(values, own, covariances, shares, parameters.a, group)).float()
 
     return by_map([merged, *deltas], context, scale, fused=parameters.split_fused)
+
+
+def _told_by(weights: Tensor) -> Covariance:
+    """What weights or a delta tell of the inputs; nothing if they are zero."""
+    from ktmerge.merge.covariance import of_delta, of_rows
+
+    return of_delta(weights) if bool(weights.any()) else of_rows(weights[:0])
 
 
 def _blocks(wide: int, size: int) -> Iterator[slice]:
