@@ -1,7 +1,7 @@
 """ktmerge: fine-tune fully, blend back with the base, score upstream and downstream.
 
 The verbs of the command line as functions: `finetune`, `blend`, `blend_into`, `evaluate`, `compare`, `report`, `run`,
-`inspect`, `measure`, `recommend`, `plan`, `load_recipe`; and `Pristine`, what a sweep of `blend_into` reads from.
+`inspect`, `extract_lora`, `measure`, `recommend`, `plan`, `load_recipe`; and `Pristine`, what a sweep of `blend_into` reads from.
 Importing this loads neither torch nor transformers.
 """
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         blend_into,
         compare,
         evaluate,
+        extract_lora,
         finetune,
         inspect,
         load_recipe,
@@ -34,6 +35,7 @@ __all__ = [
     "blend_into",
     "compare",
     "evaluate",
+    "extract_lora",
     "finetune",
     "inspect",
     "load_recipe",

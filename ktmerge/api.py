@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ktmerge.eval import Results
     from ktmerge.merge import BlendReport
     from ktmerge.merge.diagnostics import Inspection
+    from ktmerge.merge.extraction import Extraction
     from ktmerge.merge.plan import Plan
     from ktmerge.merge.pristine import Pristine
     from ktmerge.merge.recommendation import Recommendation
@@ -39,6 +40,7 @@ __all__ = [
     "blend_into",
     "compare",
     "evaluate",
+    "extract_lora",
     "finetune",
     "inspect",
     "load_recipe",
@@ -321,6 +323,40 @@ def blend_into(
     from ktmerge import merge
 
     return merge.blend_into(model, _loaded(recipe), sources, device=device, progress=progress)
+
+
+def extract_lora(
+    base: str | Path,
+    tuned: str | Path,
+    out: str | Path,
+    *,
+    rank: int = 16,
+    energy: float | None = None,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Extraction:
+    """Write what fine-tuning changed in the linear layers as a PEFT LoRA adapter into the folder ``out``.
+
+    Args:
+        base: folder or hub id.
+        tuned: folder or hub id.
+        out: folder of the adapter.
+        rank: of every layer.
+        energy: instead, each layer gets the least rank that holds this share of its change's squares.
+        overwrite: replace an adapter that is there.
+        progress: where to report to.
+
+    Raises:
+        UsageError: the models do not belong together, no linear layer changed, or ``out`` exists.
+        KtmergeError: weights cannot be read.
+    """
+    from ktmerge.merge import extraction
+
+    share = 0.9 if energy is None else energy
+    return extraction.extract_lora(
+        base, tuned, out, rule="rank" if energy is None else "energy", rank=rank, share=share, overwrite=overwrite,
+        progress=progress,
+    )  # fmt: skip
 
 
 # --- eval -------------------------------------------------------------------------------------------------------------

@@ -297,6 +297,27 @@ def recommend(
         console.stdout().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+@app.command("extract-lora", epilog="Example: ktmerge extract-lora ./base runs/spam --rank 16 --out adapter")
+def extract_lora(
+    base: Annotated[str, typer.Argument(help="Base model.")],
+    tuned: Annotated[str, typer.Argument(help="Tuned model.")],
+    out: OutOption,
+    rank: Annotated[int, typer.Option(help="Rank of every layer.")] = 16,
+    energy: Annotated[
+        float | None, typer.Option(help="Instead: each layer's least rank that holds this share of its change.")
+    ] = None,
+    overwrite: OverwriteOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Write what fine-tuning changed as a LoRA adapter, and say how much of it the rank holds."""
+    from ktmerge import api, console
+
+    result = api.extract_lora(
+        base, tuned, out, rank=rank, energy=energy, overwrite=overwrite, progress=console.TerminalProgress()
+    )
+    console.print_json(result.to_json()) if json_ else console.print_table(*result.table())
+
+
 @app.command(epilog="Example: ktmerge report scores.json --out report.html")
 def report(
     scores: Annotated[Path, typer.Argument(help="Score file of 'ktmerge eval' or 'ktmerge run'.")],

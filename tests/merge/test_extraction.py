@@ -13,6 +13,7 @@ import torch
 import transformers
 from merge_models import Tensors, llama_tensors, read, write
 
+from ktmerge.cli import main
 from ktmerge.errors import UsageError
 from ktmerge.merge import blend
 from ktmerge.merge.extraction import extract_lora
@@ -146,3 +147,14 @@ def test_refusals(pair: tuple[Path, Tensors, Tensors]) -> None:
     (folder / "there" / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="exists"):
         extract_lora(folder / "base", folder / "tuned", folder / "there")
+
+
+def test_the_command_says_what_it_kept(pair: tuple[Path, Tensors, Tensors], capsys: Any) -> None:
+    folder, *_ = pair
+    models = [str(folder / "base"), str(folder / "tuned")]
+    with pytest.raises(SystemExit) as stop:
+        main(["extract-lora", *models, "--energy", "0.5", "--out", str(folder / "adapter"), "--json"])
+    assert stop.value.code == 0
+    told = json.loads(capsys.readouterr().out)
+    assert 0.5 <= told["share"] < 1
+    assert (folder / "adapter" / "adapter_model.safetensors").exists()
