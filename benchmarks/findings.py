@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ WISE = "linear"
 """With one expert its way by lambda is the WiSE line; with several it is that of their mean."""
 RIVALS = (WISE, "task_arithmetic", "ties", "dare_ties")
 MEASURES = ("E", "F", "O", "H")
+GRID = np.linspace(0, 1, 101)
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Row:
         worst: largest loss on an upstream set there.
         seeds: area of each seed.
         way: what was swept, and the value chosen, by seed.
-        line: u and d on the report split along the way, ``[points, 2]``, mean over the seeds that took it.
+        reach: for each d of `GRID`, the most u kept by a point of the front with at least that d; mean over seeds.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Row:
     worst: float
     seeds: Sequence[float]
     way: str
-    line: Array
+    reach: Array
     refused: Sequence[str]
 
 
@@ -59,10 +59,6 @@ def rows(parts: Sequence[Part], methods: Sequence[str]) -> Iterator[Row]:
         if any(not one or not one["points"] for one in found):
             continue
         each = [_one(s, r, one["points"]) for s, r, one in zip(select, report, found, strict=True) if one]
-        ways = Counter(one.way for one in each)
-        common = ways.most_common(1)[0][0]
-        lines = [one.line for one in each if one.way == common]
-        length = min(map(len, lines))
         yield Row(
             name=name,
             data=data.get(name, NO_DATA),
@@ -72,7 +68,7 @@ def rows(parts: Sequence[Part], methods: Sequence[str]) -> Iterator[Row]:
             worst=float(np.mean([one.worst for one in each])),
             seeds=[float(one.area[0]) for one in each],
             way="; ".join(dict.fromkeys(f"{one.way} {one.value:.3g}" for one in each)),
-            line=np.mean([line[:length] for line in lines], axis=0),
+            reach=np.mean([one.reach for one in each], axis=0),
             refused=[text for one in found if one for text in one.get("refused", ())],
         )
 
@@ -85,13 +81,12 @@ class _One:
     worst: float
     way: str
     value: float
-    line: Array
+    reach: Array
 
 
 def _one(select: Sides, report: Sides, points: Sequence[Point]) -> _One:
     best = points[chosen(select, points)]
     places = [report.normalised(point[REPORT]) for point in kept_front(select, points)]
-    line = [[one[0] for one in report.normalised(point[REPORT])] for point in points]
     mean = report.resamples.mean
     drops = [mean(name, best[REPORT][name])[0] - mean(name, report.base[name])[0] for name in report.upstream]
     return _One(
@@ -101,7 +96,7 @@ def _one(select: Sides, report: Sides, points: Sequence[Point]) -> _One:
         worst=float(min(drops)),
         way=best["way"],
         value=best["value"],
-        line=np.array(line),
+        reach=np.array([max((u[0] for u, d in places if d[0] >= at), default=0.0) for at in GRID]).clip(min=0),
     )
 
 
@@ -158,16 +153,15 @@ def to_csv(found: Mapping[str, Sequence[Row]]) -> str:
     writer.writerow(
         ["part", "method", "data", "hypervolume", "low", "high", "minus_linear", "minus_low", "minus_high"]
         + [f"{key}{end}" for key in MEASURES for end in ("", "_low", "_high")]
-        + ["worst_set", "chosen", "line_u", "line_d"]
+        + ["worst_set", "chosen"]
     )
     for part, some in found.items():
         wise = next(row.area for row in some if row.name == WISE)
         for row in sorted(some, key=lambda row: row.name):
             numbers = [*interval(row.area), *interval(row.area - wise)]
             numbers += [number for key in MEASURES for number in interval(row.gains[key])]
-            line = [" ".join(f"{value:.3f}" for value in column) for column in row.line.T]
             writer.writerow(
-                [part, row.name, row.data, *(f"{number:.4f}" for number in numbers), f"{row.worst:.3f}", row.way, *line]
+                [part, row.name, row.data, *(f"{number:.4f}" for number in numbers), f"{row.worst:.3f}", row.way]
             )
     return text.getvalue()
 
@@ -182,10 +176,9 @@ def picture(found: Mapping[str, Sequence[Row]], kind: str) -> bytes:
             looks = styles([WISE, "ties", "dare_ties", *best], WISE)
             for row in ordered:
                 if (look := looks.get(row.name)) is not None:
-                    place = row.line[np.argsort(row.line[:, 1])]
-                    axes.plot(
-                        [0, *place[:, 1]], [1, *place[:, 0]], color=look.colour, marker=look.marker, markersize=4,
-                        linewidth=1, label=row.name,
+                    axes.step(
+                        GRID, row.reach, where="pre", color=look.colour, linewidth=1.2,
+                        label=f"{row.name} {row.area[0]:.3f}",
                     )  # fmt: skip
             axes.plot([0, 1], [1, 0], color=GREY, linestyle=":", linewidth=0.8)
             axes.set_xlim(-0.03, 1.05)

@@ -7,6 +7,7 @@ the base as a participant.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,23 +16,41 @@ from ktmerge.merge.settings import blend_setting
 from ktmerge.merge.stage import Method
 from ktmerge.recipes.schema import Blend
 
-POINTS = 6
-"""Points on every way: the budget that all methods share."""
+COARSE, FINE = 4, 4
+"""Points on a way that are set beforehand, and those that are put where its front has the widest gaps."""
 
-DISTANCES = {"single": (0.15, 0.3, 0.45, 0.6, 0.8, 1.0), "multi": (0.3, 0.5, 0.7, 0.9, 1.2, 1.5)}
-"""||theta - theta_0|| as shares of the experts' mean ||tau||."""
+DISTANCES = (0.2, 0.45, 0.7, 1.0)
+"""||theta - theta_0|| as shares of the experts' mean ||tau||, for ways by lambda."""
 
-_DENSITIES = (0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
-_SHARES = (0.1, 0.25, 0.4, 0.6, 0.8, 1.0)
-_FACTORS = (1 / 16, 1 / 4, 1.0, 4.0, 16.0, 64.0)
+_DENSITIES = (0.05, 0.15, 0.4, 1.0)
+_SHARES = (0.2, 0.45, 0.7, 1.0)
+_FACTORS = (1 / 16, 1 / 2, 4.0, 32.0)
 
 
 @dataclass(frozen=True)
-class Knob:
-    """A parameter and the values it is tried at."""
+class Way:
+    """What is turned, and how far.
+
+    Attributes:
+        name: of a parameter, or lambda.
+        values: `COARSE` ones, in order.
+        start: the value that gives the base; None if there is none.
+        even: whether steps are equal; else factors are.
+    """
 
     name: str
     values: tuple[float, ...]
+    start: float | None
+    even: bool = True
+
+    def between(self, first: float, second: float) -> float:
+        """The middle of two values."""
+        return (first + second) / 2 if self.even else math.sqrt(first * second)
+
+
+def line(unit: float) -> Way:
+    """The way by lambda; ``unit`` is the lambda at which a method is as far from the base as its experts are."""
+    return Way("lambda", tuple(share * unit for share in DISTANCES), 0.0)
 
 
 @dataclass(frozen=True)
@@ -40,7 +59,6 @@ class _Number:
     default: float
     least: float | None
     most: float | None
-    whole: bool
 
 
 def takes(method: Method, experts: int) -> bool:
@@ -49,27 +67,25 @@ def takes(method: Method, experts: int) -> bool:
     return least <= experts and (most is None or experts <= most)
 
 
-def knob_of(method: Method) -> Knob | None:
-    """A method's own knob; None if lambda is all there is."""
+def knob_of(method: Method) -> Way | None:
+    """The way by a method's own knob; None if lambda is all there is."""
     numbers = {number.name: number for number in _numbers(method)}
     neutral, nothing = method.promises.neutral or {}, method.promises.nothing or {}
     order = [[*neutral.keys() & nothing.keys()], neutral, nothing, ["density", "base_weight"]]
     chosen = next((name for names in order for name in numbers if name in names), None)
     if chosen is None:
         return None
-    return Knob(chosen, _values(numbers[chosen], nothing.get(chosen), neutral.get(chosen)))
+    return _way(numbers[chosen], nothing.get(chosen), neutral.get(chosen))
 
 
-def _values(number: _Number, nothing: Any, neutral: Any) -> tuple[float, ...]:
-    if number.whole:
-        start = int(number.least or 0)
-        return tuple(range(start, start + POINTS))
+def _way(number: _Number, nothing: Any, neutral: Any) -> Way:
     if number.name == "density":
-        return _DENSITIES
+        return Way(number.name, _DENSITIES, None, even=False)
     low, high = (nothing, neutral) if _finite(nothing) and _finite(neutral) else (number.least, number.most)
     if low is not None and high is not None:
-        return tuple(low + (high - low) * share for share in _SHARES)
-    return tuple((number.default or 1.0) * factor for factor in _FACTORS)
+        values = tuple(low + (high - low) * share for share in _SHARES)
+        return Way(number.name, values, low if _finite(nothing) else None)
+    return Way(number.name, tuple((number.default or 1.0) * factor for factor in _FACTORS), None, even=False)
 
 
 def _finite(value: Any) -> bool:
@@ -80,7 +96,7 @@ def _numbers(method: Method) -> Iterator[_Number]:
     """The numeric parameters of what a method does to matrices, in the order of its stages."""
     for use in blend_setting(Blend(method=method.name)).pipelines["matrix"].uses:
         for name, field in type(use.parameters).model_fields.items():
-            if field.annotation in (float, int):
+            if field.annotation is float:
                 bounds: Mapping[str, float] = {
                     key: getattr(mark, key) for mark in field.metadata for key in ("ge", "gt", "le", "lt")
                     if hasattr(mark, key)
@@ -90,5 +106,4 @@ def _numbers(method: Method) -> Iterator[_Number]:
                     float(getattr(use.parameters, name)),
                     bounds.get("ge", bounds.get("gt")),
                     bounds.get("le", bounds.get("lt")),
-                    field.annotation is int,
                 )

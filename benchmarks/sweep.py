@@ -8,14 +8,14 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from paths import DISTANCES, knob_of
+from paths import COARSE, FINE, Way, knob_of, line
 from tradeoff import Resamples, Sides, front, harmonic, hypervolume
 from worlds import WORLDS
 from worlds.world import REPORT, SELECT, Scores, World, measure
@@ -91,31 +91,41 @@ def score_models(part: Part) -> None:
 
 
 def sweep(part: Part, method: str) -> None:
-    """Blend and score a method along its ways; keep the better way, and why others were refused."""
+    """Blend and score a method along its ways; keep the better way, and why points were refused."""
     if _kept(part, method) is not None:
         return
     started = time.perf_counter()
-    ways: dict[str, list[Point]] = {}
+    sides = sides_of(part, SELECT)
     refused: list[str] = []
-    for way, settings in _ways(part, method, refused):
-        found = []
-        for value, blend in settings:
-            try:
-                model = _blended(part, blend)
-            except KtmergeError as error:
-                refused.append(f"{way} {value:g}: {error}")
-                continue
-            scores = part.world.score(model, SELECT, part.sets)
-            found.append({"way": way, "value": value, "blend": blend, SELECT: _plain(scores)})
-        if found:
-            ways[way] = found
-    points: list[Point] = []
+    ways: list[tuple[Way, list[Point]]] = []
+    for way in _ways(part, method, refused):
+        points = [point for value in way.values if (point := _tried(part, method, way, value, refused)) is not None]
+        if points:
+            ways.append((way, points))
+    points = []
     if ways:
-        sides = sides_of(part, SELECT)
-        points = max(ways.values(), key=lambda one: area(sides, one))
+        way, points = max(ways, key=lambda one: area(sides, one[1]))
+        for _ in range(COARSE + FINE - len(points)):
+            point = _tried(part, method, way, widest(sides, way, points), refused)
+            if point is None:
+                break
+            points = sorted([*points, point], key=lambda one: one["value"])
         for point in points:
             point[REPORT] = _plain(part.world.score(_blended(part, point["blend"]), REPORT, part.sets))
     _keep(part, method, {"points": points, "refused": refused, "seconds": time.perf_counter() - started})
+
+
+def widest(sides: Sides, way: Way, points: Sequence[Point]) -> float:
+    """Where on the way the next point goes: into the middle of the largest step of the staircase so far."""
+    values = [point["value"] for point in points]
+    places = [np.maximum(place[:, 0], 0) for place in _places(sides, points)]
+    if way.start is not None:
+        values, places = [way.start, *values], [np.array([1.0, 0.0]), *places]
+    if len(values) == 1:
+        return values[0] / 2
+    steps = [float(np.prod(np.abs(first - second))) for first, second in pairwise(places)]
+    at = int(np.argmax(steps))
+    return way.between(values[at], values[at + 1])
 
 
 def read(part: Part, name: str) -> dict[str, Any] | None:
@@ -156,17 +166,25 @@ def _places(sides: Sides, points: Sequence[Point]) -> Any:
     return np.array([sides.normalised(_arrays(point[SELECT])) for point in points])
 
 
-def _ways(part: Part, method: str, refused: list[str]) -> Any:
-    """Every way of the method: its name, and value and blend section of each point."""
+def _ways(part: Part, method: str, refused: list[str]) -> Iterator[Way]:
     knob = knob_of(find_method(method))
     if knob is not None:
-        yield knob.name, [(value, {"method": method, knob.name: value}) for value in knob.values]
+        yield knob
     try:
-        unit = _unit(part, method)
+        yield line(_unit(part, method))
     except KtmergeError as error:
         refused.append(f"{LAMBDA}: {error}")
-        return
-    yield LAMBDA, [(share, {"method": method, "lambda": share * unit}) for share in DISTANCES[part.kind]]
+
+
+def _tried(part: Part, method: str, way: Way, value: float, refused: list[str]) -> Point | None:
+    """One point, scored on the selection split; None if the blend was refused."""
+    blend = {"method": method, way.name: value}
+    try:
+        model = _blended(part, blend)
+    except KtmergeError as error:
+        refused.append(f"{way.name} {value:g}: {error}")
+        return None
+    return {"way": way.name, "value": value, "blend": blend, SELECT: _plain(part.world.score(model, SELECT, part.sets))}
 
 
 def _unit(part: Part, method: str) -> float:

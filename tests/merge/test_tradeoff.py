@@ -15,7 +15,7 @@ from ktmerge.recipes.schema import Blend
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from paths import POINTS, knob_of
+from paths import COARSE, Way, knob_of, line
 from tradeoff import Resamples, Sides, front, harmonic, hypervolume, interval
 
 
@@ -87,12 +87,19 @@ def test_resamples_pair_models_so_that_a_constant_difference_has_no_spread() -> 
     assert low < estimate < high
 
 
+def test_a_way_is_halved_evenly_or_by_factors() -> None:
+    assert line(0.5).values == pytest.approx((0.1, 0.225, 0.35, 0.5))
+    assert line(0.5).between(0.2, 0.4) == pytest.approx(0.3)
+    assert Way("kappa", (1.0, 4.0), None, even=False).between(1.0, 4.0) == pytest.approx(2.0)
+
+
 @pytest.mark.parametrize("name", methods())
 def test_values_of_a_knob_are_ones_the_method_takes(name: str) -> None:
     knob = knob_of(methods()[name])
     if knob is None:
         return
-    assert len(set(knob.values)) == POINTS
+    assert len(set(knob.values)) == COARSE
+    assert list(knob.values) == sorted(knob.values) or knob.start is not None
     taken = 0
     for value in knob.values:
         try:
@@ -100,4 +107,4 @@ def test_values_of_a_knob_are_ones_the_method_takes(name: str) -> None:
             taken += 1
         except UsageError:
             continue
-    assert taken >= POINTS // 2
+    assert taken >= COARSE // 2
