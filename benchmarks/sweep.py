@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -262,4 +263,7 @@ def _inputs(part: Part, name: str) -> str:
     }
     files = {file for stage in stages if (file := inspect.getsourcefile(stage.apply)) is not None}
     code = [Path(file).read_text(encoding="utf-8") for file in sorted(files)]
-    return hashlib.sha256(json.dumps([part.digest(), code]).encode()).hexdigest()
+    knob = knob_of(find_method(name)) if name in methods() else None
+    return hashlib.sha256(
+        json.dumps([part.digest(), code, COARSE, FINE, line(1.0).values, str(knob)]).encode()
+    ).hexdigest()
