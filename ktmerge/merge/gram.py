@@ -42,13 +42,15 @@ class Geometry:
     def norms(self) -> NDArray[Any]:
         """``[G, N]``: ||tau_t||; exactly 0 for experts that did not move, that is up to 1e-12 ||theta_0||."""
         norms = np.sqrt(np.diagonal(self.products, axis1=1, axis2=2))
-        return np.where(norms > _FROZEN * np.sqrt(self.base)[:, None], norms, 0.0)
+        return np.asarray(np.where(norms > _FROZEN * np.sqrt(self.base)[:, None], norms, 0.0))
 
     @cached_property
     def cosines(self) -> NDArray[Any]:
         """``[G, N, N]``; 0 for experts that did not move."""
         lengths = self.norms[:, :, None] * self.norms[:, None, :]
-        return np.clip(np.divide(self.products, lengths, out=np.zeros_like(lengths), where=lengths > 0), -1.0, 1.0)
+        return np.asarray(
+            np.clip(np.divide(self.products, lengths, out=np.zeros_like(lengths), where=lengths > 0), -1.0, 1.0)
+        )
 
 
 class GramObserver:

@@ -70,7 +70,7 @@ def _step(mean: NDArray[Any], shares: NDArray[Any], cosines: NDArray[Any]) -> ND
     turned = np.divide(np.sin(length), length, out=np.ones_like(length), where=length > 0) * tangent
     mean = np.cos(length) * mean + turned
     size = _lengths(mean, cosines)[:, None]
-    return np.divide(mean, size, out=mean, where=size > 0)
+    return np.asarray(np.divide(mean, size, out=mean, where=size > 0))
 
 
 def _lengths(coefficients: NDArray[Any], cosines: NDArray[Any]) -> NDArray[Any]:

@@ -67,7 +67,7 @@ def _along_mean_direction(deltas: list[Tensor], iterations: int, context: Contex
 method(
     Method(
         name="karcher",
-        summary="Several experts: mean direction on the sphere and mean length, so that averaging does not shrink them.",
+        summary="Several experts: mean direction and mean length, so that averaging does not shrink what they did.",
         source="Karcher, 1977; mergekit's Karcher mean, arXiv:2603.04972",
         stages=Stages(combine=("karcher", {})),
         formula="(sum_t w_t |tau_t|) d, d = argmin sum_t w_t angle(d, tau_t)^2",

@@ -50,7 +50,7 @@ def slerp(deltas: list[Tensor], parameters: SlerpParameters, context: Context) -
     """Go along the great circle from delta to delta: sin((1-t)W)/sin(W) a + sin(tW)/sin(W) b (Shoemake, 1985).
 
     W is the angle between a and b; t the second's share w_b / (w_a + w_b), and of expert m its share among the first m
-    (arXiv:2406.16768, app. B.3), in the order of their names: of three or more, the order matters. A straight line
+    (as WARP does, arXiv:2406.16768), in the order of their names: of three or more, the order matters. A straight line
     where |cos W| > 0.9995, towards the opposite, and from or to a delta of norm 0.
     Differs from mergekit's slerp, which turns weights, not deltas: siblings lie within a degree of one another, so that
     the circle between them is a straight line and slerp the mean. As mergekit's nuslerp with a base, where a "row" is

@@ -38,7 +38,7 @@ def _objection(parameters: StockParameters, weights: Mapping[str, float]) -> str
 
 @stage("stock", "combine", StockParameters, statistics=_geometry, objection=_objection)
 def stock(deltas: list[Tensor], parameters: StockParameters, context: Context) -> Tensor:
-    """M = t mean_t tau_t with t = N c / (1 + (N - 1) c), c the mean cosine of pairs of deltas (arXiv:2403.19522, eq. 4).
+    """M = t mean_t tau_t with t = N c / (1 + (N - 1) c), c the mean cosine of pairs (arXiv:2403.19522).
 
     t is kept within 0 and 1: no positive cosine, no step. N, c and the (weighted) mean are of the experts that moved
     the tensor or row; one alone has no angle to judge by and stays.

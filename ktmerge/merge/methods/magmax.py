@@ -1,0 +1,50 @@
+"""MagMax: per element, the largest change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from ktmerge.merge.arithmetic import weighted_total
+from ktmerge.merge.registry import method, stage
+from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
+from ktmerge.merge.weights import relative
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _objection(parameters: Parameters, weights: Mapping[str, float]) -> str | None:
+    return None if any(weights.values()) else "all expert weights are 0; nothing would be merged"
+
+
+@stage("largest", "combine", objection=_objection)
+def largest(deltas: list[Tensor], parameters: Parameters, context: Context) -> Tensor:
+    """Per element, the delta of largest magnitude: tau_t*, t* = argmax_t |tau_t| (arXiv:2407.06322).
+
+    Between +m and -m, equally large, the sign of the sum of all deltas decides; if that is 0, nothing changes. Weights
+    multiply the deltas, relative to the mean weight.
+    Differs from the published code, where the later expert wins, so that the order of the experts matters.
+    """
+    import torch
+
+    weights = relative(context.weights)
+    scaled = [delta if weight == 1 else delta * weight for delta, weight in zip(deltas, weights, strict=True)]
+    high, low = scaled[0], scaled[0]
+    for delta in scaled[1:]:
+        high, low = torch.maximum(high, delta), torch.minimum(low, delta)
+    mass = torch.sign(weighted_total(scaled, [1.0] * len(scaled)))
+    return torch.where(high > -low, high, torch.where(high < -low, low, high * mass))
+
+
+method(
+    Method(
+        name="magmax",
+        summary="Experts fine-tuned one after another: of every weight, the largest change; no averaging.",
+        source="Marczak et al., ECCV 2024, arXiv:2407.06322",
+        stages=Stages(combine=("largest", {})),
+        lambda_=0.5,
+        formula="tau_t*, t* = argmax_t |tau_t|",
+        promises=Promises(identical="mean"),
+    )
+)

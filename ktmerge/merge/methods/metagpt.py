@@ -1,0 +1,116 @@
+"""Coefficients of experts from norms alone: MetaGPT and NAN."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from ktmerge.merge.arithmetic import weighted_total
+from ktmerge.merge.methods.slerp import positive
+from ktmerge.merge.registry import method, stage
+from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ktmerge.merge.kernels.sums import ExactSum
+
+
+class NormShareParameters(Parameters):
+    rule: Literal["metagpt", "nan"] = Field(
+        "metagpt", description="shares go with the squared norm of the delta, or with one over the norm of the weights"
+    )
+    scope: Literal["tensor", "global"] = Field(
+        "global", description="norms of each tensor, or of the whole model: one share per expert"
+    )
+
+
+class _Shares:
+    """Observer of each expert's share before its weight, from exact sums of squares; 0 of experts that did not move."""
+
+    def __init__(self, rule: str) -> None:
+        self._rule = rule
+        self._deltas: list[ExactSum] = []
+        self._weights: list[ExactSum] = []
+        self.done = False
+
+    def observe(self, values: list[Tensor], context: Context) -> None:
+        from ktmerge.merge.kernels.sums import ExactSum
+
+        if not self._deltas:
+            self._deltas, self._weights = ([ExactSum(2) for _ in values] for _ in range(2))
+        for number, delta in enumerate(values):
+            self._deltas[number].add(delta)
+            if self._rule == "nan":
+                self._weights[number].add(context.base + delta)
+
+    def end_pass(self) -> None:
+        self.done = True
+
+    def result(self) -> list[float]:
+        moved = [one.value() for one in self._deltas]
+        if self._rule == "metagpt":
+            total = sum(moved, Fraction(0))
+            return [float(one / total) if total else 0.0 for one in moved]
+        norms = [one.value() for one in self._weights]
+        # relative to the largest, so that neither root nor quotient leaves the range of a float
+        largest = max(norms, default=Fraction(0))
+        return [float(largest / own) ** 0.5 if delta and own else 0.0 for delta, own in zip(moved, norms, strict=True)]
+
+
+def _statistics(parameters: NormShareParameters) -> tuple[Statistic, ...]:
+    def start(domain: Domain) -> Observer:
+        return _Shares(parameters.rule)
+
+    return (Statistic("shares", parameters.scope, start),)
+
+
+def _objection(parameters: NormShareParameters, weights: Mapping[str, float]) -> str | None:
+    return positive(weights)
+
+
+@stage("norm_share", "combine", NormShareParameters, statistics=_statistics, objection=_objection)
+def norm_share(deltas: list[Tensor], parameters: NormShareParameters, context: Context) -> Tensor:
+    """Mean of the deltas by shares from norms: |tau_t|^2 (arXiv:2406.11385) or 1/|theta_t| (arXiv:2505.16148).
+
+    Shares times the expert weights, over their sum. Equal norms give the mean. Experts that moved nothing (within the
+    scope) have no share.
+    """
+    import torch
+
+    shares = _normalised(context.statistics["shares"], context.weights)
+    return weighted_total(deltas, shares) if shares else torch.zeros_like(deltas[0])
+
+
+def _normalised(shares: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """Shares times weights, summing to 1; none if nobody has a share."""
+    products = [share * weight for share, weight in zip(shares, weights, strict=False)]
+    total = sum(products)
+    return [one / total for one in products] if total else []
+
+
+method(
+    Method(
+        name="metagpt",
+        summary="Several experts of one base, no data, no sweep: task arithmetic with coefficients from their norms.",
+        source="Zhou et al., 2024, arXiv:2406.11385",
+        stages=Stages(combine=("norm_share", {})),
+        formula="sum_t |tau_t|^2 tau_t / sum_k |tau_k|^2",
+        cost="N oi, two passes",
+        promises=Promises(identical="mean"),
+    )
+)
+method(
+    Method(
+        name="nan",
+        summary="As metagpt, with shares that go down with the norm of an expert's weights.",
+        source="Si et al., 2025, arXiv:2505.16148",
+        stages=Stages(combine=("norm_share", {"rule": "nan"})),
+        formula="sum_t tau_t / |theta_t| / sum_k 1 / |theta_k|",
+        cost="N oi, two passes",
+        promises=Promises(identical="mean", scale=False, sign=False),
+    )
+)

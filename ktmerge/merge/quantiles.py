@@ -1,0 +1,60 @@
+"""Exact quantiles of magnitudes, streaming, in fixed memory, whatever the order and size of the pieces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ktmerge.merge.kernels.radix import magnitude_bits
+
+_LOW_BITS = 16
+
+
+def quantile_rank(share: float, elements: int) -> int:
+    """Rank, from the smallest and from 0, of the least value that ``share`` of the elements do not exceed."""
+    return max(0, math.ceil(round(share * elements, 6)) - 1)
+
+
+class RankedMagnitudes:
+    """The fp32 magnitudes of given ranks: two passes, of the upper and the lower half of their bit patterns.
+
+    Args:
+        ranks: from the smallest, from 0.
+    """
+
+    def __init__(self, ranks: Sequence[int]) -> None:
+        self._ranks = list(ranks)
+        self._bins: list[int] = []
+        self._upper = np.zeros(1 << (31 - _LOW_BITS), np.int64)
+        self._lower = np.zeros((len(ranks), 1 << _LOW_BITS), np.int64)
+        self.values: list[float] = []
+        self.done = False
+
+    def add(self, values: Tensor) -> None:
+        """Take in one piece."""
+        bits = magnitude_bits(values.reshape(-1))
+        if not self._bins:
+            self._upper += torch.bincount(bits >> _LOW_BITS, minlength=self._upper.size).cpu().numpy()
+            return
+        for counts, upper in zip(self._lower, self._bins, strict=True):
+            inside = bits[(bits >> _LOW_BITS) == upper] & ((1 << _LOW_BITS) - 1)
+            counts += torch.bincount(inside, minlength=counts.size).cpu().numpy()
+
+    def end_pass(self) -> None:
+        """All pieces have been shown once."""
+        if not self._bins:
+            self._bins = [_bin_of(self._upper, rank) for rank in self._ranks]
+            return
+        for counts, upper, rank in zip(self._lower, self._bins, self._ranks, strict=True):
+            low = _bin_of(counts, rank - int(self._upper[:upper].sum()))
+            self.values.append(float(np.uint32((upper << _LOW_BITS) + low).view(np.float32)))
+        self.done = True
+
+
+def _bin_of(counts: np.ndarray, rank: int) -> int:
+    """The bin that holds the element of a rank; the first of none at all."""
+    return int(counts.cumsum().searchsorted(rank, side="right")) if counts.any() else 0
