@@ -1,0 +1,160 @@
+"""Caps on a change: on its norm, on its singular values, on its elements."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from ktmerge.merge.registry import method, stage
+from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ktmerge.merge.quantiles import RankedMagnitudes
+
+
+class ClipParameters(Parameters):
+    cap: Literal["norm", "spectral", "quantile"] = Field(
+        "norm", description="what is capped: the change's norm, its singular values, or its elements' magnitudes"
+    )
+    rho: float = Field(0.05, ge=0, description="cap norm and spectral: as a share of the base's norm, or largest value")
+    quantile: float = Field(0.99, ge=0, le=1, description="cap quantile: of the tensor's magnitudes, the cap on all")
+    split_fused: bool = Field(True, description="cap spectral: take maps that share a tensor apart")
+
+
+class NearswapParameters(Parameters):
+    t: float = Field(1e-3, ge=0, description="the largest magnitude a change may have, in units of the weights")
+
+
+class _Norms:
+    """Observer of rho ||theta_0|| / ||M|| over one tensor, from exact sums; infinite if M is 0."""
+
+    def __init__(self, rho: float) -> None:
+        from ktmerge.merge.kernels.sums import ExactSum
+
+        self._rho = rho
+        self._base, self._merged = ExactSum(2), ExactSum(2)
+        self.done = False
+
+    def observe(self, values: Tensor, context: Context) -> None:
+        self._base.add(context.base)
+        self._merged.add(values)
+
+    def end_pass(self) -> None:
+        self.done = True
+
+    def result(self) -> float:
+        merged = self._merged.value()
+        return self._rho * math.sqrt(self._base.value() / merged) if merged else math.inf
+
+
+class _Quantile:
+    """Observer of one quantile of the magnitudes of a tensor."""
+
+    def __init__(self, ranked: RankedMagnitudes) -> None:
+        self._ranked = ranked
+
+    @property
+    def done(self) -> bool:
+        return self._ranked.done
+
+    def observe(self, values: Tensor, context: Context) -> None:
+        self._ranked.add(values)
+
+    def end_pass(self) -> None:
+        self._ranked.end_pass()
+
+    def result(self) -> float:
+        return self._ranked.values[0]
+
+
+def _statistics(parameters: ClipParameters) -> tuple[Statistic, ...]:
+    def start(domain: Domain) -> Observer:
+        if parameters.cap != "quantile":
+            return _Norms(parameters.rho)
+        from ktmerge.merge.quantiles import RankedMagnitudes, quantile_rank
+
+        return _Quantile(RankedMagnitudes([quantile_rank(parameters.quantile, domain.elements)]))
+
+    return (Statistic("limit", "tensor", start),)
+
+
+def _spectral(parameters: ClipParameters) -> bool:
+    return parameters.cap == "spectral"
+
+
+@stage("clip", "guard", ClipParameters, statistics=_statistics, whole=_spectral)
+def clip(merged: Tensor, deltas: list[Tensor], parameters: ClipParameters, context: Context) -> Tensor:
+    """Let no tensor change by more than a cap.
+
+    ``norm``: M min(1, rho ||theta_0|| / ||M||). ``spectral``: singular values min(s_k, rho s_1(theta_0)) of every map;
+    other tensors by norm. ``quantile``: elements to [-c, c], c the least magnitude that so large a share of the
+    tensor does not exceed. A tensor that is 0 in the base stays 0 under a cap of norm or spectrum: rho = 0 is the base.
+    """
+    import torch
+
+    if parameters.cap == "quantile":
+        if parameters.quantile == 0:
+            return torch.zeros_like(merged)
+        limit = context.statistics["limit"]
+        return merged.clamp(-limit, limit)
+    if parameters.cap == "spectral" and context.tensor_class == "matrix" and merged.dim() > 1 and merged.numel():
+        return _capped_maps(merged, parameters, context)
+    factor = min(1.0, context.statistics["limit"])
+    return merged if factor == 1 else merged * factor
+
+
+def _capped_maps(merged: Tensor, parameters: ClipParameters, context: Context) -> Tensor:
+    from ktmerge.merge.matrices import by_map, changed
+    from ktmerge.merge.spectra import one_sided
+
+    def shrink(maps: list[Tensor], base: Tensor, number: int) -> Tensor:
+        import torch
+
+        own = maps[0]
+        if not changed(maps, base):
+            return own
+        limit = parameters.rho * float(one_sided(base).values[0])
+        if limit == 0:
+            return torch.zeros_like(own)
+        found = one_sided(own)
+        if float(found.values[0]) <= limit:
+            return own
+        return found.filtered(limit / found.values.clamp(min=limit)).float()
+
+    return by_map([merged], context, shrink, fused=parameters.split_fused)
+
+
+@stage("nearswap", "guard", NearswapParameters)
+def nearswap(merged: Tensor, deltas: list[Tensor], parameters: NearswapParameters, context: Context) -> Tensor:
+    """Clip every element of the change to [-t, t]: small changes stay whole, large ones are capped.
+
+    Differs from mergekit in the words only: theta_0 + clip(t / |tau|, 0, 1) tau is this clip.
+    """
+    return merged.clamp(-parameters.t, parameters.t)
+
+
+method(
+    Method(
+        name="clip",
+        summary="One expert or an average: cap the change of every tensor relative to the base; a safe first guard.",
+        source="ktmerge; projection onto a ball around the base, as in trust regions",
+        stages=Stages(combine=("mean", {}), guard=(("clip", {}),)),
+        formula="M min(1, rho ||theta_0|| / ||M||), or its singular values or elements capped",
+        cost="N oi; spectral: svd oi min(o, i)",
+        promises=Promises(neutral={"rho": 1e9}, nothing={"rho": 0.0}, identical="other", scale=False),
+    )
+)
+method(
+    Method(
+        name="nearswap",
+        summary="One expert: take small changes whole and cap large ones, which break what the base knew.",
+        source="mergekit's nearswap; Alchemonaut",
+        stages=Stages(combine=("mean", {}), guard=(("nearswap", {}),)),
+        formula="clip(M, -t, t)",
+        promises=Promises(neutral={"t": 1e9}, nothing={"t": 0.0}, identical="mean", scale=False),
+    )
+)

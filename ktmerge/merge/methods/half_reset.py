@@ -1,0 +1,96 @@
+"""Half fine-tuning after training: put half of the projections of every module back to the base."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from ktmerge.merge.kernels.keys import stream_key
+from ktmerge.merge.methods.dare import drop
+from ktmerge.merge.projections import ATTENTION, FEED_FORWARD, is_gated, kinds_in, module_of
+from ktmerge.merge.registry import method, stage
+from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class HalfResetParameters(Parameters):
+    mode: Literal["projections", "element"] = Field(
+        "projections", description="put back whole projections, half of each module's, or half of all elements"
+    )
+    others: Literal["base", "expert"] = Field(
+        "base", description="mode projections: whose the embeddings, the head, norms and all other tensors are"
+    )
+
+
+def _by_projection(parameters: HalfResetParameters) -> bool:
+    return parameters.mode == "projections"
+
+
+def is_kept(seed: int, name: str, kind: str) -> bool | None:
+    """Whether the projection ``kind`` in the tensor ``name`` stays the expert's; None if it is no projection.
+
+    Two of the four of attention stay, one of up and down; of gate, up and down one in every other layer, else two.
+    Maps of queries, keys and values that cannot be told apart stay where the output projection does not.
+    """
+    if kind == "qkv":
+        return not is_kept(seed, name, "o")
+    module = module_of(name)
+    members: tuple[str, ...]
+    if kind in ATTENTION:
+        members = ATTENTION
+        count = 2
+    elif kind in FEED_FORWARD and not is_gated(name):
+        members = FEED_FORWARD[1:]
+        count = 1
+    elif kind in FEED_FORWARD:
+        numbers = re.findall(r"\d+", module)
+        layer = int(numbers[-1]) if numbers else 0
+        members = FEED_FORWARD
+        count = 1 + (layer + stream_key(seed, "half_reset", "", "")) % 2
+    else:
+        return None
+    order = sorted(members, key=lambda one: stream_key(seed, "half_reset", one, module))
+    return kind in order[:count]
+
+
+@stage("half_reset", "transform", HalfResetParameters, whole=_by_projection)
+def half_reset(delta: Tensor, parameters: HalfResetParameters, context: Context) -> Tensor:
+    """Keep the change of a random half of {q, k, v, o} and of {gate, up, down} of each module (after arXiv:2404.18466).
+
+    The choice depends on the seed and the tensor's name alone, so every expert's is the same; fused projections are
+    taken apart. ``element``: of a random half of all elements, as dare with density 1/2 and without rescale.
+    """
+    import torch
+
+    if parameters.mode == "element":
+        return drop(delta, 0.5, context)
+    kinds = kinds_in(context.tensor, context.layout)
+    found = [is_kept(context.seed, context.tensor, kind) for kind in kinds]
+    kept = [parameters.others == "expert" if one is None else one for one in found]
+    if all(kept) or not any(kept):
+        return delta if all(kept) else torch.zeros_like(delta)
+
+    from ktmerge.merge.matrices import join, split
+
+    maps = [
+        one if kept[number % len(kept)] else torch.zeros_like(one) for number, one in enumerate(split(delta, context))
+    ]
+    return join(maps, context)
+
+
+method(
+    Method(
+        name="half_reset",
+        summary="One expert: give half of its projections back to the base, whole; quick to try with several seeds.",
+        source="Hui et al., 2024, arXiv:2404.18466, applied after training",
+        stages=Stages(transform=(("half_reset", {}),), combine=("sum", {})),
+        experts=(1, 1),
+        formula="tau in half of {q, k, v, o} and of {gate, up, down}, 0 elsewhere",
+        cost="oi",
+        promises=Promises(neutral=None, identical="other"),
+    )
+)
