@@ -94,17 +94,19 @@ def _method_of(blend: Blend) -> Method:
     if blend.method is not None:
         name = blend.method
         return cast(Method, _at("blend.method", lambda: find_method(name)))
+    stages = _spelled_out(blend.stages or {})
     return Method(
         name=_SPELLED_OUT,
         summary="stages spelled out in the recipe",
         source="",
-        stages=_spelled_out(blend.stages or {}),
+        stages=stages,
+        otherwise=_without_maps(stages),
         promises=Promises(neutral=None, identical="other"),
     )
 
 
 def _spelled_out(document: Mapping[str, Any]) -> Stages:
-    """Read ``blend.stages``; applies to every tensor class alike."""
+    """Read ``blend.stages``."""
     problems = [f"blend.stages: unknown key '{key}'.{did_you_mean(key, KINDS)}" for key in document if key not in KINDS]
     found: dict[str, Any] = {}
     for kind in KINDS:
@@ -125,6 +127,29 @@ def _spelled_out(document: Mapping[str, Any]) -> Stages:
     if problems:
         raise UsageError("\n".join(problems))
     return Stages(**found)
+
+
+def _without_maps(stages: Stages) -> dict[TensorClass, Stages]:
+    """What becomes of other tensors than matrices: stages for linear maps are left out, a combine is the mean there."""
+
+    def rest(kind: Kind) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+        return tuple(use for use in getattr(stages, kind) if not _on_maps(use[0], kind))
+
+    kept = Stages(
+        combine=("mean", {}) if _on_maps(stages.combine[0], "combine") else stages.combine,
+        transform=rest("transform"),
+        calibrate=rest("calibrate"),
+        guard=rest("guard"),
+        scale=rest("scale"),
+    )
+    return {} if kept == stages else dict.fromkeys(FLOAT_CLASSES[1:], kept)
+
+
+def _on_maps(name: str, kind: Kind) -> bool:
+    try:
+        return find_stage(name, kind).on_maps
+    except UsageError:  # told where the stages are put together
+        return False
 
 
 def _entry(entry: Any, where: str) -> tuple[str, dict[str, Any]]:

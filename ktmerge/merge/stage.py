@@ -196,6 +196,16 @@ class Stage:
     whole: Callable[[Any], bool] = _never
 
     @property
+    def on_maps(self) -> bool:
+        """Whether it works on linear maps only: it takes fused ones apart, or asks for their inputs."""
+        if self.reach == "element":
+            return False
+        if "split_fused" in self.parameters.model_fields:
+            return True
+        required = any(field.is_required() for field in self.parameters.model_fields.values())
+        return not required and any(need.measure == "inputs" for need in self.needs(self.parameters()))
+
+    @property
     def summary(self) -> str:
         """First line of the function's docstring."""
         return (self.apply.__doc__ or "").strip().splitlines()[0]

@@ -83,6 +83,25 @@ def test_every_map_is_merged_by_itself(tmp_path: Path, method: str) -> None:
             np.testing.assert_allclose(one, expected, rtol=0, atol=5e-6, err_msg=name)
 
 
+@pytest.mark.parametrize(
+    "stages",
+    [
+        {"combine": "spectral_regmean", "transform": [{"trim": {"density": 0.5}}]},
+        {"combine": "mean", "guard": ["nullspace", {"cstar": {"covariance": "weights"}}]},
+        {"combine": "regmean"},
+    ],
+    ids=["combine", "guards", "measured"],
+)
+def test_spelled_out_stages_for_maps_leave_other_tensors_to_the_rest(tmp_path: Path, stages: dict[str, Any]) -> None:
+    base, experts = models()
+    bench = Workbench(tmp_path)
+    blended = bench.blend(base, experts, {"stages": stages}, weights=WEIGHTS, config=CONFIG)
+    without = {"combine": "mean", **{kind: stages[kind] for kind in ("transform",) if kind in stages}}
+    plain = bench.blend(base, experts, {"stages": without}, weights=WEIGHTS, config=CONFIG)
+    assert blended["h.0.scalar"].equal(plain["h.0.scalar"])
+    assert not blended["h.0.ties.weight"].equal(plain["h.0.ties.weight"])
+
+
 @pytest.mark.parametrize("method", MEASURED)
 def test_measured_methods_take_maps_of_any_shape(tmp_path: Path, method: str) -> None:
     base, experts = models()
