@@ -127,7 +127,7 @@ def test_rows_are_drawn_evenly_and_however_they_arrive(tmp_path: Path) -> None:
             one = Reservoir(tmp_path / f"{seed}-{number}", keep, 1)
             for start, stop in pairwise(cuts):
                 chances = priorities(seed, "text", 3, start, stop - start)
-                one.add(values[start:stop], chances, 3, start)
+                one.add(values[start:stop], chances, 3, np.arange(start, stop))
             kept.append(one.sample()[:, 0].tolist())
             assert one.count == rows
         assert kept[0] == kept[1] == sorted(kept[0])

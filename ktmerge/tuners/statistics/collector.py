@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ktmerge.checkpoints import Checkpoint, Parts, align, tensor_class
-from ktmerge.checkpoints.live import as_checkpoint
+from ktmerge.checkpoints import Checkpoint, Parts, tensor_class
 from ktmerge.checkpoints.statistics import (
     FISHER,
     INPUTS,
@@ -30,8 +30,8 @@ from ktmerge.errors import KtmergeError
 from ktmerge.recipes.schema import Statistics
 from ktmerge.tuners.statistics.examples import Example
 from ktmerge.tuners.statistics.fisher import Fisher, drawn, loglikelihood
-from ktmerge.tuners.statistics.inputs import Inputs
-from ktmerge.tuners.statistics.reservoir import Reservoir
+from ktmerge.tuners.statistics.inputs import Inputs, stem
+from ktmerge.tuners.statistics.places import Place, find_places, find_stacks
 
 _STATE, _SUMS, _LEADERS = "reservoirs.safetensors", "sums.safetensors", "leaders.json"
 _SEEING = ("vision", "connector")
@@ -50,19 +50,20 @@ class Collector:
 
     def __init__(self, model: Any, checkpoint: Checkpoint, job: Statistics, scratch: Path) -> None:
         self._model, self._checkpoint, self._job = model.eval(), checkpoint, job
-        found = align(checkpoint, as_checkpoint(model.state_dict(), checkpoint), "the model").mapping
-        self._names = {live: stored for stored, live in found.items()}
-        infos = checkpoint.tensors
-        maps = {
-            live: stored
-            for live, stored in self._names.items()
-            if tensor_class(stored, infos[stored], checkpoint.config) == "matrix"
+        self._places = find_places(model, checkpoint)
+        matrices = {
+            name
+            for name, info in checkpoint.tensors.items()
+            if name in self._places and tensor_class(name, info, checkpoint.config) == "matrix"
         }
+        maps = {self._places[name].live: name for name in matrices if len(self._places[name].shape) == 2}
+        stacks = list(find_stacks(model, self._places))
         parts = Parts(checkpoint)
         self._image = _image_token(checkpoint.config)
-        seeing = {name for name in maps.values() if self._image is not None and parts.of(name).startswith(_SEEING)}
-        self._inputs = Inputs(model, maps, seeing, scratch, job.tokens, job.seed)
-        self._fisher = None if job.fisher == "none" else Fisher(model, self._names)
+        seeing = {name for name in matrices if self._image is not None and parts.of(name).startswith(_SEEING)}
+        self._inputs = Inputs(model, maps, stacks, seeing, scratch, job.tokens, job.seed)
+        live = {place.live for place in self._places.values()}
+        self._fisher = None if job.fisher == "none" else Fisher(model, live)
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def close(self) -> None:
@@ -121,20 +122,24 @@ class Collector:
             KtmergeError: something is not finite, or cannot be written.
         """
         reservoirs = self._inputs.reservoirs
-        entries = [entry for name, one in reservoirs.items() for entry in self._entries(name, one)]
+        groups: dict[str, list[str]] = {}
+        for name in sorted(reservoirs):
+            groups.setdefault(stem(name), []).append(name)
+        entries = [entry for name, members in groups.items() for entry in self._entries(name, members)]
         files = {INPUTS: write_tensors(folder / INPUTS, entries)} if entries else {}
         fisher = None
         if self._fisher is not None:
             norm = self._fisher.norm()
             if norm != norm or norm == float("inf"):
                 raise KtmergeError("the Fisher information is not finite; the model's gradients overflow on this data.")
-            sums = self._fisher.sums
             diagonals = [
-                Entry(name, "F32", tuple(sums[name].shape), partial(self._fisher.diagonal, name)) for name in sums
+                Entry(name, "F32", place.shape, partial(_part, self._fisher, place))
+                for name, place in self._places.items()
+                if place.live in self._fisher.sums
             ]
             files[FISHER] = write_tensors(folder / FISHER, diagonals)
             fisher = {"kind": self._job.fisher, "examples": self._fisher.examples, "norm": norm}
-        counts = {name: one.count for name, one in sorted(reservoirs.items())}
+        counts = {name: sum(reservoirs[one].count for one in members) for name, members in groups.items()}
         write_record(
             folder, model=told_model(self._checkpoint), samples=self._inputs.samples(), fisher=fisher, files=files,
             tokens=counts, **facts,
@@ -142,24 +147,49 @@ class Collector:
         images = [name for name in counts if name.endswith(":image")]
         return {"inputs": len(counts) - len(images), "maps": len(self._inputs.leaders), "fisher": fisher}
 
-    def _entries(self, name: str, reservoir: Reservoir) -> list[Entry]:
-        shape = (reservoir.kept, reservoir.width)
-        means = {MEAN_SQUARE: reservoir.square, MEAN_ABSOLUTE: reservoir.absolute}
-        if not all(bool(torch.isfinite(values).all()) for values in means.values()):
-            raise KtmergeError(f"tensor '{name}': its inputs are not finite; the model overflows on this data.")
-        half = self._job.dtype == "float16" and float(reservoir.sample().abs().max()) <= _HALF
-        load = (lambda: reservoir.sample().half()) if half else reservoir.sample
+    def _entries(self, name: str, members: list[str]) -> list[Entry]:
+        """What is stored of one input: of stacked experts, those of all of them, in their order."""
+        found = [self._inputs.reservoirs[member] for member in members]
+        for one in found:
+            if not bool(torch.isfinite(one.square).all()):
+                raise KtmergeError(f"tensor '{name}': its inputs are not finite; the model overflows on this data.")
+        width, experts = found[0].width, self._experts(name) if "#" in members[0] else None
+        numbers = [int(member.partition("#")[2].partition(":")[0]) for member in members] if experts else [0]
+        lead = () if experts is None else (experts,)
+        kept = max(one.kept for one in found)
+
+        def sample() -> Tensor:
+            """Of an expert with fewer tokens the rest is 0 and its rows are larger: X^T X / tokens stays its own."""
+            rows = torch.zeros(experts or 1, kept, width)
+            for number, one in zip(numbers, found, strict=True):
+                rows[number, : one.kept] = one.sample() * (kept / one.kept) ** 0.5
+            return rows if experts is not None else rows[0]
+
+        def mean(what: str) -> Tensor:
+            means = torch.zeros(experts or 1, width)
+            for number, one in zip(numbers, found, strict=True):
+                means[number] = (getattr(one, what) / one.count).float()
+            return means if experts is not None else means[0]
+
+        half = self._job.dtype == "float16" and float(sample().abs().max()) <= _HALF
         return [
-            Entry(f"{SAMPLE}/{name}", "F16" if half else "F32", shape, load),
-            *(
-                Entry(f"{what}/{name}", "F32", shape[1:], partial(_mean, values, reservoir.count))
-                for what, values in means.items()
-            ),
+            Entry(f"{SAMPLE}/{name}", "F16" if half else "F32", (*lead, kept, width), lambda: _cast(sample(), half)),
+            Entry(f"{MEAN_SQUARE}/{name}", "F32", (*lead, width), partial(mean, "square")),
+            Entry(f"{MEAN_ABSOLUTE}/{name}", "F32", (*lead, width), partial(mean, "absolute")),
         ]
 
+    def _experts(self, name: str) -> int:
+        return self._places[name.removesuffix(":image")].shape[0]
 
-def _mean(values: Tensor, count: int) -> Tensor:
-    return (values / max(1, count)).float()
+
+def _cast(values: Tensor, half: bool) -> Tensor:
+    return values.half() if half else values
+
+
+def _part(fisher: Fisher, place: Place) -> Tensor:
+    """The Fisher information of one of the checkpoint's tensors."""
+    size = math.prod(place.shape)
+    return fisher.diagonal(place.live).reshape(-1)[place.start : place.start + size].reshape(place.shape)
 
 
 def _image_token(config: Mapping[str, Any]) -> int | None:

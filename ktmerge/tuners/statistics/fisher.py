@@ -8,7 +8,7 @@ thing: it has the products of different examples in it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,10 +21,10 @@ class Fisher:
 
     Args:
         model: the model; gradients are asked of the named parameters and of no others, until `close`.
-        names: tensor name in the checkpoint of every parameter, by its name in the model.
+        names: of the parameters.
     """
 
-    def __init__(self, model: nn.Module, names: Mapping[str, str]) -> None:
+    def __init__(self, model: nn.Module, names: Collection[str]) -> None:
         self.examples = 0
         self.sums: dict[str, Tensor] = {}
         self._handles = []
@@ -32,9 +32,9 @@ class Fisher:
             wanted = name in names and parameter.is_floating_point()
             parameter.requires_grad_(wanted)
             if wanted:
-                self.sums[names[name]] = torch.zeros_like(parameter, dtype=torch.float32)
+                self.sums[name] = torch.zeros_like(parameter, dtype=torch.float32)
                 leaf: Any = parameter
-                self._handles.append(leaf.register_post_accumulate_grad_hook(partial(self._square, names[name])))
+                self._handles.append(leaf.register_post_accumulate_grad_hook(partial(self._square, name)))
 
     def close(self) -> None:
         """Take the hooks off."""
@@ -46,9 +46,9 @@ class Fisher:
         loglikelihood.backward()  # type: ignore[no-untyped-call]
         self.examples += 1
 
-    def diagonal(self, tensor: str) -> Tensor:
-        """E[g^2] of one tensor, fp32, shaped like it."""
-        return (self.sums[tensor] / max(1, self.examples)).cpu()
+    def diagonal(self, name: str) -> Tensor:
+        """E[g^2] of one parameter, fp32, shaped like it."""
+        return (self.sums[name] / max(1, self.examples)).cpu()
 
     def norm(self) -> float:
         """L2 norm over all tensors."""
@@ -61,10 +61,10 @@ class Fisher:
         for name, values in sums.items():
             self.sums[name].copy_(values)
 
-    def _square(self, tensor: str, parameter: Tensor) -> None:
+    def _square(self, name: str, parameter: Tensor) -> None:
         gradient = parameter.grad
         assert gradient is not None
-        self.sums[tensor].addcmul_(gradient, gradient)
+        self.sums[name].addcmul_(gradient, gradient)
         parameter.grad = None
 
 

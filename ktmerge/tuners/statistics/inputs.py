@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ktmerge.tuners.statistics.places import Stack
 from ktmerge.tuners.statistics.reservoir import Reservoir, priorities
 
 Kind = Literal["text", "image"]
@@ -25,11 +28,13 @@ class Inputs:
     """Hooks on the linear maps of a model that show reservoirs what the maps are given.
 
     Maps that are given the very same tensor (queries, keys and values; gate and up) share a reservoir, called after the
-    first of them. Text and image tokens have reservoirs of their own, called ``<tensor>`` and ``<tensor>:image``.
+    first of them. Text and image tokens have reservoirs of their own, ``<tensor>`` and ``<tensor>:image``, and so has
+    each of stacked experts, ``<tensor>#<number>``.
 
     Args:
         model: the model; `close` takes the hooks off again.
         names: tensor name in the checkpoint of every weight to be measured, by its name in the model.
+        stacks: the modules of stacked experts.
         seeing: those checkpoint names whose maps see nothing but image tokens.
         scratch: folder for the reservoirs' files.
         tokens: rows kept of each input.
@@ -37,7 +42,14 @@ class Inputs:
     """
 
     def __init__(
-        self, model: nn.Module, names: Mapping[str, str], seeing: set[str], scratch: Path, tokens: int, seed: int
+        self,
+        model: nn.Module,
+        names: Mapping[str, str],
+        stacks: Sequence[Stack],
+        seeing: set[str],
+        scratch: Path,
+        tokens: int,
+        seed: int,
     ) -> None:
         self._seeing, self._scratch, self._tokens, self._seed = seeing, scratch, tokens, seed
         self.reservoirs: dict[str, Reservoir] = {}
@@ -45,9 +57,10 @@ class Inputs:
         self._recent: deque[tuple[Tensor, int, str]] = deque(maxlen=_RECENT)
         self._example, self._images = 0, torch.zeros(0, dtype=torch.bool)
         self._passed: dict[tuple[str, Kind], int] = {}
+        maps = [(module, partial(self._hook, tensor)) for tensor, module in linear_maps(model, names)]
+        mixtures = [(stack.module, partial(self._hook_stack, stack)) for stack in stacks]
         self._handles = [
-            module.register_forward_pre_hook(partial(self._hook, tensor), with_kwargs=True)
-            for name, tensor, module in linear_maps(model, names)
+            module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in (*maps, *mixtures)
         ]
 
     def close(self) -> None:
@@ -66,13 +79,10 @@ class Inputs:
         self._recent.clear()
 
     def samples(self) -> dict[str, list[str]]:
-        """Names of the reservoirs of every tensor that was given anything."""
-        found = {}
-        for tensor, leader in self.leaders.items():
-            names = [name for name in (leader, f"{leader}:image") if name in self.reservoirs]
-            if names:
-                found[tensor] = names
-        return found
+        """Names of the inputs of every tensor that was given anything; of stacked experts without their numbers."""
+        there = {stem(name) for name in self.reservoirs}
+        found = {tensor: [one for one in (own, f"{own}:image") if one in there] for tensor, own in self.leaders.items()}
+        return {tensor: names for tensor, names in found.items() if names}
 
     def state(self) -> dict[str, Tensor]:
         """Everything to go on from, beside the scratch files."""
@@ -90,16 +100,42 @@ class Inputs:
 
     def _hook(self, tensor: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = args[0] if args else next(iter(kwargs.values()))
+        weight = module.get_parameter("weight")
+        inputs = weight.shape[0] if isinstance(module, Conv1D) else weight.shape[1]
+        if not (torch.is_floating_point(given) and given.shape[-1] == inputs):
+            return
         leader = self._leader(tensor, given)
         if leader != tensor:
             return
         rows = given.detach().reshape(-1, given.shape[-1])
-        for kind, chosen in self._kinds(tensor, rows):
+        for kind, chosen in self._kinds(tensor, len(rows)):
             start = self._passed.get((tensor, kind), 0)
             self._passed[tensor, kind] = start + len(chosen)
-            chances = priorities(self._seed, kind, self._example, start, len(chosen))
-            name = tensor if kind == "text" else f"{tensor}:image"
-            self._reservoir(name, rows.shape[1]).add(chosen, chances, self._example, start)
+            self._show(tensor, kind, rows[chosen.to(rows.device)], np.arange(start, start + len(chosen)))
+
+    def _hook_stack(self, stack: Stack, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tokens as the router sends them, each to its experts; a token has the same place in all of them."""
+        names = ("hidden_states", "top_k_index")
+        given, routes = (args[n] if len(args) > n else kwargs[name] for n, name in enumerate(names))
+        rows, routes = given.detach().reshape(-1, given.shape[-1]), routes.reshape(-1, routes.shape[-1]).cpu()
+        for kind, chosen in self._kinds(stack.ups[0][0], len(rows)):
+            for expert, (ups, downs) in enumerate(zip(stack.ups, stack.downs, strict=True)):
+                places = (routes[chosen] == expert).any(-1).nonzero()[:, 0]
+                if not len(places):
+                    continue
+                own = rows[chosen[places].to(rows.device)]
+                suffix = f"#{expert}" if stack.stacked else ""
+                self.leaders |= dict.fromkeys(ups, ups[0]) | dict.fromkeys(downs, downs[0])
+                self._show(ups[0] + suffix, kind, own, places.numpy())
+                with torch.no_grad():
+                    self._show(downs[0] + suffix, kind, stack.inner(expert, own), places.numpy())
+
+    def _show(self, tensor: str, kind: Kind, rows: Tensor, places: NDArray[np.int64]) -> None:
+        if not len(rows):
+            return
+        chances = priorities(self._seed, kind, self._example, 0, int(places.max()) + 1)[places]
+        name = tensor if kind == "text" else f"{tensor}:image"
+        self._reservoir(name, rows.shape[1]).add(rows, chances, self._example, places)
 
     def _leader(self, tensor: str, given: Tensor) -> str:
         """The first map that is given this very tensor, unchanged; asked once for each map."""
@@ -110,26 +146,31 @@ class Inputs:
                 self._recent.append((given, given._version, tensor))
         return self.leaders[tensor]
 
-    def _kinds(self, tensor: str, rows: Tensor) -> Iterator[tuple[Kind, Tensor]]:
+    def _kinds(self, tensor: str, rows: int) -> Iterator[tuple[Kind, Tensor]]:
+        """Which of a map's rows are of which kind, as their numbers."""
         if tensor in self._seeing:
-            yield "image", rows
-        elif len(rows) == len(self._images) and bool(self._images.any()):
-            images = self._images.to(rows.device)
-            yield "text", rows[~images]
-            yield "image", rows[images]
-        elif len(rows):
-            yield "text", rows
+            yield "image", torch.arange(rows)
+        elif rows == len(self._images):
+            yield "text", (~self._images).nonzero()[:, 0]
+            yield "image", self._images.nonzero()[:, 0]
+        else:
+            yield "text", torch.arange(rows)
 
     def _reservoir(self, name: str, width: int) -> Reservoir:
         if name not in self.reservoirs:
-            path = self._scratch / f"{re.sub(r'[^A-Za-z0-9.:_-]', '_', name)}.rows"
+            path = self._scratch / f"{re.sub(r'[^A-Za-z0-9.:#_-]', '_', name)}.rows"
             self.reservoirs[name] = Reservoir(path, self._tokens, width)
         return self.reservoirs[name]
 
 
-def linear_maps(model: nn.Module, names: Mapping[str, str]) -> Iterator[tuple[str, str, nn.Module]]:
-    """Weight's name in the model, its name in the checkpoint, and the module, for each map that is to be measured."""
+def stem(reservoir: str) -> str:
+    """The name of a reservoir without the number of a stacked expert."""
+    return re.sub(r"#\d+", "", reservoir)
+
+
+def linear_maps(model: nn.Module, names: Mapping[str, str]) -> Iterator[tuple[str, nn.Module]]:
+    """Weight's name in the checkpoint and the module, for each map that is to be measured."""
     for path, module in model.named_modules():
         name = f"{path}.weight" if path else "weight"
-        if name in names and isinstance(module, (nn.Linear, Conv1D)):
-            yield name, names[name], module
+        if name in names and isinstance(getattr(module, "weight", None), nn.Parameter):
+            yield names[name], module

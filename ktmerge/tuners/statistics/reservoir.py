@@ -51,20 +51,20 @@ class Reservoir:
         """How many rows there are."""
         return len(self._order)
 
-    def add(self, rows: Tensor, chances: Priorities, example: int, start: int) -> None:
+    def add(self, rows: Tensor, chances: Priorities, example: int, places: NDArray[np.int64]) -> None:
         """Show the next rows.
 
         Args:
             rows: ``[n, width]`` fp32.
             chances: uint64 ``[n]``; those with the lowest stay.
             example: number of the example they are of.
-            start: number of the first of them in its example.
+            places: int64 ``[n]``, their numbers in the example.
         """
         self.count += len(rows)
         wide = rows.double()
         self.square += (wide * wide).sum(0).cpu()
         self.absolute += wide.abs().sum(0).cpu()
-        place = np.full(len(rows), example << 32, np.uint64) + np.arange(start, start + len(rows), dtype=np.uint64)
+        place = np.full(len(rows), example << 32, np.uint64) + places.astype(np.uint64)
         coming = np.stack([chances, place, np.full(len(rows), self._size, np.uint64)], axis=1)
         both = np.concatenate([self._order, coming])
         chosen = np.lexsort((both[:, 1], both[:, 0]))[: self._size]
