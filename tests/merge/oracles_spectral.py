@@ -47,7 +47,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, float], float]] = [
     ("resmerge", {}, EVEN, 1.0),
     ("resmerge", {"rank": 2, "beta_min": 0.2, "head": 0.5}, UNEVEN, 1.0),
     ("task_arithmetic_svc", {}, EVEN, 1.0),
-    ("task_arithmetic_svc", {"alpha": 1.0}, UNEVEN, 0.8),
+    ("task_arithmetic_svc", {"alpha": 0.3}, UNEVEN, 0.8),
     ("ties_svc", {"density": 0.5}, EVEN, 1.0),
     ("tsv_m_svc", {}, EVEN, 1.0),
     ("swudi_a_svc", {"alpha": 0.1}, UNEVEN, 1.0),
@@ -215,7 +215,7 @@ def svc(merged: np.ndarray, own: list[np.ndarray], alpha: float | None) -> np.nd
         counted = 0.0
         for delta in own:
             b = u[:, r] @ delta
-            counted += max(alpha, a @ b / max(b @ b, 1e-12 * (delta**2).sum()))
+            counted += max(alpha, a @ b / (b @ b)) if b @ b > 1e-12 * (delta**2).sum() else alpha
         out += n / counted * s[r] * np.outer(u[:, r], vt[r])
     return out
 
@@ -274,7 +274,7 @@ def merge_matrix(
         "tsv_m_svc": lambda: tsv_m(own, base),
         "swudi_a_svc": lambda: regress(deltas, base, w, filter="none", rank="participation"),
     }[method]()
-    return svc(merged, own, p.get("alpha"))
+    return svc(merged, own, p.get("alpha", 1.0))
 
 
 def merged_deltas(

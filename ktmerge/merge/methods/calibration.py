@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 _SKIPPED = 1e-7
 """Singular values below this share of the largest become zero."""
-_FLOOR = 1e-12
-"""Of ||u^T tau_t||^2, as a share of ||tau_t||^2."""
+_NO_RESPONSE = 1e-12
+"""Share of ||tau_t||^2 below which ||u^T tau_t||^2 is the rounding of float32 deltas."""
 
 
 class SvcParameters(Parameters):
     alpha: float | None = Field(
         None,
         gt=0,
-        description="least response of an expert to count in full; 1 / N if not given, so that experts at right angles "
-        "give their sum",
+        description="least response that each expert counts with in every direction; 1 / N if not given, right after a "
+        "mean; 1 after a sum",
     )
     split_fused: bool = Field(True, description="take maps that share a tensor (query, key and value) apart")
 
@@ -38,7 +38,13 @@ def svc(merged: Tensor, deltas: list[Tensor], parameters: SvcParameters, context
     what several share is no longer counted several times, and lambda 1 means the same after every rule. N counts the
     experts that changed the map. Tensors that are no linear maps stay as they were merged.
 
+    Experts at right angles give their sum with alpha 1 / N after a mean, and with alpha 1 after a sum or whatever adds
+    such experts; the ready-made methods are set so.
+
     The formula has no weights: each delta is multiplied by its weight over the mean of their magnitudes.
+
+    Differs from the paper's code: an expert whose response to a direction is rounding counts as one without a response,
+    with alpha, where the code divides by it.
     """
     import torch
 
@@ -59,8 +65,10 @@ def svc(merged: Tensor, deltas: list[Tensor], parameters: SvcParameters, context
         counted = torch.zeros_like(found.values)
         for delta in own:
             response = found.left.T @ delta.double()
-            energy = (response**2).sum(1).clamp(min=_FLOOR * float((delta.double() ** 2).sum()))
-            counted += ((answers * response).sum(1) / energy).clamp(min=alpha)
+            energy = (response**2).sum(1)
+            answered = (answers * response).sum(1) / energy
+            responds = energy > _NO_RESPONSE * float((delta.double() ** 2).sum())
+            counted += torch.where(responds, answered, alpha).clamp(min=alpha)
         return ((found.left * (len(own) / counted)) @ answers).float()
 
     return by_map([merged, *deltas], context, calibrate, fused=parameters.split_fused)
@@ -84,13 +92,14 @@ def norm_budget(merged: Tensor, deltas: list[Tensor], parameters: Parameters, co
 
 
 _SVC = (("svc", dict[str, Any]()),)
+_SVC_OF_SUM = (("svc", {"alpha": 1.0}),)
 _SOURCE = "arXiv:2602.05536"
 _CALIBRATED: tuple[tuple[str, str, str, Stages, str, str], ...] = (
     (
         "task_arithmetic_svc",
         "Several experts: their sum, with what they share counted once; needs no search for lambda.",
         f"Ilharco et al., ICLR 2023, arXiv:2212.04089; {_SOURCE}",
-        Stages(combine=("sum", {}), calibrate=_SVC),
+        Stages(combine=("sum", {}), calibrate=_SVC_OF_SUM),
         "sum_t tau_t",
         "eigh min(o, i)^3",
     ),
@@ -106,7 +115,7 @@ _CALIBRATED: tuple[tuple[str, str, str, Stages, str, str], ...] = (
         "tsv_m_svc",
         "As tsv_m, with the strength of every direction set by what the experts do there.",
         f"Gargiulo et al., CVPR 2025, arXiv:2412.00081; {_SOURCE}",
-        Stages(combine=("tsv_m", {}), calibrate=_SVC),
+        Stages(combine=("tsv_m", {}), calibrate=_SVC_OF_SUM),
         "tsv_m",
         "(N + 3) eigh min(o, i)^3",
     ),
@@ -114,7 +123,7 @@ _CALIBRATED: tuple[tuple[str, str, str, Stages, str, str], ...] = (
         "swudi_a_svc",
         "Several experts and no data: as swudi_a, with the strength of every direction set by the experts.",
         f"Wei et al., 2026, arXiv:2606.07289; {_SOURCE}",
-        Stages(combine=("spectral_regmean", {"filter": "none", "rank": "participation"}), calibrate=_SVC),
+        Stages(combine=("spectral_regmean", {"filter": "none", "rank": "participation"}), calibrate=_SVC_OF_SUM),
         "swudi_a",
         "eigh min(i, N o)^3 + eigh min(o, i)^3",
     ),
@@ -129,7 +138,7 @@ for _name, _summary, _from, _stages, _merged, _cost in _CALIBRATED:
             stages=_stages,
             otherwise=MEANS,
             capped=True,
-            formula=f"U g S V^T of {_merged} = U S V^T, g = N / sum_t max(1 / N, <u M, u tau_t> / ||u tau_t||^2)",
+            formula=f"U g S V^T of {_merged} = U S V^T, g = N / sum_t max(alpha, <u M, u tau_t> / ||u tau_t||^2)",
             cost=f"{_cost} + N oi min(o, i)",
             promises=Promises(
                 neutral={"density": 1.0} if _name == "ties_svc" else {},
