@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def as_checkpoint(state: Mapping[str, Tensor], like: Checkpoint) -> Checkpoint:
-    """The headers that a checkpoint of the tensors in ``state`` would have, each in a file of its name; else ``like``."""
+    """The headers that a checkpoint of these tensors would have, each in a file of its name; else like ``like``."""
     infos = {
         name: TensorInfo(name, tag_of(tensor.dtype), tuple(tensor.shape), name, 0, tensor.nbytes)
         for name, tensor in state.items()
