@@ -20,6 +20,9 @@ Shape = Literal["none", "exp", "tikhonov"]
 Rank = Literal["all", "fraction", "energy", "nuclear", "stable", "participation"]
 Init = Literal["mean", "sum", "zero"]
 
+_DEFINITE = 1e-10
+"""A diagonal of this share of the mean variance makes a Cholesky factor safe, and a decomposition needless."""
+
 _FLOOR = 1e-8
 """Directions with less than this share of a task's whole energy are left at the start (arXiv:2606.07289)."""
 
@@ -115,9 +118,9 @@ def spectral_regmean(
     if not mean > 0:
         return start
     target = torch.stack([one.times(delta) for one, delta in zip(covariances, weighted, strict=True)]).sum(0)
-    definite = bool((common.diagonal > 0).all())
-    if filter.rank == "all" and (filter.shape == "tikhonov" or (filter.shape == "none" and definite)):
-        ridge = filter.strength * mean if filter.shape == "tikhonov" else 0.0
+    ridge = filter.strength * mean if filter.shape == "tikhonov" else 0.0
+    least = float(common.diagonal.min()) + ridge
+    if filter.rank == "all" and filter.shape != "exp" and least > _DEFINITE * mean:
         return start + common.ridged(ridge).solve(target - common.times(start))
     frame = common.frame()
     unit = sum(alpha * one.trace() for one, alpha in zip(covariances, alphas, strict=True)) / sum(alphas)

@@ -21,6 +21,7 @@ FILTERS = [
     Filter("none"),
     Filter("exp", time=30.0),
     Filter("tikhonov", strength=0.5),
+    Filter("tikhonov", strength=0.0),
     Filter("none", rank="participation"),
     Filter("exp", time=30.0, rank="fraction", keep=0.4),
     Filter("tikhonov", strength=0.5, rank="energy", keep=0.6),
