@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,8 +26,11 @@ if TYPE_CHECKING:
 VARIABLE = "KTMERGE_CACHE_GB"
 
 _SUFFIX = ".decomposition"
+_UNFINISHED = ".writing-"
 _DIGEST = 16
 """Bytes of xxh3 before an entry's content."""
+_DEAD = 3600
+"""Seconds after which an unfinished entry was left by a process that is no more."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Store:
             return
         with suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(dir=self.folder)
+            descriptor, temporary = tempfile.mkstemp(prefix=_UNFINISHED, dir=self.folder)
             try:
                 with os.fdopen(descriptor, "wb") as file:
                     file.write(xxhash.xxh3_128_digest(data) + data)
@@ -79,6 +83,10 @@ class Store:
             self._make_room()
 
     def _make_room(self) -> None:
+        for path in self.folder.glob(f"{_UNFINISHED}*"):
+            with suppress(OSError):
+                if path.stat().st_mtime < time.time() - _DEAD:
+                    path.unlink()
         found = []
         for path in self.folder.glob(f"*{_SUFFIX}"):
             with suppress(OSError):  # another process dropped it

@@ -1,0 +1,241 @@
+"""The cache of decompositions: exact, bounded, and safe from other processes and torn files."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ktmerge.errors import UsageError
+from ktmerge.merge import decompositions
+from ktmerge.merge.decompositions import Store, eigh, keeping, singular_values, svd
+
+
+def symmetric(seed: int, size: int = 20) -> Tensor:
+    half = torch.randn(size, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return half + half.T
+
+
+def entries(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.decomposition"))
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is really decomposed."""
+    done: list[str] = []
+
+    def counting(name: str) -> Any:
+        exact = getattr(decompositions, name)
+
+        def count(matrix: Tensor) -> dict[str, Tensor]:
+            done.append(name)
+            result: dict[str, Tensor] = exact(matrix)
+            return result
+
+        return count
+
+    for name in ("_eigh", "_svd", "_singular_values"):
+        monkeypatch.setattr(decompositions, name, counting(name))
+    return done
+
+
+def test_off_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: list[str]) -> None:
+    monkeypatch.setenv("KTMERGE_CACHE", str(tmp_path))
+    monkeypatch.delenv("KTMERGE_CACHE_GB", raising=False)
+    for setting in (None, "0", ""):
+        if setting is not None:
+            monkeypatch.setenv("KTMERGE_CACHE_GB", setting)
+        eigh(symmetric(0))
+        eigh(symmetric(0))
+    assert counted == ["_eigh"] * 6
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_environment_switches_it_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: list[str]) -> None:
+    monkeypatch.setenv("KTMERGE_CACHE", str(tmp_path))
+    monkeypatch.setenv("KTMERGE_CACHE_GB", "0.01")
+    assert eigh(symmetric(0))[1].equal(eigh(symmetric(0))[1])
+    assert counted == ["_eigh"]
+    assert len(entries(tmp_path / "decompositions")) == 1
+    monkeypatch.setenv("KTMERGE_CACHE_GB", "much")
+    with pytest.raises(UsageError, match="number of gigabytes"):
+        eigh(symmetric(0))
+
+
+def test_what_was_kept_comes_back_bit_for_bit(tmp_path: Path, counted: list[str]) -> None:
+    matrix = symmetric(0)
+    wide = torch.randn(4, 9)
+    exact = (*eigh(matrix), *svd(wide), singular_values(wide))
+    counted.clear()
+    with keeping(0.01, tmp_path):
+        for _ in range(3):
+            found = (*eigh(matrix), *svd(wide), singular_values(wide))
+            assert all(a.equal(b) and a.dtype == b.dtype for a, b in zip(found, exact, strict=True))
+    assert sorted(counted) == ["_eigh", "_singular_values", "_svd"]
+    eigh(matrix)
+    assert len(counted) == 4  # off again
+
+
+def test_other_matrices_shapes_and_types_are_other_entries(tmp_path: Path, counted: list[str]) -> None:
+    with keeping(0.01, tmp_path):
+        whole = torch.arange(36.0).reshape(6, 6)
+        for one in (whole, whole.reshape(4, 9), whole.T, -whole, whole.double(), torch.zeros(6, 6), -torch.zeros(6, 6)):
+            singular_values(one)
+    assert len(counted) == len(entries(tmp_path)) == 7
+    with keeping(0.01, tmp_path):
+        singular_values(whole.T.contiguous())  # the same matrix, laid out otherwise
+    assert len(counted) == 7
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "header"])
+def test_damaged_entries_count_as_none(tmp_path: Path, counted: list[str], damage: str) -> None:
+    matrix = symmetric(0)
+    with keeping(0.01, tmp_path):
+        exact = eigh(matrix)
+        (path,) = entries(tmp_path)
+        data = bytearray(path.read_bytes())
+        position = 3 if damage == "header" else len(data) // 2
+        data[position] ^= 1
+        path.write_bytes({"cut": bytes(data[: len(data) // 2]), "empty": b""}.get(damage, bytes(data)))
+        assert all(a.equal(b) for a, b in zip(eigh(matrix), exact, strict=True))
+        assert len(counted) == 2
+        eigh(matrix)
+        assert len(counted) == 2  # and is whole again
+
+
+def test_what_was_not_used_for_longest_goes_first(tmp_path: Path, counted: list[str]) -> None:
+    with keeping(1, tmp_path):
+        eigh(symmetric(0))
+        (first,) = entries(tmp_path)
+    size = first.stat().st_size
+    with keeping(3.5 * size / 1e9, tmp_path):
+        for seed in (1, 2):
+            eigh(symmetric(seed))
+        for age, path in enumerate(entries(tmp_path)):
+            os.utime(path, ns=(10**9 * (100 + age), 10**9 * (100 + age)))
+        os.utime(first, ns=(1, 1))
+        eigh(symmetric(0))  # used again: now the youngest
+        eigh(symmetric(3))
+        assert sum(path.stat().st_size for path in entries(tmp_path)) <= 3.5 * size
+        assert first in entries(tmp_path)
+        counted.clear()
+        eigh(symmetric(0))
+        assert not counted
+
+
+def test_what_is_larger_than_all_the_room_is_not_kept(tmp_path: Path) -> None:
+    with keeping(1e-6, tmp_path):
+        eigh(symmetric(0))
+    assert not list(tmp_path.iterdir())
+    with keeping(0, tmp_path):
+        eigh(symmetric(0))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with keeping(0.01, tmp_path / "file" / "below"):
+        eigh(symmetric(0))
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
+    for name, age in ((".writing-old", 7200), (".writing-young", 10)):
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (time.time() - age, time.time() - age))
+    with keeping(0.01, tmp_path):
+        eigh(symmetric(0))
+    assert {path.name for path in tmp_path.glob(".writing-*")} == {".writing-young"}
+
+
+def test_threads_share_it(tmp_path: Path) -> None:
+    exact = [eigh(symmetric(seed)) for seed in range(8)]
+    wrong: list[int] = []
+
+    def work() -> None:
+        for seed in range(8):
+            if not eigh(symmetric(seed))[1].equal(exact[seed][1]):
+                wrong.append(seed)
+
+    with keeping(0.01, tmp_path):
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+    assert len(entries(tmp_path)) == 8
+
+
+WORK = """
+import sys, torch
+from pathlib import Path
+from ktmerge.merge.decompositions import eigh, keeping
+torch.set_num_threads(1)
+with keeping(float(sys.argv[2]), Path(sys.argv[1])):
+    for turn in range(int(sys.argv[3])):
+        for seed in range(12):
+            half = torch.randn(20, 20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            values, vectors = eigh(half + half.T)
+            back = (vectors * values) @ vectors.T
+            assert torch.allclose(back, half + half.T, atol=1e-10), "not this matrix's"
+"""
+
+
+def start(folder: Path, gigabytes: float, turns: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", WORK, str(folder), str(gigabytes), str(turns)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE)
+
+
+@pytest.mark.slow
+def test_processes_share_it_and_may_be_killed(tmp_path: Path) -> None:
+    """Room for a third of the entries, so that everybody writes and drops all the time; two are killed on the way."""
+    with keeping(1, tmp_path):
+        eigh(symmetric(0))
+    room = 4.5 * entries(tmp_path)[0].stat().st_size / 1e9
+    steady = [start(tmp_path, room, 40) for _ in range(2)]
+    doomed = [start(tmp_path, room, 10**6) for _ in range(2)]
+    time.sleep(6)
+    for process in doomed:
+        process.kill()
+        process.communicate()
+    for process in steady:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()
+    left = entries(tmp_path)
+    assert left
+    store = Store(tmp_path, int(room * 1e9))
+    for path in left:
+        assert store.get(path.name.removesuffix(".decomposition")) is not None
+    with keeping(room, tmp_path):
+        eigh(symmetric(77))
+    assert sum(path.stat().st_size for path in entries(tmp_path)) <= room * 1e9
+
+
+def test_a_failing_driver_is_helped_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = torch.randn(5, 8)
+    exact = singular_values(matrix)
+    real = {name: getattr(torch.linalg, name) for name in ("svd", "svdvals")}
+
+    def failing(name: str) -> Any:
+        def fail(one: Tensor, **options: Any) -> Any:
+            if one.dtype == torch.float32:
+                raise torch.linalg.LinAlgError("did not converge")
+            return real[name](one, **options)
+
+        return fail
+
+    for name in real:
+        monkeypatch.setattr(torch.linalg, name, failing(name))
+    torch.testing.assert_close(singular_values(matrix), exact)
+    left, values, right = svd(matrix)
+    torch.testing.assert_close((left * values) @ right, matrix)
+    assert left.dtype == torch.float32
