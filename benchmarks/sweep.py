@@ -32,6 +32,8 @@ Point = dict[str, Any]
 """``way``, ``value``, ``blend`` and, by split, ``select`` and ``report``: item scores of every set."""
 
 BASE, LAMBDA = "base", "lambda"
+CLOSE = 0.8
+"""A way is gone on with if its first points cover at least this share of what the best way's cover."""
 
 
 @dataclass(frozen=True)
@@ -103,17 +105,25 @@ def sweep(part: Part, method: str) -> None:
         points = [point for value in way.values if (point := _tried(part, method, way, value, refused)) is not None]
         if points:
             ways.append((way, points))
-    points = []
-    if ways:
-        way, points = max(ways, key=lambda one: area(sides, one[1]))
-        for _ in range(COARSE + FINE - len(points)):
-            point = _tried(part, method, way, widest(sides, way, points), refused)
-            if point is None:
-                break
-            points = sorted([*points, point], key=lambda one: one["value"])
-        for point in points:
-            point[REPORT] = _plain(part.world.score(_blended(part, point["blend"]), REPORT, part.sets))
+    best = max((area(sides, points) for _, points in ways), default=0.0)
+    refined = [
+        _refined(part, method, way, points, refused) for way, points in ways if area(sides, points) >= CLOSE * best
+    ]
+    points = max(refined, key=lambda one: area(sides, one), default=[])
+    for point in points:
+        point[REPORT] = _plain(part.world.score(_blended(part, point["blend"]), REPORT, part.sets))
     _keep(part, method, {"points": points, "refused": refused, "seconds": time.perf_counter() - started})
+
+
+def _refined(part: Part, method: str, way: Way, points: Sequence[Point], refused: list[str]) -> list[Point]:
+    """The way with as many points more as the budget has left."""
+    sides, found = sides_of(part, SELECT), list(points)
+    for _ in range(COARSE + FINE - len(points)):
+        point = _tried(part, method, way, widest(sides, way, found), refused)
+        if point is None:
+            break
+        found = sorted([*found, point], key=lambda one: one["value"])
+    return found
 
 
 def widest(sides: Sides, way: Way, points: Sequence[Point]) -> float:

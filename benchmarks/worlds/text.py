@@ -20,7 +20,7 @@ UPSTREAM = ("press", "learned", "fiction")
 TASKS = ("scripture", "code", "reviews")
 LENGTH = 64
 BATCH = 24
-ITEMS = {SELECT: {"up": 20, "down": 28}, REPORT: {"up": 40, "down": 56}}
+ITEMS = {SELECT: {"up": 12, "down": 20}, REPORT: {"up": 24, "down": 40}}
 """Passages of `LENGTH` tokens in each set."""
 
 BASE = {"steps": 1400, "rate": 3e-3}

@@ -23,7 +23,7 @@ ANSWERS = {"garments": FASHION_NAMES, "animals": ANIMAL_NAMES, "turns": WAYS}
 QUESTIONS = {"garments": "which garment is this ?", "animals": "which animal is this ?", "turns": "which way is up ?"}
 WORDS = ("<pad>", "<s>", "<image>", *dict.fromkeys(" ".join(QUESTIONS.values()).split()),
          *dict.fromkeys(word for words in ANSWERS.values() for word in words if word != "up"))  # fmt: skip
-ITEMS = {SELECT: 200, REPORT: 400}
+ITEMS = {SELECT: 120, REPORT: 240}
 """Pictures in each set."""
 
 SIDE, PATCHES = 32, 16
