@@ -10,6 +10,7 @@ from ktmerge.merge.diagnostics.kinds import kind_of
 ATTENTION = ("q", "k", "v", "o")
 FEED_FORWARD = ("gate", "up", "down")
 
+_BLOCK = re.compile(r"\.\d+\.")
 _LEAF = re.compile(r"[._](weight|bias)$")
 # The names that put a projection two steps below its module (BERT, ViT), and the one step of all others.
 _PROJECTION = re.compile(
@@ -24,8 +25,11 @@ def module_of(name: str) -> str:
 
 
 def kinds_in(name: str, layout: MatrixLayout | None) -> tuple[str, ...]:
-    """The kind of each of the maps that share a tensor, in order; see `ktmerge.merge.diagnostics.kinds`."""
-    kind, count = kind_of(name), len(layout.outputs) if layout else 1
+    """The kind of each of the maps that share a tensor, in order; see `ktmerge.merge.diagnostics.kinds`.
+
+    What is in no numbered block (the two layers of a connector, say) is ``other``.
+    """
+    kind, count = kind_of(name) if _BLOCK.search(name) else "other", len(layout.outputs) if layout else 1
     if kind == "qkv" and count == 3:
         return ("q", "k", "v")
     if kind == "up" and count == 2:

@@ -25,25 +25,46 @@ Choose = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
 def by_row(delta: Tensor, context: Context, key: int, choose: Choose) -> Tensor:
     """Put ``choose(rows [r, i], ranks [r, i], elements [r, i])`` in place of some rows at a time.
 
-    A row is what goes into one output of a linear map or convolution (whichever way it is stored), an entry of an
-    embedding, or a whole vector.
-
     Args:
         delta: the whole tensor, shaped.
         context: of the stage.
         key: of the hashes that decide between equal magnitudes.
         choose: gives new rows, by ranks (0 the smallest magnitude) and indices into the flattened tensor.
     """
-    if not delta.numel():
-        return delta
     elements = torch.arange(delta.numel(), device=delta.device).view(delta.shape)
-    if context.tensor_class == "matrix" and delta.dim() > 1:
-        maps = zip(split(delta, context, fused=False), split(elements, context, fused=False), strict=True)
-        return join([_in_blocks(values, where, key, choose) for values, where in maps], context, fused=False)
-    wide = delta.numel() if delta.dim() < 2 else delta.shape[-1]
+    pairs = zip(row_views(delta, context), row_views(elements, context), strict=True)
+    return _joined([_in_blocks(values, where, key, choose) for values, where in pairs], delta, context)
+
+
+def map_rows(delta: Tensor, context: Context, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Put ``change(rows [r, i])`` in place of the rows."""
+    return _joined([change(values) for values in row_views(delta, context)], delta, context)
+
+
+def row_views(values: Tensor, context: Context) -> list[Tensor]:
+    """The whole tensor as matrices ``[r, i]``; none if it is empty.
+
+    A row is what goes into one output of a linear map or convolution (whichever way it is stored), an entry of an
+    embedding, or a whole vector.
+    """
+    if not values.numel():
+        return []
+    if _has_maps(values, context):
+        return split(values, context, fused=False)
+    wide = values.numel() if values.dim() < 2 else values.shape[-1]
     if context.tensor_class == "conv":
-        wide = delta.numel() // delta.shape[0]
-    return _in_blocks(delta.reshape(-1, wide), elements.view(-1, wide), key, choose).view(delta.shape)
+        wide = values.numel() // values.shape[0]
+    return [values.reshape(-1, wide)]
+
+
+def _joined(parts: list[Tensor], delta: Tensor, context: Context) -> Tensor:
+    if not parts:
+        return delta
+    return join(parts, context, fused=False) if _has_maps(delta, context) else parts[0].view(delta.shape)
+
+
+def _has_maps(values: Tensor, context: Context) -> bool:
+    return context.tensor_class == "matrix" and values.dim() > 1
 
 
 def ranks_of(rows: Tensor, elements: Tensor, key: int) -> Tensor:
