@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from ktmerge.merge.decompositions import eigh
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -133,11 +135,9 @@ class Covariance:
 
         The dual costs r^3 instead of i^3.
         """
-        import torch
-
         rows = self.factor.shape[0]
         dual = rows < self.inputs and not bool(self.diagonal.any())
-        values, vectors = torch.linalg.eigh(gram(self.factor.T) if dual else self.dense())
+        values, vectors = eigh(gram(self.factor.T) if dual else self.dense())
         values, vectors = values.flip(0), vectors.flip(1)
         known = values > _ZERO * values[:1].clamp(min=0)
         values, vectors = values[known], vectors[:, known]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Literal
 
+from ktmerge.merge.covariance import gram
 from ktmerge.merge.decompositions import eigh
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.matrices import changed
@@ -97,8 +98,7 @@ class OneSided:
 def one_sided(matrix: Tensor) -> OneSided:
     """Singular values and the shorter side's vectors of ``[o, i]``."""
     whole = matrix.double()
-    gram = whole @ whole.T if whole.shape[0] <= whole.shape[1] else whole.T @ whole
-    values, vectors = eigh(gram)
+    values, vectors = eigh(gram(whole.T if whole.shape[0] <= whole.shape[1] else whole))
     return OneSided(whole, values.flip(0).clamp(min=0).sqrt(), vectors.flip(1))
 
 
