@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from ktmerge.errors import KtmergeError
 from ktmerge.merge.kernels import kernels_for
 from ktmerge.merge.ranking import largest
 from ktmerge.merge.registry import stages
-from ktmerge.merge.stage import Context
+from ktmerge.merge.stage import Context, Domain
 
 NORMS = {"": 2.0, "a": 3.0, "b": 0.5}
 SHAPE = (6, 5)
@@ -52,11 +53,18 @@ def run(
         measured=found,
     )  # fmt: skip
     one = stages()[stage]
-    result: Tensor = one.apply(
-        deltas[0] if one.kind == "transform" else list(deltas), one.parameters(**parameters), context
-    )
+    chosen = one.parameters(**parameters)
+    if one.reach == "element":
+        context, deltas = replace(context, base=context.base.view(-1)), [delta.view(-1) for delta in deltas]
+    for statistic in one.statistics(chosen):
+        observer = statistic.observer(Domain(deltas[0].numel()))
+        while not observer.done:
+            observer.observe(deltas[0], context)
+            observer.end_pass()
+        context = replace(context, statistics={statistic.name: observer.result()})
+    result: Tensor = one.apply(deltas[0] if one.kind == "transform" else list(deltas), chosen, context)
     assert result.dtype == torch.float32
-    return result
+    return result.view(SHAPE)
 
 
 def close(found: Tensor, expected: Any) -> None:
@@ -127,6 +135,23 @@ def test_cgm_hard_reverts_what_costs_most(density: float) -> None:
     kept[np.argsort(score)[30 - int(density * 30) :]] = density > 0
     merged = run("cgm_hard", [delta], found, alpha=3.0, density=density)
     assert merged.equal(torch.where(torch.as_tensor(kept.reshape(SHAPE)), delta, 0.0))
+
+
+@pytest.mark.parametrize("density", [0.1, 0.5, 0.8])
+def test_cgm_hard_decides_between_equal_scores_by_chance(density: float) -> None:
+    delta, same = random(2), random(7) ** 2
+    merged = run("cgm_hard", [delta], Measured(_=same, a=same), alpha=1.0, density=density)
+    assert int(merged.count_nonzero()) == int(density * 30)
+    sure = same.clone()
+    sure[0] = 10.0  # these five are worth keeping, the others cost as much as they gain
+    kept = run("cgm_hard", [delta], Measured(_=same, a=sure), alpha=1.0, density=density)
+    assert int(kept.count_nonzero()) == int(density * 30)
+    assert int(kept[0].count_nonzero()) == min(5, int(density * 30))
+    costly = same.clone()
+    costly[0] = 10.0  # and these are the first to go
+    left = run("cgm_hard", [delta], Measured(_=costly, a=same), alpha=1.0, density=density)
+    assert int(left.count_nonzero()) == int(density * 30)
+    assert not left[0].any()
 
 
 @pytest.mark.parametrize("kappa", [-0.5, 0.0, 0.2])

@@ -10,10 +10,13 @@ from pydantic import Field
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.methods.fisher import BOTH, information
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Need, Parameters, Promises, Stages
+from ktmerge.merge.stage import Context, Domain, Method, Need, Observer, Parameters, Promises, Stages, Statistic
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ktmerge.merge.kernels.radix import MagnitudeThreshold
+    from ktmerge.merge.kernels.search import Threshold
 
 
 class CgmParameters(Parameters):
@@ -24,7 +27,10 @@ class CgmParameters(Parameters):
 
 
 class CgmHardParameters(CgmParameters):
-    density: float = Field(0.9, ge=0, le=1, description="fraction of each tensor's elements that is kept, exactly")
+    density: float = Field(0.9, ge=0, le=1, description="fraction of the elements that is kept, exactly")
+    scope: Literal["tensor", "global"] = Field(
+        "tensor", description="rank within each tensor, or among all elements of the expert"
+    )
 
 
 class GuardedParameters(Parameters):
@@ -53,24 +59,82 @@ def cgm(delta: Tensor, parameters: CgmParameters, context: Context) -> Tensor:
     return torch.where(total > 0, delta * (down / total), delta.double()).float()
 
 
-@stage("cgm_hard", "transform", CgmHardParameters, reach="tensor", needs=_needs)
+class _Edge:
+    """Observer of where the kept scores end: which side of zero that is, and the threshold of magnitudes there.
+
+    On side 1 the largest of the scores above 0 stay, on side -1 the largest of those below 0 go; on side 0 all above
+    stay, and as many that are 0 as hashes decide.
+    """
+
+    def __init__(self, parameters: CgmHardParameters, elements: int) -> None:
+        self._parameters = parameters
+        self._elements = elements
+        self._above, self._zero = 0, 0
+        self._side = 0
+        self._search: MagnitudeThreshold | None = None
+
+    @property
+    def done(self) -> bool:
+        return self._search is not None and self._search.done
+
+    def observe(self, values: Tensor, context: Context) -> None:
+        scores = _scores(values, self._parameters, context)
+        if self._search is None:
+            self._above += int((scores > 0).sum())
+            self._zero += int((scores == 0).sum())
+        else:
+            self._search.observe(_magnitudes(scores, self._side), context)
+
+    def end_pass(self) -> None:
+        from ktmerge.merge.kernels.radix import MagnitudeThreshold
+
+        if self._search is not None:
+            self._search.end_pass()
+            return
+        keep = math.floor(self._parameters.density * self._elements)
+        self._side = 1 if keep <= self._above else -1 if keep >= self._above + self._zero else 0
+        count = self._elements - keep if self._side < 0 else keep
+        self._search = MagnitudeThreshold(count, self._elements, _key)
+
+    def result(self) -> tuple[int, Threshold]:
+        assert self._search is not None
+        return self._side, self._search.result()
+
+
+def _scores(delta: Tensor, parameters: CgmHardParameters, context: Context) -> Tensor:
+    gain = information(context, context.expert, parameters.norm, 0.0)
+    loss = parameters.alpha * information(context, "", parameters.norm, 0.0)
+    return ((gain - loss) * delta.double() ** 2).float()
+
+
+def _magnitudes(scores: Tensor, side: int) -> Tensor:
+    return (scores * side).clamp(min=0) if side else scores.sign() + 1
+
+
+def _key(context: Context) -> int:
+    return stream_key(context.seed, "cgm_hard", context.expert, context.tensor)
+
+
+def _edge(parameters: CgmHardParameters) -> tuple[Statistic, ...]:
+    def start(domain: Domain) -> Observer:
+        return _Edge(parameters, domain.elements)
+
+    return (Statistic("edge", parameters.scope, start),)
+
+
+@stage("cgm_hard", "transform", CgmHardParameters, statistics=_edge, needs=_needs)
 def cgm_hard(delta: Tensor, parameters: CgmHardParameters, context: Context) -> Tensor:
     """Put the elements with the smallest (h_d - alpha h_u) tau^2 back to the base (CGM hard).
 
-    The score is the gain downstream less alpha times the loss upstream, to second order. floor(density n) elements of
-    each tensor stay as they are; equal scores at the edge are decided by a hash of (seed, expert, tensor, element).
+    The score is the gain downstream less alpha times the loss upstream, to second order. floor(density n) elements stay
+    as they are; equal scores at the edge are decided by a hash of (seed, expert, tensor, element).
     """
     import torch
 
-    from ktmerge.merge.ranking import largest
-
-    count = math.floor(parameters.density * delta.numel())
-    if count == delta.numel():
-        return delta
-    gain = information(context, context.expert, parameters.norm, 0.0)
-    loss = parameters.alpha * information(context, "", parameters.norm, 0.0)
-    key = stream_key(context.seed, "cgm_hard", context.expert, context.tensor)
-    return torch.where(largest((gain - loss) * delta.double() ** 2, count, key), delta, 0.0)
+    side, threshold = context.statistics["edge"]
+    magnitudes = _magnitudes(_scores(delta, parameters, context), side)
+    found = context.kernels.keep(magnitudes, _key(context), context.start, threshold) > 0
+    return torch.where(found if side >= 0 else ~found, delta, 0.0)
 
 
 @stage("guarded", "transform", GuardedParameters, needs=_needs)
@@ -106,7 +170,6 @@ method(
         source=_SOURCE,
         stages=Stages(transform=(("cgm_hard", {}),), combine=("mean", {})),
         formula="tau where (h_d - alpha h_u) tau^2 is among the largest density n, else 0; mean over experts",
-        cost="N oi log oi",
         promises=Promises(neutral={"density": 1.0}, identical="mean", elements=False, tolerance=1e-6),
     )
 )
