@@ -61,6 +61,8 @@ CASES: list[tuple[str, dict[str, Any], dict[str, float], float]] = [
     ("karcher", {"iterations": 3}, PAIR, 0.9),
     ("model_stock", {}, EVEN, 1.0),
     ("model_stock", {"granularity": "row"}, UNEVEN, 1.0),
+    ("opcm", {}, EVEN, 1.0),
+    ("opcm", {"alpha": 0.3, "scope": "tensor"}, PAIR, 0.8),
 ]
 
 
@@ -228,6 +230,33 @@ def stock(stack: np.ndarray, w: list[float]) -> np.ndarray:
     return mean * (n * cosine / (1 + (n - 1) * cosine) if cosine > 0 else 0.0)
 
 
+def opcm(stack: np.ndarray, alpha: float = 0.5) -> np.ndarray:
+    """Of one matrix, before its norm is set."""
+    moved = [one for one in stack if one.any()]
+    merged = moved[0] if moved else 0 * stack[0]
+    for one in moved[1:]:
+        left, values, right = np.linalg.svd(merged)
+        held = left.T @ one @ right.T
+        np.fill_diagonal(held, 0.0)
+        rank = int(np.argmax(np.cumsum(values) >= alpha * values.sum())) + 1
+        held[:rank, :rank] = 0.0
+        merged = merged + left @ held @ right
+    return merged
+
+
+def opcm_all(stacks: Arrays, w: list[float], classes: Mapping[str, str], scope: str = "global", **p: Any) -> Arrays:
+    matrices = {name: stack for name, stack in stacks.items() if classes[name] == "matrix"}
+    merged = {name: stack.mean(0) for name, stack in stacks.items() if name not in matrices}
+    added = {name: opcm(stack, **p) for name, stack in matrices.items()}
+    for group in grouped(matrices, scope):
+        lengths = np.linalg.norm(flat(matrices, group), axis=1)
+        length = np.sqrt(sum((added[name] ** 2).sum() for name in group))
+        moved = lengths[lengths > 0]
+        ratio = moved.mean() / length if len(moved) > 1 else 1.0
+        merged |= {name: ratio * added[name] for name in group}
+    return merged
+
+
 def by_vectors(stack: np.ndarray, kind: str, granularity: str, merge: Any) -> np.ndarray:
     """Each row (what makes an output) or column by itself."""
     if granularity == "tensor" or stack.ndim < 3:
@@ -253,6 +282,8 @@ def merged_deltas(
         density, scope = p.pop("density", 0.05), p.pop("scope", "global")
         deltas = {expert: trim_all(deltas[expert], density, scope, expert, seed) for expert in experts}
     stacks = {name: np.stack([deltas[expert][name] for expert in experts]) for name in base}
+    if method == "opcm":
+        return opcm_all(stacks, w, classes, **p), 1e-5
     if method in WHOLE:
         return WHOLE[method](stacks, base, w, **p), 1e-7
     merged = {}

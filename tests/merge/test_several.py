@@ -402,6 +402,28 @@ def test_stock_is_mergekits_where_experts_agree(bench: Workbench, granularity: s
     assert merge(bench, "model_stock", tiny, granularity=granularity).equal(2.0**-14 * ours)
 
 
+# --- OPCM -----------------------------------------------------------------------------------------------------------
+
+
+def test_opcm_has_the_mean_norm_and_an_order(bench: Workbench) -> None:
+    experts = matrices(3, 8, 6)
+    merged = merge(bench, "opcm", experts)
+    mean = torch.stack([tensors[MATRIX].norm() for tensors in experts.values()]).mean()
+    torch.testing.assert_close(merged.norm(), mean)
+    turned = {"a": experts["c"], "b": experts["b"], "c": experts["a"]}
+    assert not torch.allclose(merged, merge(bench, "opcm", turned))
+
+
+def test_opcm_adds_only_what_is_not_held(bench: Workbench) -> None:
+    delta = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
+    other = delta.clone()
+    other[0, 1], other[2, 0] = 5.0, 7.0
+    merged = merge(bench, "opcm", {"a": {MATRIX: delta}, "b": {MATRIX: other}}, alpha=0.7, scope="tensor")
+    expected = delta.clone()
+    expected[2, 0] = 7.0  # the diagonal is held, and so is what lies between the first two directions
+    close(merged / merged.norm(), expected / expected.norm())
+
+
 # --- what they rest on ----------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,137 @@
+"""OPCM: experts one after the other, each without what the merge so far already holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from ktmerge.merge.methods.wudi import MEANS
+from ktmerge.merge.registry import method, stage
+from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class OpcmParameters(Parameters):
+    alpha: float = Field(
+        0.5, ge=0, le=1, description="share of the singular values' sum whose directions are closed to later experts"
+    )
+    scope: Literal["tensor", "global"] = Field(
+        "global", description="bring each tensor, or all of them together, to the experts' mean norm"
+    )
+    split_fused: bool = Field(True, description="take maps that share a tensor (query, key and value) apart")
+
+
+class _NormRatio:
+    """Observer of mean_t ||tau_t|| / ||M||, from exact sums of squares."""
+
+    def __init__(self, parameters: OpcmParameters) -> None:
+        from ktmerge.merge.kernels.sums import ExactSum
+
+        self._parameters = parameters
+        self._merged = ExactSum(2)
+        self._experts: list[ExactSum] = []
+        self.done = False
+
+    def observe(self, values: list[Tensor], context: Context) -> None:
+        from ktmerge.merge.kernels.sums import ExactSum
+
+        self._experts = self._experts or [ExactSum(2) for _ in values]
+        for square, delta in zip(self._experts, values, strict=True):
+            square.add(delta)
+        self._merged.add(_added(values, self._parameters, context))
+
+    def end_pass(self) -> None:
+        self.done = True
+
+    def result(self) -> float:
+        norms = [math.sqrt(one.value()) for one in self._experts]
+        moved = [norm for norm in norms if norm > 0]
+        merged = math.sqrt(self._merged.value())
+        if len(moved) < 2 or not merged:
+            return 1.0
+        return sum(moved) / len(moved) / merged
+
+
+def _ratio(parameters: OpcmParameters) -> tuple[Statistic, ...]:
+    def start(domain: Domain) -> Observer:
+        return _NormRatio(parameters)
+
+    return (Statistic("ratio", parameters.scope, start),)
+
+
+def _objection(parameters: OpcmParameters, weights: Mapping[str, float]) -> str | None:
+    if len(set(weights.values())) > 1:
+        return "opcm knows no expert weights, only their order (by name); give all experts the same"
+    return None
+
+
+@stage("opcm", "combine", OpcmParameters, reach="tensor", statistics=_ratio, objection=_objection)
+def opcm(deltas: list[Tensor], parameters: OpcmParameters, context: Context) -> Tensor:
+    """Add expert after expert, by name, outside the merge's own directions; then the mean norm (arXiv:2501.09522).
+
+    M <- M + tau_t - U (D * U^T tau_t V) V^T with M = U S V^T so far and D the upper left r x r block and the diagonal,
+    r the fewest directions that hold ``alpha`` of the sum of singular values. Last, M times mean_t |tau_t| / |M|, both
+    over all matrices or within each (the paper does so after every expert, which comes to the same, as neither U, V nor
+    r depends on the length of M). Directions whose singular value is rounding are open. Tensors that are no linear maps
+    are added.
+
+    Norms are the mean of the experts that moved anything. The formula has no weights: they have to be equal.
+    """
+    merged = _added(deltas, parameters, context)
+    ratio = context.statistics["ratio"]
+    return merged if ratio == 1 else merged * ratio
+
+
+def _added(deltas: list[Tensor], parameters: OpcmParameters, context: Context) -> Tensor:
+    """M before its norm is set."""
+    from ktmerge.merge.arithmetic import weighted_total
+    from ktmerge.merge.matrices import by_map
+    from ktmerge.merge.spectra import has_maps
+
+    if not has_maps(context):
+        return weighted_total(deltas, [1.0] * len(deltas))
+
+    def merge(maps: list[Tensor], base: Tensor, number: int) -> Tensor:
+        return _added_maps(maps, base, parameters.alpha)
+
+    return by_map(deltas, context, merge, fused=parameters.split_fused)
+
+
+def _added_maps(maps: list[Tensor], base: Tensor, alpha: float) -> Tensor:
+    import torch
+
+    from ktmerge.merge.matrices import changed
+    from ktmerge.merge.spectra import one_sided
+
+    own = [maps[number] for number in changed(maps, base)]
+    if len(own) < 2:
+        return own[0] if own else torch.zeros_like(base)
+    merged = own[0].double()
+    for delta in own[1:]:
+        frame = one_sided(merged).top(min(merged.shape))
+        held = frame.left.T @ delta.double() @ frame.right
+        rank = int((frame.values.cumsum(0) < alpha * frame.values.sum()).sum()) + 1 if alpha > 0 else 0
+        closed = torch.eye(held.shape[0], dtype=torch.bool, device=held.device)
+        closed[:rank, :rank] = True
+        merged = merged + delta - frame.left @ torch.where(closed, held, 0.0) @ frame.right.T
+    return merged.float()
+
+
+method(
+    Method(
+        name="opcm",
+        summary="Experts that arrive over time, by name: each adds what lies outside the merge of those before it.",
+        source="Tang et al., 2025, arXiv:2501.09522",
+        stages=Stages(combine=("opcm", {})),
+        otherwise=MEANS,
+        capped=True,
+        formula="M <- M + tau_t - U (D * U^T tau_t V) V^T, M = U S V^T; then M mean_t |tau_t| / |M|",
+        cost="N eigh m^3, twice",
+        promises=Promises(identical="other", experts=False, elements=False, rotations=True, tolerance=1e-5),
+    )
+)
