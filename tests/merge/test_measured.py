@@ -351,3 +351,33 @@ def test_measurements_that_are_missing_or_do_not_fit_are_refused(stage: str) -> 
 def test_samples_without_a_token_are_no_obstacle(stage: str) -> None:
     deltas = [random(6, 10, seed=t) for t in range(2)]
     assert run(stage, deltas, Measured({name: torch.empty(0, 10) for name in ("", "a", "b")})).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("stage", "parameters"),
+    [
+        ("regmean", {"eta": 1.0, "base_weight": 0.3}),
+        ("regmean_back", {"eta": 1.0, "prior_u": 0.2}),
+        ("cstar", {}),
+        ("nullspace", {}),
+        ("nullspace", {"mode": "hard"}),
+    ],
+    ids=str,
+)
+def test_turned_maps_and_inputs_give_the_turned_merge(stage: str, parameters: dict[str, Any]) -> None:
+    left, right = (torch.linalg.qr(random(n, n, seed=n).double())[0] for n in (6, 10))
+    deltas, found = [random(6, 10, seed=t) for t in range(2)], measured("ab")
+    turned = Measured({name: (found.inputs(name).double() @ right).float() for name in ("", "a", "b")})
+    merged = run(stage, deltas, found, **parameters)
+    there = run(stage, [(left @ delta.double() @ right).float() for delta in deltas], turned, **parameters)
+    close(there, left @ merged.double() @ right, 2e-5)
+
+
+def test_without_the_turn_of_inputs_it_is_another_merge() -> None:
+    """So the test above can fail: shrinking off the diagonal knows the axes."""
+    right = torch.linalg.qr(random(10, 10, seed=10).double())[0]
+    delta, found = random(6, 10), measured()
+    turned = Measured({name: (found.inputs(name).double() @ right).float() for name in ("", "a")})
+    merged = run("regmean_back", [delta], found, eta=0.3).double() @ right
+    there = run("regmean_back", [(delta.double() @ right).float()], turned, eta=0.3).double()
+    assert float((there - merged).abs().max()) > 1e-2 * float(merged.abs().max())

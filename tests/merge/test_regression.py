@@ -195,3 +195,26 @@ def test_an_expert_that_changed_nothing_is_no_member() -> None:
     third = stage.apply([*deltas, torch.zeros(6, 10)], stage.parameters(), context(3, (6, 10)))
     assert both.equal(third)
     assert stage.apply([deltas[0], torch.zeros(6, 10)], stage.parameters(), context(2, (6, 10))) is not None
+
+
+def test_one_solver_is_many_methods() -> None:
+    deltas, weights = [random(6, 10, seed=t) for t in range(2)], [0.5, 1.5]
+    identity = Covariance(random(0, 10), torch.ones(10, dtype=torch.float64))
+    whole = [of_inputs(random(30, 10, seed=t)).ridged(0.01) for t in range(3)]
+    mean = (0.5 * deltas[0] + 1.5 * deltas[1]) / 2
+
+    def solve(covariances: list[Covariance], filter: Filter, base: Covariance | None = None) -> Tensor:
+        return spectral_regmean(deltas, covariances, filter, "mean", weights=weights, base=base)
+
+    close(solve([identity] * 2, Filter("none")), mean)  # the average
+    close(solve([identity] * 2, Filter("none"), identity.scaled(2.0)), mean / 2)  # WiSE-FT, alpha 1/2
+    close(solve([identity] * 2, Filter("exp", time=0.0)), mean)
+    grams = [one.dense() for one in whole]
+    target = 0.5 * deltas[0] @ grams[0] + 1.5 * deltas[1] @ grams[1]
+    close(solve(whole[:2], Filter("none")), target @ torch.linalg.inv(0.5 * grams[0] + 1.5 * grams[1]))  # RegMean
+    both = 0.5 * grams[0] + 1.5 * grams[1] + 0.7 * grams[2]
+    close(solve(whole[:2], Filter("none"), whole[2].scaled(0.7)), target @ torch.linalg.inv(both))  # with the base
+    diagonal = [one.shrunk(0.0) for one in whole]
+    share = [alpha * one.variances() for one, alpha in zip(diagonal[:2], weights, strict=True)]
+    merged = solve(diagonal[:2], Filter("none"))
+    close(merged, (deltas[0] * share[0] + deltas[1] * share[1]) / (share[0] + share[1]))  # Fisher, by inputs
