@@ -159,6 +159,7 @@ method(
     Method(
         name="dare",
         summary="Several experts with small changes: thin each out at random so that they collide less, then add.",
+        formula="sum_t w_t m_t tau_t / density, m_t ~ Bernoulli(density)",
         source="Yu et al., ICML 2024, arXiv:2311.03099",
         stages=Stages(transform=(("dare", {}),), combine=("sum", {})),
         otherwise={"embed": _NO_DROP_SUM, "vector": _NO_DROP_SUM},
@@ -169,6 +170,7 @@ method(
     Method(
         name="dare_ties",
         summary="As dare, and drop what the thinned-out experts still disagree on.",
+        formula="elect(m_t tau_t / density), m_t ~ Bernoulli(density)",
         source="Yu et al., ICML 2024, arXiv:2311.03099, with the election of arXiv:2306.01708",
         stages=Stages(transform=(("dare", {}),), combine=("elect", {})),
         otherwise={"embed": _NO_DROP_ELECT, "vector": _NO_DROP_ELECT},

@@ -28,6 +28,7 @@ method(
     Method(
         name="task_arithmetic",
         summary="Add what several experts learned; a negative weight takes a skill away.",
+        formula="sum_t w_t tau_t",
         source="Ilharco et al., ICLR 2023, arXiv:2212.04089",
         stages=Stages(combine=("sum", {})),
         lambda_=0.3,

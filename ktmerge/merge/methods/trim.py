@@ -74,6 +74,7 @@ method(
     Method(
         name="trim",
         summary="One expert: keep only its largest changes, give the rest back to the base.",
+        formula="tau where |tau| is among the largest density n, else 0",
         source="Yadav et al., NeurIPS 2023, arXiv:2306.01708, with one task",
         stages=Stages(transform=(("trim", {}),), combine=("sum", {})),
         experts=(1, 1),
