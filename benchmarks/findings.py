@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from sweep import BASE, Part, Point, area, chosen, kept_front, read, sides_of
+from parts import BASE, Part, Point, read, sides_of
+from sweep import area, chosen, kept_front
 from tradeoff import Array, Sides, hypervolume, interval
 from worlds.world import REPORT, SELECT
 

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import findings
+from parts import part_of, score_models
 from paths import knob_of, takes
-from sweep import part_of, score_models, sweep
+from sweep import sweep
 from worlds import WORLDS
 
 from ktmerge.errors import KtmergeError

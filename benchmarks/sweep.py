@@ -1,101 +1,33 @@
-"""One method on one part of one world: blended in place along its ways, scored, and kept as JSON."""
+"""One method on one part of one world: blended in place along its ways, scored, and kept."""
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from parts import BASE, Part, Point, keep, kept, plain, sides_of
 from paths import COARSE, FINE, Way, knob_of, line
-from tradeoff import Resamples, Sides, front, harmonic, hypervolume
-from worlds import WORLDS
-from worlds.world import REPORT, SELECT, Scores, World, measure
+from tradeoff import Sides, front, harmonic, hypervolume
+from worlds.world import REPORT, SELECT
 
 import ktmerge
 from ktmerge.errors import KtmergeError
-from ktmerge.merge.registry import find_method, methods
-from ktmerge.merge.settings import blend_setting
+from ktmerge.merge.registry import find_method
 from ktmerge.recipes.load import parse_recipe
-from ktmerge.recipes.schema import Blend
 
-Point = dict[str, Any]
-"""``way``, ``value``, ``blend`` and, by split, ``select`` and ``report``: item scores of every set."""
-
-BASE, LAMBDA = "base", "lambda"
+LAMBDA = "lambda"
 CLOSE = 0.8
 """A way is gone on with if its first points cover at least this share of what the best way's cover."""
 
 
-@dataclass(frozen=True)
-class Part:
-    """Which experts of a world are merged.
-
-    Attributes:
-        kind: single or multi.
-        experts: the tasks; also the downstream sets.
-    """
-
-    world: World
-    kind: str
-    seed: int
-    folder: Path
-
-    @property
-    def experts(self) -> tuple[str, ...]:
-        return self.world.tasks[:1] if self.kind == "single" else self.world.tasks
-
-    @property
-    def sets(self) -> tuple[str, ...]:
-        return (*self.world.upstream, *self.experts)
-
-    @property
-    def models(self) -> Path:
-        """Where base and experts lie."""
-        return self.folder / self.world.name / str(self.seed)
-
-    def file(self, name: str) -> Path:
-        """Where the points of a method, or of a model, are kept."""
-        return self.models / self.kind / f"{name.replace(':', '-')}.json"
-
-    def statistics(self, name: str) -> str:
-        """Where what was measured in a model lies."""
-        return str(self.models / "statistics" / name)
-
-    def digest(self) -> str:
-        """Changes with the models and with what they are asked."""
-        settings = [(self.models / name / "settings.json").read_text() for name in (BASE, *self.experts)]
-        return hashlib.sha256(json.dumps([settings, self.world.items]).encode()).hexdigest()
-
-
-def part_of(world: str, kind: str, seed: int, folder: Path) -> Part:
-    """The part of that name."""
-    return Part(WORLDS[world], kind, seed, folder)
-
-
-def score_models(part: Part) -> None:
-    """Measure base and experts on training data, and score them on both splits."""
-    for name in (BASE, *part.experts):
-        measured_on = "upstream" if name == BASE else name
-        measure(part.world, part.models / name, measured_on, Path(part.statistics(name)))
-        if _kept(part, name) is None:
-            model = part.world.load(part.models / name)
-            scores = {split: _plain(part.world.score(model, split, part.sets)) for split in (SELECT, REPORT)}
-            _keep(part, name, {"points": [{"way": "", "value": 0.0, **scores}]})
-
-
 def sweep(part: Part, method: str) -> None:
     """Blend and score a method along its ways; keep the better way, and why points were refused."""
-    if _kept(part, method) is not None:
+    if kept(part, method) is not None:
         return
     started = time.perf_counter()
     sides = sides_of(part, SELECT)
@@ -111,8 +43,8 @@ def sweep(part: Part, method: str) -> None:
     ]
     points = max(refined, key=lambda one: area(sides, one), default=[])
     for point in points:
-        point[REPORT] = _plain(part.world.score(_blended(part, point["blend"]), REPORT, part.sets))
-    _keep(part, method, {"points": points, "refused": refused, "seconds": time.perf_counter() - started})
+        point[REPORT] = plain(part.world.score(_blended(part, point["blend"]), REPORT, part.sets))
+    keep(part, method, {"points": points, "refused": refused, "seconds": time.perf_counter() - started})
 
 
 def _refined(part: Part, method: str, way: Way, points: Sequence[Point], refused: list[str]) -> list[Point]:
@@ -137,24 +69,6 @@ def widest(sides: Sides, way: Way, points: Sequence[Point]) -> float:
     steps = [float(np.prod(np.abs(first - second))) for first, second in pairwise(places)]
     at = int(np.argmax(steps))
     return way.between(values[at], values[at + 1])
-
-
-def read(part: Part, name: str) -> dict[str, Any] | None:
-    """What was kept of a method or model; item scores as arrays."""
-    document = _kept(part, name)
-    for point in document["points"] if document else ():
-        for split in (SELECT, REPORT):
-            point[split] = {one: np.asarray(values) for one, values in point[split].items()}
-    return document
-
-
-def sides_of(part: Part, split: str, draws: int = 0) -> Sides:
-    """The two sides of a part, normalised between its base and its experts."""
-    models = {name: read(part, name) for name in (BASE, *part.experts)}
-    items = {name: document["points"][0][split] for name, document in models.items() if document}
-    sizes = {name: len(values) for name, values in items[BASE].items()}
-    experts = {name: items[name] for name in part.experts}
-    return Sides(part.world.upstream, part.experts, items[BASE], experts, Resamples.of(sizes, draws))
 
 
 def chosen(sides: Sides, points: Sequence[Point]) -> int:
@@ -195,7 +109,7 @@ def _tried(part: Part, method: str, way: Way, value: float, refused: list[str]) 
     except KtmergeError as error:
         refused.append(f"{way.name} {value:g}: {error}")
         return None
-    return {"way": way.name, "value": value, "blend": blend, SELECT: _plain(part.world.score(model, SELECT, part.sets))}
+    return {"way": way.name, "value": value, "blend": blend, SELECT: plain(part.world.score(model, SELECT, part.sets))}
 
 
 def _unit(part: Part, method: str) -> float:
@@ -239,41 +153,5 @@ def _blended(part: Part, blend: Mapping[str, Any]) -> Any:
     return model
 
 
-def _plain(scores: Scores) -> dict[str, list[float]]:
-    return {name: [round(float(value), 3) for value in values] for name, values in scores.items()}
-
-
 def _arrays(scores: Mapping[str, Any]) -> dict[str, Any]:
     return {name: np.asarray(values) for name, values in scores.items()}
-
-
-def _kept(part: Part, name: str) -> dict[str, Any] | None:
-    try:
-        document: dict[str, Any] = json.loads(part.file(name).read_text())
-    except (OSError, ValueError):
-        return None
-    return document if document.get("inputs") == _inputs(part, name) else None
-
-
-def _keep(part: Part, name: str, document: Mapping[str, Any]) -> None:
-    path = part.file(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    temporary.write_text(json.dumps({"inputs": _inputs(part, name), **document}))
-    os.replace(temporary, path)
-
-
-@cache
-def _inputs(part: Part, name: str) -> str:
-    """Changes with the models, with what they are asked, and with the method's own code."""
-    stages = {
-        use.stage
-        for pipeline in (blend_setting(Blend(method=name)).pipelines.values() if name in methods() else ())
-        for use in pipeline.uses
-    }
-    files = {file for stage in stages if (file := inspect.getsourcefile(stage.apply)) is not None}
-    code = [Path(file).read_text(encoding="utf-8") for file in sorted(files)]
-    knob = knob_of(find_method(name)) if name in methods() else None
-    return hashlib.sha256(
-        json.dumps([part.digest(), code, COARSE, FINE, line(1.0).values, str(knob)]).encode()
-    ).hexdigest()
