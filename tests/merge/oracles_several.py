@@ -61,6 +61,8 @@ CASES: list[tuple[str, dict[str, Any], dict[str, float], float]] = [
     ("karcher", {"iterations": 3}, PAIR, 0.9),
     ("model_stock", {}, EVEN, 1.0),
     ("model_stock", {"granularity": "row"}, UNEVEN, 1.0),
+    ("lm_cocktail", {"losses": {"a": 2.0, "b": 0.5, "c": 9.0}}, EVEN, 0.5),
+    ("lm_cocktail", {"losses": {"a": 2.0, "b": 3.0}, "temperature": 0.5}, {"a": 1.0, "b": 3.0}, 1.0),
     ("opcm", {}, EVEN, 1.0),
     ("opcm", {"alpha": 0.3, "scope": "tensor"}, PAIR, 0.8),
 ]
@@ -292,6 +294,9 @@ def merged_deltas(
         kind = classes[name]
         if method == "magmax":
             merged[name] = magmax(stack, w)
+        elif method == "lm_cocktail":
+            share = np.array(w) * np.exp([-p["losses"][expert] / p.get("temperature", 5.0) for expert in experts])
+            merged[name] = np.tensordot(share / share.sum(), stack, 1)
         elif method == "sce":
             merged[name] = sce(stack, w, lots[""], **p)
         elif method == "cabs":
