@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test slow lint format bench clean
+.PHONY: help demo test slow lint format bench forgetting tables clean
 .DEFAULT_GOAL := help
 
 help: ## say what each target does
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 # The versions are pinned in constraints.txt; what they are for stands in pyproject.toml.
 $(INSTALLED): pyproject.toml constraints.txt
@@ -36,6 +36,12 @@ format: $(INSTALLED) ## put the style right
 
 bench: $(INSTALLED) ## speed and memory, side by side with mergekit
 	$(BIN)/python benchmarks/bench_blend.py
+
+forgetting: $(INSTALLED) ## what every method keeps and gains in two small worlds; writes docs/results.md
+	$(BIN)/python benchmarks/forgetting.py
+
+tables: $(INSTALLED) ## write the tables of docs/methods.md from the registry
+	$(BIN)/python -m ktmerge.merge.catalogue docs/methods.md
 
 clean: ## remove what the targets above made
 	rm -rf $(VENV) ktmerge-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
