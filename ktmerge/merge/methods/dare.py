@@ -146,7 +146,7 @@ def drop(delta: Tensor, density: float, context: Context) -> Tensor:
     if density == 1:
         return delta
     key = stream_key(context.seed, "dare", context.expert, context.tensor)
-    words = context.kernels.words(key, context.start, delta.numel(), delta.device)
+    words = context.kernels.words(key, context.start, delta.numel(), delta.device).view(delta.shape)
     return torch.where(words < round(density * 2**32), delta, 0.0)
 
 
