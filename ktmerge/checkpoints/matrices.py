@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 # transformers' Conv1D, a linear layer with its weight stored inputs first.
-_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "gptj_conv1d"})
+_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp_decoder"})
 _CONV1D = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
 _QKV = re.compile(r"(^|\.)(qkv_proj|qkv|Wqkv|in_proj_weight|in_proj|c_attn|query_key_value)(\.weight)?$")
-_GATE_UP = re.compile(r"(^|\.)(gate_up_proj|gate_and_up|wi_fused)(\.weight)?$")
+_GATE_UP = re.compile(r"(^|\.)(gate_up_proj|gate_and_up|wi_fused|Wi)(\.weight)?$")
 _UP = re.compile(r"(^|\.)(gate_up_proj|up_proj|gate_proj)(\.weight)?$")
 _DOWN = re.compile(r"(^|\.)down_proj(\.weight)?$")
-# Heads of these are interleaved in the fused weight: no three contiguous maps to be found.
-_INTERLEAVED = frozenset({"gpt_neox", "gpt_neox_japanese", "bloom", "falcon", "RefinedWeb", "gpt_bigcode", "gpt_oss"})
+# These store stacked experts inputs first, whatever the shapes look like: in gpt-oss all of them are square.
+_STACKED_TRANSPOSED = frozenset({"gpt_oss", "openai_privacy_filter", "llama4", "llama4_text", "aria", "aria_text"})
+# Rows of the maps that these fuse are interleaved, head by head or one by one: no contiguous maps to be found.
+_INTERLEAVED = frozenset({"gpt_neox", "gpt_neox_japanese", "bloom", "falcon", "RefinedWeb", "RefinedWebModel",
+                          "gpt_bigcode", "codegen", "persimmon", "minimax", "gpt_oss"})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def matrix_layout(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) 
     if len(shape) == 2:
         transposed = bool(models & _CONV1D_MODELS and _CONV1D.search(name))
     else:
-        transposed = _stack_is_transposed(name, shape, sections)
+        transposed = _stack_is_transposed(name, shape, sections, models)
     outputs = shape[-1] if transposed else shape[-2]
     inputs = shape[-2] if transposed else shape[-1]
     if models & _INTERLEAVED:
@@ -58,13 +61,18 @@ def matrix_layout(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) 
     return MatrixLayout(transposed, _fused(name, outputs, inputs, sections))
 
 
-def _stack_is_transposed(name: str, shape: tuple[int, ...], sections: list[Any]) -> bool:
-    """Stacked experts come both ways round (Mixtral ``[E, o, i]``, Llama 4 and gpt-oss ``[E, i, o]``)."""
+def _stack_is_transposed(name: str, shape: tuple[int, ...], sections: list[Any], models: set[str]) -> bool:
+    """Stacked experts come both ways round (Mixtral ``[E, o, i]``, Llama 4 and gpt-oss ``[E, i, o]``).
+
+    The shape tells, as one side is the hidden size (a family may be published one way and saved the other); where it
+    does not, the family does.
+    """
     hidden = {section["hidden_size"] for section in sections if type(section.get("hidden_size")) is int}
     first, last = shape[-2] in hidden, shape[-1] in hidden
-    if first == last:
-        return False
-    return (first and bool(_UP.search(name))) or (last and bool(_DOWN.search(name)))
+    up, down = bool(_UP.search(name)), bool(_DOWN.search(name))
+    if first == last or not (up or down):
+        return bool(models & _STACKED_TRANSPOSED)
+    return first if up else last
 
 
 def _fused(name: str, outputs: int, inputs: int, sections: list[Any]) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ def split(values: Tensor, context: Context, *, fused: bool = True) -> list[Tenso
         fused: whether maps that share a tensor (query, key and value; gate and up) are taken apart.
     """
     layout = _layout(values, context, fused)
-    stacked = values.reshape(-1, *values.shape[-2:])
+    stacked = values.reshape(math.prod(values.shape[:-2]), *values.shape[-2:])
     if layout.transposed:
         stacked = stacked.transpose(-1, -2)
     return [one for whole in stacked for one in whole.split(layout.outputs, dim=0)]
@@ -33,6 +34,8 @@ def join(maps: Sequence[Tensor], context: Context, *, fused: bool = True) -> Ten
     import torch
 
     shape = context.shape
+    if not maps:
+        return context.base.new_zeros(shape)
     each = len(_layout(None, context, fused).outputs)
     wholes = [torch.cat(list(maps[start : start + each])) for start in range(0, len(maps), each)]
     if _layout(None, context, fused).transposed:

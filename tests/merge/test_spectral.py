@@ -11,8 +11,11 @@ import torch
 from merge_memory import MATRIX, Workbench
 from torch import Tensor
 
-from ktmerge.merge import decompositions, spectra
+from ktmerge.checkpoints.matrices import MatrixLayout
+from ktmerge.merge import decompositions, matrices, spectra
+from ktmerge.merge.kernels import kernels_for
 from ktmerge.merge.methods.isotropy import specific_count
+from ktmerge.merge.stage import Context
 
 FUSED = "model.layers.0.self_attn.qkv_proj.weight"
 STACKED = "model.layers.0.mlp.experts.gate_up_proj"
@@ -338,6 +341,33 @@ def test_one_sided_methods_know_the_outputs_of_transposed_weights(bench: Workben
         {name: torch.zeros(8, 12)}, models, {"method": method, "lambda": 1.0}, config={"model_type": "gpt2"}
     )
     torch.testing.assert_close(found[name].T, merged(bench, method, deltas, **{"lambda": 1.0}), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("stack", [(), (1,), (3,), (0,)])
+@pytest.mark.parametrize("inputs", [1, 5, 0])
+def test_maps_are_put_back_where_they_were(fused: bool, transposed: bool, stack: tuple[int, ...], inputs: int) -> None:
+    outputs = (4, 2, 2)
+    whole = normal(*stack, 8, inputs)
+    values = whole.transpose(-1, -2).contiguous() if transposed else whole
+    context = Context(
+        tensor="x", part="llm", layers={}, tensor_class="matrix", shape=tuple(values.shape), start=0, seed=0,
+        experts=("a",), weights=(1.0,), base=values, kernels=kernels_for(torch.device("cpu")),
+        layout=MatrixLayout(transposed, outputs),
+    )  # fmt: skip
+    maps = matrices.split(values, context, fused=fused)
+    stacked = whole if stack else whole[None]
+    expected = [one for each in stacked for one in (each.split(outputs) if fused else [each])]
+    assert len(maps) == (stack[0] if stack else 1) * (3 if fused else 1)
+    assert all(a.equal(b) for a, b in zip(maps, expected, strict=True))
+    assert matrices.join(maps, context, fused=fused).equal(values)
+
+
+@pytest.mark.parametrize("method", ["dg_hard", "tsv_m", "iso_c", "task_arithmetic_svc", "resmerge"])
+def test_empty_matrices_pass(bench: Workbench, method: str) -> None:
+    for shape in ((0, 5), (4, 0)):
+        assert merged(bench, method, [torch.zeros(shape)] * 2, MATRIX).shape == shape
 
 
 # --- nothing arbitrary ------------------------------------------------------------------------------------------------
