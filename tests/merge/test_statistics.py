@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +153,17 @@ def test_tensors_of_other_classes_need_nothing(tmp_path: Path, weighed: None) ->
     merged = Workbench(tmp_path).merged({"a": noise(1)}, {"method": "weighed"})
     assert merged[NORM].equal(noise(1)[NORM])
     assert merged[EMBED].equal(noise(1)[EMBED])
+
+
+def test_checking_a_recipe_with_statistics_loads_no_torch(tmp_path: Path) -> None:
+    document = recipe_of(tmp_path, blend={"method": "regmean_back"})
+    document["statistics"] = measure(tmp_path / "base", tmp_path / "stats" / "base")
+    document["experts"]["a"]["statistics"] = measure(tmp_path / "experts" / "a", tmp_path / "stats" / "a")
+    (tmp_path / "recipe.yaml").write_text(json.dumps(document))
+    script = (
+        "import sys\nfrom ktmerge.cli import main\ntry:\n    main(['recipe', 'check', 'recipe.yaml'])\n"
+        "except SystemExit as stop:\n    sys.exit(stop.code or ('torch' in sys.modules) * 7)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "3 tensors, a into base" in done.stdout
