@@ -25,6 +25,8 @@ BLENDS: dict[str, dict[str, Any]] = {
     "dare_ties": {"method": "dare_ties", "density": 0.4, "lambda": 0.9},
     "task arithmetic": {"method": "task_arithmetic"},
     "majority": {"method": "ties", "tie": "majority"},  # not a program of the compiled kernels
+    "della": {"method": "della"},  # whole tensors, random choice by rank
+    "lines": {"stages": {"transform": "breadcrumbs", "combine": "sum", "scale": {"lines": {"alpha": "auto"}}}},
 }
 
 

@@ -100,7 +100,7 @@ MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"method": "ties", "densty": 0.2}, ["blend: method 'ties' has no parameter 'densty'. Did you mean 'density'?"]),
     ({"method": "ties", "density": 1.2}, ["blend.density: must be a number of at least 0 and at most 1, not 1.2."]),
     ({"method": "ties", "density": "0.2"}, ["blend.density: must be a number of at least 0 and at most 1, not '0.2'."]),
-    ({"method": "ties", "scope": "globl"}, ["blend.scope: must be one of tensor, global, not 'globl'."]),
+    ({"method": "ties", "scope": "globl"}, ["blend.scope: must be one of tensor, row, global, not 'globl'."]),
     (
         {"method": "ties", "density": -1, "elect": 3},
         ["blend.density: must be", "blend.elect: must be one of weighted, mass, count, not 3."],
