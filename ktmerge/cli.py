@@ -77,6 +77,18 @@ def finetune(
     train: Annotated[
         str | None, typer.Option("--train", help="full, top:K, last:K, connector, llm, head, ...; joined by +.")
     ] = None,
+    select: Annotated[
+        str | None,
+        typer.Option(
+            "--select", help="Which elements move: magnitude, gradient, fused, random, child_f, child_d, half."
+        ),
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option("--density", help="With --select: share of elements that move.")
+    ] = None,
+    every: Annotated[int | None, typer.Option("--every", help="With --select: choose again every K steps.")] = None,
+    scope: Annotated[str | None, typer.Option("--scope", help="With --select: tensor or global.")] = None,
+    mask: Annotated[str | None, typer.Option("--mask", help="With --select: hard or soft.")] = None,
     set_: SetOption = None,
     preview: Annotated[
         int, typer.Option("--preview", help="Show N samples with the trained tokens marked, and stop.")
@@ -88,8 +100,9 @@ def finetune(
     """Fine-tune a base model on your data: every weight of it, or what --train says."""
     from ktmerge import api, console
 
+    settings = {"train": train, "select": select, "density": density, "every": every, "scope": scope, "mask": mask}
     jobs = api.finetune_jobs(
-        recipe, only=only or (), base=base, data=data or (), out=out, overrides=set_ or (), settings={"train": train}
+        recipe, only=only or (), base=base, data=data or (), out=out, overrides=set_ or (), settings=settings
     )
     if preview:
         for job in jobs:

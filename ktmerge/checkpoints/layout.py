@@ -45,6 +45,7 @@ _LEFT_BEHIND = (
     "trainer_state.json",
     "ktmerge.json",
     "ktmerge-run.json",
+    "ktmerge-selection.*",
     "log.jsonl",
 )
 _TRAINER_FOLDERS = re.compile(r"^(checkpoint-\d+|global_step\d+|__pycache__)$")
@@ -119,7 +120,7 @@ def _choose_index(root: Path, names: set[str]) -> str | None:
 
 
 def _single(root: Path, names: set[str]) -> str:
-    files = sorted(name for name in names if name.endswith(".safetensors"))
+    files = sorted(name for name in names if name.endswith(".safetensors") and not name.startswith("ktmerge-"))
     if "model.safetensors" in files:
         return "model.safetensors"
     if len(files) == 1 and not _SHARD.search(files[0]):

@@ -164,6 +164,9 @@ class Output(_Section):
     )
 
 
+_DENSITIES = {"gradient": 0.1, "child_f": 0.3, "child_d": 0.3}
+
+
 class FinetuneJob(_Section):
     """How one expert is made. Defaults: tuning for text models of up to a few billion parameters."""
 
@@ -180,6 +183,28 @@ class FinetuneJob(_Section):
     learning_rates: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(
         default_factory=dict, description="{part expression: rate}, first match wins; elsewhere learning_rate"
     )
+    select: Literal["none", "magnitude", "gradient", "fused", "random", "child_f", "child_d", "half"] = Field(
+        "none",
+        description="which elements of what is trained move: the smallest pre-trained weights, the largest accumulated "
+        "gradients, both (SPIDER), chance, Child-Tuning F or D, half of the maps of every block",
+    )
+    density: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of the elements that move; default: magnitude and random 0.5, gradient 0.1, child_f and "
+        "child_d 0.3, fused by its own rule (where the gradient stands higher than the weight)",
+    )
+    every: int | None = Field(
+        None, ge=1, description="steps between selections; default: child_f 1, others select once"
+    )
+    scope: Literal["tensor", "global"] | None = Field(
+        None, description="where the share is counted: in each tensor, or over all (default of gradient and child_d)"
+    )
+    mask: Literal["hard", "soft"] = Field(
+        "hard", description="soft: after every step each element goes back to the base by how little it matters"
+    )
+    select_samples: int = Field(64, ge=1, description="training samples whose gradients make the first selection")
     scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup: float = Field(0.03, ge=0, description="below 1: share of the steps; otherwise steps")
     weight_decay: float = Field(0.0, ge=0)
@@ -213,6 +238,49 @@ class FinetuneJob(_Section):
         for expression in rates:
             PartExpression.parse(expression)
         return rates
+
+    @model_validator(mode="after")
+    def _selection_fits(self) -> FinetuneJob:
+        given = {"density", "every", "scope", "mask", "select_samples"} & self.model_fields_set
+        values = {key: getattr(self, key) for key in given}
+        idle = [key for key in sorted(given) if values[key] != type(self).model_fields[key].default]
+        if self.select == "none" and idle:
+            raise ValueError(
+                f"{idle[0]} needs select, one of magnitude, gradient, fused, random, child_f, child_d, half"
+            )
+        if self.select in ("magnitude", "child_d") and self.every is not None:
+            raise ValueError(
+                f"select {self.select} chooses once, so it takes no every; gradient and fused choose again"
+            )
+        if self.select == "half" and (self.density is not None or self.scope is not None):
+            raise ValueError("select half takes half of the maps of every block, so it takes neither density nor scope")
+        if self.mask == "soft" and self.select in ("random", "child_f", "child_d", "half"):
+            raise ValueError(f"mask soft weighs elements, and select {self.select} has no weights; use hard")
+        if self.select == "child_f" and self.scope is not None:
+            raise ValueError("select child_f tosses a coin for every element, so it takes no scope")
+        if self.select == "fused" and self.density is None and self.scope is not None:
+            raise ValueError("select fused without density goes by a rule of its own, so it takes no scope")
+        return self
+
+    @property
+    def selected_density(self) -> float:
+        """The share of elements that move, defaults filled in; of ``half`` and ``fused`` by its own rule about half."""
+        return self.density or _DENSITIES.get(self.select, 0.5)
+
+    @property
+    def selects_every(self) -> int:
+        """Steps between selections; 0: only once."""
+        return self.every or (1 if self.select == "child_f" else 0)
+
+    @property
+    def selection_scope(self) -> Literal["tensor", "global"]:
+        """Where the share is counted, default filled in."""
+        return self.scope or ("global" if self.select in ("gradient", "child_d") else "tensor")
+
+    @property
+    def selects_by_gradient(self) -> bool:
+        """Whether gradients decide what moves."""
+        return self.select in ("gradient", "fused", "child_d")
 
 
 class Finetune(_Section):

@@ -96,6 +96,16 @@ class RhythmCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         return self._rhythm.save_every is not None or monotonic() - self._last_save >= _SECONDS_BETWEEN_SAVES
 
 
+class StepCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Tells a listener of every finished step, before it is decided what is due."""
+
+    def __init__(self, finished: Callable[[int], None]) -> None:
+        self._finished = finished
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._finished(int(state.global_step))
+
+
 class LogCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Appends one line to the log for every report of the Trainer, tells a person now and then, moves the bar."""
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ktmerge.checkpoints import Checkpoint, Writer, align
 from ktmerge.checkpoints.dtypes import torch_dtype
+from ktmerge.checkpoints.files import clear_os_errors
 from ktmerge.errors import KtmergeError
 from ktmerge.progress import SILENT, Progress
 
@@ -27,6 +29,7 @@ def export(
     *,
     dtype: str,
     texts: Mapping[str, str],
+    extras: Sequence[Path] = (),
     overwrite: bool,
     progress: Progress = SILENT,
 ) -> None:
@@ -40,6 +43,7 @@ def export(
         out: the folder to appear.
         dtype: float32, bfloat16, float16, or base (each tensor as in the base).
         texts: further files by name.
+        extras: further files to copy, under their own names.
         overwrite: replace a checkpoint at ``out``.
         progress: told the elements written.
 
@@ -68,6 +72,9 @@ def export(
             step.advance(info.numel)
         for file, text in {**_config(base, dtype), **texts}.items():
             writer.add_text(file, text)
+        for path in extras:
+            with clear_os_errors(out / path.name):
+                shutil.copyfile(path, writer.folder / path.name)
         writer.copy_files(base)
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints import Checkpoint, Parts
 from ktmerge.checkpoints.quiet import quiet_transformers
 from ktmerge.errors import KtmergeError, first_line
 from ktmerge.progress import Progress, Step
@@ -33,6 +33,7 @@ from ktmerge.tuners.trained import Trained, choose_trained
 
 if TYPE_CHECKING:
     from ktmerge.tuners.callbacks import Interruption, Rhythm
+    from ktmerge.tuners.selection.selection import Selection
     from ktmerge.tuners.trainer import AnswerTrainer
 
 FACTS = "run.json"
@@ -135,7 +136,7 @@ class TrainingRun:
     ) -> AnswerTrainer:
         from transformers import PrinterCallback, set_seed
 
-        from ktmerge.tuners.callbacks import LogCallback, RhythmCallback
+        from ktmerge.tuners.callbacks import LogCallback, RhythmCallback, StepCallback
         from ktmerge.tuners.trainer import AnswerTrainer, build_collator
 
         set_seed(self._job.seed)
@@ -145,22 +146,34 @@ class TrainingRun:
         if self._job.activation_checkpointing:
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         rhythm = self._rhythm()
+        self._selection = self._select(model)
+        listeners = [StepCallback(self._selection.after_step)] if self._selection is not None else []
         trainer = AnswerTrainer(
             lean=projects_faithfully(model, model.config.get_text_config().vocab_size),
             piece_tokens=self._piece_tokens,
             eval_sets={name: found.samples for name, found in self._encoded.items() if name != "train"},
             rates=dict(trained.rates),
+            selection=self._selection,
             model=model,
             args=self._arguments(evaluate_first=rhythm.evaluates and saved is None),
             train_dataset=self._encoded["train"].samples,
             data_collator=build_collator(self._encoder.tokenizer),
             callbacks=[
+                *listeners,
                 LogCallback(self._partial.log, rhythm, self._progress, bar, seconds),
                 RhythmCallback(rhythm, asked, lambda path, step: self._partial.seal(path, step, seconds())),
             ],
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
+
+    def _select(self, model: Any) -> Selection | None:
+        from ktmerge.tuners.selection.selection import Selection
+
+        if self._job.select == "none":
+            return None
+        parameters = {name: one for name, one in model.named_parameters() if name in self._trained.rates}
+        return Selection(self._job, parameters, Parts(parameters, self._base.config), self._progress)
 
     def _rhythm(self) -> Rhythm:
         from ktmerge.tuners.callbacks import Rhythm
@@ -216,6 +229,8 @@ class TrainingRun:
         plain: Any = GenerationConfig
         model.generation_config = plain()  # the base's travels as a file; an odd one would be refused here
         model.save_pretrained(final, state_dict=trained_state(model))
+        if self._selection is not None:
+            self._selection.publish(final, self._base)
         facts = {
             "steps": self._total,
             "seconds": round(seconds, 2),

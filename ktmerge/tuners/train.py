@@ -73,7 +73,14 @@ def finetune(
         record = record_of(job, base, inputs, data, encoded, facts, partial.log)
         texts = {RECORD: json.dumps(record, indent=2, ensure_ascii=False) + "\n", LOG: partial.log.read_text("utf-8")}
         export(
-            checkpoint, partial.final, out, dtype=job.save_dtype, texts=texts, overwrite=overwrite, progress=progress
+            checkpoint,
+            partial.final,
+            out,
+            dtype=job.save_dtype,
+            texts=texts,
+            extras=sorted(partial.final.glob("ktmerge-*")),
+            overwrite=overwrite,
+            progress=progress,
         )
         partial.finish()
     return FinetuneReport(out, record)

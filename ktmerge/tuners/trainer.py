@@ -5,7 +5,7 @@ Imports torch and transformers; import it only where they are needed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,6 +18,7 @@ from ktmerge.errors import KtmergeError
 from ktmerge.tuners.collate import Collator
 from ktmerge.tuners.encode import Encoded
 from ktmerge.tuners.loss import answer_loss, count_trained, pieces
+from ktmerge.tuners.selection.selection import Selection
 
 WEIGHTS = "model.safetensors"
 
@@ -30,6 +31,7 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         piece_tokens: split every batch into pieces of this many tokens; None: take it whole.
         eval_sets: samples by name; their mean losses per trained token are logged as ``eval_<name>_loss``.
         rates: learning rate of each trained parameter, by name.
+        selection: what of them moves; None: all.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         piece_tokens: int | None,
         eval_sets: Mapping[str, Sequence[Encoded]],
         rates: Mapping[str, float],
+        selection: Selection | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(eval_dataset=dict(eval_sets) or None, **kwargs)
@@ -46,30 +49,73 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         self._piece_tokens = piece_tokens
         self._eval_sets = eval_sets
         self._rates = rates
+        self._selection = selection
+        self._resumed: Path | None = None
         self._tokens, self._step_seconds = 0, 0.0
         if lean:
             # have the trained tokens of all accumulated batches counted: compute_loss divides by their number
             self.model_accepts_loss_kwargs = True
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train to the end, from the start or a checkpoint."""
+        self._resumed = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer, with a group for every learning rate, with and without weight decay (norms and biases)."""
         if self.optimizer is None:
             network = self._network if model is None else model
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, network)
-            self.optimizer = kind(self._groups(network), **settings)
+            groups = self._groups(network)
+            names = [group.pop("names") for group in groups]
+            self.optimizer = kind(groups, **settings)
+            if self._selection is not None:
+                self._selection.bind(self.optimizer, names)
+                if self._resumed is None:
+                    self._selection.begin(self._gradients)
+                else:
+                    self._selection.load(self._resumed)
         found: torch.optim.Optimizer = self.optimizer
         return found
 
     def _groups(self, network: torch.nn.Module) -> list[dict[str, Any]]:
         decayed = set(self.get_decay_parameter_names(network))
-        groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
+        groups: dict[tuple[float, bool], dict[str, torch.nn.Parameter]] = {}
         for name, parameter in network.named_parameters():
             if name in self._rates:
-                groups.setdefault((self._rates[name], name in decayed), []).append(parameter)
+                groups.setdefault((self._rates[name], name in decayed), {})[name] = parameter
         return [
-            {"params": members, "lr": rate, "weight_decay": self.args.weight_decay if decays else 0.0}
+            {
+                "params": list(members.values()),
+                "names": list(members),
+                "lr": rate,
+                "weight_decay": self.args.weight_decay if decays else 0.0,
+            }
             for (rate, decays), members in groups.items()
         ]
+
+    def _gradients(self) -> Iterator[None]:
+        """Have the parameters hold the gradient of one batch after another, of samples drawn by the seed."""
+        samples: Any = self.train_dataset
+        job = self._selection.job if self._selection is not None else None
+        count = min(len(samples), job.select_samples if job is not None else 0)
+        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(self.args.seed))[:count].tolist()
+        self._network.eval()  # the same gradients every time: nothing is dropped
+        for inputs, parts in self._batches([samples[place] for place in order]):
+            items = count_trained(inputs)
+            for part in parts:
+                with self.compute_loss_context_manager():
+                    loss = self._sum_of_losses(part, items) / items
+                torch.autograd.backward(loss)
+            yield
+            self._network.zero_grad()
+        self._network.train()
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if self._selection is not None:
+            self._selection.before_clipping()
+        clip: Any = super()._clip_grad_norm
+        return clip(model)
 
     @property
     def _network(self) -> Any:
@@ -108,24 +154,30 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         return metrics
 
     def _mean_loss(self, samples: Sequence[Encoded]) -> float:
-        collate: Any = self.data_collator
-        ordered = sorted(samples, key=len, reverse=True)
-        size = self.args.per_device_train_batch_size
         self._network.eval()
         total, count = 0.0, 0
         with torch.no_grad(), self.compute_loss_context_manager():
-            for first in range(0, len(ordered), size):
-                inputs = self._prepare_inputs(collate(ordered[first : first + size]))
+            for inputs, parts in self._batches(sorted(samples, key=len, reverse=True)):
                 items = count_trained(inputs)
-                total += self._summed(inputs, items)
+                total += sum(float(self._sum_of_losses(part, items)) for part in parts)
                 count += items
         return total / count
 
-    def _summed(self, inputs: dict[str, Any], items: int) -> float:
-        if not self._lean:
-            return float(self._network(**inputs).loss) * items
-        parts = pieces(inputs, self._piece_tokens) if self._piece_tokens else [inputs]
-        return sum(float(answer_loss(self._network, part)) for part in parts if count_trained(part))
+    def _batches(self, samples: Sequence[Encoded]) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+        """Batches in order, each whole and in the pieces it is worked on in."""
+        collate: Any = self.data_collator
+        size = self.args.per_device_train_batch_size
+        for first in range(0, len(samples), size):
+            inputs = self._prepare_inputs(collate(samples[first : first + size]))
+            split = self._lean and self._piece_tokens is not None
+            found = list(pieces(inputs, self._piece_tokens or 0)) if split else [inputs]
+            yield inputs, [part for part in found if count_trained(part)]
+
+    def _sum_of_losses(self, inputs: dict[str, Any], items: int) -> torch.Tensor:
+        if self._lean:
+            return answer_loss(self._network, inputs)
+        loss: torch.Tensor = self._network(**inputs).loss
+        return loss * items
 
     # A checkpoint holds the parameters under the names of the modules. The Trainer's own would hold them under the
     # names of the file format, which differ for architectures that convert on loading, and resume would skip those.
@@ -134,6 +186,8 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         save_file(_tensors(self._network), folder / WEIGHTS)
+        if self._selection is not None:
+            self._selection.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         stored = load_file(Path(resume_from_checkpoint) / WEIGHTS)

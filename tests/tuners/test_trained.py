@@ -84,7 +84,10 @@ def test_a_part_resumes_to_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"train": "connector"}, "part 'connector' matches no tensor of this model; it has llm, llm.layers, embed, head, norm"),
+        (
+            {"train": "connector"},
+            "part 'connector' matches no tensor of this model; it has llm, llm.layers, embed, head, norm",
+        ),
         ({"train": "last:3"}, "the model has 2 layers"),
         ({"train": "norm", "learning_rates": {"head": 1e-4}}, "learning_rates 'head': matches nothing that is trained"),
         ({"learning_rates": {"llm": 1e-4, "norm": 1e-5}}, "learning_rates 'norm': matches nothing"),

@@ -1,0 +1,101 @@
+"""The exact k largest of scores that are spread over many tensors, in passes over them: nothing is held but counts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+_HALF = 1 << 16
+_CHUNK = 1 << 22
+"""Elements looked at together."""
+
+
+def select_largest(
+    scores: Callable[[str], Tensor], sizes: Mapping[str, int], count: int, noise: Callable[[str], Tensor]
+) -> dict[str, Tensor]:
+    """Masks of exactly ``count`` elements with the largest scores among all tensors.
+
+    The threshold is found by two passes that count, over the upper and the lower half of a 32-bit key that orders fp32
+    numbers as they are ordered; two more decide between equal scores, if there are too many. Scores are asked for anew
+    in every pass, so that those of one tensor are in memory at a time.
+
+    Args:
+        scores: the scores of a tensor, fp32, flat; the same numbers every time.
+        sizes: elements of each tensor.
+        count: how many to select.
+        noise: numbers that decide between equal scores, int64 in [0, 2**32), flat; the larger wins, then the first.
+
+    Returns:
+        bool masks, flat, by name.
+    """
+    if count >= sum(sizes.values()):
+        return {name: torch.ones(size, dtype=torch.bool) for name, size in sizes.items()}
+    if count <= 0:
+        return {name: torch.zeros(size, dtype=torch.bool) for name, size in sizes.items()}
+    floor, above, equal = _kth(lambda: (ordered(scores(name)) for name in sizes), count)
+    wanted = count - above
+    masks = {}
+    if equal == wanted:
+        return {name: ordered(scores(name)) >= floor for name in sizes}
+    tied = _Tied(scores, noise, floor)
+    least, over, _ = _kth(lambda: map(tied.noise_of, sizes), wanted)
+    left = wanted - over
+    for name in sizes:
+        keys = ordered(scores(name))
+        mask = keys > floor
+        places = (keys == floor).nonzero().squeeze(1)
+        luck = noise(name)[places]
+        mask[places[luck > least]] = True
+        last = places[luck == least][:left]
+        mask[last] = True
+        left -= len(last)
+        masks[name] = mask
+    return masks
+
+
+class _Tied:
+    """The noise of those elements whose score is the threshold."""
+
+    def __init__(self, scores: Callable[[str], Tensor], noise: Callable[[str], Tensor], floor: int) -> None:
+        self._scores, self._noise, self._floor = scores, noise, floor
+
+    def noise_of(self, name: str) -> Tensor:
+        return self._noise(name)[ordered(self._scores(name)) == self._floor]
+
+
+def ordered(scores: Tensor) -> Tensor:
+    """int64 keys in [0, 2**32) that are ordered as the fp32 scores are; both zeros are equal."""
+    bits = (scores.float() + 0.0).view(torch.int32).to(torch.int64)
+    return torch.where(bits < 0, -1 - bits, bits + (1 << 31)) if bits.numel() else bits
+
+
+def _kth(streams: Callable[[], Iterable[Tensor]], count: int) -> tuple[int, int, int]:
+    """The ``count``-th largest key, how many are larger, and how many equal it."""
+    upper = _counts(key >> 16 for key in _chunks(streams()))
+    high, above = _place(upper, count)
+    lower = _counts((key & (_HALF - 1))[(key >> 16) == high] for key in _chunks(streams()))
+    low, further = _place(lower, count - above)
+    return (high << 16) | low, above + further, int(lower[low])
+
+
+def _chunks(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    for tensor in tensors:
+        for start in range(0, tensor.numel(), _CHUNK):
+            yield tensor[start : start + _CHUNK]
+
+
+def _counts(digits: Iterable[Tensor]) -> Tensor:
+    total = torch.zeros(_HALF, dtype=torch.int64)
+    for one in digits:
+        total += torch.bincount(one, minlength=_HALF).cpu()
+    return total
+
+
+def _place(counts: Tensor, count: int) -> tuple[int, int]:
+    """The bin that holds the ``count``-th largest, and how many are in the bins above it."""
+    from_top = counts.flip(0).cumsum(0)
+    position = int(torch.searchsorted(from_top, count))
+    above = int(from_top[position - 1]) if position else 0
+    return _HALF - 1 - position, above

@@ -1,0 +1,140 @@
+"""Has an optimizer see only chosen elements: whatever it does, the others keep their bits.
+
+For every tensor of which a part is chosen, the optimizer is given a vector of the chosen elements instead. Before its
+step the vector's gradient is taken from the tensor's; after it, the vector is written back. Weight decay, momentum, and
+any other rule can touch nothing else; and moments exist for chosen elements only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which elements of a tensor move.
+
+    Attributes:
+        mask: bool, in the tensor's shape.
+        share: of a soft mask: how much of its way from the origin each chosen element keeps at a step, ``[chosen]``.
+        origin: where from, ``[chosen]``; with ``share``.
+    """
+
+    mask: Tensor
+    share: Tensor | None = None
+    origin: Tensor | None = None
+
+
+@dataclass
+class _Held:
+    name: str
+    whole: Parameter
+    part: Parameter
+    chosen: Chosen
+
+    @property
+    def is_all(self) -> bool:
+        return self.part is self.whole
+
+
+class CompactUpdate:
+    """Stands between an optimizer and the parameters in its groups.
+
+    Args:
+        optimizer: any whose rule works element by element, or on vectors.
+        names: of the parameters, group by group, as they are in it.
+        keeps_moments: what the optimizer knows of an element rests while it is not chosen, and goes on when it is
+            again; otherwise every new choice has the optimizer start afresh.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, names: Sequence[Sequence[str]], *, keeps_moments: bool
+    ) -> None:
+        self._optimizer = optimizer
+        self._groups = [
+            list(zip(own, group["params"], strict=True))
+            for own, group in zip(names, optimizer.param_groups, strict=True)
+        ]
+        self._keeps = keeps_moments
+        self._held: dict[str, _Held] = {}
+        self.resting: dict[str, Tensor] = {}
+        optimizer.register_step_pre_hook(self._gather)
+        optimizer.register_step_post_hook(self._scatter)
+
+    def choose(self, chosen: Mapping[str, Chosen]) -> None:
+        """From now on, these move; a tensor that is not named stays as it is."""
+        self._rest()
+        self._held = {}
+        self._optimizer.state.clear()
+        for members, group in zip(self._groups, self._optimizer.param_groups, strict=True):
+            group["params"] = [
+                held.part for name, whole in members if (held := self._hold(name, whole, chosen.get(name))) is not None
+            ]
+        self._wake()
+
+    def mask_gradients(self, scale: float = 1.0) -> None:
+        """Set the gradient of what is not chosen to zero, so that clipping does not count it; scale the rest."""
+        for members in self._groups:
+            for name, whole in members:
+                if whole.grad is None:
+                    continue
+                held = self._held.get(name)
+                if held is None:
+                    whole.grad.zero_()
+                elif not held.is_all:
+                    whole.grad.mul_(held.chosen.mask)
+                if scale != 1.0:
+                    whole.grad.mul_(scale)
+
+    def _hold(self, name: str, whole: Parameter, chosen: Chosen | None) -> _Held | None:
+        if chosen is None or not bool(chosen.mask.any()):
+            return None
+        everything = chosen.share is None and bool(chosen.mask.all())
+        part = whole if everything else Parameter(whole.detach().masked_select(chosen.mask))
+        self._held[name] = _Held(name, whole, part, chosen)
+        return self._held[name]
+
+    def _gather(self, *_: Any) -> None:
+        for held in self._held.values():
+            if not held.is_all and held.whole.grad is not None:
+                held.part.grad = held.whole.grad.masked_select(held.chosen.mask)
+
+    def _scatter(self, *_: Any) -> None:
+        with torch.no_grad():
+            for held in self._held.values():
+                if held.is_all:
+                    continue
+                if held.chosen.share is not None and held.chosen.origin is not None:
+                    # lerp is exact at both ends: a share of 1 keeps the step, one of 0 gives the origin
+                    held.part.copy_(torch.lerp(held.chosen.origin, held.part, held.chosen.share))
+                held.whole.masked_scatter_(held.chosen.mask, held.part)
+                held.part.grad = None
+
+    def _rest(self) -> None:
+        """Put what the optimizer knows of the chosen elements to rest, each element at its place."""
+        if not self._keeps:
+            return
+        for name, held in self._held.items():
+            for key, value in self._optimizer.state.get(held.part, {}).items():
+                path = f"{key}/{name}"
+                if value.shape == held.part.shape:
+                    dense = self.resting.setdefault(path, torch.zeros_like(held.whole, dtype=value.dtype))
+                    dense.masked_scatter_(held.chosen.mask, value)
+                else:
+                    self.resting[path] = value.clone()
+
+    def _wake(self) -> None:
+        for path, value in self.resting.items():
+            key, _, name = path.partition("/")
+            held = self._held.get(name)
+            if held is None:
+                continue
+            whole = value.shape == held.whole.shape
+            own = value.masked_select(held.chosen.mask).reshape(held.part.shape) if whole else value.clone()
+            self._optimizer.state[held.part][key] = own
