@@ -86,7 +86,7 @@ class _One:
 
 
 def _one(select: Sides, report: Sides, points: Sequence[Point]) -> _One:
-    best = points[chosen(select, points)]
+    best = chosen(select, kept_front(select, points))
     places = [report.normalised(point[REPORT]) for point in kept_front(select, points)]
     mean = report.resamples.mean
     drops = [mean(name, best[REPORT][name])[0] - mean(name, report.base[name])[0] for name in report.upstream]

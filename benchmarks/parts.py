@@ -24,7 +24,7 @@ from ktmerge.merge.settings import blend_setting
 from ktmerge.recipes.schema import Blend
 
 Point = dict[str, Any]
-"""``way``, ``value``, ``blend`` and, by split, ``select`` and ``report``: item scores of every set."""
+"""``way``, ``value``, ``blend``, and item scores of every set: ``select`` and, of points on the front, ``report``."""
 
 BASE = "base"
 WORDS = ("summary", "source", "formula", "cost", "description")
@@ -92,7 +92,7 @@ def read(part: Part, name: str) -> dict[str, Any] | None:
     """What was kept of a method or model; item scores as arrays."""
     document = kept(part, name)
     for point in document["points"] if document else ():
-        for split in (SELECT, REPORT):
+        for split in {SELECT, REPORT} & point.keys():
             point[split] = {one: np.asarray(values) for one, values in point[split].items()}
     return document
 

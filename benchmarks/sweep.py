@@ -42,7 +42,7 @@ def sweep(part: Part, method: str) -> None:
         _refined(part, method, way, points, refused) for way, points in ways if area(sides, points) >= CLOSE * best
     ]
     points = max(refined, key=lambda one: area(sides, one), default=[])
-    for point in points:
+    for point in kept_front(sides, points):
         point[REPORT] = plain(part.world.score(_blended(part, point["blend"]), REPORT, part.sets))
     keep(part, method, {"points": points, "refused": refused, "seconds": time.perf_counter() - started})
 
@@ -71,10 +71,9 @@ def widest(sides: Sides, way: Way, points: Sequence[Point]) -> float:
     return way.between(values[at], values[at + 1])
 
 
-def chosen(sides: Sides, points: Sequence[Point]) -> int:
-    """The point of a way with the largest harmonic mean of u and d on the selection split; of equals the first."""
-    values = [float(harmonic(*sides.normalised(point[SELECT]))[0]) for point in points]
-    return int(np.argmax(values))
+def chosen(sides: Sides, points: Sequence[Point]) -> Point:
+    """The point of a front with the largest harmonic mean of u and d on the selection split; of equals the first."""
+    return max(points, key=lambda point: float(harmonic(*sides.normalised(_arrays(point[SELECT])))[0]))
 
 
 def kept_front(sides: Sides, points: Sequence[Point]) -> list[Point]:
@@ -88,7 +87,7 @@ def area(sides: Sides, points: Sequence[Point]) -> float:
 
 
 def _places(sides: Sides, points: Sequence[Point]) -> Any:
-    return np.array([sides.normalised(_arrays(point[SELECT])) for point in points])
+    return np.array([sides.normalised(_arrays(point[SELECT])) for point in points]).reshape(len(points), 2, -1)
 
 
 def _ways(part: Part, method: str, refused: list[str]) -> Iterator[Way]:

@@ -22,7 +22,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 
 def test_the_page_has_the_tables_of_today() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    assert catalogue.fill(text) == text, "run: make tables"
+    assert catalogue.fill(text) == text, "run: python -m ktmerge.merge.catalogue docs/methods.md"
 
 
 def test_every_method_says_what_people_ask() -> None:
