@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from ktmerge.merge.stage import Context
 
-_BLOCK = 1 << 22
-"""Elements ranked at once."""
+_BLOCK = 1 << 21
+"""Elements worked on at once."""
 
 Choose = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]
 
@@ -37,8 +37,10 @@ def by_row(delta: Tensor, context: Context, key: int, choose: Choose) -> Tensor:
 
 
 def map_rows(delta: Tensor, context: Context, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """Put ``change(rows [r, i])`` in place of the rows."""
-    return _joined([change(values) for values in row_views(delta, context)], delta, context)
+    """Put ``change(rows [r, i])`` in place of some rows at a time."""
+    views = row_views(delta, context)
+    changed = [torch.cat([change(rows[block]) for block in _blocks(rows)]) for rows in views]
+    return _joined(changed, delta, context)
 
 
 def row_views(values: Tensor, context: Context) -> list[Tensor]:
@@ -55,6 +57,12 @@ def row_views(values: Tensor, context: Context) -> list[Tensor]:
     if context.tensor_class == "conv":
         wide = values.numel() // values.shape[0]
     return [values.reshape(-1, wide)]
+
+
+def pieces(values: Tensor) -> list[Tensor]:
+    """The flattened tensor, some elements at a time: what is computed in float64 need not be held as a whole."""
+    flat = values.reshape(-1)
+    return [flat[start : start + _BLOCK] for start in range(0, flat.numel(), _BLOCK)]
 
 
 def _joined(parts: list[Tensor], delta: Tensor, context: Context) -> Tensor:
@@ -76,6 +84,10 @@ def ranks_of(rows: Tensor, elements: Tensor, key: int) -> Tensor:
 
 
 def _in_blocks(rows: Tensor, elements: Tensor, key: int, choose: Choose) -> Tensor:
-    count = max(1, _BLOCK // rows.shape[1])
-    blocks = (slice(start, start + count) for start in range(0, rows.shape[0], count))
+    blocks = _blocks(rows)
     return torch.cat([choose(rows[b], ranks_of(rows[b], elements[b], key), elements[b]) for b in blocks])
+
+
+def _blocks(rows: Tensor) -> list[slice]:
+    count = max(1, _BLOCK // rows.shape[1])
+    return [slice(start, start + count) for start in range(0, rows.shape[0], count)]

@@ -68,10 +68,12 @@ def magprune(delta: Tensor, parameters: MagpruneParameters, context: Context) ->
 def _ratio(delta: Tensor, pruned: Tensor) -> float:
     """||tau||_1 / ||m tau||_1."""
     from ktmerge.merge.kernels.sums import ExactSum
+    from ktmerge.merge.rows import pieces
 
     before, after = ExactSum(1), ExactSum(1)
-    before.add(delta)
-    after.add(pruned)
+    for whole, left in zip(pieces(delta), pieces(pruned), strict=True):
+        before.add(whole)
+        after.add(left)
     return float(before.value() / after.value()) if after.value() else 0.0
 
 

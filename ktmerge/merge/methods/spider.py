@@ -27,30 +27,45 @@ def spider(delta: Tensor, parameters: SpiderParameters, context: Context) -> Ten
     import torch
 
     from ktmerge.merge.kernels.sums import ExactSum
+    from ktmerge.merge.rows import pieces
 
-    pretrained, tuned = (torch.sigmoid(_standardised(values)) for values in (context.base, delta))
-    share = torch.where((tuned > pretrained + parameters.kappa) & (delta != 0), tuned / (pretrained + tuned), 0).float()
-    chosen = int(share.count_nonzero())
+    pretrained, tuned = _Importance(context.base), _Importance(delta)
+    total, chosen, shares = ExactSum(1), 0, []
+    for weights, changes in zip(pieces(context.base), pieces(delta), strict=True):
+        before, after = pretrained.of(weights), tuned.of(changes)
+        kept = (after > before + parameters.kappa) & (changes != 0)
+        shares.append(torch.where(kept, after / (before + after), 0).float())
+        total.add(shares[-1])
+        chosen += int(kept.count_nonzero())
     if not chosen:
         return torch.zeros_like(delta)
-    total = ExactSum(1)
-    total.add(share)
-    return delta * (share / float(total.value() / chosen)).clamp(max=1)
+    share = torch.cat(shares).view(delta.shape) / float(total.value() / chosen)
+    return delta * share.clamp_(max=1)
 
 
-def _standardised(values: Tensor) -> Tensor:
-    """(|x| - mean) / standard deviation, float64, from exact sums; 0 where all magnitudes are equal."""
-    import torch
+class _Importance:
+    """sigmoid((|x| - mean) / standard deviation) with those of a whole tensor, from exact sums."""
 
-    from ktmerge.merge.kernels.sums import ExactSum
+    def __init__(self, values: Tensor) -> None:
+        from ktmerge.merge.kernels.sums import ExactSum
+        from ktmerge.merge.rows import pieces
 
-    magnitudes = values.abs().double()
-    first, second = ExactSum(1), ExactSum(2)
-    first.add(values)
-    second.add(values)
-    mean = first.value() / max(1, values.numel())
-    variance = second.value() / max(1, values.numel()) - mean * mean
-    return (magnitudes - float(mean)) / float(variance) ** 0.5 if variance else torch.zeros_like(magnitudes)
+        first, second = ExactSum(1), ExactSum(2)
+        for piece in pieces(values):
+            first.add(piece)
+            second.add(piece)
+        mean = first.value() / max(1, values.numel())
+        variance = second.value() / max(1, values.numel()) - mean * mean
+        self._mean, self._deviation = float(mean), float(variance) ** 0.5
+
+    def of(self, values: Tensor) -> Tensor:
+        """Of some of the values, float64; 1/2 where all magnitudes are equal."""
+        import torch
+
+        magnitudes = values.abs().double()
+        if not self._deviation:
+            return torch.full_like(magnitudes, 0.5)
+        return torch.sigmoid((magnitudes - self._mean) / self._deviation)
 
 
 method(
