@@ -1,4 +1,4 @@
-"""A uniform sample of the rows that go by, of fixed size, and exact means over all of them."""
+"""A uniform sample of the rows that go by, of fixed size, and means over all of them, summed in fp64."""
 
 from __future__ import annotations
 
@@ -61,9 +61,8 @@ class Reservoir:
             places: int64 ``[n]``, their numbers in the example.
         """
         self.count += len(rows)
-        wide = rows.double()
-        self.square += (wide * wide).sum(0).cpu()
-        self.absolute += wide.abs().sum(0).cpu()
+        self.square += rows.square().sum(0, dtype=torch.float64).cpu()
+        self.absolute += rows.abs().sum(0, dtype=torch.float64).cpu()
         place = np.full(len(rows), example << 32, np.uint64) + places.astype(np.uint64)
         coming = np.stack([chances, place, np.full(len(rows), self._size, np.uint64)], axis=1)
         both = np.concatenate([self._order, coming])
