@@ -8,7 +8,7 @@ size of the pieces, the number of threads and the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -23,7 +23,10 @@ from ktmerge.merge.stage import Context
 
 Granularity = Literal["tensor", "row", "column"]
 _FROZEN = 1e-12
-_INTEGER_BITS, _PRODUCT_BITS = 62, 52
+_HALF = 17
+"""Bits of half an integer: products of halves add up exactly, 2**20 of them in fp64 and 2**30 in int64."""
+_BLOCK = 1 << 15
+"""Elements of a vector that are worked on at once: they stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -54,33 +57,33 @@ class Geometry:
 
 
 class GramObserver:
-    """Observer of a tensor's `Geometry`: the largest magnitudes first, then sums of products as multiples of 2**-s.
+    """Observer of a tensor's `Geometry`: each group's largest magnitudes first, then the sums of products.
 
-    With s as large as 62 bits allow for the tensor's size, a sum errs by less than 2**-34 of its largest product.
+    Values become integers of 34 bits relative to the largest of their group, in two halves of 17: fp64 adds up the
+    halves' products without rounding, so that matrix products may do it in any order.
     """
 
     def __init__(self, granularity: Granularity) -> None:
         self._granularity = granularity
         self._largest: Tensor | None = None
-        self._sums: Tensor | None = None
         self._exponents: Tensor | None = None
-        self._bits = 0
+        self._sums: Tensor | None = None
         self.done = False
 
     def observe(self, values: list[Tensor], context: Context) -> None:
         vectors = [one.reshape(-1) for one in (*values, context.base)]
-        count = vectors[0].numel()
-        if not count:
+        if not vectors[0].numel():
             return
-        index, groups = element_groups(context, self._granularity, count)
-        if self._exponents is None:
-            self._observe_largest(vectors, index, groups)
-        else:
-            self._observe_products(vectors, index, context)
+        _, groups = element_groups(context, self._granularity, 0)
+        for first, block in _blocks(vectors, context, self._granularity):
+            if self._exponents is None:
+                self._observe_largest(first, block, groups)
+            else:
+                self._observe_products(first, block, self._exponents)
 
     def end_pass(self) -> None:
         if self._exponents is None and self._largest is not None:
-            self._exponents = torch.frexp(self._largest.double()).exponent.to(torch.int64)
+            self._exponents = torch.frexp(self._largest.double()).exponent
         else:
             self.done = True
 
@@ -88,40 +91,63 @@ class GramObserver:
         """None of an empty tensor."""
         if self._sums is None or self._exponents is None:
             return None
-        exponents = self._exponents.cpu().numpy().T  # [G, N + 1]
-        pairs = exponents[:, :, None] + exponents[:, None, :] - self._bits
-        everything = np.ldexp(self._sums.cpu().numpy().astype(np.float64), pairs)
-        everything = everything + np.triu(everything, 1).swapaxes(1, 2)
-        return Geometry(everything[:, :-1, :-1], everything[:, -1, -1])
+        count = self._exponents.shape[0]
+        halves = self._sums.cpu().numpy().astype(np.float64)
+        high, low = slice(None, count), slice(count, None)
+        mixed = halves[:, high, low] + halves[:, low, high]
+        total = np.ldexp(halves[:, high, high], 2 * _HALF) + np.ldexp(mixed, _HALF) + halves[:, low, low]
+        exponents = self._exponents.cpu().numpy().T - (2 * _HALF - 1)  # [G, N + 1]
+        products = np.ldexp(total, exponents[:, :, None] + exponents[:, None, :])
+        return Geometry(products[:, :-1, :-1], products[:, -1, -1])
 
-    def _observe_largest(self, vectors: list[Tensor], index: Tensor | None, groups: int) -> None:
+    def _observe_largest(self, first: int, block: Tensor, groups: int) -> None:
         if self._largest is None:
-            self._largest = vectors[0].new_zeros(len(vectors), groups)
-        for largest, vector in zip(self._largest, vectors, strict=True):
-            if index is None:
-                largest.copy_(torch.maximum(largest, vector.abs().max()))
-            else:
-                largest.scatter_reduce_(0, index, vector.abs(), "amax")
+            self._largest = block.new_zeros(block.shape[0], groups)
+        own = self._largest[:, first : first + block.shape[1]]
+        own.copy_(torch.maximum(own, block.abs().amax(-1)))
 
-    def _observe_products(self, vectors: list[Tensor], index: Tensor | None, context: Context) -> None:
-        exponents = self._exponents
-        assert exponents is not None
-        groups = exponents.shape[1]
+    def _observe_products(self, first: int, block: Tensor, exponents: Tensor) -> None:
+        count, groups = exponents.shape
         if self._sums is None:
-            self._bits = min(_PRODUCT_BITS, _INTEGER_BITS - math.prod(context.shape).bit_length())
-            self._sums = torch.zeros(groups, len(vectors), len(vectors), dtype=torch.int64, device=vectors[0].device)
-        place = 0 if index is None else index
-        scaled = [torch.ldexp(one.double(), -powers[place]) for one, powers in zip(vectors, exponents, strict=True)]
-        base = len(vectors) - 1
-        for a, first in enumerate(scaled):
-            for b in range(a, len(scaled)):
-                if b == base and a != base:
-                    continue
-                terms = (first * scaled[b] * 2.0**self._bits).round().to(torch.int64)
-                if index is None:
-                    self._sums[0, a, b] += terms.sum()
-                else:
-                    self._sums[:, a, b].index_add_(0, index, terms)
+            self._sums = torch.zeros(groups, 2 * count, 2 * count, dtype=torch.int64, device=block.device)
+        own = slice(first, first + block.shape[1])
+        unit = _powers_of_two(2 * _HALF - 1 - exponents[:, own])
+        integers = (block.double() * unit[..., None]).round_()
+        high = (integers * 2.0**-_HALF).round_()
+        halves = torch.cat([high, integers - high * 2.0**_HALF]).transpose(0, 1)
+        self._sums[own] += (halves @ halves.transpose(1, 2)).to(torch.int64)
+
+
+def _blocks(vectors: list[Tensor], context: Context, granularity: Granularity) -> Iterator[tuple[int, Tensor]]:
+    """Parts of a piece as ``[vectors, groups, members]``, with the number of their first group.
+
+    What a piece lacks of the first and the last row is filled up with zeros, which add nothing.
+    """
+    start, stop = context.start, context.start + vectors[0].numel()
+    grid = _grid(context, granularity)
+    if grid is None:
+        for low in range(0, stop - start, _BLOCK):
+            yield 0, torch.stack([one[low : low + _BLOCK] for one in vectors])[:, None]
+        return
+    row, last = start // grid.columns, -(-stop // grid.columns)
+    while row < last:
+        end = min(row + max(1, _BLOCK // grid.columns), last)
+        if not grid.by_row:
+            end = min(end, (row // grid.rows + 1) * grid.rows)
+        low, high = max(row * grid.columns, start), min(end * grid.columns, stop)
+        part = torch.stack([one[low - start : high - start] for one in vectors])
+        part = torch.nn.functional.pad(part, (low - row * grid.columns, end * grid.columns - high))
+        part = part.view(len(vectors), end - row, grid.columns)
+        if grid.by_row:
+            yield row, part
+        else:
+            yield row // grid.rows * grid.columns, part.transpose(1, 2)
+        row = end
+
+
+def _powers_of_two(exponents: Tensor) -> Tensor:
+    """2**e in fp64, by its bits: torch.ldexp goes by way of an fp32 power that may be off by its last bit."""
+    return ((exponents.to(torch.int64) + 1023) << 52).view(torch.float64)
 
 
 def combined(
@@ -139,17 +165,36 @@ def combined(
     return total
 
 
-def element_groups(context: Context, granularity: Granularity, count: int) -> tuple[Tensor | None, int]:
-    """The group of each of ``count`` elements from ``context.start`` on, or None if there is one, and how many.
+@dataclass(frozen=True)
+class _Grid:
+    """A tensor as matrices ``[rows, columns]`` one after another, grouped by row or by column."""
+
+    rows: int
+    columns: int
+    by_row: bool
+
+
+def _grid(context: Context, granularity: Granularity) -> _Grid | None:
+    """None if the whole tensor is one group.
 
     A row is what makes one output: of convolutions a filter, of vectors all of it; a column what one input goes to.
     """
     shape = context.shape
-    if granularity == "tensor" or len(shape) < 2:
-        return None, 1
+    if granularity == "tensor" or len(shape) < 2 or not math.prod(shape):
+        return None
     folded = context.tensor_class == "conv"
     rows, columns = (shape[0], math.prod(shape[1:])) if folded else (shape[-2], shape[-1])
+    transposed = context.layout is not None and context.layout.transposed
+    return _Grid(rows, columns, granularity == ("column" if transposed else "row"))
+
+
+def element_groups(context: Context, granularity: Granularity, count: int) -> tuple[Tensor | None, int]:
+    """The group of each of ``count`` elements from ``context.start`` on, or None if there is one, and how many."""
+    grid = _grid(context, granularity)
+    if grid is None:
+        return None, 1
     elements = torch.arange(context.start, context.start + count, device=context.base.device)
-    if granularity == ("column" if context.layout is not None and context.layout.transposed else "row"):
-        return elements // columns, math.prod(shape) // columns
-    return elements // (rows * columns) * columns + elements % columns, math.prod(shape) // rows
+    if grid.by_row:
+        return elements // grid.columns, math.prod(context.shape) // grid.columns
+    block = grid.rows * grid.columns
+    return elements // block * grid.columns + elements % grid.columns, math.prod(context.shape) // grid.rows
