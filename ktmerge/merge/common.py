@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_EQUAL = 1e-5
+"""Neighbouring eigenvalues that differ by less than this share are as good as equal: the deltas are float32."""
+
+
 @dataclass(frozen=True)
 class Shared:
     """N deltas in the eigenvectors v_r of sum_t tau_t^T tau_t / ||tau_t||^2.
@@ -52,7 +56,29 @@ def shared(deltas: Sequence[Tensor]) -> Shared:
     """Deltas ``[o, i]``, none of them zero, in their shared frame; float64."""
     own = [delta.double() for delta in deltas]
     frame = total([of_delta(one) for one in own], [1.0] * len(own)).frame()
-    responses = tuple(frame.onto(one) for one in own)
+    frame, responses = _settled(frame, [frame.onto(one) for one in own])
     energies = sum((one**2).sum(0) for one in responses[1:]) + (responses[0] ** 2).sum(0)
     added = sum(responses[1:], responses[0])
     return Shared(frame, responses, energies, (added**2).sum(0) / (len(own) * energies))
+
+
+def _settled(frame: Frame, responses: list[Tensor]) -> tuple[Frame, tuple[Tensor, ...]]:
+    """The same frame, with the eigenvectors of equal eigenvalues chosen by whose they are.
+
+    Deltas that answer different inputs alike have equal eigenvalues; any mixture of their eigenvectors is one, too, and
+    has another coherence. Wanted are those of sum_t t tau_t^T tau_t / ||tau_t||^2 among them, which tells owners apart.
+    """
+    import torch
+
+    values = frame.eigenvalues
+    edges = ((values[1:] < values[:-1] * (1 - _EQUAL)).nonzero().squeeze(1) + 1).tolist()
+    runs = [slice(*run) for run in zip([0, *edges], [*edges, values.numel()], strict=True) if run[1] - run[0] > 1]
+    if not runs or len(responses) == 1:
+        return frame, tuple(responses)
+    turn, turned = frame.turn.clone(), [one.clone() for one in responses]
+    for run in runs:
+        told = [(t + 1) * one[:, run].T @ one[:, run] / (one**2).sum() for t, one in enumerate(responses)]
+        basis = torch.linalg.eigh(sum(told[1:], told[0]))[1]
+        for one in (turn, *turned):
+            one[:, run] = one[:, run] @ basis
+    return Frame(values, frame.rows, turn), tuple(turned)

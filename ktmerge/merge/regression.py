@@ -23,6 +23,9 @@ Init = Literal["mean", "sum", "zero"]
 _DEFINITE = 1e-10
 """A diagonal of this share of the mean variance makes a Cholesky factor safe, and a decomposition needless."""
 
+_EQUAL = 1e-9
+"""Eigenvalues that differ by no more than this share may be equal but for rounding."""
+
 _FLOOR = 1e-8
 """Directions with less than this share of a task's whole energy are left at the start (arXiv:2606.07289)."""
 
@@ -62,9 +65,17 @@ class Filter:
 
 
 def leading(eigenvalues: Tensor, rank: Rank, keep: float, inputs: int) -> int:
-    """How many of the eigenvalues, in descending order, a rank rule takes; see `Filter`."""
+    """How many of the eigenvalues, in descending order, a rank rule takes; see `Filter`.
+
+    Those that equal the last one are taken, too: which eigenvectors of equal eigenvalues come first is arbitrary.
+    """
     if rank == "all" or not eigenvalues.numel():
         return eigenvalues.numel()
+    count = min(_count(eigenvalues, rank, keep, inputs), eigenvalues.numel())
+    return int((eigenvalues >= eigenvalues[count - 1] * (1 - _EQUAL)).sum()) if count else 0
+
+
+def _count(eigenvalues: Tensor, rank: Rank, keep: float, inputs: int) -> int:
     roots = eigenvalues.sqrt()
     if rank == "fraction":
         return _whole(keep * inputs)
@@ -78,7 +89,7 @@ def leading(eigenvalues: Tensor, rank: Rank, keep: float, inputs: int) -> int:
 
 def _whole(number: float) -> int:
     """The next whole number up; what is one but for rounding stays."""
-    return math.ceil(number * (1 - 1e-9))
+    return math.ceil(number * (1 - _EQUAL))
 
 
 def spectral_regmean(

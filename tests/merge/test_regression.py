@@ -133,7 +133,9 @@ def test_frames_hold_the_eigenvectors() -> None:
 def test_rank_rules_count() -> None:
     values = torch.tensor([8.0, 4.0, 2.0, 2.0], dtype=torch.float64)
     assert leading(values, "all", 0.0, 10) == 4
-    assert leading(values, "fraction", 0.25, 10) == 3
+    assert leading(values, "fraction", 0.15, 10) == 2
+    assert leading(values, "fraction", 0.25, 10) == 4  # of equal ones all or none
+    assert leading(values, "fraction", 0.9, 10) == 4
     assert leading(values, "energy", 0.75, 10) == 2
     assert leading(values, "energy", 1.0, 10) == 4
     assert leading(values, "nuclear", 0.0, 10) == 0
@@ -176,6 +178,18 @@ def test_common_then_specific_adds_what_reads_different_inputs() -> None:
         close(merged, deltas[0] + deltas[1] + deltas[2], 1e-5)
     common = stage.apply(deltas, stage.parameters(mu=0.0), context(3, (8, 12)))
     assert float(common.abs().max()) < 1e-5 * float(deltas[0].abs().max())
+
+
+@pytest.mark.parametrize("turn", [False, True])
+def test_the_same_answer_to_different_inputs_is_not_common(turn: bool) -> None:
+    """Every eigenvalue is there twice, and mixtures of its eigenvectors are some; wanted are those of one expert."""
+    answer, nothing = random(8, 5), torch.zeros(8, 5, dtype=torch.float64)
+    frame = torch.linalg.qr(random(10, 10, seed=99))[0] if turn else torch.eye(10, dtype=torch.float64)
+    deltas = [(torch.cat(pair, 1) @ frame).float() for pair in ((answer, nothing), (nothing, answer))]
+    stage = find_stage("cts", "combine")
+    for residual in ("sum", "wudi_cf"):
+        merged = stage.apply(deltas, stage.parameters(residual=residual), context(2, (8, 10)))
+        close(merged, deltas[0] + deltas[1], 1e-5)
 
 
 def test_coherence_tells_common_from_specific() -> None:
