@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast, get_args
+from typing import Any, cast, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -246,13 +246,32 @@ def _sentence(stage: Stage, problem: Any, where: str) -> str:
     return f"{where}.{name}: must be {_allowed(fields[name])}, not {problem['input']!r}."
 
 
+_KINDS: dict[Any, str] = {
+    float: "a number",
+    int: "a whole number",
+    bool: "true or false",
+    str: "text",
+    type(None): "null",
+}
+
+
+def _kind(annotation: Any) -> str:
+    """What values a type has, in words."""
+    choices = get_args(annotation)
+    if choices and all(isinstance(choice, str) for choice in choices):
+        return f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]
+    if get_origin(annotation) is list:
+        return "a list, each " + _kind(choices[0])
+    if choices:
+        return " or ".join(_kind(choice) for choice in choices)
+    return _KINDS.get(annotation, str(getattr(annotation, "__name__", annotation)))
+
+
 def _allowed(field: Any) -> str:
     """The values a field takes, in words: ``one of tensor, global``; ``a number of at least 0 and at most 1``."""
-    choices = get_args(field.annotation)
-    if choices and all(isinstance(choice, str) for choice in choices):
-        return f"one of {', '.join(choices)}"
-    kinds = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
-    words = kinds.get(field.annotation, getattr(field.annotation, "__name__", str(field.annotation)))
+    words = _kind(field.annotation)
+    if words.startswith("one of"):
+        return words
     names = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     bounds = [
         f"{word} {getattr(mark, key):g}" for mark in field.metadata for key, word in names.items() if hasattr(mark, key)

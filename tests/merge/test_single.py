@@ -531,3 +531,22 @@ class TestArceeFusion:
         assert kept[3].count_nonzero() >= 8
         assert kept.count_nonzero() <= kept[3].count_nonzero() + 12
         assert apply("arcee_fusion", "transform", 1024 * values, context()).equal(1024 * kept)
+
+
+@pytest.mark.parametrize(
+    ("blend", "words"),
+    [
+        ({"method": "lines", "alpha": "most"}, "blend.alpha: must be a number or auto, not 'most'"),
+        ({"method": "dare", "rescale": "q", "q": "best"}, "blend.q: must be a number or analytic or null, not 'best'"),
+        ({"method": "bands", "coefficients": 1.0}, "blend.coefficients: must be a list, each a number, not 1.0"),
+        ({"method": "bands", "coefficients": []}, "blend.coefficients: must be a list, each a number, not []"),
+        (
+            {"method": "neuron_fusion", "head_size": 0},
+            "blend.head_size: must be a whole number or null of at least 1, not 0",
+        ),
+    ],
+)
+def test_what_a_parameter_may_be(bench: Workbench, blend: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError) as error:
+        bench.merged({"a": noise(1)}, blend)
+    assert words in str(error.value)
