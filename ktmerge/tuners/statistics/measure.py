@@ -26,7 +26,7 @@ from ktmerge.tuners.statistics.examples import Examples, read_examples, text_exa
 if TYPE_CHECKING:
     from ktmerge.tuners.statistics.collector import Collector
 
-SAVE_SECONDS = 5.0
+SAVE_SECONDS = 20.0
 """Least time between two saved states; and a save may take a tenth of the time at most."""
 _NO_EFFECT = {"folder", "data", "images"}
 """Settings that do not change the result by their name: files count by their content."""
