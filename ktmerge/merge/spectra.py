@@ -30,7 +30,7 @@ Rule = Literal["rank", "fraction", "energy", "nuclear", "stable", "participation
 NOISE = 1e-5
 """Singular values below this share of the largest are rounding; their vectors are arbitrary."""
 _SMALL = 512
-_FEW = 16
+_FEW = 32
 """Matrices of at least `_SMALL` rows and columns are sampled for fewer than one in `_FEW` of their directions."""
 _SPARE = 16
 _ITERATIONS = 4
