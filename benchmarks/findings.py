@@ -68,7 +68,7 @@ def rows(parts: Sequence[Part], methods: Sequence[str]) -> Iterator[Row]:
             gains={key: np.mean([one.gains[key] for one in each], axis=0) for key in MEASURES},
             worst=float(np.mean([one.worst for one in each])),
             seeds=[float(one.area[0]) for one in each],
-            way="; ".join(dict.fromkeys(f"{one.way} {one.value:.3g}" for one in each)),
+            way=_turned([(one.way, one.value) for one in each]),
             reach=np.mean([one.reach for one in each], axis=0),
             refused=[text for one in found if one for text in one.get("refused", ())],
         )
@@ -115,20 +115,40 @@ def ends(parts: Sequence[Part]) -> Iterator[tuple[str, dict[str, Array], float]]
 
 
 def table(found: Sequence[Row], parts: Sequence[Part]) -> str:
-    """All rows by area, then base and experts, in Markdown."""
+    """All rows by area, then base and experts, in Markdown; methods that came out the same stand in one row."""
     wise = next(row.area for row in found if row.name == WISE)
     columns = ["method", "data", "hypervolume", "minus linear", "seeds", "E", "F", "O", "H", "worst set", "chosen"]
     lines = [columns, ["---"] * len(columns)]
-    for row in sorted(found, key=lambda row: -row.area[0]):
+    for names, row in _alike(found):
         lines.append(
-            [f"`{row.name}`", "–" if row.data == NO_DATA else row.data, _span(row.area, 3),
-             "" if row.name == WISE else _span(row.area - wise, 3, signed=True),
+            [", ".join(f"`{name}`" for name in names), "–" if row.data == NO_DATA else row.data, _span(row.area, 3),
+             "" if WISE in names else _span(row.area - wise, 3, signed=True),
              f"{min(row.seeds):.3f}–{max(row.seeds):.3f}", *_gains(row.gains), f"{row.worst:+.1f}", row.way]
         )  # fmt: skip
     for name, gains, worst in ends(parts):
         label = "base" if name == BASE else f"full fine-tune on {name}"
         lines.append([label, "", "0", "", "", *_gains(gains), f"{worst:+.1f}", ""])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _alike(found: Sequence[Row]) -> Iterator[tuple[list[str], Row]]:
+    """Rows by area; with the names of all methods whose areas are the same in every draw."""
+    groups: dict[bytes, list[Row]] = {}
+    for row in sorted(found, key=lambda row: (-row.area[0], row.name)):
+        groups.setdefault(np.round(row.area, 9).tobytes() + row.data.encode(), []).append(row)
+    for some in groups.values():
+        yield [row.name for row in some], next((row for row in some if row.name == WISE), some[0])
+
+
+def absent(parts: Sequence[Part], methods: Sequence[str]) -> str:
+    """Which methods could not be swept, and why; empty if there are none."""
+    lines = []
+    for name in methods:
+        for document in (read(part, name) for part in parts):
+            if document is not None and not document["points"]:
+                lines.append(f"* `{name}` is missing: {(document['refused'] or ['no point'])[0]}")
+                break
+    return "\n".join(lines)
 
 
 def verdict(found: Sequence[Row]) -> str:
@@ -190,6 +210,15 @@ def picture(found: Mapping[str, Sequence[Row]], kind: str) -> bytes:
             axes.legend(fontsize=7)
         figure.tight_layout()
         return to_file(figure, kind)
+
+
+def _turned(points: Sequence[tuple[str, float]]) -> str:
+    """Ways and the values chosen, from the least to the most of the seeds."""
+    found: dict[str, list[float]] = {}
+    for way, value in points:
+        found.setdefault(way, []).append(value)
+    spans = {way: dict.fromkeys((f"{min(values):.3g}", f"{max(values):.3g}")) for way, values in found.items()}
+    return ", ".join(f"{way} {' to '.join(span)}" for way, span in spans.items())
 
 
 def _gains(gains: Mapping[str, Array]) -> list[str]:

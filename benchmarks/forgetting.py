@@ -69,6 +69,7 @@ def main() -> None:
             title = f"{world}, {'one task' if kind == 'single' else f'{len(parts[0].experts)} tasks'}"
             found[title] = list(findings.rows(parts, wanted[world, kind]))
             sections += [f"### {title}", findings.verdict(found[title]), findings.table(found[title], parts)]
+            sections += [missing] if (missing := findings.absent(parts, wanted[world, kind])) else []
         write(arguments.out, "\n\n".join(sections), found)
 
 
