@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,15 @@ def test_llama_equals_the_formulas(llamas: Path, tmp_path: Path, recipe_in: Any,
     check(llamas, tmp_path / "out", experts, case, recipe_in)
 
 
-@pytest.mark.parametrize("case", CASES, ids=IDS)
+def once_each() -> Iterator[Any]:
+    """All cases; the first of each method is a unit test, the others are slow."""
+    seen: set[str] = set()
+    for case, name in zip(CASES, IDS, strict=True):
+        yield pytest.param(case, id=name, marks=[pytest.mark.slow] if case[0] in seen else [])
+        seen.add(case[0])
+
+
+@pytest.mark.parametrize("case", once_each())
 def test_llava_equals_the_formulas_whatever_the_names(
     llavas: Path, tmp_path: Path, recipe_in: Any, case: tuple[Any, ...]
 ) -> None:
