@@ -24,6 +24,7 @@ BLENDS: dict[str, dict[str, Any]] = {
     "ties global": {"method": "ties", "density": 0.3, "scope": "global", "where": [{"part": "embed", "keep": "b"}]},
     "dare_ties": {"method": "dare_ties", "density": 0.4, "lambda": 0.9},
     "task arithmetic": {"method": "task_arithmetic"},
+    "spectral": {"method": "swudi_a_svc"},  # decompositions, several at a time
     "majority": {"method": "ties", "tie": "majority"},  # not a program of the compiled kernels
     "della": {"method": "della"},  # whole tensors, random choice by rank
     "lines": {"stages": {"transform": "breadcrumbs", "combine": "sum", "scale": {"lines": {"alpha": "auto"}}}},
