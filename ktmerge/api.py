@@ -642,7 +642,7 @@ def _to_be_made(recipe: Recipe) -> bool:
 def _missing_data(recipe: Recipe, suite: Suite | None) -> list[str]:
     wanted: list[tuple[str, Path]] = []
     for name, job in recipe.finetune.experts.items() if recipe.finetune is not None else ():
-        files = [*job.data, job.eval_upstream, job.eval_downstream]
+        files = [*job.data, *job.replay, job.eval_upstream, job.eval_downstream]
         wanted += [(f"finetune.experts.{name}", recipe.folder / file) for file in files if file is not None]
     for name in ("base", *recipe.experts):
         section = recipe.statistics_of(name)

@@ -89,6 +89,10 @@ def finetune(
     every: Annotated[int | None, typer.Option("--every", help="With --select: choose again every K steps.")] = None,
     scope: Annotated[str | None, typer.Option("--scope", help="With --select: tensor or global.")] = None,
     mask: Annotated[str | None, typer.Option("--mask", help="With --select: hard or soft.")] = None,
+    replay: Annotated[
+        list[str] | None, typer.Option("--replay", help="Upstream data to mix into every batch. Repeatable.")
+    ] = None,
+    ratio: Annotated[float | None, typer.Option("--ratio", help="With --replay: its share of a batch.")] = None,
     set_: SetOption = None,
     preview: Annotated[
         int, typer.Option("--preview", help="Show N samples with the trained tokens marked, and stop.")
@@ -100,7 +104,15 @@ def finetune(
     """Fine-tune a base model on your data: every weight of it, or what --train says."""
     from ktmerge import api, console
 
-    settings = {"train": train, "select": select, "density": density, "every": every, "scope": scope, "mask": mask}
+    settings: dict[str, Any] = {
+        "train": train,
+        "select": select,
+        "density": density,
+        "every": every,
+        "scope": scope,
+        "mask": mask,
+    }
+    settings |= {"replay": replay or None, "replay_ratio": ratio}
     jobs = api.finetune_jobs(
         recipe, only=only or (), base=base, data=data or (), out=out, overrides=set_ or (), settings=settings
     )

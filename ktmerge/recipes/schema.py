@@ -205,6 +205,32 @@ class FinetuneJob(_Section):
         "hard", description="soft: after every step each element goes back to the base by how little it matters"
     )
     select_samples: int = Field(64, ge=1, description="training samples whose gradients make the first selection")
+    l2_sp: float = Field(0.0, ge=0, allow_inf_nan=False, description="strength of the pull back to the base (L2-SP)")
+    fisher: str | None = Field(
+        None, min_length=1, description="statistics of the base with Fisher information: with l2_sp, EWC"
+    )
+    replay: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+        default_factory=list, description="upstream samples mixed into every batch; same formats as data"
+    )
+    replay_ratio: float = Field(0.25, gt=0, lt=1, description="their share of a batch, at least one sample")
+    distill: float = Field(0.0, ge=0, allow_inf_nan=False, description="weight of learning from the frozen base (LwF)")
+    distill_on: Literal["downstream", "replay", "both"] = Field(
+        "both", description="whose answers the base's distributions are learned of"
+    )
+    temperature: float = Field(2.0, gt=0, allow_inf_nan=False, description="of the distributions, with distill")
+    stop_upstream: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="stop when the loss on eval_upstream exceeds the base's by this, at the last evaluation before",
+    )
+    average: Literal["none", "ema", "lawa"] = Field("none", description="of the weights along the run")
+    ema_decay: float = Field(0.999, gt=0, lt=1)
+    lawa_window: int = Field(5, ge=1, description="snapshots whose mean is taken")
+    lawa_every: int | None = Field(None, ge=1, description="steps between snapshots; default: a twentieth of the run")
+    export: Literal["average", "last", "both"] = Field(
+        "average", description="what is saved of a run that averages; both: the last weights as <out>-last"
+    )
     scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup: float = Field(0.03, ge=0, description="below 1: share of the steps; otherwise steps")
     weight_decay: float = Field(0.0, ge=0)
@@ -261,6 +287,41 @@ class FinetuneJob(_Section):
         if self.select == "fused" and self.density is None and self.scope is not None:
             raise ValueError("select fused without density goes by a rule of its own, so it takes no scope")
         return self
+
+    @model_validator(mode="after")
+    def _keeping_fits(self) -> FinetuneJob:
+        if self.fisher is not None and not self.l2_sp:
+            raise ValueError("fisher weighs the pull to the base, so it needs l2_sp, its strength")
+        for key, needed, there in (
+            ("replay_ratio", "replay", bool(self.replay)),
+            ("distill_on", "distill", self.distill > 0),
+            ("temperature", "distill", self.distill > 0),
+            ("ema_decay", "average: ema", self.average == "ema"),
+            ("lawa_window", "average: lawa", self.average == "lawa"),
+            ("lawa_every", "average: lawa", self.average == "lawa"),
+        ):
+            if not there and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} needs {needed}, which is not given")
+        if self.replay and self.batch_size < 2:
+            raise ValueError(
+                "replay puts upstream samples beside others into every batch, so it needs a batch_size of 2"
+            )
+        if self.distill and self.distill_on == "replay" and not self.replay:
+            raise ValueError("distill_on replay needs replay, the samples to distill on")
+        if self.stop_upstream is not None and self.eval_upstream is None:
+            raise ValueError("stop_upstream watches the loss on eval_upstream, which is not given")
+        if self.stop_upstream is not None and self.average != "none":
+            raise ValueError("stop_upstream saves the weights of one evaluation, and average those of none; give one")
+        if self.average == "none" and self.export != "average":
+            raise ValueError(
+                "export chooses between the average and the last weights, so it needs average: ema or lawa"
+            )
+        return self
+
+    @property
+    def replayed(self) -> int:
+        """Replayed samples of each batch."""
+        return min(self.batch_size - 1, max(1, round(self.replay_ratio * self.batch_size))) if self.replay else 0
 
     @property
     def selected_density(self) -> float:

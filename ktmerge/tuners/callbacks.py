@@ -106,6 +106,28 @@ class StepCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._finished(int(state.global_step))
 
 
+class EpochCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Tells a listener which epoch begins, or is gone on with."""
+
+    def __init__(self, begun: Callable[[int], None]) -> None:
+        self._begun = begun
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._begun(int(state.epoch or 0))
+
+
+class EvaluationCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Shows a watcher every evaluation's upstream loss; the run stops if it says so."""
+
+    def __init__(self, watch: Callable[[int, float], bool]) -> None:
+        self._watch = watch
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> Any:
+        if self._watch(int(state.global_step), float(metrics["eval_upstream_loss"])):
+            control.should_training_stop = True
+        return control
+
+
 class LogCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Appends one line to the log for every report of the Trainer, tells a person now and then, moves the bar."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ktmerge.tuners.encode import Encoded
@@ -19,10 +19,12 @@ class Collator:
 
     Args:
         pad: the token to fill up with; it is masked everywhere, so any will do.
+        taught: which samples the base is to be distilled on; they are marked as ``taught``, bool ``[samples]``.
     """
 
-    def __init__(self, pad: int) -> None:
+    def __init__(self, pad: int, taught: Callable[[Encoded], bool] | None = None) -> None:
         self._pad = pad
+        self._taught = taught
 
     def __call__(self, samples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         import torch
@@ -37,4 +39,7 @@ class Collator:
             ids[row, : len(sample)] = own
             mask[row, : len(sample)] = 1
             labels[row, : len(sample)] = torch.where(trained, own, IGNORED)
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        found = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        if self._taught is not None:
+            found["taught"] = torch.tensor([self._taught(sample) for sample in samples])
+        return found

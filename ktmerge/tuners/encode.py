@@ -25,10 +25,14 @@ _GENERATION = re.compile(r"\{%-?\s*generation\b")
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sample: token ids, and for each whether the model learns to say it (1) or only reads it (0)."""
+    """One sample: token ids, and for each whether the model learns to say it (1) or only reads it (0).
+
+    ``replayed``: it is an upstream sample among those of the downstream task.
+    """
 
     ids: array[int]
     trained: bytes
+    replayed: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -20,21 +20,36 @@ PIECE_TOKENS = 512
 
 
 def answer_loss(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Sum over the trained tokens of -log p(token | tokens before it), in fp32.
+    """Sum over the trained tokens of -log p(token | tokens before it), in fp32; see `answers`."""
+    from torch.nn import functional
+
+    logits, targets, _ = answers(model, inputs)
+    return functional.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def answers(model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the model says where a token is trained.
 
     Args:
         model: a causal language model whose forward takes ``logits_to_keep`` as a mask.
         inputs: ``input_ids``, ``attention_mask``, ``labels``, each ``[samples, tokens]``.
-    """
-    from torch.nn import functional
 
-    targets = functional.pad(inputs["labels"][:, 1:], (0, 1), value=IGNORED)
+    Returns:
+        logits ``[wanted, vocabulary]``, the tokens that come there ``[wanted]``, and where: bool ``[samples, tokens]``.
+    """
+    targets = following(inputs["labels"])
     wanted = targets != IGNORED
     outputs = model(
         input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], logits_to_keep=wanted, use_cache=False
     )
-    logits = outputs.logits  # [wanted tokens, vocabulary]
-    return functional.cross_entropy(logits.float(), targets[wanted], reduction="sum")
+    return outputs.logits, targets[wanted], wanted
+
+
+def following(labels: torch.Tensor) -> torch.Tensor:
+    """The label of the next token at each position; none at the last."""
+    from torch.nn import functional
+
+    return functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
 def count_trained(inputs: Mapping[str, torch.Tensor]) -> int:
@@ -85,7 +100,7 @@ def pieces(inputs: Mapping[str, torch.Tensor], tokens: int) -> Iterator[dict[str
 
 
 def _cut(inputs: Mapping[str, torch.Tensor], rows: list[int], length: int) -> dict[str, torch.Tensor]:
-    return {name: value[rows, :length] for name, value in inputs.items()}
+    return {name: value[rows, :length] if value.dim() > 1 else value[rows] for name, value in inputs.items()}
 
 
 def _named(ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:

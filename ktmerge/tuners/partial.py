@@ -63,6 +63,11 @@ class Partial:
         """Where the trained weights go, once training is over."""
         return self.folder / FINAL
 
+    @property
+    def last(self) -> Path:
+        """Where the last weights go, if those of the result are an average of them and others."""
+        return self.folder / f"{FINAL}-last"
+
     def open(self, *, resume: bool, overwrite: bool) -> Saved | None:
         """Make the folder, or take up the one that is there; return the state to go on from, if any.
 
@@ -151,7 +156,10 @@ class Partial:
         """Remove what stands after the newest complete state: a resumed run finds what an unbroken one would."""
         newest = self.newest()
         step = newest.step if newest else 0
+        trained = newest is not None and newest.path == self.final
         for path in self.folder.iterdir():
+            if trained and path == self.last:
+                continue
             if path.is_dir() and (newest is None or path != newest.path) and not (0 <= _step_of(path) < step):
                 _remove(path)
         _trim_log(self.log, step if newest else -1)

@@ -15,7 +15,9 @@ from ktmerge.tuners.data import DataSet
 from ktmerge.tuners.encode import EncodedSet
 
 RECORD = "ktmerge-run.json"
-_NO_EFFECT = frozenset({"data", "format", "eval_upstream", "eval_downstream", "log_every", "save_every"})
+_NO_EFFECT = frozenset(
+    {"data", "format", "eval_upstream", "eval_downstream", "replay", "fisher", "log_every", "save_every"}
+)
 """Settings that do not change the result by their name: files count by their content."""
 
 
@@ -76,7 +78,12 @@ def inputs_of(job: FinetuneJob, base: Checkpoint, base_digest: str, data: dict[s
     }
 
 
-_INPUT_NAMES = {"train": "training data", "upstream": "upstream data", "downstream": "downstream data"}
+_INPUT_NAMES = {
+    "train": "training data",
+    "replay": "replay data",
+    "upstream": "upstream data",
+    "downstream": "downstream data",
+}
 
 
 def record_of(
@@ -122,9 +129,11 @@ def reference_of(base: Path) -> str:
 def _without_folders(job: FinetuneJob) -> dict[str, Any]:
     """The job with absolute paths cut to the file name."""
     document = job.model_dump(mode="json")
-    for key in ("eval_upstream", "eval_downstream"):
+    for key in ("eval_upstream", "eval_downstream", "fisher"):
         document[key] = document[key] and _portable(document[key])
-    return {**document, "data": [_portable(file) for file in job.data]}
+    for key in ("data", "replay"):
+        document[key] = [_portable(file) for file in document[key]]
+    return document
 
 
 def _portable(file: str) -> str:

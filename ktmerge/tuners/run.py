@@ -9,6 +9,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from ktmerge.checkpoints.quiet import quiet_transformers
 from ktmerge.errors import KtmergeError, first_line
 from ktmerge.progress import Progress, Step
 from ktmerge.recipes.schema import FinetuneJob
-from ktmerge.tuners.encode import EncodedSet, Encoder
+from ktmerge.tuners.encode import Encoded, EncodedSet, Encoder
 from ktmerge.tuners.loss import PIECE_TOKENS, projects_faithfully
 from ktmerge.tuners.machine import (
     choose_machine,
@@ -32,10 +33,13 @@ from ktmerge.tuners.partial import Partial, Saved
 from ktmerge.tuners.trained import Trained, choose_trained
 
 if TYPE_CHECKING:
+    from ktmerge.checkpoints.statistics import Statistics
     from ktmerge.tuners.callbacks import Interruption, Rhythm
     from ktmerge.tuners.selection.selection import Selection
     from ktmerge.tuners.trainer import AnswerTrainer
 
+EVALUATED = ("upstream", "downstream")
+"""The sets whose losses are told while training."""
 FACTS = "run.json"
 """File beside the trained weights: how the training went."""
 
@@ -46,6 +50,7 @@ class TrainingRun:
     Args:
         encoded: the samples; ``train``, and if wanted ``upstream`` and ``downstream``.
         name: what the progress bar calls it.
+        fisher: opened statistics, if the job names some.
     """
 
     def __init__(
@@ -57,9 +62,11 @@ class TrainingRun:
         partial: Partial,
         name: str,
         progress: Progress,
+        fisher: Statistics | None = None,
     ) -> None:
         self._job, self._base, self._encoder, self._encoded = job, base, encoder, encoded
         self._partial, self._name, self._progress = partial, name, progress
+        self._fisher = fisher
         self._machine = choose_machine(job.precision)
         self._piece_tokens = PIECE_TOKENS if self._machine.device == "cpu" else None
         self._total = total_steps(job, len(encoded["train"].samples))
@@ -86,9 +93,16 @@ class TrainingRun:
             trainer = self._trainer(saved, asked, bar, lambda: earlier + monotonic() - started)
             self._fit(trainer, saved)
             step = int(trainer.state.global_step)
-            if step >= self._total:
+            guard = self._keeping.guard
+            if guard is not None and guard.stopped:
+                guard.restore()
+                self._progress.note(
+                    f"stopped at step {step}: the upstream loss is above {guard.limit:.4f}; "
+                    f"the result is that of step {guard.step}."
+                )
+            if step >= self._total or (guard is not None and guard.stopped):
                 self._seal(trainer, earlier + monotonic() - started)
-            del trainer
+            del trainer, self._keeping, self._selection  # their memory is wanted for the export
             gc.collect()
         if asked.requested:
             self._progress.note(f"stopped after step {step} of {self._total}; go on with --resume.")
@@ -137,6 +151,7 @@ class TrainingRun:
         from transformers import PrinterCallback, set_seed
 
         from ktmerge.tuners.callbacks import LogCallback, RhythmCallback, StepCallback
+        from ktmerge.tuners.keeping.keeping import Keeping, taught
         from ktmerge.tuners.trainer import AnswerTrainer, build_collator
 
         set_seed(self._job.seed)
@@ -146,26 +161,47 @@ class TrainingRun:
         if self._job.activation_checkpointing:
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         rhythm = self._rhythm()
+        lean = projects_faithfully(model, model.config.get_text_config().vocab_size)
+        samples, replayed = self._samples()
         self._selection = self._select(model)
+        self._keeping = keeping = Keeping.of(
+            self._job,
+            self._base,
+            model,
+            lean=lean,
+            total=self._total,
+            samples=(len(samples), len(replayed)),
+            fisher=self._fisher,
+        )
         listeners = [StepCallback(self._selection.after_step)] if self._selection is not None else []
         trainer = AnswerTrainer(
-            lean=projects_faithfully(model, model.config.get_text_config().vocab_size),
+            lean=lean,
             piece_tokens=self._piece_tokens,
-            eval_sets={name: found.samples for name, found in self._encoded.items() if name != "train"},
+            eval_sets={name: found.samples for name, found in self._encoded.items() if name in EVALUATED},
             rates=dict(trained.rates),
             selection=self._selection,
+            pull=keeping.pull,
+            teacher=keeping.teacher,
+            sampler=keeping.sampler,
+            keepers=keeping.keepers,
             model=model,
             args=self._arguments(evaluate_first=rhythm.evaluates and saved is None),
-            train_dataset=self._encoded["train"].samples,
-            data_collator=build_collator(self._encoder.tokenizer),
+            train_dataset=[*samples, *replayed],
+            data_collator=build_collator(self._encoder.tokenizer, taught(self._job)),
             callbacks=[
                 *listeners,
+                *keeping.callbacks,
                 LogCallback(self._partial.log, rhythm, self._progress, bar, seconds),
                 RhythmCallback(rhythm, asked, lambda path, step: self._partial.seal(path, step, seconds())),
             ],
         )
         trainer.remove_callback(PrinterCallback)
         return trainer
+
+    def _samples(self) -> tuple[list[Encoded], list[Encoded]]:
+        """What is trained on, and what is replayed beside it."""
+        old = self._encoded["replay"].samples if "replay" in self._encoded else []
+        return self._encoded["train"].samples, [replace(sample, replayed=True) for sample in old]
 
     def _select(self, model: Any) -> Selection | None:
         from ktmerge.tuners.selection.selection import Selection
@@ -183,7 +219,7 @@ class TrainingRun:
             log_every=self._job.log_every,
             eval_every=self._job.eval_every or max(1, math.ceil(self._total / 10)),
             save_every=self._job.save_every,
-            evaluates=len(self._encoded) > 1,
+            evaluates=not self._encoded.keys().isdisjoint(EVALUATED),
         )
 
     def _arguments(self, *, evaluate_first: bool) -> Any:
@@ -228,11 +264,11 @@ class TrainingRun:
         model: Any = trainer.model
         plain: Any = GenerationConfig
         model.generation_config = plain()  # the base's travels as a file; an odd one would be refused here
-        model.save_pretrained(final, state_dict=trained_state(model))
+        averages = self._save_weights(trainer)
         if self._selection is not None:
             self._selection.publish(final, self._base)
         facts = {
-            "steps": self._total,
+            "steps": int(trainer.state.global_step),
             "seconds": round(seconds, 2),
             "tokens_per_second": round(trainer.tokens_per_second, 1),
             "device": self._machine.name,
@@ -241,10 +277,36 @@ class TrainingRun:
             "seed": self._job.seed,
             "parameters": self._trained.total,
             "trained": self._trained.to_json(),
+            **averages,
         }
         (final / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         self._partial.seal(final, self._total, seconds)
         self._partial.drop_checkpoints()
+
+    def _save_weights(self, trainer: AnswerTrainer) -> dict[str, Any]:
+        """Write the result; return what is to be told of it: the step a guard went back to, losses of an average."""
+        from ktmerge.tuners.keeping.average import averaged
+
+        model: Any = trainer.model
+        keeping, job = self._keeping, self._job
+        final = self._partial.final
+        if keeping.guard is not None and keeping.guard.stopped:
+            model.save_pretrained(final, state_dict=trained_state(model))
+            return {"stopped_at": int(trainer.state.global_step), "result_of_step": keeping.guard.step}
+        if keeping.average is None:
+            model.save_pretrained(final, state_dict=trained_state(model))
+            return {}
+        if job.export != "average":
+            own = self._partial.last if job.export == "both" else final
+            model.save_pretrained(own, state_dict=trained_state(model))
+        with averaged(keeping.parameters, keeping.average):
+            losses = trainer.losses()
+            if job.export != "last":
+                model.save_pretrained(final, state_dict=trained_state(model))
+        shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+        if shown:
+            self._progress.note(f"averaged weights ({job.average}): loss {shown}")
+        return {"average": {"kind": job.average, "losses": losses}}
 
     @contextmanager
     def _explaining(self) -> Iterator[None]:
@@ -268,7 +330,7 @@ class TrainingRun:
 
 def total_steps(job: FinetuneJob, samples: int) -> int:
     """Optimizer steps of a job on so many samples."""
-    an_epoch = math.ceil(math.ceil(samples / job.batch_size) / job.gradient_accumulation)
+    an_epoch = math.ceil(math.ceil(samples / (job.batch_size - job.replayed)) / job.gradient_accumulation)
     return job.max_steps or max(1, math.ceil(job.epochs * an_epoch))
 
 

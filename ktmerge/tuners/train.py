@@ -11,6 +11,7 @@ from typing import Any
 from ktmerge.checkpoints import Checkpoint, refuse_overlap, tensor_class
 from ktmerge.checkpoints.limits import context_length
 from ktmerge.checkpoints.staging import refuse_output
+from ktmerge.checkpoints.statistics import Statistics
 from ktmerge.errors import UsageError
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.schema import FinetuneJob
@@ -56,10 +57,17 @@ def finetune(
         raise UsageError("ktmerge finetune runs as one process; start it without torchrun.")
     checkpoint = _open_base(base)
     require_trainable(checkpoint, job)
+    fisher = _open_fisher(job, folder, checkpoint)
+    last = out.with_name(f"{out.name}-last") if job.average != "none" and job.export == "both" else None
+    if last is not None:
+        refuse_overlap(last, [base])
+        refuse_output(last, overwrite or resume)
     data = _read(job, folder)
     encoder = Encoder.load(base)
     encoded = _encode(encoder, data, _longest_allowed(job, checkpoint), progress)
     inputs = inputs_of(job, checkpoint, checkpoint.content_digest(progress), data)
+    if fisher is not None:
+        inputs["Fisher information"] = fisher.digest
     if resume and (out / RECORD).exists():
         finished = _finished(out, inputs, overwrite)
         if finished is not None:
@@ -68,10 +76,20 @@ def finetune(
     with Partial(out, inputs) as partial:
         saved = partial.open(resume=resume, overwrite=overwrite)
         if saved is None or saved.path != partial.final:
-            TrainingRun(job, checkpoint, encoder, encoded, partial, out.name, progress).train(saved)
+            TrainingRun(job, checkpoint, encoder, encoded, partial, out.name, progress, fisher).train(saved)
         facts = read_object(partial.final / FACTS)
         record = record_of(job, base, inputs, data, encoded, facts, partial.log)
         texts = {RECORD: json.dumps(record, indent=2, ensure_ascii=False) + "\n", LOG: partial.log.read_text("utf-8")}
+        if last is not None:
+            export(
+                checkpoint,
+                partial.last,
+                last,
+                dtype=job.save_dtype,
+                texts=texts,
+                overwrite=overwrite or resume,
+                progress=progress,
+            )
         export(
             checkpoint,
             partial.final,
@@ -86,6 +104,14 @@ def finetune(
     return FinetuneReport(out, record)
 
 
+def _open_fisher(job: FinetuneJob, folder: Path, base: Checkpoint) -> Statistics | None:
+    if job.fisher is None:
+        return None
+    from ktmerge.tuners.keeping.pull import open_fisher
+
+    return open_fisher(folder / job.fisher, base)
+
+
 def _open_base(base: Path) -> Checkpoint:
     checkpoint = Checkpoint.open(base)
     packed = next((n for n, i in checkpoint.tensors.items() if tensor_class(n, i, checkpoint.config) == "quant"), None)
@@ -98,6 +124,7 @@ def _read(job: FinetuneJob, folder: Path) -> dict[str, DataSet]:
     """All data of a job by their use; what is wrong with any of them is told together."""
     wanted: dict[str, list[Any]] = {
         "train": job.data,
+        "replay": list(job.replay),
         "upstream": [job.eval_upstream],
         "downstream": [job.eval_downstream],
     }

@@ -5,22 +5,36 @@ Imports torch and transformers; import it only where they are needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
 from transformers import Trainer
 
 from ktmerge.errors import KtmergeError
-from ktmerge.tuners.collate import Collator
+from ktmerge.tuners.collate import IGNORED, Collator
 from ktmerge.tuners.encode import Encoded
-from ktmerge.tuners.loss import answer_loss, count_trained, pieces
+from ktmerge.tuners.keeping.distil import TAUGHT, Teacher
+from ktmerge.tuners.keeping.pull import Pull
+from ktmerge.tuners.keeping.replay import ReplaySampler
+from ktmerge.tuners.loss import answer_loss, answers, count_trained, following, pieces
 from ktmerge.tuners.selection.selection import Selection
 
 WEIGHTS = "model.safetensors"
+
+
+class Keeper(Protocol):
+    """Something with a state of its own."""
+
+    def save(self, folder: Path) -> None:
+        """Write it beside the weights of a checkpoint."""
+
+    def load(self, folder: Path) -> None:
+        """Go on with what `save` wrote."""
 
 
 class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
@@ -32,6 +46,10 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         eval_sets: samples by name; their mean losses per trained token are logged as ``eval_<name>_loss``.
         rates: learning rate of each trained parameter, by name.
         selection: what of them moves; None: all.
+        pull: what draws them back to the base.
+        teacher: the frozen base, whose answers are learned, too.
+        sampler: the order of the samples; None: shuffled in every epoch.
+        keepers: what else goes into checkpoints and comes out of them.
     """
 
     def __init__(
@@ -42,6 +60,10 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         eval_sets: Mapping[str, Sequence[Encoded]],
         rates: Mapping[str, float],
         selection: Selection | None = None,
+        pull: Pull | None = None,
+        teacher: Teacher | None = None,
+        sampler: ReplaySampler | None = None,
+        keepers: Sequence[Keeper] = (),
         **kwargs: Any,
     ) -> None:
         super().__init__(eval_dataset=dict(eval_sets) or None, **kwargs)
@@ -50,6 +72,8 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         self._eval_sets = eval_sets
         self._rates = rates
         self._selection = selection
+        self._pull, self._teacher, self._sampler, self._keepers = pull, teacher, sampler, keepers
+        self._distilled, self._untold = 0.0, 0
         self._resumed: Path | None = None
         self._tokens, self._step_seconds = 0, 0.0
         if lean:
@@ -96,7 +120,8 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
 
     def _gradients(self) -> Iterator[None]:
         """Have the parameters hold the gradient of one batch after another, of samples drawn by the seed."""
-        samples: Any = self.train_dataset
+        data: Any = self.train_dataset
+        samples = [sample for sample in data if not sample.replayed]
         job = self._selection.job if self._selection is not None else None
         count = min(len(samples), job.select_samples if job is not None else 0)
         order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(self.args.seed))[:count].tolist()
@@ -111,9 +136,17 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             self._network.zero_grad()
         self._network.train()
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(train_dataset) if self._sampler is None else self._sampler
+
     def _clip_grad_norm(self, model: Any) -> Any:
+        self._untold += 1
         if self._selection is not None:
-            self._selection.before_clipping()
+            self._selection.observe()  # the data's gradients alone say what matters to the data
+        if self._pull is not None:
+            self._pull.add_gradients()
+        if self._selection is not None:
+            self._selection.mask_gradients()
         clip: Any = super()._clip_grad_norm
         return clip(model)
 
@@ -141,17 +174,42 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Mean loss per trained token, over all the batches accumulated for one step."""
-        if not self._lean or return_outputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        given = {name: value for name, value in inputs.items() if name != TAUGHT}
         items = count_trained(inputs) if num_items_in_batch is None else num_items_in_batch
-        return answer_loss(model, inputs) / items
+        if return_outputs or (not self._lean and self._teacher is None):
+            return super().compute_loss(model, given, return_outputs, num_items_in_batch)
+        if self._teacher is None:
+            return answer_loss(model, given) / items
+        if self._lean:
+            logits, targets, wanted = answers(model, given)
+            loss = functional.cross_entropy(logits.float(), targets, reduction="sum") / items
+        else:
+            loss, outputs = super().compute_loss(model, given, True, num_items_in_batch)
+            wanted = following(inputs["labels"]) != IGNORED
+            logits = outputs.logits[wanted]
+        distilled = self._teacher.loss(inputs, logits, wanted) / items
+        self._distilled += float(distilled.detach())
+        return loss + distilled
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Report; the losses of training with what the base adds to them."""
+        if "loss" in logs and self._pull is not None:
+            logs["pull"] = self._pull.penalty
+        if "loss" in logs and self._teacher is not None:
+            logs["distillation"] = self._distilled / max(1, self._untold)
+            self._distilled, self._untold = 0.0, 0
+        super().log(logs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Mean loss per trained token of every evaluation set: independent of batch size, drawing no random numbers."""
-        metrics = {f"eval_{name}_loss": self._mean_loss(samples) for name, samples in self._eval_sets.items()}
+        metrics = {f"eval_{name}_loss": loss for name, loss in self.losses().items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def losses(self) -> dict[str, float]:
+        """Mean loss per trained token of every evaluation set."""
+        return {name: self._mean_loss(samples) for name, samples in self._eval_sets.items()}
 
     def _mean_loss(self, samples: Sequence[Encoded]) -> float:
         self._network.eval()
@@ -174,9 +232,10 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             yield inputs, [part for part in found if count_trained(part)]
 
     def _sum_of_losses(self, inputs: dict[str, Any], items: int) -> torch.Tensor:
+        given = {name: value for name, value in inputs.items() if name != TAUGHT}
         if self._lean:
-            return answer_loss(self._network, inputs)
-        loss: torch.Tensor = self._network(**inputs).loss
+            return answer_loss(self._network, given)
+        loss: torch.Tensor = self._network(**given).loss
         return loss * items
 
     # A checkpoint holds the parameters under the names of the modules. The Trainer's own would hold them under the
@@ -188,6 +247,8 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         save_file(_tensors(self._network), folder / WEIGHTS)
         if self._selection is not None:
             self._selection.save(folder)
+        for keeper in self._keepers:
+            keeper.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         stored = load_file(Path(resume_from_checkpoint) / WEIGHTS)
@@ -197,6 +258,8 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(stored[name])
+        for keeper in self._keepers:
+            keeper.load(Path(resume_from_checkpoint))
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -207,6 +270,6 @@ def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.contiguous() for name, tensor in {**parameters, **buffers}.items()}
 
 
-def build_collator(tokenizer: Any) -> Collator:
-    """The collator for a tokenizer; any token will do as padding, since it is masked."""
-    return Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
+def build_collator(tokenizer: Any, taught: Callable[[Encoded], bool] | None = None) -> Collator:
+    """The collator for a tokenizer; any token will do as padding, since it is masked. ``taught``: see `Collator`."""
+    return Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0, taught)

@@ -51,7 +51,8 @@ def step(
     weights: dict[str, Parameter], selection: Selection, optimizer: torch.optim.Optimizer, gradient: Any, number: int
 ) -> None:
     give(weights, gradient)
-    selection.before_clipping()
+    selection.observe()
+    selection.mask_gradients()
     optimizer.step()
     selection.after_step(number)
 
@@ -82,7 +83,8 @@ def test_at_every_step_only_what_is_chosen_moves(settings: dict[str, Any]) -> No
     for number, gradient in enumerate(gradients[:5], 1):
         before, mask = flat(weights), flat(selection.masks) > 0
         give(weights, gradient)
-        selection.before_clipping()
+        selection.observe()
+        selection.mask_gradients()
         assert not flat({name: one.grad for name, one in weights.items()})[~mask].any()
         optimizer.step()
         after = flat(weights)

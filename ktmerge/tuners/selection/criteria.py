@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ktmerge.tuners.selection.halves import keyed
+from ktmerge.tuners.keys import keyed
 
 
 def standing(values: Tensor) -> Tensor:

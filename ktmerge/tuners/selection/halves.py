@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from hashlib import blake2b
 
 from ktmerge.checkpoints import Parts
 from ktmerge.errors import UsageError
+from ktmerge.tuners.keys import keyed
 
 
 def chosen_half(names: Iterable[str], parts: Parts, seed: int, round_: int) -> set[str]:
@@ -41,9 +41,3 @@ def chosen_half(names: Iterable[str], parts: Parts, seed: int, round_: int) -> s
         order = sorted(modules, key=lambda module: keyed(seed, "half", str(round_), module))
         chosen.update(name for module in order[:count] for name in modules[module])
     return chosen
-
-
-def keyed(seed: int, *words: str) -> int:
-    """A number below 2**63 for one use of randomness, the same wherever and whenever it is asked for."""
-    text = "\0".join((str(seed), *words)).encode()
-    return int.from_bytes(blake2b(text, digest_size=8).digest(), "little") >> 1

@@ -77,10 +77,13 @@ class Selection:
                 self._evidence.observe()
         self._choose(0)
 
-    def before_clipping(self) -> None:
-        """The gradients of a step are complete: learn from them, then leave only those of what is chosen."""
+    def observe(self) -> None:
+        """The gradients of a step are complete: learn from them."""
         if self._evidence is not None:
             self._evidence.observe()
+
+    def mask_gradients(self) -> None:
+        """Before they are clipped: leave only those of what is chosen."""
         # Child-Tuning F keeps the expected gradient (arXiv 2109.05687, eq. 5)
         scale = 1.0 / self.job.selected_density if self.job.select == "child_f" else 1.0
         self._bound.mask_gradients(scale)

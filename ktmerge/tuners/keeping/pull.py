@@ -1,0 +1,97 @@
+"""L2-SP and EWC: a spring from every weight to where it was, as stiff as the Fisher information says if it is given.
+
+The penalty is ``alpha / 2 * sum_i F_i (w_i - w0_i)^2``: L2-SP (arXiv 1802.01483, eq. 2) with F = 1, EWC (arXiv
+1612.00796, eq. 3) with F the diagonal of the Fisher information, divided by its mean over all trained elements, so that
+``alpha`` means the same with and without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ktmerge.checkpoints import Checkpoint, align
+from ktmerge.checkpoints.live import as_checkpoint
+from ktmerge.checkpoints.statistics import Statistics
+from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.tuners.origins import Origins
+
+
+class Pull:
+    """Adds the penalty's gradient to that of the loss.
+
+    Args:
+        parameters: as the base has them, by name.
+        strength: alpha.
+        fisher: F by name, in the parameters' shapes; None: 1.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Parameter], strength: float, fisher: Mapping[str, Tensor] | None
+    ) -> None:
+        self._parameters = parameters
+        self._strength = strength
+        self._origins = Origins(parameters)
+        self._fisher = None if fisher is None else _relative(fisher)
+        self.penalty = 0.0
+
+    def add_gradients(self) -> None:
+        """Before a step: ``g += alpha F (w - w0)``; `penalty` is what that is the gradient of."""
+        total = 0.0
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                away = parameter - self._origins[name].to(parameter.device)
+                force = away if self._fisher is None else away * self._fisher[name].to(parameter.device)
+                total += float((away * force).sum(dtype=torch.float64))
+                if parameter.grad is None:
+                    if not bool(force.any()):
+                        continue  # what the loss does not reach stays without a gradient, and without weight decay
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad.add_(force, alpha=self._strength)
+        self.penalty = self._strength / 2 * total
+
+
+def open_fisher(folder: Path, base: Checkpoint) -> Statistics:
+    """The statistics that the stiffness is taken from, checked by their headers.
+
+    Raises:
+        UsageError: there are none, without Fisher information, or they are of another model.
+    """
+    found = Statistics.open(folder)
+    if not found.has_fisher:
+        raise UsageError(f"{folder}: has no Fisher information; make it with 'ktmerge stats --fisher empirical'.")
+    if not found.is_of(base):
+        raise UsageError(f"{folder}: was measured in another model; measure it in the base, {base.root}.")
+    return found
+
+
+def read_fisher(found: Statistics, base: Checkpoint, parameters: Mapping[str, Parameter]) -> dict[str, Tensor]:
+    """F of every trained parameter, fp32, by the parameter's name.
+
+    Raises:
+        UsageError: it lacks a tensor that is trained.
+    """
+    state: Any = {name: parameter.detach() for name, parameter in parameters.items()}
+    names = {live: name for name, live in align(base, as_checkpoint(state, base), "the model").mapping.items()}
+    fisher = {}
+    with found.reader() as reader:
+        for name, parameter in parameters.items():
+            stored = names.get(name, name)
+            info = found.fisher_of(stored)
+            if info is None or info.shape != tuple(parameter.shape):
+                raise UsageError(f"{found.root}: has no Fisher information of '{name}', which is trained.")
+            fisher[name] = reader.read(f"fisher/{stored}").view(parameter.shape).float()
+    return fisher
+
+
+def _relative(fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    count = sum(tensor.numel() for tensor in fisher.values())
+    mean = sum(float(tensor.sum(dtype=torch.float64)) for tensor in fisher.values()) / max(1, count)
+    if not mean > 0:
+        raise KtmergeError("the Fisher information of what is trained is zero everywhere; measure it on other data.")
+    return {name: tensor / mean for name, tensor in fisher.items()}
