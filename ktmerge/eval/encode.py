@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
@@ -12,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from ktmerge.errors import UsageError
-from ktmerge.eval.items import ChoiceItem, GenerateItem, Item, TextItem
-from ktmerge.recipes.suites import ChoiceTask, GenerateTask, TextTask
+from ktmerge.eval.items import ChoiceItem, GenerateItem, Item, LetterItem, Shot, TextItem, whole_prompt
+from ktmerge.recipes.suites import AnyTask, ChoiceTask, ClassifyTask, GenerateTask, LetterTask, TextTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +38,8 @@ class Encoded:
         requests: of choice and text tasks; those of item i are ``requests[offsets[i]:offsets[i + 1]]``.
         offsets: len(items) + 1 positions in ``requests``.
         bytes: of a text task: UTF-8 bytes that each request's continuation stands for.
-        prompts: of a generate task: token ids of each prompt.
+        words: of a text task: words that begin in these bytes.
+        prompts: of a generate or letter task: token ids of each prompt.
         truncated: items whose context was cut from the left to fit the model.
         skipped: rows of a text task too short to have a scored token.
     """
@@ -45,6 +48,7 @@ class Encoded:
     requests: list[Request] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     bytes: list[int] = field(default_factory=list)
+    words: list[int] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)
     truncated: int = 0
     skipped: int = 0
@@ -58,7 +62,7 @@ class Encoder:
         self._max_length = max_length or 2**31
         self._prefix = _prefix(tokenizer)
 
-    def task(self, task: ChoiceTask | GenerateTask | TextTask, items: Sequence[Item]) -> Encoded:
+    def task(self, task: AnyTask, items: Sequence[Item]) -> Encoded:
         """Encode the items of ``task``.
 
         Raises:
@@ -67,23 +71,28 @@ class Encoder:
         try:
             if isinstance(task, TextTask):
                 return self._texts(task, [item for item in items if isinstance(item, TextItem)])
-            if isinstance(task, ChoiceTask):
+            if isinstance(task, ChoiceTask | ClassifyTask):
                 return self._choices(task, [item for item in items if isinstance(item, ChoiceItem)])
-            return self._prompts(task, [item for item in items if isinstance(item, GenerateItem)])
+            return self._prompts(task, [item for item in items if isinstance(item, GenerateItem | LetterItem)])
         except UsageError as error:
             raise UsageError(f"task '{task.name}': {error}") from None
 
-    def prompt(self, prompt: str, chat: bool) -> str:
+    def asked(self, item: ChoiceItem | GenerateItem | LetterItem, chat: bool) -> str:
+        """All the model sees of an item, worked examples included: as turns with ``chat``, else one after the other."""
+        return self.prompt(item.prompt, True, item.shots) if chat else whole_prompt(item)
+
+    def prompt(self, prompt: str, chat: bool, shots: Sequence[Shot] = ()) -> str:
         """The text the model sees: the prompt, or with ``chat`` a user turn of it and the start of an answer."""
         if not chat:
             return prompt
         if not self._tokenizer.chat_template:
             raise UsageError("chat is set, but the model's tokenizer has no chat template.")
-        turns = [{"role": "user", "content": prompt}]
+        said = [text for question, answer in shots for text in (question, answer.strip())]
+        turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate([*said, prompt])]
         try:
             return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
         except (TemplateError, ValueError, TypeError) as error:
-            raise UsageError(f"the model's chat template cannot render a single user turn: {error}.") from None
+            raise UsageError(f"the model's chat template cannot render user and assistant turns: {error}.") from None
 
     def ids(self, text: str) -> list[int]:
         """Token ids, with what the tokenizer itself puts in front of a text (BOS) unless the text starts with it."""
@@ -112,12 +121,12 @@ class Encoder:
             raise UsageError(f"the choice {continuation.strip()!r} has no tokens in this model's vocabulary.")
         return Request(tuple(given), tuple(scored))
 
-    def _choices(self, task: ChoiceTask, items: list[ChoiceItem]) -> Encoded:
+    def _choices(self, task: ChoiceTask | ClassifyTask, items: list[ChoiceItem]) -> Encoded:
         requests: list[Request] = []
         offsets = [0]
         truncated = 0
         for item in items:
-            context = self.prompt(item.prompt, task.chat)
+            context = self.asked(item, task.chat)
             pairs = [self.pair(context, continuation) for continuation in item.continuations()]
             longest = max(len(pair.context) + len(pair.continuation) for pair in pairs)
             if longest - 1 > self._max_length:  # the last token is predicted, not read
@@ -136,13 +145,13 @@ class Encoder:
             )
         return Request(pair.context[-room:], pair.continuation)
 
-    def _prompts(self, task: GenerateTask, items: list[GenerateItem]) -> Encoded:
+    def _prompts(self, task: GenerateTask | LetterTask, items: Sequence[GenerateItem | LetterItem]) -> Encoded:
         room = self._max_length - task.max_new_tokens
         if room < 1:
             raise UsageError(
                 f"max_new_tokens is {task.max_new_tokens}, the model's whole context is {self._max_length} tokens."
             )
-        prompts = [self.ids(self.prompt(item.prompt, task.chat)) or [self._start_token()] for item in items]
+        prompts = [self.ids(self.asked(item, task.chat)) or [self._start_token()] for item in items]
         truncated = sum(len(prompt) > room for prompt in prompts)
         return Encoded([i.row for i in items], prompts=[prompt[-room:] for prompt in prompts], truncated=truncated)
 
@@ -152,17 +161,20 @@ class Encoder:
         rows: list[int] = []
         requests: list[Request] = []
         sizes: list[int] = []
+        words: list[int] = []
         skipped = 0
         for item in items:
             ids, ends = self._with_ends(item.text)
             skipped += len(ids) < 2
+            begins = _word_starts(item.text)
             for start, stop in even_chunks(len(ids), task.chunk_tokens - len(self._prefix)):
                 rows.append(item.row)
                 requests.append(Request((*self._prefix, ids[start]), tuple(ids[start + 1 : stop])))
                 sizes.append(ends[stop - 1] - ends[start])
+                words.append(bisect_left(begins, ends[stop - 1]) - bisect_left(begins, ends[start]))
         if not requests:
             raise UsageError("no row has a text of at least two tokens.")
-        return Encoded(rows, requests, list(range(len(requests) + 1)), sizes, skipped=skipped)
+        return Encoded(rows, requests, list(range(len(requests) + 1)), sizes, words, skipped=skipped)
 
     def _with_ends(self, text: str) -> tuple[list[int], list[int]]:
         """Token ids of ``text`` and, for each, the bytes of text up to its end: every byte belongs to one token."""
@@ -179,6 +191,16 @@ class Encoder:
             if token is not None:
                 return int(token)
         raise UsageError("an empty prompt needs a tokenizer with a BOS or EOS token; this one has neither.")
+
+
+def _word_starts(text: str) -> list[int]:
+    """Where words begin, in bytes of UTF-8; words are what stands between white space."""
+    found, at = [], 0
+    for piece in re.findall(r"\s+|\S+", text):
+        if not piece[0].isspace():
+            found.append(at)
+        at += len(piece.encode("utf-8", "surrogatepass"))
+    return found
 
 
 def even_chunks(tokens: int, size: int) -> list[tuple[int, int]]:

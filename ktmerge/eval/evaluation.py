@@ -17,7 +17,7 @@ from ktmerge.checkpoints import Checkpoint
 from ktmerge.checkpoints.limits import context_length
 from ktmerge.errors import UsageError, did_you_mean
 from ktmerge.eval.encode import Encoded, fingerprint
-from ktmerge.eval.items import TextItem
+from ktmerge.eval.items import AskedItem, GenerateItem, TextItem, whole_prompt
 from ktmerge.eval.loading import (
     choose_device,
     choose_dtype,
@@ -222,8 +222,15 @@ def _task_info(one: TaskSet, encoded: Encoded) -> TaskInfo:
         digest=one.digest,
         data_digest=one.data_digest,
         rows=encoded.rows,
-        prompts=[item.prompt for item in items],
-        references=[item.answer for item in items],
+        prompts=[whole_prompt(item) for item in items],
+        references=[_reference(item) for item in items],
         truncated=encoded.truncated,
         skipped=encoded.skipped,
     )
+
+
+def _reference(item: AskedItem) -> Any:
+    """Index of the right choice, the reference answer, or all of them where there are several."""
+    if not isinstance(item, GenerateItem):
+        return item.answer
+    return item.answers[0] if len(item.answers) == 1 else list(item.answers)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ktmerge.errors import UsageError
+from ktmerge.eval.letters import LETTERS, lettered
+from ktmerge.eval.rows import ranked
 from ktmerge.eval.templates import Template, is_template, missing_column
 from ktmerge.recipes.rows import Row
-from ktmerge.recipes.suites import ChoiceTask, GenerateTask, TextTask
+from ktmerge.recipes.suites import AnyTask, ChoiceTask, ClassifyTask, GenerateTask, LetterTask, TextTask
+
+Shot = tuple[str, str]
+"""A worked example: its prompt, and what followed it (with the separator between)."""
 
 
 @dataclass(frozen=True)
@@ -20,18 +26,43 @@ class ChoiceItem:
     choices: tuple[str, ...]
     answer: int
     separator: str
+    shots: tuple[Shot, ...] = ()
 
     def continuations(self) -> list[str]:
         return [self.separator + choice for choice in self.choices]
 
+    @property
+    def worked(self) -> Shot:
+        return self.prompt, self.separator + self.choices[self.answer]
+
 
 @dataclass(frozen=True)
-class GenerateItem:
-    """A prompt and the answer it should get."""
+class LetterItem:
+    """A prompt that shows lettered choices, and which is right."""
 
     row: int
     prompt: str
-    answer: str
+    choices: tuple[str, ...]
+    answer: int
+    shots: tuple[Shot, ...] = ()
+
+    @property
+    def worked(self) -> Shot:
+        return self.prompt, f" {LETTERS[self.answer]}"
+
+
+@dataclass(frozen=True)
+class GenerateItem:
+    """A prompt and the answers that are right."""
+
+    row: int
+    prompt: str
+    answers: tuple[str, ...]
+    shots: tuple[Shot, ...] = ()
+
+    @property
+    def worked(self) -> Shot:
+        return self.prompt, f" {self.answers[0]}"
 
 
 @dataclass(frozen=True)
@@ -42,55 +73,101 @@ class TextItem:
     text: str
 
 
-Item = ChoiceItem | GenerateItem | TextItem
+AskedItem = ChoiceItem | LetterItem | GenerateItem
+Item = AskedItem | TextItem
 
 
-def make_items(task: ChoiceTask | GenerateTask | TextTask, rows: list[Row]) -> list[Item]:
+def make_items(task: AnyTask, rows: list[Row], pool: list[Row] | None = None) -> list[Item]:
     """Render the templates of ``task`` over its rows.
 
+    Args:
+        task: the task.
+        rows: what to ask.
+        pool: where its worked examples come from, if it wants any; a row is never an example for itself, which is told
+            by its place in the file.
+
     Raises:
-        UsageError: a column is missing, a template fails, choices or answer don't fit; the row is named.
+        UsageError: a column is missing, a template fails, choices or answer don't fit, the pool is too small; the row
+            is named.
     """
-    if isinstance(task, ChoiceTask):
-        maker = _ChoiceMaker(task)
-        return [maker.item(row) for row in rows]
-    if isinstance(task, GenerateTask):
-        prompt, answer = Template(task.prompt, _where(task, "prompt")), Template(task.answer, _where(task, "answer"))
-        return [GenerateItem(row.number, prompt.text(row), answer.text(row)) for row in rows]
-    text = Template(task.text, _where(task, "text"))
-    return [TextItem(row.number, text.text(row)) for row in rows]
+    if isinstance(task, TextTask):
+        text = Template(task.text, _where(task, "text"))
+        return [TextItem(row.number, text.text(row)) for row in rows]
+    make = _maker(task)
+    if not task.shots:
+        return [make(row) for row in rows]
+    source = ranked(pool or [], f"{task.seed}:shot")[: task.shots + 1]
+    examples = [(row.where, make(row)) for row in source]
+    items: list[Item] = []
+    for row in rows:
+        chosen = [example.worked for where, example in examples if where != row.where][: task.shots]
+        if len(chosen) < task.shots:
+            raise UsageError(f"{_where(task, 'shots')}: {task.shots} wanted, there are {len(chosen)} besides a row.")
+        items.append(replace(make(row), shots=tuple(chosen)))
+    return items
 
 
-def _where(task: ChoiceTask | GenerateTask | TextTask, key: str) -> str:
+def whole_prompt(item: AskedItem) -> str:
+    """All an item shows before the answer, worked examples included, as plain text."""
+    return "\n\n".join([*(prompt + answer for prompt, answer in item.shots), item.prompt])
+
+
+def _where(task: AnyTask, key: str) -> str:
     return f"task '{task.name}', {key}"
 
 
+def _maker(task: ChoiceTask | ClassifyTask | LetterTask | GenerateTask) -> Callable[[Row], AskedItem]:
+    if isinstance(task, GenerateTask):
+        prompt, answer = Template(task.prompt, _where(task, "prompt")), Template(task.answer, _where(task, "answer"))
+        return lambda row: GenerateItem(row.number, prompt.text(row), _answers(task, answer, row))
+    return _ChoiceMaker(task).item
+
+
+def _answers(task: GenerateTask, template: Template, row: Row) -> tuple[str, ...]:
+    value = template.value(row)
+    found = tuple(map(str, value)) if isinstance(value, list | tuple) else (template.text(row),)
+    if not found:
+        raise UsageError(f"{_where(task, 'answer')}: {row.where} gives an empty list; at least one answer is needed.")
+    return found
+
+
 class _ChoiceMaker:
-    def __init__(self, task: ChoiceTask) -> None:
+    def __init__(self, task: ChoiceTask | ClassifyTask | LetterTask) -> None:
         self._task = task
+        self._key = "labels" if isinstance(task, ClassifyTask) else "choices"
         self._prompt = Template(task.prompt, _where(task, "prompt"))
         self._answer = Template(task.answer, _where(task, "answer"))
-        self._choices: list[Template] | Template | str
-        if isinstance(task.choices, list):
+        self._choices: list[Template] | tuple[str, ...] | Template | str
+        if isinstance(task, ClassifyTask):
+            self._choices = tuple(task.labels)
+        elif isinstance(task.choices, list):
             self._choices = [Template(choice, _where(task, "choices")) for choice in task.choices]
         elif is_template(task.choices):
             self._choices = Template(task.choices, _where(task, "choices"))
         else:
             self._choices = task.choices
 
-    def item(self, row: Row) -> ChoiceItem:
+    def item(self, row: Row) -> ChoiceItem | LetterItem:
         values = self._choice_values(row)
         choices = tuple(str(value) for value in values)
+        where = _where(self._task, self._key)
         for choice in choices:
             if not choice:
-                raise UsageError(f"{_where(self._task, 'choices')}: {row.where} has an empty choice.")
+                raise UsageError(f"{where}: {row.where} has an empty choice.")
         if len(choices) < 2:
-            raise UsageError(f"{_where(self._task, 'choices')}: {row.where} has {len(choices)}, at least 2 are needed.")
+            raise UsageError(f"{where}: {row.where} has {len(choices)}, at least 2 are needed.")
         answer = self._answer_index(row, values, choices)
-        return ChoiceItem(row.number, self._prompt.text(row), choices, answer, self._separator(choices))
+        if isinstance(self._task, LetterTask):
+            if len(choices) > len(LETTERS):
+                raise UsageError(f"{where}: {row.where} has {len(choices)} choices, there are {len(LETTERS)} letters.")
+            shown = Row(row.number, row.where, row.values | {"lettered": lettered(choices)})
+            return LetterItem(row.number, self._prompt.text(shown), choices, answer)
+        return ChoiceItem(row.number, self._prompt.text(row), choices, answer, self._separator(self._task, choices))
 
     def _choice_values(self, row: Row) -> list[Any]:
         where = _where(self._task, "choices")
+        if isinstance(self._choices, tuple):
+            return list(self._choices)
         if isinstance(self._choices, list):
             return [template.text(row) for template in self._choices]
         if isinstance(self._choices, Template):
@@ -124,9 +201,9 @@ class _ChoiceMaker:
             raise UsageError(f"{where}: {row.where} gives index {index}; its {len(choices)} choices count from 0.")
         return index
 
-    def _separator(self, choices: tuple[str, ...]) -> str:
+    @staticmethod
+    def _separator(task: ChoiceTask | ClassifyTask, choices: tuple[str, ...]) -> str:
         """The separator as written; the default one stays out of chat turns and before a choice with its own space."""
-        task = self._task
         written = "separator" in task.model_fields_set
         if not written and (task.chat or all(choice[:1].isspace() for choice in choices)):
             return ""

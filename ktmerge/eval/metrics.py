@@ -26,23 +26,27 @@ def acc_norm(logprobs: ArrayLike, choices: Sequence[str], answer: int) -> float:
     return float(int(np.argmax(np.asarray(logprobs) / lengths)) == answer)
 
 
-NORMALISATIONS: dict[str, Callable[[str], str]] = {
-    "none": lambda text: text,
-    "strip": str.strip,
-    "lower": lambda text: text.strip().lower(),
-}
-
-
-def exact_match(prediction: str, reference: str, normalise: str) -> float:
-    """1 if both are equal after the normalisation: ``none``, ``strip`` (outer white space), ``lower`` (and case)."""
-    normal = NORMALISATIONS[normalise]
-    return float(normal(prediction) == normal(reference))
-
-
 ChoiceMetric = Callable[["ArrayLike", Sequence[str], int], float]
-AnswerMetric = Callable[[str, str, str], float]
 CHOICE: dict[str, ChoiceMetric] = {"acc": acc, "acc_norm": acc_norm}
-GENERATE: dict[str, AnswerMetric] = {"exact_match": exact_match}
+
+
+def macro_f1(predicted: Sequence[int], wanted: Sequence[int], classes: int) -> float:
+    """Mean over the classes that occur of 2 TP / (2 TP + FP + FN)."""
+    said, right = np.asarray(predicted), np.asarray(wanted)
+    found = []
+    for label in range(classes):
+        hits = int(((said == label) & (right == label)).sum())
+        asked = int((said == label).sum()) + int((right == label).sum())
+        if asked:
+            found.append(2 * hits / asked)
+    return float(np.mean(found))
+
+
+def balanced_accuracy(predicted: Sequence[int], wanted: Sequence[int], classes: int) -> float:
+    """Mean over the classes that occur among the right answers of the share of them that was recognised."""
+    said, right = np.asarray(predicted), np.asarray(wanted)
+    recalls = [float((said[right == label] == label).mean()) for label in range(classes) if (right == label).any()]
+    return float(np.mean(recalls))
 
 
 def next_token_accuracy(correct: int, tokens: int) -> float:
@@ -58,3 +62,13 @@ def perplexity_per_byte(nll: float, size: int) -> float:
 def bits_per_byte(nll: float, size: int) -> float:
     """NLL / (bytes ln 2), ``nll`` in nats."""
     return nll / (size * log(2))
+
+
+def perplexity_per_token(nll: float, tokens: int) -> float:
+    """exp(NLL / scored tokens), ``nll`` in nats. Compares only models with one tokenizer."""
+    return exp(nll / tokens)
+
+
+def perplexity_per_word(nll: float, words: int) -> float:
+    """exp(NLL / words), ``nll`` in nats; words are what stands between white space."""
+    return exp(nll / words)

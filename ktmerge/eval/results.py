@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from itertools import combinations
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from ktmerge.checkpoints.files import clear_os_errors
 from ktmerge.errors import UsageError, did_you_mean
 from ktmerge.eval import statistics
-from ktmerge.eval.metrics import bits_per_byte, perplexity_per_byte
+from ktmerge.eval.metrics import bits_per_byte, perplexity_per_byte, perplexity_per_token, perplexity_per_word
 from ktmerge.eval.summary import FORMULAS, Comparison, Summary, summarise
 from ktmerge.recipes.suites import Side
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from ktmerge.eval.table import DifferencesTable, ScoreTable
 
 SCHEMA_VERSION = 1
+LARGEST = {"cider": 10.0}  # item score of metrics that go beyond 1
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,18 @@ class TaskScore:
     """A model's scores on a task: per item in [0, 1], and what they were made from.
 
     Attributes:
-        details: columns by name, one entry an item. choice: ``logprobs``, ``predicted``; generate: ``outputs``;
-            text: ``correct``, ``tokens``, ``nll`` (nats), ``bytes``.
+        scores: of each item, in [0, 1]; CIDEr's go to 10.
+        details: columns by name, one entry an item. choice: ``logprobs``; classify: ``predicted``, too; generate:
+            ``outputs``, ``answers`` (where one was extracted); letter: ``outputs``, ``predicted`` (None: unread);
+            text: ``correct``, ``tokens``, ``nll`` (nats), ``bytes``, ``words``.
+        figures: numbers of the whole set shown beside the score, such as ``unread`` (percent) or ``bleu``.
+        signature: of the package and settings that scored it, if any.
     """
 
     scores: NDArray[np.float64]
     details: dict[str, list[Any]]
+    figures: dict[str, float] = field(default_factory=dict)
+    signature: str = ""
 
     @property
     def mean(self) -> float:
@@ -87,13 +95,30 @@ class TaskScore:
         return statistics.standard_error(self.scores)
 
     def extras(self) -> dict[str, float]:
-        """Figures shown beside the score: perplexity and bits per byte of a text task."""
+        """Figures shown beside the score; of a text task perplexity per token, word and byte, and bits per byte."""
         if "nll" not in self.details:
-            return {}
-        nll, size = sum(self.details["nll"]), sum(self.details["bytes"])
-        if not size:
-            return {}
-        return {"perplexity_per_byte": perplexity_per_byte(nll, size), "bits_per_byte": bits_per_byte(nll, size)}
+            return self.figures
+        nll = sum(self.details["nll"])
+        size, tokens, words = (sum(self.details.get(unit, ())) for unit in ("bytes", "tokens", "words"))
+        found = {"perplexity_per_token": perplexity_per_token(nll, tokens)} if tokens else {}
+        if words:
+            found["perplexity_per_word"] = perplexity_per_word(nll, words)
+        if size:
+            found |= {"perplexity_per_byte": perplexity_per_byte(nll, size), "bits_per_byte": bits_per_byte(nll, size)}
+        return {**self.figures, **{name: value for name, value in found.items() if isfinite(value)}}
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "score": self.mean, "stderr": self.stderr, **self.extras(), "signature": self.signature,
+            "figures": self.figures, "scores": self.scores.tolist(), "details": self.details,
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, one: dict[str, Any]) -> TaskScore:
+        return cls(
+            np.array(one["scores"], dtype=float), dict(one["details"]),
+            dict(one.get("figures", {})), str(one.get("signature", "")),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -232,16 +257,7 @@ class Results:
         return results
 
     def _model_json(self, name: str) -> dict[str, Any]:
-        tasks = {
-            task: {
-                "score": score.mean,
-                "stderr": score.stderr,
-                **score.extras(),
-                "scores": score.scores.tolist(),
-                "details": score.details,
-            }
-            for task, score in self.scores[name].items()
-        }
+        tasks = {task: score.to_json() for task, score in self.scores[name].items()}
         return {**asdict(self.models[name]), "summary": self.summary.models[name].to_json(), "tasks": tasks}
 
     def _known(self, name: str) -> None:
@@ -257,7 +273,8 @@ class Results:
                 raise UsageError(f"{where}: a damaged score file: the tasks of '{model}' are not the suite's.")
             for task in self.tasks:
                 scores = tasks[task.name].scores
-                good = scores.shape == (len(task.rows),) and len(scores) and bool(((scores >= 0) & (scores <= 1)).all())
+                within = bool(((scores >= 0) & (scores <= LARGEST.get(task.metric, 1.0))).all())
+                good = scores.shape == (len(task.rows),) and len(scores) and within
                 if not good:
                     raise UsageError(f"{where}: a damaged score file: scores of '{model}' on '{task.name}'.")
 
@@ -314,7 +331,7 @@ def _parse(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scores(tasks: dict[str, Any]) -> dict[str, TaskScore]:
-    return {name: TaskScore(np.array(one["scores"], dtype=float), dict(one["details"])) for name, one in tasks.items()}
+    return {name: TaskScore.from_json(one) for name, one in tasks.items()}
 
 
 def _keys(model: type[ModelInfo]) -> Sequence[str]:

@@ -3,28 +3,133 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
-from ktmerge.errors import UsageError
+from ktmerge.errors import UsageError, did_you_mean, first_line
 from ktmerge.recipes import rows as files
-from ktmerge.recipes.rows import Row, Rows
+from ktmerge.recipes.rows import SUFFIXES, Row, Rows
 
 if TYPE_CHECKING:
     from ktmerge.recipes.suites import TaskBase
 
+HUB = "hf:"
+Part = Literal["all", "selection", "report"]
 
-def read_rows(task: TaskBase, folder: Path) -> Rows:
-    """Read ``task.data`` (relative to ``folder``) and draw ``task.limit`` rows with ``task.seed``.
+
+def read_rows(task: TaskBase, folder: Path, share: float = 0.0, part: Part = "all") -> Rows:
+    """Read the data of ``task`` (relative to ``folder``), keep a part of them and draw ``task.limit`` rows.
+
+    Args:
+        task: what to read.
+        folder: where relative paths start.
+        share: of the rows that are for selection.
+        part: which rows to keep: all, those for selection, or those for the report.
 
     Raises:
-        UsageError: the file is missing, empty or broken somewhere; task, file and line are named.
+        UsageError: the data are missing, empty or broken somewhere; task, file and line are named.
     """
-    path = folder / task.data
+    try:
+        found = load(task.data, folder, task.subset, task.split)
+    except UsageError as error:
+        lines = str(error).splitlines()
+        named = (line if line.startswith("...") else f"task '{task.name}': {line}" for line in lines)
+        raise UsageError("\n".join(named)) from None
+    rows = of_part(found.rows, share, part)
+    if not rows:
+        raise UsageError(f"task '{task.name}': none of its {len(found.rows)} rows falls into the part for {part}.")
+    return Rows(draw(rows, task.limit, task.seed), digest=found.digest)
+
+
+def load(data: str, folder: Path, subset: str | None, split: str | None) -> Rows:
+    """All rows of a file, of a folder's files or of a Hugging Face dataset.
+
+    Raises:
+        UsageError: they cannot be read.
+    """
+    if data.startswith(HUB):
+        return _dataset(data.removeprefix(HUB), subset, split)
+    path = folder / data
+    if path.is_dir():
+        return _folder(path, subset, split)
+    if subset or split:
+        raise UsageError(f"{path}: a single file has neither subset nor split; leave them out.")
+    return _file(path)
+
+
+def _file(path: Path) -> Rows:
     found = files.read_rows(path, str(path))
     if found.problems:
-        raise UsageError(files.listing([f"task '{task.name}': {problem}" for problem in found.problems]))
-    return Rows(draw(found.rows, task.limit, task.seed), digest=found.digest)
+        raise UsageError(files.listing(found.problems))
+    return found
+
+
+def _folder(path: Path, subset: str | None, split: str | None) -> Rows:
+    """The files of one split, as datasets lie in repositories: ``[subset/][data/]test-00000-of-00001.parquet``."""
+    root = path / subset if subset else path
+    if not root.is_dir():
+        raise UsageError(f"{path}: there is no folder '{subset}' in it.{did_you_mean(str(subset), _names(path))}")
+    if split is None:
+        raise UsageError(f"{path}: is a folder; say with 'split' which of its files to read.")
+    candidates = [file for place in (root, root / "data") if place.is_dir() for file in sorted(place.iterdir())]
+    data = [file for file in candidates if file.suffix in SUFFIXES]
+    chosen = [file for file in data if file.name.split(".")[0].split("-")[0] == split]
+    if not chosen:
+        known = {file.name.split(".")[0].split("-")[0] for file in data}
+        raise UsageError(f"{root}: no data file whose name begins with '{split}'.{did_you_mean(split, known)}")
+    parts = [_file(file) for file in chosen]
+    digest = hashlib.sha256("\n".join(part.digest for part in parts).encode()).hexdigest()
+    rows = [row for part in parts for row in part.rows]
+    return Rows([Row(number, row.where, row.values) for number, row in enumerate(rows)], digest=digest)
+
+
+def _names(path: Path) -> list[str]:
+    return [entry.name for entry in path.iterdir() if entry.is_dir()]
+
+
+def _dataset(name: str, subset: str | None, split: str | None) -> Rows:
+    from datasets import Image, load_dataset
+
+    if split is None:
+        raise UsageError(f"{HUB}{name}: say with 'split' which part of the dataset to read.")
+    try:
+        dataset = load_dataset(name, subset, split=split)
+        for column, feature in dataset.features.items():
+            if isinstance(feature, Image):
+                dataset = dataset.cast_column(column, Image(decode=False))
+        values: list[dict[str, Any]] = dataset.to_list()
+    except Exception as error:  # offline, no such dataset, no such split: whatever the library raises says which
+        raise UsageError(f"{HUB}{name}: the dataset cannot be loaded: {first_line(error)}") from None
+    if not values:
+        raise UsageError(f"{HUB}{name}: there are no rows in it.")
+    rows = [Row(number, f"{name}[{split}], row {number + 1}", one) for number, one in enumerate(values)]
+    return Rows(rows, digest=content_digest(values))
+
+
+def content_digest(values: Any) -> str:
+    """sha256 over plain data; bytes count by their own digest."""
+    text = json.dumps(values, sort_keys=True, ensure_ascii=True, default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _plain(value: Any) -> str:
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
+
+
+def of_part(rows: list[Row], share: float, part: Part) -> list[Row]:
+    """The rows for selection, a ``share`` of all drawn by a hash of the row's number, or the others for the report.
+
+    A row stays in its part whatever limit and seed are, so that what chose a recipe never reports on it.
+    """
+    if part == "all":
+        return rows
+    return [row for row in rows if _for_selection(row.number, share) == (part == "selection")]
+
+
+def _for_selection(number: int, share: float) -> bool:
+    word = hashlib.sha256(f"part:{number}".encode()).digest()[:8]
+    return int.from_bytes(word, "big") < share * 2**64
 
 
 def draw(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
@@ -35,5 +140,9 @@ def draw(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
     """
     if limit is None or limit >= len(rows):
         return rows
-    ranked = sorted(rows, key=lambda row: hashlib.sha256(f"{seed}:{row.number}".encode()).digest())
-    return sorted(ranked[:limit], key=lambda row: row.number)
+    return sorted(ranked(rows, f"{seed}")[:limit], key=lambda row: row.number)
+
+
+def ranked(rows: list[Row], key: str) -> list[Row]:
+    """Rows in an order that only ``key`` and their numbers decide."""
+    return sorted(rows, key=lambda row: hashlib.sha256(f"{key}:{row.number}".encode()).digest())

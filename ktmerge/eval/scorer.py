@@ -13,12 +13,13 @@ from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.eval import metrics
 from ktmerge.eval.encode import Encoded
 from ktmerge.eval.generate import generate
-from ktmerge.eval.items import ChoiceItem, GenerateItem
+from ktmerge.eval.items import ChoiceItem
 from ktmerge.eval.likelihood import LikelihoodScorer
+from ktmerge.eval.marking import mark
 from ktmerge.eval.results import TaskScore
 from ktmerge.eval.sets import TaskSet, encode_sets, read_sets
 from ktmerge.progress import SILENT, Progress
-from ktmerge.recipes.suites import ChoiceTask, GenerateTask, Suite
+from ktmerge.recipes.suites import ChoiceTask, ClassifyTask, GenerateTask, LetterTask, Suite, TextTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,40 +75,45 @@ class _Job:
     def score(self, one: TaskSet, encoded: Encoded, label: str) -> TaskScore:
         title = f"{label}: {one.task.name}"
         try:
-            if isinstance(one.task, GenerateTask):
-                return self._answers(one.task, one, encoded, title)
-            if isinstance(one.task, ChoiceTask):
-                return self._choices(one.task, one, encoded, title)
-            return self._texts(encoded, title)
+            if isinstance(one.task, TextTask):
+                return self._texts(encoded, title)
+            if isinstance(one.task, GenerateTask | LetterTask):
+                return mark(one, self._outputs(one.task, encoded, title))
+            return self._choices(one.task, one, encoded, title)
         except UsageError:
             raise
         except KtmergeError as error:
             raise KtmergeError(f"{label}, task '{one.task.name}': {error}") from error
 
-    def _choices(self, task: ChoiceTask, one: TaskSet, encoded: Encoded, title: str) -> TaskScore:
+    def _choices(self, task: ChoiceTask | ClassifyTask, one: TaskSet, encoded: Encoded, title: str) -> TaskScore:
         sums = self.likelihood.score(encoded.requests, self.progress, title, len(one.items)).logprob
         by_item = [sums[a:b] for a, b in zip(encoded.offsets, encoded.offsets[1:], strict=False)]
         metric = metrics.CHOICE[task.metric]
         items = [item for item in one.items if isinstance(item, ChoiceItem)]
         scores = [metric(own, item.choices, item.answer) for own, item in zip(by_item, items, strict=True)]
-        return TaskScore(np.array(scores), {"logprobs": [np.round(own, 6).tolist() for own in by_item]})
+        details: dict[str, list[Any]] = {"logprobs": [np.round(own, 6).tolist() for own in by_item]}
+        figures = {}
+        if isinstance(task, ClassifyTask):
+            predicted, wanted = [int(np.argmax(own)) for own in by_item], [item.answer for item in items]
+            classes = len(task.labels)
+            details["predicted"] = predicted
+            figures["macro_f1"] = 100 * metrics.macro_f1(predicted, wanted, classes)
+            figures["balanced_accuracy"] = 100 * metrics.balanced_accuracy(predicted, wanted, classes)
+        return TaskScore(np.array(scores), details, figures)
 
-    def _answers(self, task: GenerateTask, one: TaskSet, encoded: Encoded, title: str) -> TaskScore:
-        outputs = generate(
+    def _outputs(self, task: GenerateTask | LetterTask, encoded: Encoded, title: str) -> list[str]:
+        return generate(
             self.model, self.tokenizer, encoded.prompts, max_new_tokens=task.max_new_tokens, stop=task.stop,
             batch_size=self.batch_size, progress=self.progress, label=title,
         )  # fmt: skip
-        answers = [item.answer for item in one.items if isinstance(item, GenerateItem)]
-        metric = metrics.GENERATE[task.metric]
-        scores = [metric(*pair, task.normalise) for pair in zip(outputs, answers, strict=True)]
-        return TaskScore(np.array(scores), {"outputs": outputs})
 
     def _texts(self, encoded: Encoded, title: str) -> TaskScore:
         found = self.likelihood.score(encoded.requests, self.progress, title)
         tokens = [len(request.continuation) for request in encoded.requests]
         correct: list[int] = found.correct.tolist()
         scores = [metrics.next_token_accuracy(*pair) for pair in zip(correct, tokens, strict=True)]
-        nll = np.round(-found.logprob, 6).tolist()
-        return TaskScore(
-            np.array(scores), {"correct": correct, "tokens": tokens, "nll": nll, "bytes": list(encoded.bytes)}
-        )
+        details: dict[str, list[Any]] = {
+            "correct": correct, "tokens": tokens, "nll": np.round(-found.logprob, 6).tolist(),
+            "bytes": list(encoded.bytes), "words": list(encoded.words),
+        }  # fmt: skip
+        return TaskScore(np.array(scores), details)

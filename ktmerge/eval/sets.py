@@ -6,17 +6,21 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ktmerge.errors import UsageError
 from ktmerge.eval.encode import Encoded, Encoder
 from ktmerge.eval.items import Item, make_items
-from ktmerge.eval.rows import read_rows
-from ktmerge.recipes.suites import ChoiceTask, GenerateTask, Side, Suite, TextTask
+from ktmerge.eval.overlap import require
+from ktmerge.eval.rows import Part, load, read_rows
+from ktmerge.recipes.rows import Row
+from ktmerge.recipes.suites import AnyTask, Side, Suite, TextTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SCORING_VERSION = 1  # raise when the same task on the same data would score differently
+SCORING_VERSION = 2  # raise when the same task on the same data would score differently
 
 
 @dataclass(frozen=True)
@@ -28,28 +32,51 @@ class TaskSet:
             the data lie does not count.
     """
 
-    task: ChoiceTask | GenerateTask | TextTask
+    task: AnyTask
     side: Side
     items: list[Item]
     data_digest: str
     digest: str
 
 
-def read_sets(suite: Suite) -> list[TaskSet]:
+def read_sets(suite: Suite, part: Part | None = None) -> list[TaskSet]:
     """Read the data of every task and render its templates; upstream sets first.
+
+    Args:
+        suite: the sets.
+        part: which rows: those for the report unless said otherwise, where the suite keeps some for selection.
 
     Raises:
         UsageError: whatever is wrong with data or templates; task, file and row are named.
     """
+    chosen = part or ("report" if suite.selection else "all")
+    if chosen != "all" and not suite.selection:
+        raise UsageError(f"the suite '{suite.name}' keeps no rows for selection; give it 'selection: 0.3', say.")
     sets = []
     for task in suite.tasks():
         side = suite.side(task.name)
-        rows = read_rows(task, suite.folder)
-        settings = task.model_dump(mode="json", exclude={"data"})
-        written = [SCORING_VERSION, side, settings, "separator" in task.model_fields_set, rows.digest]
+        require(task.metric)
+        rows = read_rows(task, suite.folder, suite.selection, chosen)
+        pool, pool_digest = _pool(task, suite.folder)
+        settings = task.model_dump(mode="json", exclude={"data", "shots_from"})
+        kept = None if chosen == "all" else [chosen, suite.selection]
+        separator = "separator" in task.model_fields_set
+        written = [SCORING_VERSION, side, settings, separator, rows.digest, pool_digest, kept]
         digest = hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()
-        sets.append(TaskSet(task, side, make_items(task, rows.rows), rows.digest, digest))
+        sets.append(TaskSet(task, side, make_items(task, rows.rows, pool), rows.digest, digest))
     return sets
+
+
+def _pool(task: AnyTask, folder: Path) -> tuple[list[Row], str]:
+    """Where a task's worked examples come from, and the digest of that."""
+    if isinstance(task, TextTask) or not task.shots:
+        return [], ""
+    split = task.shots_split or (None if task.shots_from else task.split)
+    try:
+        found = load(task.shots_from or task.data, folder, None if task.shots_from else task.subset, split)
+    except UsageError as error:
+        raise UsageError(f"task '{task.name}', shots_from: {error}") from None
+    return found.rows, found.digest
 
 
 def suite_digest(digests: Sequence[str]) -> str:

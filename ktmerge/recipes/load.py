@@ -16,7 +16,7 @@ from ktmerge.recipes.document import read_yaml
 from ktmerge.recipes.overrides import apply_overrides
 from ktmerge.recipes.schema import SCHEMA_VERSION, Blend, Recipe, WhereRule
 from ktmerge.recipes.suggest import did_you_mean
-from ktmerge.recipes.suites import Suite
+from ktmerge.recipes.suites import AnyTask, Suite
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -162,13 +162,14 @@ def _spell(model: type[BaseModel], location: tuple[str | int, ...]) -> str:
     for i, step in enumerate(location):
         if isinstance(step, int):
             text += f"[{step}]"
-        elif (
-            i and isinstance(location[i - 1], int) and step in ("choice", "generate", "text") and i < len(location) - 1
-        ):
+        elif i and isinstance(location[i - 1], int) and step in _KINDS and i < len(location) - 1:
             continue
         else:
             text += f".{step}"
     return text.lstrip(".")
+
+
+_KINDS = frozenset(str(_tag(task)) for task in typing.get_args(AnyTask))
 
 
 def _expert(text: str) -> tuple[str, dict[str, Any]]:

@@ -1,8 +1,10 @@
-"""Rows of a data file, whatever holds them: JSON lines, a JSON list or parquet. Knows nothing of samples or tasks."""
+"""Rows of a data file, whatever holds them: JSON, CSV or parquet. Knows nothing of samples or tasks."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +13,7 @@ from typing import Any
 
 from ktmerge.errors import did_you_mean, first_line
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 """What data files are usually called; the content decides how one is read."""
 _SHOWN = 5
 
@@ -88,12 +90,37 @@ def _values(data: bytes, suffix: str, name: str) -> Iterator[tuple[str, Any]]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise _FileError(f"is neither parquet nor text in UTF-8 (byte {error.start}).") from None
+    if suffix in _DELIMITERS:
+        return _table(text, _DELIMITERS[suffix], name)
     if text.lstrip().startswith("["):
         values = _parse(text)
         if isinstance(values, _Broken):
             raise _FileError(f"{values}.")
         return ((f"{name}, row {number}", value) for number, value in enumerate(values, 1))
     return _lines(text, suffix, name)
+
+
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+
+def _table(text: str, delimiter: str, name: str) -> Iterator[tuple[str, Any]]:
+    """Rows under a first line of column names; every value is a text."""
+    csv.field_size_limit(2**31 - 1)  # tables may hold pictures
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    columns: list[str] = []
+    try:
+        for cells in lines:
+            where = f"{name}:{lines.line_num}"
+            if not columns:
+                columns = cells
+                if len(set(columns)) < len(columns) or not all(columns):
+                    raise _FileError("its first line must name the columns, each differently.")
+            elif len(cells) == len(columns):
+                yield where, dict(zip(columns, cells, strict=True))
+            elif cells:
+                yield where, _Broken(f"{len(cells)} cells under {len(columns)} columns")
+    except csv.Error as error:
+        raise _FileError(f"not a valid table: {error} (line {lines.line_num}).") from None
 
 
 def _lines(text: str, suffix: str, name: str) -> Iterator[tuple[str, Any]]:

@@ -2,56 +2,124 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Side = Literal["upstream", "downstream"]
 
 
 class TaskBase(BaseModel):
-    """What every task has. Data are rows of a JSONL, JSON or parquet file; templates are sandboxed Jinja over a row."""
+    """What every task has. Data are rows of JSONL, JSON, CSV or parquet; templates are sandboxed Jinja over a row."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="unique in the suite; stands in every table")
-    data: str = Field(description="file, relative to the suite file")
+    data: str = Field(
+        description="file or folder of files, relative to the suite file; or hf:owner/name, a Hugging Face dataset"
+    )
+    subset: str | None = Field(None, description="configuration of the dataset; of a folder, the folder inside it")
+    split: str | None = Field(None, description="of a dataset or folder: the files whose names begin so")
     limit: int | None = Field(None, ge=1, description="score only this many rows, drawn with the seed")
-    seed: int = Field(0, ge=0, description="draws the rows when limit is set")
+    seed: int = Field(0, ge=0, description="draws the rows when limit is set, and the worked examples")
 
 
-class ChoiceTask(TaskBase):
-    """Multiple choice by log-likelihood: argmax over choices of sum log p(choice | prompt)."""
+class PromptTask(TaskBase):
+    """A task whose items are asked by a prompt, alone or after worked examples."""
+
+    prompt: str = Field(description="template of the question, without the space before the answer")
+    answer: str = Field(description="template giving the right answer")
+    chat: bool = Field(False, description="wrap the prompt as a user turn of the model's chat template")
+    shots: int = Field(0, ge=0, le=64, description="worked examples before each prompt; never the row itself")
+    shots_from: str | None = Field(None, description="file of the worked examples; by default the data themselves")
+    shots_split: str | None = Field(None, description="split of the worked examples; by default the data's")
+
+    @model_validator(mode="after")
+    def _shots_are_asked_for(self) -> PromptTask:
+        if not self.shots and (self.shots_from or self.shots_split):
+            raise ValueError("shots_from and shots_split say where worked examples come from; say how many with shots")
+        return self
+
+
+class ChoiceTask(PromptTask):
+    """Multiple choice by log-likelihood: argmax over choices of sum log p(choice | prompt).
+
+    ``answer`` gives the right choice: a number is its index, a text the choice.
+    """
 
     kind: Literal["choice"]
-    prompt: str = Field(description="template of the context, without the space before the answer")
     choices: list[str] | str = Field(
         description="list of templates; or a column (or one {{ expression }}) that holds a list"
     )
-    answer: str = Field(description="template giving the right choice: a number is its index, a text the choice")
     separator: str = Field(
         " ", description="between prompt and choice; unless written, none in chat or if the choices start with a space"
     )
     metric: Literal["acc", "acc_norm"] = "acc"
-    chat: bool = Field(False, description="wrap the prompt as a user turn of the model's chat template")
 
 
-class GenerateTask(TaskBase):
-    """Greedy generation, compared with the reference after a named normalisation."""
+class ClassifyTask(PromptTask):
+    """One of a few labels, the same for all rows, by log-likelihood; macro F1 and balanced accuracy shown beside."""
+
+    kind: Literal["classify"]
+    labels: list[str] = Field(min_length=2, description="what may follow the prompt; answer gives one, or its index")
+    separator: str = Field(" ", description="between prompt and label; unless written, none in chat")
+    metric: Literal["acc"] = "acc"
+
+
+class LetterTask(PromptTask):
+    """Multiple choice by the letter the model writes; what cannot be read is wrong; its share is shown beside."""
+
+    kind: Literal["letter"]
+    prompt: str = Field(description="template of the question; {{ lettered }} is the choices, one a line: 'A. first'")
+    choices: list[str] | str = Field(
+        description="list of templates; or a column (or one {{ expression }}) that holds a list"
+    )
+    max_new_tokens: int = Field(16, ge=1, le=4096)
+    stop: list[str] = Field(default_factory=list, description="the answer ends before the first of these")
+    metric: Literal["acc"] = "acc"
+
+    @model_validator(mode="after")
+    def _choices_are_shown(self) -> LetterTask:
+        if "lettered" not in self.prompt:
+            raise ValueError("the prompt must show the choices: put {{ lettered }} into it")
+        return self
+
+
+AnswerMetric = Literal[
+    "exact_match", "f1", "vqa", "vqa_simple", "relaxed_accuracy", "anls", "sentence_bleu", "sentence_chrf", "rouge1",
+    "rouge2", "rougeL", "rougeLsum", "cider",
+]  # fmt: skip
+
+
+class GenerateTask(PromptTask):
+    """Greedy generation, compared with one reference or the best of several; ``answer`` gives a text or a list."""
 
     kind: Literal["generate"]
-    prompt: str
-    answer: str = Field(description="template of the reference answer")
     max_new_tokens: int = Field(16, ge=1, le=4096)
     stop: list[str] = Field(default_factory=lambda: ["\n"], description="the answer ends before the first of these")
-    normalise: Literal["none", "strip", "lower"] = "strip"
-    metric: Literal["exact_match"] = "exact_match"
-    chat: bool = False
+    extract: str | None = Field(
+        None, description="regular expression; what its first group matches last is the answer (else: no answer)"
+    )
+    normalise: Literal["none", "strip", "lower", "squad", "vqa", "number"] = Field(
+        "strip", description="of answer and reference, for exact_match and f1; other metrics bring their own"
+    )
+    metric: AnswerMetric = "exact_match"
+
+    @field_validator("extract")
+    @classmethod
+    def _is_an_expression(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"not a regular expression: {error}") from None
+        return value
 
 
 class TextTask(TaskBase):
-    """Plain text, cut into chunks: next-token accuracy (0-100), with perplexity per byte shown beside."""
+    """Plain text, cut into chunks: next-token accuracy (0-100), with perplexity per token, word and byte beside."""
 
     kind: Literal["text"]
     text: str = Field("{{ text }}", description="template of the text of one row")
@@ -59,7 +127,8 @@ class TextTask(TaskBase):
     metric: Literal["next_token_accuracy"] = "next_token_accuracy"
 
 
-Task = Annotated[ChoiceTask | GenerateTask | TextTask, Field(discriminator="kind")]
+AnyTask = ChoiceTask | ClassifyTask | LetterTask | GenerateTask | TextTask
+Task = Annotated[AnyTask, Field(discriminator="kind")]
 
 
 class Suite(BaseModel):
@@ -71,6 +140,9 @@ class Suite(BaseModel):
     name: str = "suite"
     upstream: list[Task] = Field(default_factory=list)
     downstream: list[Task] = Field(default_factory=list)
+    selection: float = Field(
+        0.0, ge=0, lt=1, description="share of every set's rows kept for choosing recipes and never reported on"
+    )
     folder: Path = Field(Path("."), exclude=True, description="where relative data paths start; set by the loader")
 
     @model_validator(mode="after")
@@ -83,7 +155,7 @@ class Suite(BaseModel):
             raise ValueError("a suite needs at least one task under upstream or downstream")
         return self
 
-    def tasks(self) -> list[ChoiceTask | GenerateTask | TextTask]:
+    def tasks(self) -> list[AnyTask]:
         """All tasks, upstream first."""
         return [*self.upstream, *self.downstream]
 

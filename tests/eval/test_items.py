@@ -99,6 +99,6 @@ def test_optional_columns_may_be_tested_for() -> None:
 
 def test_generate_and_text_items() -> None:
     generate = GenerateTask(name="g", kind="generate", data="x.jsonl", prompt="{{ q }}", answer="{{ n }}")
-    assert make_items(generate, [row(q="a", n=3)]) == [GenerateItem(4, "a", "3")]
+    assert make_items(generate, [row(q="a", n=3)]) == [GenerateItem(4, "a", ("3",))]
     with pytest.raises(UsageError, match="no column 'text'"):
         make_items(TextTask(name="t", kind="text", data="x.jsonl"), [row(q="a")])

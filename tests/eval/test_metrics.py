@@ -23,33 +23,27 @@ def test_acc_norm_divides_by_characters() -> None:
     assert metrics.acc_norm([-5.0, -6.0], ["éééé", "abcde"], 1) == 1.0
 
 
-@pytest.mark.parametrize(
-    ("prediction", "reference", "normalise", "score"),
-    [
-        (" yes\n", "yes", "strip", 1.0),
-        (" yes", "yes", "none", 0.0),
-        ("yes", "yes", "none", 1.0),
-        ("Yes", "yes", "strip", 0.0),
-        (" YES ", "yes", "lower", 1.0),
-        ("yes.", "yes", "lower", 0.0),
-        ("", " ", "strip", 1.0),
-    ],
-)
-def test_exact_match(prediction: str, reference: str, normalise: str, score: float) -> None:
-    assert metrics.exact_match(prediction, reference, normalise) == score
-
-
 def test_every_metric_and_normalisation_of_the_schema_is_known() -> None:
     from typing import get_args
 
+    from ktmerge.eval.answers import ANSWER
+    from ktmerge.eval.normalisation import NORMALISATIONS
+    from ktmerge.eval.overlap import OVERLAP
     from ktmerge.recipes.suites import ChoiceTask, GenerateTask
 
     def values(model: type[BaseModel], key: str) -> set[str]:
         return set(get_args(model.model_fields[key].annotation))
 
     assert values(ChoiceTask, "metric") == set(metrics.CHOICE)
-    assert values(GenerateTask, "metric") == set(metrics.GENERATE)
-    assert values(GenerateTask, "normalise") == set(metrics.NORMALISATIONS)
+    assert values(GenerateTask, "metric") == {*ANSWER, *OVERLAP}
+    assert values(GenerateTask, "normalise") == set(NORMALISATIONS)
+
+
+def test_macro_f1_and_balanced_accuracy_weigh_classes_alike() -> None:
+    predicted, wanted = [0, 0, 0, 1, 2], [0, 0, 1, 1, 0]
+    # class 0: 2 right of 3 said, 3 wanted; class 1: 1 of 1, 2; class 2: 0 of 1, 0; class 3 never occurs
+    assert metrics.macro_f1(predicted, wanted, 4) == pytest.approx((4 / 6 + 2 / 3 + 0) / 3)
+    assert metrics.balanced_accuracy(predicted, wanted, 4) == pytest.approx((2 / 3 + 1 / 2) / 2)
 
 
 def test_perplexity_and_bits_per_byte() -> None:
@@ -57,4 +51,6 @@ def test_perplexity_and_bits_per_byte() -> None:
     nll = 10 * math.log(256)
     assert metrics.perplexity_per_byte(nll, 10) == pytest.approx(256)
     assert metrics.bits_per_byte(nll, 10) == pytest.approx(8)
+    assert metrics.perplexity_per_token(nll, 5) == pytest.approx(256**2)
+    assert metrics.perplexity_per_word(nll, 2) == pytest.approx(256**5)
     assert metrics.next_token_accuracy(3, 12) == 0.25

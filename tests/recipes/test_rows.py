@@ -55,7 +55,11 @@ def test_lines_are_numbered_with_the_blank_ones_and_split_at_newlines_only(tmp_p
         ("x.parquet", b"nonsense", "x.parquet: not valid parquet: "),
         ("x.jsonl", b"PAR1 and then nothing", "x.jsonl: not valid parquet: "),
         ("x.jsonl", b'{"a": "\xff"}', "x.jsonl: is neither parquet nor text in UTF-8 (byte 7)."),
-        ("x.csv", b"a,b\n1,2\n", "x.csv: is none of .jsonl, .ndjson, .json, .parquet."),
+        ("x.txt", b"a,b\n1,2\n", "x.txt: is none of .jsonl, .ndjson, .json, .csv, .tsv, .parquet."),
+        ("x.csv", b"a,b\n1,2\n3\n", "x.csv:3: 1 cells under 2 columns."),
+        ("x.csv", b"a,a\n1,2\n", "x.csv: its first line must name the columns, each differently."),
+        ("x.csv", b"a,b\n", "x.csv: there are no rows in it."),
+        ("x.tsv", b'a\tb\n"1\t2\n', "x.tsv: not a valid table: unexpected end of data"),
     ],
 )
 def test_broken_files_are_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:

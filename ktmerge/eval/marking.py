@@ -1,0 +1,65 @@
+"""Generated answers marked: from what models said to item scores. Knows no model; what was said can be marked again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ktmerge.eval.answers import ANSWER
+from ktmerge.eval.items import GenerateItem, LetterItem
+from ktmerge.eval.letters import read_letter
+from ktmerge.eval.overlap import OVERLAP, overlap
+from ktmerge.eval.results import TaskScore
+from ktmerge.eval.sets import TaskSet
+from ktmerge.recipes.suites import GenerateTask
+
+
+def mark(one: TaskSet, outputs: Sequence[str]) -> TaskScore:
+    """Score what a model said to the items of a generate or letter task.
+
+    Raises:
+        UsageError: the metric's package is not installed.
+    """
+    if isinstance(one.task, GenerateTask):
+        return _answers(one.task, [item for item in one.items if isinstance(item, GenerateItem)], outputs)
+    return _letters([item for item in one.items if isinstance(item, LetterItem)], outputs)
+
+
+def _letters(items: Sequence[LetterItem], outputs: Sequence[str]) -> TaskScore:
+    read = [read_letter(said, item.choices) for said, item in zip(outputs, items, strict=True)]
+    scores = [float(found == item.answer) for found, item in zip(read, items, strict=True)]
+    details: dict[str, list[Any]] = {"outputs": list(outputs), "predicted": list(read)}
+    return TaskScore(np.array(scores), details, {"unread": _percent([found is None for found in read])})
+
+
+def _answers(task: GenerateTask, items: Sequence[GenerateItem], outputs: Sequence[str]) -> TaskScore:
+    details: dict[str, list[Any]] = {"outputs": list(outputs)}
+    figures: dict[str, float] = {}
+    answers = list(outputs)
+    if task.extract is not None:
+        found = [extracted(said, task.extract) for said in outputs]
+        answers = [one or "" for one in found]
+        details["answers"] = answers
+        figures["unread"] = _percent([one is None for one in found])
+    if task.metric in OVERLAP:
+        whole = overlap(task.metric, answers, [item.answers for item in items])
+        return TaskScore(np.array(whole.scores), details, figures | whole.figures, whole.signature)
+    metric = ANSWER[task.metric]
+    scores = [metric(said, item.answers, task.normalise) for said, item in zip(answers, items, strict=True)]
+    return TaskScore(np.array(scores), details, figures)
+
+
+def extracted(text: str, expression: str) -> str | None:
+    """What the first group of ``expression`` (all of it, if it has none) matches last in ``text``; None: nothing."""
+    matches = list(re.finditer(expression, text))
+    if not matches:
+        return None
+    last = matches[-1]
+    return last[1] if last.re.groups else last[0]
+
+
+def _percent(marks: Sequence[bool]) -> float:
+    return 100 * sum(marks) / len(marks)
