@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 WEIGHT_BYTES, GRADIENT_BYTES, STATE_BYTES = 4, 4, 8
 """Per parameter: fp32 masters and gradients, and the two moments of Adam."""
+CHOSEN_BYTES, _MASK_BYTES = 20, 2
+"""Of a selection, for each element that moves its value, its place and its moments; and for every element two masks."""
 _WRITE_FAILURES = ("inline_container", "PytorchStreamWriter", "I/O error", "os error")
 _RUNTIME = 600e6
 """Bytes of the libraries themselves."""
@@ -111,7 +113,26 @@ def memory_needed(
     layer = tokens * (_HIDDEN_KEPT * hidden + _INNER_KEPT * inner) * width
     kept = layer + layers * tokens * hidden * width if job.activation_checkpointing else layers * layer
     moved = parameters if trained is None else trained
-    return WEIGHT_BYTES * parameters + (GRADIENT_BYTES + STATE_BYTES) * moved + kept + _RUNTIME
+    own = (GRADIENT_BYTES + state_bytes(job) + kept_bytes(job)) * moved
+    return WEIGHT_BYTES * parameters + own + kept + _RUNTIME
+
+
+def state_bytes(job: FinetuneJob) -> float:
+    """What the optimizer keeps for each trained parameter: of a selection, for those that move, and masks."""
+    if job.select == "none":
+        return STATE_BYTES
+    density = job.density if job.select == "fused" else job.selected_density
+    return _MASK_BYTES + CHOSEN_BYTES * (density or 0.5)
+
+
+def kept_bytes(job: FinetuneJob) -> float:
+    """What is kept for each trained parameter besides: the base's values, Fisher information, averages, evidence."""
+    pulled = (4.0 if job.fisher else 0.0) + (4.0 if job.l2_sp else 0.0)
+    averages = {"none": 0.0, "ema": 4.0, "lawa": 4.0 * job.lawa_window}[job.average]
+    evidence = 4.0 if job.selects_by_gradient and job.selects_every else 0.0
+    origins = 4.0 if job.mask == "soft" or (job.select == "fused" and job.every) else 0.0
+    guard = 0.0 if job.stop_upstream is None else 4.0
+    return pulled + averages + evidence + origins + guard + (4.0 if job.distill else 0.0)
 
 
 def memory_available(device: str) -> float:

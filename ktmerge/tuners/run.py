@@ -27,6 +27,7 @@ from ktmerge.tuners.machine import (
     is_out_of_memory,
     memory_available,
     memory_needed,
+    state_bytes,
 )
 from ktmerge.tuners.model import load_model, trained_state
 from ktmerge.tuners.partial import Partial, Saved
@@ -123,7 +124,7 @@ class TrainingRun:
         self._progress.note(
             f"{self._name}: {start} {self._total} steps of {samples} samples, on {machine.name}, {machine.precision}."
         )
-        for line in trained.lines():
+        for line in trained.lines(state_bytes(job)):
             self._progress.note(line)
         for asked, other in trained.shared:
             self._progress.note(f"{asked} and {other} share one tensor in this model: training one trains both.")

@@ -72,14 +72,12 @@ class Trained:
             "parts": [vars(one) for one in self.summaries],
         }
 
-    def lines(self, state_parameters: int | None = None) -> list[str]:
+    def lines(self, share: float = STATE_BYTES) -> list[str]:
         """The table as text.
 
         Args:
-            state_parameters: numbers for which the optimizer keeps moments, if not all that are trained.
+            share: bytes that the optimizer keeps for each trained parameter.
         """
-        kept = self.parameters if state_parameters is None else state_parameters
-        share = STATE_BYTES * kept / max(1, self.parameters)
         rows = [("part", "tensors", "parameters", "weights", "gradients", "optimizer", "rate")]
         for one in self.summaries:
             rate = f"{one.rate:g}" if one.trained else "frozen"

@@ -119,3 +119,56 @@ def test_the_command_line_takes_it(tiny_llama: Path, tmp_path: Path) -> None:
     assert isinstance(called.exception, UsageError)
     assert called.exception.exit_code == 2
     assert "write last:K" in str(called.exception)
+
+
+@pytest.mark.parametrize(
+    ("train", "prefixes"),
+    [
+        ("connector", ("model.multi_modal_projector.",)),
+        ("vision.layers[-1] + head", ("model.vision_tower.encoder.layers.1.", "lm_head.")),
+        ("last:1", ("model.language_model.layers.1.",)),
+        ("llm", ("model.language_model.", "lm_head.")),
+        ("vision", ("model.vision_tower.",)),
+    ],
+)
+def test_the_parts_of_a_model_that_sees(train: str, prefixes: tuple[str, ...]) -> None:
+    """A LLaVA made from its configuration, without memory."""
+    import torch
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    from ktmerge.recipes.schema import FinetuneJob
+    from ktmerge.tuners.trained import choose_trained
+
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**sizes, num_attention_heads=2, image_size=28, patch_size=14),
+        text_config=LlamaConfig(**sizes, num_attention_heads=2, vocab_size=50),
+    )
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    names = {name for name, _ in model.named_parameters()}
+
+    class Base:
+        def __init__(self) -> None:
+            self.config = config.to_dict()
+
+    job = FinetuneJob.model_validate({"data": "d", "train": train})
+    trained = choose_trained(model, Base(), job)  # type: ignore[arg-type]
+    wanted = {name for name in names if name.replace("vision_model.", "").startswith(prefixes)}
+    assert wanted
+    assert set(trained.rates) == wanted
+    assert {name for name, one in model.named_parameters() if one.requires_grad} == wanted
+    assert sum(one.parameters for one in trained.summaries) == sum(one.numel() for one in model.parameters())
+    assert sum(one.tensors for one in trained.summaries) == len(names)
+
+
+def test_the_table_counts_bytes() -> None:
+    from ktmerge.tuners.trained import PartSummary, Trained
+
+    found = Trained(
+        {"a": 1e-5}, (PartSummary("llm.layers[0:2]", 3, 1000, 1000, 1e-5), PartSummary("head", 1, 500, 0, 0))
+    )
+    lines = found.lines(2.0)
+    assert lines[0] == "training 1 of 4 tensors, 1,000 of 1,500 parameters (66.7%):"
+    assert lines[2].split() == ["llm.layers[0:2]", "3", "1,000", "4.0", "kB", "4.0", "kB", "2.0", "kB", "1e-05"]
+    assert lines[3].split() == ["head", "1", "500", "2.0", "kB", "0", "B", "0", "B", "frozen"]

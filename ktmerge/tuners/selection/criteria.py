@@ -56,9 +56,9 @@ def coins(shape: torch.Size, seed: int, name: str, round_: int) -> Tensor:
 
 
 def noise(size: int, seed: int, name: str, round_: int) -> Tensor:
-    """What decides between equal scores: int64 in [0, 2**32), ``[size]``."""
+    """What decides between equal scores: int32, ``[size]``."""
     generator = torch.Generator().manual_seed(keyed(seed, "noise", name, str(round_)))
-    return torch.randint(0, 1 << 32, (size,), generator=generator)
+    return torch.randint(-(1 << 31), 1 << 31, (size,), generator=generator, dtype=torch.int32)
 
 
 class Evidence:

@@ -19,6 +19,7 @@ from ktmerge.checkpoints import Checkpoint, Parts, align
 from ktmerge.checkpoints.live import as_checkpoint
 from ktmerge.progress import Progress
 from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.tuners.machine import CHOSEN_BYTES
 from ktmerge.tuners.origins import Origins
 from ktmerge.tuners.selection import criteria, store
 from ktmerge.tuners.selection.boundary import select_largest
@@ -27,7 +28,6 @@ from ktmerge.tuners.selection.halves import chosen_half
 from ktmerge.tuners.selection.tally import drawing, rows, tally
 
 STATE = "selection.safetensors"
-_STATE_BYTES = 8
 
 
 @dataclass
@@ -228,7 +228,7 @@ class Selection:
         if step == 0:
             self.progress.note(
                 f"selecting by {self.job.select}: {selected:,} of {total:,} elements move ({selected / total:.2%}); "
-                f"the optimizer keeps {_STATE_BYTES * selected / 1e6:.1f} MB for them."
+                f"their values, places and moments take {CHOSEN_BYTES * selected / 1e6:.1f} MB."
             )
 
     @property
