@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ktmerge.eval import Results
+    from ktmerge.eval.summary import Sequential
     from ktmerge.merge import BlendReport
     from ktmerge.merge.diagnostics import Inspection
     from ktmerge.merge.extraction import Extraction
     from ktmerge.merge.plan import Plan
     from ktmerge.merge.pristine import Pristine
     from ktmerge.merge.recommendation import Recommendation
+    from ktmerge.merge.verification import Verification
     from ktmerge.pipeline import RunResult
     from ktmerge.recipes import Suite
     from ktmerge.tuners import FinetuneReport, PreviewSample
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Pristine",
+    "backward_transfer",
     "blend",
     "blend_into",
     "compare",
@@ -49,6 +52,7 @@ __all__ = [
     "recommend",
     "report",
     "run",
+    "verify",
 ]
 
 RecipeLike = str | Path | Recipe
@@ -372,6 +376,8 @@ def evaluate(
     out: str | Path | None = None,
     batch_size: int = 16,
     device: str = "auto",
+    reference: str | None = None,
+    part: str | None = None,
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> Results:
@@ -386,6 +392,8 @@ def evaluate(
         out: score file to write.
         batch_size: most sequences in a forward pass; scores do not depend on it.
         device: auto, cpu or cuda.
+        reference: the full fine-tune among the models, for gain share and for what became of the items it changed.
+        part: which rows: all, selection or report; see ``selection`` in the suite.
         overwrite: replace a score file that is there.
         progress: where to report to.
 
@@ -420,6 +428,8 @@ def evaluate(
         bootstrap=section.bootstrap if section else 2000,
         seed=section.seed if section else 0,
         device=device,
+        reference=reference,
+        part=part,
         progress=progress,
     )
     if out is not None:
@@ -454,6 +464,25 @@ def compare(scores: Sequence[str | Path]) -> Results:
     from ktmerge import eval as evaluation
 
     return evaluation.merge_results([evaluation.Results.load(Path(path)) for path in scores])
+
+
+def backward_transfer(results: Results, sequence: str) -> Sequential:
+    """What later tunings did to sets learned earlier.
+
+    Args:
+        results: the scores.
+        sequence: ``model=set,model=set,...``: each stage's model and the set it learned, in order.
+
+    Raises:
+        UsageError: not written so, or no such model or set.
+    """
+    stages: dict[str, str] = {}
+    for stage in sequence.split(","):
+        model, equals, task = stage.strip().partition("=")
+        if not equals or not model or not task or model in stages:
+            raise UsageError(f"--sequence {sequence}: write model=set,model=set,... with every model once.")
+        stages[model] = task
+    return results.sequence(stages)
 
 
 def report(
@@ -648,11 +677,58 @@ def _missing_data(recipe: Recipe, suite: Suite | None) -> list[str]:
         section = recipe.statistics_of(name)
         where = "statistics" if name == "base" else f"experts.{name}.statistics"
         wanted += [(where, recipe.folder / file) for file in (section.data if section is not None else ())]
-    wanted += [(f"eval, task {task.name}", suite.folder / task.data) for task in suite.tasks()] if suite else []
-    return [f"{where}: {path}: no such file." for where, path in wanted if not path.is_file()]
+    sets = [task for task in suite.tasks() if not task.data.startswith("hf:")] if suite is not None else []
+    wanted += [(f"eval, task {task.name}", suite.folder / task.data) for task in sets if suite is not None]
+    missing = [(where, path) for where, path in wanted if not path.exists() or (path.is_dir() and where[:4] != "eval")]
+    return [f"{where}: {path}: no such file." for where, path in missing]
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+def verify(
+    out: str | Path,
+    recipe: RecipeLike | None = None,
+    *,
+    base: str | None = None,
+    experts: Iterable[str] = (),
+    rebuild: bool = False,
+    device: str = "auto",
+    progress: Progress = SILENT,
+) -> Verification:
+    """Hold a blended model against its record, and if asked blend again and compare bytes.
+
+    Args:
+        out: a folder that `blend` wrote; it is only read.
+        recipe: what it was made by. If not given and something has to be blended or compared, the recipe in its
+            record, whose paths start at the working folder.
+        base: where the base is, if not where that recipe says.
+        experts: ``name=model`` where experts are.
+        rebuild: blend again, into a temporary folder beside ``out``.
+        device: auto, cpu or cuda.
+        progress: where to report.
+
+    Raises:
+        UsageError: ``out`` has no record, or the recipe or its inputs are wrong.
+        KtmergeError: something cannot be read, or the new blend failed.
+    """
+    from ktmerge.merge.verification import recorded_recipe
+    from ktmerge.merge.verification import verify as held
+
+    given = list(experts)
+    if recipe is not None:
+        found: Recipe | None = (
+            load_recipe(recipe, base=base, experts=given) if not isinstance(recipe, Recipe) else recipe
+        )
+    elif rebuild or base is not None or given:
+        pairs = [one.partition("=") for one in given]
+        for name, equals, model in pairs:
+            if not equals or not model:
+                raise UsageError(f"--expert {name}: write name=model.")
+        found = recorded_recipe(Path(out), base, {name: model for name, _, model in pairs})
+    else:
+        found = None
+    return held(Path(out), found, rebuild=rebuild, device=device, progress=progress)
 
 
 def show_recipe(reference: str, overrides: Iterable[str] = ()) -> str:

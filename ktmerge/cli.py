@@ -210,6 +210,12 @@ def evaluate(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write scores (JSON) here.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass; scores don't depend on it.")] = 16,
     device: DeviceOption = "auto",
+    reference: Annotated[
+        str | None, typer.Option("--reference", help="Name of the full fine-tune: for gain share and healed items.")
+    ] = None,
+    part: Annotated[
+        str | None, typer.Option("--part", help="Rows to score: selection, report or all (see the suite's selection).")
+    ] = None,
     set_: SetOption = None,
     overwrite: OverwriteOption = False,
     json_: JsonOption = False,
@@ -219,7 +225,8 @@ def evaluate(
 
     results = api.evaluate(
         models, suite=suite, recipe=recipe, overrides=set_ or (), base=base, out=out, batch_size=batch_size,
-        device=device, overwrite=overwrite, progress=console.TerminalProgress(),
+        device=device, reference=reference, part=part, overwrite=overwrite,
+        progress=console.TerminalProgress(),
     )  # fmt: skip
     console.print_json(results.to_json()) if json_ else console.stdout().print(results.table())
 
@@ -227,14 +234,20 @@ def evaluate(
 @app.command(epilog="Example: ktmerge compare scores-ties.json scores-linear.json")
 def compare(
     scores: Annotated[list[Path], typer.Argument(help="Score files of 'ktmerge eval' with the same base and suite.")],
+    sequence: Annotated[
+        str | None, typer.Option("--sequence", help="Models tuned one after the other: model=set,model=set,...")
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
     """Put several score files into one table, with paired differences."""
     from ktmerge import api, console
 
     results = api.compare(scores)
+    transfer = None if sequence is None else api.backward_transfer(results, sequence)
     if json_:
-        console.print_json(results.to_json())
+        console.print_json({**results.to_json(), **({} if transfer is None else {"sequence": transfer.to_json()})})
+    elif transfer is not None:
+        console.print_table(*transfer.table())
     else:
         console.stdout().print(results.table())
         console.stdout().print(results.differences_table())
@@ -393,6 +406,32 @@ def recipe_check(recipe: Annotated[str, typer.Argument(help="Recipe file or gall
 
     checked = api.check(recipe, overrides=set_ or (), base=base, experts=expert or ())
     console.print_json(checked.to_json()) if json_ else console.print_pairs(checked.pairs())
+
+
+@recipes.command("verify", epilog="Example: ktmerge recipe verify blended --recipe recipe.yaml --rebuild")
+def recipe_verify(
+    out: Annotated[Path, typer.Argument(help="A folder that 'ktmerge blend' wrote.")],
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="What it was made by; else the recipe in its record.")
+    ] = None,
+    base: BaseOption = None,
+    expert: ExpertOption = None,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Blend again beside it, and compare byte for byte.")
+    ] = False,
+    device: DeviceOption = "auto",
+    json_: JsonOption = False,
+) -> None:
+    """Prove that a blended model is what its record says; exit code 1 if it is not."""
+    from ktmerge import api, console
+
+    found = api.verify(
+        out, recipe, base=base, experts=expert or (), rebuild=rebuild, device=device,
+        progress=console.TerminalProgress(),
+    )  # fmt: skip
+    console.print_json(found.to_json()) if json_ else console.print_table(*found.table())
+    if not found.holds:
+        raise typer.Exit(1)
 
 
 @recipes.command("show", epilog="Example: ktmerge recipe show ties")

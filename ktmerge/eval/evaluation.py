@@ -26,6 +26,7 @@ from ktmerge.eval.loading import (
     tokenizer_files_digest,
 )
 from ktmerge.eval.results import ModelInfo, Results, TaskInfo, TaskScore
+from ktmerge.eval.rows import part_named
 from ktmerge.eval.sets import TaskSet, encode_sets, read_sets, suite_digest
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.suites import Suite
@@ -44,6 +45,7 @@ def evaluate(
     seed: int = 0,
     device: str = "auto",
     reference: str | None = None,
+    part: str | None = None,
     progress: Progress = SILENT,
 ) -> Results:
     """Score every model on every set of ``suite``.
@@ -59,6 +61,8 @@ def evaluate(
         seed: of the resamples.
         device: auto, cpu or cuda.
         reference: name of the model whose gain counts as the whole of the gain share, usually the full fine-tune.
+        part: which rows to score: all, those for selection or those for the report; by default the report's where the
+            suite keeps some for selection.
         progress: where to report to.
 
     Raises:
@@ -69,7 +73,7 @@ def evaluate(
         if name is not None and name not in models:
             raise UsageError(f"the {role} '{name}' is not among the models.{did_you_mean(name, models)}")
     target = choose_device(device)
-    sets = read_sets(suite)
+    sets = read_sets(suite, part)
     ordered = {base: Path(models[base]), **{name: Path(path) for name, path in models.items()}}
     checkpoints = {name: Checkpoint.open(path) for name, path in ordered.items()}
     encodings = _Encodings(sets, checkpoints, base)
@@ -96,6 +100,7 @@ def evaluate(
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions=versions(),
         warnings=encodings.warnings,
+        part=part_named(part, suite.selection),
     )
 
 

@@ -97,7 +97,7 @@ def render(
         generations=generations,
         answers=[(task, shown) for task in results.tasks if (shown := _telling(results, task))],
         formulas=[FORMULAS[key] for key in _number_columns(results) if key in FORMULAS],
-        notes=notes,
+        notes=[*notes, *results.cautions],
         has_paths=any((paths or {}).values()),
         candidates=len(results.models) - 1 - len(full),
     )

@@ -18,7 +18,10 @@ from ktmerge.checkpoints.files import clear_os_errors
 from ktmerge.errors import UsageError, did_you_mean
 from ktmerge.eval import statistics
 from ktmerge.eval.metrics import bits_per_byte, perplexity_per_byte, perplexity_per_token, perplexity_per_word
-from ktmerge.eval.summary import FORMULAS, Comparison, Summary, summarise
+from ktmerge.eval.partition import FORMULAS as PARTITION_FORMULAS
+from ktmerge.eval.partition import Partition, Triple, partition
+from ktmerge.eval.significance import McNemar, is_binary, mcnemar
+from ktmerge.eval.summary import FORMULAS, Comparison, Sequential, Summary, summarise
 from ktmerge.recipes.suites import Side
 
 if TYPE_CHECKING:
@@ -137,6 +140,7 @@ class Results:
     created: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    part: str = "all"
     source: str | None = field(default=None, compare=False)
 
     @cached_property
@@ -161,6 +165,56 @@ class Results:
         for name in (a, b):
             self._known(name)
         return self.summary.difference(a, b)
+
+    def mcnemar(self, a: str, b: str) -> dict[str, McNemar]:
+        """McNemar's test of A against B on every set whose items are right or wrong.
+
+        Raises:
+            UsageError: no such model.
+        """
+        for name in (a, b):
+            self._known(name)
+        pairs = {task.name: (self.scores[a][task.name].scores, self.scores[b][task.name].scores) for task in self.tasks}
+        return {name: mcnemar(*pair) for name, pair in pairs.items() if all(map(is_binary, pair))}
+
+    def partition(self, model: str) -> Partition | None:
+        """What became of the items that the reference fine-tune changed; None without a reference.
+
+        Raises:
+            UsageError: no such model.
+        """
+        self._known(model)
+        if self.reference is None:
+            return None
+        names = (self.base, self.reference, model)
+
+        def triples(side: Side) -> list[Triple]:
+            base, tuned, own = ([self.scores[name][task.name].scores for task in self.sides(side)] for name in names)
+            return list(zip(base, tuned, own, strict=True))
+
+        return partition(triples("upstream"), triples("downstream"))
+
+    def sequence(self, stages: Mapping[str, str]) -> Sequential:
+        """Backward transfer along a sequence of tunings: each stage's model and the set it learned, in order.
+
+        Raises:
+            UsageError: no such model or set, or fewer than two stages.
+        """
+        known = [task.name for task in self.tasks]
+        for name, task in stages.items():
+            self._known(name)
+            if task not in known:
+                raise UsageError(f"no set called '{task}' was scored.{did_you_mean(task, known)}")
+        if len(stages) < 2:
+            raise UsageError("a sequence needs at least two stages, as in --sequence first=sums,second=dates.")
+        return self.summary.sequence(stages)
+
+    @cached_property
+    def cautions(self) -> list[str]:
+        """What to keep in mind when reading the scores."""
+        from ktmerge.eval.cautions import cautions
+
+        return cautions(self)
 
     def pairs(self) -> list[tuple[str, str]]:
         """Every two models that are not the base, in table order."""
@@ -201,13 +255,19 @@ class Results:
             "suite": {"name": self.suite, "digest": self.suite_digest, "tasks": [asdict(t) for t in self.tasks]},
             "settings": {
                 "base": self.base, "reference": self.reference, "bootstrap": self.bootstrap, "seed": self.seed,
+                "part": self.part,
             },
-            "formulas": FORMULAS,
+            "formulas": FORMULAS | (PARTITION_FORMULAS if self.reference is not None else {}),
             "models": {name: self._model_json(name) for name in self.models},
             "differences": [
-                {"a": a, "b": b, **{key: asdict(one) for key, one in self.difference(a, b).numbers.items()}}
+                {
+                    "a": a, "b": b, **{key: asdict(one) for key, one in self.difference(a, b).numbers.items()},
+                    "tasks": {task: asdict(one) for task, one in self.difference(a, b).tasks.items()},
+                    "mcnemar": {task: asdict(one) for task, one in self.mcnemar(a, b).items()},
+                }
                 for a, b in self.pairs()
             ],
+            "cautions": self.cautions,
             "versions": self.versions,
             "warnings": self.warnings,
         }  # fmt: skip
@@ -258,7 +318,11 @@ class Results:
 
     def _model_json(self, name: str) -> dict[str, Any]:
         tasks = {task: score.to_json() for task, score in self.scores[name].items()}
-        return {**asdict(self.models[name]), "summary": self.summary.models[name].to_json(), "tasks": tasks}
+        summary = self.summary.models[name].to_json()
+        shares = self.partition(name)
+        if shares is not None:
+            summary["partition"] = asdict(shares)
+        return {**asdict(self.models[name]), "summary": summary, "tasks": tasks}
 
     def _known(self, name: str) -> None:
         if name not in self.models:
@@ -327,6 +391,7 @@ def _parse(document: dict[str, Any]) -> dict[str, Any]:
         "versions": dict(document["versions"]),
         "warnings": list(document["warnings"]),
         **{key: document["settings"][key] for key in ("base", "reference", "bootstrap", "seed")},
+        "part": str(document["settings"].get("part", "all")),
     }
 
 

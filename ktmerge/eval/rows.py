@@ -16,6 +16,23 @@ if TYPE_CHECKING:
 
 HUB = "hf:"
 Part = Literal["all", "selection", "report"]
+PARTS: tuple[Part, ...] = ("all", "selection", "report")
+
+
+def part_named(name: str | None, share: float) -> Part:
+    """The part called ``name``; by default the report's where a ``share`` of the rows is for selection, else all.
+
+    Raises:
+        UsageError: no such part, or no rows are for selection.
+    """
+    for part in PARTS:
+        if name == part and (share or part == "all"):
+            return part
+    if name in PARTS:
+        raise UsageError(f"part {name}: the suite keeps no rows for selection; give it 'selection: 0.3', say.")
+    if name is not None:
+        raise UsageError(f"part {name}: there is no such part.{did_you_mean(name, PARTS)}")
+    return "report" if share else "all"
 
 
 def read_rows(task: TaskBase, folder: Path, share: float = 0.0, part: Part = "all") -> Rows:

@@ -13,7 +13,7 @@ from ktmerge.errors import UsageError
 from ktmerge.eval.encode import Encoded, Encoder
 from ktmerge.eval.items import Item, make_items
 from ktmerge.eval.overlap import require
-from ktmerge.eval.rows import Part, load, read_rows
+from ktmerge.eval.rows import load, part_named, read_rows
 from ktmerge.recipes.rows import Row
 from ktmerge.recipes.suites import AnyTask, Side, Suite, TextTask
 
@@ -39,7 +39,7 @@ class TaskSet:
     digest: str
 
 
-def read_sets(suite: Suite, part: Part | None = None) -> list[TaskSet]:
+def read_sets(suite: Suite, part: str | None = None) -> list[TaskSet]:
     """Read the data of every task and render its templates; upstream sets first.
 
     Args:
@@ -49,9 +49,7 @@ def read_sets(suite: Suite, part: Part | None = None) -> list[TaskSet]:
     Raises:
         UsageError: whatever is wrong with data or templates; task, file and row are named.
     """
-    chosen = part or ("report" if suite.selection else "all")
-    if chosen != "all" and not suite.selection:
-        raise UsageError(f"the suite '{suite.name}' keeps no rows for selection; give it 'selection: 0.3', say.")
+    chosen = part_named(part, suite.selection)
     sets = []
     for task in suite.tasks():
         side = suite.side(task.name)

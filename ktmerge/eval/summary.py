@@ -82,6 +82,42 @@ class Comparison:
     tasks: dict[str, Estimate]
 
 
+@dataclass(frozen=True)
+class Sequential:
+    """What later tunings did to sets learned earlier; R[i, j]: score after stage i on the set of stage j.
+
+    Attributes:
+        bwt: backward transfer, mean over earlier sets of R[last, j] - R[j, j] (arXiv 1706.08840, eq. 3).
+        forgetting: mean over earlier sets of the best score any stage before the last reached, minus R[last, j]
+            (arXiv 1801.10112, section 3).
+        scores: R, 0-100, rows are stages.
+    """
+
+    bwt: Estimate
+    forgetting: Estimate
+    scores: list[list[float]]
+    stages: dict[str, str]
+
+    def table(self) -> tuple[list[str], list[list[str]], str]:
+        """Columns, rows and a title: the scores after each stage, then what they come to, formulas beside."""
+        rows = [
+            [model, *(f"{score:.1f}" for score in row)] for model, row in zip(self.stages, self.scores, strict=True)
+        ]
+        said = {"bwt": self.bwt, "forgetting": self.forgetting}
+        lines = [
+            f"{SEQUENCE_FORMULAS[key]}: {one.value:+.1f} [{one.low:+.1f}, {one.high:+.1f}]" for key, one in said.items()
+        ]
+        return ["after", *self.stages.values()], rows, "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "formulas": SEQUENCE_FORMULAS}
+
+
+SEQUENCE_FORMULAS = {
+    "bwt": "BWT = mean over earlier sets of (score after the last stage - score right after the set was learned)",
+    "forgetting": "forgetting = mean over earlier sets of (best score at an earlier stage - score after the last)",
+}
+
 Samples = dict[str, "NDArray[np.float64]"]
 
 
@@ -100,6 +136,14 @@ class Summary:
             {key: _estimate(first[key] - second[key]) for key in COMPARED if key in first},
             {task: _estimate(first[f"task {task}"] - second[f"task {task}"]) for task in self._sides},
         )
+
+    def sequence(self, stages: Mapping[str, str]) -> Sequential:
+        """Backward transfer and forgetting of models tuned one after the other, each on the set named with it."""
+        R = np.array([[self._samples[model][f"task {task}"] for task in stages.values()] for model in stages])
+        last, earlier = len(R) - 1, range(len(R) - 1)
+        bwt = np.mean([R[last, j] - R[j, j] for j in earlier], axis=0)
+        forgetting = np.mean([R[:last, j].max(axis=0) - R[last, j] for j in earlier], axis=0)
+        return Sequential(_estimate(bwt), _estimate(forgetting), R[:, :, 0].tolist(), dict(stages))
 
     def _of(self, samples: Samples) -> ModelSummary:
         differences = {name: _estimate(samples[f"gain {name}"]) for name in self._sides}

@@ -12,6 +12,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from ktmerge.eval.partition import FORMULAS as PARTITION_FORMULAS
+from ktmerge.eval.partition import Share
+from ktmerge.eval.significance import holm
 from ktmerge.eval.summary import COMPARED, FORMULAS, Estimate, ModelSummary
 
 if TYPE_CHECKING:
@@ -42,7 +45,10 @@ class ScoreTable:
         names, columns = list(self._results.models), score_columns(self._results)
         yield from _fitting(console, options, names, columns, "model")
         yield from _extras(console, options, self._results)
+        yield from _figures(console, options, self._results)
+        yield from _shares(console, options, self._results)
         yield from (Text(line, style="dim") for line in _footer(self._results, columns))
+        yield from (Text(caution, style="dim") for caution in self._results.cautions)
         yield from (Text(f"warning: {warning}", style="yellow") for warning in self._results.warnings)
 
 
@@ -64,6 +70,7 @@ class DifferencesTable:
         ]
         yield from _fitting(console, options, [f"{a} - {b}" for a, b in pairs], columns, "difference")
         yield Text("* the 95 % interval of the paired difference excludes 0", style="dim")
+        yield from _mcnemar(console, options, self._results, pairs)
         if len(pairs) > 3:
             yield Text(f"{len(pairs)} comparisons: about one in twenty excludes 0 by chance.", style="dim")
 
@@ -81,6 +88,7 @@ def score_columns(results: Results) -> list[Column]:
         for key in ("E", "F", "O")
     ]
     numbers += [
+        Column("Avg", "", [plain(one.avg) for one in summaries]),
         Column("H", "", [with_interval(one.H, signed=False) for one in summaries]),
         Column("kept %", "", [plain(one.retention) for one in summaries]),
         Column(
@@ -186,6 +194,61 @@ def _extras(console: Console, options: ConsoleOptions, results: Results) -> Iter
     yield from _fitting(console, options, list(results.models), columns, "model")
 
 
+def _shares(console: Console, options: ConsoleOptions, results: Results) -> Iterator[RenderableType]:
+    """What became of the items that the reference changed, if there is one."""
+    found = [results.partition(name) for name in results.models]
+    columns = [
+        Column(f"{key} %", "", [NOTHING if one is None else _of_total(getattr(one, key)) for one in found])
+        for key in PARTITION_FORMULAS
+    ]
+    if not any(cell != NOTHING for column in columns for cell in column.cells):
+        return
+    yield Padding(Text(f"items that '{results.reference}' changed, or might have", style="dim"), (1, 0, 0, 0))
+    yield from _fitting(console, options, list(results.models), columns, "model")
+    yield from (Text(line, style="dim") for line in PARTITION_FORMULAS.values())
+
+
+def _of_total(share: Share) -> str:
+    return NOTHING if share.percent is None else f"{share.percent:.1f} of {share.total}"
+
+
+def _figures(console: Console, options: ConsoleOptions, results: Results) -> Iterator[RenderableType]:
+    """Numbers of whole sets beside the scores: unread answers, corpus BLEU, macro F1."""
+    columns = [
+        Column(f"{task.name} {name}", "", [_figure(results, model, task.name, name) for model in results.models])
+        for task in results.tasks
+        for name in results.scores[results.base][task.name].figures
+    ]
+    if columns:
+        yield Padding(Text("shown beside the scores (0-100; unread: percent of answers)", style="dim"), (1, 0, 0, 0))
+        yield from _fitting(console, options, list(results.models), columns, "model")
+
+
+def _figure(results: Results, model: str, task: str, name: str) -> str:
+    value = results.scores[model][task].figures.get(name)
+    return NOTHING if value is None else f"{value:.1f}"
+
+
+def _mcnemar(
+    console: Console, options: ConsoleOptions, results: Results, pairs: Sequence[tuple[str, str]]
+) -> Iterator[RenderableType]:
+    """McNemar's p for every pair on every set of right and wrong answers, adjusted for how many there are."""
+    tested = [(pair, results.mcnemar(*pair)) for pair in pairs]
+    cells = [(pair, task) for pair, found in tested for task in found]
+    if not cells:
+        return
+    adjusted = dict(zip(cells, holm([found[task].p for _, found in tested for task in found]), strict=True))
+    columns = [
+        Column(task.name, task.side, [f"{adjusted[pair, task.name]:.3f}" if (pair, task.name) in adjusted else NOTHING
+                                      for pair, _ in tested])
+        for task in results.tasks
+        if any(task.name in found for _, found in tested)
+    ]  # fmt: skip
+    said = f"p by McNemar's exact test on items right or wrong, adjusted (Holm) for {len(cells)} tests"
+    yield Padding(Text(said, style="dim"), (1, 0, 0, 0))
+    yield from _fitting(console, options, [f"{a} - {b}" for a, b in pairs], columns, "difference")
+
+
 def _perplexity(results: Results, model: str, task: str) -> str:
     value = results.scores[model][task].extras().get("perplexity_per_byte")
     return NOTHING if value is None else f"{value:.3f}"
@@ -193,7 +256,7 @@ def _perplexity(results: Results, model: str, task: str) -> str:
 
 def _footer(results: Results, columns: Sequence[Column]) -> list[str]:
     shown = {column.heading for column in columns}
-    keys = {"E": "E", "F": "F", "O": "O", "H": "H", "retention": "kept %", "gain_share": "gain share %"}
+    keys = {"E": "E", "F": "F", "O": "O", "avg": "Avg", "H": "H", "retention": "kept %", "gain_share": "gain share %"}
     keys["worst"] = "worst upstream"
     lines = [FORMULAS[key] for key, heading in keys.items() if heading in shown]
     if "H" in shown:
