@@ -1,8 +1,8 @@
 """ktmerge: fine-tune fully, blend back with the base, score upstream and downstream.
 
 The verbs of the command line as functions: `finetune`, `blend`, `blend_into`, `evaluate`, `compare`, `report`, `run`,
-`inspect`, `extract_lora`, `measure`, `recommend`, `plan`, `load_recipe`; and `Pristine`, what a sweep of `blend_into`
-reads from. Importing this loads neither torch nor transformers.
+`inspect`, `extract_lora`, `measure`, `recommend`, `plan`, `verify`, `load_recipe`; and `Pristine`, what a sweep of
+`blend_into` reads from. Importing this loads neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         recommend,
         report,
         run,
+        verify,
     )
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "recommend",
     "report",
     "run",
+    "verify",
 ]
 
 

@@ -31,7 +31,7 @@ def record(plan: Plan, report: BlendReport) -> str:
     document = {
         "ktmerge": 1,
         "kind": "blend",
-        **_origin(plan),
+        **origin(plan),
         "output": {"sha256": report.out},
         "parts": report.parts(),
         "notes": report.notes,
@@ -48,7 +48,7 @@ def recorded(plan: Plan, out: Path, progress: Progress = SILENT) -> BlendReport 
     try:
         document = json.loads((out / FILE).read_text(encoding="utf-8"))
         written = (out / FILE).stat().st_mtime_ns
-        same = all(document.get(key) == value for key, value in _origin(plan).items())
+        same = all(document.get(key) == value for key, value in origin(plan).items())
         report = BlendReport(
             plan.recipe.name, [], notes=list(document["notes"]), out=dict(document["output"]["sha256"])
         )
@@ -70,10 +70,11 @@ def recorded(plan: Plan, out: Path, progress: Progress = SILENT) -> BlendReport 
 def pin(plan: Plan) -> dict[str, Any]:
     """Everything the bytes of an output depend on, the identity of the input files included."""
     files = {name: _stamps(checkpoint) for name, checkpoint in _inputs(plan).items()}
-    return {**_origin(plan), "input files": files}
+    return {**origin(plan), "input files": files}
 
 
-def _origin(plan: Plan) -> dict[str, Any]:
+def origin(plan: Plan) -> dict[str, Any]:
+    """What an output comes from, as it can be told anywhere: recipe, versions, inputs, coefficients."""
     statistics = {name: one.digest for name, one in plan.statistics.items()}
     return {
         "recipe": portable_recipe(plan),

@@ -1,0 +1,201 @@
+"""Whether an output is what its record says, and whether its recipe gives the same bytes again. Loads no torch."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ktmerge.checkpoints.files import clear_os_errors, file_digest
+from ktmerge.errors import UsageError
+from ktmerge.merge.blending import blend
+from ktmerge.merge.plan import plan_blend
+from ktmerge.merge.record import FILE, origin
+from ktmerge.progress import SILENT, Progress
+from ktmerge.recipes.load import parse_recipe
+from ktmerge.recipes.schema import Recipe
+
+State = Literal["equal", "differs", "missing", "extra", "may differ"]
+
+_SECTIONS = {
+    "methods": "meaning of the methods",
+    "random": "seed and random numbers",
+    "coefficients": "what happens to every tensor",
+    "statistics": "measured statistics",
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was compared.
+
+    Attributes:
+        what: a file, or a section of the record.
+        against: ``record``: with what the record says; ``rebuilt``: with what the recipe gives now.
+        state: ``may differ``: another version of something that computes; only a rebuild tells.
+        told: what was found, in words; empty if it is equal.
+    """
+
+    what: str
+    against: Literal["record", "recipe", "rebuilt"]
+    state: State
+    told: str = ""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared, in the order of the comparison."""
+
+    out: Path
+    checks: tuple[Check, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing differs. What may differ only counts where nothing was rebuilt to tell."""
+        return all(check.state in ("equal", "may differ") for check in self.checks)
+
+    def table(self) -> tuple[list[str], list[list[str]], str]:
+        """Columns, rows and title."""
+        rows = [[check.state, check.what, check.against, check.told] for check in self.checks]
+        verdict = "is what its record says" if self.holds else "is NOT what its record says"
+        return ["", "what", "against", "found"], rows, f"{self.out} {verdict}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"out": str(self.out), "holds": self.holds, "checks": [asdict(check) for check in self.checks]}
+
+
+def recorded_recipe(out: Path, base: str | None = None, experts: Mapping[str, str] | None = None) -> Recipe:
+    """The recipe that an output's record tells, whose paths start at the working folder.
+
+    Args:
+        out: a folder that `blend` wrote.
+        base: where the base is here; else what the record says.
+        experts: where experts are here, by name.
+
+    Raises:
+        UsageError: it has no such record, or names other experts.
+    """
+    document = dict(_record(out)["recipe"])
+    if base is not None:
+        document["base"] = base
+    own = {name: dict(expert) for name, expert in document["experts"].items()}
+    for name, model in (experts or {}).items():
+        if name not in own:
+            raise UsageError(f"{out}: was not made with an expert '{name}', but with {', '.join(own)}.")
+        own[name]["model"] = model
+    return parse_recipe({**document, "experts": own}, str(out / FILE), Path.cwd())
+
+
+def verify(
+    out: Path, recipe: Recipe | None = None, *, rebuild: bool = False, device: str = "auto", progress: Progress = SILENT
+) -> Verification:
+    """Hold an output against its record, a recipe against the record, and if asked a new blend against both.
+
+    Args:
+        out: a folder that `blend` wrote; it is only read.
+        recipe: what it was made by, with models that are there; needed to rebuild.
+        rebuild: blend again, into a temporary folder beside ``out``, and compare bytes.
+        device: auto, cpu or cuda.
+        progress: where to report.
+
+    Raises:
+        UsageError: ``out`` has no record, or the recipe or its inputs are wrong.
+        KtmergeError: something cannot be read, or the new blend failed.
+    """
+    record = _record(out)
+    checks = list(_files(out, record["output"]["sha256"], progress))
+    if recipe is not None:
+        checks += _sections(record, origin(plan_blend(recipe)))
+        if rebuild:
+            checks += _rebuilt(out, recipe, record["output"]["sha256"], device, progress)
+    return Verification(out, tuple(checks))
+
+
+def _record(out: Path) -> dict[str, Any]:
+    path = out / FILE
+    try:
+        with clear_os_errors(path):
+            document = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise UsageError(f"{path}: is no JSON: {error}.") from None
+    if not isinstance(document, dict) or document.get("kind") != "blend":
+        raise UsageError(f"{out}: has no record of a blend ({FILE}); give a folder that 'ktmerge blend' wrote.")
+    if document.get("ktmerge") != 1 or not isinstance(document.get("output", {}).get("sha256"), dict):
+        raise UsageError(f"{path}: is of a version this ktmerge does not know; use the one that wrote it.")
+    return document
+
+
+def _files(out: Path, digests: Mapping[str, str], progress: Progress) -> Iterator[Check]:
+    """Weight files against their digests."""
+    with progress.task(f"check {out.name}", len(digests)) as step:
+        for file, digest in digests.items():
+            if not (out / file).is_file():
+                yield Check(file, "record", "missing")
+            elif (found := file_digest(out / file)) != digest:
+                yield Check(file, "record", "differs", f"sha256 {found[:12]}..., recorded {digest[:12]}...")
+            else:
+                yield Check(file, "record", "equal")
+            step.advance()
+    there = {str(path.relative_to(out)) for path in out.rglob("*.safetensors")}
+    for file in sorted(there - set(digests)):
+        yield Check(file, "record", "extra", "the blend wrote no such file")
+
+
+def _sections(record: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Check]:
+    """What decides the bytes, as it was and as it is."""
+    names = list(dict.fromkeys([*record["inputs"], *now["inputs"]]))
+    for name in names:
+        before, after = record["inputs"].get(name), now["inputs"].get(name)
+        what = "headers of the base" if name == "base" else f"headers of expert {name}"
+        yield (
+            Check(what, "recipe", "equal")
+            if before == after
+            else Check(
+                what,
+                "recipe",
+                "differs",
+                "tensors, types or shapes are others" if before and after else "on one side only",
+            )
+        )
+    for key, what in _SECTIONS.items():
+        before, after = record.get(key), now.get(key)
+        if before is None and after is None:
+            continue
+        yield (
+            Check(what, "recipe", "equal")
+            if before == after
+            else Check(what, "recipe", "differs", _told(before, after))
+        )
+    before, after = record["versions"], now["versions"]
+    if before == after:
+        yield Check("versions", "recipe", "equal")
+    else:
+        yield Check("versions", "recipe", "may differ", _told(before, after))
+
+
+def _told(before: Any, after: Any) -> str:
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return "other than recorded"
+    keys = [key for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key)]
+    return ", ".join(f"{key} {after.get(key, 'none')}, recorded {before.get(key, 'none')}" for key in keys)
+
+
+def _rebuilt(out: Path, recipe: Recipe, digests: Mapping[str, str], device: str, progress: Progress) -> Iterator[Check]:
+    with (
+        clear_os_errors(out.parent),
+        tempfile.TemporaryDirectory(prefix=f".{out.name}-verify-", dir=out.absolute().parent) as folder,
+    ):
+        found = blend(recipe, Path(folder) / "again", device=device, progress=progress).out
+    for file in dict.fromkeys([*digests, *found]):
+        if digests.get(file) == found.get(file):
+            yield Check(file, "rebuilt", "equal")
+        elif file not in found:
+            yield Check(file, "rebuilt", "missing", "the new blend has no such file")
+        elif file not in digests:
+            yield Check(file, "rebuilt", "extra", "only the new blend has this file")
+        else:
+            told = f"sha256 {found[file][:12]}..., recorded {digests[file][:12]}..."
+            yield Check(file, "rebuilt", "differs", told)

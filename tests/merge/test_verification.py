@@ -1,0 +1,129 @@
+"""A blended model is held against its record, its recipe, and a new blend."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from merge_models import read
+from safetensors.torch import save_file
+
+from ktmerge import api
+from ktmerge.cli import _exit_code
+from ktmerge.errors import UsageError
+from ktmerge.merge import blend
+
+TWO = {"a": ("a", 1.0), "b": ("b", 0.5)}
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def made(llamas: Path, tmp_path: Path, recipe_in: Any) -> Path:
+    """A folder with the models and a blend of them, ``out``."""
+    folder = tmp_path / "work"
+    shutil.copytree(llamas, folder)
+    recipe = recipe_in(folder, TWO, {"method": "dare_ties"}, output={"rounding": "stochastic"}, seed=5)
+    blend(recipe, folder / "out", device="cpu")
+    return folder
+
+
+def states(found: Any) -> dict[tuple[str, str], str]:
+    return {(check.against, check.what): check.state for check in found.checks}
+
+
+def test_an_output_is_what_its_record_says_and_can_be_made_again(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = api.verify(made / "out")
+    assert alone.holds
+    assert states(alone) == {("record", WEIGHTS): "equal"}
+    before = sorted(made.iterdir())
+    monkeypatch.chdir(made)  # the record's recipe names folders, which start here
+    again = api.verify(made / "out", rebuild=True)
+    assert again.holds
+    assert states(again)[("rebuilt", WEIGHTS)] == "equal"
+    assert set(states(again).values()) == {"equal"}
+    assert sorted(made.iterdir()) == before
+
+
+def test_models_that_lie_elsewhere_are_named(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    experts = [f"{name}={made / name}" for name in "ab"]
+    assert api.verify(made / "out", base=str(made / "base"), experts=experts, rebuild=True).holds
+    with pytest.raises(UsageError, match="not made with an expert 'z', but with a, b"):
+        api.verify(made / "out", base=str(made / "base"), experts=["z=a"], rebuild=True)
+    with pytest.raises(UsageError, match="write name=model"):
+        api.verify(made / "out", experts=["a"], rebuild=True)
+
+
+def test_a_changed_weight_is_found(made: Path) -> None:
+    tensors = read(made / "out")
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, made / "out" / WEIGHTS, metadata={"format": "pt"})
+    found = api.verify(made / "out")
+    assert not found.holds
+    assert states(found) == {("record", WEIGHTS): "differs"}
+    assert "sha256" in found.checks[0].told
+
+
+def test_another_input_of_the_same_shape_is_found_by_a_rebuild_only(made: Path, recipe_in: Any) -> None:
+    recipe = recipe_in(made, TWO, {"method": "dare_ties"}, output={"rounding": "stochastic"}, seed=5)
+    shutil.rmtree(made / "a")
+    shutil.copytree(made / "c", made / "a")
+    assert api.verify(made / "out", recipe).holds
+    found = api.verify(made / "out", recipe, rebuild=True)
+    assert not found.holds
+    assert states(found)[("rebuilt", WEIGHTS)] == "differs"
+
+
+@pytest.mark.parametrize(
+    ("blend_", "seed", "what"),
+    [
+        ({"method": "dare_ties", "lambda": 0.9}, 5, "what happens to every tensor"),
+        ({"method": "dare_ties"}, 6, "seed and random numbers"),
+        ({"method": "ties"}, 5, "meaning of the methods"),
+    ],
+)
+def test_another_recipe_is_found(made: Path, recipe_in: Any, blend_: dict[str, Any], seed: int, what: str) -> None:
+    recipe = recipe_in(made, TWO, blend_, output={"rounding": "stochastic"}, seed=seed)
+    found = api.verify(made / "out", recipe)
+    assert not found.holds
+    assert states(found)[("recipe", what)] == "differs"
+
+
+def test_another_version_may_differ(made: Path, recipe_in: Any) -> None:
+    record = json.loads((made / "out" / "ktmerge.json").read_text())
+    record["versions"]["torch"] = "1.0"
+    (made / "out" / "ktmerge.json").write_text(json.dumps(record))
+    recipe = recipe_in(made, TWO, {"method": "dare_ties"}, output={"rounding": "stochastic"}, seed=5)
+    found = api.verify(made / "out", recipe)
+    assert found.holds
+    assert states(found)[("recipe", "versions")] == "may differ"
+
+
+def test_missing_and_further_files_are_found(made: Path) -> None:
+    record = json.loads((made / "out" / "ktmerge.json").read_text())
+    record["output"]["sha256"] = {"model-00001-of-00001.safetensors": "0" * 64}
+    (made / "out" / "ktmerge.json").write_text(json.dumps(record))
+    found = states(api.verify(made / "out"))
+    assert found[("record", "model-00001-of-00001.safetensors")] == "missing"
+    assert found[("record", WEIGHTS)] == "extra"
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"kind": "finetune"}'])
+def test_folders_without_a_record_are_refused(made: Path, text: str | None) -> None:
+    path = made / "out" / "ktmerge.json"
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UsageError, match=r"ktmerge\.json|'ktmerge blend' wrote"):
+        api.verify(made / "out")
+
+
+def test_the_command_says_so_by_its_exit_code(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _exit_code(["recipe", "verify", str(made / "out")]) == 0
+    assert "is what its record says" in capsys.readouterr().out
+    (made / "out" / WEIGHTS).unlink()
+    assert _exit_code(["recipe", "verify", str(made / "out"), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["holds"] is False
