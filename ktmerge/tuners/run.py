@@ -156,7 +156,7 @@ class TrainingRun:
         from ktmerge.tuners.trainer import AnswerTrainer, build_collator
 
         set_seed(self._job.seed)
-        model = load_model(self._base, self._progress)
+        model = load_model(self._base, self._progress, sees="vision_config" in self._base.config)
         self._trained = trained = choose_trained(model, self._base, self._job)
         self._announce(saved, trained)
         if self._job.activation_checkpointing:
