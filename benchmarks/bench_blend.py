@@ -21,10 +21,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from compileall import compile_dir
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from synthetic import SHAPES, make
+
+import ktmerge
 
 BIN = Path(sys.executable).parent
 BLOCK = 1 << 24
@@ -160,6 +163,7 @@ def main() -> None:
     inputs = [base, *experts]
     print(f"{platform.machine()}, {os.cpu_count()} cores; {arguments.size}, base + {arguments.experts}, bf16")
     read_all(inputs)
+    compile_dir(Path(ktmerge.__file__).parent, quiet=2)  # as pip does; an editable install may lack it
     results: dict[str, dict[str, object]] = {}
 
     first = compile_kernels(arguments.folder)
