@@ -29,7 +29,7 @@ from ktmerge.tuners.machine import (
     memory_needed,
     state_bytes,
 )
-from ktmerge.tuners.model import load_model, trained_state
+from ktmerge.tuners.model import load_model
 from ktmerge.tuners.partial import Partial, Saved
 from ktmerge.tuners.trained import Trained, choose_trained
 
@@ -157,6 +157,7 @@ class TrainingRun:
 
         set_seed(self._job.seed)
         model = load_model(self._base, self._progress, sees="vision_config" in self._base.config)
+        model.to(self._machine.device)  # before anything is copied of it
         self._trained = trained = choose_trained(model, self._base, self._job)
         self._announce(saved, trained)
         if self._job.activation_checkpointing:
@@ -210,7 +211,8 @@ class TrainingRun:
         if self._job.select == "none":
             return None
         parameters = {name: one for name, one in model.named_parameters() if name in self._trained.rates}
-        return Selection(self._job, parameters, Parts(parameters, self._base.config), self._progress)
+        parts = Parts([name for name, _ in model.named_parameters()], self._base.config)
+        return Selection(self._job, parameters, parts, self._progress)
 
     def _rhythm(self) -> Rhythm:
         from ktmerge.tuners.callbacks import Rhythm
@@ -261,11 +263,13 @@ class TrainingRun:
         """Keep the trained weights, under transformers' names for files, and how it went; checkpoints may go then."""
         from transformers import GenerationConfig
 
+        from ktmerge.tuners.ending import save_weights
+
         final = self._partial.final
         model: Any = trainer.model
         plain: Any = GenerationConfig
         model.generation_config = plain()  # the base's travels as a file; an odd one would be refused here
-        averages = self._save_weights(trainer)
+        averages = save_weights(trainer, self._keeping, self._job, self._partial, self._progress)
         if self._selection is not None:
             self._selection.publish(final, self._base)
         facts = {
@@ -283,31 +287,6 @@ class TrainingRun:
         (final / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         self._partial.seal(final, self._total, seconds)
         self._partial.drop_checkpoints()
-
-    def _save_weights(self, trainer: AnswerTrainer) -> dict[str, Any]:
-        """Write the result; return what is to be told of it: the step a guard went back to, losses of an average."""
-        from ktmerge.tuners.keeping.average import averaged
-
-        model: Any = trainer.model
-        keeping, job = self._keeping, self._job
-        final = self._partial.final
-        if keeping.guard is not None and keeping.guard.stopped:
-            model.save_pretrained(final, state_dict=trained_state(model))
-            return {"stopped_at": int(trainer.state.global_step), "result_of_step": keeping.guard.step}
-        if keeping.average is None:
-            model.save_pretrained(final, state_dict=trained_state(model))
-            return {}
-        if job.export != "average":
-            own = self._partial.last if job.export == "both" else final
-            model.save_pretrained(own, state_dict=trained_state(model))
-        with averaged(keeping.parameters, keeping.average):
-            losses = trainer.losses()
-            if job.export != "last":
-                model.save_pretrained(final, state_dict=trained_state(model))
-        shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-        if shown:
-            self._progress.note(f"averaged weights ({job.average}): loss {shown}")
-        return {"average": {"kind": job.average, "losses": losses}}
 
     @contextmanager
     def _explaining(self) -> Iterator[None]:

@@ -45,8 +45,8 @@ class Pull:
         total = 0.0
         with torch.no_grad():
             for name, parameter in self._parameters.items():
-                away = parameter - self._origins[name].to(parameter.device)
-                force = away if self._fisher is None else away * self._fisher[name].to(parameter.device)
+                away = parameter - self._origins[name]
+                force = away if self._fisher is None else away * self._fisher[name]
                 total += float((away * force).sum(dtype=torch.float64))
                 if parameter.grad is None:
                     if not bool(force.any()):
@@ -85,7 +85,7 @@ def read_fisher(found: Statistics, base: Checkpoint, parameters: Mapping[str, Pa
             info = found.fisher_of(stored)
             if info is None or info.shape != tuple(parameter.shape):
                 raise UsageError(f"{found.root}: has no Fisher information of '{name}', which is trained.")
-            fisher[name] = reader.read(f"fisher/{stored}").view(parameter.shape).float()
+            fisher[name] = reader.read(f"fisher/{stored}").view(parameter.shape).to(parameter)
     return fisher
 
 
