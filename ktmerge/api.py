@@ -378,6 +378,7 @@ def evaluate(
     device: str = "auto",
     reference: str | None = None,
     part: str | None = None,
+    cache: bool = True,
     overwrite: bool = False,
     progress: Progress = SILENT,
 ) -> Results:
@@ -394,6 +395,7 @@ def evaluate(
         device: auto, cpu or cuda.
         reference: the full fine-tune among the models, for gain share and for what became of the items it changed.
         part: which rows: all, selection or report; see ``selection`` in the suite.
+        cache: keep scores by model and task, and take from there what was scored before.
         overwrite: replace a score file that is there.
         progress: where to report to.
 
@@ -402,6 +404,7 @@ def evaluate(
     """
     from ktmerge import eval as evaluation
     from ktmerge.checkpoints import resolve
+    from ktmerge.eval.store import score_folder
     from ktmerge.recipes import load_suite
 
     loaded = None if recipe is None else _loaded(recipe, overrides)
@@ -430,6 +433,7 @@ def evaluate(
         device=device,
         reference=reference,
         part=part,
+        cache=score_folder() if cache else None,
         progress=progress,
     )
     if out is not None:

@@ -216,6 +216,9 @@ def evaluate(
     part: Annotated[
         str | None, typer.Option("--part", help="Rows to score: selection, report or all (see the suite's selection).")
     ] = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Score everything, even what was scored before.")
+    ] = False,
     set_: SetOption = None,
     overwrite: OverwriteOption = False,
     json_: JsonOption = False,
@@ -225,7 +228,7 @@ def evaluate(
 
     results = api.evaluate(
         models, suite=suite, recipe=recipe, overrides=set_ or (), base=base, out=out, batch_size=batch_size,
-        device=device, reference=reference, part=part, overwrite=overwrite,
+        device=device, reference=reference, part=part, cache=not no_cache, overwrite=overwrite,
         progress=console.TerminalProgress(),
     )  # fmt: skip
     console.print_json(results.to_json()) if json_ else console.stdout().print(results.table())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +30,7 @@ from ktmerge.eval.loading import (
 from ktmerge.eval.results import ModelInfo, Results, TaskInfo, TaskScore
 from ktmerge.eval.rows import part_named
 from ktmerge.eval.sets import TaskSet, encode_sets, read_sets, suite_digest
+from ktmerge.eval.store import ScoreStore
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.suites import Suite
 
@@ -46,6 +49,7 @@ def evaluate(
     device: str = "auto",
     reference: str | None = None,
     part: str | None = None,
+    cache: Path | None = None,
     progress: Progress = SILENT,
 ) -> Results:
     """Score every model on every set of ``suite``.
@@ -63,6 +67,7 @@ def evaluate(
         reference: name of the model whose gain counts as the whole of the gain share, usually the full fine-tune.
         part: which rows to score: all, those for selection or those for the report; by default the report's where the
             suite keeps some for selection.
+        cache: folder of scores kept from run to run; what it has is not scored again.
         progress: where to report to.
 
     Raises:
@@ -79,11 +84,9 @@ def evaluate(
     encodings = _Encodings(sets, checkpoints, base)
     scores: dict[str, dict[str, TaskScore]] = {}
     infos: dict[str, ModelInfo] = {}
+    run = _Run(sets, encodings, target, batch_size, ScoreStore(cache) if cache is not None else None, progress)
     for name, checkpoint in checkpoints.items():
-        digest = checkpoint.content_digest(progress)
-        scores[name], infos[name] = _score_checkpoint(
-            name, checkpoint, sets, encodings.of[name], target, batch_size, digest, progress
-        )
+        scores[name], infos[name] = run.score(name, checkpoint)
     for warning in encodings.warnings:
         progress.note(f"warning: {warning}")
     tasks = [_task_info(one, encodings.of[base].tasks[one.task.name]) for one in sets]
@@ -126,6 +129,7 @@ class _Encodings:
     def __init__(self, sets: Sequence[TaskSet], checkpoints: Mapping[str, Checkpoint], base: str) -> None:
         lengths = [context_length(checkpoint.config) for checkpoint in checkpoints.values()]
         max_length = min((length for length in lengths if length is not None), default=None)
+        self.max_length = max_length
         self.warnings: list[str] = []
         self.of: dict[str, _Encoding] = {}
         by_files: dict[str, _Encoding] = {}
@@ -169,43 +173,93 @@ class _Encodings:
                     )
 
 
-def _score_checkpoint(
-    name: str,
-    checkpoint: Checkpoint,
-    sets: Sequence[TaskSet],
-    encoding: _Encoding,
-    device: Any,
-    batch_size: int,
-    digest: str,
-    progress: Progress,
-) -> tuple[dict[str, TaskScore], ModelInfo]:
-    from ktmerge.eval.scorer import score_model
+@dataclass(frozen=True)
+class _Run:
+    """What is the same for all models of a run."""
 
-    dtype = choose_dtype(device)
-    started = time.monotonic()
-    model = load_model(checkpoint.root, device, dtype)
-    try:
-        scores = score_model(
-            model,
-            encoding.tokenizer,
-            sets,
-            batch_size=batch_size,
-            encoded=encoding.tasks,
-            progress=progress,
-            label=name,
+    sets: Sequence[TaskSet]
+    encodings: _Encodings
+    device: Any
+    batch_size: int
+    store: ScoreStore | None
+    progress: Progress
+
+    def score(self, name: str, checkpoint: Checkpoint) -> tuple[dict[str, TaskScore], ModelInfo]:
+        """Score one model; what the store has of it is taken from there, what is new is put there set by set."""
+        started = time.monotonic()
+        digest = checkpoint.content_digest(self.progress)
+        encoding, dtype = self.encodings.of[name], choose_dtype(self.device)
+        info = ModelInfo(
+            path=str(checkpoint.root),
+            digest=digest,
+            tokenizer=encoding.fingerprint,
+            device=str(self.device),
+            dtype=str(dtype).removeprefix("torch."),
+            seconds=0.0,
         )
-    finally:
-        del model
-        free_memory(device)
-    info = ModelInfo(
-        path=str(checkpoint.root),
-        digest=digest,
-        tokenizer=encoding.fingerprint,
-        device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
-        seconds=round(time.monotonic() - started, 2),
-    )
-    return scores, info
+        keys = self._keys(info, checkpoint)
+        scores = self._stored(keys, encoding)
+        if scores and self.progress is not SILENT:
+            self.progress.note(f"{name}: {len(scores)} of {len(self.sets)} sets were scored before")
+        missing = [one for one in self.sets if one.task.name not in scores]
+        if missing:
+            scores |= self._measured(name, checkpoint, missing, encoding, dtype, keys)
+        ordered = {one.task.name: scores[one.task.name] for one in self.sets}
+        return ordered, replace(info, seconds=round(time.monotonic() - started, 2))
+
+    def _keys(self, info: ModelInfo, checkpoint: Checkpoint) -> dict[str, str]:
+        if self.store is None:
+            return {}
+        conditions = {
+            "model": info.digest, "config": _configuration(checkpoint), "tokenizer": info.tokenizer, "length": self.encodings.max_length,
+            "device": self.device.type, "dtype": info.dtype, **versions(),
+        }  # fmt: skip
+        return {one.task.name: self.store.key(one, conditions) for one in self.sets}
+
+    def _stored(self, keys: Mapping[str, str], encoding: _Encoding) -> dict[str, TaskScore]:
+        if self.store is None:
+            return {}
+        found = {name: self.store.get(key) for name, key in keys.items()}
+        return {
+            name: score
+            for name, score in found.items()
+            if score is not None and len(score.scores) == len(encoding.tasks[name].rows)
+        }
+
+    def _measured(
+        self,
+        name: str,
+        checkpoint: Checkpoint,
+        sets: Sequence[TaskSet],
+        encoding: _Encoding,
+        dtype: Any,
+        keys: Mapping[str, str],
+    ) -> dict[str, TaskScore]:
+        from ktmerge.eval.scorer import score_model
+
+        def keep(task: str, score: TaskScore) -> None:
+            if self.store is not None:
+                self.store.put(keys[task], score)
+
+        model = load_model(checkpoint.root, self.device, dtype)
+        try:
+            return score_model(
+                model, encoding.tokenizer, sets, batch_size=self.batch_size, encoded=encoding.tasks,
+                progress=self.progress, label=name, done=keep,
+            )  # fmt: skip
+        finally:
+            del model
+            free_memory(self.device)
+
+
+def _configuration(checkpoint: Checkpoint) -> str:
+    """sha256 of what config.json and generation_config.json say: equal weights may compute different things."""
+    said = {
+        key: value for key, value in checkpoint.config.items() if key not in ("transformers_version", "_name_or_path")
+    }
+    file = checkpoint.root / "generation_config.json"
+    ends = file.read_text(encoding="utf-8") if file.is_file() else ""
+    return hashlib.sha256(json.dumps([said, ends], sort_keys=True, default=str).encode()).hexdigest()
 
 
 def free_memory(device: Any) -> None:

@@ -50,14 +50,18 @@ def require(metric: str) -> None:
     """
     if metric not in OVERLAP:
         return
-    package = PACKAGES.get(metric, "rouge_score")
     try:
-        import_module(package)
+        import_module(package(metric))
     except ImportError:
         raise UsageError(
-            f"the metric '{metric}' needs the package {package.replace('_', '-')}; "
+            f"the metric '{metric}' needs the package {package(metric).replace('_', '-')}; "
             "install it with: pip install 'ktmerge[metrics]'."
         ) from None
+
+
+def package(metric: str) -> str:
+    """The package that defines an overlap metric."""
+    return PACKAGES.get(metric, "rouge_score")
 
 
 def _columns(references: Sequence[Sequence[str]]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ def score_model(
     encoded: Mapping[str, Encoded] | None = None,
     progress: Progress = SILENT,
     label: str = "model",
+    done: Callable[[str, TaskScore], None] | None = None,
 ) -> dict[str, TaskScore]:
     """Score a loaded model; results by task name, upstream first.
 
@@ -47,6 +48,7 @@ def score_model(
         encoded: the sets in this tokenizer's tokens, if at hand.
         progress: where to report to.
         label: names the model there and in messages.
+        done: is told each task's name and score as soon as it is there.
 
     Raises:
         UsageError: something is wrong with the suite or its data.
@@ -59,7 +61,12 @@ def score_model(
     training = model.training
     model.eval()
     try:
-        return {one.task.name: job.score(one, encoded[one.task.name], label) for one in sets}
+        scores = {}
+        for one in sets:
+            scores[one.task.name] = job.score(one, encoded[one.task.name], label)
+            if done is not None:
+                done(one.task.name, scores[one.task.name])
+        return scores
     finally:
         model.train(training)
 
