@@ -19,7 +19,7 @@ from ktmerge.tuners.trainer import AnswerTrainer
 def save_weights(
     trainer: AnswerTrainer, keeping: Keeping, job: FinetuneJob, partial: Partial, progress: Progress
 ) -> dict[str, Any]:
-    """Write what was trained, under transformers' names for files, into ``partial.final``, and if asked ``partial.last``.
+    """Write what was trained, under transformers' names for files, into ``partial.final``; if asked ``partial.last``.
 
     Returns:
         what is to be told of it: the step a guard went back to, losses of an average.

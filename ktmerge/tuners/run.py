@@ -124,6 +124,8 @@ class TrainingRun:
         self._progress.note(
             f"{self._name}: {start} {self._total} steps of {samples} samples, on {machine.name}, {machine.precision}."
         )
+        if job.replay:
+            self._progress.note(f"replay: {job.replayed} of the {job.batch_size} samples of every batch.")
         for line in trained.lines(state_bytes(job)):
             self._progress.note(line)
         for asked, other in trained.shared:

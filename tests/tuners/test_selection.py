@@ -102,7 +102,6 @@ def test_at_every_step_only_what_is_chosen_moves(settings: dict[str, Any]) -> No
     ("settings", "count"),
     [
         ({"select": "magnitude"}, 42),
-        ({"select": "magnitude", "density": 0.01}, 0),
         ({"select": "magnitude", "density": 0.01, "scope": "global"}, 1),
         ({"select": "gradient"}, 8),
         ({"select": "random", "density": 0.4, "scope": "global"}, 34),
@@ -114,6 +113,11 @@ def test_at_every_step_only_what_is_chosen_moves(settings: dict[str, Any]) -> No
 )
 def test_the_number_is_exact(settings: dict[str, Any], count: int) -> None:
     assert world(**settings)[1].selected == count
+
+
+def test_a_density_that_chooses_nothing_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"density 0\.01 chooses none of 84 elements; raise it"):
+        world(select="magnitude", density=0.01)
 
 
 def test_magnitude_chooses_the_smallest_of_each_tensor_or_of_all() -> None:

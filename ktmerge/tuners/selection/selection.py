@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from ktmerge.checkpoints import Checkpoint, Parts, align
 from ktmerge.checkpoints.live import as_checkpoint
+from ktmerge.errors import UsageError
 from ktmerge.progress import Progress
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners.machine import CHOSEN_BYTES
@@ -225,6 +226,11 @@ class Selection:
     def _note(self, step: int) -> None:
         selected, total = self.selected, sum(self._sizes.values())
         self.history.append({"step": step, "selected": selected})
+        if not selected and step == 0:
+            raise UsageError(
+                f"select {self.job.select}: density {self.job.selected_density:g} chooses none of {total:,} elements; "
+                "raise it, or count over all with scope: global."
+            )
         if step == 0:
             self.progress.note(
                 f"selecting by {self.job.select}: {selected:,} of {total:,} elements move ({selected / total:.2%}); "
