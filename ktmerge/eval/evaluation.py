@@ -211,9 +211,14 @@ class _Run:
         if self.store is None:
             return {}
         conditions = {
-            "model": info.digest, "config": _configuration(checkpoint), "tokenizer": info.tokenizer, "length": self.encodings.max_length,
-            "device": self.device.type, "dtype": info.dtype, **versions(),
-        }  # fmt: skip
+            "model": info.digest,
+            "config": _configuration(checkpoint),
+            "tokenizer": info.tokenizer,
+            "length": self.encodings.max_length,
+            "device": self.device.type,
+            "dtype": info.dtype,
+            **versions(),
+        }
         return {one.task.name: self.store.key(one, conditions) for one in self.sets}
 
     def _stored(self, keys: Mapping[str, str], encoding: _Encoding) -> dict[str, TaskScore]:

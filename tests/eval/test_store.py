@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,6 +94,17 @@ def test_the_key_holds_all_conditions(suite: Suite, tmp_path: Path) -> None:
     assert own == store.key(one, {"dtype": "float32", "model": "a"})
     assert own != store.key(one, {"model": "b", "dtype": "float32"})
     assert own != store.key(one, {"model": "a", "dtype": "bfloat16"})
+
+
+def test_equal_weights_of_another_configuration_are_scored(tiny_llama: Path, suite: Suite, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_llama, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    results, scored = run({"base": tiny_llama, "other": other}, suite, tmp_path / "cache")
+    assert len(scored) == 8
+    facts = {name: tasks["facts"].details for name, tasks in results.scores.items()}
+    assert facts["base"] != facts["other"]
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing(tmp_path: Path) -> None:
