@@ -657,6 +657,7 @@ def check(
     except UsageError as error:
         problems += str(error).splitlines()
     problems += _missing_data(recipe, suite)
+    problems += _not_trainable(recipe)
     if problems:
         raise UsageError("\n".join(problems))
     return Checked(recipe, planned, suite)
@@ -670,6 +671,22 @@ def _to_be_made(recipe: Recipe) -> bool:
     sections = {name: recipe.statistics_of(name) for name in ("base", *recipe.experts)}
     made = [recipe.statistics_folder(name) for name, section in sections.items() if section and section.is_job]
     return any(folder is not None and not folder.exists() for folder in made)
+
+
+def _not_trainable(recipe: Recipe) -> list[str]:
+    """What the fine-tunes name of a base that is there and does not have it."""
+    if recipe.finetune is None or recipe.base is None or not (recipe.folder / recipe.base).is_dir():
+        return []
+    from ktmerge.checkpoints import Checkpoint
+    from ktmerge.tuners.trained import require_trainable
+
+    problems = []
+    for name, job in recipe.finetune.experts.items():
+        try:
+            require_trainable(Checkpoint.open(recipe.folder / recipe.base), job)
+        except UsageError as error:
+            problems.append(f"finetune.experts.{name}: {error}")
+    return problems
 
 
 def _missing_data(recipe: Recipe, suite: Suite | None) -> list[str]:

@@ -113,6 +113,10 @@ def test_the_command_line_takes_it(tiny_llama: Path, tmp_path: Path) -> None:
     recipe.write_text(json.dumps(document))
     assert api.finetune_jobs(recipe, settings={"train": "last:1"})[0].job.train == "last:1"
     assert api.finetune_jobs(recipe, settings={"train": None})[0].job.train == "full"
+    (tmp_path / "d.jsonl").write_text("{}")
+    api.check(str(recipe))
+    with pytest.raises(UsageError, match=r"finetune\.experts\.one: train 'last:3': the model has 2 layers"):
+        api.check(str(recipe), overrides=["finetune.experts.one.train=last:3"])
     called = CliRunner().invoke(
         app, ["finetune", "--base", str(tiny_llama), "--data", "d", "--out", str(tmp_path / "o"), "--train", "last"]
     )
