@@ -12,19 +12,24 @@ if TYPE_CHECKING:
     from ktmerge.eval.samples import generations
     from ktmerge.eval.scorer import score_model
     from ktmerge.eval.sets import encode_sets, read_sets
+    from ktmerge.eval.unlabelled import disagreement, divergence, least_disagreeing, trade_off
 
 __all__ = [
     "Generation",
     "PathPoint",
     "Results",
     "TaskScore",
+    "disagreement",
+    "divergence",
     "encode_sets",
     "evaluate",
     "generations",
+    "least_disagreeing",
     "merge_results",
     "read_sets",
     "report",
     "score_model",
+    "trade_off",
 ]
 
 _HOME = {
@@ -32,13 +37,17 @@ _HOME = {
     "PathPoint": "results",
     "Results": "results",
     "TaskScore": "results",
+    "disagreement": "unlabelled",
+    "divergence": "unlabelled",
     "encode_sets": "sets",
     "evaluate": "evaluation",
     "generations": "samples",
+    "least_disagreeing": "unlabelled",
     "merge_results": "comparison",
     "read_sets": "sets",
     "report": "page",
     "score_model": "scorer",
+    "trade_off": "unlabelled",
 }
 
 
