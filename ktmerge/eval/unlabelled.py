@@ -1,7 +1,7 @@
 """Scores that need no labels, for cheap choices among many blends: how far a model has moved from two others.
 
 KL to the base on upstream prompts says what may be forgotten, KL to the expert on downstream ones what is not learned
-yet; both are single forward passes. Neighbour disagreement needs no second model at all, only the generations of a sweep.
+yet; both are single forward passes. Neighbour disagreement needs no second model, only the generations of a sweep.
 """
 
 from __future__ import annotations
