@@ -20,7 +20,7 @@ from ktmerge.eval import statistics
 from ktmerge.eval.metrics import bits_per_byte, perplexity_per_byte, perplexity_per_token, perplexity_per_word
 from ktmerge.eval.partition import FORMULAS as PARTITION_FORMULAS
 from ktmerge.eval.partition import Partition, Triple, partition
-from ktmerge.eval.significance import McNemar, is_binary, mcnemar
+from ktmerge.eval.significance import McNemar, mcnemar
 from ktmerge.eval.summary import FORMULAS, Comparison, Sequential, Summary, summarise
 from ktmerge.recipes.suites import Side
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ktmerge.eval.table import DifferencesTable, ScoreTable
 
 SCHEMA_VERSION = 1
+RIGHT_OR_WRONG = ("acc", "acc_norm", "exact_match", "relaxed_accuracy")  # metrics with nothing between
 LARGEST = {"cider": 10.0}  # item score of metrics that go beyond 1
 
 
@@ -174,8 +175,8 @@ class Results:
         """
         for name in (a, b):
             self._known(name)
-        pairs = {task.name: (self.scores[a][task.name].scores, self.scores[b][task.name].scores) for task in self.tasks}
-        return {name: mcnemar(*pair) for name, pair in pairs.items() if all(map(is_binary, pair))}
+        counted = [task.name for task in self.tasks if task.metric in RIGHT_OR_WRONG]
+        return {name: mcnemar(self.scores[a][name].scores, self.scores[b][name].scores) for name in counted}
 
     def partition(self, model: str) -> Partition | None:
         """What became of the items that the reference fine-tune changed; None without a reference.

@@ -26,11 +26,6 @@ class McNemar:
     p: float
 
 
-def is_binary(scores: NDArray[np.float64]) -> bool:
-    """Whether every item is right or wrong, with nothing between."""
-    return bool(((scores == 0) | (scores == 1)).all())
-
-
 def mcnemar(a: NDArray[np.float64], b: NDArray[np.float64]) -> McNemar:
     """The exact McNemar test of two models' right and wrong answers on the same items [items].
 

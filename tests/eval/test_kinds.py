@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,27 @@ def test_a_row_is_in_one_part_only(folder: Path) -> None:
     assert {item.row for item in limited.items} <= set(rows["selection"])
     with pytest.raises(UsageError, match="keeps no rows for selection"):
         read_sets(suite(folder, CHOICE), "selection")
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_new_kinds_do_not_depend_on_the_batch_or_the_order(
+    llama: Any, tokenizer: Any, folder: Path, batch_size: int
+) -> None:
+    tasks = [{**LABELS, "shots": 2}, {**LETTER, "chat": True, "shots": 1}, {**SAY, "metric": "f1"}]
+    sets = read_sets(suite(folder, *tasks))
+    whole = score_model(llama, tokenizer, sets, batch_size=16)
+    turned = [replace(one, items=one.items[::-1]) for one in sets]
+    for found in (
+        score_model(llama, tokenizer, sets, batch_size=batch_size),
+        {
+            name: replace(score, scores=score.scores[::-1], details={k: v[::-1] for k, v in score.details.items()})
+            for name, score in score_model(llama, tokenizer, turned).items()
+        },
+    ):
+        for name, score in whole.items():
+            np.testing.assert_array_equal(found[name].scores, score.scores)
+            for column in score.details.keys() & {"outputs", "predicted"}:
+                assert found[name].details[column] == score.details[column]
 
 
 def test_folders_hold_splits(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import comb
 
 import numpy as np
@@ -88,6 +89,8 @@ def test_results_tell_partition_mcnemar_and_cautions(make_results: Callable[...,
     error = 100 * np.std([0, -1, -1, 0] * 10, ddof=1) / np.sqrt(40)
     assert f"up: with 40 items above {detectable(float(error)):.1f} points" in document["cautions"][0]
     assert make_results(SCORES).partition("blend") is None
+    graded = [replace(task, metric="f1") if task.name == "up" else task for task in results.tasks]
+    assert list(replace(results, tasks=graded).mcnemar("blend", "tuned")) == ["down"], "only of right and wrong"
 
 
 def test_many_candidates_are_spoken_of(make_results: Callable[..., Results]) -> None:
