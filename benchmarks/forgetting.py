@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import findings
-from parts import part_of, score_models
+from parts import kept, part_of, score_models
 from paths import knob_of, takes
 from sweep import sweep
 from worlds import WORLDS
@@ -65,8 +65,13 @@ def main() -> None:
         found = {}
         sections = []
         for world, kind in kinds:
-            parts = [part_of(world, kind, seed, arguments.folder) for seed in seeds]
+            every = [part_of(world, kind, seed, arguments.folder) for seed in seeds]
+            parts = [part for part in every if all(kept(part, name) is not None for name in wanted[world, kind])]
+            if not parts:
+                print(f"{world}, {kind}: no seed is swept to the end yet; left out")
+                continue
             title = f"{world}, {'one task' if kind == 'single' else f'{len(parts[0].experts)} tasks'}"
+            title += "" if len(parts) == len(every) else f" ({len(parts)} of {len(every)} seeds)"
             found[title] = list(findings.rows(parts, wanted[world, kind]))
             sections += [f"### {title}", findings.verdict(found[title]), findings.table(found[title], parts)]
             sections += [missing] if (missing := findings.absent(parts, wanted[world, kind])) else []
