@@ -188,18 +188,20 @@ def to_csv(found: Mapping[str, Sequence[Row]]) -> str:
 
 
 def picture(found: Mapping[str, Sequence[Row]], kind: str) -> bytes:
-    """Upstream kept over downstream gained: linear, the rivals, and the best others, one panel a part."""
+    """Upstream kept over downstream gained, one panel a part: linear, rivals, the best two with and without data."""
     with drawn():
         figure = new_figure(760, 620)
         for axes, (title, some) in zip(figure.subplots(2, 2).flat, found.items(), strict=False):
             ordered = sorted(some, key=lambda row: -row.area[0])
-            best = [row.name for row in ordered if row.name not in RIVALS][:4]
+            others = [row for row in ordered if row.name not in RIVALS]
+            free = [row.name for row in others if row.data == NO_DATA]
+            best = [row.name for row in others if row.data != NO_DATA][:2] + free[:2]
             looks = styles([WISE, "ties", "dare_ties", *best], WISE)
             for row in ordered:
                 if (look := looks.get(row.name)) is not None:
                     axes.step(
                         GRID, row.reach, where="pre", color=look.colour, linewidth=1.2,
-                        label=f"{row.name} {row.area[0]:.3f}",
+                        label=f"{row.name}{'' if row.data == NO_DATA else ' (data)'} {row.area[0]:.3f}",
                     )  # fmt: skip
             axes.plot([0, 1], [1, 0], color=GREY, linestyle=":", linewidth=0.8)
             axes.set_xlim(-0.03, 1.05)
