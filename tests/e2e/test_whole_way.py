@@ -114,7 +114,17 @@ def test_each_step_by_itself(workshop: Path, tiny_llama: Path) -> None:
         for name in blended:
             assert blended[name].equal(expected[name].to(blended[name].dtype)), name
 
-    ktmerge("eval", "runs/yesno", "half=blended", "--recipe", "recipe.yaml", "--out", "scores.json", cwd=workshop)
+    ktmerge(
+        "eval",
+        "runs/yesno",
+        "half=blended",
+        "--recipe",
+        "recipe.yaml",
+        "--out",
+        "scores.json",
+        "--no-cache",
+        cwd=workshop,
+    )
     ktmerge("report", "scores.json", "--out", "page.html", "--recipe", "recipe.yaml", cwd=workshop)
     compared = ktmerge("compare", "scores.json", "--json", cwd=workshop)
     assert list(json.loads(compared.stdout)["models"]) == ["base", "yesno", "half"]
