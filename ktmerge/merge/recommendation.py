@@ -91,12 +91,14 @@ def recommend(
     """
     signs = Signs.of(found, statistics, rank)
     advice = [_fit(one, signs) for one in choose(signs)]
-    needing = [one.recipe for one in advice if _needs_data(one.recipe)]
+    needs = {one.recipe: _need(one.recipe) for one in advice}
+    needing = [recipe for recipe, need in needs.items() if need != NO_DATA]
     names = ["base", *tuned] if needing else []
+    fisher = any("Fisher" in need for need in needs.values())
     return Recommendation(
         signs,
         advice,
-        [_measuring(name, {"base": base, **tuned}[name]) for name in names],
+        [_measuring(name, {"base": base, **tuned}[name], fisher) for name in names],
         {one.recipe: _command(one, base, tuned, one.recipe in needing) for one in advice},
         list(found.warnings),
     )
@@ -115,16 +117,13 @@ LARGEST = Advice("trim", "keeps the largest changes alone", ("blend.density", (0
 CLEAN = Advice("dg-hard", "full rank: drop the directions that look like noise", ("blend.scale", (0.5, 0.75, 1.0)))
 
 BACK = Advice("regmean-back", "gives upstream inputs the base's answers back", ("blend.a", _SHARES))
-GUARD = Advice(
-    "nullspace", "needs upstream data alone: keeps what upstream inputs hardly feel", ("blend.kappa", _STRENGTHS)
-)
+WEIGH = Advice("fisher-back", "holds each weight as firmly as upstream data need it", ("blend.a", _SHARES))
 
 MEAN = Advice("linear", "the experts learned the same: their mean is better than each", (_LAMBDA, (0.6, 0.8, 1.0)))
 STOCK = Advice("model-stock", "goes back to the base by how far the experts are apart", (_LAMBDA, (0.8, 0.9, 1.0)))
 SPHERE = Advice("karcher", "a mean that keeps the length of the changes", (_LAMBDA, (0.6, 0.8, 1.0)))
 
 FIT = Advice("regmean", "least squares of all outputs at once, the base's too", ("blend.base_weight", _STRENGTHS))
-GUARDED = Advice("cts-guard", "what is common, then what is specific; upstream inputs guarded", (_LAMBDA, _MERGED))
 
 SOLVE = Advice("swudi-a", "no data needed: sums what uses other inputs, averages what shares them", (_LAMBDA, _MERGED))
 COMMON = Advice("cts", "something in common: average that, add what each has alone", (_LAMBDA, _MERGED))
@@ -137,12 +136,12 @@ def choose(signs: Signs) -> tuple[Advice, Advice, Advice]:
     """Three recipes, the first to try first."""
     if signs.experts == 1:
         if signs.statistics:
-            return BACK, GUARD, LINE
+            return BACK, WEIGH, LINE
         return (LINE, RAMP, LARGEST) if signs.low_rank or signs.sparse else (LINE, CLEAN, RAMP)
     if signs.alike:
         return MEAN, STOCK, SPHERE
     if signs.statistics:
-        return FIT, GUARDED, SOLVE
+        return BACK, FIT, SOLVE
     return SOLVE, COMMON if signs.related else SPLIT, SUM if signs.contrary else VOTE
 
 
@@ -157,14 +156,15 @@ def _fit(one: Advice, signs: Signs) -> Advice:
     return Advice(one.recipe, one.why, (key, values), settings)
 
 
-def _needs_data(recipe: str) -> bool:
+def _need(recipe: str) -> str:
     blend = load_recipe(recipe).blend
-    return blend is not None and data_of_recipe(blend) != NO_DATA
+    return NO_DATA if blend is None else data_of_recipe(blend)
 
 
-def _measuring(name: str, model: str) -> str:
+def _measuring(name: str, model: str, fisher: bool) -> str:
     data = "UPSTREAM.jsonl" if name == "base" else f"{name.upper()}.jsonl"
-    return shlex.join(["ktmerge", "stats", model, "--data", data, "--out", f"stats/{name}"])
+    words = ["ktmerge", "stats", model, "--data", data, "--out", f"stats/{name}"]
+    return shlex.join([*words, "--fisher", "empirical"] if fisher else words)
 
 
 def _command(one: Advice, base: str, tuned: Mapping[str, str], measured: bool) -> str:
