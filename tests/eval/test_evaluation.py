@@ -67,6 +67,7 @@ def test_scores_of_every_kind(results: Results, tiny_llama: Path) -> None:
     assert results.summary.models["tuned"].O is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_scores_do_not_depend_on_the_batch_size(
     results: Results, tiny_llama: Path, tuned_llama: Path, suite: Suite, batch_size: int

@@ -59,6 +59,7 @@ def same(a: Results, b: Results) -> None:
             assert score.to_json() == b.scores[name][task].to_json()
 
 
+@pytest.mark.slow
 def test_nothing_is_scored_twice(tiny_llama: Path, tuned_llama: Path, suite: Suite, tmp_path: Path) -> None:
     models = {"base": tiny_llama, "tuned": tuned_llama}
     first, scored = run(models, suite, tmp_path / "cache")

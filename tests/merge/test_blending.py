@@ -77,6 +77,7 @@ def test_sharding_of_the_inputs_changes_no_tensor(tmp_path: Path, recipe_in: Any
     assert all(same_bytes(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_bytes_do_not_depend_on_threads_or_processes(llamas: Path, tmp_path: Path, recipe_in: Any) -> None:
     recipe = recipe_in(llamas, TWO, {"method": "dare_ties", "rescale": "l2"}, output={"rounding": "stochastic"})
     report = blend(recipe, tmp_path / "here", device="cpu")

@@ -162,6 +162,7 @@ def test_the_bytes_decide_the_sums_not_the_threads(tmp_path: Path, monkeypatch: 
     assert again.movements == first.movements
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux to look at a peak of its own")
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     script = """

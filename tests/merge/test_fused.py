@@ -83,13 +83,32 @@ def blended(
     return (out / "model.safetensors").read_bytes(), report.parts()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", OUTPUTS, ids=str)
 @pytest.mark.parametrize("blend_", BLENDS, ids=lambda value: "-".join(map(str, value.values())))
-def test_equals_the_reference(
+def test_every_output_equals_the_reference(
     workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blend_: dict[str, Any], output: dict[str, Any]
 ) -> None:
+    compare(workshop, tmp_path, monkeypatch, blend_, output, PAIRS)
+
+
+@pytest.mark.parametrize("number", range(len(BLENDS)))
+def test_equals_the_reference(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Every blend, every output and every pair of types occurs."""
+    output, pairs = OUTPUTS[number % len(OUTPUTS)], [PAIRS[(number + k) % len(PAIRS)] for k in (0, 3)]
+    compare(workshop, tmp_path, monkeypatch, BLENDS[number], output, pairs)
+
+
+def compare(
+    workshop: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    blend_: dict[str, Any],
+    output: dict[str, Any],
+    pairs: list[tuple[str, str]],
+) -> None:
     monkeypatch.setattr(fused, "PIECE", 1 << 11)  # several pieces, and a last one of its own size; large tensors
-    for base, experts in PAIRS:
+    for base, experts in pairs:
         monkeypatch.setenv("KTMERGE_KERNELS", "auto")
         fast, numbers = blended(workshop, tmp_path / "out", blend_, base, experts, output)
         monkeypatch.setenv("KTMERGE_KERNELS", "reference")

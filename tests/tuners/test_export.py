@@ -57,6 +57,7 @@ def test_shards_names_and_order_are_the_bases(tiny_llama: Path, tmp_path: Path) 
     assert {name: info.file for name, info in out.tensors.items()} == {n: i.file for n, i in base.tensors.items()}
 
 
+@pytest.mark.slow
 def test_a_head_stored_beside_its_embedding_is_stored_again(tiny_llama: Path, tmp_path: Path) -> None:
     def untied_on_disk(tensors: dict[str, Any]) -> dict[str, Any]:
         return {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
@@ -80,6 +81,7 @@ def test_a_model_without_tied_weights(tiny_llama: Path, tmp_path: Path) -> None:
     assert all(not out[name].equal(before[name].float()) for name in out)
 
 
+@pytest.mark.slow
 def test_what_the_model_has_no_use_for_keeps_its_bytes(tiny_llama: Path, tmp_path: Path) -> None:
     import torch
 
@@ -95,6 +97,7 @@ def test_what_the_model_has_no_use_for_keeps_its_bytes(tiny_llama: Path, tmp_pat
         assert out[name].equal(tensor)
 
 
+@pytest.mark.slow
 def test_names_under_another_wrapper_are_found_again(tiny_llama: Path, tmp_path: Path) -> None:
     """Saved without its head: transformers adds the wrapper's name on loading and the output must drop it again."""
 
@@ -109,6 +112,7 @@ def test_names_under_another_wrapper_are_found_again(tiny_llama: Path, tmp_path:
     assert all(not out[name].equal(before[name].float()) for name in out)
 
 
+@pytest.mark.slow
 def test_an_odd_generation_config_travels_as_it_is(tiny_llama: Path, tmp_path: Path) -> None:
     restored(tiny_llama, tmp_path / "base", lambda tensors: tensors)
     odd = '{"do_sample": false, "temperature": 0.6, "top_p": 0.9, "eos_token_id": 2}'

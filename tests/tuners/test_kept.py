@@ -43,6 +43,7 @@ def plain(line: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in line.items() if key != "seconds"}
 
 
+@pytest.mark.slow
 def test_everything_at_once_resumes_to_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
     report = tune(tiny_llama, tmp_path, "whole", **EVERYTHING, eval_upstream="chats.jsonl")
     assert report.record["run"]["average"]["kind"] == "lawa"
@@ -80,6 +81,7 @@ def test_replay_is_counted_in_every_batch(tiny_llama: Path, tmp_path: Path, monk
     assert batches[:20] == [(3, 1)] * 20
 
 
+@pytest.mark.slow
 def test_distillation_starts_at_nothing_and_holds_the_base(tiny_llama: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"max_steps": 6, "warmup": 0, "scheduler": "constant", "train": "llm.layers+norm"}
     tune(tiny_llama, tmp_path, "plain", **settings)
@@ -115,6 +117,7 @@ def test_a_model_without_positions_to_keep_is_distilled_alike(
         assert plain["distillation"] == pytest.approx(lean["distillation"], rel=1e-2, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_saves_the_last_evaluation_within_the_limit(tiny_llama: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"scheduler": "constant", "warmup": 0, "eval_upstream": "chats.jsonl", "eval_every": 2}
     free = tune(tiny_llama, tmp_path, "free", **settings, max_steps=8)
@@ -142,6 +145,7 @@ def test_the_last_weights_beside_an_average_are_those_of_a_plain_run(tiny_llama:
     assert not (tmp_path / "last-last").exists()
 
 
+@pytest.mark.slow
 def test_ewc_takes_its_stiffness_from_statistics_of_the_base(tiny_llama: Path, tmp_path: Path) -> None:
     from ktmerge.recipes.schema import Statistics
     from ktmerge.tuners.statistics.measure import measure

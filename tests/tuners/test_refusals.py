@@ -42,6 +42,7 @@ def test_several_processes_are_refused(tiny_llama: Path, tmp_path: Path, monkeyp
         tune(tiny_llama, tmp_path)
 
 
+@pytest.mark.slow
 def test_an_existing_output_is_replaced_only_when_asked(tuned: Any, tiny_llama: Path, tmp_path: Path) -> None:
     tune(tiny_llama, tmp_path, max_steps=1)
     before = sha256(tmp_path / "out")
@@ -74,6 +75,7 @@ def test_a_diverging_run_says_so(tiny_llama: Path, tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "expected"),
     [

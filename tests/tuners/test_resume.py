@@ -42,6 +42,7 @@ def unbroken(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder / "out"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 8, 10, 18])
 def test_ctrl_c_saves_at_once_and_resumes_to_the_same_bytes(
     unbroken: Path, tiny_llama: Path, tmp_path: Path, step: int
@@ -69,6 +70,7 @@ def log_of(path: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
+@pytest.mark.slow
 def test_other_data_or_base_cannot_be_resumed(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         tune(tiny_llama, tmp_path, **LONG, progress=StopsAt(3))
@@ -80,6 +82,7 @@ def test_other_data_or_base_cannot_be_resumed(tiny_llama: Path, tmp_path: Path) 
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_costs_only_its_steps(unbroken: Path, tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         tune(tiny_llama, tmp_path, **LONG, save_every=4, progress=StopsAt(10))

@@ -290,6 +290,7 @@ def test_refusals(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not Path(out).exists()
 
 
+@pytest.mark.slow
 def test_statistics_are_made_on_the_way_of_a_recipe(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -72,6 +72,7 @@ def by_hand(path: Path, folder: Path) -> tuple[list[torch.Tensor], list[torch.Te
     return given, inner, fisher
 
 
+@pytest.mark.slow
 def test_each_expert_is_measured_on_the_tokens_sent_to_it(mixtures: dict[str, Path], tmp_path: Path) -> None:
     write(tmp_path / "rows.jsonl", ROWS)
     given, inner, fisher = by_hand(mixtures["single"], tmp_path)
@@ -105,6 +106,7 @@ def test_each_expert_is_measured_on_the_tokens_sent_to_it(mixtures: dict[str, Pa
             torch.testing.assert_close(measured, values, rtol=1e-3, atol=1e-4 * float(values.max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["single", "stacked"])
 def test_mixtures_are_blended_with_what_was_measured(mixtures: dict[str, Path], tmp_path: Path, form: str) -> None:
     write(tmp_path / "rows.jsonl", ROWS)

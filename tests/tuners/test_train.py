@@ -100,6 +100,7 @@ def test_the_record_says_how_it_came_about(tuned: Any, tiny_llama: Path) -> None
     assert report.to_json()["out"] == str(out)
 
 
+@pytest.mark.slow
 def test_the_same_job_gives_the_same_bytes(tuned: Any, tiny_llama: Path, tmp_path: Path) -> None:
     out, _, _ = tuned
     tune(tiny_llama, tmp_path, eval_upstream="chats.jsonl", eval_downstream="train.jsonl", eval_every=4)
@@ -111,6 +112,7 @@ def test_the_same_job_gives_the_same_bytes(tuned: Any, tiny_llama: Path, tmp_pat
     assert sha256(tmp_path / "other") != sha256(out)
 
 
+@pytest.mark.slow
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tuned: Any, tiny_llama: Path, tmp_path: Path) -> None:
     import torch
 
@@ -127,6 +129,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tuned: Any, tiny_lla
     assert torch.isfinite(whole["model.norm.weight"]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tag"), [("base", "BF16"), ("bfloat16", "BF16"), ("float16", "F16")])
 def test_the_type_of_the_saved_weights(tuned: Any, tiny_llama: Path, tmp_path: Path, dtype: str, tag: str) -> None:
     import torch
@@ -142,6 +145,7 @@ def test_the_type_of_the_saved_weights(tuned: Any, tiny_llama: Path, tmp_path: P
     assert all(tensor.equal(exact[name].to(kind)) for name, tensor in weights(tmp_path / "out").items())
 
 
+@pytest.mark.slow
 def test_bfloat16_activation_checkpointing_and_constant_rate_run(tiny_llama: Path, tmp_path: Path) -> None:
     report = tune(
         tiny_llama, tmp_path, max_steps=2, precision="bfloat16", activation_checkpointing=True, scheduler="constant"

@@ -46,6 +46,7 @@ def test_exactly_what_was_asked_for_moves(tiny_llama: Path, tmp_path: Path, trai
     assert any("head and embed share one tensor" in note for note in listener.notes) == (train == "head")
 
 
+@pytest.mark.slow
 def test_frozen_tensors_are_never_rounded(tiny_llama: Path, tmp_path: Path) -> None:
     tune(tiny_llama, tmp_path, "first", max_steps=2, save_dtype="float32")
     tune(tmp_path / "first", tmp_path, "second", max_steps=2, train="norm", save_dtype="float16")
@@ -68,6 +69,7 @@ def test_rates_by_part_are_the_steps_of_the_first_update(tiny_llama: Path, tmp_p
         assert float(step) == pytest.approx(rate, rel=1e-2), name
 
 
+@pytest.mark.slow
 def test_a_part_resumes_to_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
     from test_resume import StopsAt
 
