@@ -471,17 +471,22 @@ def _note(magnitudes, found, first, places, patterns):
 
 
 @_compile
+def _count_hash(value, low, last, shift, counts):
+    """Count a hash in its bin; 1 if it is above all bins, else 0."""
+    if value < low:
+        return _U32(0)
+    inside = value - low
+    if inside > last:
+        return _ONE
+    counts[inside >> shift] += _ONE
+    return _U32(0)
+
+
+@_compile
 def _count_hashes(found, key, start, low, last, shift, counts):
     above = _U32(0)
     for j in range(found.size):
-        value = _hash(key, _U64(start) + _U64(found[j]))
-        if value < low:
-            continue
-        inside = value - low
-        if inside <= last:
-            counts[inside >> shift] += _ONE
-        else:
-            above += _ONE
+        above += _count_hash(_hash(key, _U64(start) + _U64(found[j])), low, last, shift, counts)
     return above
 
 
@@ -619,16 +624,8 @@ def sample(
 def _tally(places, patterns, floor, key, start, low, last, shift, counts):
     above = _U32(0)
     for j in range(places.size):
-        if patterns[j] != floor:
-            continue
-        value = _hash(key, _U64(start) + _U64(places[j]))
-        if value < low:
-            continue
-        inside = value - low
-        if inside <= last:
-            counts[inside >> shift] += _ONE
-        else:
-            above += _ONE
+        if patterns[j] == floor:
+            above += _count_hash(_hash(key, _U64(start) + _U64(places[j])), low, last, shift, counts)
     counts[counts.size - 1] += above
 
 
