@@ -1,0 +1,54 @@
+"""The verbs of ktmerge as functions: what the command line calls, and what ``import ktmerge`` offers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ktmerge.api.blending import blend, blend_into, extract_lora, plan, refuse_without_out, verify
+from ktmerge.api.checking import Checked, check
+from ktmerge.api.gallery import Listed, import_recipe, list_recipes, show_recipe
+from ktmerge.api.looking import inspect, recommend
+from ktmerge.api.measuring import measure, measure_all, measurements
+from ktmerge.api.running import run
+from ktmerge.api.scoring import backward_transfer, compare, evaluate, report
+from ktmerge.api.tuning import finetune, finetune_all, finetune_jobs, preview
+from ktmerge.recipes import load_recipe
+
+__all__ = [
+    "Checked",
+    "Listed",
+    "Pristine",
+    "backward_transfer",
+    "blend",
+    "blend_into",
+    "check",
+    "compare",
+    "evaluate",
+    "extract_lora",
+    "finetune",
+    "finetune_all",
+    "finetune_jobs",
+    "import_recipe",
+    "inspect",
+    "list_recipes",
+    "load_recipe",
+    "measure",
+    "measure_all",
+    "measurements",
+    "plan",
+    "preview",
+    "recommend",
+    "refuse_without_out",
+    "report",
+    "run",
+    "show_recipe",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Pristine":
+        raise AttributeError(f"module 'ktmerge.api' has no attribute '{name}'")
+    from ktmerge.merge.pristine import Pristine
+
+    return Pristine

@@ -1,0 +1,165 @@
+"""Blends, on disk and in place, and what belongs to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ktmerge.api.inputs import RecipeLike, loaded_recipe
+from ktmerge.errors import UsageError
+from ktmerge.progress import SILENT, Progress
+from ktmerge.recipes import load_recipe
+from ktmerge.recipes.schema import Recipe
+
+if TYPE_CHECKING:
+    from ktmerge.merge import BlendReport
+    from ktmerge.merge.extraction import Extraction
+    from ktmerge.merge.plan import Plan
+    from ktmerge.merge.pristine import Pristine
+    from ktmerge.merge.verification import Verification
+
+
+def plan(recipe: RecipeLike) -> Plan:
+    """Resolve what would happen to every tensor, reading only headers.
+
+    Raises:
+        UsageError: everything that is wrong with the recipe or its inputs, one per line.
+    """
+    from ktmerge.merge.plan import plan_blend
+
+    return plan_blend(loaded_recipe(recipe))
+
+
+def blend(
+    recipe: RecipeLike,
+    out: str | Path,
+    *,
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> BlendReport:
+    """Blend base and experts into the checkpoint folder ``out``; ``resume`` goes on where a killed run stopped.
+
+    Raises:
+        UsageError: wrong recipe or inputs, or ``out`` exists and ``overwrite`` is not set.
+        KtmergeError: the run failed, e.g. a full disk; nothing is left half-written.
+    """
+    from ktmerge import merge
+
+    return merge.blend(
+        loaded_recipe(recipe), Path(out), device=device, resume=resume, overwrite=overwrite, progress=progress
+    )
+
+
+def refuse_without_out(
+    reference: str, *, overrides: Iterable[str] = (), base: str | None = None, experts: Sequence[str] = ()
+) -> NoReturn:
+    """Say that a blend needs an output, and with it whatever else is wrong.
+
+    Raises:
+        UsageError: always.
+    """
+    problems = ["--out: say where the blended model goes, or add --dry-run."]
+    try:
+        plan(load_recipe(reference, overrides=overrides, base=base, experts=experts))
+    except UsageError as error:
+        problems = [*str(error).splitlines(), *problems]
+    raise UsageError("\n".join(problems))
+
+
+def blend_into(
+    model: Any,
+    recipe: RecipeLike,
+    sources: Pristine | None = None,
+    *,
+    device: str = "auto",
+    progress: Progress = SILENT,
+) -> BlendReport:
+    """Blend in place: write the result into the parameters of a loaded transformers model.
+
+    A sweep gives one ``Pristine()`` as ``sources`` to all its blends: every weight is then read from disk once.
+    """
+    from ktmerge import merge
+
+    return merge.blend_into(model, loaded_recipe(recipe), sources, device=device, progress=progress)
+
+
+def extract_lora(
+    base: str | Path,
+    tuned: str | Path,
+    out: str | Path,
+    *,
+    rank: int = 16,
+    energy: float | None = None,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Extraction:
+    """Write what fine-tuning changed in the linear layers as a PEFT LoRA adapter into the folder ``out``.
+
+    Args:
+        base: folder or hub id.
+        tuned: folder or hub id.
+        out: folder of the adapter.
+        rank: of every layer.
+        energy: instead, each layer gets the least rank that holds this share of its change's squares.
+        overwrite: replace an adapter that is there.
+        progress: where to report to.
+
+    Raises:
+        UsageError: the models do not belong together, no linear layer changed, or ``out`` exists.
+        KtmergeError: weights cannot be read.
+    """
+    from ktmerge.merge import extraction
+
+    share = 0.9 if energy is None else energy
+    return extraction.extract_lora(
+        base, tuned, out, rule="rank" if energy is None else "energy", rank=rank, share=share, overwrite=overwrite,
+        progress=progress,
+    )  # fmt: skip
+
+
+def verify(
+    out: str | Path,
+    recipe: RecipeLike | None = None,
+    *,
+    base: str | None = None,
+    experts: Iterable[str] = (),
+    rebuild: bool = False,
+    device: str = "auto",
+    progress: Progress = SILENT,
+) -> Verification:
+    """Hold a blended model against its record, and if asked blend again and compare bytes.
+
+    Args:
+        out: a folder that `blend` wrote; it is only read.
+        recipe: what it was made by. If not given and something has to be blended or compared, the recipe in its
+            record, whose paths start at the working folder.
+        base: where the base is, if not where that recipe says.
+        experts: ``name=model`` where experts are.
+        rebuild: blend again, into a temporary folder beside ``out``.
+        device: auto, cpu or cuda.
+        progress: where to report.
+
+    Raises:
+        UsageError: ``out`` has no record, or the recipe or its inputs are wrong.
+        KtmergeError: something cannot be read, or the new blend failed.
+    """
+    from ktmerge.merge.verification import recorded_recipe
+    from ktmerge.merge.verification import verify as held
+
+    given = list(experts)
+    if recipe is not None:
+        found: Recipe | None = (
+            load_recipe(recipe, base=base, experts=given) if not isinstance(recipe, Recipe) else recipe
+        )
+    elif rebuild or base is not None or given:
+        pairs = [one.partition("=") for one in given]
+        for name, equals, model in pairs:
+            if not equals or not model:
+                raise UsageError(f"--expert {name}: write name=model.")
+        found = recorded_recipe(Path(out), base, {name: model for name, _, model in pairs})
+    else:
+        found = None
+    return held(Path(out), found, rebuild=rebuild, device=device, progress=progress)

@@ -1,0 +1,65 @@
+"""Recipes shown, listed and imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from ktmerge.api.inputs import failing_clearly, refuse_existing, text_of
+from ktmerge.pipeline import recipe_text
+from ktmerge.recipes import gallery, load_recipe
+
+
+def show_recipe(reference: str, overrides: Iterable[str] = ()) -> str:
+    """The text of a recipe; with overrides, the recipe as understood."""
+    changed = list(overrides)
+    if changed:
+        return recipe_text(load_recipe(reference, overrides=changed))
+    path, _ = gallery.locate(reference)
+    return text_of(path)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One recipe of the gallery.
+
+    Attributes:
+        when: to use it.
+        method: what it blends with.
+        data: what ``ktmerge stats`` has to measure before; ``none`` if nothing.
+    """
+
+    name: str
+    when: str
+    method: str
+    data: str
+
+
+def list_recipes() -> list[Listed]:
+    """Every recipe of the gallery, by name."""
+    from ktmerge.merge.catalogue import NO_DATA, data_of_recipe
+
+    listed = []
+    for name in gallery.names():
+        recipe = load_recipe(name)
+        method = (recipe.blend.method or "stages") if recipe.blend else ""
+        data = data_of_recipe(recipe.blend) if recipe.blend else NO_DATA
+        listed.append(Listed(name, recipe.description, method, data))
+    return listed
+
+
+def import_recipe(source: Path, out: Path | None, *, overwrite: bool = False) -> tuple[str, list[str]]:
+    """Read a mergekit YAML; return the recipe's text and where its semantics differ. Writes it to ``out`` if given."""
+    from ktmerge.merge.importer import import_mergekit
+
+    if out is not None:
+        refuse_existing(out, overwrite)
+    document, differences = import_mergekit(text_of(source))
+    text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110)
+    if out is not None:
+        with failing_clearly(out):
+            out.write_text(text, encoding="utf-8")
+    return text, differences

@@ -1,0 +1,139 @@
+"""Scores of models on sets, held against one another and drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ktmerge.api.inputs import RecipeLike, loaded_recipe, named_models, refuse_existing, text_of
+from ktmerge.errors import UsageError
+from ktmerge.progress import SILENT, Progress
+from ktmerge.recipes.load import suite_of
+
+if TYPE_CHECKING:
+    from ktmerge.eval import Results
+    from ktmerge.eval.summary import Sequential
+
+
+def evaluate(
+    models: Sequence[str | Path] | Mapping[str, str | Path],
+    *,
+    suite: str | Path | None = None,
+    recipe: RecipeLike | None = None,
+    overrides: Iterable[str] = (),
+    base: str | Path | None = None,
+    out: str | Path | None = None,
+    batch_size: int = 16,
+    device: str = "auto",
+    reference: str | None = None,
+    part: str | None = None,
+    cache: bool = True,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Results:
+    """Score the base and every model on the same sets with the same code.
+
+    Args:
+        models: folders, ``name=folder`` strings, or a mapping of names to folders.
+        suite: a suite file.
+        recipe: instead of a suite, a recipe whose eval section names one.
+        overrides: ``key=value`` strings for the recipe.
+        base: the untuned model; defaults to the recipe's. Scored first, as ``base``.
+        out: score file to write.
+        batch_size: most sequences in a forward pass; scores do not depend on it.
+        device: auto, cpu or cuda.
+        reference: the full fine-tune among the models, for gain share and for what became of the items it changed.
+        part: which rows: all, selection or report; see ``selection`` in the suite.
+        cache: keep scores by model and task, and take from there what was scored before.
+        overwrite: replace a score file that is there.
+        progress: where to report to.
+
+    Raises:
+        UsageError: no suite, no base, a name given twice, unreadable data, an existing score file.
+    """
+    from ktmerge import eval as evaluation
+    from ktmerge.checkpoints import resolve
+    from ktmerge.eval.store import score_folder
+    from ktmerge.recipes import load_suite
+
+    loaded = None if recipe is None else loaded_recipe(recipe, overrides)
+    if suite is not None:
+        sets = load_suite(suite)
+    elif loaded is not None:
+        sets = suite_of(loaded)
+    else:
+        raise UsageError("nothing to score on: give --suite, or --recipe with an eval section.")
+    section = loaded.eval if loaded is not None else None
+    named = named_models(models)
+    if base is not None:
+        untuned = resolve(str(base), Path.cwd())
+    elif loaded is not None and loaded.base is not None:
+        untuned = resolve(loaded.base, loaded.folder)
+    else:
+        raise UsageError("the base is always scored in the same run: name it with --base.")
+    if out is not None:
+        refuse_existing(Path(out), overwrite)
+    results = evaluation.evaluate(
+        {"base": untuned, **{name: resolve(str(path), Path.cwd()) for name, path in named.items()}},
+        sets,
+        batch_size=batch_size,
+        bootstrap=section.bootstrap if section else 2000,
+        seed=section.seed if section else 0,
+        device=device,
+        reference=reference,
+        part=part,
+        cache=score_folder() if cache else None,
+        progress=progress,
+    )
+    if out is not None:
+        results.save(Path(out))
+    return results
+
+
+def compare(scores: Sequence[str | Path]) -> Results:
+    """Join score files of the same base and suite into one.
+
+    Raises:
+        UsageError: a file is no score file, or base or suite differ.
+    """
+    from ktmerge import eval as evaluation
+
+    return evaluation.merge_results([evaluation.Results.load(Path(path)) for path in scores])
+
+
+def backward_transfer(results: Results, sequence: str) -> Sequential:
+    """What later tunings did to sets learned earlier.
+
+    Args:
+        results: the scores.
+        sequence: ``model=set,model=set,...``: each stage's model and the set it learned, in order.
+
+    Raises:
+        UsageError: not written so, or no such model or set.
+    """
+    stages: dict[str, str] = {}
+    for stage in sequence.split(","):
+        model, equals, task = stage.strip().partition("=")
+        if not equals or not model or not task or model in stages:
+            raise UsageError(f"--sequence {sequence}: write model=set,model=set,... with every model once.")
+        stages[model] = task
+    return results.sequence(stages)
+
+
+def report(
+    scores: str | Path,
+    out: str | Path,
+    *,
+    recipes: Iterable[str | Path] = (),
+    title: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a self-contained HTML page from a score file; return its path."""
+    from ktmerge import eval as evaluation
+
+    target = Path(out)
+    texts = {Path(path).name: text_of(Path(path)) for path in recipes}
+    results = evaluation.Results.load(Path(scores))
+    refuse_existing(target, overwrite)
+    return evaluation.report(results, target, recipes=texts, title=title)

@@ -1,0 +1,73 @@
+"""Commands that blend, and what belongs to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ktmerge.commands.app import app
+from ktmerge.commands.options import (
+    BaseOption,
+    DeviceOption,
+    ExpertOption,
+    JsonOption,
+    OutOption,
+    OverwriteOption,
+    RecipeOption,
+    ResumeOption,
+    SetOption,
+)
+
+
+@app.command(epilog="Example: ktmerge blend --recipe ties --base ./base --expert spam=runs/spam --out blended")
+def blend(
+    recipe: RecipeOption,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where the blended model goes.")] = None,
+    base: BaseOption = None,
+    expert: ExpertOption = None,
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done to which tensors, and stop.")
+    ] = False,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Blend base and experts into one ordinary checkpoint."""
+    from ktmerge import api, console
+
+    if out is None and not dry_run:
+        api.refuse_without_out(recipe, overrides=set_ or (), base=base, experts=expert or ())
+    loaded = api.load_recipe(recipe, overrides=set_ or (), base=base, experts=expert or ())
+    if dry_run or out is None:
+        plan = api.plan(loaded)
+        console.print_json(plan.to_json()) if json_ else console.print_table(*plan.table())
+        return
+    report = api.blend(
+        loaded, out, device=device, resume=resume, overwrite=overwrite, progress=console.TerminalProgress()
+    )
+    console.print_json(report.to_json()) if json_ else console.print_table(*report.table())
+
+
+@app.command("extract-lora", epilog="Example: ktmerge extract-lora ./base runs/spam --rank 16 --out adapter")
+def extract_lora(
+    base: Annotated[str, typer.Argument(help="Base model.")],
+    tuned: Annotated[str, typer.Argument(help="Tuned model.")],
+    out: OutOption,
+    rank: Annotated[int, typer.Option(help="Rank of every layer.")] = 16,
+    energy: Annotated[
+        float | None, typer.Option(help="Instead: each layer's least rank that holds this share of its change.")
+    ] = None,
+    overwrite: OverwriteOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Write what fine-tuning changed as a LoRA adapter, and say how much of it the rank holds."""
+    from ktmerge import api, console
+
+    result = api.extract_lora(
+        base, tuned, out, rank=rank, energy=energy, overwrite=overwrite, progress=console.TerminalProgress()
+    )
+    console.print_json(result.to_json()) if json_ else console.print_table(*result.table())

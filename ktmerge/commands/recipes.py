@@ -1,0 +1,96 @@
+"""Commands about recipes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ktmerge.commands.app import recipes
+from ktmerge.commands.options import (
+    BaseOption,
+    DeviceOption,
+    ExpertOption,
+    JsonOption,
+    OverwriteOption,
+    SetOption,
+)
+
+
+@recipes.command("check", epilog="Example: ktmerge recipe check recipe.yaml")
+def recipe_check(recipe: Annotated[str, typer.Argument(help="Recipe file or gallery name.")], set_: SetOption = None,
+                 base: BaseOption = None, expert: ExpertOption = None, json_: JsonOption = False) -> None:  # fmt: skip
+    """Find every mistake of a recipe, reading only headers."""
+    from ktmerge import api, console
+
+    checked = api.check(recipe, overrides=set_ or (), base=base, experts=expert or ())
+    console.print_json(checked.to_json()) if json_ else console.print_pairs(checked.pairs())
+
+
+@recipes.command("verify", epilog="Example: ktmerge recipe verify blended --recipe recipe.yaml --rebuild")
+def recipe_verify(
+    out: Annotated[Path, typer.Argument(help="A folder that 'ktmerge blend' wrote.")],
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="What it was made by; else the recipe in its record.")
+    ] = None,
+    base: BaseOption = None,
+    expert: ExpertOption = None,
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Blend again beside it, and compare byte for byte.")
+    ] = False,
+    device: DeviceOption = "auto",
+    json_: JsonOption = False,
+) -> None:
+    """Prove that a blended model is what its record says; exit code 1 if it is not."""
+    from ktmerge import api, console
+
+    found = api.verify(
+        out, recipe, base=base, experts=expert or (), rebuild=rebuild, device=device,
+        progress=console.TerminalProgress(),
+    )  # fmt: skip
+    console.print_json(found.to_json()) if json_ else console.print_table(*found.table())
+    if not found.holds:
+        raise typer.Exit(1)
+
+
+@recipes.command("show", epilog="Example: ktmerge recipe show ties")
+def recipe_show(recipe: Annotated[str, typer.Argument(help="Recipe file or gallery name.")], set_: SetOption = None,
+                json_: JsonOption = False) -> None:  # fmt: skip
+    """Print a recipe; with --set or --json as ktmerge understands it, defaults written out."""
+    from ktmerge import api, console
+
+    if json_:
+        console.print_json(api.load_recipe(recipe, overrides=set_ or ()).model_dump(mode="json", by_alias=True))
+    else:
+        sys.stdout.write(api.show_recipe(recipe, set_ or ()))
+
+
+@recipes.command("list", epilog="Example: ktmerge recipe list")
+def recipe_list(json_: JsonOption = False) -> None:
+    """List the recipes that come with ktmerge, when to use each, and what each has to measure on data before."""
+    from ktmerge import api, console
+
+    listed = [vars(recipe) for recipe in api.list_recipes()]
+    if json_:
+        console.print_json(listed)
+    else:
+        columns = ("name", "when", "method", "data")
+        console.print_table(columns, [[row[column] for column in columns] for row in listed])
+
+
+@recipes.command("import", epilog="Example: ktmerge recipe import mergekit.yaml --out recipe.yaml")
+def recipe_import(
+    source: Annotated[Path, typer.Argument(help="A mergekit YAML file.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the recipe here; else print it.")] = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Turn a mergekit YAML into a recipe, and say where the semantics differ."""
+    from ktmerge import api, console
+
+    text, differences = api.import_recipe(source, out, overwrite=overwrite)
+    if out is None:
+        sys.stdout.write(text)
+    for difference in differences:
+        console.stderr().print(f"note: {difference}", markup=False)

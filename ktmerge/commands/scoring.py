@@ -1,0 +1,93 @@
+"""Commands that score, compare and report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ktmerge.commands.app import app
+from ktmerge.commands.options import (
+    BaseOption,
+    DeviceOption,
+    JsonOption,
+    OutOption,
+    OverwriteOption,
+    SetOption,
+)
+
+
+@app.command(
+    "eval", epilog="Example: ktmerge eval runs/spam blended --base ./base --suite suite.yaml --out scores.json"
+)
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Model folders, or name=folder.")],
+    suite: Annotated[Path | None, typer.Option("--suite", "-s", help="Suite file.")] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="Take suite and base from this recipe.")] = None,
+    base: BaseOption = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write scores (JSON) here.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass; scores don't depend on it.")] = 16,
+    device: DeviceOption = "auto",
+    reference: Annotated[
+        str | None, typer.Option("--reference", help="Name of the full fine-tune: for gain share and healed items.")
+    ] = None,
+    part: Annotated[
+        str | None, typer.Option("--part", help="Rows to score: selection, report or all (see the suite's selection).")
+    ] = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Score everything, even what was scored before.")
+    ] = False,
+    set_: SetOption = None,
+    overwrite: OverwriteOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Score base and models on upstream and downstream sets, with the same code in one go."""
+    from ktmerge import api, console
+
+    results = api.evaluate(
+        models, suite=suite, recipe=recipe, overrides=set_ or (), base=base, out=out, batch_size=batch_size,
+        device=device, reference=reference, part=part, cache=not no_cache, overwrite=overwrite,
+        progress=console.TerminalProgress(),
+    )  # fmt: skip
+    console.print_json(results.to_json()) if json_ else console.stdout().print(results.table())
+
+
+@app.command(epilog="Example: ktmerge compare scores-ties.json scores-linear.json")
+def compare(
+    scores: Annotated[list[Path], typer.Argument(help="Score files of 'ktmerge eval' with the same base and suite.")],
+    sequence: Annotated[
+        str | None, typer.Option("--sequence", help="Models tuned one after the other: model=set,model=set,...")
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Put several score files into one table, with paired differences."""
+    from ktmerge import api, console
+
+    results = api.compare(scores)
+    transfer = None if sequence is None else api.backward_transfer(results, sequence)
+    if json_:
+        console.print_json({**results.to_json(), **({} if transfer is None else {"sequence": transfer.to_json()})})
+    elif transfer is not None:
+        console.print_table(*transfer.table())
+    else:
+        console.stdout().print(results.table())
+        console.stdout().print(results.differences_table())
+
+
+@app.command(epilog="Example: ktmerge report scores.json --out report.html")
+def report(
+    scores: Annotated[Path, typer.Argument(help="Score file of 'ktmerge eval' or 'ktmerge run'.")],
+    out: OutOption = Path("report.html"),
+    recipe: Annotated[
+        list[Path] | None, typer.Option("--recipe", "-r", help="Recipe to print in it. Repeatable.")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Headline.")] = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Write a self-contained HTML page with the table, the picture and the recipe."""
+    from ktmerge import api, console
+
+    console.print_pairs(
+        {"report": str(api.report(scores, out, recipes=recipe or (), title=title, overwrite=overwrite))}
+    )

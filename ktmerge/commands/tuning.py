@@ -1,0 +1,127 @@
+"""Commands that make models: fine-tune, and measure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ktmerge.commands.app import app
+from ktmerge.commands.options import (
+    BaseOption,
+    DeviceOption,
+    JsonOption,
+    OverwriteOption,
+    ResumeOption,
+    SetOption,
+)
+
+
+@app.command(
+    epilog="Example: ktmerge finetune --base ./base --data train.jsonl --out runs/spam --set learning_rate=2e-5"
+)
+def finetune(
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="Make the experts this recipe describes.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="With --recipe: just this expert. Repeatable.")
+    ] = None,
+    base: BaseOption = None,
+    data: Annotated[list[str] | None, typer.Option("--data", help="Without --recipe: JSONL, JSON or parquet.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Without --recipe: where the tuned model goes.")
+    ] = None,
+    train: Annotated[
+        str | None, typer.Option("--train", help="full, top:K, last:K, connector, llm, head, ...; joined by +.")
+    ] = None,
+    select: Annotated[
+        str | None,
+        typer.Option(
+            "--select", help="Which elements move: magnitude, gradient, fused, random, child_f, child_d, half."
+        ),
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option("--density", help="With --select: share of elements that move.")
+    ] = None,
+    every: Annotated[int | None, typer.Option("--every", help="With --select: choose again every K steps.")] = None,
+    scope: Annotated[str | None, typer.Option("--scope", help="With --select: tensor or global.")] = None,
+    mask: Annotated[str | None, typer.Option("--mask", help="With --select: hard or soft.")] = None,
+    replay: Annotated[
+        list[str] | None, typer.Option("--replay", help="Upstream data to mix into every batch. Repeatable.")
+    ] = None,
+    ratio: Annotated[float | None, typer.Option("--ratio", help="With --replay: its share of a batch.")] = None,
+    set_: SetOption = None,
+    preview: Annotated[
+        int, typer.Option("--preview", help="Show N samples with the trained tokens marked, and stop.")
+    ] = 0,
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Fine-tune a base model on your data: every weight of it, or what --train says."""
+    from ktmerge import api, console
+
+    settings: dict[str, Any] = {
+        "train": train,
+        "select": select,
+        "density": density,
+        "every": every,
+        "scope": scope,
+        "mask": mask,
+    }
+    settings |= {"replay": replay or None, "replay_ratio": ratio}
+    jobs = api.finetune_jobs(
+        recipe, only=only or (), base=base, data=data or (), out=out, overrides=set_ or (), settings=settings
+    )
+    if preview:
+        for job in jobs:
+            console.print_preview(api.preview(job, preview))
+        return
+    reports = api.finetune_all(jobs, resume=resume, overwrite=overwrite, progress=console.TerminalProgress())
+    if json_:
+        console.print_json([report.to_json() for report in reports])
+    else:
+        for report in reports:
+            console.print_pairs(report.pairs())
+
+
+@app.command(epilog="Example: ktmerge stats ./base --data upstream.jsonl --out stats/base")
+def stats(
+    model: Annotated[str | None, typer.Argument(help="Model folder or hub id.")] = None,
+    data: Annotated[list[str] | None, typer.Option("--data", help="JSONL, JSON or parquet, as for finetune.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Where the statistics go.")] = None,
+    images: Annotated[str | None, typer.Option("--images", help="Folder of the images that rows name.")] = None,
+    self_generate: Annotated[
+        int | None, typer.Option("--self-generate", min=1, help="Instead of data: so many texts the model writes.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Rows of the data to use; default 256.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens to keep of each input; default 2048.")] = None,
+    fisher: Annotated[str | None, typer.Option(help="none (default), empirical or sampled.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="Make the statistics this recipe describes.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="With --recipe: just those of 'base' or an expert. Repeatable.")
+    ] = None,
+    set_: SetOption = None,
+    device: DeviceOption = "auto",
+    resume: ResumeOption = False,
+    overwrite: OverwriteOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Measure a model on data, for the methods that need it: inputs of its linear maps, Fisher information."""
+    from ktmerge import api, console
+
+    settings = {"data": data or [], "images": images, "self_generate": self_generate, "samples": samples,
+                "tokens": tokens, "fisher": fisher}  # fmt: skip
+    jobs = api.measurements(recipe, only=only or (), model=model, out=out, settings=settings, overrides=set_ or ())
+    reports = api.measure_all(
+        jobs, device=device, resume=resume, overwrite=overwrite, progress=console.TerminalProgress()
+    )
+    if json_:
+        console.print_json([report.to_json() for report in reports])
+    else:
+        for report in reports:
+            console.print_pairs(report.pairs())

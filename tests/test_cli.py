@@ -1,0 +1,47 @@
+"""The entry point: how a process of ktmerge ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+COMMANDS = [
+    "finetune",
+    "stats",
+    "blend",
+    "extract-lora",
+    "eval",
+    "compare",
+    "report",
+    "run",
+    "demo",
+    "inspect",
+    "recommend",
+    "doctor",
+    "recipe",
+]
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_signal_after_the_work_changes_nothing(number: str) -> None:
+    """Python puts default handlers back while it shuts down: it would die of a signal though everything is done."""
+    code = (
+        "import atexit, os, signal\n"
+        f"atexit.register(lambda: os.kill(os.getpid(), signal.{number}))\n"
+        "from ktmerge.cli import main\n"
+        f"class Late:\n    def __del__(self, kill=os.kill, me=os.getpid(), number=signal.{number}): kill(me, number)\n"
+        "import sys\nsys.modules['late'] = Late()\n"
+        "main(['--version'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_help_lists_commands_in_the_order_of_the_work() -> None:
+    from ktmerge.commands import app
+
+    names = [info.name or info.callback.__name__ for info in app.registered_commands if info.callback is not None]
+    names += [group.name for group in app.registered_groups if group.name]
+    assert [name for name in names if name in COMMANDS] == COMMANDS
