@@ -7,21 +7,8 @@ import sys
 
 import pytest
 
-COMMANDS = [
-    "finetune",
-    "stats",
-    "blend",
-    "extract-lora",
-    "eval",
-    "compare",
-    "report",
-    "run",
-    "demo",
-    "inspect",
-    "recommend",
-    "doctor",
-    "recipe",
-]
+COMMANDS = ["finetune", "stats", "blend", "extract-lora", "eval", "compare", "report"]
+COMMANDS += ["run", "demo", "inspect", "recommend", "doctor", "recipe"]
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
