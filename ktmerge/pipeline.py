@@ -127,6 +127,7 @@ def run(
     results = page = None
     if suite is not None and recipe.eval is not None:
         from ktmerge import eval as evaluation
+        from ktmerge.eval.store import score_folder
 
         models = {"base": base, **experts, **({} if blended is None else {"blended": blended})}
         results = evaluation.evaluate(
@@ -136,6 +137,7 @@ def run(
             bootstrap=recipe.eval.bootstrap,
             seed=recipe.eval.seed,
             device=device,
+            cache=score_folder(),
             progress=progress,
         )
         results.save(out / SCORES)
