@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ktmerge.recipes.images import Image, ImageError, check_images, images_of
+
+PIL = pytest.importorskip("PIL.Image")
+
+
+def png(colour: tuple[int, ...] = (200, 30, 60), size: tuple[int, int] = (20, 14), mode: str = "RGB") -> bytes:
+    held = io.BytesIO()
+    PIL.new(mode, size, colour).save(held, format="PNG")
+    return held.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "red.png").write_bytes(png())
+    return tmp_path
+
+
+def sources(folder: Path) -> list[Any]:
+    data, text = png(), base64.b64encode(png()).decode()
+    return [
+        "pictures/red.png", f"file://{folder}/pictures/red.png", str(folder / "pictures/red.png"),
+        Path("pictures/red.png"), data, memoryview(data), text, "\n".join([text[:30], text[30:]]),
+        f"data:image/png;base64,{text}", {"bytes": data, "path": "elsewhere.png"},
+        {"bytes": None, "path": "pictures/red.png"}, {"url": "pictures/red.png"},
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{text}"}}, PIL.open(io.BytesIO(data)),
+        ["pictures/red.png"],
+    ]  # fmt: skip
+
+
+def test_every_source_gives_the_same_picture(folder: Path) -> None:
+    wanted = PIL.open(io.BytesIO(png())).tobytes()
+    for value in sources(folder):
+        (image,) = images_of(value, folder)
+        assert image.open().tobytes() == wanted, value
+        image.check()
+
+
+@pytest.mark.parametrize("nothing", [None, "", [], {"bytes": None, "path": None}, [None, ""]])
+def test_nothing_is_no_image(folder: Path, nothing: Any) -> None:
+    assert images_of(nothing, folder) == []
+
+
+def test_several_images_keep_their_order(folder: Path) -> None:
+    blue = png((0, 0, 250))
+    found = images_of([blue, None, ["pictures/red.png"]], folder)
+    assert [image.open().getpixel((0, 0)) for image in found] == [(0, 0, 250), (200, 30, 60)]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (7, "not int"),
+        ("https://example.org/a.png", "not fetched"),
+        ("data:image/png,abc", "must hold base64"),
+        ("data:image/png;base64,%%%", "not valid base64"),
+        ("x" * 3000, "neither a path nor base64"),
+        ({"pixels": 1}, "'bytes' or 'path'; here are pixels"),
+    ],
+)
+def test_what_is_no_image_is_said(folder: Path, value: Any, said: str) -> None:
+    with pytest.raises(ImageError, match=said):
+        images_of(value, folder)
+
+
+def test_missing_and_broken_images_are_named_with_their_rows(folder: Path) -> None:
+    held = io.BytesIO()
+    PIL.effect_noise((64, 64), 90).save(held, format="JPEG")
+    (folder / "cut.jpg").write_bytes(held.getvalue()[:800])
+    (folder / "empty.png").write_bytes(b"")
+    named = [
+        (f"x.jsonl:{i}", images_of(value, folder))
+        for i, value in enumerate(["pictures/red.png", "none.png", "cut.jpg", "empty.png", b"text", "pictures"], 1)
+    ]
+    found = check_images(named)
+    assert [problem.split(":")[1] for problem in found] == ["2", "3", "4", "5", "6"]
+    for problem, part in zip(found, ["none.png: no such image", "cut.jpg", "is empty", "an embedded image", "folder"],
+                             strict=True):  # fmt: skip
+        assert part in problem
+        assert "BytesIO" not in problem
+
+
+def test_pictures_stand_upright_and_have_three_colours() -> None:
+    for mode, colour in (("L", 7), ("P", 3), ("RGBA", (1, 2, 3, 0)), ("1", 1), ("CMYK", (0, 9, 9, 0))):
+        held = io.BytesIO()
+        PIL.new(mode, (6, 4), colour).save(held, format="TIFF")
+        assert Image(data=held.getvalue()).open().mode == "RGB"
+    held = io.BytesIO()
+    exif = PIL.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    PIL.new("RGB", (30, 20)).save(held, format="JPEG", exif=exif)
+    assert Image(data=held.getvalue()).open().size == (20, 30)
