@@ -20,14 +20,24 @@ def apply_overrides(document: dict[str, Any], overrides: Iterable[str]) -> dict[
     """
     for override in overrides:
         path, equals, value = override.partition("=")
-        steps = _steps(path)
+        steps = steps_of(path)
         if not equals or not steps:
             raise UsageError(f"--set {override}: write key=value, e.g. --set blend.lambda=0.8.")
-        _assign(document, steps, parse_yaml(value, f"--set {override}") if value.strip() else None, override)
+        _assign(document, steps, parse_yaml(value, f"--set {override}") if value.strip() else None, f"--set {override}")
     return document
 
 
-def _steps(path: str) -> list[str | int]:
+def set_key(document: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set ``key.path[0]`` to a value; ``where`` names it in messages.
+
+    Raises:
+        UsageError: as for `apply_overrides`.
+    """
+    _assign(document, steps_of(key), value, where)
+
+
+def steps_of(path: str) -> list[str | int]:
+    """``blend.where[0].lambda`` as its steps; empty if it is not written so."""
     steps: list[str | int] = []
     position = 0
     for match in _STEP.finditer(path):
@@ -38,14 +48,14 @@ def _steps(path: str) -> list[str | int]:
     return steps if position == len(path) and steps and isinstance(steps[0], str) else []
 
 
-def _assign(target: Any, steps: list[str | int], value: Any, override: str) -> None:
+def _assign(target: Any, steps: list[str | int], value: Any, where: str) -> None:
     for i, step in enumerate(steps):
         last = i == len(steps) - 1
         if isinstance(step, int):
             if not isinstance(target, list) or step >= len(target):
-                raise UsageError(f"--set {override}: there is no item [{step}] in {_spell(steps[:i])}.")
+                raise UsageError(f"{where}: there is no item [{step}] in {_spell(steps[:i])}.")
         elif not isinstance(target, dict):
-            raise UsageError(f"--set {override}: {_spell(steps[:i])} has no keys inside.")
+            raise UsageError(f"{where}: {_spell(steps[:i])} has no keys inside.")
         elif not last and target.get(step) is None:
             target[step] = {}
         if last:
