@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from ktmerge.checkpoints import PartExpression
-from ktmerge.recipes import training
+from ktmerge.recipes import adapters, training
 from ktmerge.recipes.suites import Task
 
 SCHEMA_VERSION = 1
@@ -179,9 +179,12 @@ class FinetuneJob(_Section):
     max_steps: int | None = Field(None, ge=1, description="instead of epochs")
     batch_size: int = Field(8, ge=1, description="samples per device and forward pass")
     gradient_accumulation: int = Field(1, ge=1)
-    learning_rate: float = Field(1e-5, gt=0, lt=1)
+    learning_rate: float = Field(1e-5, gt=0, lt=1, description="with an adapter, its family's by default")
     learning_rates: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(
         default_factory=dict, description="{part expression: rate}, first match wins; elsewhere learning_rate"
+    )
+    adapter: Annotated[adapters.Adapter | None, BeforeValidator(adapters.adapter_of)] = Field(
+        None, description="trained in place of the weights: lora, dora, prompt, ...; `train` says where, llm by default"
     )
     select: Literal["none", "magnitude", "gradient", "fused", "random", "child_f", "child_d", "half"] = Field(
         "none",
@@ -234,12 +237,23 @@ class FinetuneJob(_Section):
     scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup: float = Field(0.03, ge=0, description="below 1: share of the steps; otherwise steps")
     weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float | None = Field(1.0, gt=0, description="null: gradients are measured, not clipped")
     max_length: int = Field(2048, ge=8, description="tokens; longer samples are dropped and counted, never cut")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the forward pass; masters are fp32"
     )
     activation_checkpointing: bool = False
+    optimizer: Literal["adamw", "adamw_8bit", "adafactor", "sgd", "lion", "lion_8bit"] = Field(
+        "adamw", description="lion and those of 8 bits are bitsandbytes'"
+    )
+    offload_optimizer: bool = Field(False, description="keep the optimizer's state, and step, in the host's memory")
+    optimizer_in_backward: bool = Field(
+        False, description="step each tensor as soon as its gradient is there, so that no two gradients are held"
+    )
+    packing: bool = Field(False, description="put the samples of a batch end to end instead of padding them; text only")
+    group_by_length: bool = Field(False, description="make batches of samples of like length")
+    show_samples: int = Field(2, ge=0, description="texts that the model writes at every evaluation, for a person")
+    tensorboard: bool = Field(False, description="write what is logged as event files, too")
     log_every: int = Field(1, ge=1)
     eval_every: int | None = Field(None, ge=1, description="steps; default: a tenth of the run")
     save_every: int | None = Field(
@@ -264,6 +278,19 @@ class FinetuneJob(_Section):
         for expression in rates:
             PartExpression.parse(expression)
         return rates
+
+    @model_validator(mode="after")
+    def _adapter_fits(self) -> FinetuneJob:
+        if self.adapter is None:
+            return self
+        problem = adapters.conflict(self)
+        if problem is not None:
+            raise ValueError(problem)
+        if "learning_rate" not in self.model_fields_set:
+            self.__dict__["learning_rate"] = (
+                self.adapter.family.rate
+            )  # a default, not a setting: it goes with the family
+        return self
 
     @model_validator(mode="after")
     def _selection_fits(self) -> FinetuneJob:
@@ -316,6 +343,34 @@ class FinetuneJob(_Section):
             raise ValueError(
                 "export chooses between the average and the last weights, so it needs average: ema or lawa"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _memory_fits(self) -> FinetuneJob:
+        stepwise = {
+            "gradient_accumulation above 1": self.gradient_accumulation > 1,
+            "select": self.select != "none",
+            "l2_sp": self.l2_sp > 0,
+            "offload_optimizer": self.offload_optimizer,
+            "max_grad_norm (set it to null)": self.max_grad_norm is not None,
+        }
+        clash = next((key for key, given in stepwise.items() if given), None)
+        if self.optimizer_in_backward and clash is not None:
+            raise ValueError(
+                f"optimizer_in_backward has no moment at which all gradients of a step are there, "
+                f"so it cannot be had with {clash}"
+            )
+        if self.select != "none" and self.offload_optimizer:
+            raise ValueError("select keeps moments of what moves only, where it moves; offload_optimizer moves all")
+        if self.select == "child_f" and self.optimizer not in ("adamw", "sgd"):
+            raise ValueError(
+                f"select child_f lays moments to rest element by element, which optimizer {self.optimizer} cannot do; "
+                "use adamw or sgd"
+            )
+        if self.packing and self.distill:
+            raise ValueError("distill asks the base about whole samples, so it cannot be had with packing")
+        if self.group_by_length and self.replay:
+            raise ValueError("replay decides what is in a batch, so it cannot be had with group_by_length")
         return self
 
     @property
