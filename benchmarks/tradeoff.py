@@ -1,4 +1,4 @@
-"""Upstream against downstream: normalised points, fronts, hypervolume, E/F/O/H, and paired bootstrap intervals.
+"""Upstream against downstream: normalised points, E/F/O/H, and paired bootstrap intervals.
 
 Item scores are 0 to 100. Resamples of a set are the same for every model, so that differences between methods are
 paired.
@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from ktmerge.sweep.pareto import Array
+
 Items = Mapping[str, Array]
 """Item scores of one model by set."""
 
@@ -93,24 +93,6 @@ def harmonic(first: Array, second: Array) -> Array:
     """2ab / (a + b) of what is above 0; else 0."""
     a, b = np.maximum(first, 0), np.maximum(second, 0)
     return np.divide(2 * a * b, a + b, out=np.zeros_like(a), where=a + b > 0)
-
-
-def front(points: Array) -> list[int]:
-    """Indices of the points ``[n, 2]`` that no other point beats on one side without losing on the other."""
-    return [
-        i
-        for i, point in enumerate(points)
-        if not any((other >= point).all() and (other > point).any() for other in points)
-    ]
-
-
-def hypervolume(points: Array) -> Array:
-    """Area between (0, 0) and the staircase over the points ``[n, 2, ...]``; what is below 0 counts as 0."""
-    first, second = np.maximum(points[:, 0], 0), np.maximum(points[:, 1], 0)
-    order = np.argsort(-first, axis=0, kind="stable")
-    wide, high = np.take_along_axis(first, order, 0), np.take_along_axis(second, order, 0)
-    steps = wide - np.concatenate([wide[1:], np.zeros_like(wide[:1])])
-    return np.asarray((steps * np.maximum.accumulate(high, axis=0)).sum(axis=0))
 
 
 def interval(values: Array, level: float = 0.95) -> tuple[float, float, float]:

@@ -18,8 +18,9 @@ ALLOWED = {
     "merge": {"recipes", "checkpoints"},
     "tuners": {"recipes", "checkpoints"},
     "eval": {"recipes", "checkpoints"},
+    "sweep": {"merge", "eval", "recipes", "checkpoints"},
     "pipeline": {"merge", "tuners", "eval", "recipes", "checkpoints"},
-    "api": {"pipeline", "merge", "tuners", "eval", "recipes", "checkpoints"},
+    "api": {"pipeline", "sweep", "merge", "tuners", "eval", "recipes", "checkpoints"},
     "demo": {"api", "pipeline", "merge", "tuners", "eval", "recipes", "checkpoints"},
     "doctor": {"checkpoints"},
     "console": {"tuners"},
@@ -32,7 +33,7 @@ ALLOWED = {
     "progress": set(),
 }
 SHARED = {"drawing", "errors", "progress", "__version__"}
-HEAVY = ("torch", "transformers", "mergekit", "datasets", "matplotlib", "pandas", "pyarrow", "scipy")
+HEAVY = ("torch", "transformers", "mergekit", "datasets", "matplotlib", "pandas", "pyarrow", "scipy", "optuna")
 
 
 def room_of(module: Path) -> str:
