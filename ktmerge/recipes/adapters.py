@@ -168,6 +168,8 @@ def conflict(job: Any) -> str | None:
         job: a ``FinetuneJob`` with an adapter.
     """
     adapter: Adapter = job.adapter
+    if job.train != "full" and adapter.name in ("prompt", "p-tuning", "prefix", "xlora", "visual-prompt"):
+        return f"train says where an adapter is attached, and {adapter.name} has a place of its own; leave train out"
     if job.select != "none":
         return "select chooses elements of the model's own weights, which an adapter leaves alone; give one of the two"
     if job.l2_sp:

@@ -374,6 +374,16 @@ class FinetuneJob(_Section):
         return self
 
     @property
+    def samples_a_step(self) -> int:
+        """Samples of all batches of one optimizer step."""
+        return self.batch_size * self.gradient_accumulation
+
+    @property
+    def adapted_part(self) -> str:
+        """Where an adapter is attached: what ``train`` names, the language model by default."""
+        return "llm" if self.train == "full" else self.train
+
+    @property
     def replayed(self) -> int:
         """Replayed samples of each batch."""
         return min(self.batch_size - 1, max(1, round(self.replay_ratio * self.batch_size))) if self.replay else 0

@@ -1,0 +1,96 @@
+"""A folder with an adapter in it, written, and attached again to a loaded model: PEFT's format, or ktmerge's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ktmerge.checkpoints.adapter import CONFIG, WEIGHTS
+from ktmerge.checkpoints.layout import read_json
+from ktmerge.checkpoints.quiet import quiet_transformers
+from ktmerge.errors import UsageError, first_line
+
+OWN = "KTMERGE"
+"""What stands for the type in the configuration of an adapter that PEFT does not know."""
+
+
+def save_own(folder: Path, model: Any, settings: Mapping[str, Any]) -> None:
+    """Write the trained parameters of a model with one of ktmerge's own adapters.
+
+    Args:
+        folder: is there; gets a configuration and the weights.
+        model: has the adapter, which alone is trained.
+        settings: ``kind`` (bottleneck, conditioned, visual-prompt), ``places``; ``width``, or ``tokens`` and ``size``.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {name: one.detach().contiguous() for name, one in model.named_parameters() if one.requires_grad}
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    text = json.dumps({"peft_type": OWN, **settings}, indent=2)
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+
+
+def attach_saved(model: Any, folder: Path) -> Any:
+    """The model with the adapter of ``folder``, for inference.
+
+    Args:
+        model: a loaded transformers model; changed.
+        folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Raises:
+        UsageError: it is not whole, of another model, or of a kind that PEFT does not know.
+    """
+    config = read_json(folder / CONFIG)
+    if not (folder / WEIGHTS).exists():
+        raise UsageError(f"{folder}: has no {WEIGHTS}; save the adapter as safetensors (PeftModel.save_pretrained).")
+    if config.get("peft_type") == OWN:
+        attach_own(model, folder, config)
+        _fill(model, folder)
+        return model.eval()
+    return _by_peft(model, folder)
+
+
+def attach_own(model: Any, folder: Path, config: Mapping[str, Any]) -> None:
+    """Attach one of ktmerge's own adapters, untrained, as its configuration says.
+
+    Raises:
+        UsageError: the configuration is not one, or the model has no such places.
+    """
+    from ktmerge.adapters.bottleneck import attach_bottlenecks
+    from ktmerge.adapters.visual import attach_visual_prompt
+
+    try:
+        if config["kind"] == "visual-prompt":
+            attach_visual_prompt(model, config["places"][0], config["size"], config["tokens"])
+        else:
+            conditioned = {"bottleneck": False, "conditioned": True}[config["kind"]]
+            attach_bottlenecks(model, config["places"], config["width"], conditioned=conditioned)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UsageError(f"{folder}: its {CONFIG} does not fit this model: {first_line(error)}.") from None
+
+
+def _fill(model: Any, folder: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    own = dict(model.named_parameters())
+    for name, tensor in load_file(folder / WEIGHTS).items():
+        if name not in own or own[name].shape != tensor.shape:
+            raise UsageError(f"{folder}: the adapter's '{name}' does not fit this model; it belongs to another one.")
+        with torch.no_grad():
+            own[name].copy_(tensor)
+
+
+def _by_peft(model: Any, folder: Path) -> Any:
+    from peft import PeftModel
+
+    loader: Any = PeftModel
+    if read_json(folder / CONFIG).get("peft_type") == "XLORA":
+        model.config.use_cache = False  # X-LoRA refuses a model that has it
+    try:
+        with quiet_transformers():
+            return loader.from_pretrained(model, str(folder), is_trainable=False).eval()
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        raise UsageError(f"{folder}: PEFT cannot attach this adapter to the model: {first_line(error)}") from error
