@@ -11,7 +11,7 @@ from typing import Any
 import typer
 
 from ktmerge.commands import app
-from ktmerge.errors import KtmergeError
+from ktmerge.errors import KtmergeError, ToldElsewhereError
 
 __all__ = ["app", "main"]
 
@@ -33,6 +33,8 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for number in STOPPING:
         signal.signal(number, _stop)
+    if _is_one_of_several():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
     try:
         code = _exit_code(arguments)
         # Whatever the command did is done. Python, shutting down, would put back the default: die of the signal.
@@ -49,9 +51,10 @@ def _exit_code(arguments: list[str] | None) -> int:
     except KtmergeError as error:
         if _stopped:
             return _interrupted()
-        from ktmerge import console
+        if not isinstance(error, ToldElsewhereError) and not _is_an_echo():
+            from ktmerge import console
 
-        console.fail(str(error))
+            console.fail(str(error))
         return error.exit_code
     except (typer.Abort, KeyboardInterrupt):
         return _interrupted()
@@ -63,7 +66,8 @@ def _exit_code(arguments: list[str] | None) -> int:
             return _interrupted()
         if not hasattr(error, "exit_code") or not hasattr(error, "show"):
             raise
-        error.show()  # a usage error of the command line itself
+        if not _is_an_echo():
+            error.show()  # a usage error of the command line itself
         return int(error.exit_code)
     if _stopped:
         return _interrupted()
@@ -71,7 +75,19 @@ def _exit_code(arguments: list[str] | None) -> int:
 
 
 def _interrupted() -> int:
-    from ktmerge import console
+    if not _is_one_of_several():
+        from ktmerge import console
 
-    console.fail("interrupted; nothing was left half-written.")
+        console.fail("interrupted; nothing was left half-written.")
     return 130
+
+
+def _is_one_of_several() -> bool:
+    """Whether this is a process of a run by torchrun or the like, and not the first of them, which prints."""
+    return os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def _is_an_echo() -> bool:
+    """Whether the first process fails with the same words: until they have joined, all do the same."""
+    distributed = sys.modules.get("torch.distributed")
+    return _is_one_of_several() and not (distributed and distributed.is_available() and distributed.is_initialized())

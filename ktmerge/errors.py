@@ -23,6 +23,14 @@ class UsageError(KtmergeError):
     exit_code = 2
 
 
+class ToldElsewhereError(KtmergeError):
+    """Another process of the run failed, and says why; nothing is left to be said here."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("another process of the run failed.")
+        self.exit_code = exit_code
+
+
 def did_you_mean(wrong: str, valid: Iterable[str], *, list_all: bool = True) -> str:
     """Return `` Did you mean 'x'?`` or, with nothing near, `` Valid: a, b, c.``; empty if there is nothing to say.
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ktmerge.tuners.sharding import own
+
 _TYPES = (torch.bfloat16, torch.float16)
 
 
@@ -18,10 +20,10 @@ class Origins:
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        self._stored = {name: _smallest(parameter.detach()) for name, parameter in parameters.items()}
+        self._stored = {name: _smallest(own(parameter)) for name, parameter in parameters.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        """fp32, in the parameter's shape."""
+        """fp32, in the parameter's shape; of a sharded one, its own rows."""
         return self._stored[name].float()
 
     @property

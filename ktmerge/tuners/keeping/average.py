@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ktmerge.tuners.sharding import own, rows, write_tensors
+
 _STATE = "average.safetensors"
 
 
@@ -21,7 +23,7 @@ class Average(Protocol):
         """Take the weights as they are after a step."""
 
     def value(self, name: str) -> Tensor:
-        """The average, fp32."""
+        """The average, fp32; of a sharded parameter, of the process's own rows."""
 
     def save(self, folder: Path) -> None:
         """Write what a resumed run needs."""
@@ -42,27 +44,25 @@ class Exponential:
 
     def __init__(self, parameters: Mapping[str, Parameter], decay: float) -> None:
         self._parameters, self._decay = parameters, decay
-        self._averages = {name: one.detach().clone() for name, one in parameters.items()}
+        self._averages = {name: own(one).clone() for name, one in parameters.items()}
 
     def after_step(self, step: int) -> None:
         share = 1.0 - min(self._decay, (1 + step) / (10 + step))
         with torch.no_grad():
             for name, parameter in self._parameters.items():
-                self._averages[name].lerp_(parameter, share)
+                self._averages[name].lerp_(own(parameter), share)
 
     def value(self, name: str) -> Tensor:
         return self._averages[name]
 
     def save(self, folder: Path) -> None:
-        from safetensors.torch import save_file
-
-        save_file({name: one.cpu() for name, one in self._averages.items()}, folder / _STATE)
+        write_tensors(folder / _STATE, self._averages)
 
     def load(self, folder: Path) -> None:
         from safetensors.torch import load_file
 
         for name, stored in load_file(folder / _STATE).items():
-            self._averages[name].copy_(stored)
+            self._averages[name].copy_(stored[rows(self._parameters[name])])
 
 
 class Latest:
@@ -83,23 +83,21 @@ class Latest:
     def after_step(self, step: int) -> None:
         if step % self._every:
             return
-        taken = {name: one.detach().cpu().clone() for name, one in self._parameters.items()}
+        taken = {name: own(one).cpu().clone() for name, one in self._parameters.items()}
         self._snapshots = [*self._snapshots, taken][-self._window :]
 
     def value(self, name: str) -> Tensor:
         if not self._snapshots:
-            return self._parameters[name].detach()
+            return own(self._parameters[name])
         # the sum of equal fp32 numbers is exact in fp64: what never moved keeps its bits
-        total = torch.zeros(self._parameters[name].shape, dtype=torch.float64)
+        total = torch.zeros(own(self._parameters[name]).shape, dtype=torch.float64)
         for snapshot in self._snapshots:
             total += snapshot[name]
         return (total / len(self._snapshots)).float()
 
     def save(self, folder: Path) -> None:
-        from safetensors.torch import save_file
-
         named = {f"{n}/{name}": one for n, taken in enumerate(self._snapshots) for name, one in taken.items()}
-        save_file(named, folder / _STATE)
+        write_tensors(folder / _STATE, named)
 
     def load(self, folder: Path) -> None:
         from safetensors.torch import load_file
@@ -107,19 +105,19 @@ class Latest:
         found: dict[int, dict[str, Tensor]] = {}
         for path, stored in load_file(folder / _STATE).items():
             number, _, name = path.partition("/")
-            found.setdefault(int(number), {})[name] = stored
+            found.setdefault(int(number), {})[name] = stored[rows(self._parameters[name])].clone()
         self._snapshots = [found[number] for number in sorted(found)]
 
 
 @contextmanager
 def averaged(parameters: Mapping[str, Parameter], average: Average) -> Iterator[None]:
     """The model has the averaged weights in here, and its own again afterwards."""
-    own = {name: one.detach().cpu().clone() for name, one in parameters.items()}
+    before = {name: own(one).cpu().clone() for name, one in parameters.items()}
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(average.value(name))
+            own(parameter).copy_(average.value(name))
         try:
             yield
         finally:
             for name, parameter in parameters.items():
-                parameter.copy_(own[name])
+                own(parameter).copy_(before[name])

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ktmerge.tuners.sharding import is_writer, own, rows, write_tensors
+
 _STATE, _WEIGHTS = "guard.json", "guard.safetensors"
 
 
@@ -41,21 +43,20 @@ class Guard:
             self.stopped = True
             return True
         self.step = step
-        self._kept = {name: one.detach().cpu().clone() for name, one in self._parameters.items()}
+        self._kept = {name: own(one).cpu().clone() for name, one in self._parameters.items()}
         return False
 
     def restore(self) -> None:
         """Set the weights back to the last evaluation within the limit."""
         with torch.no_grad():
             for name, parameter in self._parameters.items():
-                parameter.copy_(self._kept[name])
+                own(parameter).copy_(self._kept[name])
 
     def save(self, folder: Path) -> None:
         """Write what a resumed run needs."""
-        from safetensors.torch import save_file
-
-        (folder / _STATE).write_text(json.dumps({"base": self._base, "step": self.step}), encoding="utf-8")
-        save_file(self._kept, folder / _WEIGHTS)
+        write_tensors(folder / _WEIGHTS, self._kept)
+        if is_writer():
+            (folder / _STATE).write_text(json.dumps({"base": self._base, "step": self.step}), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
         """Go on with what `save` wrote."""
@@ -63,4 +64,5 @@ class Guard:
 
         told = json.loads((folder / _STATE).read_text(encoding="utf-8"))
         self._base, self.step = told["base"], told["step"]
-        self._kept = load_file(folder / _WEIGHTS)
+        stored = load_file(folder / _WEIGHTS)
+        self._kept = {name: one[rows(self._parameters[name])].clone() for name, one in stored.items()}

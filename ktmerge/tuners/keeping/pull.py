@@ -20,6 +20,7 @@ from ktmerge.checkpoints.live import as_checkpoint
 from ktmerge.checkpoints.statistics import Statistics
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.tuners.origins import Origins
+from ktmerge.tuners.sharding import add_up, like, own, rows
 
 
 class Pull:
@@ -28,7 +29,7 @@ class Pull:
     Args:
         parameters: as the base has them, by name.
         strength: alpha.
-        fisher: F by name, in the parameters' shapes; None: 1.
+        fisher: F by name, in the parameters' shapes, of sharded ones the process's own rows; None: 1.
     """
 
     def __init__(
@@ -45,15 +46,16 @@ class Pull:
         total = 0.0
         with torch.no_grad():
             for name, parameter in self._parameters.items():
-                away = parameter - self._origins[name]
+                mine = own(parameter)
+                away = mine - self._origins[name]
                 force = away if self._fisher is None else away * self._fisher[name]
                 total += float((away * force).sum(dtype=torch.float64))
                 if parameter.grad is None:
-                    if not bool(force.any()):
+                    if not int(add_up(torch.tensor(int(force.any())))):
                         continue  # what the loss does not reach stays without a gradient, and without weight decay
-                    parameter.grad = torch.zeros_like(parameter)
-                parameter.grad.add_(force, alpha=self._strength)
-        self.penalty = self._strength / 2 * total
+                    parameter.grad = like(parameter, torch.zeros_like(mine))
+                own(parameter.grad).add_(force, alpha=self._strength)
+        self.penalty = self._strength / 2 * _sum(total)
 
 
 def open_fisher(folder: Path, base: Checkpoint) -> Statistics:
@@ -85,13 +87,19 @@ def read_fisher(found: Statistics, base: Checkpoint, parameters: Mapping[str, Pa
             info = found.fisher_of(stored)
             if info is None or info.shape != tuple(parameter.shape):
                 raise UsageError(f"{found.root}: has no Fisher information of '{name}', which is trained.")
-            fisher[name] = reader.read(f"fisher/{stored}").view(parameter.shape).to(parameter)
+            values = reader.read(f"fisher/{stored}").view(parameter.shape)[rows(parameter)]
+            fisher[name] = values.to(own(parameter))
     return fisher
 
 
 def _relative(fisher: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    count = sum(tensor.numel() for tensor in fisher.values())
-    mean = sum(float(tensor.sum(dtype=torch.float64)) for tensor in fisher.values()) / max(1, count)
+    count = _sum(sum(tensor.numel() for tensor in fisher.values()))
+    mean = _sum(sum(float(tensor.sum(dtype=torch.float64)) for tensor in fisher.values())) / max(1, count)
     if not mean > 0:
         raise KtmergeError("the Fisher information of what is trained is zero everywhere; measure it on other data.")
     return {name: tensor / mean for name, tensor in fisher.items()}
+
+
+def _sum(number: float) -> float:
+    """Over all processes."""
+    return float(add_up(torch.tensor(number, dtype=torch.float64)))

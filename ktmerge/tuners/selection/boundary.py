@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ktmerge.tuners.sharding import add_up, before
+
 _HALF = 1 << 16
 _CHUNK = 1 << 22
 """Elements looked at together."""
@@ -20,18 +22,19 @@ def select_largest(
 
     The threshold is found by two passes that count, over the upper and the lower half of a 32-bit key that orders fp32
     numbers as they are ordered; two more decide between equal scores, if there are too many. Scores are asked for anew
-    in every pass, so that those of one tensor are in memory at a time.
+    in every pass, so that those of one tensor are in memory at a time. Of several processes each has a run of every
+    tensor, in their order; counts are added up, so all find the threshold that one would.
 
     Args:
         scores: the scores of a tensor, fp32, flat, on the host; the same numbers every time.
-        sizes: elements of each tensor.
-        count: how many to select.
+        sizes: elements of each tensor; of several processes, those that this one has.
+        count: how many to select, in all.
         noise: numbers that decide between equal scores, int32, flat; the larger wins, then the first.
 
     Returns:
         bool masks, flat, by name.
     """
-    if count >= sum(sizes.values()):
+    if count >= int(add_up(torch.tensor(sum(sizes.values())))):
         return {name: torch.ones(size, dtype=torch.bool) for name, size in sizes.items()}
     if count <= 0:
         return {name: torch.zeros(size, dtype=torch.bool) for name, size in sizes.items()}
@@ -47,13 +50,14 @@ def select_largest(
         keys = ordered(scores(name))
         mask = masks[name] = keys > floor
         places = (keys == floor).nonzero().squeeze(1)
-        if not len(places):
+        if not int(add_up(torch.tensor(len(places)))):
             continue
         luck = noise(name)[places]
         mask[places[luck > least]] = True
-        last = places[luck == least][:left]
-        mask[last] = True
-        left -= len(last)
+        last = places[luck == least]
+        mine = last[: max(0, left - before(len(last)))]
+        mask[mine] = True
+        left -= int(add_up(torch.tensor(len(mine))))
     return masks
 
 
@@ -93,7 +97,7 @@ def _counts(digits: Iterable[Tensor]) -> Tensor:
     total = torch.zeros(_HALF, dtype=torch.int64)
     for one in digits:
         total += torch.from_numpy(np.bincount(one.numpy(), minlength=_HALF))  # four times as fast as torch's
-    return total
+    return add_up(total)
 
 
 def _place(counts: Tensor, count: int) -> tuple[int, int]:

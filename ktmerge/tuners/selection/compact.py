@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ktmerge.tuners.sharding import add_up, before, own, rows
+
 
 @dataclass(frozen=True)
 class Chosen:
-    """Which elements of a tensor move.
+    """Which elements of a tensor move; of a tensor that is sharded, of its own rows.
 
     Attributes:
         mask: bool, in the tensor's shape.
@@ -37,10 +39,7 @@ class _Held:
     part: Parameter
     places: Tensor
     chosen: Chosen
-
-    @property
-    def is_all(self) -> bool:
-        return self.part is self.whole
+    is_all: bool
 
     def take(self, dense: Tensor) -> Tensor:
         """The chosen elements of a tensor in the parameter's shape; by place, which is 50 times as fast as by mask."""
@@ -84,6 +83,7 @@ class CompactUpdate:
         self._rest()
         self._held = {}
         self._optimizer.state.clear()
+        self._counts = self._count(chosen)
         for members, group in zip(self._groups, self._optimizer.param_groups, strict=True):
             group["params"] = [
                 held.part for name, whole in members if (held := self._hold(name, whole, chosen.get(name))) is not None
@@ -100,38 +100,62 @@ class CompactUpdate:
                 if held is None:
                     whole.grad.zero_()
                 elif not held.is_all:
-                    kept = held.take(whole.grad)
-                    whole.grad = torch.zeros_like(whole, memory_format=torch.contiguous_format)
-                    held.put(whole.grad, kept)
+                    if not own(whole.grad).is_contiguous():
+                        whole.grad = whole.grad.contiguous()
+                    gradient = own(whole.grad)
+                    kept = held.take(gradient)
+                    held.put(gradient.zero_(), kept)
                 if scale != 1.0:
                     whole.grad.mul_(scale)
 
-    def _hold(self, name: str, whole: Parameter, chosen: Chosen | None) -> _Held | None:
-        if chosen is None or not bool(chosen.mask.any()):
+    def part_of(self, parameter: Tensor) -> slice | None:
+        """Where what the optimizer has in a parameter's place lies in what one process would have there; None: all."""
+        held = next((one for one in self._held.values() if one.part is parameter), None)
+        if held is None or held.whole is held.part:
             return None
-        everything = chosen.share is None and bool(chosen.mask.all())
-        places = (
-            chosen.mask.new_zeros(0, dtype=torch.int64) if everything else chosen.mask.reshape(-1).nonzero().squeeze(1)
-        )
-        part = whole if everything else Parameter(whole.detach().reshape(-1).index_select(0, places))
-        held = self._held[name] = _Held(whole, part, places, chosen)
+        if held.is_all:
+            return rows(held.whole)
+        start = before(len(held.places))
+        return slice(start, start + len(held.places))
+
+    def _count(self, chosen: Mapping[str, Chosen]) -> dict[str, int]:
+        """How many elements of each tensor are chosen, in all processes."""
+        names = [name for members in self._groups for name, _ in members if name in chosen]
+        counts = torch.tensor([int(chosen[name].mask.sum()) for name in names], dtype=torch.int64)
+        return dict(zip(names, add_up(counts).tolist(), strict=True))
+
+    def _hold(self, name: str, whole: Parameter, chosen: Chosen | None) -> _Held | None:
+        if chosen is None or not self._counts[name]:
+            return None
+        local = own(whole)
+        if chosen.share is None and self._counts[name] == whole.numel():
+            part = whole if local.shape == whole.shape else Parameter(local)
+            held = _Held(whole, part, chosen.mask.new_zeros(0, dtype=torch.int64), chosen, is_all=True)
+        else:
+            where = chosen.mask.reshape(-1).nonzero().squeeze(1)
+            held = _Held(whole, Parameter(local.reshape(-1).index_select(0, where)), where, chosen, is_all=False)
+        self._held[name] = held
         return held
 
     def _gather(self, *_: Any) -> None:
         for held in self._held.values():
-            if not held.is_all and held.whole.grad is not None:
-                held.part.grad = held.take(held.whole.grad)
+            if held.whole.grad is None or held.part is held.whole:
+                continue
+            gradient = own(held.whole.grad)
+            held.part.grad = gradient if held.is_all else held.take(gradient)
 
     def _scatter(self, *_: Any) -> None:
         with torch.no_grad():
             for held in self._held.values():
-                if held.is_all:
+                if held.part is held.whole:
                     continue
+                held.part.grad = None
+                if held.is_all:
+                    continue  # it shares the tensor's memory
                 if held.chosen.share is not None and held.chosen.origin is not None:
                     # lerp is exact at both ends: a share of 1 keeps the step, one of 0 gives the origin
                     held.part.copy_(torch.lerp(held.chosen.origin, held.part, held.chosen.share))
-                held.put(held.whole, held.part)
-                held.part.grad = None
+                held.put(own(held.whole), held.part)
 
     def _rest(self) -> None:
         """Put what the optimizer knows of the chosen elements to rest, each element at its place."""
@@ -141,7 +165,7 @@ class CompactUpdate:
             for key, value in self._optimizer.state.get(held.part, {}).items():
                 path = f"{key}/{name}"
                 if value.shape == held.part.shape:
-                    dense = self.resting.setdefault(path, torch.zeros_like(held.whole, dtype=value.dtype))
+                    dense = self.resting.setdefault(path, torch.zeros_like(own(held.whole), dtype=value.dtype))
                     held.put(dense, value.reshape(-1))
                 else:
                     self.resting[path] = value.clone()
@@ -152,6 +176,6 @@ class CompactUpdate:
             held = self._held.get(name)
             if held is None:
                 continue
-            whole = value.shape == held.whole.shape
-            own = held.take(value).reshape(held.part.shape) if whole else value.clone()
-            self._optimizer.state[held.part][key] = own
+            dense = value.shape == own(held.whole).shape
+            mine = held.take(value).reshape(held.part.shape) if dense else value.clone()
+            self._optimizer.state[held.part][key] = mine

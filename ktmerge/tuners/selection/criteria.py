@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ktmerge.tuners.keys import keyed
+from ktmerge.tuners.sharding import own
 
 
 def standing(values: Tensor) -> Tensor:
@@ -65,24 +66,25 @@ class Evidence:
     """What gradients have said since it was last emptied: their sum, or the sum of their squares.
 
     Args:
-        parameters: whose gradients are observed.
+        parameters: whose gradients are observed; of those that are sharded, `totals` are of the process's own rows.
         squared: squares (the empirical Fisher information, up to a factor) instead of the plain sum.
     """
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter], *, squared: bool) -> None:
         self._parameters = parameters
         self._squared = squared
-        self.totals = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+        self.totals = {name: torch.zeros_like(own(parameter)) for name, parameter in parameters.items()}
 
     def observe(self) -> None:
         """Take the gradients that there are, of a whole step, before anything is done to them."""
         for name, parameter in self._parameters.items():
             if parameter.grad is None:
                 continue
+            gradient = own(parameter.grad)
             if self._squared:
-                self.totals[name].addcmul_(parameter.grad, parameter.grad)
+                self.totals[name].addcmul_(gradient, gradient)
             else:
-                self.totals[name].add_(parameter.grad)
+                self.totals[name].add_(gradient)
 
     def clear(self) -> None:
         """Forget them."""

@@ -27,13 +27,15 @@ from ktmerge.tuners.selection.boundary import select_largest
 from ktmerge.tuners.selection.compact import Chosen, CompactUpdate
 from ktmerge.tuners.selection.halves import chosen_half
 from ktmerge.tuners.selection.tally import drawing, rows, tally
+from ktmerge.tuners.sharding import add_up, gather, is_writer, like, own, places, whole
+from ktmerge.tuners.sharding import rows as rows_of
 
 STATE = "selection.safetensors"
 
 
 @dataclass
 class Selection:
-    """One job's choice, for the trained parameters of one model.
+    """One job's choice, for the trained parameters of one model; of sharded ones, masks are of the process's own rows.
 
     Args:
         job: `select` and the settings beside it.
@@ -54,7 +56,8 @@ class Selection:
         soft = self.job.mask == "soft"
         again = self.job.select == "fused" and self.job.every is not None
         self._origins = Origins(self.parameters) if soft or again else None
-        self._sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
+        self._sizes = {name: own(parameter).numel() for name, parameter in self.parameters.items()}
+        self._total = sum(parameter.numel() for parameter in self.parameters.values())
         self._evidence: criteria.Evidence | None = None
         self._update: CompactUpdate | None = None
         self._shares: dict[str, Tensor] = {}
@@ -97,7 +100,7 @@ class Selection:
     @property
     def selected(self) -> int:
         """How many elements move now."""
-        return sum(int(mask.sum()) for mask in self.masks.values())
+        return int(add_up(torch.tensor(sum(int(mask.sum()) for mask in self.masks.values()))))
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -107,17 +110,25 @@ class Selection:
         state |= {f"resting/{path}": value for path, value in self._bound.resting.items()}
         if self._evidence is not None:
             state |= {f"evidence/{name}": total for name, total in self._evidence.totals.items()}
-        store.write(folder / STATE, self.masks, self.touched, state, {"history": self.history})
+        found = {path: gather(value) if value.dim() else value for path, value in state.items()}
+        masks, touched = _gathered(self.masks), _gathered(self.touched)
+        if is_writer():
+            store.write(folder / STATE, masks, touched, found, {"history": self.history})
 
     def load(self, folder: Path) -> None:
         """Go on with what `save` wrote."""
         found = store.read(folder / STATE)
-        self.masks, self.touched = found.masks, found.touched
+        # shares go by the places of a mask, everything else by rows
+        chosen = {name: _span(mask, self.parameters[name]) for name, mask in found.masks.items()}
+        self.masks = self._own_rows(found.masks)
+        self.touched = self._own_rows(found.touched)
         self.history = found.facts["history"]
         state: dict[str, dict[str, Tensor]] = {"share": {}, "resting": {}, "evidence": {}}
         for path, value in found.others.items():
             kind, _, name = path.partition("/")
-            state[kind][name] = value
+            of = name.rpartition("/")[2]
+            cut = slice(None) if not value.dim() else chosen[of] if kind == "share" else rows_of(self.parameters[of])
+            state[kind][name] = value[cut] if value.dim() else value
         self._shares = state["share"]
         self._bound.resting = {path: value.to(self._device) for path, value in state["resting"].items()}
         if state["evidence"]:
@@ -130,8 +141,10 @@ class Selection:
         """Write what goes with the expert: masks under the base's names, counts, and a drawing of them."""
         # a live model may call a tensor otherwise than the file does
         names = {live: name for name, live in align(base, as_checkpoint(self.parameters, base), "").mapping.items()}
-        masks = {names.get(name, name): mask for name, mask in self.masks.items()}
-        touched = {names.get(name, name): mask for name, mask in self.touched.items()}
+        masks = {names.get(name, name): mask for name, mask in _gathered(self.masks).items()}
+        touched = {names.get(name, name): mask for name, mask in _gathered(self.touched).items()}
+        if not is_writer():
+            return
         cells = tally(masks, touched, Parts(list(base.tensors), base.config))
         told = rows(cells)
         store.write(folder / store.MASKS, masks, touched, {}, {"select": self.job.select})
@@ -149,8 +162,9 @@ class Selection:
         if self.job.mask == "soft" and self._origins is not None:
             with torch.no_grad():
                 for name, parameter in self.parameters.items():
-                    outside = ~self.masks[name].to(parameter.device)
-                    parameter.copy_(torch.where(outside, self._origins[name].to(parameter.device), parameter))
+                    mine = own(parameter)
+                    outside = ~self.masks[name].to(mine.device)
+                    mine.copy_(torch.where(outside, self._origins[name].to(mine.device), mine))
         for name, mask in self.masks.items():
             self.touched[name] = mask if name not in self.touched else self.touched[name] | mask
         self._note(step)
@@ -165,51 +179,64 @@ class Selection:
         job = self.job
         if job.select == "half":
             chosen = chosen_half(self.parameters, self.parts, job.seed, step // (job.selects_every or 1))
-            return {n: torch.full(p.shape, n in chosen, dtype=torch.bool) for n, p in self.parameters.items()}
+            return {n: torch.full(own(p).shape, n in chosen, dtype=torch.bool) for n, p in self.parameters.items()}
         if job.select == "child_f":
             return {
-                name: criteria.coins(parameter.shape, job.seed, name, step) < job.selected_density
+                name: criteria.coins(parameter.shape, job.seed, name, step)[rows_of(parameter)] < job.selected_density
                 for name, parameter in self.parameters.items()
             }
         if job.select == "fused" and job.density is None:
-            return {name: self._scores(name, step).view_as(p) > 0.5 for name, p in self.parameters.items()}
+            return {name: self._scores(name, step).view_as(own(p)) > 0.5 for name, p in self.parameters.items()}
         scopes = [self._sizes] if job.selection_scope == "global" else [{n: s} for n, s in self._sizes.items()]
         flat: dict[str, Tensor] = {}
         for sizes in scopes:
             flat |= select_largest(
                 lambda name: self._scores(name, step),
                 sizes,
-                round(job.selected_density * sum(sizes.values())),
-                lambda name: criteria.noise(self._sizes[name], job.seed, name, step),
+                round(job.selected_density * sum(self.parameters[name].numel() for name in sizes)),
+                lambda name: self._noise(name, step),
             )
-        return {name: flat[name].view(parameter.shape) for name, parameter in self.parameters.items()}
+        return {name: flat[name].view(own(parameter).shape) for name, parameter in self.parameters.items()}
+
+    def _noise(self, name: str, step: int) -> Tensor:
+        parameter = self.parameters[name]
+        return criteria.noise(parameter.numel(), self.job.seed, name, step)[places(parameter)]
+
+    def _own_rows(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: mask[rows_of(self.parameters[name])] for name, mask in masks.items()}
 
     def _scores(self, name: str, step: int) -> Tensor:
         """fp32, flat: the larger, the sooner chosen."""
-        kind = self.job.select
+        kind, parameter = self.job.select, self.parameters[name]
         if kind == "random":
-            return criteria.coins(torch.Size([self._sizes[name]]), self.job.seed, name, step)
+            every = criteria.coins(torch.Size([parameter.numel()]), self.job.seed, name, step)
+            return every[places(parameter)]
         if kind == "magnitude":
             return -self._pretrained(name).abs().reshape(-1).cpu()
         assert self._evidence is not None
         total = self._evidence.totals[name]
-        scores = total if kind in ("gradient", "child_d") else criteria.fusion(self._pretrained(name), total)
-        return scores.reshape(-1).cpu()
+        if kind in ("gradient", "child_d"):
+            return total.reshape(-1).cpu()
+        # a standing is one among all elements of the tensor
+        fused = criteria.fusion(*(whole(like(parameter, one)) for one in (self._pretrained(name), total)))
+        return fused.reshape(-1)[places(parameter)].cpu()
 
     def _soft(self, step: int) -> dict[str, Tensor]:
         """The share of its way that each chosen element keeps, ``[chosen]``."""
         found = {}
         for name, mask in self.masks.items():
-            scores = self._scores(name, step).view(mask.shape)
+            parameter = self.parameters[name]
+            local = self._scores(name, step).view(mask.shape).to(self._device)
+            scores, every = (whole(like(parameter, one)).cpu() for one in (local, mask.to(self._device)))
             if self.job.select == "magnitude":
                 scores = 1.0 - criteria.standing(scores)
             elif self.job.select == "gradient":
                 scores = criteria.standing(scores.sqrt())
-            found[name] = criteria.shares(scores, mask)[mask]
+            found[name] = criteria.shares(scores, every)[rows_of(parameter)][mask]
         return found
 
     def _pretrained(self, name: str) -> Tensor:
-        return self.parameters[name].detach() if self._origins is None else self._origins[name]
+        return own(self.parameters[name]) if self._origins is None else self._origins[name]
 
     def _hand_over(self) -> None:
         chosen = {}
@@ -224,7 +251,7 @@ class Selection:
         self._bound.choose(chosen)
 
     def _note(self, step: int) -> None:
-        selected, total = self.selected, sum(self._sizes.values())
+        selected, total = self.selected, self._total
         self.history.append({"step": step, "selected": selected})
         if not selected and step == 0:
             raise UsageError(
@@ -245,6 +272,17 @@ class Selection:
     def _bound(self) -> CompactUpdate:
         assert self._update is not None
         return self._update
+
+
+def _gathered(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: gather(mask) for name, mask in masks.items()}
+
+
+def _span(mask: Tensor, parameter: Tensor) -> slice:
+    """Which of the chosen elements of a whole tensor are in the process's own rows."""
+    mine = rows_of(parameter)
+    start = int(mask[: mine.start].sum())
+    return slice(start, start + int(mask[mine].sum()))
 
 
 def _share(row: Mapping[str, Any]) -> float:
