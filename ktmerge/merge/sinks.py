@@ -97,6 +97,11 @@ class LiveSink:
                 raise UsageError(f"the model: '{name}' is not contiguous in memory; call .contiguous() on it first.")
         self._tags: dict[str, str] = {}
 
+    @property
+    def targets(self) -> Mapping[str, Tensor]:
+        """What is written into, by the base's names; buffers that the model computes itself are in none."""
+        return self._targets
+
     def dtype(self, name: str, planned: str) -> str:
         target = self._targets.get(name)
         own = planned if target is None else tag_of(target.dtype)
