@@ -7,7 +7,7 @@ import json
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +20,16 @@ from ktmerge.recipes.suites import AnyTask, ChoiceTask, ClassifyTask, GenerateTa
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ktmerge.eval.sight import Sight, View
+
 
 @dataclass(frozen=True)
 class Request:
-    """Score ``continuation`` given ``context``; token ids, neither empty."""
+    """Score ``continuation`` given ``context``; token ids, neither empty. ``view`` has the context's images, if any."""
 
     context: tuple[int, ...]
     continuation: tuple[int, ...]
+    view: View | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Encoded:
         bytes: of a text task: UTF-8 bytes that each request's continuation stands for.
         words: of a text task: words that begin in these bytes.
         prompts: of a generate or letter task: token ids of each prompt.
+        views: of each prompt, its images, or None.
         truncated: items whose context was cut from the left to fit the model.
         skipped: rows of a text task too short to have a scored token.
     """
@@ -50,17 +54,19 @@ class Encoded:
     bytes: list[int] = field(default_factory=list)
     words: list[int] = field(default_factory=list)
     prompts: list[list[int]] = field(default_factory=list)
+    views: list[View | None] = field(default_factory=list)
     truncated: int = 0
     skipped: int = 0
 
 
 class Encoder:
-    """Encodes tasks with one tokenizer for models of one context length."""
+    """Encodes tasks with one tokenizer for models of one context length; prompts with images by their ``sight``."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int | None, sight: Sight | None = None) -> None:
         self._tokenizer = tokenizer
         self._max_length = max_length or 2**31
-        self._prefix = _prefix(tokenizer)
+        self._sight = sight
+        self._prefix = prefix(tokenizer)
 
     def task(self, task: AnyTask, items: Sequence[Item]) -> Encoded:
         """Encode the items of ``task``.
@@ -87,12 +93,24 @@ class Encoder:
             return prompt
         if not self._tokenizer.chat_template:
             raise UsageError("chat is set, but the model's tokenizer has no chat template.")
-        said = [text for question, answer in shots for text in (question, answer.strip())]
-        turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate([*said, prompt])]
+        said = [text for shot in shots for text in (shot.prompt, shot.answer.strip())] + [prompt]
+        turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)]
+        in_parts = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
         try:
-            return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+            return self._rendered(turns, said)
         except (TemplateError, ValueError, TypeError) as error:
-            raise UsageError(f"the model's chat template cannot render user and assistant turns: {error}.") from None
+            try:  # templates of models that see take a turn apart into texts and images
+                return self._rendered(in_parts, said)
+            except (TemplateError, ValueError, TypeError):
+                raise UsageError(
+                    f"the model's chat template cannot render user and assistant turns: {error}."
+                ) from None
+
+    def _rendered(self, turns: Any, said: Sequence[str]) -> str:
+        written = self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        if not all(text.strip() in written for text in said):
+            raise ValueError("it leaves out what a turn says")
+        return str(written)
 
     def ids(self, text: str) -> list[int]:
         """Token ids, with what the tokenizer itself puts in front of a text (BOS) unless the text starts with it."""
@@ -126,6 +144,10 @@ class Encoder:
         offsets = [0]
         truncated = 0
         for item in items:
+            if has_images(item):
+                requests += self._seen_choices(item, task.chat)
+                offsets.append(len(requests))
+                continue
             context = self.asked(item, task.chat)
             pairs = [self.pair(context, continuation) for continuation in item.continuations()]
             longest = max(len(pair.context) + len(pair.continuation) for pair in pairs)
@@ -135,6 +157,47 @@ class Encoder:
             requests += pairs
             offsets.append(len(requests))
         return Encoded([item.row for item in items], requests, offsets, truncated=truncated)
+
+    def _seen_choices(self, item: ChoiceItem, chat: bool) -> list[Request]:
+        """Images expand the context alone, so a choice's tokens are those that follow it in plain text."""
+        whole = self._view(item, chat)
+        view = replace(whole, text=whole.text.rstrip())  # the space goes to the continuation, as in ``pair``
+        ids = self._seen_ids(item, view)
+        bare = self._eyes.ends_a_line(ids) and not view.text.endswith("\n")
+        requests = []
+        for continuation in item.continuations():
+            tokens = self.pair(whole.text, continuation.lstrip() if bare else continuation).continuation
+            self._must_fit(item, len(ids) + len(tokens) - 1)
+            requests.append(Request(ids, tokens, view))
+        return requests
+
+    def _view(self, item: Item, chat: bool) -> View:
+        """What the model sees of an item with images; of a text item, the images alone."""
+        try:
+            if isinstance(item, TextItem):
+                return self._eyes.view((), "", item.images, False)
+            return self._eyes.view(item.shots, item.prompt, item.images, chat)
+        except UsageError as error:
+            raise UsageError(f"row {item.row + 1}: {error}") from None
+
+    def _seen_ids(self, item: Item, view: View) -> tuple[int, ...]:
+        try:
+            return tuple(self._eyes.ids(view))
+        except UsageError as error:
+            raise UsageError(f"row {item.row + 1}: {error}") from None
+
+    @property
+    def _eyes(self) -> Sight:
+        if self._sight is None:
+            raise UsageError("shows images, but the model has no processor that takes them.")
+        return self._sight
+
+    def _must_fit(self, item: Item, tokens: int) -> None:
+        """Images cannot be cut, so what does not fit is refused."""
+        if tokens > self._max_length:
+            raise UsageError(
+                f"row {item.row + 1} with its images is {tokens} tokens long, the model reads {self._max_length}."
+            )
 
     def _cut(self, item: ChoiceItem, pair: Request) -> Request:
         room = self._max_length + 1 - len(pair.continuation)
@@ -151,9 +214,21 @@ class Encoder:
             raise UsageError(
                 f"max_new_tokens is {task.max_new_tokens}, the model's whole context is {self._max_length} tokens."
             )
-        prompts = [self.ids(self.asked(item, task.chat)) or [self._start_token()] for item in items]
-        truncated = sum(len(prompt) > room for prompt in prompts)
-        return Encoded([i.row for i in items], prompts=[prompt[-room:] for prompt in prompts], truncated=truncated)
+        prompts: list[list[int]] = []
+        views: list[View | None] = []
+        truncated = 0
+        for item in items:
+            view: View | None = None
+            if has_images(item):
+                view = self._view(item, task.chat)
+                ids = list(self._seen_ids(item, view))
+                self._must_fit(item, len(ids) + task.max_new_tokens)
+            else:
+                ids = self.ids(self.asked(item, task.chat)) or [self._start_token()]
+                truncated += len(ids) > room
+            prompts.append(ids[-room:])
+            views.append(view)
+        return Encoded([item.row for item in items], prompts=prompts, views=views, truncated=truncated)
 
     def _texts(self, task: TextTask, items: list[TextItem]) -> Encoded:
         if task.chunk_tokens > self._max_length:
@@ -165,6 +240,15 @@ class Encoder:
         skipped = 0
         for item in items:
             ids, ends = self._with_ends(item.text)
+            if item.images and ids:  # given the images the first token is predicted too; nothing is cut
+                view = self._view(item, False)
+                context = self._seen_ids(item, view)
+                self._must_fit(item, len(context) + len(ids) - 1)
+                rows.append(item.row)
+                requests.append(Request(context, tuple(ids), view))
+                sizes.append(ends[-1])
+                words.append(len(item.text.split()))
+                continue
             skipped += len(ids) < 2
             begins = _word_starts(item.text)
             for start, stop in even_chunks(len(ids), task.chunk_tokens - len(self._prefix)):
@@ -213,22 +297,28 @@ def even_chunks(tokens: int, size: int) -> list[tuple[int, int]]:
     return [(start, stop) for start, stop in pairwise(bounds) if stop - start > 1]
 
 
-def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of what decides how a text is encoded: vocabulary, rules, special tokens, chat template."""
+def fingerprint(tokenizer: PreTrainedTokenizerBase, sight: Sight | None = None) -> str:
+    """sha256 of what decides how a text is encoded: vocabulary, rules, special tokens, chat template; and an image."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         rules: Any = {key: value for key, value in json.loads(backend.to_str()).items() if key not in _STATE}
     else:
         rules = sorted(tokenizer.get_vocab().items())
     special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
-    text = json.dumps([rules, special, tokenizer.chat_template], sort_keys=True, ensure_ascii=True)
+    seen = [] if sight is None else [sight.fingerprint()]
+    text = json.dumps([rules, special, tokenizer.chat_template, *seen], sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def has_images(item: Item) -> bool:
+    """Whether an item, or a worked example before it, shows images."""
+    return bool(item.images) or any(shot.images for shot in getattr(item, "shots", ()))
 
 
 _STATE = ("padding", "truncation")  # of the last call, not of the tokenizer
 
 
-def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special tokens a tokenizer puts in front of a text. One that it puts behind would end it, and is left out."""
     bare = tokenizer.encode("a", add_special_tokens=False)
     full = tokenizer.encode("a", add_special_tokens=True)

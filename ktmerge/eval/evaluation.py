@@ -18,12 +18,13 @@ from ktmerge import __version__
 from ktmerge.checkpoints import Checkpoint
 from ktmerge.checkpoints.limits import context_length
 from ktmerge.errors import UsageError, did_you_mean
-from ktmerge.eval.encode import Encoded, fingerprint
+from ktmerge.eval.encode import Encoded, fingerprint, has_images
 from ktmerge.eval.items import AskedItem, GenerateItem, TextItem, whole_prompt
 from ktmerge.eval.loading import (
     choose_device,
     choose_dtype,
     load_model,
+    load_sight,
     load_tokenizer,
     tokenizer_files_digest,
 )
@@ -36,6 +37,8 @@ from ktmerge.recipes.suites import Suite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from ktmerge.eval.sight import Sight
 
 
 def evaluate(
@@ -121,6 +124,7 @@ class _Encoding:
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
     tasks: dict[str, Encoded]
+    sight: Sight | None = None
 
 
 class _Encodings:
@@ -134,13 +138,16 @@ class _Encodings:
         self.of: dict[str, _Encoding] = {}
         by_files: dict[str, _Encoding] = {}
         by_rules: dict[str, _Encoding] = {}
+        seeing = any(has_images(item) for one in sets for item in one.items)
         for name, checkpoint in checkpoints.items():
             files = tokenizer_files_digest(checkpoint.root)
             if files not in by_files:
                 tokenizer = load_tokenizer(checkpoint.root)
-                rules = fingerprint(tokenizer)
+                sight = load_sight(checkpoint.root) if seeing else None
+                rules = fingerprint(tokenizer, sight)
                 if rules not in by_rules:
-                    by_rules[rules] = _Encoding(tokenizer, rules, encode_sets(sets, tokenizer, max_length))
+                    encoded = encode_sets(sets, tokenizer, max_length, sight)
+                    by_rules[rules] = _Encoding(tokenizer, rules, encoded, sight)
                 by_files[files] = by_rules[rules]
             self.of[name] = by_files[files]
         self._warn(sets, base)
@@ -250,7 +257,7 @@ class _Run:
         try:
             return score_model(
                 model, encoding.tokenizer, sets, batch_size=self.batch_size, encoded=encoding.tasks,
-                progress=self.progress, label=name, done=keep,
+                sight=encoding.sight, progress=self.progress, label=name, done=keep,
             )  # fmt: skip
         finally:
             del model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,8 @@ from ktmerge.progress import SILENT, Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ktmerge.eval.sight import Sight, View
+
 
 def generate(
     model: Any,
@@ -24,26 +26,55 @@ def generate(
     max_new_tokens: int,
     stop: Sequence[str] = (),
     batch_size: int = 16,
+    views: Sequence[View | None] = (),
+    sight: Sight | None = None,
     progress: Progress = SILENT,
     label: str = "generate",
 ) -> list[str]:
     """Continue each prompt (token ids) greedily; return the texts up to end of text or the first stop string.
+
+    ``views`` has the images of each prompt, or None, and ``sight`` prepares them.
 
     Raises:
         KtmergeError: the device's memory doesn't suffice.
     """
     stops = [text for text in stop if text]
     answers = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), tuple(prompts[i])))
+    seen = list(views) or [None] * len(prompts)
     ends = end_tokens(model, tokenizer)
+    pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
     with progress.task(label, len(prompts), "items") as step, torch.inference_mode(), _plain_greedy(model):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            new = _continue(model, tokenizer, [prompts[i] for i in chosen], ends, max_new_tokens, stops)
-            for i, tokens in zip(chosen, new, strict=True):
-                answers[i] = cut_at(_decode(tokenizer, _before(tokens, ends)), stops)
+        for chosen in _batches(prompts, seen, batch_size):
+            asked = [view for i in chosen if (view := seen[i]) is not None]
+            tokens = [prompts[i] for i in chosen]
+            if asked and sight is not None:
+                inputs = sight.inputs(asked, tokens, "left", model.dtype)
+            else:
+                inputs = _left_padded(tokens, pad)
+            new = _continue(model, tokenizer, inputs, ends, pad, max_new_tokens, stops)
+            for i, said in zip(chosen, new, strict=True):
+                answers[i] = cut_at(_decode(tokenizer, _before(said, ends)), stops)
             step.advance(len(chosen))
     return answers
+
+
+def _batches(prompts: Sequence[Sequence[int]], views: Sequence[View | None], batch_size: int) -> Iterator[list[int]]:
+    """Numbers of prompts that go together: longest first, with and without images apart."""
+    for with_images in (True, False):
+        own = [i for i, view in enumerate(views) if (view is not None) == with_images]
+        order = sorted(own, key=lambda i: (-len(prompts[i]), tuple(prompts[i])))
+        yield from (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> dict[str, torch.Tensor]:
+    """Token ids and mask [rows, longest], padded on the left, so that all answers start in one column."""
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -64,19 +95,14 @@ def cut_at(text: str, stops: Sequence[str]) -> str:
 def _continue(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[Sequence[int]],
+    inputs: Mapping[str, torch.Tensor],
     ends: list[int],
+    pad: int,
     max_new_tokens: int,
     stops: Sequence[str],
 ) -> list[list[int]]:
-    """New token ids of each prompt; prompts are padded on the left, so that all answers start in one column."""
-    longest = max(map(len, prompts))
-    pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
-    ids = torch.full((len(prompts), longest), pad)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
+    """New token ids of each prompt; ``inputs`` are padded on the left."""
+    longest = inputs["input_ids"].shape[1]
     config = _config(
         do_sample=False,
         num_beams=1,
@@ -87,8 +113,7 @@ def _continue(
     )
     try:
         output = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
+            **{name: value.to(model.device) for name, value in inputs.items()},
             generation_config=config,
             stopping_criteria=StoppingCriteriaList([_Stop(tokenizer, stops, longest)] if stops else []),
         )

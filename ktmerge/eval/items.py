@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ktmerge.errors import UsageError
 from ktmerge.eval.letters import LETTERS, lettered
 from ktmerge.eval.rows import ranked
 from ktmerge.eval.templates import Template, is_template, missing_column
+from ktmerge.recipes.images import Image
 from ktmerge.recipes.rows import Row
 from ktmerge.recipes.suites import AnyTask, ChoiceTask, ClassifyTask, GenerateTask, LetterTask, TextTask
 
-Shot = tuple[str, str]
-"""A worked example: its prompt, and what followed it (with the separator between)."""
+
+class Shot(NamedTuple):
+    """A worked example: its prompt, what followed it (with the separator between), and its images."""
+
+    prompt: str
+    answer: str
+    images: tuple[Image, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -27,13 +33,14 @@ class ChoiceItem:
     answer: int
     separator: str
     shots: tuple[Shot, ...] = ()
+    images: tuple[Image, ...] = ()
 
     def continuations(self) -> list[str]:
         return [self.separator + choice for choice in self.choices]
 
     @property
     def worked(self) -> Shot:
-        return self.prompt, self.separator + self.choices[self.answer]
+        return Shot(self.prompt, self.separator + self.choices[self.answer], self.images)
 
 
 @dataclass(frozen=True)
@@ -45,10 +52,11 @@ class LetterItem:
     choices: tuple[str, ...]
     answer: int
     shots: tuple[Shot, ...] = ()
+    images: tuple[Image, ...] = ()
 
     @property
     def worked(self) -> Shot:
-        return self.prompt, f" {LETTERS[self.answer]}"
+        return Shot(self.prompt, f" {LETTERS[self.answer]}", self.images)
 
 
 @dataclass(frozen=True)
@@ -59,10 +67,11 @@ class GenerateItem:
     prompt: str
     answers: tuple[str, ...]
     shots: tuple[Shot, ...] = ()
+    images: tuple[Image, ...] = ()
 
     @property
     def worked(self) -> Shot:
-        return self.prompt, f" {self.answers[0]}"
+        return Shot(self.prompt, f" {self.answers[0]}", self.images)
 
 
 @dataclass(frozen=True)
@@ -71,13 +80,16 @@ class TextItem:
 
     row: int
     text: str
+    images: tuple[Image, ...] = ()
 
 
 AskedItem = ChoiceItem | LetterItem | GenerateItem
 Item = AskedItem | TextItem
 
 
-def make_items(task: AnyTask, rows: list[Row], pool: list[Row] | None = None) -> list[Item]:
+def make_items(
+    task: AnyTask, rows: list[Row], pool: list[Row] | None = None, images: Mapping[str, tuple[Image, ...]] | None = None
+) -> list[Item]:
     """Render the templates of ``task`` over its rows.
 
     Args:
@@ -85,6 +97,7 @@ def make_items(task: AnyTask, rows: list[Row], pool: list[Row] | None = None) ->
         rows: what to ask.
         pool: where its worked examples come from, if it wants any; a row is never an example for itself, which is told
             by its place in the file.
+        images: those of rows, by where the rows are.
 
     Raises:
         UsageError: a column is missing, a template fails, choices or answer don't fit, the pool is too small; the row
@@ -92,11 +105,15 @@ def make_items(task: AnyTask, rows: list[Row], pool: list[Row] | None = None) ->
     """
     if isinstance(task, TextTask):
         text = Template(task.text, _where(task, "text"))
-        return [TextItem(row.number, text.text(row)) for row in rows]
-    make = _maker(task)
+        return [TextItem(row.number, text.text(row), (images or {}).get(row.where, ())) for row in rows]
+    bare = _maker(task)
+
+    def make(row: Row) -> AskedItem:
+        return replace(bare(row), images=(images or {}).get(row.where, ()))
+
     if not task.shots:
         return [make(row) for row in rows]
-    source = ranked(pool or [], f"{task.seed}:shot")[: task.shots + 1]
+    source = worked_rows(task, pool or [])
     examples = [(row.where, make(row)) for row in source]
     items: list[Item] = []
     for row in rows:
@@ -107,9 +124,14 @@ def make_items(task: AnyTask, rows: list[Row], pool: list[Row] | None = None) ->
     return items
 
 
+def worked_rows(task: AnyTask, pool: list[Row]) -> list[Row]:
+    """The rows of ``pool`` that may be shown as worked examples: one more than are, for a row that is one of them."""
+    return [] if isinstance(task, TextTask) else ranked(pool, f"{task.seed}:shot")[: task.shots + 1]
+
+
 def whole_prompt(item: AskedItem) -> str:
     """All an item shows before the answer, worked examples included, as plain text."""
-    return "\n\n".join([*(prompt + answer for prompt, answer in item.shots), item.prompt])
+    return "\n\n".join([*(shot.prompt + shot.answer for shot in item.shots), item.prompt])
 
 
 def _where(task: AnyTask, key: str) -> str:

@@ -13,6 +13,7 @@ import torch
 from ktmerge.errors import KtmergeError
 from ktmerge.eval.encode import Request
 from ktmerge.eval.passes import Pass, batches, plan_passes
+from ktmerge.eval.sight import Sight
 from ktmerge.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -37,13 +38,14 @@ class LikelihoodScorer:
     small model), and the softmax is taken in fp32.
     """
 
-    def __init__(self, model: Any, batch_size: int = 16, pack: bool | None = None) -> None:
+    def __init__(self, model: Any, batch_size: int = 16, pack: bool | None = None, sight: Sight | None = None) -> None:
         """Wrap ``model``.
 
         Args:
             model: a causal transformers model in eval mode.
             batch_size: most sequences in a forward pass.
             pack: whether choices may stand side by side behind their context; by default where the model allows it.
+            sight: prepares what has images.
         """
         self.model = model
         self._device = model.device
@@ -51,6 +53,7 @@ class LikelihoodScorer:
         self._head = model.get_output_embeddings()
         self._dtype = next(model.parameters()).dtype
         self._pack = pack
+        self._sight = sight
 
     def score(
         self, requests: Sequence[Request], progress: Progress = SILENT, label: str = "score", items: int | None = None
@@ -128,6 +131,9 @@ class LikelihoodScorer:
 
     def _inputs(self, batch: list[Pass]) -> dict[str, torch.Tensor]:
         """Token ids [rows, longest], padded on the right, with the mask that padding or packing needs."""
+        views = [one.view for one in batch if one.view is not None]
+        if views and self._sight is not None:
+            return self._sight.inputs(views, [one.tokens for one in batch], "right", self._dtype)
         longest = max(len(one.tokens) for one in batch)
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
         for row, one in enumerate(batch):

@@ -13,10 +13,13 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from ktmerge.eval.sight import Sight
+
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def choose_device(device: str) -> torch.device:
@@ -49,18 +52,18 @@ def choose_dtype(device: torch.device) -> torch.dtype:
 
 
 def load_model(path: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    """Load the causal language model in ``path`` for scoring. Only safetensors, no code from the folder.
+    """Load the causal language model in ``path`` for scoring, the one that sees where there is one. Only safetensors,
+    no code from the folder.
 
     Raises:
         UsageError: transformers knows no such text model, or weights are missing in the file.
         KtmergeError: it does not fit into the device's memory.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     try:
         with quiet_transformers():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = _loader(path).from_pretrained(
                 path,
                 dtype=dtype,
                 local_files_only=True,
@@ -73,13 +76,22 @@ def load_model(path: Path, device: torch.device, dtype: torch.dtype) -> Any:
     except torch.OutOfMemoryError as error:
         raise KtmergeError(f"{path}: does not fit into the memory of {device}.") from error
     except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
-        raise UsageError(f"{path}: transformers cannot load it as a text model: {first_line(error)}") from error
+        raise UsageError(f"{path}: transformers cannot load it: {first_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise UsageError(
             f"{path}: {len(missing)} tensors of the model are in no file, such as '{missing[0]}'; they would be random."
         )
     return model
+
+
+def _loader(path: Path) -> Any:
+    """The class of transformers that loads the model in ``path`` whole."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    sees: Any = AutoModelForImageTextToText
+    return sees if "vision_config" in config.to_dict() and type(config) in sees._model_mapping else AutoModelForCausalLM
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
@@ -100,10 +112,22 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_sight(path: Path) -> Sight:
+    """What prepares images for the model in ``path``.
+
+    Raises:
+        UsageError: it has no processor that takes images.
+    """
+    from ktmerge.checkpoints.processor import load_processor
+    from ktmerge.eval.sight import Sight
+
+    return Sight(load_processor(path))
+
+
 def tokenizer_files_digest(path: Path) -> str:
-    """sha256 over the tokenizer's files: equal files need not be loaded twice."""
+    """sha256 over the tokenizer's and the processor's files: equal files need not be loaded twice."""
     digest = hashlib.sha256()
-    for name in TOKENIZER_FILES:
+    for name in (*TOKENIZER_FILES, *PROCESSOR_FILES):
         file = path / name
         if file.is_file():
             digest.update(f"{name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ktmerge.eval.encode import Request
+
+if TYPE_CHECKING:
+    from ktmerge.eval.sight import View
 
 WORTH_SHARING = 0.75  # of the tokens it would take otherwise; below, a packed pass costs more than it saves
 LONGEST_PACKED = 2048  # tokens; its mask has the square of that many entries
@@ -20,12 +24,14 @@ class Pass:
         tokens: what goes in.
         branches: none for plain text. Else (start, stop) of continuations that stand side by side after a common prefix
             of ``branches[0][0]`` tokens: each sees the prefix and itself, and its positions count on from the prefix.
+        view: the images that stand in its tokens, if any.
         targets: (request, positions in ``tokens``): the logits there predict the request's continuation in order.
     """
 
     tokens: tuple[int, ...]
     branches: list[tuple[int, int]] = field(default_factory=list)
     targets: list[tuple[int, list[int]]] = field(default_factory=list)
+    view: View | None = None
 
     @property
     def scored(self) -> int:
@@ -38,8 +44,23 @@ def plan_passes(requests: Sequence[Request], pack: bool) -> list[Pass]:
 
     A request whose input is the beginning of another one's needs no pass: a causal model's logits there are the same.
     So choices of one token each cost one pass together. With ``pack``, choices that do differ stand side by side in one
-    pass behind their common prefix where that saves a quarter of the tokens.
+    pass behind their common prefix where that saves a quarter of the tokens; not behind images, whose positions are the
+    model's own affair. Passes are shared only between requests that see the same images.
     """
+    by_view: dict[View | None, list[int]] = defaultdict(list)
+    for i, request in enumerate(requests):
+        by_view[request.view].append(i)
+    passes = []
+    for view, members in by_view.items():
+        for one in _passes_of([requests[i] for i in members], pack and view is None):
+            one.targets = [(members[i], positions) for i, positions in one.targets]
+            one.view = view
+            passes.append(one)
+    return passes
+
+
+def _passes_of(requests: Sequence[Request], pack: bool) -> list[Pass]:
+    """The passes of requests that see the same images."""
     hosts = _hosts(requests)
     if not pack:
         return [_plain(requests, path, members) for path, members in hosts.items()]
@@ -60,6 +81,8 @@ def plan_passes(requests: Sequence[Request], pack: bool) -> list[Pass]:
 def batches(passes: Sequence[Pass], sequences: int, tokens: int, scored: int) -> Iterator[list[Pass]]:
     """Batches of passes of near-equal length, longest first (so that what doesn't fit in memory fails at once).
 
+    No batch has passes both with and without images.
+
     Args:
         passes: in any order.
         sequences: at most this many passes in a batch.
@@ -68,9 +91,9 @@ def batches(passes: Sequence[Pass], sequences: int, tokens: int, scored: int) ->
     """
     batch: list[Pass] = []
     longest = logits = 0
-    for one in sorted(passes, key=lambda p: (-len(p.tokens), p.tokens)):
+    for one in sorted(passes, key=lambda p: (p.view is None, -len(p.tokens), p.tokens)):
         full = len(batch) == sequences or (len(batch) + 1) * longest > tokens or logits + one.scored > scored
-        if batch and full:
+        if batch and (full or (batch[0].view is None) != (one.view is None)):
             yield batch
             batch, logits = [], 0
         if not batch:

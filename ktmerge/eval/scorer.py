@@ -24,6 +24,8 @@ from ktmerge.recipes.suites import ChoiceTask, ClassifyTask, GenerateTask, Lette
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ktmerge.eval.sight import Sight
+
 
 def score_model(
     model: Any,
@@ -32,6 +34,7 @@ def score_model(
     *,
     batch_size: int = 16,
     encoded: Mapping[str, Encoded] | None = None,
+    sight: Sight | None = None,
     progress: Progress = SILENT,
     label: str = "model",
     done: Callable[[str, TaskScore], None] | None = None,
@@ -46,6 +49,7 @@ def score_model(
         suite: a suite, or its sets already read.
         batch_size: most sequences in a forward pass; scores do not depend on it.
         encoded: the sets in this tokenizer's tokens, if at hand.
+        sight: prepares prompts with images for this model; needed where sets show images.
         progress: where to report to.
         label: names the model there and in messages.
         done: is told each task's name and score as soon as it is there.
@@ -56,8 +60,8 @@ def score_model(
     """
     sets = read_sets(suite) if isinstance(suite, Suite) else suite
     if encoded is None:
-        encoded = encode_sets(sets, tokenizer, context_length(model.config.to_dict()))
-    job = _Job(model, tokenizer, LikelihoodScorer(model, batch_size), batch_size, progress)
+        encoded = encode_sets(sets, tokenizer, context_length(model.config.to_dict()), sight)
+    job = _Job(model, tokenizer, LikelihoodScorer(model, batch_size, sight=sight), batch_size, sight, progress)
     training = model.training
     model.eval()
     try:
@@ -77,6 +81,7 @@ class _Job:
     tokenizer: PreTrainedTokenizerBase
     likelihood: LikelihoodScorer
     batch_size: int
+    sight: Sight | None
     progress: Progress
 
     def score(self, one: TaskSet, encoded: Encoded, label: str) -> TaskScore:
@@ -111,7 +116,7 @@ class _Job:
     def _outputs(self, task: GenerateTask | LetterTask, encoded: Encoded, title: str) -> list[str]:
         return generate(
             self.model, self.tokenizer, encoded.prompts, max_new_tokens=task.max_new_tokens, stop=task.stop,
-            batch_size=self.batch_size, progress=self.progress, label=title,
+            batch_size=self.batch_size, views=encoded.views, sight=self.sight, progress=self.progress, label=title,
         )  # fmt: skip
 
     def _texts(self, encoded: Encoded, title: str) -> TaskScore:

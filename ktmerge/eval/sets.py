@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from ktmerge.errors import UsageError
 from ktmerge.eval.encode import Encoded, Encoder
-from ktmerge.eval.items import Item, make_items
+from ktmerge.eval.images import row_images
+from ktmerge.eval.items import Item, make_items, worked_rows
 from ktmerge.eval.overlap import require
 from ktmerge.eval.rows import load, part_named, read_rows
 from ktmerge.recipes.rows import Row
@@ -20,7 +21,10 @@ from ktmerge.recipes.suites import AnyTask, Side, Suite, TextTask
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ktmerge.eval.sight import Sight
+
 SCORING_VERSION = 2  # raise when the same task on the same data would score differently
+PLACES = {"data", "shots_from", "images"}  # where data lie does not change a score
 
 
 @dataclass(frozen=True)
@@ -56,12 +60,15 @@ def read_sets(suite: Suite, part: str | None = None) -> list[TaskSet]:
         require(task.metric)
         rows = read_rows(task, suite.folder, suite.selection, chosen)
         pool, pool_digest = _pool(task, suite.folder)
-        settings = task.model_dump(mode="json", exclude={"data", "shots_from"})
+        images = row_images(task, [*rows.rows, *worked_rows(task, pool)], suite.folder)
+        settings = task.model_dump(mode="json", exclude=PLACES | (set() if task.image else {"image"}))
         kept = None if chosen == "all" else [chosen, suite.selection]
         separator = "separator" in task.model_fields_set
         written = [SCORING_VERSION, side, settings, separator, rows.digest, pool_digest, kept]
+        written += [images.digest] if images.digest else []
         digest = hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()
-        sets.append(TaskSet(task, side, make_items(task, rows.rows, pool), rows.digest, digest))
+        items = make_items(task, rows.rows, pool, images.of)
+        sets.append(TaskSet(task, side, items, rows.digest, digest))
     return sets
 
 
@@ -83,12 +90,14 @@ def suite_digest(digests: Sequence[str]) -> str:
 
 
 def encode_sets(
-    sets: Sequence[TaskSet], tokenizer: PreTrainedTokenizerBase, max_length: int | None
+    sets: Sequence[TaskSet], tokenizer: PreTrainedTokenizerBase, max_length: int | None, sight: Sight | None = None
 ) -> dict[str, Encoded]:
     """Encode every set, by task name, for models with this tokenizer and a context of ``max_length`` tokens.
+
+    ``sight`` prepares prompts with images; where there are none it is not needed.
 
     Raises:
         UsageError: something doesn't fit the tokenizer or the context.
     """
-    encoder = Encoder(tokenizer, max_length)
+    encoder = Encoder(tokenizer, max_length, sight)
     return {one.task.name: encoder.task(one.task, one.items) for one in sets}

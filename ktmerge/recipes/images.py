@@ -17,6 +17,8 @@ from ktmerge.errors import UsageError, first_line
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
+MARK = "<image>"
+"""What stands for an image in the texts of rows and prompts, whatever token a model has for it."""
 _BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk0", "SUkq", "TU0A")
 """How base64 of JPEG, PNG, GIF, WebP, BMP and TIFF begins."""
 

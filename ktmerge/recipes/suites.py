@@ -24,6 +24,18 @@ class TaskBase(BaseModel):
     split: str | None = Field(None, description="of a dataset or folder: the files whose names begin so")
     limit: int | None = Field(None, ge=1, description="score only this many rows, drawn with the seed")
     seed: int = Field(0, ge=0, description="draws the rows when limit is set, and the worked examples")
+    image: list[str] | str | None = Field(
+        None, description="column (or one {{ expression }}) with a row's image or images; or a list of such"
+    )
+    images: str | None = Field(
+        None, description="folder, relative to the suite file, where named images lie; by default where the data are"
+    )
+
+    @model_validator(mode="after")
+    def _images_are_named(self) -> TaskBase:
+        if self.images is not None and self.image is None:
+            raise ValueError("images is the folder of images; say with 'image' which column names them")
+        return self
 
 
 class PromptTask(TaskBase):
