@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ktmerge.api.blending import blend, blend_into, extract_lora, plan, refuse_without_out, verify
+from ktmerge.api.blending import blend, blend_into, extract_lora, plan, refuse_without_out
 from ktmerge.api.checking import Checked, check
 from ktmerge.api.gallery import Listed, import_recipe, list_recipes, show_recipe
 from ktmerge.api.looking import inspect, recommend
 from ktmerge.api.measuring import measure, measure_all, measurements
+from ktmerge.api.proving import check_lock, lock, lock_path, verify
 from ktmerge.api.running import run
 from ktmerge.api.scoring import backward_transfer, compare, evaluate, report
 from ktmerge.api.tuning import finetune, finetune_all, finetune_jobs, preview
@@ -22,6 +23,7 @@ __all__ = [
     "blend",
     "blend_into",
     "check",
+    "check_lock",
     "compare",
     "evaluate",
     "extract_lora",
@@ -32,6 +34,8 @@ __all__ = [
     "inspect",
     "list_recipes",
     "load_recipe",
+    "lock",
+    "lock_path",
     "measure",
     "measure_all",
     "measurements",

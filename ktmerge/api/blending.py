@@ -10,14 +10,12 @@ from ktmerge.api.inputs import RecipeLike, loaded_recipe
 from ktmerge.errors import UsageError
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes import load_recipe
-from ktmerge.recipes.schema import Recipe
 
 if TYPE_CHECKING:
     from ktmerge.merge import BlendReport
     from ktmerge.merge.extraction import Extraction
     from ktmerge.merge.plan import Plan
     from ktmerge.merge.pristine import Pristine
-    from ktmerge.merge.verification import Verification
 
 
 def plan(recipe: RecipeLike) -> Plan:
@@ -38,19 +36,25 @@ def blend(
     device: str = "auto",
     resume: bool = False,
     overwrite: bool = False,
+    lock: str | Path | None = None,
     progress: Progress = SILENT,
 ) -> BlendReport:
     """Blend base and experts into the checkpoint folder ``out``; ``resume`` goes on where a killed run stopped.
 
+    ``lock`` names a file that `lock` or an earlier blend wrote, or that blend's folder.
+
     Raises:
-        UsageError: wrong recipe or inputs, or ``out`` exists and ``overwrite`` is not set.
+        UsageError: wrong recipe or inputs, others than locked, or ``out`` exists and ``overwrite`` is not set.
         KtmergeError: the run failed, e.g. a full disk; nothing is left half-written.
     """
     from ktmerge import merge
+    from ktmerge.merge.lock import read_lock
 
+    locked = None if lock is None else read_lock(Path(lock))
     return merge.blend(
-        loaded_recipe(recipe), Path(out), device=device, resume=resume, overwrite=overwrite, progress=progress
-    )
+        loaded_recipe(recipe), Path(out), device=device, resume=resume, overwrite=overwrite, locked=locked,
+        progress=progress,
+    )  # fmt: skip
 
 
 def refuse_without_out(
@@ -118,48 +122,3 @@ def extract_lora(
         base, tuned, out, rule="rank" if energy is None else "energy", rank=rank, share=share, overwrite=overwrite,
         progress=progress,
     )  # fmt: skip
-
-
-def verify(
-    out: str | Path,
-    recipe: RecipeLike | None = None,
-    *,
-    base: str | None = None,
-    experts: Iterable[str] = (),
-    rebuild: bool = False,
-    device: str = "auto",
-    progress: Progress = SILENT,
-) -> Verification:
-    """Hold a blended model against its record, and if asked blend again and compare bytes.
-
-    Args:
-        out: a folder that `blend` wrote; it is only read.
-        recipe: what it was made by. If not given and something has to be blended or compared, the recipe in its
-            record, whose paths start at the working folder.
-        base: where the base is, if not where that recipe says.
-        experts: ``name=model`` where experts are.
-        rebuild: blend again, into a temporary folder beside ``out``.
-        device: auto, cpu or cuda.
-        progress: where to report.
-
-    Raises:
-        UsageError: ``out`` has no record, or the recipe or its inputs are wrong.
-        KtmergeError: something cannot be read, or the new blend failed.
-    """
-    from ktmerge.merge.verification import recorded_recipe
-    from ktmerge.merge.verification import verify as held
-
-    given = list(experts)
-    if recipe is not None:
-        found: Recipe | None = (
-            load_recipe(recipe, base=base, experts=given) if not isinstance(recipe, Recipe) else recipe
-        )
-    elif rebuild or base is not None or given:
-        pairs = [one.partition("=") for one in given]
-        for name, equals, model in pairs:
-            if not equals or not model:
-                raise UsageError(f"--expert {name}: write name=model.")
-        found = recorded_recipe(Path(out), base, {name: model for name, _, model in pairs})
-    else:
-        found = None
-    return held(Path(out), found, rebuild=rebuild, device=device, progress=progress)

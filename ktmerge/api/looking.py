@@ -50,7 +50,7 @@ def inspect(
         refuse_existing(target, overwrite)
     found = diagnostics.inspect(base, models, headers_only=headers_only, common=common, progress=progress)
     if target is not None:
-        from ktmerge.eval.results import write_whole
+        from ktmerge.checkpoints.files import write_whole
 
         write_whole(target, diagnostics.heat_map(found, target))
     return found

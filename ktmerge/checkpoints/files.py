@@ -71,6 +71,24 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file by one rename, so that it is there whole or not at all; text as UTF-8.
+
+    Raises:
+        KtmergeError: the disk is full, the folder is missing or may not be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with clear_os_errors(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
 @contextmanager
 def clear_os_errors(path: Path) -> Iterator[None]:
     """Turn what the operating system refuses about ``path`` into one clear sentence."""

@@ -32,6 +32,9 @@ def blend(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done to which tensors, and stop.")
     ] = False,
+    lock: Annotated[
+        Path | None, typer.Option("--lock", help="Refuse other inputs, settings or bytes than this lock says.")
+    ] = None,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
     json_: JsonOption = False,
@@ -47,7 +50,7 @@ def blend(
         console.print_json(plan.to_json()) if json_ else console.print_table(*plan.table())
         return
     report = api.blend(
-        loaded, out, device=device, resume=resume, overwrite=overwrite, progress=console.TerminalProgress()
+        loaded, out, device=device, resume=resume, overwrite=overwrite, lock=lock, progress=console.TerminalProgress()
     )
     console.print_json(report.to_json()) if json_ else console.print_table(*report.table())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,6 +27,40 @@ def recipe_check(recipe: Annotated[str, typer.Argument(help="Recipe file or gall
 
     checked = api.check(recipe, overrides=set_ or (), base=base, experts=expert or ())
     console.print_json(checked.to_json()) if json_ else console.print_pairs(checked.pairs())
+
+
+@recipes.command("lock", epilog="Example: ktmerge recipe lock recipe.yaml")
+def recipe_lock(
+    recipe: Annotated[str, typer.Argument(help="Recipe file or gallery name.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The lock; default: beside the recipe.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Hold the lock that is there against the inputs as they are now.")
+    ] = False,
+    set_: SetOption = None,
+    base: BaseOption = None,
+    expert: ExpertOption = None,
+    overwrite: OverwriteOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Pin every input of a recipe by its sha256, and all else that decides the bytes of its blend."""
+    from dataclasses import asdict
+
+    from ktmerge import api, console
+
+    given: dict[str, Any] = {"overrides": set_ or (), "base": base, "experts": expert or ()}
+    if not check:
+        console.print_pairs({"lock": str(api.lock(recipe, out, overwrite=overwrite, **given))})
+        return
+    found = api.check_lock(recipe, out or api.lock_path(recipe), **given)
+    if json_:
+        console.print_json([asdict(one) for one in found])
+    elif found:
+        rows = [["yes" if one.decides else "perhaps", one.what, one.told] for one in found]
+        console.print_table(("other bytes", "what", "found"), rows)
+    else:
+        console.print_pairs({"lock": "everything is as it was locked"})
+    if any(one.decides for one in found):
+        raise typer.Exit(1)
 
 
 @recipes.command("verify", epilog="Example: ktmerge recipe verify blended --recipe recipe.yaml --rebuild")

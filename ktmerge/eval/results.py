@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ktmerge.checkpoints.files import clear_os_errors
+from ktmerge.checkpoints.files import write_whole
 from ktmerge.errors import UsageError, did_you_mean
 from ktmerge.eval import statistics
 from ktmerge.eval.metrics import bits_per_byte, perplexity_per_byte, perplexity_per_token, perplexity_per_word
@@ -360,24 +359,6 @@ class Generation:
     prompt: str
     outputs: dict[str, str]
     note: str = ""
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file by one rename, so that it is there whole or not at all; text as UTF-8.
-
-    Raises:
-        KtmergeError: the disk is full, the folder is missing or may not be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with clear_os_errors(path):
-        try:
-            with temporary.open("wb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def _parse(document: dict[str, Any]) -> dict[str, Any]:

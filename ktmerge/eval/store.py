@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ktmerge.checkpoints.cache import cache_folder
+from ktmerge.checkpoints.files import write_whole
 from ktmerge.errors import KtmergeError
 from ktmerge.eval.overlap import OVERLAP, package
-from ktmerge.eval.results import TaskScore, write_whole
+from ktmerge.eval.results import TaskScore
 
 if TYPE_CHECKING:
     from ktmerge.eval.sets import TaskSet

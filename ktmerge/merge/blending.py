@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ktmerge.checkpoints import Writer, refuse_overlap
+from ktmerge.checkpoints.digests import remember
 from ktmerge.errors import KtmergeError
 from ktmerge.merge.card import BASE_FILE as BASE_CARD
 from ktmerge.merge.card import FILE as CARD
 from ktmerge.merge.card import base_card, card
 from ktmerge.merge.device import choose_device
+from ktmerge.merge.lock import FILE as LOCK
+from ktmerge.merge.lock import digesting, lock, lock_text, locked_now, require_unchanged
 from ktmerge.merge.plan import Plan, plan_blend
 from ktmerge.merge.record import FILE as RECORD
 from ktmerge.merge.record import pin, record, recorded
@@ -33,22 +36,24 @@ def blend(
     device: str = "auto",
     resume: bool = False,
     overwrite: bool = False,
+    locked: Mapping[str, Any] | None = None,
     progress: Progress = SILENT,
 ) -> BlendReport:
     """Blend base and experts into the checkpoint folder ``out``, which appears whole or not at all.
 
     Args:
         recipe: names base, experts and how to blend.
-        out: its tensors get the base's names, its other files are the base's; ``ktmerge.json`` and the
-            model card ``README.md`` say how it was made.
+        out: its tensors get the base's names, its other files are the base's; ``ktmerge.json``, the lock
+            ``ktmerge.lock.yaml`` and the model card ``README.md`` say how it was made.
         device: auto, cpu or cuda; never changes the result.
         resume: go on with what an interrupted run of the same blend finished, and leave that if interrupted; keep
             ``out`` if it is this blend already.
         overwrite: replace a checkpoint that is there.
+        locked: a lock: other inputs or settings than it says are refused, and so are other bytes.
         progress: where to report.
 
     Raises:
-        UsageError: the recipe or its inputs are wrong, or ``out`` exists.
+        UsageError: the recipe or its inputs are wrong or not as locked, or ``out`` exists.
         KtmergeError: the run failed; nothing is left behind.
     """
     from ktmerge.merge.engine import execute
@@ -63,7 +68,14 @@ def blend(
     if resume and (report := recorded(plan, out, progress)) is not None:
         progress.note(f"{out} already holds this blend; kept")
         return report
-    with _saying_what_stays(resume, progress), Writer(out, overwrite, pin=pin(plan), resume=resume) as writer:
+    if locked is not None:
+        for sentence in require_unchanged(locked, locked_now(plan)):
+            progress.note(sentence)
+    with (
+        _saying_what_stays(resume, progress),
+        digesting(plan) as inputs,
+        Writer(out, overwrite, pin=pin(plan), resume=resume) as writer,
+    ):
         for note in writer.notes:
             progress.note(note)
         writer.plan_like(plan.base, plan.dtypes)
@@ -74,13 +86,28 @@ def blend(
         if recipe.output.dtype != "base" or plan.base.stale:
             for folder in ("", *(f"{branch}/" for branch, _ in plan.base.branches)):
                 writer.add_text(f"{folder}config.json", _config(plan, folder))
+        if locked is not None:
+            _require_locked_output(locked, report)
+        writer.add_text(LOCK, lock_text(lock(plan, inputs.result(), report)))
         writer.add_text(RECORD, record(plan, report))
         writer.add_text(CARD, card(plan, report))
         if (text := base_card(plan.base)) is not None:
             writer.add_text(BASE_CARD, text)
         writer.copy_files(plan.base)
+    for file, digest in report.out.items():
+        remember(out / file, digest)
     report.seconds = time.perf_counter() - started
     return report
+
+
+def _require_locked_output(locked: Mapping[str, Any], report: BlendReport) -> None:
+    wanted = locked.get("output", {}).get("sha256")
+    if wanted is not None and wanted != report.out:
+        differing = [file for file in {**wanted, **report.out} if wanted.get(file) != report.out.get(file)]
+        raise KtmergeError(
+            f"the blend gives other bytes than were locked ({', '.join(differing)}), from the same inputs by the same "
+            "recipe; nothing was written. Compare versions with 'ktmerge recipe verify'."
+        )
 
 
 @contextmanager

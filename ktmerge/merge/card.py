@@ -57,6 +57,12 @@ def base_card(base: Checkpoint) -> str | None:
         return None
 
 
+def licence(checkpoint: Checkpoint) -> str | None:
+    """The licence that a model's own card states, if it states one."""
+    stated = _stated(base_card(checkpoint) or "").get("license")
+    return stated if isinstance(stated, str) else None
+
+
 def _front_matter(plan: Plan, told: dict[str, Any]) -> dict[str, Any]:
     references = [told["base"], *(expert["model"] for expert in told["experts"].values())]
     hub_names = [hub_name(part, plan.recipe.folder) for whole in references for part in whole.split("+")]

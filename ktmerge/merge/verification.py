@@ -12,6 +12,8 @@ from typing import Any, Literal
 from ktmerge.checkpoints.files import clear_os_errors, file_digest
 from ktmerge.errors import UsageError
 from ktmerge.merge.blending import blend
+from ktmerge.merge.lock import FILE as LOCK
+from ktmerge.merge.lock import departures, locked_now, read_lock, told
 from ktmerge.merge.plan import plan_blend
 from ktmerge.merge.record import FILE, origin
 from ktmerge.progress import SILENT, Progress
@@ -108,7 +110,10 @@ def verify(
     record = _record(out)
     checks = list(_files(out, record["output"]["sha256"], progress))
     if recipe is not None:
-        checks += _sections(record, origin(plan_blend(recipe)))
+        plan = plan_blend(recipe)
+        checks += _sections(record, origin(plan))
+        if (out / LOCK).exists():
+            checks += _inputs(read_lock(out), locked_now(plan))
         if rebuild:
             checks += _rebuilt(out, recipe, record["output"]["sha256"], device, progress)
     return Verification(out, tuple(checks))
@@ -165,22 +170,26 @@ def _sections(record: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Che
         if before is None and after is None:
             continue
         yield (
-            Check(what, "recipe", "equal")
-            if before == after
-            else Check(what, "recipe", "differs", _told(before, after))
+            Check(what, "recipe", "equal") if before == after else Check(what, "recipe", "differs", told(before, after))
         )
     before, after = record["versions"], now["versions"]
     if before == after:
         yield Check("versions", "recipe", "equal")
     else:
-        yield Check("versions", "recipe", "may differ", _told(before, after))
+        yield Check("versions", "recipe", "may differ", told(before, after))
 
 
-def _told(before: Any, after: Any) -> str:
-    if not isinstance(before, dict) or not isinstance(after, dict):
-        return "other than recorded"
-    keys = [key for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key)]
-    return ", ".join(f"{key} {after.get(key, 'none')}, recorded {before.get(key, 'none')}" for key in keys)
+def _inputs(locked: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Check]:
+    """The files of base and experts against what the output's lock says of them."""
+    changed = {one.what: one.told for one in departures(locked, now)}
+    for name, given in now["inputs"].items():
+        for file in given["files"]:
+            what = f"{name}/{file}"
+            yield Check(what, "recipe", "differs", changed[what]) if what in changed else Check(what, "recipe", "equal")
+    gone = {f"{name}/{file}" for name, given in locked["inputs"].items() for file in given["files"]} & set(changed)
+    here = {f"{name}/{file}" for name, given in now["inputs"].items() for file in given["files"]}
+    for what in sorted(gone - here):
+        yield Check(what, "recipe", "missing", changed[what])
 
 
 def _rebuilt(out: Path, recipe: Recipe, digests: Mapping[str, str], device: str, progress: Progress) -> Iterator[Check]:

@@ -64,7 +64,7 @@ def test_the_output_is_the_same_tree(trees: Path, tmp_path: Path, recipe_in: Any
     def files(root: Path) -> set[str]:
         return {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
 
-    assert files(tmp_path / "out") == files(trees / "base") | {"ktmerge.json", "README.md"}
+    assert files(tmp_path / "out") == files(trees / "base") | {"ktmerge.json", "ktmerge.lock.yaml", "README.md"}
     assert (tmp_path / "out" / "llm" / "model.safetensors.index.json").exists()
     for name in ("llm", "vision_tower"):
         assert verify_loadable(tmp_path / "out" / name).status == "loads"

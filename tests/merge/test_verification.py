@@ -15,6 +15,7 @@ from ktmerge import api
 from ktmerge.cli import _exit_code
 from ktmerge.errors import UsageError
 from ktmerge.merge import blend
+from ktmerge.merge.lock import FILE as LOCK
 
 TWO = {"a": ("a", 1.0), "b": ("b", 0.5)}
 WEIGHTS = "model.safetensors"
@@ -67,10 +68,13 @@ def test_a_changed_weight_is_found(made: Path) -> None:
     assert "sha256" in found.checks[0].told
 
 
-def test_another_input_of_the_same_shape_is_found_by_a_rebuild_only(made: Path, recipe_in: Any) -> None:
+def test_another_input_of_the_same_shape_is_found(made: Path, recipe_in: Any) -> None:
     recipe = recipe_in(made, TWO, {"method": "dare_ties"}, output={"rounding": "stochastic"}, seed=5)
     shutil.rmtree(made / "a")
     shutil.copytree(made / "c", made / "a")
+    held = states(api.verify(made / "out", recipe))
+    assert [key for key, state in held.items() if state != "equal"] == [("recipe", f"a/{WEIGHTS}")]
+    (made / "out" / LOCK).unlink()  # an output of a version that wrote none: only its bytes tell
     assert api.verify(made / "out", recipe).holds
     found = api.verify(made / "out", recipe, rebuild=True)
     assert not found.holds

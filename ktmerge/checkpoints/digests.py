@@ -1,0 +1,128 @@
+"""sha256 of files, remembered by size, time and inode: a file that has not changed is read for it once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ktmerge.checkpoints.adapter import CONFIG, WEIGHTS, is_adapter
+from ktmerge.checkpoints.cache import cache_folder
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.files import clear_os_errors
+from ktmerge.checkpoints.header import FileStamp
+from ktmerge.errors import KtmergeError
+
+_BLOCK = 1 << 20
+_SETTLED_NS = 2_000_000_000
+"""A file younger than this could be written again without its time showing it: it is not remembered."""
+
+_MEANT = frozenset(
+    {"config.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json",
+     "tokenizer.model", "vocab.json", "merges.txt"}
+)  # fmt: skip
+"""What says how the weights beside it are to be read."""
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """Size in bytes and sha256, as hexadecimal, of one file."""
+
+    size: int
+    sha256: str
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: the caller asked for it
+    """Hashing was stopped half-way."""
+
+
+def digest_of(path: Path, stop: threading.Event | None = None) -> FileDigest:
+    """Size and sha256 of a file, from memory if it is the same file still.
+
+    Raises:
+        KtmergeError: it cannot be read, or changed meanwhile.
+        Stopped: ``stop`` was set.
+    """
+    with clear_os_errors(path):
+        stamp = FileStamp.of(path.stat())
+        known = _recall(path, stamp)
+        if known is not None:
+            return known
+        digest = hashlib.sha256()
+        with path.open("rb", buffering=0) as stream:
+            while block := stream.read(_BLOCK):
+                if stop is not None and stop.is_set():
+                    raise Stopped
+                digest.update(block)
+        if FileStamp.of(path.stat()) != stamp:
+            raise KtmergeError(f"{path}: changed while it was read.")
+    found = FileDigest(stamp.size, digest.hexdigest())
+    if time.time_ns() - stamp.mtime_ns > _SETTLED_NS:
+        _keep(path, stamp, found)
+    return found
+
+
+def remember(path: Path, sha256: str) -> None:
+    """Take the digest of a file that was just written, from who wrote it."""
+    with suppress(OSError):
+        stamp = FileStamp.of(path.stat())
+        _keep(path, stamp, FileDigest(stamp.size, sha256))
+
+
+def input_files(checkpoint: Checkpoint, *, carried: bool = False) -> dict[str, Path]:
+    """The files that decide what a checkpoint means: weights, index, configuration, tokenizer.
+
+    Args:
+        checkpoint: or an adapter over a model, whose folders both count.
+        carried: also everything that travels with the weights.
+
+    Returns:
+        paths by name below the checkpoint's folder; where there are two, names start with the folder's.
+    """
+    folders = list(dict.fromkeys(checkpoint.roots))
+    if len(folders) == 1:
+        return _files(checkpoint, carried)
+    files: dict[str, Path] = {}
+    for folder in folders:
+        found = _adapter(folder) if is_adapter(folder) else _files(Checkpoint.open(folder), carried=False)
+        files |= {f"{folder.name}/{name}": path for name, path in found.items()}
+    return files
+
+
+def _files(checkpoint: Checkpoint, carried: bool) -> dict[str, Path]:
+    beside = (name for name in checkpoint.other_files if carried or name.rpartition("/")[2] in _MEANT)
+    indexes = [f"{branch}/{index}" for branch, index in checkpoint.branches if index] + [checkpoint.index_file or ""]
+    names = {*checkpoint.weight_files, *filter(None, indexes), *beside}
+    return {name: checkpoint.root / name for name in sorted(names)}
+
+
+def _adapter(folder: Path) -> dict[str, Path]:
+    return {name: folder / name for name in (CONFIG, WEIGHTS)}
+
+
+def _place(path: Path) -> Path:
+    name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()
+    return cache_folder() / "digests" / name[:2] / f"{name}.json"
+
+
+def _recall(path: Path, stamp: FileStamp) -> FileDigest | None:
+    try:
+        kept = json.loads(_place(path).read_text(encoding="ascii"))
+        return FileDigest(stamp.size, str(kept["sha256"])) if kept["stamp"] == asdict(stamp) else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _keep(path: Path, stamp: FileStamp, found: FileDigest) -> None:
+    """Whole or not at all; a memory that cannot be written costs only time."""
+    place = _place(path)
+    temporary = place.with_name(f"{place.name}.{os.getpid()}.{threading.get_ident()}")
+    with suppress(OSError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps({"stamp": asdict(stamp), "sha256": found.sha256}), encoding="ascii")
+        temporary.replace(place)

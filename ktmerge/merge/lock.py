@@ -1,0 +1,239 @@
+"""The lock of a blend: all that decides its bytes, input files by their sha256 included. Loads no torch.
+
+A lock has no path of the machine it was made on; whoever has the same files anywhere can hold theirs against it.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.digests import FileDigest, digest_of, input_files
+from ktmerge.errors import UsageError
+from ktmerge.merge.card import licence
+from ktmerge.merge.plan import Plan
+from ktmerge.merge.record import origin
+from ktmerge.merge.report import BlendReport
+from ktmerge.recipes.document import read_yaml
+
+FILE = "ktmerge.lock.yaml"
+VERSION = 1
+TUNED = "ktmerge-run.json"
+_HEAD = "# What a blend was made of, to the last bit. Written by ktmerge; not to be edited.\n"
+_THREADS = 2
+
+Digests = Mapping[str, Mapping[str, FileDigest]]
+
+
+@dataclass(frozen=True)
+class Departure:
+    """One thing that is not as a lock says.
+
+    Attributes:
+        what: in words.
+        told: how it differs.
+        decides: whether it changes what is written; versions of libraries may, and only a blend tells.
+    """
+
+    what: str
+    told: str
+    decides: bool = True
+
+
+class Digesting:
+    """The sha256 of every input file, worked out in the background while the blend reads the same pages."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._stop = threading.Event()
+        self._pool = ThreadPoolExecutor(_THREADS, "digest")
+        self._found: dict[str, dict[str, Future[FileDigest]]] = {
+            name: {file: self._pool.submit(digest_of, path, self._stop) for file, path in files.items()}
+            for name, files in _files(plan).items()
+        }
+
+    def result(self) -> Digests:
+        """Size and sha256 by input and file, when all are there.
+
+        Raises:
+            KtmergeError: a file cannot be read, or changed meanwhile.
+        """
+        return {name: {file: one.result() for file, one in files.items()} for name, files in self._found.items()}
+
+    def close(self) -> None:
+        """Stop what is still under way."""
+        self._stop.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def digesting(plan: Plan) -> Iterator[Digesting]:
+    """Digest the inputs of ``plan`` in the background."""
+    found = Digesting(plan)
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+def lock(plan: Plan, digests: Digests, report: BlendReport | None = None) -> dict[str, Any]:
+    """All that decides the bytes of ``plan``'s output, and of a blend that was done, what came out."""
+    told = origin(plan)
+    references = {"base": told["recipe"]["base"]}
+    references |= {name: expert["model"] for name, expert in told["recipe"]["experts"].items()}
+    inputs = {
+        name: {
+            "model": references[name],
+            **_licence(checkpoint),
+            **told["inputs"][name],
+            "files": {file: asdict(one) for file, one in digests[name].items()},
+            **_tuned(checkpoint),
+        }
+        for name, checkpoint in _inputs(plan).items()
+    }
+    return {
+        "ktmerge_lock": VERSION,
+        **told,
+        "numerics": {
+            "compute": "float32, rounded once",
+            "order of experts": "by name",
+            "rounding": plan.recipe.output.rounding,
+            "dtype": plan.recipe.output.dtype,
+            "tensors": "the base's names, shapes and ties",
+            "other files": "the base's",
+        },
+        "inputs": inputs,
+        **({} if report is None else {"output": {"sha256": report.out, "parts": report.parts()}}),
+    }
+
+
+def lock_text(document: Mapping[str, Any]) -> str:
+    """A lock as YAML; the same lock gives the same text."""
+    plain = json.loads(json.dumps(document))
+    return _HEAD + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=110)
+
+
+def read_lock(path: Path) -> dict[str, Any]:
+    """A lock from its file, or from the folder of a blend.
+
+    Raises:
+        UsageError: there is none, it is no lock, or a newer ktmerge wrote it.
+    """
+    file = path / FILE if path.is_dir() else path
+    if not file.is_file():
+        raise UsageError(f"{file}: no such lock; 'ktmerge recipe lock' writes one.")
+    document = read_yaml(file)
+    version = document.get("ktmerge_lock") if isinstance(document, dict) else None
+    if not isinstance(document, dict) or not isinstance(version, int):
+        raise UsageError(f"{file}: is no lock; 'ktmerge recipe lock' writes one.")
+    if version > VERSION:
+        raise UsageError(f"{file}: a lock of version {version}, this ktmerge knows {VERSION}; upgrade ktmerge.")
+    wanted = {"recipe": dict, "versions": dict, "methods": dict, "random": dict, "inputs": dict, "coefficients": str}
+    broken = [key for key, kind in wanted.items() if not isinstance(document.get(key), kind)]
+    if broken or not all(isinstance(one, dict) and isinstance(one.get("files"), dict) for one in _of(document)):
+        where = f"'{broken[0]}'" if broken else "'inputs'"
+        raise UsageError(f"{file}: the lock's {where} is missing or not what ktmerge writes; make it anew.")
+    return document
+
+
+def departures(locked: Mapping[str, Any], now: Mapping[str, Any]) -> list[Departure]:
+    """Where a lock made now is not as one made before."""
+    found = []
+    for name in dict.fromkeys([*locked["inputs"], *now["inputs"]]):
+        before, after = locked["inputs"].get(name), now["inputs"].get(name)
+        if before is None or after is None:
+            found.append(Departure(f"input {name}", "is in the lock only" if after is None else "is not in the lock"))
+        else:
+            found += _changed_files(name, before["files"], after["files"])
+            if before.get("headers") != after.get("headers"):
+                found.append(Departure(f"input {name}", "has other tensors, types or shapes"))
+    for key, what in (("methods", "what methods mean"), ("random", "seed and random numbers"),
+                      ("statistics", "measured statistics")):  # fmt: skip
+        if locked.get(key) != now.get(key):
+            found.append(Departure(what, told(locked.get(key), now.get(key))))
+    if locked["coefficients"] != now["coefficients"]:
+        found.append(Departure("what happens to every tensor", "method, parameters, rules or weights are others"))
+    if locked["versions"] != now["versions"]:
+        found.append(Departure("versions", told(locked["versions"], now["versions"]), decides=False))
+    return found
+
+
+def require_unchanged(locked: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Hold a plan against a lock; what may differ only is returned, a sentence each.
+
+    Raises:
+        UsageError: something else is not as locked, one per line.
+    """
+    found = departures(locked, now)
+    problems = [f"{one.what}: {one.told}; this is not what was locked." for one in found if one.decides]
+    if problems:
+        raise UsageError("\n".join(problems))
+    return [f"{one.what}: {one.told}" for one in found]
+
+
+def locked_now(plan: Plan) -> dict[str, Any]:
+    """The lock of ``plan``, its inputs read for it where they are not remembered.
+
+    Raises:
+        KtmergeError: a file cannot be read.
+    """
+    with digesting(plan) as background:
+        return lock(plan, background.result())
+
+
+def told(before: Any, after: Any) -> str:
+    """What differs between two small mappings, in words."""
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return "other than recorded"
+    keys = [key for key in dict.fromkeys([*before, *after]) if before.get(key) != after.get(key)]
+    return ", ".join(f"{key} {after.get(key, 'none')}, recorded {before.get(key, 'none')}" for key in keys)
+
+
+def _changed_files(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Departure]:
+    for file in dict.fromkeys([*before, *after]):
+        old, new = before.get(file), after.get(file)
+        if old == new:
+            continue
+        if old is None or new is None:
+            yield Departure(f"{name}/{file}", "is missing" if new is None else "is not in the lock")
+        elif old.get("size") != new["size"]:
+            yield Departure(f"{name}/{file}", f"has {new['size']} bytes, locked {old.get('size')}")
+        else:
+            yield Departure(
+                f"{name}/{file}", f"sha256 {new['sha256'][:12]}..., locked {str(old.get('sha256'))[:12]}..."
+            )
+
+
+def _inputs(plan: Plan) -> dict[str, Checkpoint]:
+    return {"base": plan.base, **{expert.name: expert.checkpoint for expert in plan.experts}}
+
+
+def _of(document: Mapping[str, Any]) -> list[Any]:
+    return list(document["inputs"].values())
+
+
+def _files(plan: Plan) -> dict[str, dict[str, Path]]:
+    return {name: input_files(one, carried=name == "base") for name, one in _inputs(plan).items()}
+
+
+def _licence(checkpoint: Checkpoint) -> dict[str, str]:
+    stated = licence(checkpoint)
+    return {"licence": stated} if stated else {}
+
+
+def _tuned(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How a model was fine-tuned, if ktmerge did it: settings, digests of its data, what was trained."""
+    try:
+        record = json.loads((checkpoint.root / TUNED).read_text(encoding="utf-8"))
+        kept = {key: record[key] for key in ("ktmerge", "job", "inputs") if key in record}
+    except (OSError, ValueError, TypeError):
+        return {}
+    return {"tuned": kept} if kept else {}

@@ -1,0 +1,164 @@
+"""Locks: every input by its content, held against what is there now and against what comes out."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ktmerge import api
+from ktmerge.checkpoints import digests
+from ktmerge.cli import _exit_code
+from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.merge import blend
+from ktmerge.merge.lock import FILE
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def made(llamas: Path, tmp_path: Path, recipe_in: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with models, ``recipe.yaml`` and its blend ``out``; a cache of its own."""
+    monkeypatch.setenv("KTMERGE_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "work"
+    shutil.copytree(llamas, folder)
+    recipe = recipe_in(folder, {"a": ("a", 1.0), "b": ("b", 0.5)}, {"method": "dare_ties"}, seed=5)
+    document = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(document))
+    blend(recipe, folder / "out", device="cpu")
+    return folder
+
+
+def changed_in_one_bit(weights: Path) -> None:
+    """Flip a bit of the last value; size, header and times stay."""
+    status = weights.stat()
+    data = bytearray(weights.read_bytes())
+    data[-2] ^= 1
+    weights.write_bytes(data)
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+
+
+def test_every_blend_writes_the_lock_of_its_inputs(made: Path) -> None:
+    locked = yaml.safe_load((made / "out" / FILE).read_text())
+    for name in ("base", "a", "b"):
+        files = locked["inputs"][name]["files"]
+        assert files[WEIGHTS]["sha256"] == hashlib.sha256((made / name / WEIGHTS).read_bytes()).hexdigest()
+        assert files[WEIGHTS]["size"] == (made / name / WEIGHTS).stat().st_size
+        assert "config.json" in files
+    assert locked["output"]["sha256"] == {WEIGHTS: hashlib.sha256((made / "out" / WEIGHTS).read_bytes()).hexdigest()}
+    assert locked["methods"] == {"dare_ties": 1}
+    assert str(made) not in (made / "out" / FILE).read_text()
+
+
+def test_a_lock_made_beforehand_says_the_same_of_inputs(made: Path) -> None:
+    path = api.lock(made / "recipe.yaml")
+    assert path == made / "recipe.lock.yaml"
+    before, after = yaml.safe_load(path.read_text()), yaml.safe_load((made / "out" / FILE).read_text())
+    del after["output"]
+    assert before == after
+    assert api.check_lock(made / "recipe.yaml", path) == []
+    with pytest.raises(UsageError, match="exists"):
+        api.lock(made / "recipe.yaml")
+
+
+def test_one_flipped_bit_of_an_input_is_found(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changed_in_one_bit(made / "a" / WEIGHTS)
+    found = api.check_lock(made / "recipe.yaml", made / "out")
+    assert [(one.what, one.decides) for one in found] == [(f"a/{WEIGHTS}", True)]
+    with pytest.raises(UsageError, match=r"a/model\.safetensors: sha256 \w+\.\.\., locked"):
+        api.blend(made / "recipe.yaml", made / "again", lock=made / "out")
+    assert not (made / "again").exists()
+    verified = api.verify(made / "out", str(made / "recipe.yaml"))
+    assert not verified.holds
+    assert [check.what for check in verified.checks if check.state == "differs"] == [f"a/{WEIGHTS}"]
+    assert _exit_code(["recipe", "lock", str(made / "recipe.yaml"), "--check", "--out", str(made / "out")]) == 1
+    assert f"a/{WEIGHTS}" in capsys.readouterr().out
+
+
+def test_a_locked_blend_gives_the_locked_bytes(made: Path) -> None:
+    api.blend(made / "recipe.yaml", made / "again", lock=made / "out")
+    assert (made / "again" / WEIGHTS).read_bytes() == (made / "out" / WEIGHTS).read_bytes()
+    locked = yaml.safe_load((made / "out" / FILE).read_text())
+    locked["output"]["sha256"][WEIGHTS] = "0" * 64
+    (made / "other.lock.yaml").write_text(yaml.safe_dump(locked))
+    with pytest.raises(KtmergeError, match="gives other bytes than were locked"):
+        api.blend(made / "recipe.yaml", made / "third", lock=made / "other.lock.yaml")
+    assert not (made / "third").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("seed", 6, "seed and random numbers"),
+        ("name", "other", None),
+        ("experts", {"a": {"model": "a", "weight": 0.9}, "b": {"model": "b", "weight": 0.5}}, "what happens to every"),
+        ("experts", {"a": {"model": "a"}}, "input b: is in the lock only"),
+    ],
+)
+def test_what_decides_the_bytes_is_locked(made: Path, key: str, value: Any, words: str | None) -> None:
+    document = yaml.safe_load((made / "recipe.yaml").read_text())
+    document[key] = value
+    (made / "changed.yaml").write_text(yaml.safe_dump(document))
+    found = [f"{one.what}: {one.told}" for one in api.check_lock(made / "changed.yaml", made / "out")]
+    assert bool(found) == (words is not None)
+    assert words is None or any(words in sentence for sentence in found)
+
+
+def test_the_base_s_other_files_are_locked(made: Path) -> None:
+    (made / "base" / "generation_config.json").write_text('{"top_k": 3}')
+    found = api.check_lock(made / "recipe.yaml", made / "out")
+    assert "base/generation_config.json" in [one.what for one in found]
+
+
+def test_a_newer_or_broken_lock_is_refused(made: Path) -> None:
+    for text, words in (
+        ("ktmerge_lock: 2\n", "upgrade ktmerge"),
+        ("ktmerge_lock: 1\n", "missing or not what ktmerge writes"),
+        ("- 1\n", "is no lock"),
+    ):
+        (made / "x.lock.yaml").write_text(text)
+        with pytest.raises(UsageError, match=words):
+            api.check_lock(made / "recipe.yaml", made / "x.lock.yaml")
+    with pytest.raises(UsageError, match="no such lock"):
+        api.check_lock(made / "recipe.yaml", made / "a")
+
+
+def test_a_file_is_read_once_while_it_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KTMERGE_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "weights"
+    path.write_bytes(b"one" * 1000)
+    os.utime(path, ns=(10**18, 10**18))
+    first = digests.digest_of(path)
+    assert first.sha256 == hashlib.sha256(b"one" * 1000).hexdigest()
+    monkeypatch.setattr(digests.hashlib, "sha256", _only_names(digests.hashlib.sha256))
+    assert digests.digest_of(path) == first
+    path.write_bytes(b"two" * 1000)
+    os.utime(path, ns=(10**18 + 1, 10**18 + 1))
+    with pytest.raises(AssertionError, match="read again"):
+        digests.digest_of(path)
+
+
+def _only_names(real: Any) -> Any:
+    """sha256 for the names of kept digests; reading a file for it fails."""
+
+    def digest(data: bytes | None = None) -> Any:
+        assert data is not None, "read again"
+        return real(data)
+
+    return digest
+
+
+def test_a_file_just_written_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KTMERGE_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    first = digests.digest_of(path)
+    stamp = path.stat()
+    path.write_bytes(b"two")
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert digests.digest_of(path) != first
