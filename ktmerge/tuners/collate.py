@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ktmerge.tuners.encode import Encoded
+from ktmerge.tuners.encode import Encoded, Extras
 
 if TYPE_CHECKING:
     import torch
@@ -20,11 +20,13 @@ class Collator:
     Args:
         pad: the token to fill up with; it is masked everywhere, so any will do.
         taught: which samples the base is to be distilled on; they are marked as ``taught``, bool ``[samples]``.
+        extras: what makes further tensors, of models that see.
     """
 
-    def __init__(self, pad: int, taught: Callable[[Encoded], bool] | None = None) -> None:
+    def __init__(self, pad: int, taught: Callable[[Encoded], bool] | None = None, extras: Extras | None = None) -> None:
         self._pad = pad
         self._taught = taught
+        self._extras = extras
 
     def __call__(self, samples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         import torch
@@ -42,4 +44,6 @@ class Collator:
         found = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         if self._taught is not None:
             found["taught"] = torch.tensor([self._taught(sample) for sample in samples])
+        if self._extras is not None:
+            found |= self._extras(samples, shape[1])
         return found

@@ -1,6 +1,7 @@
 """Training data: reads JSONL, JSON and parquet, recognises four formats, and turns every row into one kind of sample.
 
-Knows nothing about tokens or models. All that is wrong with the files is reported together.
+Rows of any format may have images, in a column ``images`` or ``image`` or among the parts of a message. Knows nothing
+about tokens or models, nor whether images can be read. All that is wrong with the files is reported together.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ktmerge.errors import UsageError
+from ktmerge.recipes.images import Image, ImageError, images_of
 from ktmerge.recipes.rows import Row, listing, read_rows
+from ktmerge.tuners.images.places import Place, Placed, PlaceError, Segments, fill, joined
 
 Role = Literal["system", "user", "assistant"]
 
@@ -35,14 +38,16 @@ _SHAREGPT_ROLES: dict[str, Role] = {
     "assistant": "assistant",
 }
 _ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
+_IMAGE_COLUMNS = ("images", "image")
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation: its text, and the images that stand in it."""
 
     role: Role
     content: str
+    images: Placed = ()
 
 
 @dataclass(frozen=True)
@@ -53,14 +58,25 @@ class ChatSample:
     where: str
     trained_from: int = 0
 
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """All images, in order."""
+        return tuple(image for message in self.messages for _, image in message.images)
+
 
 @dataclass(frozen=True)
 class PlainSample:
-    """Text that goes on: ``completion`` is learned, and that the text ends there."""
+    """Text that goes on: ``completion`` is learned, and that the text ends there. Images stand in the prompt."""
 
     prompt: str
     completion: str
     where: str
+    placed: Placed = ()
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """All images, in order."""
+        return tuple(image for _, image in self.placed)
 
 
 Sample = ChatSample | PlainSample
@@ -86,8 +102,10 @@ class _RowError(Exception):
     """What is wrong with one row, without saying where."""
 
 
-def read_data(files: Sequence[str], folder: Path, format: str = "auto") -> DataSet:
-    """Read data files given relative to ``folder``.
+def read_data(files: Sequence[str], folder: Path, format: str = "auto", image_root: Path | None = None) -> DataSet:
+    """Read data files given relative to ``folder``, and the names of their images, relative to ``image_root``.
+
+    Images are looked for beside their data file if there is no ``image_root``. None is opened.
 
     Raises:
         UsageError: everything that is wrong with them, the first five problems and how many there are.
@@ -102,7 +120,7 @@ def read_data(files: Sequence[str], folder: Path, format: str = "auto") -> DataS
         name = _format_of(found.rows, format, file, problems)
         formats.append(name)
         if name:
-            samples += _samples(found.rows, name, problems)
+            samples += _samples(found.rows, name, image_root or (folder / file).parent, problems)
     if problems:
         raise UsageError(listing(problems))
     return DataSet(samples, tuple(files), tuple(digests), tuple(formats))
@@ -125,47 +143,59 @@ def _format_of(rows: Sequence[Row], wanted: str, file: str, problems: list[str])
     return ""
 
 
-def _samples(rows: Sequence[Row], name: str, problems: list[str]) -> list[Sample]:
+def _samples(rows: Sequence[Row], name: str, root: Path, problems: list[str]) -> list[Sample]:
     samples = []
     for row in rows:
         try:
-            samples.append(_READERS[name](row.values, row.where))
-        except _RowError as error:
+            samples.append(_READERS[name](row.values, row.where, root))
+        except (_RowError, ImageError, PlaceError) as error:
             problems.append(f"{row.where}: {error}")
     return samples
 
 
-def _read_messages(row: Mapping[str, Any], where: str) -> Sample:
-    return _chat(_turns(row.get("messages"), "messages", "role", "content", _ROLES), where)
+@dataclass(frozen=True)
+class _Turn:
+    """A turn as it was read: texts, images, and places of images that the row names elsewhere."""
+
+    role: Role
+    segments: Segments
 
 
-def _read_sharegpt(row: Mapping[str, Any], where: str) -> Sample:
-    turns = _turns(row.get("conversations"), "conversations", "from", "value", _SHAREGPT_ROLES)
-    return _chat(_system(row) + turns, where)
+def _read_messages(row: Mapping[str, Any], where: str, root: Path) -> Sample:
+    turns = _turns(row.get("messages"), "messages", "role", "content", _ROLES, root)
+    return _chat(turns, where, _images(row, root))
 
 
-def _read_alpaca(row: Mapping[str, Any], where: str) -> Sample:
+def _read_sharegpt(row: Mapping[str, Any], where: str, root: Path) -> Sample:
+    turns = _turns(row.get("conversations"), "conversations", "from", "value", _SHAREGPT_ROLES, root)
+    return _chat(_system(row) + turns, where, _images(row, root))
+
+
+def _read_alpaca(row: Mapping[str, Any], where: str, root: Path) -> Sample:
     instruction, given, output = _text(row, "instruction"), _text(row, "input", optional=True), _text(row, "output")
     question = f"{instruction}\n\n{given}" if given.strip() else instruction
     if not question.strip():
         raise _RowError("the instruction is empty.")
-    return _chat((*_system(row), Message("user", question), Message("assistant", output)), where)
+    turns = [*_system(row), _Turn("user", [question]), _Turn("assistant", [output])]
+    return _chat(turns, where, _images(row, root))
 
 
-def _read_prompt_completion(row: Mapping[str, Any], where: str) -> Sample:
+def _read_prompt_completion(row: Mapping[str, Any], where: str, root: Path) -> Sample:
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
         if not completion.strip():
             raise _RowError("the completion is empty.")
-        return PlainSample(_whole_characters(prompt), _whole_characters(completion), where)
+        (segments,) = fill([[_whole_characters(prompt)]], _images(row, root))
+        text, placed = joined(segments, trim=False)
+        return PlainSample(text, _whole_characters(completion), where, placed)
     if isinstance(prompt, list) and isinstance(completion, list):
-        before = _turns(prompt, "prompt", "role", "content", _ROLES)
-        after = _turns(completion, "completion", "role", "content", _ROLES)
-        return _chat(before + after, where, trained_from=len(before))
+        before = _turns(prompt, "prompt", "role", "content", _ROLES, root)
+        after = _turns(completion, "completion", "role", "content", _ROLES, root)
+        return _chat(before + after, where, _images(row, root), trained_from=len(before))
     raise _RowError("prompt and completion must both be text, or both lists of messages.")
 
 
-_READERS: dict[str, Callable[[Mapping[str, Any], str], Sample]] = {
+_READERS: dict[str, Callable[[Mapping[str, Any], str, Path], Sample]] = {
     "messages": _read_messages,
     "sharegpt": _read_sharegpt,
     "alpaca": _read_alpaca,
@@ -173,18 +203,34 @@ _READERS: dict[str, Callable[[Mapping[str, Any], str], Sample]] = {
 }
 
 
-def _chat(messages: tuple[Message, ...], where: str, trained_from: int = 0) -> ChatSample:
+def _chat(turns: Sequence[_Turn], where: str, images: Sequence[Image], trained_from: int = 0) -> ChatSample:
+    asked = [number for number, turn in enumerate(turns) if turn.role == "user"]
+    if images and not asked:
+        raise _RowError("names images, but has no user turn that they could belong to.")
+    filled = dict(zip(asked, fill([turns[number].segments for number in asked], images), strict=True))
+    messages = []
+    for number, turn in enumerate(turns):
+        segments = filled.get(number, turn.segments)
+        if turn.role != "user" and not all(isinstance(segment, str) for segment in segments):
+            raise _RowError(f"the {turn.role} turn {number + 1} has an image; only user turns may have any.")
+        messages.append(Message(turn.role, *joined(segments, trim=True)))
     answers = [message for message in messages[trained_from:] if message.role == "assistant"]
     if not answers:
         raise _RowError("there is no assistant turn to learn.")
     if not all(answer.content.strip() for answer in answers):
         raise _RowError("an assistant turn is empty.")
-    return ChatSample(messages, where, trained_from)
+    return ChatSample(tuple(messages), where, trained_from)
 
 
-def _system(row: Mapping[str, Any]) -> tuple[Message, ...]:
+def _system(row: Mapping[str, Any]) -> list[_Turn]:
     text = _text(row, "system", optional=True)
-    return (Message("system", text),) if text.strip() else ()
+    return [_Turn("system", [text])] if text.strip() else []
+
+
+def _images(row: Mapping[str, Any], root: Path) -> list[Image]:
+    """Those that a row names beside its texts."""
+    named = next((row[column] for column in _IMAGE_COLUMNS if row.get(column) is not None), None)
+    return images_of(named, root)
 
 
 def _text(row: Mapping[str, Any], column: str, *, optional: bool = False) -> str:
@@ -196,7 +242,7 @@ def _text(row: Mapping[str, Any], column: str, *, optional: bool = False) -> str
     return _whole_characters(value)
 
 
-def _turns(value: Any, column: str, role_key: str, text_key: str, roles: Mapping[str, Role]) -> tuple[Message, ...]:
+def _turns(value: Any, column: str, role_key: str, text_key: str, roles: Mapping[str, Role], root: Path) -> list[_Turn]:
     if not isinstance(value, list) or not value:
         raise _RowError(f"{column} is {'empty' if value == [] else _kind(value)}; it must be a list of turns.")
     turns = []
@@ -208,17 +254,40 @@ def _turns(value: Any, column: str, role_key: str, text_key: str, roles: Mapping
             raise _RowError(
                 f"turn {number} of {column} has the unknown {role_key} {turn[role_key]!r}; known: {', '.join(roles)}."
             )
-        turns.append(Message(role, _content(turn[text_key], number, column)))
-    return tuple(turns)
+        turns.append(_Turn(role, _content(turn[text_key], number, column, root)))
+    return turns
 
 
-def _content(value: Any, number: int, column: str) -> str:
-    """Text, given as such or as a list of text parts."""
+def _content(value: Any, number: int, column: str, root: Path) -> Segments:
+    """Text, given as such or as a list of parts, some of which may be images."""
     if isinstance(value, str):
-        return _whole_characters(value)
-    if isinstance(value, list) and value and all(_is_text_part(part) for part in value):
-        return _whole_characters("".join(part["text"] for part in value))
-    raise _RowError(f"the content of turn {number} of {column} is not text.")
+        return [_whole_characters(value)]
+    if isinstance(value, list) and value and all(isinstance(part, Mapping) for part in value):
+        return [segment for part in value for segment in _part(part, number, column, root)]
+    raise _RowError(f"the content of turn {number} of {column} is not text, nor a list of parts.")
+
+
+def _part(part: Mapping[str, Any], number: int, column: str, root: Path) -> Segments:
+    """One part of a message; tables fill the keys that a part does not have with null."""
+    kind = part.get("type")
+    if kind == "text" and isinstance(part.get("text"), str):
+        return [_whole_characters(part["text"])]
+    if kind not in ("image", "image_url"):
+        raise _RowError(f"the content of turn {number} of {column} is not text or an image, but {kind or 'nameless'}.")
+    found = images_of(_source(part), root)
+    return [*found] if found else [Place()]
+
+
+def _source(part: Mapping[str, Any]) -> Any:
+    """What a part of a message says of its image; nothing if the row does elsewhere."""
+    source = part.get("source")
+    if isinstance(source, Mapping):
+        return {"bytes": source["data"]} if isinstance(source.get("data"), str) else source.get("url")
+    if isinstance(part.get("base64"), str):
+        return {"bytes": part["base64"]}
+    if part.get("bytes") is not None:
+        return part["bytes"]
+    return next((part[key] for key in ("image", "image_url", "path", "url") if part.get(key) is not None), None)
 
 
 def _whole_characters(text: str) -> str:
@@ -228,10 +297,6 @@ def _whole_characters(text: str) -> str:
     except UnicodeEncodeError as error:
         raise _RowError(f"the text has half a character ({text[error.start]!r}) in it.") from None
     return text
-
-
-def _is_text_part(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _kind(value: Any) -> str:

@@ -7,19 +7,26 @@ from __future__ import annotations
 
 import re
 from array import array
-from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ktmerge.checkpoints.layout import read_json
 from ktmerge.checkpoints.quiet import quiet_transformers
 from ktmerge.errors import UsageError, first_line
 from ktmerge.progress import SILENT, Progress
+from ktmerge.recipes.images import Image
 from ktmerge.recipes.rows import listing
 from ktmerge.tuners.data import ChatSample, PlainSample, Sample
+from ktmerge.tuners.images.places import split
+from ktmerge.tuners.tokens import Run, Tokens, runs_of
 
+if TYPE_CHECKING:
+    import torch
+
+Turns = list[dict[str, Any]]
+"""Messages as chat templates take them: role and content."""
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 
 
@@ -27,12 +34,14 @@ _GENERATION = re.compile(r"\{%-?\s*generation\b")
 class Encoded:
     """One sample: token ids, and for each whether the model learns to say it (1) or only reads it (0).
 
-    ``replayed``: it is an upstream sample among those of the downstream task.
+    ``replayed``: it is an upstream sample among those of the downstream task. ``images``: those it shows, in order;
+    their tokens are among the ids.
     """
 
     ids: array[int]
     trained: bytes
     replayed: bool = False
+    images: tuple[Image, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -59,6 +68,10 @@ class EncodedSet:
     def longest(self) -> int:
         """Tokens of the longest sample."""
         return max(map(len, self.samples))
+
+
+Extras = Callable[[Sequence[Encoded], int], dict[str, "torch.Tensor"]]
+"""Makes further tensors of a batch, of samples and the number of tokens they are filled up to."""
 
 
 class SampleError(Exception):
@@ -112,7 +125,7 @@ class Encoder:
         self._added = frozenset(tokenizer.get_added_vocab().values())
         self._vocabulary = vocabulary
         self._blank: dict[int, bool] = {}
-        template = _template(tokenizer)
+        template = self._template()
         self.has_template = template is not None
         self._asks = template is not None and "add_generation_prompt" in template
         self._marks_answers = template is not None and _GENERATION.search(template) is not None
@@ -133,7 +146,7 @@ class Encoder:
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise UsageError(f"{base}: its tokenizer cannot be loaded: {first_line(error)}") from None
         config = read_json(base / "config.json") if (base / "config.json").exists() else {}
-        stops = _stop_ids(tokenizer, base, config)
+        stops = stop_ids(tokenizer, base, config)
         if not stops:
             raise UsageError(f"{base}: neither tokenizer nor configuration names the token that ends a text (eos).")
         rows = config.get("vocab_size")
@@ -143,6 +156,11 @@ class Encoder:
     def stops(self) -> tuple[int, ...]:
         """The tokens that end a text."""
         return self._stops
+
+    @property
+    def extras(self) -> Extras | None:
+        """What makes the tensors of a batch that are not its tokens; None: there are none."""
+        return None
 
     def require_template(self, samples: Sequence[Sample]) -> None:
         """Refuse conversations for a model that has no chat template.
@@ -163,19 +181,26 @@ class Encoder:
         Raises:
             SampleError: the chat template refuses it or does not show its answer, or a token is out of vocabulary.
         """
+        if sample.images and self.extras is None:
+            raise SampleError("has an image, but the base model takes none.")
         ids, trained = self._plain(sample) if isinstance(sample, PlainSample) else self._chat(sample)
+        self._require_known(ids)
+        if not any(trained[1:]):
+            raise SampleError("has no token to learn after it is tokenised.")
+        return Encoded(array("i", ids), bytes(trained), images=sample.images)
+
+    def _require_known(self, ids: Sequence[int]) -> None:
+        """Refuse tokens that the model has no row for."""
         if self._vocabulary is not None and max(ids) >= self._vocabulary:
             raise SampleError(
                 f"has token {max(ids)}, but the model knows only {self._vocabulary}; "
                 "the tokenizer is not the model's own."
             )
-        if not any(trained[1:]):
-            raise SampleError("has no token to learn after it is tokenised.")
-        return Encoded(array("i", ids), bytes(trained))
 
     def _plain(self, sample: PlainSample) -> tuple[list[int], list[bool]]:
-        tokens = _Tokens(self.tokenizer, sample.prompt + sample.completion, add_special_tokens=True)
-        first = tokens.before(len(sample.prompt))
+        prompt = self._prompt(sample)
+        tokens = Tokens(self.tokenizer, prompt + sample.completion, add_special_tokens=True)
+        first = tokens.before(len(prompt))
         ids = list(tokens.ids)
         if ids[-1] not in self._stops:
             ids.append(self._stops[0])
@@ -189,46 +214,55 @@ class Encoder:
                 return self._with_stops(*marked)
         return self._with_stops(*self._located(sample))
 
-    def _marked(self, sample: ChatSample) -> tuple[list[int], list[_Run]] | None:
+    def _marked(self, sample: ChatSample) -> tuple[list[int], list[Run]] | None:
         """Answers as the template's own marks give them; None where the tokenizer cannot follow them."""
         try:
-            found = self.tokenizer.apply_chat_template(
-                _turns(sample), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
+            found = self._follow_marks(self._turns(sample))
         except ValueError:
             return None
+        except SampleError:
+            raise
         except Exception as error:
             raise _refusal(error) from None
         answer = next(message for message in reversed(sample.messages) if message.role == "assistant")
-        if _shown(answer.content, self._render(_turns(sample)), 0) is None:
+        if _shown(answer.content, self._render(self._turns(sample)), 0) is None:
             raise SampleError("the chat template does not show its last answer.")
-        runs = _runs(found["assistant_masks"])
-        return (list(found["input_ids"]), [_Run(first, end, end) for first, end in runs]) if runs else None
+        return found
 
-    def _located(self, sample: ChatSample) -> tuple[list[int], list[_Run]]:
+    def _follow_marks(self, turns: Turns) -> tuple[list[int], list[Run]] | None:
+        found = self.tokenizer.apply_chat_template(
+            turns, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        runs = runs_of(found["assistant_masks"])
+        return (list(found["input_ids"]), [Run(first, end, end) for first, end in runs]) if runs else None
+
+    def _located(self, sample: ChatSample) -> tuple[list[int], list[Run]]:
         """Answers found by rendering the conversation up to each."""
-        turns = _turns(sample)
+        turns = self._turns(sample)
         try:
             text = self._render(turns)
+        except SampleError:
+            raise
         except Exception as error:
             raise _refusal(error) from None
-        tokens = _Tokens(self.tokenizer, text, add_special_tokens=False)
+        tokens = self._tokens(text)
         runs = []
         position = 0
         for number, message in enumerate(sample.messages):
             if message.role != "assistant" or number < sample.trained_from:
-                position = _after(text, message.content, position)
+                for part in split(message.content, message.images):
+                    position = _after(text, part, position) if isinstance(part, str) else position
                 continue
-            start, content_end, end = self._locate(turns, number, text, position)
-            runs.append(_Run(tokens.before(start), tokens.up_to(content_end), tokens.up_to(end)))
+            start, content_end, end = self._locate(turns, message.content, number, text, position)
+            runs.append(Run(tokens.before(start), tokens.up_to(content_end), tokens.up_to(end)))
             position = end
         return list(tokens.ids), runs
 
-    def _locate(self, turns: list[dict[str, str]], number: int, text: str, position: int) -> tuple[int, int, int]:
-        """Where in ``text`` answer ``number`` starts, its content ends, and its turn ends."""
+    def _locate(self, turns: Turns, answer: str, number: int, text: str, position: int) -> tuple[int, int, int]:
+        """Where in ``text`` the answer in turn ``number`` starts, its content ends, and its turn ends."""
         before = self._prefix(turns[:number], text, ask=True)
         reached = max(position, len(before) if before is not None else 0)
-        content = _shown(turns[number]["content"], text, reached)
+        content = _shown(answer, text, reached)
         if content is None:
             raise SampleError(f"the chat template does not show the answer of turn {number + 1}.")
         # without a prompt for the answer, what opens the turn still stands before it
@@ -237,7 +271,7 @@ class Encoder:
         whole = text if number + 1 == len(turns) else self._prefix(turns[: number + 1], text, ask=False)
         return start, content_end, max(content_end, len(whole) if whole is not None else 0)
 
-    def _prefix(self, turns: list[dict[str, str]], text: str, *, ask: bool) -> str | None:
+    def _prefix(self, turns: Turns, text: str, *, ask: bool) -> str | None:
         """The rendering of the first turns, if ``text`` starts with it; templates may refuse or rewrite such a part."""
         try:
             rendered = self._render(turns, ask=ask)
@@ -245,10 +279,31 @@ class Encoder:
             return None
         return rendered if text.startswith(rendered) else None
 
-    def _render(self, turns: list[dict[str, str]], *, ask: bool = False) -> str:
+    # What models that see do otherwise: see `ktmerge.tuners.images.encode`.
+
+    def _template(self) -> str | None:
+        """The chat template, if there is one."""
+        try:
+            return str(self.tokenizer.get_chat_template())
+        except (ValueError, AttributeError):
+            return None
+
+    def _prompt(self, sample: PlainSample) -> str:
+        """What a text that goes on begins with."""
+        return sample.prompt
+
+    def _turns(self, sample: ChatSample) -> Turns:
+        """A conversation as chat templates take it."""
+        return [{"role": message.role, "content": message.content} for message in sample.messages]
+
+    def _render(self, turns: Turns, *, ask: bool = False) -> str:
         return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask))
 
-    def _with_stops(self, ids: list[int], runs: list[_Run]) -> tuple[list[int], list[bool]]:
+    def _tokens(self, text: str) -> Tokens:
+        """The tokens of a rendered conversation."""
+        return Tokens(self.tokenizer, text, add_special_tokens=False)
+
+    def _with_stops(self, ids: list[int], runs: list[Run]) -> tuple[list[int], list[bool]]:
         """Mark the answers; end each with the stop token that follows, or with one of our own if the text just ends."""
         # what opens every turn is an added token too, but ends nothing
         stops = {*self._stops, *(self._added - set(ids[:2]))}
@@ -263,7 +318,7 @@ class Encoder:
             trained[run.first : end] = [True] * (end - run.first)
         return ids, trained
 
-    def _stop_after(self, ids: list[int], run: _Run, stops: set[int]) -> int | None:
+    def _stop_after(self, ids: list[int], run: Run, stops: set[int]) -> int | None:
         """One past the last token to train; None where the text ends without a stop."""
         marked = self._marked_stop(ids, run, stops) if run.content_end == run.end else None
         if marked is not None:
@@ -284,7 +339,7 @@ class Encoder:
             number += 1
         return number
 
-    def _marked_stop(self, ids: list[int], run: _Run, stops: set[int]) -> int | None:
+    def _marked_stop(self, ids: list[int], run: Run, stops: set[int]) -> int | None:
         """One past the stop token that the template's own marks include, if any; a line end after it is no answer."""
         last = run.end - 1
         while last > run.first and self._is_blank(ids[last]):
@@ -295,60 +350,6 @@ class Encoder:
         if token not in self._blank:
             self._blank[token] = not self.tokenizer.decode([token]).strip()
         return self._blank[token]
-
-
-@dataclass(frozen=True)
-class _Run:
-    """One answer as token positions: its first, one past its content, one past its turn."""
-
-    first: int
-    content_end: int
-    end: int
-
-
-class _Tokens:
-    """A tokenised text that knows which tokens lie before a character."""
-
-    def __init__(self, tokenizer: Any, text: str, *, add_special_tokens: bool) -> None:
-        self._tokenizer, self._text, self._special = tokenizer, text, add_special_tokens
-        self._ends: list[int] | None = None
-        if tokenizer.is_fast:
-            found = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
-            self._ends = []
-            for _, end in found["offset_mapping"]:
-                # special tokens that stand for no text come as (0, 0)
-                self._ends.append(max(end, self._ends[-1] if self._ends else 0))
-            self.ids: list[int] = found["input_ids"]
-        else:
-            self.ids = self._ids(text)
-
-    def before(self, character: int) -> int:
-        """How many tokens end at or before ``character``."""
-        if self._ends is None:
-            return _common(self._ids(self._text[:character]), self.ids)
-        return bisect_right(self._ends, character)
-
-    def up_to(self, character: int) -> int:
-        """How many tokens begin before ``character``: a token that straddles it counts."""
-        count = self.before(character)
-        if self._ends is None:
-            return count
-        reached = self._ends[count - 1] if count else 0
-        return count + (reached < character and count < len(self.ids))
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=self._special)["input_ids"])
-
-
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    pairs = zip(first, second, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
-
-
-def _runs(mask: Sequence[int]) -> list[tuple[int, int]]:
-    """Stretches of ones as (first, one past the last)."""
-    edges = [i for i in range(len(mask) + 1) if (i < len(mask) and mask[i]) != (i > 0 and mask[i - 1])]
-    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _shown(content: str, text: str, position: int) -> str | None:
@@ -363,22 +364,12 @@ def _after(text: str, content: str, position: int) -> int:
     return found + len(content.strip()) if found >= 0 else position
 
 
-def _turns(sample: ChatSample) -> list[dict[str, str]]:
-    return [{"role": message.role, "content": message.content} for message in sample.messages]
-
-
 def _refusal(error: Exception) -> SampleError:
     return SampleError(f"the chat template refuses it: {first_line(error)}")
 
 
-def _template(tokenizer: Any) -> str | None:
-    try:
-        return str(tokenizer.get_chat_template())
-    except (ValueError, AttributeError):
-        return None
-
-
-def _stop_ids(tokenizer: Any, base: Path, config: dict[str, Any]) -> tuple[int, ...]:
+def stop_ids(tokenizer: Any, base: Path, config: dict[str, Any]) -> tuple[int, ...]:
+    """What ends a text, by the tokenizer, then the files of the checkpoint folder ``base``."""
     generation = read_json(base / "generation_config.json") if (base / "generation_config.json").exists() else {}
     found: list[int] = []
     for named in (tokenizer.eos_token_id, generation.get("eos_token_id"), config.get("eos_token_id")):

@@ -86,8 +86,8 @@ def test_text_parts_are_joined_and_other_parts_refused(tmp_path: Path) -> None:
     (sample,) = read_data(["a.jsonl"], tmp_path).samples
     assert isinstance(sample, ChatSample)
     assert sample.messages == CHAT
-    write(tmp_path / "b.jsonl", [{"messages": [{"role": "user", "content": [{"type": "image"}]}]}])
-    with pytest.raises(UsageError, match="content of turn 1 of messages is not text"):
+    write(tmp_path / "b.jsonl", [{"messages": [{"role": "user", "content": [{"type": "audio"}]}]}])
+    with pytest.raises(UsageError, match="content of turn 1 of messages is not text or an image, but audio"):
         read_data(["b.jsonl"], tmp_path)
 
 

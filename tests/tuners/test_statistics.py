@@ -276,7 +276,7 @@ def test_refusals(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         "no such file": [model, "--data", "nowhere.jsonl", "--out", out],
         "one of the inputs": [model, "--data", rows, "--out", model],
         "is an adapter": [str(adapter), "--data", rows, "--out", out],
-        "none.png: no such image": [model, "--data", str(tmp_path / "seeing.jsonl"), "--out", out],
+        "takes text alone": [model, "--data", str(tmp_path / "seeing.jsonl"), "--out", out],
         "no row of the data names an image": [model, "--data", rows, "--out", out, "--images", str(tmp_path)],
         "give either data or self_generate": [model, "--data", rows, "--out", out, "--self-generate", "2"],
         "unknown key 'token'": [model, "--data", rows, "--out", out, "--set", "token=3"],

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,12 @@ from ktmerge.checkpoints import Checkpoint
 from ktmerge.checkpoints.limits import context_length
 from ktmerge.errors import UsageError
 from ktmerge.progress import Progress
-from ktmerge.recipes.rows import listing, read_rows
 from ktmerge.recipes.schema import Statistics
+from ktmerge.tuners.collate import IGNORED, Collator
 from ktmerge.tuners.data import read_data
-from ktmerge.tuners.encode import Encoded, Encoder, encode_all
+from ktmerge.tuners.encode import Encoded, encode_all
+from ktmerge.tuners.images.check import has_images
+from ktmerge.tuners.images.opening import open_encoder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,39 +66,34 @@ def read_examples(job: Statistics, checkpoint: Checkpoint, folder: Path, progres
     Raises:
         UsageError: wrong data, images that are not there, or nothing that fits the model.
     """
-    data = read_data(job.data, folder, job.format)
-    pictures = _pictures(job, folder)
-    chosen = _draw(len(data.samples), job.samples, job.seed)
-    encoder = Encoder.load(checkpoint.root)
-    longest = min(job.max_length, context_length(checkpoint.config) or job.max_length)
-    samples = [data.samples[number] for number in chosen]
-    source: dict[str, Any] = {"data": list(data.digests)}
-    if any(pictures.get(sample.where) for sample in samples):
-        from ktmerge.tuners.statistics.pictures import Pictures
-
-        seeing = Pictures(checkpoint, encoder, longest)
-        found = seeing.encode(samples, pictures, progress)
-        source["images"] = _digest(path for sample in samples for path in pictures.get(sample.where, ()))
-        return Examples(found, source)
+    root = folder / job.images if job.images is not None else None
+    data = read_data(job.data, folder, job.format, root)
+    if job.images is not None and not has_images(data.samples):
+        raise UsageError(f"--images {job.images}: no row of the data names an image (column images or image).")
+    samples = [data.samples[number] for number in _draw(len(data.samples), job.samples, job.seed)]
+    encoder, seen = open_encoder(checkpoint, samples, progress)
     encoder.require_template(samples)
+    longest = min(job.max_length, context_length(checkpoint.config) or job.max_length)
     encoded = encode_all(encoder, samples, longest, progress, ", ".join(job.data))
     if encoded.dropped:
         progress.note(f"{encoded.dropped} of {len(samples)} samples are longer than {longest} tokens and left out.")
-    return Examples([_maker(one) for one in encoded.samples], source)
+    source: dict[str, Any] = {"data": list(data.digests)}
+    if has_images(samples):
+        source["images"] = seen.digest(samples)
+    collate = Collator(0, extras=encoder.extras)
+    return Examples([partial(_example, one, collate) for one in encoded.samples], source)
 
 
 def text_example(encoded: Encoded) -> Example:
     """An encoded text as the only one of its batch."""
-    import torch
+    return _example(encoded, Collator(0))
 
-    ids = torch.tensor(encoded.ids, dtype=torch.int64)[None]
-    answers = torch.tensor(list(encoded.trained), dtype=torch.bool)
+
+def _example(encoded: Encoded, collate: Collator) -> Example:
+    keywords = collate([encoded])
+    answers = keywords.pop("labels")[0] != IGNORED
     answers[:1] = False
-    return Example({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, answers)
-
-
-def _maker(encoded: Encoded) -> Callable[[], Example]:
-    return lambda: text_example(encoded)
+    return Example(keywords, answers)
 
 
 def _draw(there: int, wanted: int, seed: int) -> list[int]:
@@ -105,35 +102,3 @@ def _draw(there: int, wanted: int, seed: int) -> list[int]:
 
     chances = priorities(seed, "rows", 0, 0, there)
     return sorted(int(number) for number in chances.argsort(kind="stable")[:wanted])
-
-
-def _pictures(job: Statistics, folder: Path) -> dict[str, list[Path]]:
-    """The images that rows name in a column ``images`` or ``image``, by where the row is."""
-    root = folder / job.images if job.images is not None else None
-    found: dict[str, list[Path]] = {}
-    problems: list[str] = []
-    for file in job.data:
-        for row in read_rows(folder / file, file).rows:
-            named = row.values.get("images") or row.values.get("image")
-            if not named:
-                continue
-            names = named if isinstance(named, list) else [named]
-            if not all(isinstance(name, str) for name in names):
-                problems.append(f"{row.where}: images are named by their files.")
-                continue
-            paths = [(root or (folder / file).parent) / name for name in names]
-            missing = [path for path in paths if not path.is_file()]
-            problems += [f"{row.where}: {path}: no such image." for path in missing]
-            found[row.where] = paths
-    if problems:
-        raise UsageError(listing(problems))
-    if job.images is not None and not found:
-        raise UsageError(f"--images {job.images}: no row of the data names an image (column images or image).")
-    return found
-
-
-def _digest(paths: Any) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
