@@ -30,6 +30,9 @@ def finetune(
     ] = None,
     base: BaseOption = None,
     data: Annotated[list[str] | None, typer.Option("--data", help="Without --recipe: JSONL, JSON or parquet.")] = None,
+    image_root: Annotated[
+        str | None, typer.Option("--image-root", help="Folder of the images that rows name; default: beside the data.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Without --recipe: where the tuned model goes.")
     ] = None,
@@ -64,6 +67,7 @@ def finetune(
     from ktmerge import api, console
 
     settings: dict[str, Any] = {
+        "image_root": image_root,
         "train": train,
         "select": select,
         "density": density,

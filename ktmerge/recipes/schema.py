@@ -172,6 +172,9 @@ class FinetuneJob(_Section):
 
     data: Annotated[list[str], BeforeValidator(_as_list)] = Field(min_length=1, description="JSONL, JSON or parquet")
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = "auto"
+    image_root: str | None = Field(
+        None, min_length=1, description="folder of the images that rows name; default: where each data file is"
+    )
     eval_upstream: str | None = Field(None, description="same formats; its loss is logged while training")
     eval_downstream: str | None = Field(None, description="same formats; its loss is logged while training")
     train: Annotated[str, BeforeValidator(_as_sum)] = Field("full", description=training.HELP)

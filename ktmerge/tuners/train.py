@@ -18,6 +18,7 @@ from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners.data import DataSet, read_data
 from ktmerge.tuners.encode import EncodedSet, Encoder, encode_all
 from ktmerge.tuners.export import export
+from ktmerge.tuners.images.opening import open_encoder
 from ktmerge.tuners.partial import LOG, Partial, differences, read_object
 from ktmerge.tuners.report import RECORD, FinetuneReport, inputs_of, record_of
 from ktmerge.tuners.run import FACTS, TrainingRun
@@ -63,11 +64,13 @@ def finetune(
         refuse_overlap(last, [base])
         refuse_output(last, overwrite or resume)
     data = _read(job, folder)
-    encoder = Encoder.load(base)
+    encoder, seen = open_encoder(checkpoint, [one for found in data.values() for one in found.samples], progress)
     encoded = _encode(encoder, data, _longest_allowed(job, checkpoint), progress)
     inputs = inputs_of(job, checkpoint, checkpoint.content_digest(progress), data)
     if fisher is not None:
         inputs["Fisher information"] = fisher.digest
+    if seen.digests:
+        inputs["images"] = {name: seen.digest(found.samples) for name, found in data.items()}
     if resume and (out / RECORD).exists():
         finished = _finished(out, inputs, overwrite)
         if finished is not None:
@@ -128,6 +131,7 @@ def _read(job: FinetuneJob, folder: Path) -> dict[str, DataSet]:
         "upstream": [job.eval_upstream],
         "downstream": [job.eval_downstream],
     }
+    images = None if job.image_root is None else folder / job.image_root
     found: dict[str, DataSet] = {}
     problems: list[str] = []
     for name, files in wanted.items():
@@ -135,7 +139,7 @@ def _read(job: FinetuneJob, folder: Path) -> dict[str, DataSet]:
         if not given:
             continue
         try:
-            found[name] = read_data(given, folder, job.format if name == "train" else "auto")
+            found[name] = read_data(given, folder, job.format if name == "train" else "auto", images)
         except UsageError as error:
             problems.append(str(error))
     if problems:
