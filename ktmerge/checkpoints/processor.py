@@ -48,7 +48,7 @@ def load_processor(base: Path) -> Any:
 @contextmanager
 def _without_videos() -> Iterator[None]:
     """Where torchvision is not available, processors get a stand-in for their video processor."""
-    from transformers.utils import is_torchvision_available
+    from transformers.utils.import_utils import is_torchvision_available
 
     if is_torchvision_available():
         yield

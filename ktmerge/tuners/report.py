@@ -16,7 +16,7 @@ from ktmerge.tuners.encode import EncodedSet
 
 RECORD = "ktmerge-run.json"
 _NO_EFFECT = frozenset(
-    {"data", "format", "eval_upstream", "eval_downstream", "replay", "fisher", "log_every", "save_every"}
+    {"data", "format", "image_root", "eval_upstream", "eval_downstream", "replay", "fisher", "log_every", "save_every"}
 )
 """Settings that do not change the result by their name: files count by their content."""
 
@@ -129,7 +129,7 @@ def reference_of(base: Path) -> str:
 def _without_folders(job: FinetuneJob) -> dict[str, Any]:
     """The job with absolute paths cut to the file name."""
     document = job.model_dump(mode="json")
-    for key in ("eval_upstream", "eval_downstream", "fisher"):
+    for key in ("eval_upstream", "eval_downstream", "fisher", "image_root"):
         document[key] = document[key] and _portable(document[key])
     for key in ("data", "replay"):
         document[key] = [_portable(file) for file in document[key]]
