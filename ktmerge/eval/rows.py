@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ktmerge.errors import UsageError, did_you_mean, first_line
+from ktmerge.eval.shaping import joined, kept, taken_apart
 from ktmerge.recipes import rows as files
 from ktmerge.recipes.rows import SUFFIXES, Row, Rows
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from ktmerge.recipes.suites import TaskBase
 
 HUB = "hf:"
+COPIES = "KTMERGE_DATASETS"
+"""Environment variable: a folder with copies of datasets' repositories, by owner and name."""
 Part = Literal["all", "selection", "report"]
 PARTS: tuple[Part, ...] = ("all", "selection", "report")
 
@@ -47,16 +51,43 @@ def read_rows(task: TaskBase, folder: Path, share: float = 0.0, part: Part = "al
     Raises:
         UsageError: the data are missing, empty or broken somewhere; task, file and line are named.
     """
-    try:
-        found = load(task.data, folder, task.subset, task.split)
-    except UsageError as error:
-        lines = str(error).splitlines()
-        named = (line if line.startswith("...") else f"task '{task.name}': {line}" for line in lines)
-        raise UsageError("\n".join(named)) from None
+    found = whole(task, folder, task.data, task.subset, task.split)
     rows = of_part(found.rows, share, part)
     if not rows:
         raise UsageError(f"task '{task.name}': none of its {len(found.rows)} rows falls into the part for {part}.")
     return Rows(draw(rows, task.limit, task.seed), digest=found.digest)
+
+
+def whole(task: TaskBase, folder: Path, data: str, subset: str | None, split: str | None, key: str = "") -> Rows:
+    """All rows of some data, shaped as ``task`` wants its rows.
+
+    Args:
+        task: says how to take rows apart, what to add to them and which to leave out.
+        folder: where relative paths start.
+        data: what to read: the task's data, or its worked examples.
+        subset: of the data.
+        split: of the data.
+        key: of the task that names the data, for messages.
+
+    Raises:
+        UsageError: the data cannot be read or do not have that shape.
+    """
+    named = f"task '{task.name}'{f', {key}' if key else ''}"
+    found = _named(named, data, folder, subset, split)
+    rows, digest = taken_apart(found.rows, task.each, task.name), found.digest
+    if task.join is not None:
+        others = _named(f"{named}, join", task.join.data, folder, task.join.subset, task.join.split)
+        rows = joined(rows, others.rows, task.join.on, task.join.key, task.name)
+        digest = hashlib.sha256(f"{digest}\n{others.digest}".encode()).hexdigest()
+    return Rows(kept(rows, task.where, task.name), digest=digest)
+
+
+def _named(name: str, data: str, folder: Path, subset: str | None, split: str | None) -> Rows:
+    try:
+        return load(data, folder, subset, split)
+    except UsageError as error:
+        lines = str(error).splitlines()
+        raise UsageError("\n".join(line if line.startswith("...") else f"{name}: {line}" for line in lines)) from None
 
 
 def load(data: str, folder: Path, subset: str | None, split: str | None) -> Rows:
@@ -106,22 +137,50 @@ def _names(path: Path) -> list[str]:
 
 
 def _dataset(name: str, subset: str | None, split: str | None) -> Rows:
-    from datasets import Image, load_dataset
-
+    """Rows of a dataset: of a copy in ``$KTMERGE_DATASETS/owner/name``, or else as the datasets library finds it."""
     if split is None:
         raise UsageError(f"{HUB}{name}: say with 'split' which part of the dataset to read.")
+    copies = os.environ.get(COPIES)
+    if copies and (Path(copies) / name).is_dir():
+        return _folder(Path(copies) / name, subset, split)
+    from datasets import load_dataset
+
     try:
         dataset = load_dataset(name, subset, split=split)
-        for column, feature in dataset.features.items():
-            if isinstance(feature, Image):
-                dataset = dataset.cast_column(column, Image(decode=False))
-        values: list[dict[str, Any]] = dataset.to_list()
+        values: list[dict[str, Any]] = dataset.cast(_undecoded(dataset.features)).to_list()
     except Exception as error:  # offline, no such dataset, no such split: whatever the library raises says which
-        raise UsageError(f"{HUB}{name}: the dataset cannot be loaded: {first_line(error)}") from None
+        raise UsageError(f"{HUB}{name}: {_why(error)}") from None
     if not values:
         raise UsageError(f"{HUB}{name}: there are no rows in it.")
     rows = [Row(number, f"{name}[{split}], row {number + 1}", one) for number, one in enumerate(values)]
     return Rows(rows, digest=content_digest(values))
+
+
+def _why(error: Exception) -> str:
+    """Why a dataset is not there, and what to do about it."""
+    said = first_line(error)
+    if isinstance(error, ConnectionError | OSError) and not isinstance(error, FileNotFoundError):
+        return (
+            f"the dataset is not on this machine and the hub cannot be reached ({said}) Download it where there is a "
+            f"network, or keep a copy of its repository as owner/name in a folder that ${COPIES} names."
+        )
+    return f"the dataset cannot be loaded: {said}"
+
+
+def _undecoded(feature: Any) -> Any:
+    """The same features with images left as the files they are."""
+    from datasets import Features, Image, LargeList, List
+
+    if isinstance(feature, Image):
+        return Image(decode=False)
+    if isinstance(feature, dict):
+        inner = {name: _undecoded(one) for name, one in feature.items()}
+        return Features(inner) if isinstance(feature, Features) else inner
+    if isinstance(feature, List):
+        return List(_undecoded(feature.feature), length=feature.length)
+    if isinstance(feature, LargeList):
+        return LargeList(_undecoded(feature.feature))
+    return feature
 
 
 def content_digest(values: Any) -> str:

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ktmerge.errors import UsageError
 from ktmerge.eval.encode import Encoded, Encoder
 from ktmerge.eval.images import row_images
 from ktmerge.eval.items import Item, make_items, worked_rows
 from ktmerge.eval.overlap import require
-from ktmerge.eval.rows import load, part_named, read_rows
+from ktmerge.eval.rows import part_named, read_rows, whole
 from ktmerge.recipes.rows import Row
 from ktmerge.recipes.suites import AnyTask, Side, Suite, TextTask
 
@@ -77,10 +76,8 @@ def _pool(task: AnyTask, folder: Path) -> tuple[list[Row], str]:
     if isinstance(task, TextTask) or not task.shots:
         return [], ""
     split = task.shots_split or (None if task.shots_from else task.split)
-    try:
-        found = load(task.shots_from or task.data, folder, None if task.shots_from else task.subset, split)
-    except UsageError as error:
-        raise UsageError(f"task '{task.name}', shots_from: {error}") from None
+    subset = None if task.shots_from else task.subset
+    found = whole(task, folder, task.shots_from or task.data, subset, split, "shots_from")
     return found.rows, found.digest
 
 

@@ -130,9 +130,35 @@ def _lines(text: str, suffix: str, name: str) -> Iterator[tuple[str, Any]]:
     if found and all(isinstance(value, _Broken) for _, value in found):
         if suffix not in SUFFIXES:
             raise _FileError(f"is none of {', '.join(SUFFIXES)}.")
-        if not isinstance(_parse(text), _Broken):
-            raise _FileError("is one JSON object; it must be a list of rows, or one row a line.")
+        whole = _parse(text)
+        if not isinstance(whole, _Broken):
+            if not _table_of(whole):
+                raise _FileError("is one JSON object; it must be a list of rows, or one row a line.")
+            return _listed(whole, name)
+    if suffix == ".json" and len(found) == 1 and _table_of(found[0][1]):
+        return _listed(found[0][1], name)
     return iter(found)
+
+
+def _listed(whole: dict[str, Any], name: str) -> Iterator[tuple[str, Any]]:
+    key = _table_of(whole)
+    return ((f"{name}, {key} row {number}", value) for number, value in enumerate(whole[key], 1))
+
+
+def _table_of(whole: Any) -> str:
+    """The key of a JSON object's only list of rows, as in ``{"info": ..., "questions": [...]}``, or an empty text.
+
+    Turns of a conversation are no rows.
+    """
+    if not isinstance(whole, dict):
+        return ""
+    lists = {key: value for key, value in whole.items() if isinstance(value, list) and value}
+    tables = [key for key, rows in lists.items() if all(_is_row(row) for row in rows)]
+    return tables[0] if len(tables) == 1 else ""
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, dict) and not value.keys() & {"role", "from"}
 
 
 def _parse(text: str) -> Any:

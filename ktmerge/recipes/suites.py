@@ -11,6 +11,18 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 Side = Literal["upstream", "downstream"]
 
 
+class Join(BaseModel):
+    """Other data that have something of every row: its image or its answer, under a common name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: str = Field(description="file, folder or dataset, as a task's data")
+    subset: str | None = None
+    split: str | None = None
+    on: str = Field(description="column (or one {{ expression }}) of the row that names what belongs to it")
+    key: str = Field(description="column there with that name; all columns there that the row lacks are added to it")
+
+
 class TaskBase(BaseModel):
     """What every task has. Data are rows of JSONL, JSON, CSV or parquet; templates are sandboxed Jinja over a row."""
 
@@ -22,6 +34,12 @@ class TaskBase(BaseModel):
     )
     subset: str | None = Field(None, description="configuration of the dataset; of a folder, the folder inside it")
     split: str | None = Field(None, description="of a dataset or folder: the files whose names begin so")
+    each: dict[str, str] = Field(
+        default_factory=dict,
+        description="name: column of lists; a row becomes one for each place in these lists, named so there",
+    )
+    join: Join | None = Field(None, description="other data with columns of the same rows, such as their images")
+    where: str | None = Field(None, description="{{ expression }}; only rows for which it is true are scored")
     limit: int | None = Field(None, ge=1, description="score only this many rows, drawn with the seed")
     seed: int = Field(0, ge=0, description="draws the rows when limit is set, and the worked examples")
     image: list[str] | str | None = Field(
@@ -47,11 +65,16 @@ class PromptTask(TaskBase):
     shots: int = Field(0, ge=0, le=64, description="worked examples before each prompt; never the row itself")
     shots_from: str | None = Field(None, description="file of the worked examples; by default the data themselves")
     shots_split: str | None = Field(None, description="split of the worked examples; by default the data's")
+    shots_by: str | None = Field(
+        None, description="column; worked examples are those with the row's value in it, in the order of their file"
+    )
+    shot: str | None = Field(None, description="template of a worked example's answer; by default the right answer")
+    intro: str | None = Field(None, description="template over the row, before all worked examples and the prompt")
 
     @model_validator(mode="after")
     def _shots_are_asked_for(self) -> PromptTask:
-        if not self.shots and (self.shots_from or self.shots_split):
-            raise ValueError("shots_from and shots_split say where worked examples come from; say how many with shots")
+        if not self.shots and (self.shots_from or self.shots_split or self.shots_by or self.shot):
+            raise ValueError("keys about worked examples (shots_from, shots_by, shot) need shots, how many there are")
         return self
 
 
@@ -141,6 +164,9 @@ class TextTask(TaskBase):
 
 AnyTask = ChoiceTask | ClassifyTask | LetterTask | GenerateTask | TextTask
 Task = Annotated[AnyTask, Field(discriminator="kind")]
+
+
+SUITE_VERSION = 1
 
 
 class Suite(BaseModel):
