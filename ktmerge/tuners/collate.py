@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """Label of a token that does not enter the loss."""
+TAUGHT = "taught"
+"""Key of a batch: bool ``[samples]``, whose answers the base is distilled on."""
 
 
 class Collator:
@@ -43,7 +45,7 @@ class Collator:
             labels[row, : len(sample)] = torch.where(trained, own, IGNORED)
         found = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         if self._taught is not None:
-            found["taught"] = torch.tensor([self._taught(sample) for sample in samples])
+            found[TAUGHT] = torch.tensor([self._taught(sample) for sample in samples])
         if self._extras is not None:
             found |= self._extras(samples, shape[1])
         return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ktmerge.tuners.collate import IGNORED
+from ktmerge.tuners.collate import IGNORED, TAUGHT
 
 if TYPE_CHECKING:
     import torch
@@ -39,10 +39,15 @@ def answers(model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tenso
     """
     targets = following(inputs["labels"])
     wanted = targets != IGNORED
-    outputs = model(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], logits_to_keep=wanted, use_cache=False
-    )
+    outputs = model(**for_model(inputs), logits_to_keep=wanted, use_cache=False)
     return outputs.logits, targets[wanted], wanted
+
+
+def for_model(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What of a batch the model is given: tokens, where they are, and images."""
+    # packed samples are kept apart by their positions, and with a mask would see each other
+    kept_back = {"labels", TAUGHT, "attention_mask" if "position_ids" in inputs else "labels"}
+    return {name: value for name, value in inputs.items() if name not in kept_back}
 
 
 def following(labels: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from ktmerge.errors import KtmergeError, first_line
 from ktmerge.progress import Progress, Step
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners.encode import Encoded, EncodedSet, Encoder
+from ktmerge.tuners.images.agreement import require_agreement, shows_images
 from ktmerge.tuners.loss import PIECE_TOKENS, projects_faithfully
 from ktmerge.tuners.machine import (
     choose_machine,
@@ -70,6 +71,9 @@ class TrainingRun:
         self._fisher = fisher
         self._machine = choose_machine(job.precision)
         self._piece_tokens = PIECE_TOKENS if self._machine.device == "cpu" else None
+        self._shows_images = shows_images(encoded.values())
+        if self._shows_images:
+            self._piece_tokens = None  # the rows of pixels are not those of samples
         self._total = total_steps(job, len(encoded["train"].samples))
 
     def train(self, saved: Saved | None) -> None:
@@ -165,6 +169,7 @@ class TrainingRun:
         if self._job.activation_checkpointing:
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         rhythm = self._rhythm()
+        require_agreement(model, self._encoder, self._encoded["train"].samples)
         lean = projects_faithfully(model, model.config.get_text_config().vocab_size)
         samples, replayed = self._samples()
         self._selection = self._select(model)
@@ -191,7 +196,7 @@ class TrainingRun:
             model=model,
             args=self._arguments(evaluate_first=rhythm.evaluates and saved is None),
             train_dataset=[*samples, *replayed],
-            data_collator=build_collator(self._encoder.tokenizer, taught(self._job)),
+            data_collator=build_collator(self._encoder.tokenizer, taught(self._job), extras=self._encoder.extras),
             callbacks=[
                 *listeners,
                 *keeping.callbacks,

@@ -17,7 +17,7 @@ from transformers import Trainer
 
 from ktmerge.errors import KtmergeError
 from ktmerge.tuners.collate import IGNORED, Collator
-from ktmerge.tuners.encode import Encoded
+from ktmerge.tuners.encode import Encoded, Extras
 from ktmerge.tuners.keeping.distil import TAUGHT, Teacher
 from ktmerge.tuners.keeping.pull import Pull
 from ktmerge.tuners.keeping.replay import ReplaySampler
@@ -270,6 +270,11 @@ def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.contiguous() for name, tensor in {**parameters, **buffers}.items()}
 
 
-def build_collator(tokenizer: Any, taught: Callable[[Encoded], bool] | None = None) -> Collator:
-    """The collator for a tokenizer; any token will do as padding, since it is masked. ``taught``: see `Collator`."""
-    return Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0, taught)
+def build_collator(
+    tokenizer: Any, taught: Callable[[Encoded], bool] | None = None, *, extras: Extras | None = None
+) -> Collator:
+    """The collator for a tokenizer; any token will do as padding, since it is masked.
+
+    ``taught``, ``extras``: see `Collator`.
+    """
+    return Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0, taught, extras)

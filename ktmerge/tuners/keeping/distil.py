@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-TAUGHT = "taught"
-"""Key of a batch: bool ``[samples]``, whose answers are distilled."""
+from ktmerge.tuners.collate import TAUGHT as TAUGHT
+from ktmerge.tuners.loss import for_model
 
 
 class Teacher:
@@ -51,11 +51,11 @@ class Teacher:
         return self._weight * divergence(targets, logits[taught], self._temperature)
 
     def _logits(self, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
-        given = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"], "use_cache": False}
+        given = for_model(inputs)
         if self._lean:
-            found: Tensor = self._base(**given, logits_to_keep=positions).logits
+            found: Tensor = self._base(**given, logits_to_keep=positions, use_cache=False).logits
             return found
-        every: Tensor = self._base(**given).logits
+        every: Tensor = self._base(**given, use_cache=False).logits
         return every[positions]
 
 
