@@ -162,6 +162,11 @@ class Encoder:
         """What makes the tensors of a batch that are not its tokens; None: there are none."""
         return None
 
+    @property
+    def packs(self) -> bool:
+        """Whether texts may share a row of a batch."""
+        return True
+
     def require_template(self, samples: Sequence[Sample]) -> None:
         """Refuse conversations for a model that has no chat template.
 

@@ -35,6 +35,10 @@ class SuffixEncoder(SeeingEncoder):
     def extras(self) -> Extras | None:
         return Pixels(self.processor, prefixed=True)
 
+    @property
+    def packs(self) -> bool:
+        return False
+
     def encode(self, sample: Sample) -> Encoded:
         question, answer = _question(sample)
         self._require_images(sample)
