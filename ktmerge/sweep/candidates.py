@@ -1,0 +1,97 @@
+"""The candidates of a sweep as they stand in its ledger: what was tried, how far it was scored, who goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ktmerge.sweep.pareto import layers
+from ktmerge.sweep.rounds import ItemScores, joined
+from ktmerge.sweep.space import Point
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+RECIPE, STOPPED, ROUND = "recipe", "stopped", "round"
+"""Attributes of a trial: its recipe; why it was scored no further; the item scores of one round."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One candidate that was screened.
+
+    Attributes:
+        number: of its trial.
+        point: what was turned.
+        recipe: the whole recipe, as plain data.
+        first: upstream retention in percent; screened by divergence: minus KL(base || candidate).
+        second: downstream gain in points; screened by divergence: minus KL(expert || candidate).
+        stopped: why it was scored no further, if so.
+        rounds: item scores of each round that was scored.
+    """
+
+    number: int
+    point: Point
+    recipe: dict[str, Any]
+    first: float
+    second: float
+    stopped: str | None
+    rounds: list[ItemScores]
+
+    @classmethod
+    def of(cls, trial: FrozenTrial) -> Candidate:
+        """From a finished trial."""
+        attributes = trial.user_attrs
+        rounds: list[ItemScores] = []
+        while f"{ROUND} {len(rounds)}" in attributes:
+            rounds.append(attributes[f"{ROUND} {len(rounds)}"])
+        first, second = trial.values
+        return cls(trial.number, dict(trial.params), attributes[RECIPE], first, second, attributes.get(STOPPED), rounds)
+
+    @property
+    def scores(self) -> ItemScores:
+        """Of all rounds."""
+        return joined(self.rounds)
+
+
+def best_keeping(candidates: Sequence[Candidate], limit: float) -> Candidate | None:
+    """The candidate with the largest gain of those that keep enough and were not stopped; of equals the first."""
+    kept = [one for one in candidates if one.stopped is None and one.first >= limit]
+    return max(kept, key=lambda one: (one.second, one.first, -one.number), default=None)
+
+
+def finalists(candidates: Sequence[Candidate], most: int, limit: float | None) -> list[Candidate]:
+    """Who is scored on everything: the front, and behind it the next fronts while there is room.
+
+    Of a front that is too large those nearest to the limit on either side of it, as a few items may have put them on
+    the wrong one; without a limit those evenly spread along it.
+
+    Args:
+        candidates: all; the stopped ones, and those with the recipe of an earlier one, are left out.
+        most: how many.
+        limit: least retention, if retention was measured.
+    """
+    different = {repr(one.recipe): one for one in sorted(candidates, key=lambda one: one.number, reverse=True)}
+    left = sorted((one for one in different.values() if one.stopped is None), key=lambda one: one.number)
+    if not left:
+        return []
+    found: list[Candidate] = []
+    for layer in layers(np.array([[one.first, one.second] for one in left])):
+        own = [left[i] for i in layer]
+        room = most - len(found)
+        found += own if len(own) <= room else _nearest(own, room, limit)
+    return found
+
+
+def _nearest(own: Sequence[Candidate], room: int, limit: float | None) -> list[Candidate]:
+    ordered = sorted(own, key=lambda one: (-one.first, one.number))
+    if limit is None:
+        return [ordered[round(i)] for i in np.linspace(0, len(ordered) - 1, room)] if room > 1 else ordered[:room]
+    above = [one for one in ordered if one.first >= limit]
+    below = ordered[len(above) :]
+    few = min(len(below), room // 2)
+    many = min(len(above), room - few)
+    return above[len(above) - many :] + below[: room - many]

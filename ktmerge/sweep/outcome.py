@@ -1,0 +1,220 @@
+"""What a sweep found: the candidates, the finalists, the chosen recipe, and how far it can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ktmerge.eval.significance import luck
+from ktmerge.eval.summary import Estimate, ModelSummary, summarise
+from ktmerge.recipes.suites import Side
+from ktmerge.sweep.candidates import Candidate
+from ktmerge.sweep.rounds import ItemScores
+from ktmerge.sweep.settings import SweepSettings
+from ktmerge.sweep.space import told
+from ktmerge.sweep.standing import paired
+
+_TUNED = "experts"
+
+
+@dataclass(frozen=True)
+class Final:
+    """A candidate that was scored on all selection items.
+
+    Attributes:
+        scores: of all selection items.
+        retention: upstream score in percent of the base's.
+        gain: downstream score minus the base's, in points.
+        digest: of all its tensors, as the blended folder's `Checkpoint.content_digest`; None if it could not be told.
+    """
+
+    candidate: Candidate
+    scores: ItemScores
+    retention: float
+    gain: float
+    digest: str | None
+
+
+def choose(finals: Sequence[Final], limit: float) -> tuple[Candidate | None, Candidate]:
+    """The finalist that gains most of those that keep enough, if any does; and the one that keeps most."""
+    keeping = [one for one in finals if one.retention >= limit]
+    best = max(keeping, key=lambda one: (one.gain, one.retention, -one.candidate.number), default=None)
+    nearest = max(finals, key=lambda one: (one.retention, one.gain, -one.candidate.number))
+    return None if best is None else best.candidate, nearest.candidate
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of a sweep.
+
+    Attributes:
+        sampler: that drew the candidates.
+        study: name of the study in the storage.
+        failed: why trials could not be blended or scored, by number.
+        base: the base's scores on the selection items.
+        sides: of all sets.
+        chosen: the finalist with the largest gain of those that keep enough; None if none does.
+        nearest: the finalist that keeps most.
+        held_out: scores of base, experts and the chosen (or nearest) candidate on items that chose nothing.
+    """
+
+    settings: SweepSettings
+    sampler: str
+    study: str
+    candidates: list[Candidate]
+    failed: dict[int, str]
+    finals: list[Final]
+    base: ItemScores
+    sides: dict[str, Side]
+    chosen: Candidate | None
+    nearest: Candidate
+    held_out: dict[str, ItemScores]
+
+    @property
+    def shown(self) -> Candidate:
+        """The candidate that the held-out scores are about."""
+        return self.chosen or self.nearest
+
+    @cached_property
+    def confirmed(self) -> ModelSummary:
+        """The shown candidate on the held-out items, with intervals; the gain share is of the experts' gain, each set's
+        best expert's."""
+        experts = [scores for name, scores in self.held_out.items() if name not in ("base", "chosen")]
+        best = {name: max((one[name] for one in experts), key=np.mean) for name in self.sides}
+        models = {"base": self.held_out["base"], _TUNED: best, "chosen": self.held_out["chosen"]}
+        return self._summary(models, _TUNED)["chosen"]
+
+    @cached_property
+    def standings(self) -> dict[int, ModelSummary]:
+        """The finalists on the selection items, by number, with intervals that do not know of the choice."""
+        models = {"base": self.base, **{str(one.candidate.number): one.scores for one in self.finals}}
+        found = self._summary(models, None)
+        return {one.candidate.number: found[str(one.candidate.number)] for one in self.finals}
+
+    def rule(self) -> str:
+        """How the recipe was chosen."""
+        return f"max downstream subject to upstream >= {self.settings.limit:g} % of base"
+
+    def statement(self) -> list[str]:
+        """The outcome in sentences."""
+        counts = f"{self._items('upstream', self.base)} upstream and {self._items('downstream', self.base)} downstream"
+        if self.chosen is not None:
+            said = [
+                f"Trial {self.chosen.number} ({told(self.chosen.point)}) of {len(self.candidates)}: {self.rule()}, "
+                f"on {counts} selection items."
+            ]
+        else:
+            said = [
+                f"No recipe found: none of the {len(self.finals)} finalists of {len(self.candidates)} candidates keeps "
+                f"{self.settings.limit:g} % of the base's upstream score on {counts} selection items. Trial "
+                f"{self.nearest.number} ({told(self.nearest.point)}) keeps most."
+            ]
+        own, base = self.confirmed, self.held_out["base"]
+        counts = f"{self._items('upstream', base)} upstream and {self._items('downstream', base)} downstream"
+        said.append(
+            f"On {counts} held-out items it keeps {_told(own.retention)} % of the base's upstream score and has "
+            f"{_told(own.gain_share)} % of the experts' downstream gain: {self.verdict()}."
+        )
+        return said
+
+    def verdict(self) -> str:
+        """Whether the held-out items bear the goal out."""
+        own, goals = self.confirmed, []
+        for what, estimate, wanted in (
+            (f"upstream >= {self.settings.limit:g} %", own.retention, self.settings.limit),
+            (f"gain >= {100 * self.settings.gain:g} %", own.gain_share, 100 * self.settings.gain),
+        ):
+            if estimate is None:
+                goals.append(f"{what} cannot be told")
+            else:
+                reached = "reached" if estimate.value >= wanted else "missed"
+                open_ = estimate.low < wanted <= estimate.high
+                goals.append(f"{what} {reached}" + (", though the interval allows either" if open_ else ""))
+        return "; ".join(goals)
+
+    @property
+    def reached(self) -> bool:
+        """Whether the chosen recipe reaches both goals on the held-out items, by its estimates."""
+        own = self.confirmed
+        if self.chosen is None or own.retention is None or own.gain_share is None:
+            return False
+        return own.retention.value >= self.settings.limit and own.gain_share.value >= 100 * self.settings.gain
+
+    def cautions(self) -> list[str]:
+        """What to keep in mind."""
+        found = []
+        errors = [paired(one.scores, self.base, self.sides, "downstream").error for one in self.finals]
+        if len(self.finals) > 1:
+            found.append(
+                f"The best of {len(self.finals)} equally good finalists would look about "
+                f"{luck(len(self.finals), float(np.mean(errors))):.1f} points better downstream on the selection items "
+                "than it is. The held-out items chose nothing: their numbers are free of that, and one recipe is "
+                "tested on them, not several."
+            )
+        if self.failed:
+            number, reason = next(iter(self.failed.items()))
+            found.append(f"{len(self.failed)} trials could not be blended or scored, such as {number}: {reason}")
+        return found
+
+    def table(self) -> tuple[list[str], list[list[str]], str]:
+        """The finalists: columns, rows and a title."""
+        rows = []
+        for one in sorted(self.finals, key=lambda one: -one.retention):
+            number = one.candidate.number
+            own = self.standings[number]
+            mark = " chosen" if self.chosen is not None and number == self.chosen.number else ""
+            rows.append([f"{number}{mark}", told(one.candidate.point), _told(own.retention), _told(own.E, "+")])
+        title = f"Finalists on the selection items ({self.rule()})"
+        return ["trial", "recipe", "upstream kept, %", "E, points"], rows, title
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        own = self.confirmed
+        return {
+            "ktmerge_sweep": 1,
+            "study": self.study,
+            "rule": self.rule(),
+            "sampler": self.sampler,
+            "chosen": None if self.chosen is None else self.chosen.number,
+            "nearest": self.nearest.number,
+            "reached": self.reached,
+            "statement": self.statement(),
+            "cautions": self.cautions(),
+            "held out": {
+                key: None if estimate is None else asdict(estimate)
+                for key, estimate in (
+                    ("retention", own.retention), ("gain_share", own.gain_share), ("E", own.E), ("F", own.F),
+                )
+            },
+            "finalists": [
+                {
+                    "trial": one.candidate.number, "point": one.candidate.point, "retention": one.retention,
+                    "gain": one.gain, "digest": one.digest,
+                }
+                for one in self.finals
+            ],
+            "candidates": [
+                {"trial": one.number, "point": one.point, "recipe": one.recipe, "stopped": one.stopped,
+                 "values": [one.first, one.second]}
+                for one in self.candidates
+            ],
+            "failed": self.failed,
+        }  # fmt: skip
+
+    def _summary(self, models: dict[str, ItemScores], reference: str | None) -> dict[str, ModelSummary]:
+        arrays = {name: {task: np.asarray(own) for task, own in scores.items()} for name, scores in models.items()}
+        sides = {name: side for name, side in self.sides.items() if all(name in own for own in models.values())}
+        return summarise(arrays, sides, reference=reference, bootstrap=self.settings.bootstrap).models
+
+    def _items(self, side: Side, scores: ItemScores) -> int:
+        return sum(len(own) for name, own in scores.items() if self.sides[name] == side)
+
+
+def _told(estimate: Estimate | None, sign: str = "") -> str:
+    if estimate is None:
+        return "–"
+    return f"{estimate.value:{sign}.1f} [{estimate.low:{sign}.1f}, {estimate.high:{sign}.1f}]"

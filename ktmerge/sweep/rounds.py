@@ -1,0 +1,77 @@
+"""Items in one order for all candidates, cut into rounds: few first, more for those still in the race."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ktmerge.eval.encode import Encoded
+from ktmerge.eval.items import Item
+from ktmerge.eval.sets import TaskSet, encode_sets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ktmerge.eval.sight import Sight
+
+ItemScores = dict[str, list[float]]
+"""By set, the scores of its items, in [0, 1] (CIDEr goes to 10)."""
+
+_WHOLE = ("cider",)
+"""Metrics whose item scores depend on what else is in the set."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """Some items of every set; no item is in two rounds."""
+
+    sets: list[TaskSet]
+    encoded: Mapping[str, Encoded]
+
+
+def cut(
+    sets: Sequence[TaskSet],
+    ends: Sequence[float],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    sight: Sight | None = None,
+) -> list[Round]:
+    """Cut the sets into rounds.
+
+    Args:
+        sets: what is scored.
+        ends: the share of every set's items at which each round ends, ascending, the last one 1. A round of a set too
+            small for that is empty; a set whose items cannot be told apart is in the first round as a whole.
+        tokenizer: the model's.
+        max_length: tokens the model reads.
+        sight: prepares images, where there are any.
+    """
+    found = []
+    for before, end in zip([0.0, *ends], ends, strict=False):
+        chosen = [replace(one, items=part) for one in sets if (part := _between(one, before, end))]
+        found.append(Round(chosen, encode_sets(chosen, tokenizer, max_length, sight)))
+    return found
+
+
+def _between(one: TaskSet, before: float, end: float) -> list[Item]:
+    if one.task.metric in _WHOLE:
+        return list(one.items) if before == 0 else []
+    order = sorted(range(len(one.items)), key=lambda i: _place(one.task.name, one.items[i].row))
+    chosen = order[math.ceil(before * len(order)) : math.ceil(end * len(order))]
+    return [one.items[i] for i in sorted(chosen)]
+
+
+def _place(name: str, row: int) -> bytes:
+    return hashlib.sha256(f"round:{name}:{row}".encode()).digest()
+
+
+def joined(rounds: Sequence[Mapping[str, Sequence[float]]]) -> ItemScores:
+    """The scores of several rounds as one, set by set."""
+    found: ItemScores = {}
+    for scores in rounds:
+        for name, own in scores.items():
+            found.setdefault(name, []).extend(own)
+    return found

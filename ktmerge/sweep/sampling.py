@@ -1,0 +1,142 @@
+"""Where the next candidate lies: Optuna's samplers by name, and one for a single knob."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, QMCSampler, RandomSampler, TPESampler
+from optuna.trial import TrialState
+
+from ktmerge.sweep.curve import Curve
+from ktmerge.sweep.settings import Sampler
+from ktmerge.sweep.space import METHOD, Range, Space
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import FrozenTrial
+
+_QUARTERS = (1.0, 0.5, 0.25, 0.75)
+_APART = 0.01
+"""Share of a range within which two values of a knob count as one."""
+
+
+def make_sampler(name: Sampler, space: Space, limit: float, seed: int, begun: int) -> BaseSampler:
+    """The sampler called ``name``.
+
+    Args:
+        name: nsga2, tpe, gp, qmc, grid or curve.
+        space: what is turned.
+        limit: the least upstream retention, in percent.
+        seed: of the sweep.
+        begun: trials there are already: a sweep that goes on, or a further worker, does not draw the same again.
+    """
+    drawn = int(np.random.default_rng([seed, begun]).integers(2**31))
+    if name == "tpe":
+        return TPESampler(seed=drawn, multivariate=True, constant_liar=True, n_startup_trials=10)
+    if name == "gp":
+        return GPSampler(seed=drawn, deterministic_objective=False)
+    if name == "qmc":
+        return QMCSampler(seed=seed, scramble=True)
+    if name == "curve" and space.knob is not None:
+        return CurveSampler(space.knob, limit)
+    if name == "grid":
+        return RandomSampler(seed=drawn)  # every point is set beforehand
+    return NSGAIISampler(seed=drawn, population_size=16)
+
+
+def distributions(space: Space) -> dict[str, BaseDistribution]:
+    """What Optuna draws from, by key. Every candidate has a value for every range, whether its method knows it or not:
+    models of the scores need that."""
+    found: dict[str, BaseDistribution] = {}
+    if len(space.methods) > 1:
+        found[METHOD] = CategoricalDistribution(list(space.methods))
+    for one in space.ranges:
+        found[one.key] = _distribution(one)
+    return found
+
+
+def _distribution(one: Range) -> BaseDistribution:
+    if one.choices:
+        return CategoricalDistribution(list(one.choices))
+    if one.integer:
+        return IntDistribution(int(one.low), int(one.high), log=one.log)
+    return FloatDistribution(one.low, one.high, log=one.log)
+
+
+class CurveSampler(BaseSampler):
+    """One knob: its ends and quarters, then in turn where retention crosses the limit and where least is known.
+
+    Retention and gain along the knob are taken to be monotone (`Curve`), so that few points tell the whole way.
+    """
+
+    def __init__(self, knob: Range, limit: float) -> None:
+        self._knob, self._limit = knob, limit
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: Mapping[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return {}
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        others = [one for one in study.get_trials(deepcopy=False) if one.number != trial.number]
+        taken = [self._share(one) for one in others if param_name in one.params]
+        complete = [one for one in others if one.state == TrialState.COMPLETE and param_name in one.params]
+        values = [tuple(one.values) for one in complete]
+        return self._knob.at(next_share([self._share(one) for one in complete], values, taken, self._limit))
+
+    def _share(self, trial: FrozenTrial) -> float:
+        value = float(trial.params[self._knob.key])
+        low, high = self._knob.low, self._knob.high
+        return float(np.log(value / low) / np.log(high / low)) if self._knob.log else (value - low) / (high - low)
+
+
+def next_share(
+    known: Sequence[float], values: Sequence[Sequence[float]], taken: Sequence[float], limit: float
+) -> float:
+    """Where on the way from low (0) to high (1) the next point goes.
+
+    Args:
+        known: of the points that were scored.
+        values: their retention and gain.
+        taken: of all points, those under way included.
+        limit: the least retention.
+    """
+
+    def is_free(share: float) -> bool:
+        return all(abs(share - other) > _APART for other in taken)
+
+    for share in _QUARTERS:
+        if is_free(share):
+            return share
+    retention, gain = (Curve(known, [pair[i] for pair in values]) for i in range(2))
+    if len(taken) % 2 == 0:
+        for share in reversed(retention.crossings(limit)):
+            if is_free(share):
+                return share
+    places = sorted({0.0, 1.0, *taken})
+    spans = [abs(curve.at(1.0) - curve.at(0.0)) or 1.0 for curve in (retention, gain)]
+    steps = []
+    for a, b in pairwise(places):
+        changes = [abs(curve.at(a) - curve.at(b)) for curve in (retention, gain)]
+        told = b - a + sum(change / span for change, span in zip(changes, spans, strict=True))
+        steps.append(told if b - a > 2 * _APART else 0.0)
+    widest = int(np.argmax(steps))
+    return (places[widest] + places[widest + 1]) / 2
+
+
+def quietly() -> None:
+    """Optuna says only what went wrong."""
+    import warnings
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)

@@ -1,0 +1,123 @@
+"""What a sweep is asked to do. Loads no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ktmerge.checkpoints import open_model
+from ktmerge.errors import UsageError, did_you_mean
+from ktmerge.progress import Progress
+from ktmerge.recipes.schema import Recipe
+from ktmerge.recipes.suites import Suite
+from ktmerge.sweep.space import Range
+
+Sampler = Literal["auto", "nsga2", "tpe", "gp", "grid", "qmc", "curve"]
+Screen = Literal["subset", "divergence", "full"]
+SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
+SCREENS: tuple[Screen, ...] = get_args(Screen)
+
+_VERSION = 1
+"""Raise when the same settings would search otherwise."""
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """A sweep.
+
+    Attributes:
+        recipe: what is not turned.
+        ranges: what is.
+        methods: tried each; empty: the recipe's.
+        suite: what candidates are chosen on.
+        held_out: what the chosen one is reported on.
+        parts: which rows of the two suites.
+        storage: a database's URL, or the path of a journal file.
+        keep: least upstream score, as a share of the base's.
+        gain: share of the experts' downstream gain that counts as the goal reached; it decides no choice.
+        trials: candidates in all, whoever scores them.
+        sampler: how candidates are drawn; auto: curve for a single knob, nsga2 else.
+        screen: how all candidates are scored before the best are scored on everything: on a subset of the items, by
+            their divergence from base and experts, or on all items.
+        share: of the selection items that the subset holds.
+        finalists: most candidates that are scored on everything.
+        seed: of the sampler.
+        grace: seconds without a sign of life after which a worker elsewhere counts as dead.
+        device: where models are scored and blended.
+        gigabytes: most decompositions kept on disk.
+    """
+
+    recipe: Recipe
+    ranges: tuple[Range, ...]
+    methods: tuple[str, ...]
+    suite: Suite
+    held_out: Suite
+    parts: tuple[str | None, str | None]
+    storage: str
+    keep: float = 0.99
+    gain: float = 0.9
+    trials: int = 60
+    sampler: Sampler = "auto"
+    screen: Screen = "subset"
+    share: float = 0.5
+    finalists: int = 8
+    seed: int = 0
+    grace: float = 60.0
+    device: str = "auto"
+    gigabytes: float = 8.0
+    batch_size: int = 16
+    bootstrap: int = 2000
+
+    def __post_init__(self) -> None:
+        for what, value, valid in (
+            ("sampler", self.sampler, SAMPLERS),
+            ("screen", self.screen, SCREENS),
+        ):
+            if value not in valid:
+                raise UsageError(f"--{what} {value}: there is no such {what}.{did_you_mean(value, valid)}")
+        for what, wrong, wanted in (
+            ("keep-upstream", not 0 < self.keep <= 2, "a share of the base's score, such as 0.99"),
+            ("gain-share", not 0 < self.gain <= 2, "a share of the experts' gain, such as 0.9"),
+            ("trials", self.trials < 1, "1 or more"),
+            ("share", not 0 < self.share <= 1, "above 0 and at most 1"),
+            ("finalists", self.finalists < 1, "1 or more"),
+        ):
+            if wrong:
+                raise UsageError(f"--{what}: must be {wanted}.")
+        for suite in (self.suite, self.held_out):
+            if not (suite.upstream and suite.downstream):
+                raise UsageError(f"the suite '{suite.name}' needs upstream and downstream tasks; a sweep weighs both.")
+        if [one.name for one in self.suite.tasks()] != [one.name for one in self.held_out.tasks()]:
+            raise UsageError(f"the suites '{self.suite.name}' and '{self.held_out.name}' need the same tasks, by name.")
+
+    @property
+    def limit(self) -> float:
+        """Least upstream retention, in percent."""
+        return 100 * self.keep
+
+    def digest(self, sets: Sequence[str], progress: Progress) -> str:
+        """sha256 over all that decides what is found, but for how many trials: a sweep may be given more.
+
+        Args:
+            sets: digests of all sets.
+            progress: where to report to while weights are read.
+        """
+        recipe = self.recipe
+        base = open_model(str(recipe.base), recipe.folder)
+        models = {name: open_model(expert.model, recipe.folder, base) for name, expert in recipe.experts.items()}
+        weights = {name: (recipe.experts[name].weight, one.content_digest(progress)) for name, one in models.items()}
+        document = recipe.model_dump(mode="json", by_alias=True, exclude={"finetune", "eval", "base", "experts"})
+        written: list[Any] = [
+            _VERSION, document, base.content_digest(progress), weights, list(sets), [repr(one) for one in self.ranges],
+            list(self.methods), self.keep, self.sampler, self.screen, self.share, self.finalists, self.seed,
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()
+
+
+def journal(folder: Path) -> str:
+    """Where a sweep's trials are kept unless a database is named."""
+    return str(folder / "journal.log")
