@@ -40,8 +40,9 @@ bench: $(INSTALLED) ## speed and memory, side by side with mergekit
 forgetting: $(INSTALLED) ## what every method keeps and gains in two small worlds; writes docs/results.md
 	$(BIN)/python benchmarks/forgetting.py
 
-tables: $(INSTALLED) ## write the tables of docs/methods.md from the registry
+tables: $(INSTALLED) ## write the tables of docs/methods.md and the JSON Schemas from the registry
 	$(BIN)/python -m ktmerge.merge.catalogue docs/methods.md
+	$(BIN)/python -m ktmerge.merge.schema
 
 clean: ## remove what the targets above made
 	rm -rf $(VENV) ktmerge-demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -6,7 +6,7 @@ from typing import Any
 
 from ktmerge.api.blending import blend, blend_into, extract_lora, plan, refuse_without_out
 from ktmerge.api.checking import Checked, check
-from ktmerge.api.gallery import Listed, import_recipe, list_recipes, show_recipe
+from ktmerge.api.gallery import Listed, import_recipe, list_recipes, schema_text, show_recipe
 from ktmerge.api.looking import inspect, recommend
 from ktmerge.api.measuring import measure, measure_all, measurements
 from ktmerge.api.proving import check_lock, lock, lock_path, verify
@@ -45,6 +45,7 @@ __all__ = [
     "refuse_without_out",
     "report",
     "run",
+    "schema_text",
     "show_recipe",
     "verify",
 ]

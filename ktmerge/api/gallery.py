@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from ktmerge.api.inputs import failing_clearly, refuse_existing, text_of
+from ktmerge.errors import UsageError
 from ktmerge.pipeline import recipe_text
 from ktmerge.recipes import gallery, load_recipe
 
@@ -63,3 +64,16 @@ def import_recipe(source: Path, out: Path | None, *, overwrite: bool = False) ->
         with failing_clearly(out):
             out.write_text(text, encoding="utf-8")
     return text, differences
+
+
+def schema_text(kind: str = "recipe") -> str:
+    """The JSON Schema of a ``recipe`` or a ``suite``, by which editors complete and check YAML.
+
+    Raises:
+        UsageError: another ``kind``.
+    """
+    from ktmerge.merge.schema import FOLDER, SCHEMAS
+
+    if kind not in SCHEMAS:
+        raise UsageError(f"'{kind}': there is a schema of {' and of '.join(SCHEMAS)}.")
+    return text_of(FOLDER / f"{kind}.schema.json")

@@ -114,6 +114,14 @@ def recipe_list(json_: JsonOption = False) -> None:
         console.print_table(columns, [[row[column] for column in columns] for row in listed])
 
 
+@recipes.command("schema", epilog="Example: ktmerge recipe schema > recipe.schema.json")
+def recipe_schema(kind: Annotated[str, typer.Argument(help="recipe or suite.")] = "recipe") -> None:
+    """Print the JSON Schema by which editors complete and check recipes."""
+    from ktmerge import api
+
+    sys.stdout.write(api.schema_text(kind))
+
+
 @recipes.command("import", epilog="Example: ktmerge recipe import mergekit.yaml --out recipe.yaml")
 def recipe_import(
     source: Annotated[Path, typer.Argument(help="A mergekit YAML file.")],

@@ -13,10 +13,11 @@ from pydantic import BaseModel, ValidationError
 from ktmerge.errors import UsageError
 from ktmerge.recipes import gallery
 from ktmerge.recipes.document import read_yaml
+from ktmerge.recipes.migration import RECIPE_STEPS, SUITE_STEPS, migrated
 from ktmerge.recipes.overrides import apply_overrides
 from ktmerge.recipes.schema import SCHEMA_VERSION, Blend, Recipe, WhereRule
 from ktmerge.recipes.suggest import did_you_mean
-from ktmerge.recipes.suites import AnyTask, Suite
+from ktmerge.recipes.suites import SUITE_VERSION, AnyTask, Suite
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -43,6 +44,7 @@ def load_recipe(
     document = read_yaml(path)
     if not isinstance(document, dict):
         raise UsageError(f"{path}: a recipe is a mapping of keys; see 'ktmerge recipe show ties'.")
+    document = _present(document, str(path))
     if base is not None:
         document["base"] = _from_here(base)
     chosen = [_expert(text) for text in experts]
@@ -54,14 +56,14 @@ def load_recipe(
 
 def parse_recipe(document: dict[str, Any], where: str, folder: Path) -> Recipe:
     """Check a recipe given as plain data; ``where`` names it in messages."""
-    version = document.get("ktmerge")
-    if version is None and "merge_method" in document:
+    return validate(Recipe, _present(document, where), where).model_copy(update={"folder": folder})
+
+
+def _present(document: dict[str, Any], where: str) -> dict[str, Any]:
+    """A recipe's document in the schema version of today."""
+    if "ktmerge" not in document and "merge_method" in document:
         raise UsageError(f"{where}: this is a mergekit file; read it with 'ktmerge recipe import {where}'.")
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise UsageError(
-            f"{where}: written for recipe schema {version}, this ktmerge knows {SCHEMA_VERSION}; upgrade ktmerge."
-        )
-    return validate(Recipe, document, where).model_copy(update={"folder": folder})
+    return migrated(document, "ktmerge", SCHEMA_VERSION, RECIPE_STEPS, where)
 
 
 def load_suite(path: str | Path) -> Suite:
@@ -74,6 +76,7 @@ def load_suite(path: str | Path) -> Suite:
     document = read_yaml(path)
     if not isinstance(document, dict):
         raise UsageError(f"{path}: a suite is a mapping with upstream and downstream tasks.")
+    document = migrated(document, "ktmerge_suite", SUITE_VERSION, SUITE_STEPS, str(path))
     return validate(Suite, document, str(path)).model_copy(update={"folder": path.resolve().parent})
 
 

@@ -62,7 +62,7 @@ def test_reads_everything(tmp_path: Path) -> None:
         ("lambda: 0.5}", "lambda: half}", "blend.where[1].lambda"),
         ("keep: base", "keep: bse", "'bse' is neither base nor an expert (spam, kjv)"),
         ("method: ties", "method: ties\n  stages: {}", "write either method or stages"),
-        ("ktmerge: 1", "ktmerge: 7", "written for recipe schema 7"),
+        ("ktmerge: 1", "ktmerge: 7", "written for schema version 7"),
         ("ktmerge: 1\n", "", "the key 'ktmerge' is missing"),
         ("name: two", "name: two\nname: three", "the key 'name' stands twice (line 4"),
         ("seed: 42", "seed: [", "not valid YAML"),
