@@ -384,7 +384,8 @@ class FinetuneJob(_Section):
     @property
     def adapted_part(self) -> str:
         """Where an adapter is attached: what ``train`` names, the language model by default."""
-        return "llm" if self.train == "full" else self.train
+        own_place = "connector" if self.adapter is not None and self.adapter.name == "visual-prompt" else "llm"
+        return own_place if self.train == "full" else self.train
 
     @property
     def replayed(self) -> int:
@@ -424,7 +425,7 @@ class Evaluation(_Section):
     suite: str | None = None
     upstream: list[Task] = Field(default_factory=list)
     downstream: list[Task] = Field(default_factory=list)
-    batch_size: int = Field(16, ge=1)
+    batch_size: int | None = Field(None, ge=1, description="sequences in a forward pass; by default what fits")
     bootstrap: int = Field(2000, ge=100, le=1_000_000, description="resamples behind each interval")
     seed: int = Field(0, ge=0, description="of the bootstrap")
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ktmerge.checkpoints import Checkpoint, Writer, align
+from ktmerge.checkpoints.adapter import CONFIG, WEIGHTS
 from ktmerge.checkpoints.dtypes import torch_dtype
 from ktmerge.checkpoints.files import clear_os_errors
+from ktmerge.checkpoints.staging import Staging, sync_tree
 from ktmerge.errors import KtmergeError
 from ktmerge.progress import SILENT, Progress
 
@@ -76,6 +78,34 @@ def export(
             with clear_os_errors(out / path.name):
                 shutil.copyfile(path, writer.folder / path.name)
         writer.copy_files(base)
+
+
+def publish_adapter(source: Path, out: Path, *, texts: Mapping[str, str], overwrite: bool) -> None:
+    """Copy an adapter's files to ``out``, which appears by one rename.
+
+    Args:
+        source: a folder with an adapter; those of X-LoRA have others inside.
+        out: the folder to appear.
+        texts: further files by name.
+        overwrite: replace an adapter or checkpoint at ``out``.
+
+    Raises:
+        KtmergeError: it cannot be written.
+    """
+    staging = Staging(out, overwrite)
+    staging.open()
+    try:
+        with clear_os_errors(out):
+            for file in sorted([*source.rglob(CONFIG), *source.rglob(WEIGHTS)]):
+                target = staging.folder / file.relative_to(source)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)
+            for name, text in texts.items():
+                (staging.folder / name).write_text(text, encoding="utf-8")
+            sync_tree(staging.folder)
+        staging.publish()
+    finally:
+        staging.discard()
 
 
 def _convert(reader: Reader, source: str, writer: Writer, name: str) -> None:

@@ -6,7 +6,7 @@ Loads no torch; it asks parameters for their shapes only.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,9 @@ from ktmerge.errors import UsageError
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.recipes.training import TrainExpression
 from ktmerge.tuners.machine import GRADIENT_BYTES, STATE_BYTES, WEIGHT_BYTES
+
+_HOLDING = ("llm.layers", "vision.layers", "audio.layers", "encoder.layers", "connector")
+"""Parts that adapters are told to be in."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,7 @@ def require_trainable(base: Checkpoint, job: FinetuneJob) -> None:
     if tied and not any(parts.of(name) == "head" for name in names):
         parts = Parts([*names, "lm_head.weight"], config)
         names.append("lm_head.weight")
-    wanted = TrainExpression.parse(job.train).matcher(parts)
+    wanted = TrainExpression.parse(job.train if job.adapter is None else job.adapted_part).matcher(parts)
     _rates([[name] for name in names if wanted(name)], parts, job)
 
 
@@ -130,7 +133,35 @@ def choose_trained(model: Any, base: Checkpoint, job: FinetuneJob) -> Trained:
         parameter.requires_grad_(name in rates)
         sizes[name] = int(parameter.numel())
     shared = [_shared(names, wanted, parts) for names in chosen]
-    return Trained(rates, _summaries(groups, rates, parts, sizes), tuple(pair for pair in shared if pair is not None))
+    return Trained(
+        rates, _summaries(groups, rates, parts.of, sizes), tuple(pair for pair in shared if pair is not None)
+    )
+
+
+def choose_adapted(model: Any, base: Checkpoint, job: FinetuneJob) -> Trained:
+    """What is trained of a model with an adapter: the parameters that ask for gradients, B at its own rate.
+
+    Raises:
+        UsageError: as `require_trainable`.
+    """
+    named = dict(model.named_parameters())
+    parts = Parts(named, base.config)
+    moving = [name for name, one in named.items() if one.requires_grad]
+    times = 1.0 if job.adapter is None else job.adapter.used_b_rate
+    rates = {
+        name: rate * (times if "lora_B" in name else 1.0)
+        for name, rate in _rates([[name] for name in moving], parts, job).items()
+    }
+    sizes = {name: int(one.numel()) for name, one in named.items()}
+    what = "adapter" if job.adapter is None else job.adapter.name
+
+    def label(name: str) -> str:
+        if name not in rates:
+            return parts.of(name)
+        return f"{what} in {parts.of(name)}" if parts.of(name).startswith(_HOLDING) else what
+
+    ordered = [[name] for name in sorted(named, key=lambda name: rates.get(name, 0.0))]
+    return Trained(rates, _summaries(ordered, rates, label, sizes))
 
 
 def _rates(groups: Iterable[list[str]], parts: Parts, job: FinetuneJob) -> dict[str, float]:
@@ -162,12 +193,12 @@ def _shared(names: list[str], wanted: Any, parts: Parts) -> tuple[str, str] | No
 
 
 def _summaries(
-    groups: list[list[str]], rates: Mapping[str, float], parts: Parts, sizes: Mapping[str, int]
+    groups: list[list[str]], rates: Mapping[str, float], part_of: Callable[[str], str], sizes: Mapping[str, int]
 ) -> tuple[PartSummary, ...]:
     """One row for each run of neighbouring layers, or other part, at one rate."""
     found: dict[tuple[str, float], list[list[str]]] = defaultdict(list)
     for names in groups:
-        found[parts.of(names[0]), rates.get(names[0], 0.0)].append(names)
+        found[part_of(names[0]), rates.get(names[0], 0.0)].append(names)
     runs: list[tuple[str, int | None, int, float, list[str]]] = []
     for (part, rate), members in found.items():
         tower, layered, number = part.partition(".layers[")

@@ -64,7 +64,10 @@ def peft_config(adapter: Adapter, places: Places, model: Any, *, total: int, see
     if adapter.name == "adalora":
         return _adalora(adapter, total, shared)
     if adapter.name == "corda":
-        shared |= {"corda_config": library.tuners.lora.CordaConfig(corda_method="kpm")}
+        from peft.tuners.lora.config import CordaConfig
+
+        kind: Any = CordaConfig
+        shared |= {"corda_config": kind(corda_method="kpm")}
     return library.LoraConfig(
         r=adapter.used_rank,
         use_rslora=adapter.name == "rslora",
@@ -102,11 +105,11 @@ def _last_layers(places: Places, model: Any) -> int:
     Raises:
         UsageError: others are asked for, or PEFT has no such adapter for this architecture.
     """
-    from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG as known
+    from peft.tuners.adaption_prompt.config import TRANSFORMERS_MODEL_CONFIG as KNOWN
 
     kind = model.config.model_type
-    if kind not in known:
-        raise UsageError(f"llama-adapter: PEFT has it for {', '.join(known)}, not for {kind}; use bottleneck or lora.")
+    if kind not in KNOWN:
+        raise UsageError(f"llama-adapter: PEFT has it for {', '.join(KNOWN)}, not for {kind}; use bottleneck or lora.")
     layers = places.layers()
     there = places.parts.layers["llm"]
     numbers = [int(name.rpartition(".")[2]) for name in layers]
