@@ -91,6 +91,27 @@ def _by_peft(model: Any, folder: Path) -> Any:
         model.config.use_cache = False  # X-LoRA refuses a model that has it
     try:
         with quiet_transformers():
-            return loader.from_pretrained(model, str(folder), is_trainable=False).eval()
+            found = loader.from_pretrained(model, str(folder), is_trainable=False).eval()
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise UsageError(f"{folder}: PEFT cannot attach this adapter to the model: {first_line(error)}") from error
+    if getattr(found.active_peft_config, "is_prompt_learning", False):
+        _answer_tokens_only(found)
+    return found
+
+
+def _answer_tokens_only(model: Any) -> None:
+    """Have a model with a prompt before its tokens give logits for the tokens, one for each, as any other model."""
+    lengths: list[int] = []
+
+    def begin(_: Any, args: Any, kwargs: Any) -> None:
+        lengths[:] = [kwargs["input_ids"].shape[1]] if kwargs.get("input_ids") is not None else []
+
+    def end(*_: Any) -> None:
+        lengths.clear()
+
+    def drop(_: Any, args: Any) -> Any:
+        return (args[0][:, -lengths[0] :], *args[1:]) if lengths and args[0].shape[1] > lengths[0] else None
+
+    model.register_forward_pre_hook(begin, with_kwargs=True)
+    model.register_forward_hook(end, always_call=True)
+    model.get_output_embeddings().register_forward_pre_hook(drop)

@@ -13,6 +13,7 @@ from ktmerge.recipes.load import suite_of
 
 if TYPE_CHECKING:
     from ktmerge.eval import Results
+    from ktmerge.eval.subject import Reference
     from ktmerge.eval.summary import Sequential
 
 
@@ -24,7 +25,7 @@ def evaluate(
     overrides: Iterable[str] = (),
     base: str | Path | None = None,
     out: str | Path | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     device: str = "auto",
     reference: str | None = None,
     part: str | None = None,
@@ -35,13 +36,14 @@ def evaluate(
     """Score the base and every model on the same sets with the same code.
 
     Args:
-        models: folders, ``name=folder`` strings, or a mapping of names to folders.
+        models: folders, ``name=folder`` strings, or a mapping of names to folders; of checkpoints, or of adapters for
+            the base, or ``model+adapter``.
         suite: a suite file.
         recipe: instead of a suite, a recipe whose eval section names one.
         overrides: ``key=value`` strings for the recipe.
         base: the untuned model; defaults to the recipe's. Scored first, as ``base``.
         out: score file to write.
-        batch_size: most sequences in a forward pass; scores do not depend on it.
+        batch_size: most sequences in a forward pass, by default what fits into memory; scores do not depend on it.
         device: auto, cpu or cuda.
         reference: the full fine-tune among the models, for gain share and for what became of the items it changed.
         part: which rows: all, selection or report; see ``selection`` in the suite.
@@ -75,7 +77,7 @@ def evaluate(
     if out is not None:
         refuse_existing(Path(out), overwrite)
     results = evaluation.evaluate(
-        {"base": untuned, **{name: resolve(str(path), Path.cwd()) for name, path in named.items()}},
+        {"base": untuned, **{name: _referred(str(path)) for name, path in named.items()}},
         sets,
         batch_size=batch_size,
         bootstrap=section.bootstrap if section else 2000,
@@ -89,6 +91,14 @@ def evaluate(
     if out is not None:
         results.save(Path(out))
     return results
+
+
+def _referred(model: str) -> Reference:
+    """The folder of a model or adapter, or both of ``model+adapter``."""
+    from ktmerge.checkpoints.opening import locate_model
+
+    path, adapter = locate_model(model, Path.cwd())
+    return path if adapter is None else (path, adapter)
 
 
 def compare(scores: Sequence[str | Path]) -> Results:

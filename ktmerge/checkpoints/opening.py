@@ -27,7 +27,7 @@ def open_model(
     Raises:
         UsageError: there is no such model, or something is wrong with it.
     """
-    path, adapter = _resolve(reference, folder)
+    path, adapter = locate_model(reference, folder)
     if adapter is not None:
         if is_adapter(path):
             raise UsageError(
@@ -48,8 +48,12 @@ def _open(path: Path, dequantised: bool) -> Checkpoint:
     return dequantise(found, str(path)) if dequantised else found
 
 
-def _resolve(reference: str, folder: Path) -> tuple[Path, Path | None]:
-    """The folder of the model, and that of the adapter over it, if one is named."""
+def locate_model(reference: str, folder: Path) -> tuple[Path, Path | None]:
+    """The folder of the model, and that of the adapter over it, if one is named.
+
+    Raises:
+        UsageError: there is no such folder or hub id, or what is named as an adapter is none.
+    """
     count = reference.count("+")
     if count == 0 or (folder / Path(reference).expanduser()).is_dir():
         return resolve(reference, folder), None

@@ -23,7 +23,6 @@ from ktmerge.eval.items import AskedItem, GenerateItem, TextItem, whole_prompt
 from ktmerge.eval.loading import (
     choose_device,
     choose_dtype,
-    load_model,
     load_sight,
     load_tokenizer,
     tokenizer_files_digest,
@@ -32,6 +31,7 @@ from ktmerge.eval.results import ModelInfo, Results, TaskInfo, TaskScore
 from ktmerge.eval.rows import part_named
 from ktmerge.eval.sets import TaskSet, encode_sets, read_sets, suite_digest
 from ktmerge.eval.store import ScoreStore
+from ktmerge.eval.subject import Reference, Subject, subject
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.suites import Suite
 
@@ -42,11 +42,11 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    models: Mapping[str, Path],
+    models: Mapping[str, Reference],
     suite: Suite,
     *,
     base: str = "base",
-    batch_size: int = 16,
+    batch_size: int | None = None,
     bootstrap: int = 2000,
     seed: int = 0,
     device: str = "auto",
@@ -60,10 +60,11 @@ def evaluate(
     Data, templates, checkpoints' headers and tokenizers are all checked before the first model is loaded.
 
     Args:
-        models: names and checkpoint folders; all are compared with the one called ``base``, which is scored first.
+        models: names and folders of checkpoints, or of adapters for the one called ``base``, or pairs of both; all are
+            compared with the base, which is scored first.
         suite: the sets.
         base: name of the untuned model.
-        batch_size: most sequences in a forward pass; scores do not depend on it.
+        batch_size: most sequences in a forward pass, by default what fits into memory; scores do not depend on it.
         bootstrap: resamples behind each interval.
         seed: of the resamples.
         device: auto, cpu or cuda.
@@ -82,14 +83,14 @@ def evaluate(
             raise UsageError(f"the {role} '{name}' is not among the models.{did_you_mean(name, models)}")
     target = choose_device(device)
     sets = read_sets(suite, part)
-    ordered = {base: Path(models[base]), **{name: Path(path) for name, path in models.items()}}
-    checkpoints = {name: Checkpoint.open(path) for name, path in ordered.items()}
-    encodings = _Encodings(sets, checkpoints, base)
+    ordered = {base: models[base], **models}
+    subjects = {name: subject(one, models[base]) for name, one in ordered.items()}
+    encodings = _Encodings(sets, {name: one.checkpoint for name, one in subjects.items()}, base)
     scores: dict[str, dict[str, TaskScore]] = {}
     infos: dict[str, ModelInfo] = {}
     run = _Run(sets, encodings, target, batch_size, ScoreStore(cache) if cache is not None else None, progress)
-    for name, checkpoint in checkpoints.items():
-        scores[name], infos[name] = run.score(name, checkpoint)
+    for name, one in subjects.items():
+        scores[name], infos[name] = run.score(name, one)
     for warning in encodings.warnings:
         progress.note(f"warning: {warning}")
     tasks = [_task_info(one, encodings.of[base].tasks[one.task.name]) for one in sets]
@@ -187,17 +188,17 @@ class _Run:
     sets: Sequence[TaskSet]
     encodings: _Encodings
     device: Any
-    batch_size: int
+    batch_size: int | None
     store: ScoreStore | None
     progress: Progress
 
-    def score(self, name: str, checkpoint: Checkpoint) -> tuple[dict[str, TaskScore], ModelInfo]:
+    def score(self, name: str, subject: Subject) -> tuple[dict[str, TaskScore], ModelInfo]:
         """Score one model; what the store has of it is taken from there, what is new is put there set by set."""
         started = time.monotonic()
-        digest = checkpoint.content_digest(self.progress)
+        checkpoint, digest = subject.checkpoint, subject.digest(self.progress)
         encoding, dtype = self.encodings.of[name], choose_dtype(self.device)
         info = ModelInfo(
-            path=str(checkpoint.root),
+            path=subject.path,
             digest=digest,
             tokenizer=encoding.fingerprint,
             device=str(self.device),
@@ -210,7 +211,7 @@ class _Run:
             self.progress.note(f"{name}: {len(scores)} of {len(self.sets)} sets were scored before")
         missing = [one for one in self.sets if one.task.name not in scores]
         if missing:
-            scores |= self._measured(name, checkpoint, missing, encoding, dtype, keys)
+            scores |= self._measured(name, subject, missing, encoding, dtype, keys)
         ordered = {one.task.name: scores[one.task.name] for one in self.sets}
         return ordered, replace(info, seconds=round(time.monotonic() - started, 2))
 
@@ -241,7 +242,7 @@ class _Run:
     def _measured(
         self,
         name: str,
-        checkpoint: Checkpoint,
+        subject: Subject,
         sets: Sequence[TaskSet],
         encoding: _Encoding,
         dtype: Any,
@@ -253,7 +254,7 @@ class _Run:
             if self.store is not None:
                 self.store.put(keys[task], score)
 
-        model = load_model(checkpoint.root, self.device, dtype)
+        model = subject.load(self.device, dtype)
         try:
             return score_model(
                 model, encoding.tokenizer, sets, batch_size=self.batch_size, encoded=encoding.tasks,
