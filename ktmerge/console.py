@@ -155,7 +155,9 @@ def print_preview(samples: Sequence[PreviewSample]) -> None:
     for sample in samples:
         trained = sum(flag for _, flag in sample.tokens)
         left_out = "; longer than max_length, left out" if sample.dropped else ""
-        console.rule(_plain(f"{sample.where}: {len(sample.tokens)} tokens, {trained} trained{left_out}"), align="left")
+        shown = f"; {', '.join(sample.images)}" if sample.images else ""
+        counts = f"{len(sample.tokens)} tokens, {trained} trained{shown}{left_out}"
+        console.rule(_plain(f"{sample.where}: {counts}"), align="left")
         text = Text()
         inside = False
         for token, flag in sample.tokens:

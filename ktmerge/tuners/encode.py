@@ -163,6 +163,11 @@ class Encoder:
         return None
 
     @property
+    def image_token(self) -> int | None:
+        """The token that stands for a piece of an image, of models that see."""
+        return None
+
+    @property
     def packs(self) -> bool:
         """Whether texts may share a row of a batch."""
         return True

@@ -74,6 +74,10 @@ class SeeingEncoder(Encoder):
         return kind(processor, stops, rows if isinstance(rows, int) else None, seen)
 
     @property
+    def image_token(self) -> int | None:
+        return self._token_id
+
+    @property
     def extras(self) -> Extras | None:
         return Pixels(self.processor)
 
