@@ -6,7 +6,7 @@ for. transformers models take the wanted positions as ``logits_to_keep``; whethe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ktmerge.tuners.collate import IGNORED, TAUGHT
@@ -32,7 +32,8 @@ def answers(model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tenso
 
     Args:
         model: a causal language model whose forward takes ``logits_to_keep`` as a mask.
-        inputs: ``input_ids``, ``attention_mask``, ``labels``, each ``[samples, tokens]``.
+        inputs: ``input_ids``, ``labels``, and ``attention_mask`` or, of packed samples, ``position_ids``, each
+            ``[samples, tokens]``.
 
     Returns:
         logits ``[wanted, vocabulary]``, the tokens that come there ``[wanted]``, and where: bool ``[samples, tokens]``.
@@ -74,18 +75,34 @@ def projects_faithfully(model: Any, vocabulary: int) -> bool:
     mask = torch.ones_like(ids)
     mask[1, 17:] = 0
     labels = torch.where((torch.arange(24) % 3 != 0) & (mask == 1), ids, IGNORED)
-    inputs = {name: value.to(model.device) for name, value in _named(ids, mask, labels).items()}
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return tried(model, batch, batch, lambda inputs: model(**inputs).loss * count_trained(inputs))
+
+
+def tried(
+    model: Any,
+    plain: Mapping[str, torch.Tensor],
+    other: Mapping[str, torch.Tensor],
+    expected: Callable[[Mapping[str, torch.Tensor]], torch.Tensor],
+) -> bool:
+    """Whether `answer_loss` of the batch ``other`` is what ``expected`` gives of ``plain``; the model stays as it was.
+
+    False where the model cannot take them at all.
+    """
+    import torch
+
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            own = float(model(**inputs).loss)
-            found = float(answer_loss(model, inputs)) / count_trained(inputs)
+            own = float(expected({name: value.to(model.device) for name, value in plain.items()}))
+            found = float(answer_loss(model, {name: value.to(model.device) for name, value in other.items()}))
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
         return False
     finally:
         model.train(was_training)
-    return abs(own - found) <= _TOLERANCE * max(1.0, abs(own))
+    items = count_trained(plain)
+    return abs(own - found) <= _TOLERANCE * max(float(items), abs(own))
 
 
 def pieces(inputs: Mapping[str, torch.Tensor], tokens: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -106,7 +123,3 @@ def pieces(inputs: Mapping[str, torch.Tensor], tokens: int) -> Iterator[dict[str
 
 def _cut(inputs: Mapping[str, torch.Tensor], rows: list[int], length: int) -> dict[str, torch.Tensor]:
     return {name: value[rows, :length] if value.dim() > 1 else value[rows] for name, value in inputs.items()}
-
-
-def _named(ids: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}

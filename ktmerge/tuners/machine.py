@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ktmerge.errors import UsageError
 from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.tuners.optimizers import KINDS
 
 if TYPE_CHECKING:
     from ktmerge.checkpoints import Checkpoint
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 WEIGHT_BYTES, GRADIENT_BYTES, STATE_BYTES = 4, 4, 8
 """Per parameter: fp32 masters and gradients, and the two moments of Adam."""
 CHOSEN_BYTES, _MASK_BYTES = 20, 2
-"""Of a selection, for each element that moves its value, its place and its moments; and for every element two masks."""
+"""Of a selection, per element that moves its value, place and moments (Adam's); and for every element two masks."""
 _WRITE_FAILURES = ("inline_container", "PytorchStreamWriter", "I/O error", "os error")
 _RUNTIME = 600e6
 """Bytes of the libraries themselves."""
@@ -113,16 +114,18 @@ def memory_needed(
     layer = tokens * (_HIDDEN_KEPT * hidden + _INNER_KEPT * inner) * width
     kept = layer + layers * tokens * hidden * width if job.activation_checkpointing else layers * layer
     moved = parameters if trained is None else trained
-    own = (GRADIENT_BYTES + state_bytes(job) + kept_bytes(job)) * moved
+    gradients = 0.0 if job.optimizer_in_backward else GRADIENT_BYTES
+    own = (gradients + state_bytes(job) + kept_bytes(job)) * moved
     return WEIGHT_BYTES * parameters + own + kept + _RUNTIME
 
 
 def state_bytes(job: FinetuneJob) -> float:
     """What the optimizer keeps for each trained parameter: of a selection, for those that move, and masks."""
+    state = 0.0 if job.offload_optimizer else KINDS[job.optimizer].state_bytes
     if job.select == "none":
-        return STATE_BYTES
+        return state
     density = job.density if job.select == "fused" else job.selected_density
-    return _MASK_BYTES + CHOSEN_BYTES * (density or 0.5)
+    return _MASK_BYTES + (CHOSEN_BYTES - STATE_BYTES + state) * (density or 0.5)
 
 
 def kept_bytes(job: FinetuneJob) -> float:
@@ -133,6 +136,30 @@ def kept_bytes(job: FinetuneJob) -> float:
     origins = 4.0 if job.mask == "soft" or (job.select == "fused" and job.every) else 0.0
     guard = 0.0 if job.stop_upstream is None else 4.0
     return pulled + averages + evidence + origins + guard + (4.0 if job.distill else 0.0)
+
+
+def less_memory(job: FinetuneJob, longest: int, device: str) -> str:
+    """The three settings to change when memory runs out, of those that would change anything.
+
+    Args:
+        job: that needs too much.
+        longest: tokens of its longest sample.
+        device: what it runs on.
+    """
+    part = max((size for size in range(1, job.batch_size) if job.batch_size % size == 0), default=0)
+    times = job.gradient_accumulation * (job.batch_size // max(1, part))
+    ways = {
+        f"batch_size={part} and gradient_accumulation={times} (same result, less memory)": part > 0
+        and not job.replay
+        and not job.optimizer_in_backward,
+        "activation_checkpointing=true": not job.activation_checkpointing,
+        f"a max_length below {longest}, the longest sample": True,
+        "offload_optimizer=true": device != "cpu" and not job.offload_optimizer and job.select == "none",
+        "optimizer=adafactor": job.optimizer == "adamw" and job.select != "child_f",
+        "a train that moves less, such as last:4": True,
+    }
+    first, second, third = [way for way, helps in ways.items() if helps][:3]
+    return f"Set {first}, {second}, or {third}."
 
 
 def memory_available(device: str) -> float:

@@ -16,9 +16,12 @@ from ktmerge.tuners.encode import EncodedSet
 
 RECORD = "ktmerge-run.json"
 _NO_EFFECT = frozenset(
-    {"data", "format", "image_root", "eval_upstream", "eval_downstream", "replay", "fisher", "log_every", "save_every"}
+    {"data", "format", "image_root", "eval_upstream", "eval_downstream", "replay", "fisher"}
+    | {"log_every", "save_every", "show_samples", "tensorboard"}
+    | {"activation_checkpointing", "offload_optimizer", "optimizer_in_backward", "packing"}
 )
-"""Settings that do not change the result by their name: files count by their content."""
+"""Settings that do not change the result, or not by their name: files count by their content, and what saves memory
+changes no more than the order in which numbers are added."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,13 @@ def _shown_part(run: dict[str, Any]) -> dict[str, str]:
 
 
 def inputs_of(job: FinetuneJob, base: Checkpoint, base_digest: str, data: dict[str, DataSet]) -> dict[str, Any]:
-    """All that decides the result; two runs with equal inputs on one machine give the same bytes."""
+    """All that decides the result; two runs with equal inputs, and equal settings of memory, on one machine give the
+    same bytes."""
+    told = job.model_dump(mode="json", exclude=set(_NO_EFFECT))
+    if not job.replay:  # how a step is split into batches decides nothing then
+        told["samples a step"] = told.pop("batch_size") * told.pop("gradient_accumulation")
     return {
-        "job": job.model_dump(mode="json", exclude=set(_NO_EFFECT)),
+        "job": told,
         "base": {"header": base.header_digest(), "content": base_digest},
         **{_INPUT_NAMES[name]: list(found.digests) for name, found in data.items()},
     }
@@ -81,6 +88,7 @@ def inputs_of(job: FinetuneJob, base: Checkpoint, base_digest: str, data: dict[s
 _INPUT_NAMES = {
     "train": "training data",
     "replay": "replay data",
+    "kept": "upstream data of the adapter",
     "upstream": "upstream data",
     "downstream": "downstream data",
 }
@@ -133,6 +141,8 @@ def _without_folders(job: FinetuneJob) -> dict[str, Any]:
         document[key] = document[key] and _portable(document[key])
     for key in ("data", "replay"):
         document[key] = [_portable(file) for file in document[key]]
+    for key in ("data", "experts") if document["adapter"] is not None else ():
+        document["adapter"][key] = [_portable(file) for file in document["adapter"][key]]
     return document
 
 

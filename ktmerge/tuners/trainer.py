@@ -16,12 +16,15 @@ from torch.nn import functional
 from transformers import Trainer
 
 from ktmerge.errors import KtmergeError
+from ktmerge.tuners.callbacks import StepCallback
 from ktmerge.tuners.collate import IGNORED, Collator
 from ktmerge.tuners.encode import Encoded, Extras
 from ktmerge.tuners.keeping.distil import TAUGHT, Teacher
 from ktmerge.tuners.keeping.pull import Pull
 from ktmerge.tuners.keeping.replay import ReplaySampler
 from ktmerge.tuners.loss import answer_loss, answers, count_trained, following, pieces
+from ktmerge.tuners.optimizers import InBackward, OnHost, spare_embeddings
+from ktmerge.tuners.packing import LengthSampler, PackingCollator
 from ktmerge.tuners.selection.selection import Selection
 
 WEIGHTS = "model.safetensors"
@@ -50,6 +53,8 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         teacher: the frozen base, whose answers are learned, too.
         sampler: the order of the samples; None: shuffled in every epoch.
         keepers: what else goes into checkpoints and comes out of them.
+        in_backward: step each parameter as soon as its gradient is there.
+        on_host: keep the optimizer's state in the host's memory.
     """
 
     def __init__(
@@ -62,8 +67,10 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         selection: Selection | None = None,
         pull: Pull | None = None,
         teacher: Teacher | None = None,
-        sampler: ReplaySampler | None = None,
+        sampler: ReplaySampler | LengthSampler | None = None,
         keepers: Sequence[Keeper] = (),
+        in_backward: bool = False,
+        on_host: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(eval_dataset=dict(eval_sets) or None, **kwargs)
@@ -76,6 +83,11 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         self._distilled, self._untold = 0.0, 0
         self._resumed: Path | None = None
         self._tokens, self._step_seconds = 0, 0.0
+        self._steps_in_backward, self._on_host = in_backward, on_host
+        self._in_backward: InBackward | None = None
+        self._is_passing = False
+        self._random: dict[str, Any] = {}
+        self.add_callback(StepCallback(self._remember_random))
         if lean:
             # have the trained tokens of all accumulated batches counted: compute_loss divides by their number
             self.model_accepts_loss_kwargs = True
@@ -92,7 +104,12 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, network)
             groups = self._groups(network)
             names = [group.pop("names") for group in groups]
+            spare_embeddings(network, self.args.optim)
             self.optimizer = kind(groups, **settings)
+            if self._on_host:
+                OnHost(self.optimizer)
+            if self._steps_in_backward:
+                self._in_backward = InBackward(self.optimizer)
             if self._selection is not None:
                 self._selection.bind(self.optimizer, names)
                 if self._resumed is None:
@@ -127,7 +144,7 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(self.args.seed))[:count].tolist()
         self._network.eval()  # the same gradients every time: nothing is dropped
         for inputs, parts in self._batches([samples[place] for place in order]):
-            items = count_trained(inputs)
+            items = self._items(inputs)
             for part in parts:
                 with self.compute_loss_context_manager():
                     loss = self._sum_of_losses(part, items) / items
@@ -141,6 +158,8 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
 
     def _clip_grad_norm(self, model: Any) -> Any:
         self._untold += 1
+        if self._in_backward is not None:
+            return self._in_backward.take_norm()
         if self._selection is not None:
             self._selection.observe()  # the data's gradients alone say what matters to the data
         if self._pull is not None:
@@ -162,12 +181,14 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one batch; the gradient is that of the whole batch however it is split."""
         started = perf_counter()
+        self._is_passing = True
         split = self._lean and self._piece_tokens is not None and num_items_in_batch is not None
         loss = torch.zeros((), device=self.args.device)
         for piece in pieces(inputs, self._piece_tokens or 0) if split else [inputs]:
             loss += super().training_step(model, piece, num_items_in_batch)
         self._tokens += int(inputs["attention_mask"].sum())
         self._step_seconds += perf_counter() - started
+        self._is_passing = False
         return loss
 
     def compute_loss(
@@ -216,7 +237,7 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         total, count = 0.0, 0
         with torch.no_grad(), self.compute_loss_context_manager():
             for inputs, parts in self._batches(sorted(samples, key=len, reverse=True)):
-                items = count_trained(inputs)
+                items = self._items(inputs)
                 total += sum(float(self._sum_of_losses(part, items)) for part in parts)
                 count += items
         return total / count
@@ -231,6 +252,10 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             found = list(pieces(inputs, self._piece_tokens or 0)) if split else [inputs]
             yield inputs, [part for part in found if count_trained(part)]
 
+    def _items(self, inputs: dict[str, Any]) -> int:
+        """Trained tokens of a batch."""
+        return count_trained(inputs)
+
     def _sum_of_losses(self, inputs: dict[str, Any], items: int) -> torch.Tensor:
         given = {name: value for name, value in inputs.items() if name != TAUGHT}
         if self._lean:
@@ -238,13 +263,33 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         loss: torch.Tensor = self._network(**given).loss
         return loss * items
 
+    def save_last_step(self) -> bool:
+        """After a failure, save the state that the last step left; whether there is such a state."""
+        if not self._is_passing or self._steps_in_backward or not self._random:
+            return False
+        self._network.zero_grad()
+        torch.set_rng_state(self._random["cpu"])
+        if "cuda" in self._random:
+            torch.cuda.set_rng_state(self._random["cuda"])
+        self._save_checkpoint(self._network, trial=None)
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        return True
+
+    def _remember_random(self, step: int) -> None:
+        self._random = {"cpu": torch.get_rng_state()}
+        if self.args.device.type == "cuda":
+            self._random["cuda"] = torch.cuda.get_rng_state()
+
     # A checkpoint holds the parameters under the names of the modules. The Trainer's own would hold them under the
     # names of the file format, which differ for architectures that convert on loading, and resume would skip those.
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(_tensors(self._network), folder / WEIGHTS)
+        save_file(trained_tensors(self._network), folder / WEIGHTS)
+        self._save_states(folder)
+
+    def _save_states(self, folder: Path) -> None:
         if self._selection is not None:
             self._selection.save(folder)
         for keeper in self._keepers:
@@ -252,7 +297,7 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         stored = load_file(Path(resume_from_checkpoint) / WEIGHTS)
-        own = _tensors(self._network)
+        own = trained_tensors(self._network)
         if stored.keys() != own.keys():
             raise KtmergeError(f"{resume_from_checkpoint}: holds other tensors than the model; start with --overwrite.")
         with torch.no_grad():
@@ -262,7 +307,7 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             keeper.load(Path(resume_from_checkpoint))
 
 
-def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def trained_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Trained parameters and saved buffers, the shared ones once."""
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
     state = model.state_dict()
@@ -271,10 +316,19 @@ def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def build_collator(
-    tokenizer: Any, taught: Callable[[Encoded], bool] | None = None, *, extras: Extras | None = None
-) -> Collator:
+    tokenizer: Any,
+    taught: Callable[[Encoded], bool] | None = None,
+    *,
+    row_tokens: int | None = None,
+    extras: Extras | None = None,
+) -> Collator | PackingCollator:
     """The collator for a tokenizer; any token will do as padding, since it is masked.
 
-    ``taught``, ``extras``: see `Collator`.
+    Args:
+        tokenizer: whose padding token is used, if it has one.
+        taught: see `Collator`.
+        row_tokens: pack samples into rows of about so many tokens; None: a row for each sample.
+        extras: see `Collator`; packed samples have none.
     """
-    return Collator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0, taught, extras)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return Collator(pad, taught, extras) if row_tokens is None else PackingCollator(pad, row_tokens)

@@ -1,0 +1,216 @@
+"""Fine-tune the same model on the same rows with ktmerge and with TRL's SFTTrainer: tokens per second, memory, losses.
+
+    python benchmarks/bench_tune.py                       # the demo's model, answers of one word, 9 steps of 16 rows
+    python benchmarks/bench_tune.py --runs 3 --json results.json
+    python benchmarks/bench_tune.py --base ./base --data rows.jsonl --batch 8 --steps 20
+    python benchmarks/bench_tune.py --sides ktmerge,trl,trl_defaults,ktmerge_packed
+
+Both train every weight in fp32 by AdamW at the same rates, on prompt-completion rows in the same order. `trl_defaults`
+is SFTTrainer with its own precision (bfloat16) and activation checkpointing; its losses are not comparable.
+Every run is a process of its own; the sides take turns, and ratios are medians over the turns. Speed is taken from the
+end of the first step to the end of the last, in tokens of rows without padding; memory is the peak of the whole
+process by the operating system's account, loading and saving included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from bench_blend import BIN, measure
+
+RATE, SEED = 2e-5, 42
+SETTINGS = {"learning_rate": RATE, "scheduler": "cosine", "warmup": 0, "precision": "float32", "seed": SEED}
+SIDES = {
+    "ktmerge": {},
+    "ktmerge_packed": {"packing": "true"},
+    "trl": {"bf16": False, "gradient_checkpointing": False},
+    "trl_defaults": {},
+}
+"""Settings of each side; SFTTrainer's defaults are bfloat16 and checkpointing."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fine-tune: tokens per second, GB at the peak, wall seconds of the process, and the loss of every step."""
+
+    speed: float
+    peak_gb: float
+    wall: float
+    losses: list[float]
+
+
+def demo_rows(folder: Path) -> Path:
+    """The demo's short-answer set: a film review each, to be answered by one word."""
+    from ktmerge.checkpoints.cache import cache_folder
+    from ktmerge.demo.data import write_data
+
+    write_data(folder, cache_folder())
+    return folder / "train" / "verdicts.jsonl"
+
+
+def demo_base() -> Path:
+    from ktmerge.checkpoints.cache import cache_folder
+    from ktmerge.demo.model import base_model
+
+    return base_model(cache_folder())
+
+
+def ktmerge_command(side: str, base: Path, data: Path, out: Path, batch: int, steps: int) -> list[str]:
+    settings = {**SETTINGS, **SIDES[side], "batch_size": batch, "max_steps": steps, "save_dtype": "bfloat16"}
+    given = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    return [str(BIN / "ktmerge"), "finetune", "--base", str(base), "--data", str(data), "--out", str(out), *given]
+
+
+def trl_command(side: str, base: Path, data: Path, out: Path, batch: int, steps: int) -> list[str]:
+    given = {"side": side, "base": str(base), "data": str(data), "out": str(out), "batch": batch, "steps": steps}
+    return [sys.executable, __file__, "--child", json.dumps(given)]
+
+
+def train_by_trl(side: str, base: str, data: str, out: str, batch: int, steps: int) -> None:
+    """What the other side's process does; writes a log like ktmerge's."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ends.append(monotonic())
+
+    rows = [json.loads(line) for line in Path(data).read_text(encoding="utf-8").splitlines()]
+    arguments = SFTConfig(
+        output_dir=out,
+        per_device_train_batch_size=batch,
+        max_steps=steps,
+        learning_rate=RATE,
+        lr_scheduler_type="cosine",
+        warmup_steps=0,
+        weight_decay=0.0,
+        logging_steps=1,
+        save_strategy="no",
+        use_cpu=not torch.cuda.is_available(),
+        report_to="none",
+        disable_tqdm=True,
+        seed=SEED,
+        **SIDES[side],
+    )
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(base),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    lines = [
+        {"step": n + 1, "loss": loss, "seconds": end} for n, (loss, end) in enumerate(zip(losses, ends, strict=True))
+    ]
+    trainer.model.to(torch.bfloat16).save_pretrained(out)
+    (Path(out) / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def step_tokens(base: Path, data: Path, batch: int, steps: int) -> list[int]:
+    """Tokens of each step without padding, in the order in which transformers' Trainer draws rows by the seed."""
+    import torch
+    from torch.utils.data import RandomSampler
+
+    from ktmerge.recipes.schema import FinetuneJob
+    from ktmerge.tuners.data import read_data
+    from ktmerge.tuners.encode import Encoder, encode_all
+
+    samples = encode_all(
+        Encoder.load(base), read_data([str(data)], Path.cwd()).samples, FinetuneJob(data=["-"]).max_length
+    )
+    lengths = [len(sample) for sample in samples.samples]
+    order: list[int] = []
+    generator = torch.Generator().manual_seed(SEED)
+    while len(order) < batch * steps:
+        order += list(RandomSampler(lengths, generator=generator))
+    return [sum(lengths[place] for place in order[first : first + batch]) for first in range(0, batch * steps, batch)]
+
+
+def run(side: str, base: Path, data: Path, folder: Path, batch: int, steps: int, tokens: float) -> Run:
+    out = folder / side
+    shutil.rmtree(out, ignore_errors=True)
+    command = (ktmerge_command if side.startswith("ktmerge") else trl_command)(side, base, data, out, batch, steps)
+    cost = measure(command)
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    shutil.rmtree(out)
+    seconds = lines[-1]["seconds"] - lines[0]["seconds"]
+    return Run(tokens / seconds, cost.peak_gb, cost.wall, [line["loss"] for line in lines])
+
+
+def compare(found: dict[str, list[Run]], against: str) -> dict[str, Any]:
+    """Medians of every side, and each side's relation to one of them."""
+    told: dict[str, Any] = {}
+    for side, runs in found.items():
+        first, other = runs[0], found[against]
+        told[side] = {
+            "tokens_per_second": statistics.median(run.speed for run in runs),
+            "peak_gb": statistics.median(run.peak_gb for run in runs),
+            "wall": statistics.median(run.wall for run in runs),
+            "speed_ratio": statistics.median(a.speed / b.speed for a, b in zip(runs, other, strict=True)),
+            "memory_ratio": statistics.median(a.peak_gb / b.peak_gb for a, b in zip(runs, other, strict=True)),
+            "loss_difference": max(abs(a - b) for a, b in zip(first.losses, other[0].losses, strict=True)),
+            "losses": first.losses,
+        }
+    return told
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", type=Path, help="default: the demo's model")
+    parser.add_argument("--data", type=Path, help="JSONL of prompt and completion; default: the demo's film reviews")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--runs", type=int, default=1)
+    parser.add_argument("--sides", default="ktmerge,trl", help=f"of {', '.join(SIDES)}")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "ktmerge-bench-tune")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        train_by_trl(**json.loads(arguments.child))
+        return
+
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    base = arguments.base or demo_base()
+    data = arguments.data or demo_rows(arguments.folder / "data")
+    counts = step_tokens(base, data, arguments.batch, arguments.steps)
+    print(f"{platform.machine()}, {os.cpu_count()} cores; {arguments.steps} steps of {arguments.batch} rows, "
+          f"{sum(counts)} tokens; load before: {os.getloadavg()[0]:.1f}", flush=True)  # fmt: skip
+    found: dict[str, list[Run]] = {side: [] for side in arguments.sides.split(",")}
+    for _ in range(arguments.runs):
+        for side, runs in found.items():
+            one = run(side, base, data, arguments.folder, arguments.batch, arguments.steps, sum(counts[1:]))
+            runs.append(one)
+            print(f"{side:16s} {one.speed:8.1f} tokens/s {one.peak_gb:6.2f} GB {one.wall:7.1f} s in all", flush=True)
+    against = "trl" if "trl" in found else next(iter(found))
+    told = compare(found, against)
+    for side, one in told.items():
+        print(f"{side} / {against}: {one['speed_ratio']:.2f} x tokens/s, {one['memory_ratio']:.2f} x memory; "
+              f"losses differ by {one['loss_difference']:.1e} at most")  # fmt: skip
+    print("step  " + "  ".join(f"{side:>14s}" for side in told))
+    for step, losses in enumerate(zip(*(one["losses"] for one in told.values()), strict=True), start=1):
+        print(f"{step:4d}  " + "  ".join(f"{loss:14.4f}" for loss in losses))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(told, indent=2))
+
+
+if __name__ == "__main__":
+    main()
