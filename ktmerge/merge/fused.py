@@ -7,9 +7,11 @@ takes the general way, and every result equals that bit for bit.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +19,12 @@ import numpy as np
 
 from ktmerge.merge.device import cores
 from ktmerge.merge.kernels.codes import FINE
+from ktmerge.merge.kernels.exact import HALF, exact_value
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.kernels.native import Native
-from ktmerge.merge.kernels.search import Threshold
-from ktmerge.merge.program import Trim, program_of
+from ktmerge.merge.program import Cap, Clamp, Trim, program_of
 from ktmerge.merge.report import TensorReport
-from ktmerge.merge.selection import Job, Run, Thresholds, Work, find_thresholds
+from ktmerge.merge.selection import Found, Job, Run, Thresholds, Work, find_thresholds
 from ktmerge.merge.steps import Steps
 from ktmerge.merge.workspace import KINDS, Blended, Row, Workspace
 
@@ -115,8 +117,7 @@ class Fused:
                     step.advance(len(jobs))
             if found is not None:
                 for job in jobs:
-                    for expert, threshold in enumerate(found):
-                        job.steps.set_threshold(position, expert, threshold)
+                    job.steps.set_thresholds(position, found)
             else:
                 for tensor in members:
                     self._jobs.pop(tensor.name, None)
@@ -145,7 +146,7 @@ class Fused:
         stochastic = self._plan.recipe.output.rounding == "stochastic" and tag != "F32"
         if not {tag, *tags} <= KINDS.keys() or (stochastic and tag != "BF16") or not tensor.info.numel:
             return None
-        weights = [self._plan.expert(name).weight for name in tensor.sources]
+        weights = {name: self._plan.expert(name).weight for name in tensor.sources}
         program = program_of(tensor.pipeline, weights) if tensor.pipeline is not None else None
         if program is None or len(weights) != len(self._plan.experts):
             return None
@@ -201,10 +202,12 @@ class Fused:
                 found = self._thresholds((prefix, tensor.name), [job], position, run, probe)
                 if found is None:
                     return None
-                for expert, threshold in enumerate(found):
-                    job.steps.set_threshold(position, expert, threshold)
+                job.steps.set_thresholds(position, found)
         totals, kept = np.zeros(4), np.zeros(len(job.rows) - 1, np.int64)
-        for piece in run([job], self._blend):
+        factor = self._factor(job, run)
+        if factor is None:
+            return None
+        for piece in run([job], partial(self._blend, factor=factor)):
             if piece is None:
                 return None
             totals += piece.sums
@@ -217,16 +220,32 @@ class Fused:
 
     def _thresholds(
         self, key: Hashable, jobs: Sequence[Job], position: int, run: Run, probe: Workspace
-    ) -> list[Threshold] | None:
+    ) -> Found | None:
         found = self._known.get(key) or find_thresholds(jobs, position, run, probe)
         if found is not None:
             self._known[key] = found
         return found
 
-    def _blend(self, space: Workspace, job: Job) -> Blended | None:
-        tensor = job.tensor
+    def _factor(self, job: Job, run: Run) -> float | None:
+        """What a cap on its norm leaves of the merged delta; None if an input is not finite."""
+        cap = job.program.after
+        if not isinstance(cap, Cap):
+            return 1.0
+        total = np.zeros((2, 2, 256), object)  # whole numbers without end
+        for bins in run([job], lambda space, one: space.squares(one.steps, one.program.combine)):
+            if bins is None:
+                return None
+            total += bins.astype(object)
+        base, merged = (exact_value(((high << HALF) + low for high, low in zip(*one, strict=True)), 2) for one in total)
+        return min(1.0, cap.limit(base, merged))
+
+    def _blend(self, space: Workspace, job: Job, factor: float) -> Blended | None:
+        tensor, after = job.tensor, job.program.after
         key = stream_key(self._plan.recipe.seed, "round", "", tensor.key)
-        piece = space.blend(job.steps, job.program.combine, tensor.lambda_, job.kind, job.stochastic, key)
+        limit = after.limit if isinstance(after, Clamp) else math.inf
+        piece = space.blend(
+            job.steps, job.program.combine, tensor.lambda_, job.kind, job.stochastic, key, factor, limit
+        )
         if piece.status != FINE:
             return None  # the general way finds the same and says where
         self._sink.write_bytes(tensor.name, piece.data, space.start * job.width)

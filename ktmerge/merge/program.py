@@ -5,9 +5,11 @@ A stage that can say so in these words gets the fast way without any other chang
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from fractions import Fraction
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from ktmerge.merge.stage import Pipeline, Scope
@@ -15,11 +17,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trim:
-    """Keep the ``floor(density n)`` largest magnitudes of a tensor or of all; equal ones by the hash ``purpose``."""
+    """Keep the ``floor(density n)`` largest magnitudes of a tensor or of all; equal ones by the hash ``purpose``.
+
+    ``outliers``: without the ``floor(outliers n)`` largest, which come before those; if both do not fit, fewer.
+    """
 
     density: float
     scope: Scope
     purpose: str
+    outliers: float = 0.0
+
+    def counts(self, elements: int) -> tuple[int, int]:
+        """How many of the largest are outliers or kept, and how many are outliers."""
+        kept = math.floor(self.density * elements)
+        outliers = min(math.floor(self.outliers * elements), elements - kept)
+        return outliers + kept, outliers
 
 
 @dataclass(frozen=True)
@@ -39,11 +51,49 @@ class Sum:
 
 
 @dataclass(frozen=True)
+class Largest:
+    """Of all ``weights_t tau_t`` the largest magnitude; between equals of both signs the sign of the sum of all."""
+
+    weights: Sequence[float]
+
+
+@dataclass(frozen=True)
 class Elect:
-    """Sign of ``sum_t votes_t tau_t``, then the mean of those that agree, by ``weights``."""
+    """Sign of ``sum_t votes_t tau_t``, then something of those that agree.
+
+    Attributes:
+        votes: of each expert; ``counted``: for the delta's sign, not for the delta.
+        weights: of the deltas that agree.
+        shares: what the sum of those is divided by, summed over those that agree.
+        aggregate: the mean, by weights and shares; the sum, by weights; or the largest.
+        counted: whether only signs vote.
+        fallback: the sign where the vote is even; 0 for none.
+    """
 
     votes: Sequence[float]
     weights: Sequence[float]
+    shares: Sequence[float]
+    aggregate: Literal["mean", "sum", "largest"] = "mean"
+    counted: bool = False
+    fallback: float = 0.0
+
+
+@dataclass(frozen=True)
+class Clamp:
+    """No element of the merged delta beyond ``limit``."""
+
+    limit: float
+
+
+@dataclass(frozen=True)
+class Cap:
+    """The merged delta's norm over a tensor, at most ``rho`` times the base's."""
+
+    rho: float
+
+    def limit(self, base: Fraction, merged: Fraction) -> float:
+        """The factor that would bring the norm there, from squared norms; infinite if nothing changed."""
+        return self.rho * math.sqrt(base / merged) if merged else math.inf
 
 
 @dataclass(frozen=True)
@@ -51,15 +101,17 @@ class Program:
     """A pipeline in these words."""
 
     steps: tuple[Trim | Drop, ...]
-    combine: Sum | Elect
+    combine: Sum | Largest | Elect
+    after: Clamp | Cap | None = None
 
 
-def program_of(pipeline: Pipeline, weights: Sequence[float]) -> Program | None:
-    """The program of a pipeline for experts of these weights; None if a stage has none."""
-    if pipeline.after:
+def program_of(pipeline: Pipeline, weights: Mapping[str, float]) -> Program | None:
+    """The program of a pipeline for experts, sorted by name, of these weights; None if a stage has none."""
+    if len(pipeline.after) > 1:
         return None
     steps = [use.stage.compiled(use.parameters) for use in pipeline.transforms]
     combine = pipeline.combine.stage.compiled(pipeline.combine.parameters, weights)
-    if combine is None or any(step is None for step in steps):
+    after = [use.stage.compiled(use.parameters) for use in pipeline.after]
+    if combine is None or any(step is None for step in (*steps, *after)):
         return None
-    return Program(tuple(steps), combine)
+    return Program(tuple(steps), combine, *after)

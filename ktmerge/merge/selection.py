@@ -81,15 +81,17 @@ class Candidates:
             search.end_pass()
 
 
-Thresholds = dict[Hashable, list[Threshold]]
-"""What trims keep of each expert, by stages up to the trim and by tensor, or by all tensors that share a threshold."""
+Found = list[tuple[Threshold, Threshold | None]]
+"""What a trim keeps of each expert, outliers included, and which of that are outliers, if it has any."""
+Thresholds = dict[Hashable, Found]
+"""What trims keep, by stages up to the trim and by tensor, or by all tensors that share a threshold."""
 Work = Callable[["Workspace", Job], Any]
 """What is done with a piece that a workspace holds."""
 Run = Callable[[Iterable[Job], Work], Iterator[Any]]
 """Does some work on every piece of some tensors."""
 
 
-def find_thresholds(jobs: Sequence[Job], position: int, run: Run, probe: Workspace) -> list[Threshold] | None:
+def find_thresholds(jobs: Sequence[Job], position: int, run: Run, probe: Workspace) -> Found | None:
     """What the trim at ``position`` keeps of each expert, in all these tensors together; None if not all are finite.
 
     Args:
@@ -101,37 +103,45 @@ def find_thresholds(jobs: Sequence[Job], position: int, run: Run, probe: Workspa
     step = jobs[0].program.steps[position]
     assert isinstance(step, Trim)
     elements = sum(job.elements for job in jobs)
-    searches = [Search(math.floor(step.density * elements), elements) for _ in jobs[0].rows[1:]]
+    both, outliers = step.counts(elements)
+    counts = (both, outliers) if outliers else (both,)
+    searches = [Search(count, elements) for _ in jobs[0].rows[1:] for count in counts]
+    experts = [number // len(counts) for number in range(len(searches))]
     if elements >= _LARGE:
-        _hint(searches, jobs, position, probe)
+        _hint(searches, experts, jobs, position, probe)
     lock = threading.Lock()
-    while wanted := [expert for expert, search in enumerate(searches) if not search.done]:
-        near = {expert: Candidates(searches[expert].interval) for expert in wanted}
+    while wanted := [number for number, search in enumerate(searches) if not search.done]:
+        near = {number: Candidates(searches[number].interval) for number in wanted}
 
         def count(
             space: Workspace, job: Job, wanted: Sequence[int] = tuple(wanted), near: Mapping[int, Candidates] = near
         ) -> bool:
-            asked = [(expert, searches[expert].interval, near[expert].room) for expert in wanted]
+            asked = [(experts[number], searches[number].interval, near[number].room) for number in wanted]
             measured = space.measure(job.steps, position, asked)
             if measured is None:
                 return False
             with lock:
-                for expert, found in zip(wanted, measured, strict=True):
-                    searches[expert].add(found.counts, found.lows)
-                    near[expert].add(found, space.start, job.steps.key(position, expert))
+                for number, found in zip(wanted, measured, strict=True):
+                    searches[number].add(found.counts, found.lows)
+                    near[number].add(found, space.start, job.steps.key(position, experts[number]))
             return True
 
         if not all(list(run(jobs, count))):
             return None
-        for expert in wanted:
-            searches[expert].end_pass()
-            near[expert].decide(searches[expert], probe)
-    return [search.result() for search in searches]
+        for number in wanted:
+            searches[number].end_pass()
+            near[number].decide(searches[number], probe)
+    results = [search.result() for search in searches]
+    if not outliers:
+        return [(kept, None) for kept in results]
+    return list(zip(results[::2], results[1::2], strict=True))
 
 
-def _hint(searches: Sequence[Search], jobs: Sequence[Job], position: int, probe: Workspace) -> None:
-    """Show the searches a sample: blocks at even distances over all tensors."""
-    wanted = [expert for expert, search in enumerate(searches) if not search.done]
+def _hint(
+    searches: Sequence[Search], experts: Sequence[int], jobs: Sequence[Job], position: int, probe: Workspace
+) -> None:
+    """Show the searches, each of an expert, a sample: blocks at even distances over all tensors."""
+    wanted = {expert for search, expert in zip(searches, experts, strict=True) if not search.done}
     if not wanted:
         return
     ends = np.cumsum([job.elements for job in jobs])
@@ -144,5 +154,6 @@ def _hint(searches: Sequence[Search], jobs: Sequence[Job], position: int, probe:
         probe.hold(job.rows, start, min(start + BLOCK, job.elements))
         for expert in wanted:
             found[expert].append(probe.sample(expert + 1, job.steps, position))
-    for expert in wanted:
-        searches[expert].hint(np.concatenate(found[expert]))
+    for search, expert in zip(searches, experts, strict=True):
+        if not search.done:
+            search.hint(np.concatenate(found[expert]))

@@ -181,7 +181,9 @@ class Stage:
         whole: parameters with which a stage of reach ``element`` works as one of reach ``tensor``.
         objection: why these parameters cannot go with these experts and weights, if they cannot; asked while planning.
         compiled: the same in the words of `ktmerge.merge.program`, for the compiled kernels, or None: of a transform,
-            given the parameters, a Trim or Drop; of a combine, given parameters and weights, a Sum or Elect.
+            given the parameters, a Trim or Drop; of a combine, given parameters and weights by name, a Sum, Largest or
+            Elect;
+            of a guard, given the parameters, a Clamp or Cap.
     """
 
     name: str

@@ -30,6 +30,8 @@ class Steps:
         self._codes = np.array([TRIM if isinstance(step, Trim) else DROP for step in steps], np.int64)
         self._floors = np.zeros(shape, np.uint32)
         self._leasts = np.zeros(shape, np.uint64)
+        self._spans = np.zeros(shape, np.uint32)
+        self._tops = np.zeros(shape, np.uint64)
         self._cuts = np.zeros(shape, np.uint64)
         self._factors = np.zeros(shape, np.float32)
         keys = [[stream_key(seed, step.purpose, expert, tensor) for expert in experts] for step in steps]
@@ -43,16 +45,28 @@ class Steps:
         """Of the random stream or hash."""
         return int(self._keys[position, expert])
 
-    def set_threshold(self, position: int, expert: int, threshold: Threshold) -> None:
-        """What the trim at ``position`` keeps of one expert."""
-        floor = 0 if threshold.keeps_all else _NEVER if threshold.keeps_none else threshold.floor
-        self._floors[position, expert] = floor
-        self._leasts[position, expert] = 0 if threshold.keeps_all or threshold.keeps_none else threshold.least
+    def set_thresholds(self, position: int, found: Sequence[tuple[Threshold, Threshold | None]]) -> None:
+        """What the trim at ``position`` keeps of each expert, and which of those are outliers."""
+        for expert, (kept, outliers) in enumerate(found):
+            floor, least = _edge(kept)
+            end, top = _edge(outliers) if outliers is not None else (_NEVER, 0)
+            self._floors[position, expert], self._leasts[position, expert] = floor, least
+            self._spans[position, expert] = max(0, end + (top > 0) - floor)
+            self._tops[position, expert] = top
 
     def arguments(self, count: int) -> tuple[int, ...]:
         """The kernels' arguments for the first ``count`` transforms; valid as long as this object is."""
-        arrays = (self._codes, self._floors, self._leasts, self._keys, self._cuts, self._factors)
+        arrays = (
+            self._codes, self._floors, self._leasts, self._spans, self._tops, self._keys, self._cuts, self._factors,
+        )  # fmt: skip
         return (count, *(array.ctypes.data for array in arrays))
 
     def __len__(self) -> int:
         return len(self._codes)
+
+
+def _edge(threshold: Threshold) -> tuple[int, int]:
+    """Least magnitude pattern, and least hash of those that have just that."""
+    if threshold.keeps_all or threshold.keeps_none:
+        return (0 if threshold.keeps_all else _NEVER), 0
+    return threshold.floor, threshold.least

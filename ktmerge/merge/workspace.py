@@ -5,13 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ktmerge.merge.kernels.codes import BF16, BLOCK, ELECT, F16, F32, FINE, SUM, UNREADABLE, WINDOW
+from ktmerge.merge.kernels.codes import (
+    BF16,
+    BLOCK,
+    ELECT_LARGEST,
+    ELECT_MEAN,
+    ELECT_SUM,
+    F16,
+    F32,
+    FINE,
+    LARGEST,
+    SUM,
+    UNREADABLE,
+    WINDOW,
+)
 from ktmerge.merge.kernels.search import BINS, Interval
-from ktmerge.merge.program import Elect, Sum
+from ktmerge.merge.program import Elect, Largest, Sum
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,6 +38,8 @@ KINDS = {"BF16": BF16, "F16": F16, "F32": F32}
 """Codes of the types that the kernels read and write."""
 WIDTHS = {BF16: 2, F16: 2, F32: 4}
 _LINE = 64
+_ELECTIONS = {"mean": ELECT_MEAN, "sum": ELECT_SUM, "largest": ELECT_LARGEST}
+Combine = Sum | Largest | Elect
 
 
 @dataclass(frozen=True)
@@ -106,8 +122,9 @@ class Workspace:
         self._kinds = np.zeros(experts + 1, np.int64)
         self._files, self._places = np.full(experts + 1, -1, np.int64), np.zeros(experts + 1, np.int64)
         self._scratch = np.empty((2 * experts + 7) * BLOCK, np.uint32)
-        self._counts, self._lows = np.zeros((experts, BINS + 1), np.uint32), np.zeros((experts, BINS), np.uint32)
-        self._noted, self._patterns = np.empty((2, experts, 0), np.uint32)
+        most = 2 * experts  # thresholds that are looked for at once
+        self._counts, self._lows = np.zeros((most, BINS + 1), np.uint32), np.zeros((most, BINS), np.uint32)
+        self._noted, self._patterns = np.empty((2, most, 0), np.uint32)
         self._wanted: Sequence[Row] = ()
         self._held = False
         self._number, self._count, self.start = 0, 0, 0
@@ -187,11 +204,12 @@ class Workspace:
         Args:
             steps: the transforms.
             position: of one of them.
-            wanted: number of the expert, interval, and how many of those in the interval to note at most.
+            wanted: number of the expert, interval, and how many of those in the interval to note at most; at most two
+                of one expert, one after the other.
         """
         most = min(self._count, max(room for *_, room in wanted))
         if self._noted.shape[1] < most:
-            self._noted, self._patterns = np.empty((2, self._experts, most), np.uint32)
+            self._noted, self._patterns = np.empty((2, 2 * self._experts, most), np.uint32)
         taken = np.zeros(len(wanted), np.int64)
         rows = np.array([expert + 1 for expert, *_ in wanted], np.int64)
         searches = np.array(
@@ -254,24 +272,51 @@ class Workspace:
         )  # fmt: skip
         return out
 
+    def squares(self, steps: Steps, combine: Combine) -> NDArray[np.uint64] | None:
+        """Sums of squares of base and merged delta by exponent, as the kernel says; None if one is not finite."""
+        code, counted, rates, fallback = _spelled(combine)
+        bins, kept = np.zeros((2, 2, 256), np.uint64), np.zeros(self._number, np.int64)
+        status = self._call(
+            self._native.squares, self._count, self.start, *steps.arguments(len(steps)), code, counted,
+            rates.ctypes.data, fallback, bins.ctypes.data, kept.ctypes.data, self._scratch.ctypes.data,
+        )  # fmt: skip
+        return bins if status == FINE else None
+
     def blend(
-        self, steps: Steps, combine: Sum | Elect, lambda_: float, kind: int, stochastic: bool, round_key: int
+        self,
+        steps: Steps,
+        combine: Combine,
+        lambda_: float,
+        kind: int,
+        stochastic: bool,
+        round_key: int,
+        factor: float = 1.0,
+        limit: float = inf,
     ) -> Blended:
-        """Blend what is held."""
+        """Blend what is held; of the merged delta, ``factor`` times it with elements up to ``limit``."""
         width = WIDTHS[kind]
         if self._out.size < self._count * width:
             self._out = np.empty(self._count * width, np.uint8)
         out = self._out.ctypes.data
-        weights = np.array(combine.weights, np.float32)
-        votes = np.array(combine.votes if isinstance(combine, Elect) else combine.weights, np.float32)
+        code, counted, rates, fallback = _spelled(combine)
+        ends = np.array([fallback, factor, limit, lambda_], np.float32)
         sums, kept = np.zeros(4), np.zeros(self._number, np.int64)
         status = self._call(
             self._native.blend, self._count, self.start, *steps.arguments(len(steps)),
-            ELECT if isinstance(combine, Elect) else SUM, votes.ctypes.data, weights.ctypes.data, lambda_,
-            kind, int(stochastic), round_key, out, out, sums.ctypes.data, kept.ctypes.data, self._scratch.ctypes.data,
+            code, counted, rates.ctypes.data, ends.ctypes.data, kind, int(stochastic), round_key,
+            out, out, sums.ctypes.data, kept.ctypes.data, self._scratch.ctypes.data,
         )  # fmt: skip
         return Blended(status, self._out[: self._count * width].data, sums, kept)
 
     def _inputs(self) -> tuple[int, ...]:
         address = self._rows.ctypes.data
         return address, address, self._stride, self._kinds.ctypes.data, self._number
+
+
+def _spelled(combine: Combine) -> tuple[int, int, NDArray[np.float32], float]:
+    """Code, whether signs are counted, votes, weights and shares ``[3, N]``, and the vote where that is even."""
+    if isinstance(combine, Elect):
+        rates = np.array([combine.votes, combine.weights, combine.shares], np.float32)
+        return _ELECTIONS[combine.aggregate], int(combine.counted), rates, combine.fallback
+    code = LARGEST if isinstance(combine, Largest) else SUM
+    return code, 0, np.array([combine.weights] * 3, np.float32), 0.0

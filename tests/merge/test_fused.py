@@ -38,6 +38,19 @@ BLENDS: list[dict[str, Any]] = [
     {"method": "dare", "density": 0.3, "rescale": "none"},
     {"method": "dare_ties", "density": 0.6, "lambda": 0.7},
     {"stages": {"transform": [{"dare": {"density": 0.5}}, "trim"], "combine": "sum"}},
+    {"method": "breadcrumbs", "density": 0.3, "gamma": 0.1},
+    {"method": "breadcrumbs_ties", "scope": "global", "density": 0.5, "gamma": 0.02},
+    {"method": "breadcrumbs", "density": 0.7, "gamma": 1.0},
+    {"stages": {"transform": [{"breadcrumbs": {"density": 0.5, "gamma": 0.2}}, "trim"], "combine": "largest"}},
+    {"method": "magmax"},
+    {"method": "emr_unified"},
+    {"method": "ema", "beta": 0.7},
+    {"method": "ties", "elect": "count", "aggregate": "sum", "tie": "plus"},
+    {"method": "ties", "elect": "mass", "aggregate": "wsum_over_count"},
+    {"method": "ties", "aggregate": "mean", "tie": "plus", "density": 0.4},
+    {"method": "nearswap", "t": 0.004},
+    {"method": "clip", "rho": 0.01},
+    {"stages": {"combine": "sum", "guard": [{"clip": {"rho": 0.5}}]}},
 ]
 OUTPUTS: list[dict[str, Any]] = [
     {},
@@ -72,10 +85,12 @@ def write(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 def blended(
     workshop: Path, out: Path, blend_: dict[str, Any], base: str, experts: str, output: dict[str, Any]
 ) -> tuple[bytes, list[dict[str, Any]]]:
+    alike = blend_.get("aggregate") == "mean" or blend_.get("method") == "emr_unified"  # others would ignore weights
+    weights = (1, 1, 1) if alike else (1, 0.5, 0.3)
     document = {
         "ktmerge": 1,
         "base": f"base{base}",
-        "experts": {f"e{i}": {"model": f"e{i}-{experts}", "weight": weight} for i, weight in enumerate((1, 0.5, 0.3))},
+        "experts": {f"e{i}": {"model": f"e{i}-{experts}", "weight": weight} for i, weight in enumerate(weights)},
         "blend": blend_,
         "output": output,
     }

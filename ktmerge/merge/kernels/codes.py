@@ -9,6 +9,6 @@ WINDOW = 32 * BLOCK
 """Elements read from files at a time: those of base and a few experts stay in the processor's second cache."""
 
 NONE, TRIM, DROP = 0, 1, 2
-SUM, ELECT = 0, 1
+SUM, LARGEST, ELECT_MEAN, ELECT_SUM, ELECT_LARGEST = 0, 1, 2, 3, 4
 BF16, F16, F32 = 0, 1, 2
 FINE, INPUT_NOT_FINITE, OVERFLOW, UNREADABLE = 0, 1, 2, 3

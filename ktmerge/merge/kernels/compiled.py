@@ -8,8 +8,9 @@ and called without numba (see `ktmerge.merge.kernels.native`); nothing here take
 All entry points read ``rows``: the base's elements and then each expert's, ``stride`` bytes apart, each of its own
 ``kind``. ``start`` is the index of the first element in its tensor, a multiple of 4. The transforms are
 ``steps`` codes, TRIM or DROP, with one number per step and expert in ``floors`` and ``leasts`` (the least magnitude
-pattern that is kept, and the least hash among those that have just that), ``keys`` (of the random stream), ``cuts``
-(random words below are kept) and ``factors`` (what the kept are multiplied by).
+pattern that is kept, and the least hash among those that have just that), ``spans`` and ``tops`` (how many patterns
+from the floor on are kept, and the least hash that is not among those that have the last of them; 0: all of them are),
+``keys`` (of the random stream), ``cuts`` (random words below are kept) and ``factors`` (of what is kept).
 
 Where the rows lie in files as they are, ``files`` and ``places`` (descriptor, and position of the first element) say so
 and the kernels read them by themselves, window by window into ``rows``: what is computed on is then in the second cache
@@ -31,11 +32,13 @@ from ktmerge.merge.kernels.codes import (
     BF16,
     BLOCK,
     DROP,
-    ELECT,
+    ELECT_LARGEST,
+    ELECT_MEAN,
     F16,
     F32,
     FINE,
     INPUT_NOT_FINITE,
+    LARGEST,
     OVERFLOW,
     SUM,
     TRIM,
@@ -46,7 +49,7 @@ from ktmerge.merge.kernels.gathering import collect
 
 _U32, _U64, _F32, _F64 = np.uint32, np.uint64, np.float32, np.float64
 _MAGNITUDE, _EXPONENT = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
-_SIGN, _ONE, _ZERO = np.uint32(0x80000000), np.uint32(1), np.float32(0)
+_SIGN, _ONE, _ZERO, _INFINITY = np.uint32(0x80000000), np.uint32(1), np.float32(0), np.float32(np.inf)
 _LARGEST16, _LARGEST_HALF = np.uint32(0x7F7F0000), np.uint32(0x477FE000)
 _LOW = np.uint64(0xFFFFFFFF)
 
@@ -166,12 +169,12 @@ def _subtract(expert, base, out):
 
 
 @_compile
-def _keep_above(delta, floor):
-    """Zero what has a smaller magnitude pattern than ``floor``."""
+def _keep_within(delta, floor, span):
+    """Zero what has a magnitude pattern outside ``[floor, floor + span)``."""
     patterns = delta.view(np.uint32)
     for i in range(delta.size):
         pattern = patterns[i]
-        patterns[i] = pattern if _U32(pattern & _MAGNITUDE) >= floor else _U32(0)
+        patterns[i] = pattern if _U32(_U32(pattern & _MAGNITUDE) - floor) < span else _U32(0)
 
 
 @_compile
@@ -183,18 +186,29 @@ def _drop_hashed(delta, tied, least, key, start):
 
 
 @_compile
+def _drop_outliers(delta, tied, top, key, start):
+    """Zero those of the elements ``tied`` whose hash is ``top`` or more."""
+    for j in range(tied.size):
+        if _hash(key, _U64(start) + _U64(tied[j])) >= top:
+            delta[tied[j]] = _ZERO
+
+
+@_compile
 def _drop(delta, words, cut, factor):
     for i in range(delta.size):
         delta[i] = delta[i] * factor if _U64(words[i]) < cut else _ZERO
 
 
 @_compile
-def _transform(step, d, start, floor, least, key, cut, factor, lanes, words):
+def _transform(step, d, start, floor, least, span, top, key, cut, factor, lanes, words):
     if step == TRIM:
-        _keep_above(d, floor)
+        _keep_within(d, floor, span)
         if least != _U64(0):
             tied = collect(d.view(np.uint32), floor, _U32(0), words)
             _drop_hashed(d, words[:tied], least, key, start)
+        if top != _U64(0):
+            tied = collect(d.view(np.uint32), _U32(_U32(floor + span) - _ONE), _U32(0), words)
+            _drop_outliers(d, words[:tied], top, key, start)
     elif step == DROP:
         _words(key, start, lanes, words[: (d.size + 3) // 4 * 4])
         _drop(d, words[: d.size], cut, factor)
@@ -222,19 +236,73 @@ def _count(patterns):
 
 
 @_compile
-def _agree_first(delta, vote, weight, total, share):
-    for i in range(total.size):
-        agrees = ((delta[i] > _ZERO) & (vote[i] > _ZERO)) | ((delta[i] < _ZERO) & (vote[i] < _ZERO))
-        total[i] = (delta[i] if agrees else _ZERO) * weight
-        share[i] = (_F32(1) if agrees else _ZERO) * weight
+def _sign_into(delta, sign):
+    for i in range(sign.size):
+        sign[i] = _F32(1) if delta[i] > _ZERO else (_F32(-1) if delta[i] < _ZERO else _ZERO)
 
 
 @_compile
-def _agree_next(delta, vote, weight, total, share):
+def _break_ties(vote, fallback):
+    for i in range(vote.size):
+        vote[i] = fallback if vote[i] == _ZERO else vote[i]
+
+
+@_compile
+def _agree_first(delta, vote, weight, part, total, share):
+    for i in range(total.size):
+        agrees = ((delta[i] > _ZERO) & (vote[i] > _ZERO)) | ((delta[i] < _ZERO) & (vote[i] < _ZERO))
+        total[i] = (delta[i] if agrees else _ZERO) * weight
+        share[i] = (_F32(1) if agrees else _ZERO) * part
+
+
+@_compile
+def _agree_next(delta, vote, weight, part, total, share):
     for i in range(total.size):
         agrees = ((delta[i] > _ZERO) & (vote[i] > _ZERO)) | ((delta[i] < _ZERO) & (vote[i] < _ZERO))
         total[i] += (delta[i] if agrees else _ZERO) * weight
-        share[i] += (_F32(1) if agrees else _ZERO) * weight
+        share[i] += (_F32(1) if agrees else _ZERO) * part
+
+
+@_compile
+def _agree_most(delta, vote, total):
+    """The larger of ``total`` and of the delta, if that has the elected sign; with that sign."""
+    for i in range(total.size):
+        above, below = max(total[i], delta[i]), min(total[i], delta[i])
+        total[i] = above if vote[i] > _ZERO else (below if vote[i] < _ZERO else _ZERO)
+
+
+@_compile
+def _copy(values, out):
+    for i in range(out.size):
+        out[i] = values[i]
+
+
+@_compile
+def _extend(delta, high, low):
+    for i in range(high.size):
+        high[i] = max(high[i], delta[i])
+        low[i] = min(low[i], delta[i])
+
+
+@_compile
+def _pick(high, low, total):
+    """Of the highest and the lowest the larger in magnitude, into the highest; the sign of the total between equals."""
+    for i in range(high.size):
+        up, down, mass = high[i], low[i], total[i]
+        even = up if mass > _ZERO else (down if mass < _ZERO else _ZERO)
+        high[i] = up if up > -down else (down if up < -down else even)
+
+
+@_compile
+def _shrink(merged, factor):
+    for i in range(merged.size):
+        merged[i] = merged[i] * factor
+
+
+@_compile
+def _clamp(merged, limit):
+    for i in range(merged.size):
+        merged[i] = min(max(merged[i], -limit), limit)
 
 
 @_compile
@@ -345,47 +413,99 @@ def _sum_up(base, merged, stored, sums):
 
 
 @_compile
+def _elect(combine, counted, votes, weights, shares, fallback, delta, vote, share, merged):
+    """The experts' deltas that have the elected sign: their weighted mean or sum, or the largest of them."""
+    n = merged.size
+    for t in range(votes.size):
+        d = delta[t][:n]
+        if counted:
+            _sign_into(d, share)
+            d = share
+        if t == 0:
+            _scale_into(d, votes[0], vote)
+        else:
+            _add_into(d, votes[t], vote)
+    if fallback != _ZERO:
+        _break_ties(vote, fallback)
+    if combine == ELECT_LARGEST:
+        merged[:] = _ZERO
+        for t in range(votes.size):
+            _agree_most(delta[t][:n], vote, merged)
+        return
+    _agree_first(delta[0][:n], vote, weights[0], shares[0], merged, share)
+    for t in range(1, votes.size):
+        _agree_next(delta[t][:n], vote, weights[t], shares[t], merged, share)
+    if combine == ELECT_MEAN:
+        _divide(merged, share)
+
+
+@_compile
+def _merge(
+    raw16, raw32, kinds, start, first, origin, steps, floors, leasts, spans, tops, keys, cuts, factors,
+    combine, counted, rates, fallback, kept, theta, delta, lanes, words, v, share, m,
+):  # fmt: skip
+    """The merged delta of the elements of the piece from ``first`` on into ``m``, and base and experts into ``theta``;
+    the rows begin with the piece's element ``origin``. Whether an input is not finite."""
+    n = m.size
+    own = theta[0][:n]
+    if _load(kinds[0], raw16[0], raw32[0], first - origin, own):
+        return True
+    for t in range(kept.size):
+        d, other, weight = delta[t][:n], theta[t + 1][:n], rates[1][t]
+        if _load(kinds[t + 1], raw16[t + 1], raw32[t + 1], first - origin, other):
+            return True
+        _subtract(other.view(np.float32), own.view(np.float32), d)
+        for s in range(steps.size):
+            _transform(
+                steps[s], d, start + first, floors[s][t], leasts[s][t], spans[s][t], tops[s][t], keys[s][t], cuts[s][t],
+                factors[s][t], lanes, words,
+            )  # fmt: skip
+        if steps.size:
+            kept[t] += _count(d.view(np.uint32))
+        if combine == LARGEST:
+            _shrink(d, weight)
+            if t == 0:
+                _copy(d, m)
+                _copy(d, share)
+                _copy(d, v)
+            else:
+                _extend(d, m, share)
+                _add_into(d, _F32(1), v)
+        elif combine == SUM:
+            if t == 0:
+                _scale_into(d, weight, m)
+            else:
+                _add_into(d, weight, m)
+    if combine == LARGEST:
+        _pick(m, share, v)
+    elif combine != SUM:
+        _elect(combine, counted, rates[0], rates[1], rates[2], fallback, delta, v, share, m)
+    return False
+
+
+@_compile
 def _blend(
-    raw16, raw32, kinds, start, begin, end, origin, steps, floors, leasts, keys, cuts, factors, combine, votes,
-    weights, lambda_, kind, stochastic, round_key, out16, out32, sums, kept,
+    raw16, raw32, kinds, start, begin, end, origin, steps, floors, leasts, spans, tops, keys, cuts, factors,
+    combine, counted, rates, ends, kind, stochastic, round_key, out16, out32, sums, kept,
     theta, delta, lanes, words, vote, share, merged, values,
 ):  # fmt: skip
     """The elements from ``begin`` to ``end`` of the piece; the rows begin with its element ``origin``."""
     number = kept.size
+    fallback, factor, limit, lambda_ = ends[0], ends[1], ends[2], ends[3]
     status = int64(FINE)
     for first in range(begin, end, BLOCK):
         n = min(BLOCK, end - first)
-        own = theta[0][:n]
-        theta0 = own.view(np.float32)
-        if _load(kinds[0], raw16[0], raw32[0], first - origin, own):
+        m, r = merged[:n], values[:n]
+        if _merge(
+            raw16, raw32, kinds, start, first, origin, steps, floors, leasts, spans, tops, keys, cuts, factors,
+            combine, counted, rates, fallback, kept, theta, delta, lanes, words, vote[:n], share[:n], m,
+        ):  # fmt: skip
             return int64(INPUT_NOT_FINITE)
-        m, v, r = merged[:n], vote[:n], values[:n]
-        for t in range(number):
-            d, other = delta[t][:n], theta[t + 1][:n]
-            if _load(kinds[t + 1], raw16[t + 1], raw32[t + 1], first - origin, other):
-                return int64(INPUT_NOT_FINITE)
-            _subtract(other.view(np.float32), theta0, d)
-            for s in range(steps.size):
-                _transform(
-                    steps[s], d, start + first, floors[s][t], leasts[s][t], keys[s][t], cuts[s][t], factors[s][t],
-                    lanes, words,
-                )  # fmt: skip
-            if steps.size:
-                kept[t] += _count(d.view(np.uint32))
-            if combine == SUM:
-                if t == 0:
-                    _scale_into(d, weights[0], m)
-                else:
-                    _add_into(d, weights[t], m)
-            elif t == 0:
-                _scale_into(d, votes[0], v)
-            else:
-                _add_into(d, votes[t], v)
-        if combine == ELECT:
-            _agree_first(delta[0][:n], v, weights[0], m, share[:n])
-            for t in range(1, number):
-                _agree_next(delta[t][:n], v, weights[t], m, share[:n])
-            _divide(m, share[:n])
+        theta0 = theta[0][:n].view(np.float32)
+        if factor != _F32(1):
+            _shrink(m, factor)
+        if limit < _INFINITY:
+            _clamp(m, limit)
         _scale_and_add(m, lambda_, theta0, r)
         for t in range(number - 1, -1, -1):
             _settle_expert(m, theta[t + 1][:n].view(np.float32), theta0, r)
@@ -400,13 +520,26 @@ def _blend(
     return status
 
 
+@_compile
+def _fetch_all(raw16, kinds, files, places, first, count):
+    """So many elements of every row, from their files; False if one cannot be read."""
+    whole = True
+    for row in range(kinds.size):
+        whole = whole and _fetch(row, raw16, kinds, files, places, first, count)
+    return whole
+
+
 def blend(
-    rows16, rows32, stride, kinds, number, files, places, count, start, step_count, steps, floors, leasts, keys, cuts,
-    factors, combine, votes, weights, lambda_, kind, stochastic, round_key, out16, out32, sums, kept, scratch,
+    rows16, rows32, stride, kinds, number, files, places, count, start, step_count, steps, floors, leasts, spans, tops,
+    keys, cuts, factors, combine, counted, rates, ends, kind, stochastic, round_key, out16, out32, sums, kept, scratch,
 ):  # fmt: skip
     """Blend ``count`` elements; FINE, INPUT_NOT_FINITE, OVERFLOW or UNREADABLE.
 
-    ``combine`` is SUM of ``weights`` times deltas, or ELECT by ``votes`` times deltas and their mean by ``weights``.
+    ``rates`` are votes, weights and shares, ``[3, N]``. ``combine`` is SUM of weights times deltas; LARGEST, of weights
+    times deltas the largest magnitude; or ELECT_*, of those deltas that have the sign of the sum of votes times deltas
+    (if ``counted``, times the deltas' signs): the sum of weights times deltas over that of shares, the former alone, or
+    the largest. ``ends``, ``[4]``: the vote where that is 0; of the merged delta a factor, a cap on its magnitudes, and
+    a last factor.
     The result is stored as ``kind``, rounded to the nearest or stochastically. Added to: ``sums`` fp64 ``[4]``, squared
     norms of merged delta and base, inner product of the former with what was stored, number of changed elements;
     ``kept`` int64 ``[N]``, non-zeros after the transforms. ``scratch`` holds ``BLOCK * (2 N + 7)`` words.
@@ -428,14 +561,13 @@ def blend(
     for begin in range(0, count, window):
         end = min(begin + window, count)
         origin = begin if fetched else 0
-        for row in range(number + 1):
-            if fetched and not _fetch(row, raw16, own_kinds, own_files, own_places, begin, end - begin):
-                return int64(UNREADABLE)
+        if fetched and not _fetch_all(raw16, own_kinds, own_files, own_places, begin, end - begin):
+            return int64(UNREADABLE)
         status = _blend(
             raw16, raw32, own_kinds, start, begin, end, origin,
-            carray(steps, (step_count,)), carray(floors, per_step), carray(leasts, per_step), carray(keys, per_step),
-            carray(cuts, per_step), carray(factors, per_step),
-            combine, carray(votes, (number,)), carray(weights, (number,)), lambda_, kind, stochastic, round_key,
+            carray(steps, (step_count,)), carray(floors, per_step), carray(leasts, per_step), carray(spans, per_step),
+            carray(tops, per_step), carray(keys, per_step), carray(cuts, per_step), carray(factors, per_step),
+            combine, counted, carray(rates, (3, number)), carray(ends, (4,)), kind, stochastic, round_key,
             carray(out16, (halves,)), carray(out32, (words,)), carray(sums, (4,)), carray(kept, (number,)),
             work[: number + 1], floats[number + 1 : 2 * number + 1], work[2 * number + 1], work[2 * number + 6],
             floats[2 * number + 2], floats[2 * number + 3], floats[2 * number + 4], floats[2 * number + 5],
@@ -444,6 +576,75 @@ def blend(
             return status
         worst = max(worst, status)
     return worst
+
+
+@_compile
+def _add_squares(patterns, high, low):
+    """Squares of 24-bit mantissas by exponent, in two halves of 24 bits, so that sums are exact."""
+    for i in range(patterns.size):
+        exponent = _U32(_U32(patterns[i] >> _U32(23)) & _U32(0xFF))
+        mantissa = _U64(patterns[i] & _U32(0x7FFFFF)) + (_U64(1 << 23) if exponent else _U64(0))
+        square = mantissa * mantissa
+        place = max(exponent, _ONE)
+        high[place] += square >> _U64(24)
+        low[place] += square & _U64(0xFFFFFF)
+
+
+@_compile
+def _squares(
+    raw16, raw32, kinds, start, begin, end, origin, steps, floors, leasts, spans, tops, keys, cuts, factors,
+    combine, counted, rates, fallback, bins, kept, theta, delta, lanes, words, vote, share, merged,
+):  # fmt: skip
+    for first in range(begin, end, BLOCK):
+        n = min(BLOCK, end - first)
+        m = merged[:n]
+        if _merge(
+            raw16, raw32, kinds, start, first, origin, steps, floors, leasts, spans, tops, keys, cuts, factors,
+            combine, counted, rates, fallback, kept, theta, delta, lanes, words, vote[:n], share[:n], m,
+        ):  # fmt: skip
+            return int64(INPUT_NOT_FINITE)
+        _add_squares(theta[0][:n], bins[0][0], bins[0][1])
+        _add_squares(m.view(np.uint32), bins[1][0], bins[1][1])
+    return int64(FINE)
+
+
+def squares(
+    rows16, rows32, stride, kinds, number, files, places, count, start, step_count, steps, floors, leasts, spans, tops,
+    keys, cuts, factors, combine, counted, rates, fallback, bins, kept, scratch,
+):  # fmt: skip
+    """Add the squares of up to 2**40 elements of base and merged delta to ``bins`` uint64 ``[2, 2, 256]``; FINE,
+    INPUT_NOT_FINITE or UNREADABLE.
+
+    By exponent; of the squared 24-bit mantissas first the upper and then the lower 24 bits. Else as `blend`.
+    """
+    raw16 = carray(rows16, (number + 1, stride // 2))
+    raw32 = carray(rows32, (number + 1, stride // 4))
+    own_kinds, own_files, own_places = (
+        carray(kinds, (number + 1,)),
+        carray(files, (number + 1,)),
+        carray(places, (number + 1,)),
+    )
+    per_step = (step_count, number)
+    work = carray(scratch, (2 * number + 7, BLOCK))
+    floats = work.view(np.float32)
+    fetched = own_files[0] >= 0
+    window = WINDOW if fetched else count
+    for begin in range(0, count, window):
+        end = min(begin + window, count)
+        origin = begin if fetched else 0
+        if fetched and not _fetch_all(raw16, own_kinds, own_files, own_places, begin, end - begin):
+            return int64(UNREADABLE)
+        status = _squares(
+            raw16, raw32, own_kinds, start, begin, end, origin,
+            carray(steps, (step_count,)), carray(floors, per_step), carray(leasts, per_step), carray(spans, per_step),
+            carray(tops, per_step), carray(keys, per_step), carray(cuts, per_step), carray(factors, per_step),
+            combine, counted, carray(rates, (3, number)), fallback, carray(bins, (2, 2, 256)), carray(kept, (number,)),
+            work[: number + 1], floats[number + 1 : 2 * number + 1], work[2 * number + 1], work[2 * number + 6],
+            floats[2 * number + 2], floats[2 * number + 3], floats[2 * number + 4],
+        )  # fmt: skip
+        if status != FINE:
+            return status
+    return int64(FINE)
 
 
 @_compile
@@ -499,8 +700,9 @@ def _magnitudes(delta):
 
 @_compile
 def _delta(
-    raw16, raw32, kinds, row, first, start, steps, floors, leasts, keys, cuts, factors, own, other, d, lanes, words
-):
+    raw16, raw32, kinds, row, first, start, steps, floors, leasts, spans, tops, keys, cuts, factors, own, other, d,
+    lanes, words,
+):  # fmt: skip
     """One expert's delta after the transforms, elements ``first .. first + d.size`` of the rows, whose first element is
     ``start`` in the tensor; whether one is not finite. ``own`` holds the base's."""
     t = row - 1
@@ -509,14 +711,25 @@ def _delta(
     _subtract(other[: d.size].view(np.float32), own[: d.size].view(np.float32), d)
     for s in range(steps.size):
         _transform(
-            steps[s], d, start + first, floors[s][t], leasts[s][t], keys[s][t], cuts[s][t], factors[s][t], lanes, words
+            steps[s],
+            d,
+            start + first,
+            floors[s][t],
+            leasts[s][t],
+            spans[s][t],
+            tops[s][t],
+            keys[s][t],
+            cuts[s][t],
+            factors[s][t],
+            lanes,
+            words,
         )
     return False
 
 
 @_compile
 def _measure(
-    raw16, raw32, kinds, wanted, start, origin, count, steps, floors, leasts, keys, cuts, factors,
+    raw16, raw32, kinds, wanted, start, origin, count, steps, floors, leasts, spans, tops, keys, cuts, factors,
     searches, counts, lows, places, patterns, taken, own, other, delta, lanes, words,
 ):  # fmt: skip
     """``count`` elements of the rows, which begin with element ``origin`` of the piece."""
@@ -526,9 +739,10 @@ def _measure(
         if _load(kinds[0], raw16[0], raw32[0], first, own[:n]):
             return int64(INPUT_NOT_FINITE)
         for w in range(wanted.size):
-            if _delta(
-                raw16, raw32, kinds, wanted[w], first, start + origin, steps, floors, leasts, keys, cuts, factors,
-                own, other, d, lanes, words,
+            known = w > 0 and wanted[w] == wanted[w - 1]
+            if not known and _delta(
+                raw16, raw32, kinds, wanted[w], first, start + origin, steps, floors, leasts, spans, tops, keys, cuts,
+                factors, own, other, d, lanes, words,
             ):  # fmt: skip
                 return int64(INPUT_NOT_FINITE)
             hashed, floor, key, low = searches[w][0], _U32(searches[w][1]), searches[w][2], searches[w][3]
@@ -552,14 +766,15 @@ def _measure(
 
 
 def measure(
-    rows16, rows32, stride, kinds, number, files, places, count, start, step_count, steps, floors, leasts, keys, cuts,
-    factors, wanted_count, wanted, searches, width, counts, lows, capacity, noted, patterns, taken, scratch,
+    rows16, rows32, stride, kinds, number, files, places, count, start, step_count, steps, floors, leasts, spans, tops,
+    keys, cuts, factors, wanted_count, wanted, searches, width, counts, lows, capacity, noted, patterns, taken, scratch,
 ):  # fmt: skip
     """Count the keys of some rows' deltas, as they are after the transforms; FINE, INPUT_NOT_FINITE or UNREADABLE.
 
-    ``wanted`` int64 are those rows; ``searches`` uint64 ``[wanted, 8]`` what to count in each: hashed, floor, key, low,
-    last, shift, bins, room. The key is the magnitude's pattern, or if ``hashed`` the hash, by ``key``, of the elements
-    whose magnitude is ``floor``. Added to: ``counts`` uint32 ``[wanted, width + 1]``, keys in ``[low, low + last]`` by
+    ``wanted`` int64 are those rows, one several times in a row if several things of it are to be counted;
+    ``searches`` uint64 ``[wanted, 8]`` what to count: hashed, floor, key, low, last, shift, bins, room.
+    The key is the magnitude's pattern, or if ``hashed`` the hash, by ``key``, of the elements whose magnitude is
+    ``floor``. Added to: ``counts`` uint32 ``[wanted, width + 1]``, keys in ``[low, low + last]`` by
     ``(key - low) >> shift``, and keys above all that in number ``bins``; ``lows`` uint32 ``[wanted, width]``, the union
     of the bits that magnitudes lose in that shift. Of the magnitudes in the interval ``noted`` and ``patterns``, both
     uint32 ``[wanted, capacity]``, take index in the piece and pattern of up to ``room``; ``taken`` int64 ``[wanted]``
@@ -583,12 +798,13 @@ def measure(
             if not _fetch(0, raw16, own_kinds, own_files, own_places, begin, size):
                 return int64(UNREADABLE)
             for w in range(wanted_count):
-                if not _fetch(own_wanted[w], raw16, own_kinds, own_files, own_places, begin, size):
+                known = w > 0 and own_wanted[w] == own_wanted[w - 1]
+                if not known and not _fetch(own_wanted[w], raw16, own_kinds, own_files, own_places, begin, size):
                     return int64(UNREADABLE)
         status = _measure(
             raw16, raw32, own_kinds, own_wanted, start, begin, size,
-            carray(steps, (step_count,)), carray(floors, per_step), carray(leasts, per_step), carray(keys, per_step),
-            carray(cuts, per_step), carray(factors, per_step),
+            carray(steps, (step_count,)), carray(floors, per_step), carray(leasts, per_step), carray(spans, per_step),
+            carray(tops, per_step), carray(keys, per_step), carray(cuts, per_step), carray(factors, per_step),
             carray(searches, (wanted_count, 8)), carray(counts, (wanted_count, width + 1)),
             carray(lows, (wanted_count, width)), carray(noted, (wanted_count, capacity)),
             carray(patterns, (wanted_count, capacity)), carray(taken, (wanted_count,)),
@@ -600,8 +816,8 @@ def measure(
 
 
 def sample(
-    rows16, rows32, stride, kinds, number, row, count, start, step_count, steps, floors, leasts, keys, cuts, factors,
-    out, scratch,
+    rows16, rows32, stride, kinds, number, row, count, start, step_count, steps, floors, leasts, spans, tops, keys,
+    cuts, factors, out, scratch,
 ):  # fmt: skip
     """The magnitude patterns of up to ``BLOCK`` deltas of one expert into ``out``; FINE or INPUT_NOT_FINITE."""
     per_step = (step_count, number)
@@ -612,8 +828,9 @@ def sample(
     own_kinds = carray(kinds, (number + 1,))
     if _load(own_kinds[0], raw16[0], raw32[0], 0, work[0][:count]) or _delta(
         raw16, raw32, own_kinds, row, 0, start,
-        carray(steps, (step_count,)), carray(floors, per_step), carray(leasts, per_step), carray(keys, per_step),
-        carray(cuts, per_step), carray(factors, per_step), work[0], work[1], d, work[2], work[3],
+        carray(steps, (step_count,)), carray(floors, per_step), carray(leasts, per_step), carray(spans, per_step),
+        carray(tops, per_step), carray(keys, per_step), carray(cuts, per_step), carray(factors, per_step),
+        work[0], work[1], d, work[2], work[3],
     ):  # fmt: skip
         return int64(INPUT_NOT_FINITE)
     _magnitudes(d)
@@ -669,15 +886,24 @@ def energy(rows16, rows32, kind, count, sums, scratch):
 _ROWS = [CPointer(uint16), CPointer(uint32), int64, CPointer(int64), int64]
 _FILES = [CPointer(int64), CPointer(int64)]
 _STEPS = [
-    int64, CPointer(int64), CPointer(uint32), CPointer(uint64), CPointer(uint64), CPointer(uint64), CPointer(float32),
+    int64, CPointer(int64), CPointer(uint32), CPointer(uint64), CPointer(uint32), CPointer(uint64), CPointer(uint64),
+    CPointer(uint64), CPointer(float32),
 ]  # fmt: skip
+_COMBINE = [int64, int64, CPointer(float32)]
 
 ENTRIES: dict[str, tuple[Any, Any]] = {
     "blend": (
         blend,
         int64(
-            *_ROWS, *_FILES, int64, int64, *_STEPS, int64, CPointer(float32), CPointer(float32), float32, int64, int64,
-            uint64, CPointer(uint16), CPointer(uint32), CPointer(float64), CPointer(int64), CPointer(uint32),
+            *_ROWS, *_FILES, int64, int64, *_STEPS, *_COMBINE, CPointer(float32), int64, int64, uint64,
+            CPointer(uint16), CPointer(uint32), CPointer(float64), CPointer(int64), CPointer(uint32),
+        ),
+    ),
+    "squares": (
+        squares,
+        int64(
+            *_ROWS, *_FILES, int64, int64, *_STEPS, *_COMBINE, float32, CPointer(uint64), CPointer(int64),
+            CPointer(uint32),
         ),
     ),
     "measure": (

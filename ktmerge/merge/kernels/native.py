@@ -20,7 +20,7 @@ from ktmerge.merge.kernels import codes
 
 Entry = Callable[..., int]
 
-_NAMES = ("blend", "measure", "tally", "sample", "energy")
+_NAMES = ("blend", "squares", "measure", "tally", "sample", "energy")
 _SOURCES = (Path(codes.__file__), *(Path(__file__).with_name(name) for name in ("compiled.py", "gathering.py")))
 # What numba's code would call to raise or to count references. The kernels do neither, but the linker wants them.
 _UNUSED = (
@@ -34,9 +34,10 @@ _ARGUMENTS = {
     "l": ctypes.c_uint64,
     "f": ctypes.c_float,
 }
-_ROWS, _STEPS = "ppipi", "ipppppp"
+_ROWS, _STEPS, _COMBINE = "ppipi", "ipppppppp", "iip"
 _SIGNATURES = {
-    "blend": f"{_ROWS}ppii{_STEPS}ippfiilppppp",
+    "blend": f"{_ROWS}ppii{_STEPS}{_COMBINE}piilppppp",
+    "squares": f"{_ROWS}ppii{_STEPS}{_COMBINE}fppp",
     "measure": f"{_ROWS}ppii{_STEPS}ippippipppp",
     "tally": "ppiwlilllip",
     "sample": f"{_ROWS}iii{_STEPS}pp",
@@ -48,6 +49,7 @@ class Native:
     """The kernels of `ktmerge.merge.kernels.compiled`, by the same names; arrays are passed as addresses."""
 
     blend: Entry
+    squares: Entry
     measure: Entry
     tally: Entry
     sample: Entry

@@ -7,6 +7,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from ktmerge.merge.kernels.exact import exact_value
+
 _EXPONENTS = 256
 _HALF = 12
 """Bits in the low half of a 24-bit mantissa."""
@@ -38,8 +40,7 @@ class ExactSum:
 
     def value(self) -> Fraction:
         """The sum so far."""
-        unit = Fraction(1, 1 << (150 * self._power))
-        return unit * sum(count << (exponent * self._power) for exponent, count in enumerate(self._bins))
+        return exact_value(self._bins, self._power)
 
     def _take(self, exponent: Tensor, amount: Tensor, shift: int) -> None:
         sums = torch.bincount(exponent, weights=amount.double(), minlength=_EXPONENTS)

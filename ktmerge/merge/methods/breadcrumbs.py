@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from ktmerge.merge.methods.trim import TrimParameters, by_rows, hash_key
+from ktmerge.merge.program import Trim
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Domain, Method, Observer, Promises, Stages, Statistic
 
@@ -19,11 +19,12 @@ class BreadcrumbsParameters(TrimParameters):
     gamma: float = Field(0.01, ge=0, le=1, description="fraction of the elements taken out as outliers, at the top")
 
 
-def _counts(parameters: BreadcrumbsParameters, elements: int) -> tuple[int, int]:
-    """How many are outliers, and how many are outliers or kept."""
-    kept = math.floor(parameters.density * elements)
-    outliers = min(math.floor(parameters.gamma * elements), elements - kept)
-    return outliers, outliers + kept
+def _trim(parameters: BreadcrumbsParameters) -> Trim:
+    return Trim(parameters.density, "global" if parameters.scope == "global" else "tensor", "trim", parameters.gamma)
+
+
+def _compiled(parameters: BreadcrumbsParameters) -> Trim | None:
+    return None if parameters.scope == "row" else _trim(parameters)
 
 
 def _thresholds(parameters: BreadcrumbsParameters) -> tuple[Statistic, ...]:
@@ -33,15 +34,15 @@ def _thresholds(parameters: BreadcrumbsParameters) -> tuple[Statistic, ...]:
     def start(which: int, domain: Domain) -> Observer:
         from ktmerge.merge.kernels.radix import MagnitudeThreshold
 
-        return MagnitudeThreshold(_counts(parameters, domain.elements)[which], domain.elements, hash_key)
+        return MagnitudeThreshold(_trim(parameters).counts(domain.elements)[which], domain.elements, hash_key)
 
     return (
-        Statistic("outliers", parameters.scope, lambda domain: start(0, domain)),
-        Statistic("kept", parameters.scope, lambda domain: start(1, domain)),
+        Statistic("kept", parameters.scope, lambda domain: start(0, domain)),
+        Statistic("outliers", parameters.scope, lambda domain: start(1, domain)),
     )
 
 
-@stage("breadcrumbs", "transform", BreadcrumbsParameters, statistics=_thresholds, whole=by_rows)
+@stage("breadcrumbs", "transform", BreadcrumbsParameters, statistics=_thresholds, compiled=_compiled, whole=by_rows)
 def breadcrumbs(delta: Tensor, parameters: BreadcrumbsParameters, context: Context) -> Tensor:
     """Take out the floor(gamma n) largest magnitudes and keep the floor(density n) next ones (arXiv:2312.06795, 3).
 
@@ -57,7 +58,7 @@ def breadcrumbs(delta: Tensor, parameters: BreadcrumbsParameters, context: Conte
 
         def choose(rows: Tensor, ranks: Tensor, elements: Tensor) -> Tensor:
             wide = rows.shape[1]
-            outliers, first = _counts(parameters, wide)
+            first, outliers = _trim(parameters).counts(wide)
             return rows.where((ranks >= wide - first) & (ranks < wide - outliers), 0.0)
 
         return by_row(delta, context, key, choose)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from ktmerge.merge.program import Cap, Clamp
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
 
@@ -35,7 +35,7 @@ class _Norms:
     def __init__(self, rho: float) -> None:
         from ktmerge.merge.kernels.sums import ExactSum
 
-        self._rho = rho
+        self._cap = Cap(rho)
         self._base, self._merged = ExactSum(2), ExactSum(2)
         self.done = False
 
@@ -47,8 +47,7 @@ class _Norms:
         self.done = True
 
     def result(self) -> float:
-        merged = self._merged.value()
-        return self._rho * math.sqrt(self._base.value() / merged) if merged else math.inf
+        return self._cap.limit(self._base.value(), self._merged.value())
 
 
 class _Quantile:
@@ -86,7 +85,11 @@ def _spectral(parameters: ClipParameters) -> bool:
     return parameters.cap == "spectral"
 
 
-@stage("clip", "guard", ClipParameters, statistics=_statistics, whole=_spectral)
+def _compiled(parameters: ClipParameters) -> Cap | None:
+    return Cap(parameters.rho) if parameters.cap == "norm" else None
+
+
+@stage("clip", "guard", ClipParameters, statistics=_statistics, compiled=_compiled, whole=_spectral)
 def clip(merged: Tensor, deltas: list[Tensor], parameters: ClipParameters, context: Context) -> Tensor:
     """Let no tensor change by more than a cap.
 
@@ -128,7 +131,11 @@ def _capped_maps(merged: Tensor, parameters: ClipParameters, context: Context) -
     return by_map([merged], context, shrink, fused=parameters.split_fused)
 
 
-@stage("nearswap", "guard", NearswapParameters)
+def _clamped(parameters: NearswapParameters) -> Clamp:
+    return Clamp(parameters.t)
+
+
+@stage("nearswap", "guard", NearswapParameters, compiled=_clamped)
 def nearswap(merged: Tensor, deltas: list[Tensor], parameters: NearswapParameters, context: Context) -> Tensor:
     """Clip every element of the change to [-t, t]: small changes stay whole, large ones are capped.
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ktmerge.merge.arithmetic import weighted_total
+from ktmerge.merge.program import Largest
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
 from ktmerge.merge.weights import relative
@@ -18,7 +19,11 @@ def _objection(parameters: Parameters, weights: Mapping[str, float]) -> str | No
     return None if any(weights.values()) else "all expert weights are 0; nothing would be merged"
 
 
-@stage("largest", "combine", objection=_objection)
+def _compiled(parameters: Parameters, weights: Mapping[str, float]) -> Largest:
+    return Largest(relative(list(weights.values())))
+
+
+@stage("largest", "combine", objection=_objection, compiled=_compiled)
 def largest(deltas: list[Tensor], parameters: Parameters, context: Context) -> Tensor:
     """Per element, the delta of largest magnitude: tau_t*, t* = argmax_t |tau_t| (arXiv:2407.06322).
 

@@ -25,8 +25,8 @@ def _shares(weights: Sequence[float]) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def _compiled(parameters: Parameters, weights: Sequence[float]) -> Sum:
-    return Sum(_shares(weights))
+def _compiled(parameters: Parameters, weights: Mapping[str, float]) -> Sum:
+    return Sum(_shares(list(weights.values())))
 
 
 @stage("mean", "combine", objection=_sum_is_not_zero, compiled=_compiled)

@@ -36,8 +36,8 @@ def _soup_shares(parameters: SoupParameters, weights: Sequence[float]) -> list[f
     return [weight / total for weight in weights]
 
 
-def _compiled(parameters: SoupParameters, weights: Sequence[float]) -> Sum:
-    return Sum(_soup_shares(parameters, weights))
+def _compiled(parameters: SoupParameters, weights: Mapping[str, float]) -> Sum:
+    return Sum(_soup_shares(parameters, list(weights.values())))
 
 
 @stage("soup", "combine", SoupParameters, objection=_soup_objection, compiled=_compiled)
@@ -67,7 +67,11 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
     return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
 
 
-@stage("ema", "combine", EmaParameters, objection=_ema_objection)
+def _ema_compiled(parameters: EmaParameters, weights: Mapping[str, float]) -> Sum:
+    return Sum(ema_shares(parameters.beta, tuple(weights), tuple(weights.values())))
+
+
+@stage("ema", "combine", EmaParameters, objection=_ema_objection, compiled=_ema_compiled)
 def ema(deltas: list[Tensor], parameters: EmaParameters, context: Context) -> Tensor:
     """Exponential moving average over checkpoints k = 1..K of one run: weights in proportion to w_k beta^(K-k).
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ktmerge.merge.arithmetic import weighted_total
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _compiled(parameters: Parameters, weights: Sequence[float]) -> Sum:
-    return Sum(weights)
+def _compiled(parameters: Parameters, weights: Mapping[str, float]) -> Sum:
+    return Sum(list(weights.values()))
 
 
 @stage("sum", "combine", compiled=_compiled)

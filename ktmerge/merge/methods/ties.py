@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 IGNORE_WEIGHTS = ("mean", "max")
+_AGGREGATES: dict[str, Literal["sum", "largest"]] = {"sum": "sum", "max": "largest"}
 
 
 class ElectParameters(Parameters):
@@ -72,11 +73,18 @@ def _majority(parameters: ElectParameters) -> tuple[Statistic, ...]:
     return (Statistic("majority", "global" if parameters.scope == "global" else "tensor", start),)
 
 
-def _compiled(parameters: ElectParameters, weights: Sequence[float]) -> Elect | None:
-    if parameters.aggregate != "wmean" or parameters.tie != "zero" or parameters.elect == "count":
+def _compiled(parameters: ElectParameters, weights: Mapping[str, float]) -> Elect | None:
+    if parameters.tie == "majority":
         return None
-    shares = relative(weights)
-    return Elect(shares if parameters.elect == "weighted" else [1.0] * len(shares), shares)
+    own, equal = relative(list(weights.values())), [1.0] * len(weights)
+    return Elect(
+        votes=own if parameters.elect == "weighted" else equal,
+        weights=equal if parameters.aggregate == "mean" else own,
+        shares=own if parameters.aggregate == "wmean" else equal,
+        aggregate=_AGGREGATES.get(parameters.aggregate, "mean"),
+        counted=parameters.elect == "count",
+        fallback=1.0 if parameters.tie == "plus" else 0.0,
+    )
 
 
 @stage("elect", "combine", ElectParameters, statistics=_majority, objection=_objection, compiled=_compiled)
