@@ -27,7 +27,9 @@ def evaluate(
     recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="Take suite and base from this recipe.")] = None,
     base: BaseOption = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write scores (JSON) here.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass; scores don't depend on it.")] = 16,
+    batch_size: Annotated[
+        str, typer.Option(help="Sequences per forward pass, or auto: what fits. Scores don't depend on it.")
+    ] = "auto",
     device: DeviceOption = "auto",
     reference: Annotated[
         str | None, typer.Option("--reference", help="Name of the full fine-tune: for gain share and healed items.")
@@ -46,11 +48,18 @@ def evaluate(
     from ktmerge import api, console
 
     results = api.evaluate(
-        models, suite=suite, recipe=recipe, overrides=set_ or (), base=base, out=out, batch_size=batch_size,
-        device=device, reference=reference, part=part, cache=not no_cache, overwrite=overwrite,
-        progress=console.TerminalProgress(),
+        models, suite=suite, recipe=recipe, overrides=set_ or (), base=base, out=out,
+        batch_size=_batch_size(batch_size), device=device, reference=reference, part=part, cache=not no_cache,
+        overwrite=overwrite, progress=console.TerminalProgress(),
     )  # fmt: skip
     console.print_json(results.to_json()) if json_ else console.stdout().print(results.table())
+
+
+def _batch_size(text: str) -> int | None:
+    """None for auto."""
+    if text != "auto" and not (text.isdecimal() and int(text) > 0):
+        raise typer.BadParameter(f"'{text}' is neither a number of at least 1 nor auto.", param_hint="--batch-size")
+    return None if text == "auto" else int(text)
 
 
 @app.command(epilog="Example: ktmerge compare scores-ties.json scores-linear.json")

@@ -6,21 +6,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from ktmerge.errors import KtmergeError
+from ktmerge.eval.batching import limits, out_of_memory
 from ktmerge.eval.encode import Request
 from ktmerge.eval.passes import Pass, batches, plan_passes
+from ktmerge.eval.prefixes import COST, Group, share_prefixes
 from ktmerge.eval.sight import Sight
 from ktmerge.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-TOKENS = {"cpu": 1024, "cuda": 16384}  # of a batch, with padding; more does not pay on a processor
-LOGITS = 2**26  # entries of the logits of a batch: 256 MiB in fp32
 
 
 @dataclass(frozen=True)
@@ -34,18 +34,27 @@ class Likelihoods:
 class LikelihoodScorer:
     """Scores requests with one loaded model.
 
-    Only the hidden states whose logits are needed go through the output head (the vocabulary is the largest matrix of a
-    small model), and the softmax is taken in fp32.
+    What several requests begin with is read once. Only the hidden states whose logits are needed go through the output
+    head (the vocabulary is the largest matrix of a small model), and the softmax is taken in fp32.
     """
 
-    def __init__(self, model: Any, batch_size: int = 16, pack: bool | None = None, sight: Sight | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        batch_size: int | None = None,
+        pack: bool | None = None,
+        sight: Sight | None = None,
+        cost: int = COST,
+    ) -> None:
         """Wrap ``model``.
 
         Args:
             model: a causal transformers model in eval mode.
-            batch_size: most sequences in a forward pass.
-            pack: whether choices may stand side by side behind their context; by default where the model allows it.
+            batch_size: most sequences in a forward pass; by default what is useful and fits into memory.
+            pack: whether choices may stand side by side behind their context, and keys and values of a common beginning
+                be kept; by default where the model allows it.
             sight: prepares what has images.
+            cost: tokens that a common beginning has to save before it is read by itself.
         """
         self.model = model
         self._device = model.device
@@ -54,6 +63,7 @@ class LikelihoodScorer:
         self._dtype = next(model.parameters()).dtype
         self._pack = pack
         self._sight = sight
+        self._cost = cost
 
     def score(
         self, requests: Sequence[Request], progress: Progress = SILENT, label: str = "score", items: int | None = None
@@ -69,34 +79,70 @@ class LikelihoodScorer:
         Raises:
             KtmergeError: the model gives NaN or infinite logits, or the device's memory doesn't suffice.
         """
-        passes = self._passes(requests)
+        groups = self._groups(requests)
         logprob = np.zeros(len(requests))
         correct = np.zeros(len(requests), dtype=np.int64)
-        most = max(1, LOGITS // self._vocabulary())
+        bounds = limits(self.model, self._batch_size)
         total = len(requests) if items is None else items
         share = total / max(1, len(requests))
         with progress.task(label, total, "items") as step, torch.inference_mode():
-            for batch in batches(passes, self._batch_size, TOKENS.get(self._device.type, 1024), most):
-                self._score_batch(batch, requests, logprob, correct)
-                step.advance(share * sum(len(one.targets) for one in batch))
+            for group in groups:
+                kept = self._read(group.prefix) if group.prefix else None
+                sequences = min(bounds.sequences, max(1, bounds.kept // max(1, len(group.prefix))))
+                for batch in batches(group.passes, sequences, bounds.tokens, bounds.logits):
+                    self._score_batch(batch, kept, requests, logprob, correct)
+                    step.advance(share * sum(len(one.targets) for one in batch))
         if not np.isfinite(logprob).all():
             raise KtmergeError("the model's logits are not finite numbers; its weights are broken.")
         return Likelihoods(logprob, correct)
 
-    def _passes(self, requests: Sequence[Request]) -> list[Pass]:
+    def _groups(self, requests: Sequence[Request]) -> list[Group]:
         if self._pack is not False:
             passes = plan_passes(requests, pack=True)
-            if not any(one.branches for one in passes):
-                return passes
+            groups = share_prefixes(passes, self._cost)
+            if not any(one.branches for one in passes) and not any(group.prefix for group in groups):
+                return groups
             if self._pack is None:
                 self._pack = allows_packing(self.model)
             if self._pack:
-                return passes
-        return plan_passes(requests, pack=False)
+                return groups
+        return [Group((), plan_passes(requests, pack=False))]
+
+    def _read(self, prefix: tuple[int, ...]) -> KeysAndValues:
+        """Keys and values of a common beginning, of every layer [1, heads, length, size]."""
+        ids = torch.tensor([prefix], device=self._device)
+        last = torch.tensor([[0, len(prefix) - 1]], device=self._device)
+        with _only_at(self._head, *last.unbind(1)):
+            cache = self.model(input_ids=ids, use_cache=True).past_key_values
+        return [(layer.keys, layer.values) for layer in cache.layers]
 
     def _score_batch(
         self,
         batch: list[Pass],
+        kept: KeysAndValues | None,
+        requests: Sequence[Request],
+        logprob: NDArray[np.float64],
+        correct: NDArray[np.int64],
+    ) -> None:
+        """Score a batch; by default one that does not fit into memory is halved until it does."""
+        try:
+            self._score_fitting(batch, kept, requests, logprob, correct)
+            return
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            if len(batch) == 1 or self._batch_size is not None:
+                advice = "it has no room for one item" if len(batch) == 1 else "choose a smaller batch size, or auto"
+                raise KtmergeError(f"out of memory on {self._device}; {advice}.") from error
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+            self._score_batch(half, kept, requests, logprob, correct)
+
+    def _score_fitting(
+        self,
+        batch: list[Pass],
+        kept: KeysAndValues | None,
         requests: Sequence[Request],
         logprob: NDArray[np.float64],
         correct: NDArray[np.int64],
@@ -110,27 +156,29 @@ class LikelihoodScorer:
                 asked += [places.setdefault((row, position), len(places)) for position in positions]
                 tokens += requests[request].continuation
                 owners += [request] * len(positions)
-        logits = self._logits(batch, torch.tensor(list(places)))
+        logits = self._logits(batch, kept, torch.tensor(list(places)))
         device = logits.device
         values, hits = _log_softmax_at(logits, torch.tensor(asked, device=device), torch.tensor(tokens, device=device))
         np.add.at(logprob, owners, values.cpu().numpy().astype(np.float64))
         np.add.at(correct, owners, hits.cpu().numpy().astype(np.int64))
 
-    def _logits(self, batch: list[Pass], places: torch.Tensor) -> torch.Tensor:
+    def _logits(self, batch: list[Pass], kept: KeysAndValues | None, places: torch.Tensor) -> torch.Tensor:
         """Logits [n, vocabulary] at the n ``places`` [n, 2] (row, column) of the padded batch."""
-        inputs = {name: value.to(self._device) for name, value in self._inputs(batch).items()}
+        before = 0 if kept is None else kept[0][0].shape[2]
+        inputs = {name: value.to(self._device) for name, value in self._inputs(batch, before).items()}
         rows, columns = places.to(self._device).unbind(1)
-        try:
-            with _only_at(self._head, rows, columns):
-                logits: torch.Tensor = self.model(**inputs, use_cache=False).logits
-        except torch.OutOfMemoryError as error:
-            raise KtmergeError(f"out of memory on {self._device}; choose a smaller batch size.") from error
+        cache = None if kept is None else _cache(kept, len(batch))
+        with _only_at(self._head, rows, columns):
+            logits: torch.Tensor = self.model(**inputs, past_key_values=cache, use_cache=cache is not None).logits
         if logits.shape[:2] == inputs["input_ids"].shape:  # the head was not the module that made them
             return logits[rows, columns]
         return logits[0]
 
-    def _inputs(self, batch: list[Pass]) -> dict[str, torch.Tensor]:
-        """Token ids [rows, longest], padded on the right, with the mask that padding or packing needs."""
+    def _inputs(self, batch: list[Pass], before: int) -> dict[str, torch.Tensor]:
+        """Token ids [rows, longest], padded on the right, with the mask that padding or packing needs.
+
+        ``before`` tokens, the same for all rows, are there already as keys and values.
+        """
         views = [one.view for one in batch if one.view is not None]
         if views and self._sight is not None:
             return self._sight.inputs(views, [one.tokens for one in batch], "right", self._dtype)
@@ -138,13 +186,13 @@ class LikelihoodScorer:
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
         for row, one in enumerate(batch):
             ids[row, : len(one.tokens)] = torch.tensor(one.tokens)
-        if any(one.branches for one in batch):
-            return {"input_ids": ids} | self._packed_inputs(batch, longest)
+        if before or any(one.branches for one in batch):
+            return {"input_ids": ids} | self._packed_inputs(batch, longest, before)
         lengths = torch.tensor([len(one.tokens) for one in batch])
         return {"input_ids": ids, "attention_mask": (torch.arange(longest) < lengths[:, None]).long()}
 
-    def _packed_inputs(self, batch: list[Pass], longest: int) -> dict[str, torch.Tensor]:
-        """Positions [rows, longest] and additive mask [rows, 1, longest, longest]."""
+    def _packed_inputs(self, batch: list[Pass], longest: int, before: int) -> dict[str, torch.Tensor]:
+        """Positions [rows, longest] and additive mask [rows, 1, longest, before + longest]."""
         positions = torch.arange(longest).repeat(len(batch), 1)
         seen = torch.ones(longest, longest, dtype=torch.bool).tril().repeat(len(batch), 1, 1)
         for row, one in enumerate(batch):
@@ -153,36 +201,56 @@ class LikelihoodScorer:
                 positions[row, start:stop] = torch.arange(prefix, prefix + stop - start)
                 seen[row, start:stop, prefix:start] = False
         blocked = torch.finfo(self._dtype).min
-        mask = torch.zeros(seen.shape, dtype=self._dtype).masked_fill_(~seen, blocked)
-        return {"position_ids": positions, "attention_mask": mask[:, None]}
+        mask = torch.zeros(len(batch), longest, before + longest, dtype=self._dtype)
+        mask[:, :, before:].masked_fill_(~seen, blocked)
+        return {"position_ids": before + positions, "attention_mask": mask[:, None]}
 
-    def _vocabulary(self) -> int:
-        return int(self.model.config.get_text_config().vocab_size)
+
+_ALLOWED: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
 def allows_packing(model: Any) -> bool:
-    """Whether continuations may stand side by side in one pass, told apart by an explicit mask and positions.
+    """Whether continuations may stand side by side in one pass, told apart by an explicit mask and positions, behind
+    keys and values that were kept.
 
-    Asked of the model itself: not where layers look at a window or carry a state, and only if a small probe gives the
-    same logits both ways (models that ignore the positions given to them don't).
+    Asked of the model itself, once: not where layers look at a window or carry a state, and only if a small probe gives
+    the same logits both ways (models that ignore the positions given to them don't).
     """
+    if model not in _ALLOWED:
+        _ALLOWED[model] = _could_pack(model) and _packs_equally(model)
+    return _ALLOWED[model]
+
+
+def _could_pack(model: Any) -> bool:
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"} or getattr(config, "sliding_window", None) is not None:
         return False
-    if getattr(config, "_attn_implementation", None) not in ("sdpa", "eager"):
-        return False
-    size = min(int(config.vocab_size), 64)
-    ids = [(7 * i + 3) % size for i in range(24)]
-    context = tuple(ids[:16])
-    probes = [Request(context, tuple(ids[16:20])), Request(context, tuple(ids[20:24]))]
+    return getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
+
+
+def _packs_equally(model: Any) -> bool:
+    """Two contexts that begin alike, with two continuations each: read once each, and all apart."""
+    size = min(int(model.config.get_text_config().vocab_size), 64)
+    ids = tuple((7 * i + 3) % size for i in range(16))
+    probes = [Request((*ids[:6], ids[6 + i]), ids[8 + 2 * j : 11 + 2 * j]) for i in range(2) for j in range(2)]
     try:
         plain = LikelihoodScorer(model, pack=False).score(probes).logprob
-        packed = LikelihoodScorer(model, pack=True).score(probes).logprob
-    except (KtmergeError, RuntimeError, TypeError, ValueError):
+        packed = LikelihoodScorer(model, pack=True, cost=0).score(probes).logprob
+    except (KtmergeError, RuntimeError, TypeError, ValueError, AttributeError):
         return False
     tolerance = 1e-4 if model.dtype == torch.float32 else 2e-2
     return bool(np.allclose(plain, packed, rtol=tolerance, atol=tolerance))
+
+
+KeysAndValues = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def _cache(kept: KeysAndValues, rows: int) -> Any:
+    """A cache of ``rows`` rows that begin alike; what is kept stays as it is, a pass only adds to copies of it."""
+    from transformers import DynamicCache
+
+    return DynamicCache([(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)) for keys, values in kept])
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import numpy as np
 from ktmerge.checkpoints.limits import context_length
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.eval import metrics
+from ktmerge.eval.batching import answers_at_once
 from ktmerge.eval.encode import Encoded
 from ktmerge.eval.generate import generate
 from ktmerge.eval.items import ChoiceItem
@@ -32,7 +33,7 @@ def score_model(
     tokenizer: PreTrainedTokenizerBase,
     suite: Suite | Sequence[TaskSet],
     *,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     encoded: Mapping[str, Encoded] | None = None,
     sight: Sight | None = None,
     progress: Progress = SILENT,
@@ -47,7 +48,7 @@ def score_model(
         model: a causal transformers model; its training mode is put back afterwards.
         tokenizer: the model's.
         suite: a suite, or its sets already read.
-        batch_size: most sequences in a forward pass; scores do not depend on it.
+        batch_size: most sequences in a forward pass, by default what fits into memory; scores do not depend on it.
         encoded: the sets in this tokenizer's tokens, if at hand.
         sight: prepares prompts with images for this model; needed where sets show images.
         progress: where to report to.
@@ -80,7 +81,7 @@ class _Job:
     model: Any
     tokenizer: PreTrainedTokenizerBase
     likelihood: LikelihoodScorer
-    batch_size: int
+    batch_size: int | None
     sight: Sight | None
     progress: Progress
 
@@ -114,9 +115,11 @@ class _Job:
         return TaskScore(np.array(scores), details, figures)
 
     def _outputs(self, task: GenerateTask | LetterTask, encoded: Encoded, title: str) -> list[str]:
+        length = max(map(len, encoded.prompts)) + task.max_new_tokens
         return generate(
             self.model, self.tokenizer, encoded.prompts, max_new_tokens=task.max_new_tokens, stop=task.stop,
-            batch_size=self.batch_size, views=encoded.views, sight=self.sight, progress=self.progress, label=title,
+            batch_size=self.batch_size or answers_at_once(self.model, length), views=encoded.views, sight=self.sight,
+            progress=self.progress, label=title,
         )  # fmt: skip
 
     def _texts(self, encoded: Encoded, title: str) -> TaskScore:

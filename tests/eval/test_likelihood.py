@@ -83,6 +83,24 @@ def test_this_model_reads_shared_contexts_once(llama: Any, asked: Any) -> None:
     assert packed < 0.75 * sum(read)
 
 
+@pytest.mark.parametrize("batch_size", [None, 1, 3])
+def test_what_all_contexts_begin_with_is_read_once(llama: Any, asked: Any, batch_size: int | None) -> None:
+    source = random.Random(5)
+    shots = tuple(source.randrange(llama.config.vocab_size) for _ in range(70))
+    requests = [Request(shots + request.context, request.continuation) for request in asked[0]]
+    expected = [oracle(llama, request)[0] for request in requests]
+    read: list[int] = []
+    handle = llama.model.embed_tokens.register_forward_hook(lambda _, args, __: read.append(args[0].numel()))
+    try:
+        found = LikelihoodScorer(llama, batch_size, pack=True).score(requests)
+    finally:
+        handle.remove()
+    np.testing.assert_allclose(found.logprob, expected, atol=1e-4, rtol=0)
+    if batch_size == 1:
+        contexts = {request.context for request in requests}
+        assert sum(read) < len(contexts) * 70
+
+
 def test_only_needed_hidden_states_reach_the_head(llama: Any, asked: Any) -> None:
     requests = asked[0]
     seen: list[int] = []
