@@ -7,12 +7,20 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from ktmerge.errors import UsageError
+from ktmerge.eval.examples import Examples, introduced, worked_rows
 from ktmerge.eval.letters import LETTERS, lettered
-from ktmerge.eval.rows import ranked
 from ktmerge.eval.templates import Template, is_template, missing_column
 from ktmerge.recipes.images import Image
 from ktmerge.recipes.rows import Row
-from ktmerge.recipes.suites import AnyTask, ChoiceTask, ClassifyTask, GenerateTask, LetterTask, TextTask
+from ktmerge.recipes.suites import (
+    AnyTask,
+    ChoiceTask,
+    ClassifyTask,
+    GenerateTask,
+    LetterTask,
+    TaskBase,
+    TextTask,
+)
 
 
 class Shot(NamedTuple):
@@ -103,30 +111,18 @@ def make_items(
         UsageError: a column is missing, a template fails, choices or answer don't fit, the pool is too small; the row
             is named.
     """
+    seen = images or {}
     if isinstance(task, TextTask):
         text = Template(task.text, _where(task, "text"))
-        return [TextItem(row.number, text.text(row), (images or {}).get(row.where, ())) for row in rows]
+        return [TextItem(row.number, text.text(row), seen.get(row.where, ())) for row in rows]
     bare = _maker(task)
 
     def make(row: Row) -> AskedItem:
-        return replace(bare(row), images=(images or {}).get(row.where, ()))
+        return replace(bare(row), images=seen.get(row.where, ()))
 
-    if not task.shots:
-        return [make(row) for row in rows]
-    source = worked_rows(task, pool or [])
-    examples = [(row.where, make(row)) for row in source]
-    items: list[Item] = []
-    for row in rows:
-        chosen = [example.worked for where, example in examples if where != row.where][: task.shots]
-        if len(chosen) < task.shots:
-            raise UsageError(f"{_where(task, 'shots')}: {task.shots} wanted, there are {len(chosen)} besides a row.")
-        items.append(replace(make(row), shots=tuple(chosen)))
-    return items
-
-
-def worked_rows(task: AnyTask, pool: list[Row]) -> list[Row]:
-    """The rows of ``pool`` that may be shown as worked examples: one more than are, for a row that is one of them."""
-    return [] if isinstance(task, TextTask) else ranked(pool, f"{task.seed}:shot")[: task.shots + 1]
+    intro = Template(task.intro, _where(task, "intro")) if task.intro else None
+    examples = Examples(task, worked_rows(task, pool or []), make)
+    return [introduced(replace(make(row), shots=examples.of(row)), intro.text(row) if intro else "") for row in rows]
 
 
 def whole_prompt(item: AskedItem) -> str:
@@ -134,7 +130,7 @@ def whole_prompt(item: AskedItem) -> str:
     return "\n\n".join([*(shot.prompt + shot.answer for shot in item.shots), item.prompt])
 
 
-def _where(task: AnyTask, key: str) -> str:
+def _where(task: TaskBase, key: str) -> str:
     return f"task '{task.name}', {key}"
 
 

@@ -7,11 +7,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ktmerge.eval.encode import Encoded, Encoder
+from ktmerge.eval.examples import worked_rows
 from ktmerge.eval.images import row_images
-from ktmerge.eval.items import Item, make_items, worked_rows
+from ktmerge.eval.items import Item, make_items
 from ktmerge.eval.overlap import require
 from ktmerge.eval.rows import part_named, read_rows, whole
 from ktmerge.recipes.rows import Row
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from ktmerge.eval.sight import Sight
 
 SCORING_VERSION = 2  # raise when the same task on the same data would score differently
-PLACES = {"data", "shots_from", "images"}  # where data lie does not change a score
+_PLACES = ("data", "shots_from", "images")  # where data lie does not change a score
+_OPTIONAL = ("image", "each", "join", "where", "shots_by", "shot", "intro")
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def read_sets(suite: Suite, part: str | None = None) -> list[TaskSet]:
         rows = read_rows(task, suite.folder, suite.selection, chosen)
         pool, pool_digest = _pool(task, suite.folder)
         images = row_images(task, [*rows.rows, *worked_rows(task, pool)], suite.folder)
-        settings = task.model_dump(mode="json", exclude=PLACES | (set() if task.image else {"image"}))
+        settings = _settings(task)
         kept = None if chosen == "all" else [chosen, suite.selection]
         separator = "separator" in task.model_fields_set
         written = [SCORING_VERSION, side, settings, separator, rows.digest, pool_digest, kept]
@@ -69,6 +71,12 @@ def read_sets(suite: Suite, part: str | None = None) -> list[TaskSet]:
         items = make_items(task, rows.rows, pool, images.of)
         sets.append(TaskSet(task, side, items, rows.digest, digest))
     return sets
+
+
+def _settings(task: AnyTask) -> dict[str, Any]:
+    """What of a task's keys changes its scores, as plain data; a key that came later counts only where it is used."""
+    found = task.model_dump(mode="json", exclude={"join": {"data"}})
+    return {key: value for key, value in found.items() if key not in _PLACES and (value or key not in _OPTIONAL)}
 
 
 def _pool(task: AnyTask, folder: Path) -> tuple[list[Row], str]:
