@@ -18,7 +18,7 @@ Level = Literal["ok", "info", "warning", "broken"]
 _MARKS: dict[Level, str] = {"ok": "✓", "info": "·", "warning": "!", "broken": "✗"}
 _CORE = ("torch", "transformers", "safetensors", "mergekit", "peft", "accelerate", "datasets", "numpy", "pydantic")
 _EXTRAS = {
-    "vision": ("pillow", "torchvision", "num2words"),
+    "vision": ("pillow", "num2words"),
     "lm-eval": ("lm_eval",),
     "gpu": ("triton",),
     "demo": ("gguf",),
@@ -78,7 +78,7 @@ def _packages() -> list[Finding]:
 def _torchvision() -> list[Finding]:
     """A torchvision built for another torch makes every import of a transformers model fail, misleadingly."""
     if find_spec("torchvision") is None:
-        return []
+        return [Finding("info", "torchvision", "not installed, nor needed: pillow processes images")]
     probe = subprocess.run(
         [sys.executable, "-c", "import torchvision"],
         capture_output=True,
@@ -94,9 +94,9 @@ def _torchvision() -> list[Finding]:
         Finding(
             "broken",
             "torchvision",
-            f"{version} does not work with torch {_version('torch')}: {reason}. While it is installed, transformers "
-            "fails with 'Could not import module PreTrainedModel'. Install the build that matches your torch, or "
-            "remove it: pip uninstall torchvision",
+            f"{version} does not work with torch {_version('torch')}: {reason}. ktmerge does without it (pillow "
+            "processes images), but while it is installed, transformers fails elsewhere with 'Could not import module "
+            "PreTrainedModel'. Remove it: pip uninstall torchvision; or install the build that matches your torch",
         )
     ]
 

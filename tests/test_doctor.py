@@ -40,3 +40,8 @@ def test_json_and_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
         main(["doctor", "--json"])
     assert stop.value.code == 0
     assert {"torch", "memory", "python"} <= {entry["what"] for entry in json.loads(capsys.readouterr().out)}
+
+
+def test_images_need_no_torchvision() -> None:
+    (vision,) = findings("extra vision")
+    assert "torchvision" not in vision.found

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktmerge.checkpoints.quiet import quiet_transformers
+from ktmerge.checkpoints.quiet import hide_broken_torchvision, quiet_transformers
 from ktmerge.errors import KtmergeError, UsageError, first_line
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     Raises:
         UsageError: there is none, or transformers cannot read it.
     """
+    hide_broken_torchvision()
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     try:

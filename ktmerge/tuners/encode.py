@@ -137,11 +137,11 @@ class Encoder:
         Raises:
             UsageError: there is no tokenizer, or nothing says how a text ends.
         """
-        from transformers import AutoTokenizer
-
-        loader: Any = AutoTokenizer
         try:
             with quiet_transformers():
+                from transformers import AutoTokenizer
+
+                loader: Any = AutoTokenizer
                 tokenizer = loader.from_pretrained(base, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise UsageError(f"{base}: its tokenizer cannot be loaded: {first_line(error)}") from None
