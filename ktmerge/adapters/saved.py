@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,8 @@ def _fill(model: Any, folder: Path) -> None:
 def _by_peft(model: Any, folder: Path) -> Any:
     from peft import PeftModel
 
+    for said in ("Position ids are not supported", "`is_gradient_checkpointing` is deprecated"):
+        warnings.filterwarnings("ignore", message=said)  # at every forward pass of a prompt, which takes none
     loader: Any = PeftModel
     if read_json(folder / CONFIG).get("peft_type") == "XLORA":
         model.config.use_cache = False  # X-LoRA refuses a model that has it

@@ -76,11 +76,13 @@ def finetune_jobs(
     Raises:
         UsageError: neither or both are given, or the recipe has no such experts.
     """
-    given = {key: value for key, value in (settings or {}).items() if value is not None}
+    given = _given(settings or {})
     if recipe is None:
         if base is None or not data or out is None:
             raise UsageError("give either --recipe, or all of --base, --data and --out.")
         document = apply_overrides({"data": list(data), **given}, overrides)
+        if isinstance(document.get("adapter"), Mapping) and "name" not in document["adapter"]:
+            raise UsageError("settings of an adapter need its name: --adapter lora, dora, pissa, ia3, prompt, ...")
         return [_job(document, "--set", Path.cwd(), base, out)]
     if data or out is not None:
         raise UsageError("--data and --out belong to a fine-tune without --recipe; the recipe names its own.")
@@ -89,8 +91,20 @@ def finetune_jobs(
     return [replace(job, job=_changed(job.job, given)) for job in jobs] if given else jobs
 
 
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What is not None; of an adapter likewise."""
+    given = {key: value for key, value in settings.items() if value is not None}
+    if isinstance(given.get("adapter"), Mapping):
+        given["adapter"] = {key: value for key, value in given["adapter"].items() if value is not None}
+    return {key: value for key, value in given.items() if value != {}}
+
+
 def _changed(job: FinetuneJob, settings: Mapping[str, Any]) -> FinetuneJob:
-    return validate(FinetuneJob, {**job.model_dump(), **settings}, "the command line")
+    document = {**job.model_dump(exclude_unset=True), **settings}
+    if job.adapter is not None and isinstance(settings.get("adapter"), Mapping):
+        same = settings["adapter"].get("name", job.adapter.name) == job.adapter.name
+        document["adapter"] = {**(job.adapter.model_dump(exclude_unset=True) if same else {}), **settings["adapter"]}
+    return validate(FinetuneJob, document, "the command line")
 
 
 def finetune_all(

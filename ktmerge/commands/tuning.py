@@ -51,6 +51,15 @@ def finetune(
     every: Annotated[int | None, typer.Option("--every", help="With --select: choose again every K steps.")] = None,
     scope: Annotated[str | None, typer.Option("--scope", help="With --select: tensor or global.")] = None,
     mask: Annotated[str | None, typer.Option("--mask", help="With --select: hard or soft.")] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option("--adapter", help="In place of weights: lora, dora, pissa, ia3, prompt, ...; --train says where."),
+    ] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="With --adapter: of a low-rank change.")] = None,
+    alpha: Annotated[float | None, typer.Option("--alpha", help="With --adapter: scale, alpha / rank.")] = None,
+    keep_adapter: Annotated[
+        bool, typer.Option("--keep-adapter", help="With --adapter: keep it beside the folded model, as OUT-adapter.")
+    ] = False,
     replay: Annotated[
         list[str] | None, typer.Option("--replay", help="Upstream data to mix into every batch. Repeatable.")
     ] = None,
@@ -75,7 +84,8 @@ def finetune(
         "scope": scope,
         "mask": mask,
     }
-    settings |= {"replay": replay or None, "replay_ratio": ratio}
+    attached = {"name": adapter, "rank": rank, "alpha": alpha, "keep": keep_adapter or None}
+    settings |= {"replay": replay or None, "replay_ratio": ratio, "adapter": attached}
     jobs = api.finetune_jobs(
         recipe, only=only or (), base=base, data=data or (), out=out, overrides=set_ or (), settings=settings
     )
