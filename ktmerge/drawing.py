@@ -1,4 +1,4 @@
-"""Figures: colours, fonts, and the same bytes for the same data, as SVG text or a file. Knows nothing of scores."""
+"""Figures: colours, fonts, and the same bytes for the same data, as SVG text or a file. Knows losses, but no scores."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
@@ -20,7 +20,8 @@ _COLOURS = ("#4477AA", "#EE6677", "#228833", "#AA3377", "#EE7733", "#009988", "#
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 INK = "#010203"  # stands for the text colour of the page, which may be dark on light or the reverse
 GREY = "#888888"
-FONT = 9.0
+FONT, SMALL = 9.0, 7.5
+WIDTH = 420.0  # points: legible on a telephone, where a page is about as wide
 FILES = ("png", "svg", "pdf")
 """Kinds of files a figure can be written as, by their suffix."""
 _SETTINGS = {
@@ -88,6 +89,55 @@ def drawn() -> Iterator[None]:
                 yield
     finally:
         fonts.setLevel(level)
+
+
+def loss_figure(training: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure | None:
+    """Losses while tuning, one panel a run; None if there is nothing to draw. Call it inside `drawn`.
+
+    Args:
+        training: per run its log: records with ``step`` and any of ``loss``, ``eval_..._loss``.
+    """
+    curves = {name: found for name, log in training.items() if (found := _curves(log))}
+    if not curves:
+        return None
+    height = 165.0 * len(curves)
+    figure = new_figure(WIDTH, height)
+    for i, (name, lines) in enumerate(curves.items()):
+        bottom = 1 - (i + 1) / len(curves) + 30 / height
+        axes: Any = figure.add_axes((0.11, bottom, 0.86, 1 / len(curves) - 50 / height))
+        looks = styles(["loss", *(key for key in lines if key != "loss")], "loss")
+        for key, (steps, values) in lines.items():
+            marker = "" if key == "loss" else looks[key].marker
+            axes.plot(
+                steps, values, label=_curve_name(key), color=looks[key].colour, marker=marker, markersize=4,
+                linewidth=1.2,
+            )  # fmt: skip
+        axes.set_title(name, fontsize=FONT, loc="left", pad=3)
+        axes.grid(axis="y")
+        axes.set_ylim(bottom=0)
+        axes.spines[["right", "top"]].set_visible(False)
+        axes.legend(fontsize=SMALL, loc="best")
+        if i == len(curves) - 1:
+            axes.set_xlabel("step", labelpad=1)
+    return figure
+
+
+def _curves(log: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
+    lines: dict[str, tuple[list[float], list[float]]] = {}
+    for record in log:
+        step = record.get("step")
+        for key, value in record.items():
+            is_loss = key == "loss" or (key.startswith("eval_") and key.endswith("loss"))
+            if is_loss and isinstance(step, int | float) and isinstance(value, int | float):
+                steps, values = lines.setdefault(key, ([], []))
+                steps.append(step)
+                values.append(value)
+    return lines
+
+
+def _curve_name(key: str) -> str:
+    middle = key.removeprefix("eval_").removesuffix("loss").strip("_")
+    return "training" if key == "loss" else {"up": "upstream", "down": "downstream"}.get(middle, middle or "evaluation")
 
 
 def to_svg(figure: Figure, name: str, description: str) -> str:

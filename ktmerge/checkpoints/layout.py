@@ -46,6 +46,8 @@ _LEFT_BEHIND = (
     "ktmerge.json",
     "ktmerge-run.json",
     "ktmerge-selection.*",
+    "ktmerge-losses.png",
+    "ktmerge-events.tfevents",
     "log.jsonl",
 )
 _TRAINER_FOLDERS = re.compile(r"^(checkpoint-\d+|global_step\d+|__pycache__)$")

@@ -64,6 +64,7 @@ def finetune(
         list[str] | None, typer.Option("--replay", help="Upstream data to mix into every batch. Repeatable.")
     ] = None,
     ratio: Annotated[float | None, typer.Option("--ratio", help="With --replay: its share of a batch.")] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files for TensorBoard, too.")] = False,
     set_: SetOption = None,
     preview: Annotated[
         int, typer.Option("--preview", help="Show N samples with the trained tokens marked, and stop.")
@@ -85,7 +86,7 @@ def finetune(
         "mask": mask,
     }
     attached = {"name": adapter, "rank": rank, "alpha": alpha, "keep": keep_adapter or None}
-    settings |= {"replay": replay or None, "replay_ratio": ratio, "adapter": attached}
+    settings |= {"replay": replay or None, "replay_ratio": ratio, "adapter": attached, "tensorboard": tensorboard or None}
     jobs = api.finetune_jobs(
         recipe, only=only or (), base=base, data=data or (), out=out, overrides=set_ or (), settings=settings
     )

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ktmerge.drawing import FONT, GREY, INK, Style, drawn, new_figure, styles, to_svg
+from ktmerge.drawing import FONT, GREY, INK, SMALL, WIDTH, Style, drawn, loss_figure, new_figure, styles, to_svg
 from ktmerge.eval.labels import Box, Label, along, place, square
 
 if TYPE_CHECKING:
     from ktmerge.eval.results import PathPoint, Results
     from ktmerge.eval.summary import Estimate
-
-WIDTH = 420.0  # points: legible on a telephone, where a page is about as wide
-SMALL = 7.5
 
 
 def tradeoff(results: Results, paths: Mapping[str, Sequence[PathPoint]] | None = None) -> str | None:
@@ -105,48 +102,9 @@ def loss_picture(training: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | N
     Returns:
         an ``<svg>`` element; None if there is nothing to draw.
     """
-    curves = {name: found for name, log in training.items() if (found := _curves(log))}
-    if not curves:
-        return None
-    height = 165.0 * len(curves)
     with drawn():
-        figure = new_figure(WIDTH, height)
-        for i, (name, lines) in enumerate(curves.items()):
-            bottom = 1 - (i + 1) / len(curves) + 30 / height
-            axes: Any = figure.add_axes((0.11, bottom, 0.86, 1 / len(curves) - 50 / height))
-            looks = styles(["loss", *(key for key in lines if key != "loss")], "loss")
-            for key, (steps, values) in lines.items():
-                marker = "" if key == "loss" else looks[key].marker
-                axes.plot(
-                    steps, values, label=_curve_name(key), color=looks[key].colour, marker=marker, markersize=4,
-                    linewidth=1.2,
-                )  # fmt: skip
-            axes.set_title(name, fontsize=FONT, loc="left", pad=3)
-            axes.grid(axis="y")
-            axes.set_ylim(bottom=0)
-            axes.spines[["right", "top"]].set_visible(False)
-            axes.legend(fontsize=SMALL, loc="best")
-            if i == len(curves) - 1:
-                axes.set_xlabel("step", labelpad=1)
-        return to_svg(figure, "losses", f"Losses while tuning {', '.join(curves)}")
-
-
-def _curves(log: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
-    lines: dict[str, tuple[list[float], list[float]]] = {}
-    for record in log:
-        step = record.get("step")
-        for key, value in record.items():
-            is_loss = key == "loss" or (key.startswith("eval_") and key.endswith("loss"))
-            if is_loss and isinstance(step, int | float) and isinstance(value, int | float):
-                steps, values = lines.setdefault(key, ([], []))
-                steps.append(step)
-                values.append(value)
-    return lines
-
-
-def _curve_name(key: str) -> str:
-    middle = key.removeprefix("eval_").removesuffix("loss").strip("_")
-    return "training" if key == "loss" else {"up": "upstream", "down": "downstream"}.get(middle, middle or "evaluation")
+        figure = loss_figure(training)
+        return None if figure is None else to_svg(figure, "losses", f"Losses while tuning {', '.join(training)}")
 
 
 def _limits(

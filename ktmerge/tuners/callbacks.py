@@ -68,9 +68,23 @@ class Interruption:
 
 
 class RhythmCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
-    """Decides after every step what is due."""
+    """Decides after every step what is due.
 
-    def __init__(self, rhythm: Rhythm, interruption: Interruption, saved: Callable[[Path, int], None]) -> None:
+    Args:
+        rhythm: how often.
+        interruption: whether to stop.
+        saved: told of every checkpoint that was written.
+        agreed: of several processes, whether something holds in any.
+    """
+
+    def __init__(
+        self,
+        rhythm: Rhythm,
+        interruption: Interruption,
+        saved: Callable[[Path, int], None],
+        agreed: Callable[[bool], bool] = bool,
+    ) -> None:
+        self._agreed = agreed
         self._rhythm = rhythm
         self._interruption = interruption
         self._saved = saved
@@ -82,7 +96,9 @@ class RhythmCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         control.should_log = last or step == 1 or step % rhythm.log_every == 0
         control.should_evaluate = rhythm.evaluates and (last or step % rhythm.eval_every == 0)
         # the last step is saved as the result instead
-        control.should_save = not last and (self._interruption.requested or self._is_due(step))
+        if self._agreed(self._interruption.requested):
+            self._interruption.requested = True
+        control.should_save = not last and (self._interruption.requested or self._agreed(self._is_due(step)))
         control.should_training_stop = last or self._interruption.requested
         return control
 
@@ -138,6 +154,11 @@ class LogCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._bar = bar
         self._seconds = seconds
         self._loss: float | None = None
+        self._begun: tuple[int, float] | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._begun is None:
+            self._begun = int(state.global_step), self._seconds()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar.advance()
@@ -168,4 +189,17 @@ class LogCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             return
         losses = {**({} if self._loss is None else {"training": self._loss}), **evaluated}
         shown = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
-        self._progress.note(f"step {step}/{self._rhythm.total}: loss {shown}")
+        self._progress.note(f"step {step}/{self._rhythm.total}: loss {shown}{self._left(step)}")
+
+    def _left(self, step: int) -> str:
+        """The time until the last step, evaluations included, at the pace so far."""
+        if self._begun is None or step <= self._begun[0] or step >= self._rhythm.total:
+            return ""
+        first, start = self._begun
+        return f"; {_duration((self._seconds() - start) / (step - first) * (self._rhythm.total - step))} left"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -57,6 +57,8 @@ def require_optimizer(job: FinetuneJob) -> None:
             f"optimizer {job.optimizer}: needs the package {package}; pip install 'ktmerge[memory]', or choose one of "
             f"{', '.join(name for name, kind in KINDS.items() if kind.package is None)}."
         )
+    if job.tensorboard and find_spec("tensorboard") is None:
+        raise UsageError("tensorboard: needs its package; pip install 'ktmerge[tensorboard]'.")
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     for key in ("optimizer_in_backward", "offload_optimizer"):
         if several and getattr(job, key):

@@ -15,6 +15,9 @@ from ktmerge.tuners.data import DataSet
 from ktmerge.tuners.encode import EncodedSet
 
 RECORD = "ktmerge-run.json"
+LOSSES = "ktmerge-losses.png"
+SAMPLES = "samples"
+"""Key of those lines of a log that hold what the model wrote."""
 _NO_EFFECT = frozenset(
     {"data", "format", "image_root", "eval_upstream", "eval_downstream", "replay", "fisher"}
     | {"log_every", "save_every", "show_samples", "tensorboard"}
@@ -122,6 +125,7 @@ def record_of(
         },
         "run": run,
         "losses": _losses(log),
+        "samples": _samples(log),
         "versions": _versions(),
     }
 
@@ -150,8 +154,27 @@ def _portable(file: str) -> str:
     return Path(file).name if Path(file).is_absolute() else file
 
 
+def draw_losses(log: Path, name: str) -> bytes:
+    """The losses of a log as a PNG."""
+    from ktmerge.drawing import drawn, loss_figure, to_file
+
+    with drawn():
+        figure = loss_figure({name: _lines(log)})
+        assert figure is not None  # the last step is always logged
+        return to_file(figure, "png")
+
+
+def _samples(log: Path) -> list[dict[str, Any]]:
+    """What the model wrote at every evaluation."""
+    return [{"step": line["step"], **one} for line in _lines(log) for one in line.get(SAMPLES, [])]
+
+
+def _lines(log: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+
+
 def _losses(log: Path) -> dict[str, Any]:
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    lines = _lines(log)
     training = [line["loss"] for line in lines if "loss" in line]
     evaluations = [
         {"step": line["step"], **{key[5:-5]: value for key, value in line.items() if key.startswith("eval_")}}
