@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ktmerge.sweep.outcome import Outcome
-    from ktmerge.sweep.search import search
     from ktmerge.sweep.settings import SweepSettings
     from ktmerge.sweep.space import Range, Space
+    from ktmerge.sweep.worker import search
 
 __all__ = ["Outcome", "Range", "Space", "SweepSettings", "search"]
 
-_HOME = {"Outcome": "outcome", "Range": "space", "Space": "space", "SweepSettings": "settings", "search": "search"}
+_HOME = {"Outcome": "outcome", "Range": "space", "Space": "space", "SweepSettings": "settings", "search": "worker"}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ from ktmerge.checkpoints import Checkpoint, resolve
 from ktmerge.checkpoints.checkpoint import content_digest
 from ktmerge.checkpoints.dtypes import torch_dtype
 from ktmerge.checkpoints.limits import context_length
+from ktmerge.eval.encode import has_images
 from ktmerge.eval.loading import choose_device, choose_dtype, load_model, load_sight, load_tokenizer
 from ktmerge.eval.scorer import score_model
 from ktmerge.eval.sets import TaskSet
