@@ -9,7 +9,7 @@ from ktmerge.api.checking import Checked, check
 from ktmerge.api.gallery import Listed, import_recipe, list_recipes, schema_text, show_recipe
 from ktmerge.api.looking import inspect, recommend
 from ktmerge.api.measuring import measure, measure_all, measurements
-from ktmerge.api.proving import check_lock, lock, lock_path, verify
+from ktmerge.api.proving import check_lock, diff, lock, lock_path, verify
 from ktmerge.api.running import run
 from ktmerge.api.scoring import backward_transfer, compare, evaluate, report
 from ktmerge.api.tuning import finetune, finetune_all, finetune_jobs, preview
@@ -25,6 +25,7 @@ __all__ = [
     "check",
     "check_lock",
     "compare",
+    "diff",
     "evaluate",
     "extract_lora",
     "finetune",

@@ -14,6 +14,7 @@ from ktmerge.recipes import gallery, load_recipe
 from ktmerge.recipes.schema import Recipe
 
 if TYPE_CHECKING:
+    from ktmerge.merge.comparison import Comparison
     from ktmerge.merge.lock import Departure
     from ktmerge.merge.verification import Verification
 
@@ -85,6 +86,21 @@ def check_lock(
         recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides=overrides, base=base, experts=experts)
     )
     return departures(locked, locked_now(plan_blend(loaded)))
+
+
+def diff(first: str, second: str) -> Comparison:
+    """In what two differ, and whether it changes the weights that are written.
+
+    Args:
+        first: a recipe file or gallery name, a lock, or the folder of a blend.
+        second: likewise.
+
+    Raises:
+        UsageError: one is none of these, or its recipe is not valid.
+    """
+    from ktmerge.merge.comparison import compare
+
+    return compare(first, second)
 
 
 def verify(

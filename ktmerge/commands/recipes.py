@@ -89,6 +89,19 @@ def recipe_verify(
         raise typer.Exit(1)
 
 
+@recipes.command("diff", epilog="Example: ktmerge recipe diff mine.yaml theirs.lock.yaml")
+def recipe_diff(
+    first: Annotated[str, typer.Argument(help="A recipe, a lock, or the folder of a blend.")],
+    second: Annotated[str, typer.Argument(help="Likewise.")],
+    json_: JsonOption = False,
+) -> None:
+    """Say in what two differ, and whether that changes the weights that are written."""
+    from ktmerge import api, console
+
+    found = api.diff(first, second)
+    console.print_json(found.to_json()) if json_ else console.print_table(*found.table())
+
+
 @recipes.command("show", epilog="Example: ktmerge recipe show ties")
 def recipe_show(recipe: Annotated[str, typer.Argument(help="Recipe file or gallery name.")], set_: SetOption = None,
                 json_: JsonOption = False) -> None:  # fmt: skip

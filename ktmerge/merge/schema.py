@@ -153,7 +153,7 @@ def _is_list_of_text(schema: Schema) -> bool:
 
 
 def _either(schema: Schema, other: Schema) -> Schema:
-    said = {key: schema[key] for key in ("title", "description", "default") if key in schema}
+    said: Schema = {key: schema[key] for key in ("title", "description", "default") if key in schema}
     return {**said, "anyOf": [{key: value for key, value in schema.items() if key not in said}, other]}
 
 
