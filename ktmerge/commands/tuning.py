@@ -86,7 +86,8 @@ def finetune(
         "mask": mask,
     }
     attached = {"name": adapter, "rank": rank, "alpha": alpha, "keep": keep_adapter or None}
-    settings |= {"replay": replay or None, "replay_ratio": ratio, "adapter": attached, "tensorboard": tensorboard or None}
+    settings |= {"replay": replay or None, "replay_ratio": ratio, "adapter": attached}
+    settings |= {"tensorboard": tensorboard or None}
     jobs = api.finetune_jobs(
         recipe, only=only or (), base=base, data=data or (), out=out, overrides=set_ or (), settings=settings
     )
