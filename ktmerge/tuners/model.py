@@ -50,8 +50,5 @@ def load_model(base: Checkpoint, progress: Progress, *, sees: bool = False) -> A
 
 def trained_state(model: Any) -> dict[str, Any]:
     """What of a model's state is trained, under all of its names; the rest is still as in the base."""
-    trained = {parameter.data_ptr() for parameter in model.parameters() if parameter.requires_grad}
-    buffers = {name for name, _ in model.named_buffers()}
-    return {
-        name: tensor for name, tensor in model.state_dict().items() if name in buffers or tensor.data_ptr() in trained
-    }
+    frozen = {name for name, one in model.named_parameters(remove_duplicate=False) if not one.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}

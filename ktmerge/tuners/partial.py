@@ -18,6 +18,7 @@ from typing import Any
 
 from ktmerge.checkpoints.files import clear_os_errors, file_digest
 from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.tuners.processes import ALONE, Processes
 
 LOG = "log.jsonl"
 FINAL = "final"
@@ -37,15 +38,19 @@ class Saved:
 class Partial:
     """Holds the folder, locked, for the length of a run; removes it if the run leaves nothing in it to go on from.
 
+    Of several processes the first does all of it, for all.
+
     Args:
         out: where the result will be.
         inputs: everything that decides the result; a later run may go on only with the same.
+        processes: of the run.
 
     Raises:
         UsageError: see `open`.
     """
 
-    def __init__(self, out: Path, inputs: dict[str, Any]) -> None:
+    def __init__(self, out: Path, inputs: dict[str, Any], processes: Processes = ALONE) -> None:
+        self._processes = processes
         self.folder = out.with_name(out.name + ".partial")
         self._out = out
         self._inputs = inputs
@@ -68,12 +73,20 @@ class Partial:
         """Where the last weights go, if those of the result are an average of them and others."""
         return self.folder / f"{FINAL}-last"
 
+    @property
+    def kept_adapter(self) -> Path:
+        """Where an adapter goes that is folded into the result and kept beside it."""
+        return self.folder / f"{FINAL}-adapter"
+
     def open(self, *, resume: bool, overwrite: bool) -> Saved | None:
         """Make the folder, or take up the one that is there; return the state to go on from, if any.
 
         Raises:
             UsageError: there is one, and it has other inputs, is in use, or neither flag says what to do with it.
         """
+        return self._processes.first(lambda: self._open(resume=resume, overwrite=overwrite))
+
+    def _open(self, *, resume: bool, overwrite: bool) -> Saved | None:
         if self.folder.exists() and not (resume or overwrite):
             raise UsageError(
                 f"{self.folder}: an earlier run stopped here; "
@@ -115,12 +128,18 @@ class Partial:
         self._done = True
 
     def seal(self, path: Path, step: int, seconds: float) -> None:
-        """Declare the files of ``path`` complete."""
-        files = {one.name: file_digest(one) for one in sorted(path.iterdir()) if one.name != _SEAL}
+        """Declare the files of ``path`` complete, once all processes have written theirs."""
+        self._processes.wait()
+        if not self._processes.is_first:
+            return
+        written = [one for one in sorted(path.rglob("*")) if one.is_file() and one.name != _SEAL]
+        files = {one.relative_to(path).as_posix(): file_digest(one) for one in written}
         _write(path / _SEAL, {"step": step, "seconds": round(seconds, 2), "files": files})
 
     def drop_checkpoints(self) -> None:
         """Remove all but the final state."""
+        if not self._processes.is_first:
+            return
         for path in self.folder.iterdir():
             if 0 <= _step_of(path) < float("inf"):
                 _remove(path)
@@ -158,7 +177,7 @@ class Partial:
         step = newest.step if newest else 0
         trained = newest is not None and newest.path == self.final
         for path in self.folder.iterdir():
-            if trained and path == self.last:
+            if trained and path in (self.last, self.kept_adapter):
                 continue
             if path.is_dir() and (newest is None or path != newest.path) and not (0 <= _step_of(path) < step):
                 _remove(path)

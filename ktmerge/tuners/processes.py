@@ -14,10 +14,13 @@ from typing import Any, TypeVar
 
 from ktmerge.errors import KtmergeError, ToldElsewhereError, UsageError
 from ktmerge.progress import SILENT, Progress
+from ktmerge.recipes.schema import FinetuneJob
 
 _PATIENCE = timedelta(hours=12)
 """How long processes wait for the first one, which reads, writes and exports for all."""
 _OTHER_ENGINES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
+_OPTIMIZERS = ("adamw", "sgd")
+"""Those whose rules work element by element, so on the rows of any process alike."""
 _T = TypeVar("_T")
 _groups: list[Any] = []
 """The group of host memory in which all agree, made once."""
@@ -25,7 +28,7 @@ _groups: list[Any] = []
 
 @dataclass(frozen=True)
 class Processes:
-    """Of a run; one that was started by itself is ``Processes(0, 1)``, and everything here is then free.
+    """Of a run; of one that was started by itself (`ALONE`) everything here is free.
 
     Attributes:
         rank: which one this is; the first is 0, and it alone writes and prints.
@@ -120,6 +123,47 @@ class Processes:
         values: list[Any] = [None] * self.count
         distributed.all_gather_object(values, value, group=_groups[0])
         return values
+
+
+def passes_of(batch: int, accumulation: int, count: int) -> tuple[int, int]:
+    """Samples of a forward pass, at most ``batch``, and passes of a step, for each of ``count`` processes.
+
+    Raises:
+        UsageError: the samples of a step cannot be shared equally.
+    """
+    step = batch * accumulation
+    if step % count:
+        raise UsageError(
+            f"{count} processes cannot share the {step} samples of a step (batch_size {batch} * gradient_accumulation "
+            f"{accumulation}) equally; make it a multiple of {count}."
+        )
+    size = max(size for size in range(1, batch + 1) if step % (size * count) == 0)
+    return size, step // (size * count)
+
+
+ALONE = Processes(0, 1)
+"""A run that was started by itself."""
+
+
+def require_shareable(job: FinetuneJob, count: int) -> None:
+    """Refuse what several processes cannot do together.
+
+    Raises:
+        UsageError: the job asks for it.
+    """
+    if count == 1:
+        return
+    passes_of(job.batch_size, job.gradient_accumulation, count)
+    for asked, what in (
+        (job.distill > 0, "distill, which needs a whole second model"),
+        (job.adapter is not None, "adapter"),
+        (job.packing, "packing"),
+        (job.offload_optimizer, "offload_optimizer"),
+        (job.optimizer_in_backward, "optimizer_in_backward"),
+        (job.optimizer not in _OPTIMIZERS, f"optimizer {job.optimizer}; take {' or '.join(_OPTIMIZERS)}"),
+    ):
+        if asked:
+            raise UsageError(f"{count} processes share one model, which cannot be had with {what}; use one process.")
 
 
 def _refuse_other_engines(count: int) -> None:

@@ -5,38 +5,49 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from time import monotonic
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any
 
 from ktmerge.checkpoints import Checkpoint, Parts
 from ktmerge.checkpoints.quiet import quiet_transformers
-from ktmerge.errors import KtmergeError, first_line
+from ktmerge.errors import KtmergeError, UsageError, first_line
 from ktmerge.progress import Progress, Step
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners.encode import Encoded, EncodedSet, Encoder
-from ktmerge.tuners.images.agreement import require_agreement, shows_images
+from ktmerge.tuners.images.agreement import require_agreement, require_alike, shows_images
 from ktmerge.tuners.loss import PIECE_TOKENS, projects_faithfully
 from ktmerge.tuners.machine import (
     choose_machine,
     deterministic,
     is_disk_trouble,
     is_out_of_memory,
+    less_memory,
     memory_available,
     memory_needed,
     state_bytes,
 )
 from ktmerge.tuners.model import load_model
+from ktmerge.tuners.optimizers import KINDS
 from ktmerge.tuners.partial import Partial, Saved
+from ktmerge.tuners.processes import ALONE, Processes, passes_of
+from ktmerge.tuners.report import LOSSES, draw_losses
 from ktmerge.tuners.trained import Trained, choose_trained
 
 if TYPE_CHECKING:
     from ktmerge.checkpoints.statistics import Statistics
+    from ktmerge.tuners.adapters.attach import Adapted
+    from ktmerge.tuners.board import BoardCallback
     from ktmerge.tuners.callbacks import Interruption, Rhythm
+    from ktmerge.tuners.packing import LengthSampler
     from ktmerge.tuners.selection.selection import Selection
     from ktmerge.tuners.trainer import AnswerTrainer
 
@@ -53,6 +64,8 @@ class TrainingRun:
         encoded: the samples; ``train``, and if wanted ``upstream`` and ``downstream``.
         name: what the progress bar calls it.
         fisher: opened statistics, if the job names some.
+        processes: all that take part.
+        folder: where the job's relative paths start.
     """
 
     def __init__(
@@ -65,12 +78,22 @@ class TrainingRun:
         name: str,
         progress: Progress,
         fisher: Statistics | None = None,
+        processes: Processes = ALONE,
+        folder: Path = Path(),
     ) -> None:
+        self._folder = folder
+        self._processes = processes
         self._job, self._base, self._encoder, self._encoded = job, base, encoder, encoded
         self._partial, self._name, self._progress = partial, name, progress
         self._fisher = fisher
         self._machine = choose_machine(job.precision)
-        self._piece_tokens = PIECE_TOKENS if self._machine.device == "cpu" else None
+        if job.offload_optimizer and self._machine.device == "cpu":
+            progress.note("offload_optimizer: without a CUDA device everything is in the host's memory already.")
+            self._job = job = job.model_copy(update={"offload_optimizer": False})
+        # in the backward pass a tensor is stepped once, so that a batch is taken whole
+        # and of several processes all must take part in every pass
+        split = self._machine.device == "cpu" and not job.optimizer_in_backward and not processes.is_several
+        self._piece_tokens = PIECE_TOKENS if split else None
         self._shows_images = shows_images(encoded.values())
         if self._shows_images:
             self._piece_tokens = None  # the rows of pixels are not those of samples
@@ -107,7 +130,7 @@ class TrainingRun:
                 )
             if step >= self._total or (guard is not None and guard.stopped):
                 self._seal(trainer, earlier + monotonic() - started)
-            del trainer, self._keeping, self._selection  # their memory is wanted for the export
+            del trainer, self._keeping, self._selection, self._adapted  # their memory is wanted for the export
             gc.collect()
         if asked.requested:
             self._progress.note(f"stopped after step {step} of {self._total}; go on with --resume.")
@@ -120,6 +143,20 @@ class TrainingRun:
             if self._partial.has_state:
                 self._progress.note("stopped at once; go on from the last saved step with --resume.")
             raise
+        except Exception as error:
+            if is_out_of_memory(error):
+                self._save_what_is_done(trainer, error)
+            raise
+
+    def _save_what_is_done(self, trainer: AnswerTrainer, error: Exception) -> None:
+        """Memory ran out: free what the failed step holds, and save the state before it."""
+        clear_frames(error.__traceback__)
+        gc.collect()
+        with suppress(Exception):  # the error that is told is the first one
+            trainer.save_last_step()
+        newest = self._partial.newest()
+        if newest is not None:
+            self._progress.note(f"kept the state after step {newest.step} of {self._total}; go on with --resume.")
 
     def _announce(self, saved: Saved | None, trained: Trained) -> None:
         job, machine = self._job, self._machine
@@ -128,6 +165,11 @@ class TrainingRun:
         self._progress.note(
             f"{self._name}: {start} {self._total} steps of {samples} samples, on {machine.name}, {machine.precision}."
         )
+        if self._processes.is_several:
+            size, passes = passes_of(job.batch_size, job.gradient_accumulation, self._processes.count)
+            self._progress.note(
+                f"sharded over {self._processes.count} processes (FSDP2), each with {size} x {passes} samples a step."
+            )
         if job.replay:
             self._progress.note(f"replay: {job.replayed} of the {job.batch_size} samples of every batch.")
         for line in trained.lines(state_bytes(job)):
@@ -140,7 +182,7 @@ class TrainingRun:
         if needed > free:
             self._progress.note(
                 f"this may not fit into memory: about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free. "
-                f"{_less_memory(job, longest)}"
+                f"{less_memory(job, longest, machine.device)}"
             )
 
         self._warn_of_disk(trained.parameters)
@@ -157,20 +199,30 @@ class TrainingRun:
     ) -> AnswerTrainer:
         from transformers import PrinterCallback, set_seed
 
-        from ktmerge.tuners.callbacks import LogCallback, RhythmCallback, StepCallback
+        from ktmerge.tuners.callbacks import EpochCallback, LogCallback, RhythmCallback, StepCallback
         from ktmerge.tuners.keeping.keeping import Keeping, taught
-        from ktmerge.tuners.trainer import AnswerTrainer, build_collator
+        from ktmerge.tuners.trainer import build_collator
 
         set_seed(self._job.seed)
         model = load_model(self._base, self._progress, sees="vision_config" in self._base.config)
-        model.to(self._machine.device)  # before anything is copied of it
-        self._trained = trained = choose_trained(model, self._base, self._job)
+        if not self._processes.is_several:
+            model.to(self._machine.device)  # before anything is copied of it
+        self._adapted = adapted = self._attach(model)
+        if adapted is None:
+            trained = choose_trained(model, self._base, self._job)
+        else:
+            model, trained = adapted.model, adapted.trained
+        self._trained = trained
         self._announce(saved, trained)
         if self._job.activation_checkpointing:
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         rhythm = self._rhythm()
         require_agreement(model, self._encoder, self._encoded["train"].samples)
         lean = projects_faithfully(model, model.config.get_text_config().vocab_size)
+        self._require_packable(model, lean=lean)
+        if self._processes.is_several:
+            require_alike(self._encoded["train"].samples)
+            self._shard(model, lean=lean)
         samples, replayed = self._samples()
         self._selection = self._select(model)
         self._keeping = keeping = Keeping.of(
@@ -182,30 +234,143 @@ class TrainingRun:
             samples=(len(samples), len(replayed)),
             fisher=self._fisher,
         )
+        by_length = self._by_length()
+        log = self._partial.log if self._processes.is_first else Path(os.devnull)
+        budgets = [] if adapted is None or adapted.budget is None else [adapted.budget]
         listeners = [StepCallback(self._selection.after_step)] if self._selection is not None else []
-        trainer = AnswerTrainer(
+        trainer = self._kind_of_trainer()(
             lean=lean,
             piece_tokens=self._piece_tokens,
             eval_sets={name: found.samples for name, found in self._encoded.items() if name in EVALUATED},
             rates=dict(trained.rates),
             selection=self._selection,
-            pull=keeping.pull,
+            pull=keeping.pull if adapted is None else adapted.penalty,
             teacher=keeping.teacher,
-            sampler=keeping.sampler,
-            keepers=keeping.keepers,
+            sampler=keeping.sampler or by_length,
+            keepers=[*keeping.keepers, *budgets],
+            in_backward=self._job.optimizer_in_backward,
+            on_host=self._job.offload_optimizer,
             model=model,
             args=self._arguments(evaluate_first=rhythm.evaluates and saved is None),
             train_dataset=[*samples, *replayed],
-            data_collator=build_collator(self._encoder.tokenizer, taught(self._job), extras=self._encoder.extras),
+            data_collator=build_collator(
+                self._encoder.tokenizer,
+                taught(self._job),
+                row_tokens=(self._piece_tokens or 0) if self._job.packing else None,
+                extras=self._encoder.extras,
+            ),
             callbacks=[
                 *listeners,
+                *budgets,
+                *([] if by_length is None else [EpochCallback(by_length.set_epoch)]),
                 *keeping.callbacks,
-                LogCallback(self._partial.log, rhythm, self._progress, bar, seconds),
-                RhythmCallback(rhythm, asked, lambda path, step: self._partial.seal(path, step, seconds())),
+                LogCallback(
+                    log,
+                    rhythm,
+                    self._progress,
+                    bar,
+                    seconds,
+                ),
+                RhythmCallback(
+                    rhythm, asked, lambda path, step: self._partial.seal(path, step, seconds()), self._processes.any
+                ),
             ],
         )
         trainer.remove_callback(PrinterCallback)
+        for told in self._audience():
+            trainer.add_callback(told)
         return trainer
+
+    def _audience(self) -> list[Any]:
+        """What shows the run to a person beside the log."""
+        found: list[Any] = []
+        sets = {name: self._encoded[name].samples for name in EVALUATED if name in self._encoded}
+        # of several processes each has a part of the model, and none could speak alone
+        if self._job.show_samples and sets and not self._processes.is_several:
+            from ktmerge.tuners.speaking import Speaker, choose_prompts
+
+            prompts = choose_prompts(sets, self._job.show_samples)
+            encoder, log = self._encoder, self._partial.log
+            found += [Speaker(prompts, encoder.tokenizer, encoder.stops, log, self._progress)] if prompts else []
+        self._board: BoardCallback | None = None
+        if self._job.tensorboard and self._processes.is_first:
+            from ktmerge.tuners.board import FOLDER, BoardCallback
+
+            self._board = BoardCallback(self._partial.log, self._partial.folder / FOLDER)
+            found.append(self._board)
+        return found
+
+    def _attach(self, model: Any) -> Adapted | None:
+        """The model with the job's adapter, if it has one."""
+        if self._job.adapter is None:
+            return None
+        from ktmerge.tuners.adapters.attach import Surroundings, attach
+        from ktmerge.tuners.trainer import build_collator
+
+        upstream = self._encoded["kept"].samples if "kept" in self._encoded else []
+        collator = build_collator(self._encoder.tokenizer, extras=self._encoder.extras)
+        around = Surroundings(self._total, upstream, collator, self._folder)
+        return attach(model, self._base, self._job, around)
+
+    def _save_adapted(self, trainer: AnswerTrainer, told: dict[str, Any]) -> Callable[[Any, Path], None] | None:
+        """How the model is saved if it has an adapter; what is to be told of it goes into ``told``."""
+        adapted = self._adapted
+        if adapted is None:
+            return None
+        from ktmerge.tuners.adapters.saving import probe, save_result
+
+        def save(model: Any, folder: Path) -> None:
+            logits = probe(trainer, self._encoded["train"].samples)
+            told.update(save_result(adapted, folder, self._partial.kept_adapter, logits))
+
+        return save
+
+    def _shard(self, model: Any, *, lean: bool) -> None:
+        """Cut the model into the parts of the processes.
+
+        Raises:
+            UsageError: its loss cannot be shared.
+        """
+        from ktmerge.tuners.sharding import shard
+
+        if not lean:
+            raise UsageError(
+                f"{self._base.root}: has a loss of its own ({model.config.model_type}), which several processes cannot "
+                "share; fine-tune it with one."
+            )
+        shard(model, self._processes, self._machine.device)
+
+    def _kind_of_trainer(self) -> Callable[..., AnswerTrainer]:
+        if self._processes.is_several:
+            from ktmerge.tuners.sharded import ShardedTrainer
+
+            return partial(ShardedTrainer, processes=self._processes, batch_size=self._job.batch_size)
+        from ktmerge.tuners.trainer import AnswerTrainer
+
+        return AnswerTrainer
+
+    def _require_packable(self, model: Any, *, lean: bool) -> None:
+        """Refuse to pack for a model that would mix the samples of a row.
+
+        Raises:
+            UsageError: it would.
+        """
+        from ktmerge.tuners.packing import packs_faithfully
+
+        if self._job.packing and (self._shows_images or not self._encoder.packs):
+            raise UsageError("packing: samples with images cannot share a row; group_by_length saves padding, too.")
+        if self._job.packing and not (lean and packs_faithfully(model, model.config.get_text_config().vocab_size)):
+            raise UsageError(
+                f"packing: samples in one row would see each other in this model ({model.config.model_type}); "
+                "leave it out, group_by_length saves padding, too."
+            )
+
+    def _by_length(self) -> LengthSampler | None:
+        from ktmerge.tuners.packing import LengthSampler
+
+        job = self._job
+        lengths = [len(sample) for sample in self._encoded["train"].samples]
+        return LengthSampler(lengths, job.samples_a_step, job.seed) if job.group_by_length else None
 
     def _samples(self) -> tuple[list[Encoded], list[Encoded]]:
         """What is trained on, and what is replayed beside it."""
@@ -236,17 +401,18 @@ class TrainingRun:
         from transformers import TrainingArguments
 
         job, machine = self._job, self._machine
+        size, passes = passes_of(job.batch_size, job.gradient_accumulation, self._processes.count)
         arguments = TrainingArguments(
             output_dir=str(self._partial.folder),
             max_steps=self._total,
-            per_device_train_batch_size=job.batch_size,
-            gradient_accumulation_steps=job.gradient_accumulation,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=passes,
             learning_rate=job.learning_rate,
             lr_scheduler_type=job.scheduler,
             warmup_steps=warmup_steps(job, self._total),
             weight_decay=job.weight_decay,
-            max_grad_norm=job.max_grad_norm,
-            optim="adamw_torch_fused",
+            max_grad_norm=math.inf if job.max_grad_norm is None else job.max_grad_norm,
+            optim=KINDS[job.optimizer].name,
             seed=job.seed,
             data_seed=job.seed,
             bf16=machine.precision == "bfloat16",
@@ -261,6 +427,8 @@ class TrainingRun:
             remove_unused_columns=False,
             report_to="none",
             disable_tqdm=True,
+            # otherwise every process would hold whole gradients while it accumulates
+            accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": self._processes.is_several}},
         )
         # of several devices the Trainer would make a torch.nn.DataParallel, which is slower than one of them
         arguments._n_gpu = min(1, arguments.n_gpu)
@@ -276,7 +444,9 @@ class TrainingRun:
         model: Any = trainer.model
         plain: Any = GenerationConfig
         model.generation_config = plain()  # the base's travels as a file; an odd one would be refused here
-        averages = save_weights(trainer, self._keeping, self._job, self._partial, self._progress)
+        told: dict[str, Any] = {}
+        save = self._save_adapted(trainer, told)
+        averages = save_weights(trainer, self._keeping, self._job, self._partial, self._progress, save)
         if self._selection is not None:
             self._selection.publish(final, self._base)
         facts = {
@@ -286,12 +456,18 @@ class TrainingRun:
             "device": self._machine.name,
             "precision": self._machine.precision,
             "threads": self._machine.threads,
+            **({"processes": self._processes.count} if self._processes.is_several else {}),
             "seed": self._job.seed,
             "parameters": self._trained.total,
             "trained": self._trained.to_json(),
             **averages,
+            **told,
         }
-        (final / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        if self._processes.is_first:
+            (final / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            (final / LOSSES).write_bytes(draw_losses(self._partial.log, self._name))
+        if self._board is not None:
+            self._board.publish(final)
         self._partial.seal(final, self._total, seconds)
         self._partial.drop_checkpoints()
 
@@ -304,8 +480,9 @@ class TrainingRun:
             raise
         except Exception as error:  # the libraries have no common type for either failure
             if is_out_of_memory(error):
+                longest = self._encoded["train"].longest
                 raise KtmergeError(
-                    f"out of memory while fine-tuning. {_less_memory(self._job, self._encoded['train'].longest)}"
+                    f"out of memory while fine-tuning. {less_memory(self._job, longest, self._machine.device)}"
                 ) from error
             if is_disk_trouble(error):
                 raise KtmergeError(
@@ -324,15 +501,6 @@ def total_steps(job: FinetuneJob, samples: int) -> int:
 def warmup_steps(job: FinetuneJob, total: int) -> int:
     """Steps over which the rate rises; the first of them has rate 0, so that one step at least remains."""
     return min(total - 1, round(total * job.warmup) if job.warmup < 1 else int(job.warmup))
-
-
-def _less_memory(job: FinetuneJob, longest: int) -> str:
-    half = max(1, job.batch_size // 2)
-    return (
-        f"Set batch_size={half} and gradient_accumulation={job.gradient_accumulation * max(1, job.batch_size // half)} "
-        f"(same result, less memory), activation_checkpointing=true, or a max_length below {longest}, the longest "
-        "sample."
-    )
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def shard(model: Any, processes: Processes, device: str) -> None:
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
     # so the Trainer knows that placement and the reduction of gradients are taken care of
-    model.is_distributed_loading_by_transformers = model._is_fsdp_managed_module = True
+    model._is_distributed_loading_by_transformers = model._is_fsdp_managed_module = True
     require_sharded(model)
 
 

@@ -11,24 +11,7 @@ from typing import Any
 
 from torch.utils.data import Sampler
 
-from ktmerge.errors import UsageError
 from ktmerge.tuners.encode import Encoded
-
-
-def passes_of(batch: int, accumulation: int, count: int) -> tuple[int, int]:
-    """Samples of a forward pass, at most ``batch``, and passes of a step, for each of ``count`` processes.
-
-    Raises:
-        UsageError: the samples of a step cannot be shared equally.
-    """
-    step = batch * accumulation
-    if step % count:
-        raise UsageError(
-            f"{count} processes cannot share the {step} samples of a step (batch_size {batch} * gradient_accumulation "
-            f"{accumulation}) equally; make it a multiple of {count}."
-        )
-    size = max(size for size in range(1, batch + 1) if step % (size * count) == 0)
-    return size, step // (size * count)
 
 
 class SharedBatches(Sampler[list[int]]):

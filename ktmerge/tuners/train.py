@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,11 @@ from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners.data import DataSet, read_data
 from ktmerge.tuners.encode import EncodedSet, Encoder, encode_all
-from ktmerge.tuners.export import export
+from ktmerge.tuners.export import export, publish_adapter
 from ktmerge.tuners.images.opening import open_encoder
+from ktmerge.tuners.optimizers import require_optimizer
 from ktmerge.tuners.partial import LOG, Partial, differences, read_object
+from ktmerge.tuners.processes import Processes, require_shareable
 from ktmerge.tuners.report import RECORD, FinetuneReport, inputs_of, record_of
 from ktmerge.tuners.run import FACTS, TrainingRun
 from ktmerge.tuners.trained import require_trainable
@@ -52,57 +53,78 @@ def finetune(
         KtmergeError: out of memory, a full disk, a loss that is no number.
         KeyboardInterrupt: stopped by Ctrl-C, after saving where it was.
     """
-    refuse_overlap(out, [base])
-    refuse_output(out, overwrite or (resume and (out / RECORD).exists()))
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("ktmerge finetune runs as one process; start it without torchrun.")
-    checkpoint = _open_base(base)
-    require_trainable(checkpoint, job)
-    fisher = _open_fisher(job, folder, checkpoint)
-    last = out.with_name(f"{out.name}-last") if job.average != "none" and job.export == "both" else None
-    if last is not None:
-        refuse_overlap(last, [base])
-        refuse_output(last, overwrite or resume)
-    data = _read(job, folder)
-    encoder, seen = open_encoder(checkpoint, [one for found in data.values() for one in found.samples], progress)
-    encoded = _encode(encoder, data, _longest_allowed(job, checkpoint), progress)
-    inputs = inputs_of(job, checkpoint, checkpoint.content_digest(progress), data)
+    processes = Processes.join()
+    progress = processes.voice(progress)
+    require_shareable(job, processes.count)
+    with processes.together():
+        refuse_overlap(out, [base])
+        refuse_output(out, overwrite or (resume and (out / RECORD).exists()))
+        checkpoint = _open_base(base)
+        require_trainable(checkpoint, job)
+        require_optimizer(job)
+        fisher = _open_fisher(job, folder, checkpoint)
+        last = out.with_name(f"{out.name}-last") if job.average != "none" and job.export == "both" else None
+        kept = out.with_name(f"{out.name}-adapter") if job.adapter is not None and job.adapter.keep else None
+        for beside in (last, kept):
+            if beside is not None:
+                refuse_overlap(beside, [base])
+                refuse_output(beside, overwrite or resume)
+        data = _read(job, folder)
+        encoder, seen = open_encoder(checkpoint, [one for found in data.values() for one in found.samples], progress)
+        encoded = _encode(encoder, data, _longest_allowed(job, checkpoint), progress)
+    inputs = inputs_of(job, checkpoint, processes.first(lambda: checkpoint.content_digest(progress)), data)
     if fisher is not None:
         inputs["Fisher information"] = fisher.digest
     if seen.digests:
         inputs["images"] = {name: seen.digest(found.samples) for name, found in data.items()}
-    if resume and (out / RECORD).exists():
-        finished = _finished(out, inputs, overwrite)
+    if resume and processes.first((out / RECORD).exists):
+        finished = processes.first(lambda: _finished(out, inputs, overwrite))
         if finished is not None:
             progress.note(f"{out}: is already what the job asks for.")
             return finished
-    with Partial(out, inputs) as partial:
+    with Partial(out, inputs, processes) as partial:
         saved = partial.open(resume=resume, overwrite=overwrite)
         if saved is None or saved.path != partial.final:
-            TrainingRun(job, checkpoint, encoder, encoded, partial, out.name, progress, fisher).train(saved)
-        facts = read_object(partial.final / FACTS)
-        record = record_of(job, base, inputs, data, encoded, facts, partial.log)
-        texts = {RECORD: json.dumps(record, indent=2, ensure_ascii=False) + "\n", LOG: partial.log.read_text("utf-8")}
-        if last is not None:
+            run = TrainingRun(
+                job, checkpoint, encoder, encoded, partial, out.name, progress, fisher, processes, folder
+            )
+            run.train(saved)
+
+        def publish() -> dict[str, Any]:
+            facts = read_object(partial.final / FACTS)
+            record = record_of(job, base, inputs, data, encoded, facts, partial.log)
+            texts = {
+                RECORD: json.dumps(record, indent=2, ensure_ascii=False) + "\n",
+                LOG: partial.log.read_text("utf-8"),
+            }
+            if last is not None:
+                export(
+                    checkpoint,
+                    partial.last,
+                    last,
+                    dtype=job.save_dtype,
+                    texts=texts,
+                    overwrite=overwrite or resume,
+                    progress=progress,
+                )
+            if kept is not None:
+                publish_adapter(partial.kept_adapter, kept, texts={}, overwrite=overwrite or resume)
+            if job.adapter is not None and not job.adapter.family.folds:
+                publish_adapter(partial.final, out, texts=texts, overwrite=overwrite)
+                return record
             export(
                 checkpoint,
-                partial.last,
-                last,
+                partial.final,
+                out,
                 dtype=job.save_dtype,
                 texts=texts,
-                overwrite=overwrite or resume,
+                extras=sorted(partial.final.glob("ktmerge-*")),
+                overwrite=overwrite,
                 progress=progress,
             )
-        export(
-            checkpoint,
-            partial.final,
-            out,
-            dtype=job.save_dtype,
-            texts=texts,
-            extras=sorted(partial.final.glob("ktmerge-*")),
-            overwrite=overwrite,
-            progress=progress,
-        )
+            return record
+
+        record = processes.first(publish)
         partial.finish()
     return FinetuneReport(out, record)
 
@@ -128,6 +150,7 @@ def _read(job: FinetuneJob, folder: Path) -> dict[str, DataSet]:
     wanted: dict[str, list[Any]] = {
         "train": job.data,
         "replay": list(job.replay),
+        "kept": [] if job.adapter is None else list(job.adapter.data),
         "upstream": [job.eval_upstream],
         "downstream": [job.eval_downstream],
     }

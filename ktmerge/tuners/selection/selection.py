@@ -102,6 +102,10 @@ class Selection:
         """How many elements move now."""
         return int(add_up(torch.tensor(sum(int(mask.sum()) for mask in self.masks.values()))))
 
+    def part_of(self, parameter: Tensor) -> slice | None:
+        """See `CompactUpdate.part_of`."""
+        return self._bound.part_of(parameter)
+
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
