@@ -8,7 +8,8 @@
 Both train every weight in fp32 by AdamW at the same rates, on prompt-completion rows in the same order. `trl_defaults`
 is SFTTrainer with its own precision (bfloat16) and activation checkpointing; its losses are not comparable.
 Every run is a process of its own; the sides take turns, and ratios are medians over the turns. Speed is taken from the
-end of the first step to the end of the last, in tokens of rows without padding; memory is the peak of the whole
+end of the first step to the end of the last, in tokens of rows without padding (by the process's own CPU time, too,
+which tells of a machine that others use); memory is the peak of the whole
 process by the operating system's account, loading and saving included.
 """
 
@@ -22,18 +23,20 @@ import shutil
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic
+from time import monotonic, process_time
 from typing import Any
 
-from bench_blend import BIN, measure
+from bench_blend import measure
 
 RATE, SEED = 2e-5, 42
 SETTINGS = {"learning_rate": RATE, "scheduler": "cosine", "warmup": 0, "precision": "float32", "seed": SEED}
 SIDES = {
     "ktmerge": {},
-    "ktmerge_packed": {"packing": "true"},
+    "ktmerge_packed": {"packing": True},
     "trl": {"bf16": False, "gradient_checkpointing": False},
     "trl_defaults": {},
 }
@@ -42,9 +45,11 @@ SIDES = {
 
 @dataclass(frozen=True)
 class Run:
-    """One fine-tune: tokens per second, GB at the peak, wall seconds of the process, and the loss of every step."""
+    """One fine-tune: tokens per second and per second of CPU time, GB at the peak, seconds of the whole process, and
+    the loss of every step."""
 
     speed: float
+    cpu_speed: float
     peak_gb: float
     wall: float
     losses: list[float]
@@ -66,29 +71,64 @@ def demo_base() -> Path:
     return base_model(cache_folder())
 
 
-def ktmerge_command(side: str, base: Path, data: Path, out: Path, batch: int, steps: int) -> list[str]:
+class Ends:
+    """When each step ended, on the wall's clock and on the process's."""
+
+    def __init__(self) -> None:
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+
+    def mark(self) -> None:
+        self.wall.append(monotonic())
+        self.cpu.append(process_time())
+
+    def report(self, path: str, losses: list[float]) -> None:
+        found = {"losses": losses, "wall": self.wall[-1] - self.wall[0], "cpu": self.cpu[-1] - self.cpu[0]}
+        Path(path).write_text(json.dumps(found), encoding="utf-8")
+
+
+def train_by_ktmerge(side: str, base: str, data: str, out: str, batch: int, steps: int) -> None:
+    """What one side's process does."""
+    from ktmerge import api
+
+    ends = Ends()
+
+    class Clock:
+        """Progress that only marks the ends of steps."""
+
+        def __init__(self) -> None:
+            self._is_training = False
+
+        def note(self, text: str) -> None:
+            pass
+
+        @contextmanager
+        def task(self, description: str, total: float | None, unit: str = "items") -> Iterator[Any]:
+            self._is_training = description.startswith("fine-tuning")
+            yield self
+
+        def advance(self, amount: float = 1) -> None:
+            if self._is_training and amount:
+                ends.mark()
+
     settings = {**SETTINGS, **SIDES[side], "batch_size": batch, "max_steps": steps, "save_dtype": "bfloat16"}
-    given = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    return [str(BIN / "ktmerge"), "finetune", "--base", str(base), "--data", str(data), "--out", str(out), *given]
-
-
-def trl_command(side: str, base: Path, data: Path, out: Path, batch: int, steps: int) -> list[str]:
-    given = {"side": side, "base": str(base), "data": str(data), "out": str(out), "batch": batch, "steps": steps}
-    return [sys.executable, __file__, "--child", json.dumps(given)]
+    api.finetune(base, data, out, progress=Clock(), **settings)
+    lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    ends.report(f"{out}.json", [line["loss"] for line in lines if "loss" in line])
 
 
 def train_by_trl(side: str, base: str, data: str, out: str, batch: int, steps: int) -> None:
-    """What the other side's process does; writes a log like ktmerge's."""
+    """What the other side's process does."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    ends: list[float] = []
+    ends = Ends()
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            ends.append(monotonic())
+            ends.mark()
 
     rows = [json.loads(line) for line in Path(data).read_text(encoding="utf-8").splitlines()]
     arguments = SFTConfig(
@@ -115,12 +155,8 @@ def train_by_trl(side: str, base: str, data: str, out: str, batch: int, steps: i
         callbacks=[Clock()],
     )
     trainer.train()
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    lines = [
-        {"step": n + 1, "loss": loss, "seconds": end} for n, (loss, end) in enumerate(zip(losses, ends, strict=True))
-    ]
     trainer.model.to(torch.bfloat16).save_pretrained(out)
-    (Path(out) / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    ends.report(f"{out}.json", [line["loss"] for line in trainer.state.log_history if "loss" in line])
 
 
 def step_tokens(base: Path, data: Path, batch: int, steps: int) -> list[int]:
@@ -146,13 +182,11 @@ def step_tokens(base: Path, data: Path, batch: int, steps: int) -> list[int]:
 def run(side: str, base: Path, data: Path, folder: Path, batch: int, steps: int, tokens: float) -> Run:
     out = folder / side
     shutil.rmtree(out, ignore_errors=True)
-    command = (ktmerge_command if side.startswith("ktmerge") else trl_command)(side, base, data, out, batch, steps)
-    cost = measure(command)
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    lines = [line for line in lines if "loss" in line]
+    given = {"side": side, "base": str(base), "data": str(data), "out": str(out), "batch": batch, "steps": steps}
+    cost = measure([sys.executable, __file__, "--child", json.dumps(given)])
+    found = json.loads(Path(f"{out}.json").read_text(encoding="utf-8"))
     shutil.rmtree(out)
-    seconds = lines[-1]["seconds"] - lines[0]["seconds"]
-    return Run(tokens / seconds, cost.peak_gb, cost.wall, [line["loss"] for line in lines])
+    return Run(tokens / found["wall"], tokens / found["cpu"], cost.peak_gb, cost.wall, found["losses"])
 
 
 def compare(found: dict[str, list[Run]], against: str) -> dict[str, Any]:
@@ -162,9 +196,11 @@ def compare(found: dict[str, list[Run]], against: str) -> dict[str, Any]:
         first, other = runs[0], found[against]
         told[side] = {
             "tokens_per_second": statistics.median(run.speed for run in runs),
+            "tokens_per_cpu_second": statistics.median(run.cpu_speed for run in runs),
             "peak_gb": statistics.median(run.peak_gb for run in runs),
             "wall": statistics.median(run.wall for run in runs),
             "speed_ratio": statistics.median(a.speed / b.speed for a, b in zip(runs, other, strict=True)),
+            "cpu_ratio": statistics.median(a.cpu_speed / b.cpu_speed for a, b in zip(runs, other, strict=True)),
             "memory_ratio": statistics.median(a.peak_gb / b.peak_gb for a, b in zip(runs, other, strict=True)),
             "loss_difference": max(abs(a - b) for a, b in zip(first.losses, other[0].losses, strict=True)),
             "losses": first.losses,
@@ -185,7 +221,8 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        train_by_trl(**json.loads(arguments.child))
+        given = json.loads(arguments.child)
+        (train_by_ktmerge if given["side"].startswith("ktmerge") else train_by_trl)(**given)
         return
 
     arguments.folder.mkdir(parents=True, exist_ok=True)
@@ -199,11 +236,14 @@ def main() -> None:
         for side, runs in found.items():
             one = run(side, base, data, arguments.folder, arguments.batch, arguments.steps, sum(counts[1:]))
             runs.append(one)
-            print(f"{side:16s} {one.speed:8.1f} tokens/s {one.peak_gb:6.2f} GB {one.wall:7.1f} s in all", flush=True)
+            print(
+                f"{side:16s} {one.speed:7.1f} tokens/s {one.cpu_speed:7.1f} a CPU second {one.peak_gb:6.2f} GB {one.wall:7.1f} s in all",
+                flush=True,
+            )
     against = "trl" if "trl" in found else next(iter(found))
     told = compare(found, against)
     for side, one in told.items():
-        print(f"{side} / {against}: {one['speed_ratio']:.2f} x tokens/s, {one['memory_ratio']:.2f} x memory; "
+        print(f"{side} / {against}: {one['speed_ratio']:.2f} x tokens/s ({one['cpu_ratio']:.2f} x by CPU time), {one['memory_ratio']:.2f} x memory; "
               f"losses differ by {one['loss_difference']:.1e} at most")  # fmt: skip
     print("step  " + "  ".join(f"{side:>14s}" for side in told))
     for step, losses in enumerate(zip(*(one["losses"] for one in told.values()), strict=True), start=1):
