@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test slow lint format bench forgetting tables clean
+.PHONY: help demo test slow lint format bench bench-tune forgetting tables clean
 .DEFAULT_GOAL := help
 
 help: ## say what each target does
@@ -36,6 +36,9 @@ format: $(INSTALLED) ## put the style right
 
 bench: $(INSTALLED) ## speed and memory, side by side with mergekit
 	$(BIN)/python benchmarks/bench_blend.py
+
+bench-tune: $(INSTALLED) ## speed, memory and losses of fine-tuning, side by side with TRL
+	$(BIN)/python benchmarks/bench_tune.py --runs 3
 
 forgetting: $(INSTALLED) ## what every method keeps and gains in two small worlds; writes docs/results.md
 	$(BIN)/python benchmarks/forgetting.py

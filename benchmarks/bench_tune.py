@@ -236,15 +236,13 @@ def main() -> None:
         for side, runs in found.items():
             one = run(side, base, data, arguments.folder, arguments.batch, arguments.steps, sum(counts[1:]))
             runs.append(one)
-            print(
-                f"{side:16s} {one.speed:7.1f} tokens/s {one.cpu_speed:7.1f} a CPU second {one.peak_gb:6.2f} GB {one.wall:7.1f} s in all",
-                flush=True,
-            )
+            print(f"{side:16s} {one.speed:7.1f} tokens/s {one.cpu_speed:7.1f} a CPU second {one.peak_gb:6.2f} GB "
+                  f"{one.wall:7.1f} s in all", flush=True)  # fmt: skip
     against = "trl" if "trl" in found else next(iter(found))
     told = compare(found, against)
     for side, one in told.items():
-        print(f"{side} / {against}: {one['speed_ratio']:.2f} x tokens/s ({one['cpu_ratio']:.2f} x by CPU time), {one['memory_ratio']:.2f} x memory; "
-              f"losses differ by {one['loss_difference']:.1e} at most")  # fmt: skip
+        print(f"{side} / {against}: {one['speed_ratio']:.2f} x tokens/s ({one['cpu_ratio']:.2f} x by CPU time), "
+              f"{one['memory_ratio']:.2f} x memory; losses differ by {one['loss_difference']:.1e} at most")  # fmt: skip
     print("step  " + "  ".join(f"{side:>14s}" for side in told))
     for step, losses in enumerate(zip(*(one["losses"] for one in told.values()), strict=True), start=1):
         print(f"{step:4d}  " + "  ".join(f"{loss:14.4f}" for loss in losses))
