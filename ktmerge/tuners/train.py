@@ -76,7 +76,7 @@ def finetune(
     if fisher is not None:
         inputs["Fisher information"] = fisher.digest
     if seen.digests:
-        inputs["images"] = {name: seen.digest(found.samples) for name, found in data.items()}
+        inputs |= {f"images ({name})": seen.digest(found.samples) for name, found in data.items()}
     if resume and processes.first((out / RECORD).exists):
         finished = processes.first(lambda: _finished(out, inputs, overwrite))
         if finished is not None:
