@@ -127,7 +127,7 @@ class _Engine:
         if self._device != "cpu" or not any(tensor.pipeline for tensor in left):
             return nullcontext()
         if not is_compiled():
-            self._progress.note("compiling the kernels for this processor, once; it takes about ten seconds")
+            self._progress.note("compiling the kernels for this processor, once; it takes about twenty seconds")
         kernels = native()
         if kernels is None:
             return nullcontext()

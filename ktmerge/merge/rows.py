@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
+from ktmerge.merge.kernels.codes import DIGIT, DIGITS
+from ktmerge.merge.kernels.native import native
 from ktmerge.merge.kernels.radix import magnitude_bits
 from ktmerge.merge.kernels.splitmix import hashes
 from ktmerge.merge.matrices import join, split
@@ -14,8 +17,10 @@ from ktmerge.merge.matrices import join, split
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ktmerge.merge.kernels.native import Native
     from ktmerge.merge.stage import Context
 
+_DIGITS = (DIGITS, 1 << DIGIT)
 _BLOCK = 1 << 21
 """Elements worked on at once."""
 
@@ -76,11 +81,26 @@ def _has_maps(values: Tensor, context: Context) -> bool:
 
 
 def ranks_of(rows: Tensor, elements: Tensor, key: int) -> Tensor:
-    """Rank of each magnitude in its row, 0 the smallest, int64 like ``rows``."""
+    """Rank of each magnitude in its row, 0 the smallest, int64 like ``rows``; equals by the upper half of the hash."""
+    compiled = native() if rows.device.type == "cpu" and rows.numel() else None
+    if compiled is not None:
+        return _compiled_ranks(compiled, rows, elements, key)
     bits = magnitude_bits(rows.contiguous()).to(torch.int64)
     order = ((bits << 32) | ((hashes(key, elements) >> 32) & 0xFFFFFFFF)).argsort(dim=1, stable=True)
     places = torch.arange(rows.shape[1], device=rows.device).expand_as(order)
     return torch.empty_like(order).scatter_(1, order, places)
+
+
+def _compiled_ranks(kernels: Native, rows: Tensor, elements: Tensor, key: int) -> Tensor:
+    values, indices = rows.contiguous(), elements.contiguous()
+    count, wide = rows.shape
+    ranks = torch.empty((count, wide), dtype=torch.int64)
+    keys, orders, counts = np.empty(wide, np.uint64), np.empty((2, wide), np.uint32), np.empty(_DIGITS, np.uint32)
+    kernels.rank(
+        values.data_ptr(), indices.data_ptr(), key, count, wide, ranks.data_ptr(),
+        keys.ctypes.data, orders.ctypes.data, counts.ctypes.data,
+    )  # fmt: skip
+    return ranks
 
 
 def _in_blocks(rows: Tensor, elements: Tensor, key: int, choose: Choose) -> Tensor:

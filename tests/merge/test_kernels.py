@@ -275,3 +275,32 @@ def test_what_is_in_an_interval_is_found_by_vectors_and_one_by_one() -> None:
                 with np.errstate(over="ignore"):
                     count = int(collect(patterns, np.uint32(low), np.uint32(last), found))
                 assert found[:count].tolist() == expected.tolist(), (size, low, last, collect)
+
+
+def test_compiled_words_are_the_references() -> None:
+    hybrid = kernels_for(torch.device("cpu"))
+    for start, count in [(0, 10), (3, 2600), (1021, 4), (7, 1), (4, 0), (2**34 + 1, 1030)]:
+        expected = philox.words(stream_key(0, "a", "b", "c"), start, count)
+        assert hybrid.words(stream_key(0, "a", "b", "c"), start, count, torch.device("cpu")).equal(expected)
+
+
+@pytest.mark.parametrize("steps", [1, 40, 1e9])
+@pytest.mark.parametrize("shape", [(3, 7), (5, 3000), (1, 1)])
+def test_ranks_in_rows_are_those_of_sorting(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], steps: float
+) -> None:
+    """Of few magnitudes or many, of rows as they lie and turned, by the compiled kernel and by torch."""
+    from ktmerge.merge.rows import ranks_of
+
+    generator = torch.Generator().manual_seed(1)
+    stored = (torch.randn(shape, generator=generator) * steps).round() / steps
+    elements = torch.arange(stored.numel()).view(shape)
+    key = stream_key(5, "rank", "", "t")
+    upper = (splitmix(key, stored.numel()) >> np.uint64(32)).reshape(shape)
+    for rows, where, ties in [(stored, elements, upper), (stored.T, elements.T, upper.T)]:
+        order = np.lexsort((ties, np.abs(rows.numpy())), axis=1)
+        expected = np.empty(rows.shape, np.int64)
+        np.put_along_axis(expected, order, np.broadcast_to(np.arange(rows.shape[1]), rows.shape), 1)
+        for kernels in ("auto", "reference"):
+            monkeypatch.setenv("KTMERGE_KERNELS", kernels)
+            assert ranks_of(rows, where, key).tolist() == expected.tolist(), kernels

@@ -33,6 +33,9 @@ class Kernels(Protocol):
 
 def kernels_for(device: torch.device) -> Kernels:
     """The kernels to use on a device."""
+    from ktmerge.merge.kernels.hybrid import Hybrid
+    from ktmerge.merge.kernels.native import native
     from ktmerge.merge.kernels.reference import Reference
 
-    return Reference()
+    compiled = native() if device.type == "cpu" else None
+    return Reference() if compiled is None else Hybrid(compiled)

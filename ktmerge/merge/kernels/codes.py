@@ -12,3 +12,6 @@ NONE, TRIM, DROP = 0, 1, 2
 SUM, LARGEST, ELECT_MEAN, ELECT_SUM, ELECT_LARGEST = 0, 1, 2, 3, 4
 BF16, F16, F32 = 0, 1, 2
 FINE, INPUT_NOT_FINITE, OVERFLOW, UNREADABLE = 0, 1, 2, 3
+
+DIGITS, DIGIT = 6, 11
+"""Digits, and bits of each, of the keys by which ranks are found."""

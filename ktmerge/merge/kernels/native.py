@@ -20,8 +20,12 @@ from ktmerge.merge.kernels import codes
 
 Entry = Callable[..., int]
 
-_NAMES = ("blend", "squares", "measure", "tally", "sample", "energy")
-_SOURCES = (Path(codes.__file__), *(Path(__file__).with_name(name) for name in ("compiled.py", "gathering.py")))
+_NAMES = ("blend", "squares", "measure", "tally", "sample", "energy", "rank", "words")
+_MODULES = (
+    "combining.py", "compiled.py", "compiler.py", "conversion.py", "counting.py", "files.py", "gathering.py",
+    "ordering.py", "randomness.py", "settling.py", "transforming.py",
+)  # fmt: skip
+_SOURCES = (Path(codes.__file__), *(Path(__file__).with_name(name) for name in _MODULES))
 # What numba's code would call to raise or to count references. The kernels do neither, but the linker wants them.
 _UNUSED = (
     "NRT_Free", "NRT_MemInfo_call_dtor", "numba_do_raise", "numba_gil_ensure", "numba_gil_release",
@@ -42,6 +46,8 @@ _SIGNATURES = {
     "tally": "ppiwlilllip",
     "sample": f"{_ROWS}iii{_STEPS}pp",
     "energy": "ppiipp",
+    "rank": "ppliipppp",
+    "words": "liipp",
 }
 
 
@@ -54,6 +60,8 @@ class Native:
     tally: Entry
     sample: Entry
     energy: Entry
+    rank: Entry
+    words: Entry
 
     def __init__(self, code: bytes) -> None:
         llvm = _llvm()

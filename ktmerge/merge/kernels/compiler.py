@@ -1,0 +1,11 @@
+"""How the kernels are compiled."""
+
+# mypy: disable-error-code="untyped-decorator"
+
+from __future__ import annotations
+
+from numba import njit
+
+compiled = njit(nogil=True, error_model="numpy")
+# Sums that only the report shows may be taken in any order.
+compiled_sums = njit(nogil=True, error_model="numpy", fastmath={"reassoc", "nsz", "contract"})

@@ -1,0 +1,260 @@
+"""What a search for thresholds wants to know: counts, samples and notes of magnitudes and hashes.
+
+Compiled by numba; see `ktmerge.merge.kernels.compiled`.
+"""
+
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call,attr-defined,operator"
+
+from __future__ import annotations
+
+import numpy as np
+from numba import carray
+from numba.types import int64
+
+from ktmerge.merge.kernels.codes import BLOCK, F32, FINE, INPUT_NOT_FINITE, UNREADABLE, WINDOW
+from ktmerge.merge.kernels.compiler import compiled, compiled_sums
+from ktmerge.merge.kernels.conversion import load
+from ktmerge.merge.kernels.files import fetch
+from ktmerge.merge.kernels.gathering import collect
+from ktmerge.merge.kernels.randomness import hash_of
+from ktmerge.merge.kernels.transforming import subtract, transform
+
+_U32, _U64, _F64 = np.uint32, np.uint64, np.float64
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
+_ONE = np.uint32(1)
+
+
+@compiled
+def _count_above(magnitudes, high):
+    count = _U32(0)
+    for i in range(magnitudes.size):
+        count = _U32(count + (_ONE if magnitudes[i] > high else _U32(0)))
+    return count
+
+
+@compiled
+def _count_magnitudes(magnitudes, found, low, shift, counts, lows):
+    rest = _U32(_U32(_ONE << shift) - _ONE)
+    for j in range(found.size):
+        inside = _U32(magnitudes[found[j]] - low)
+        counts[inside >> shift] += _ONE
+        lows[inside >> shift] |= inside & rest
+
+
+@compiled
+def _note(magnitudes, found, first, places, patterns):
+    for j in range(found.size):
+        places[j] = _U32(first + found[j])
+        patterns[j] = magnitudes[found[j]]
+
+
+@compiled
+def _count_hash(value, low, last, shift, counts):
+    """Count a hash in its bin; 1 if it is above all bins, else 0."""
+    if value < low:
+        return _U32(0)
+    inside = value - low
+    if inside > last:
+        return _ONE
+    counts[inside >> shift] += _ONE
+    return _U32(0)
+
+
+@compiled
+def _count_hashes(found, key, start, low, last, shift, counts):
+    above = _U32(0)
+    for j in range(found.size):
+        above += _count_hash(hash_of(key, _U64(start) + _U64(found[j])), low, last, shift, counts)
+    return above
+
+
+@compiled
+def _magnitudes(delta):
+    patterns = delta.view(np.uint32)
+    for i in range(delta.size):
+        patterns[i] = _U32(patterns[i] & _MAGNITUDE)
+
+
+@compiled
+def _delta(
+    raw16, raw32, kinds, row, first, start, steps, floors, leasts, spans, tops, keys, cuts, factors, own, other, d,
+    lanes, words,
+):  # fmt: skip
+    """One expert's delta after the transforms, elements ``first .. first + d.size`` of the rows, whose first element is
+    ``start`` in the tensor; whether one is not finite. ``own`` holds the base's."""
+    t = row - 1
+    if load(kinds[row], raw16[row], raw32[row], first, other[: d.size]):
+        return True
+    subtract(other[: d.size].view(np.float32), own[: d.size].view(np.float32), d)
+    for s in range(steps.size):
+        transform(
+            steps[s],
+            d,
+            start + first,
+            floors[s][t],
+            leasts[s][t],
+            spans[s][t],
+            tops[s][t],
+            keys[s][t],
+            cuts[s][t],
+            factors[s][t],
+            lanes,
+            words,
+        )
+    return False
+
+
+@compiled
+def _measure(
+    raw16, raw32, kinds, wanted, start, origin, count, steps, floors, leasts, spans, tops, keys, cuts, factors,
+    searches, counts, lows, places, patterns, taken, own, other, delta, lanes, words,
+):  # fmt: skip
+    """``count`` elements of the rows, which begin with element ``origin`` of the piece."""
+    for first in range(0, count, BLOCK):
+        n = min(BLOCK, count - first)
+        d = delta[:n]
+        if load(kinds[0], raw16[0], raw32[0], first, own[:n]):
+            return int64(INPUT_NOT_FINITE)
+        for w in range(wanted.size):
+            known = w > 0 and wanted[w] == wanted[w - 1]
+            if not known and _delta(
+                raw16, raw32, kinds, wanted[w], first, start + origin, steps, floors, leasts, spans, tops, keys, cuts,
+                factors, own, other, d, lanes, words,
+            ):  # fmt: skip
+                return int64(INPUT_NOT_FINITE)
+            hashed, floor, key, low = searches[w][0], _U32(searches[w][1]), searches[w][2], searches[w][3]
+            last, shift, bins, room = searches[w][4], searches[w][5], int64(searches[w][6]), int64(searches[w][7])
+            _magnitudes(d)
+            magnitudes = d.view(np.uint32)
+            if hashed:
+                tied = words[: collect(magnitudes, floor, _U32(0), words)]
+                above = _count_hashes(tied, key, start + origin + first, low, last, shift, counts[w])
+            else:
+                high = low + last
+                above = _count_above(magnitudes, _U32(high)) if high < _U64(_MAGNITUDE) else _U32(0)
+                near = words[: collect(magnitudes, _U32(low), _U32(last), words)]
+                _count_magnitudes(magnitudes, near, _U32(low), _U32(shift), counts[w], lows[w])
+                noted = taken[w] + near.size
+                if noted <= room:
+                    _note(magnitudes, near, origin + first, places[w][taken[w] : noted], patterns[w][taken[w] : noted])
+                taken[w] = noted
+            counts[w][bins] += above
+    return int64(FINE)
+
+
+def measure(
+    rows16, rows32, stride, kinds, number, files, places, count, start, step_count, steps, floors, leasts, spans, tops,
+    keys, cuts, factors, wanted_count, wanted, searches, width, counts, lows, capacity, noted, patterns, taken, scratch,
+):  # fmt: skip
+    """Count the keys of some rows' deltas, as they are after the transforms; FINE, INPUT_NOT_FINITE or UNREADABLE.
+
+    ``wanted`` int64 are those rows, one several times in a row if several things of it are to be counted;
+    ``searches`` uint64 ``[wanted, 8]`` what to count: hashed, floor, key, low, last, shift, bins, room.
+    The key is the magnitude's pattern, or if ``hashed`` the hash, by ``key``, of the elements whose magnitude is
+    ``floor``. Added to: ``counts`` uint32 ``[wanted, width + 1]``, keys in ``[low, low + last]`` by
+    ``(key - low) >> shift``, and keys above all that in number ``bins``; ``lows`` uint32 ``[wanted, width]``, the union
+    of the bits that magnitudes lose in that shift. Of the magnitudes in the interval ``noted`` and ``patterns``, both
+    uint32 ``[wanted, capacity]``, take index in the piece and pattern of up to ``room``; ``taken`` int64 ``[wanted]``
+    counts them, also those for which there was no room. ``scratch`` holds ``BLOCK * 5`` words.
+    """
+    raw16 = carray(rows16, (number + 1, stride // 2))
+    raw32 = carray(rows32, (number + 1, stride // 4))
+    own_kinds, own_files, own_places = (
+        carray(kinds, (number + 1,)),
+        carray(files, (number + 1,)),
+        carray(places, (number + 1,)),
+    )
+    own_wanted = carray(wanted, (wanted_count,))
+    per_step = (step_count, number)
+    work = carray(scratch, (5, BLOCK))
+    fetched = own_files[0] >= 0
+    window = WINDOW if fetched else count
+    for begin in range(0, count, window):
+        size = min(window, count - begin)
+        if fetched:
+            if not fetch(0, raw16, own_kinds, own_files, own_places, begin, size):
+                return int64(UNREADABLE)
+            for w in range(wanted_count):
+                known = w > 0 and own_wanted[w] == own_wanted[w - 1]
+                if not known and not fetch(own_wanted[w], raw16, own_kinds, own_files, own_places, begin, size):
+                    return int64(UNREADABLE)
+        status = _measure(
+            raw16, raw32, own_kinds, own_wanted, start, begin, size,
+            carray(steps, (step_count,)), carray(floors, per_step), carray(leasts, per_step), carray(spans, per_step),
+            carray(tops, per_step), carray(keys, per_step), carray(cuts, per_step), carray(factors, per_step),
+            carray(searches, (wanted_count, 8)), carray(counts, (wanted_count, width + 1)),
+            carray(lows, (wanted_count, width)), carray(noted, (wanted_count, capacity)),
+            carray(patterns, (wanted_count, capacity)), carray(taken, (wanted_count,)),
+            work[0], work[1], work[2].view(np.float32), work[3], work[4],
+        )  # fmt: skip
+        if status != FINE:
+            return status
+    return int64(FINE)
+
+
+def sample(
+    rows16, rows32, stride, kinds, number, row, count, start, step_count, steps, floors, leasts, spans, tops, keys,
+    cuts, factors, out, scratch,
+):  # fmt: skip
+    """The magnitude patterns of up to ``BLOCK`` deltas of one expert into ``out``; FINE or INPUT_NOT_FINITE."""
+    per_step = (step_count, number)
+    work = carray(scratch, (4, BLOCK))
+    patterns = carray(out, (count,))
+    d = patterns.view(np.float32)
+    raw16, raw32 = carray(rows16, (number + 1, stride // 2)), carray(rows32, (number + 1, stride // 4))
+    own_kinds = carray(kinds, (number + 1,))
+    if load(own_kinds[0], raw16[0], raw32[0], 0, work[0][:count]) or _delta(
+        raw16, raw32, own_kinds, row, 0, start,
+        carray(steps, (step_count,)), carray(floors, per_step), carray(leasts, per_step), carray(spans, per_step),
+        carray(tops, per_step), carray(keys, per_step), carray(cuts, per_step), carray(factors, per_step),
+        work[0], work[1], d, work[2], work[3],
+    ):  # fmt: skip
+        return int64(INPUT_NOT_FINITE)
+    _magnitudes(d)
+    return int64(FINE)
+
+
+@compiled
+def _tally(places, patterns, floor, key, start, low, last, shift, counts):
+    above = _U32(0)
+    for j in range(places.size):
+        if patterns[j] == floor:
+            above += _count_hash(hash_of(key, _U64(start) + _U64(places[j])), low, last, shift, counts)
+    counts[counts.size - 1] += above
+
+
+def tally(places, patterns, noted, floor, key, start, low, last, shift, bins, counts):
+    """Of ``noted`` elements that `measure` noted, count the hashes of those with the magnitude ``floor``; FINE.
+
+    Added to ``counts`` uint32 ``[bins + 1]``: hashes in ``[low, low + last]`` by ``(hash - low) >> shift``, and those
+    above all that in the last.
+    """
+    size = (noted,)
+    _tally(
+        carray(places, size), carray(patterns, size), floor, key, start, low, last, shift, carray(counts, (bins + 1,))
+    )
+    return int64(FINE)
+
+
+@compiled_sums
+def _energy(values):
+    total = _F64(0)
+    for i in range(values.size):
+        total += _F64(values[i]) * _F64(values[i])
+    return total
+
+
+@compiled
+def _energies(kind, raw16, raw32, count, sums, work):
+    for first in range(0, count, BLOCK):
+        own = work[: min(BLOCK, count - first)]
+        if load(kind, raw16, raw32, first, own):
+            return int64(INPUT_NOT_FINITE)
+        sums[1] += _energy(own.view(np.float32))
+    return int64(FINE)
+
+
+def energy(rows16, rows32, kind, count, sums, scratch):
+    """Add the base's squared norm to ``sums[1]``; FINE or INPUT_NOT_FINITE."""
+    halves, words = (0, count) if kind == F32 else (count, 0)
+    return _energies(kind, carray(rows16, (halves,)), carray(rows32, (words,)), count, sums, carray(scratch, (BLOCK,)))

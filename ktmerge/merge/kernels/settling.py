@@ -1,0 +1,54 @@
+"""A merged delta onto its base, and what a report wants to know of it.
+
+Compiled by numba; see `ktmerge.merge.kernels.compiled`.
+"""
+
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call,attr-defined,operator"
+
+from __future__ import annotations
+
+import numpy as np
+from numba.types import int64
+
+from ktmerge.merge.kernels.compiler import compiled, compiled_sums
+
+_F64 = np.float64
+_ZERO = np.float32(0)
+
+
+@compiled
+def scale_and_add(merged, factor, base, out):
+    for i in range(out.size):
+        scaled = merged[i] * factor
+        merged[i] = scaled
+        out[i] = base[i] + scaled
+
+
+@compiled
+def settle_expert(merged, expert, base, out):
+    for i in range(out.size):
+        theirs, value = expert[i], out[i]
+        out[i] = theirs if merged[i] == theirs - base[i] else value
+
+
+@compiled
+def settle_base(merged, base, out):
+    for i in range(out.size):
+        own, value = base[i], out[i]
+        out[i] = own if merged[i] == _ZERO else value
+
+
+@compiled_sums
+def sum_up(base, merged, stored, sums):
+    intended, own, along = _F64(0), _F64(0), _F64(0)
+    changed = int64(0)
+    for i in range(base.size):
+        moved = stored[i] - base[i]
+        intended += _F64(merged[i]) * _F64(merged[i])
+        own += _F64(base[i]) * _F64(base[i])
+        along += _F64(moved) * _F64(merged[i])
+        changed += 1 if moved != _ZERO else 0
+    sums[0] += intended
+    sums[1] += own
+    sums[2] += along
+    sums[3] += changed

@@ -1,0 +1,79 @@
+"""One expert's delta through its transforms. Compiled by numba; see `ktmerge.merge.kernels.compiled`."""
+
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call,attr-defined,operator"
+
+from __future__ import annotations
+
+import numpy as np
+from numba.types import int64
+
+from ktmerge.merge.kernels.codes import DROP, TRIM
+from ktmerge.merge.kernels.compiler import compiled
+from ktmerge.merge.kernels.gathering import collect
+from ktmerge.merge.kernels.randomness import hash_of, random_words
+
+_U32, _U64 = np.uint32, np.uint64
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
+_ONE = np.uint32(1)
+_ZERO = np.float32(0)
+
+
+@compiled
+def subtract(expert, base, out):
+    for i in range(out.size):
+        out[i] = expert[i] - base[i]
+
+
+@compiled
+def _keep_within(delta, floor, span):
+    """Zero what has a magnitude pattern outside ``[floor, floor + span)``."""
+    patterns = delta.view(np.uint32)
+    for i in range(delta.size):
+        pattern = patterns[i]
+        patterns[i] = pattern if _U32(_U32(pattern & _MAGNITUDE) - floor) < span else _U32(0)
+
+
+@compiled
+def _drop_hashed(delta, tied, least, key, start):
+    """Zero those of the elements ``tied`` whose hash is below ``least``."""
+    for j in range(tied.size):
+        if hash_of(key, _U64(start) + _U64(tied[j])) < least:
+            delta[tied[j]] = _ZERO
+
+
+@compiled
+def _drop_outliers(delta, tied, top, key, start):
+    """Zero those of the elements ``tied`` whose hash is ``top`` or more."""
+    for j in range(tied.size):
+        if hash_of(key, _U64(start) + _U64(tied[j])) >= top:
+            delta[tied[j]] = _ZERO
+
+
+@compiled
+def _drop(delta, words, cut, factor):
+    for i in range(delta.size):
+        delta[i] = delta[i] * factor if _U64(words[i]) < cut else _ZERO
+
+
+@compiled
+def transform(step, d, start, floor, least, span, top, key, cut, factor, lanes, words):
+    if step == TRIM:
+        _keep_within(d, floor, span)
+        if least != _U64(0):
+            tied = collect(d.view(np.uint32), floor, _U32(0), words)
+            _drop_hashed(d, words[:tied], least, key, start)
+        if top != _U64(0):
+            tied = collect(d.view(np.uint32), _U32(_U32(floor + span) - _ONE), _U32(0), words)
+            _drop_outliers(d, words[:tied], top, key, start)
+    elif step == DROP:
+        random_words(key, start, lanes, words[: (d.size + 3) // 4 * 4])
+        _drop(d, words[: d.size], cut, factor)
+
+
+@compiled
+def count_kept(patterns):
+    """How many are neither zero nor minus zero."""
+    count = _U32(0)
+    for i in range(patterns.size):
+        count = _U32(count + (_ONE if _U32(patterns[i] & _MAGNITUDE) != _U32(0) else _U32(0)))
+    return int64(count)
