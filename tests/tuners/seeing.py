@@ -59,11 +59,12 @@ SPECIAL = {
 FAMILIES = tuple(TEMPLATES)
 
 
-def build(family: str, folder: Path, tokenizer: Any, seed: int = 0) -> Path:
-    """A random model of the family with its processor's files, as found on the hub."""
+def build(family: str, folder: Path, speaking: Path, seed: int = 0) -> Path:
+    """A random model of the family with its processor's files, as found on the hub; the tokenizer is ``speaking``'s."""
     import torch
     import transformers
 
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(speaking)
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[family]})
     if family == "internvl":
         tokenizer._set_model_specific_special_tokens(
