@@ -174,7 +174,7 @@ class Results:
         """
         for name in (a, b):
             self._known(name)
-        counted = [task.name for task in self.tasks if task.metric in RIGHT_OR_WRONG]
+        counted = [task.name for task in self.tasks if task.metric.split(",")[0] in RIGHT_OR_WRONG]
         return {name: mcnemar(self.scores[a][name].scores, self.scores[b][name].scores) for name in counted}
 
     def partition(self, model: str) -> Partition | None:
