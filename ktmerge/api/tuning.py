@@ -17,7 +17,7 @@ from ktmerge.recipes.overrides import apply_overrides
 from ktmerge.recipes.schema import FinetuneJob, Recipe
 
 if TYPE_CHECKING:
-    from ktmerge.tuners import FinetuneReport, PreviewSample
+    from ktmerge.tuners import Estimate, FinetuneReport, PreviewSample
 
 
 def finetune(
@@ -119,6 +119,14 @@ def finetune_all(
         )
         for job in jobs
     ]
+
+
+def estimate(job: NamedJob, processes: int = 1) -> Estimate:
+    """The memory that one of ``processes`` takes for a fine-tune, from headers and configuration alone."""
+    from ktmerge import tuners
+    from ktmerge.checkpoints import Checkpoint
+
+    return tuners.estimate(job.job, Checkpoint.open(job.base), processes)
 
 
 def preview(job: NamedJob, count: int) -> list[PreviewSample]:

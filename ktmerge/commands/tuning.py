@@ -69,6 +69,12 @@ def finetune(
     preview: Annotated[
         int, typer.Option("--preview", help="Show N samples with the trained tokens marked, and stop.")
     ] = 0,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Say how much memory it takes and what would change that, and stop.")
+    ] = False,
+    processes: Annotated[
+        int, typer.Option("--processes", min=1, help="With --estimate: so many processes, as torchrun starts them.")
+    ] = 1,
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
     json_: JsonOption = False,
@@ -94,6 +100,14 @@ def finetune(
     if preview:
         for job in jobs:
             console.print_preview(api.preview(job, preview))
+        return
+    if estimate:
+        found = [api.estimate(job, processes) for job in jobs]
+        if json_:
+            console.print_json([one.to_json() for one in found])
+        else:
+            for one in found:
+                console.print_pairs(one.pairs())
         return
     reports = api.finetune_all(jobs, resume=resume, overwrite=overwrite, progress=console.TerminalProgress())
     if json_:

@@ -7,24 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ktmerge.errors import UsageError
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners.optimizers import KINDS
-
-if TYPE_CHECKING:
-    from ktmerge.checkpoints import Checkpoint
 
 WEIGHT_BYTES, GRADIENT_BYTES, STATE_BYTES = 4, 4, 8
 """Per parameter: fp32 masters and gradients, and the two moments of Adam."""
 CHOSEN_BYTES, _MASK_BYTES = 20, 2
 """Of a selection, per element that moves its value, place and moments (Adam's); and for every element two masks."""
 _WRITE_FAILURES = ("inline_container", "PytorchStreamWriter", "I/O error", "os error")
-_RUNTIME = 600e6
-"""Bytes of the libraries themselves."""
-_HIDDEN_KEPT, _INNER_KEPT = 12, 6
-"""Numbers kept for the backward pass, per token and layer: vectors of the hidden and of the inner size; measured."""
 
 
 @dataclass(frozen=True)
@@ -83,40 +76,6 @@ def deterministic(device: str) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         filling.fill_uninitialized_memory = fill
-
-
-def memory_needed(
-    base: Checkpoint,
-    job: FinetuneJob,
-    longest: int,
-    piece_tokens: int | None,
-    precision: str,
-    trained: int | None = None,
-) -> float:
-    """Estimated peak in bytes, from the base's headers.
-
-    Args:
-        base: the model.
-        job: what is to be done with it.
-        longest: tokens of the longest sample.
-        piece_tokens: tokens worked on at a time, if batches are split.
-        precision: of the forward pass.
-        trained: how many parameters have gradients and moments; all, if not given.
-    """
-    config = base.config
-    parameters = sum(info.numel for info in base.tensors.values() if info.is_float)
-    hidden, layers = int(config.get("hidden_size") or 0), int(config.get("num_hidden_layers") or 0)
-    inner = int(config.get("intermediate_size") or 4 * hidden)
-    tokens = job.batch_size * longest
-    if piece_tokens is not None:
-        tokens = min(tokens, max(piece_tokens, longest))
-    width = 2.5 if precision == "bfloat16" else 4.0
-    layer = tokens * (_HIDDEN_KEPT * hidden + _INNER_KEPT * inner) * width
-    kept = layer + layers * tokens * hidden * width if job.activation_checkpointing else layers * layer
-    moved = parameters if trained is None else trained
-    gradients = 0.0 if job.optimizer_in_backward else GRADIENT_BYTES
-    own = (gradients + state_bytes(job) + kept_bytes(job)) * moved
-    return WEIGHT_BYTES * parameters + own + kept + _RUNTIME
 
 
 def state_bytes(job: FinetuneJob) -> float:

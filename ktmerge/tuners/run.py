@@ -23,6 +23,7 @@ from ktmerge.errors import KtmergeError, UsageError, first_line
 from ktmerge.progress import Progress, Step
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners.encode import Encoded, EncodedSet, Encoder
+from ktmerge.tuners.estimate import estimate
 from ktmerge.tuners.images.agreement import require_agreement, require_alike, shows_images
 from ktmerge.tuners.loss import PIECE_TOKENS, projects_faithfully
 from ktmerge.tuners.machine import (
@@ -32,7 +33,6 @@ from ktmerge.tuners.machine import (
     is_out_of_memory,
     less_memory,
     memory_available,
-    memory_needed,
     state_bytes,
 )
 from ktmerge.tuners.model import load_model
@@ -177,7 +177,7 @@ class TrainingRun:
         for asked, other in trained.shared:
             self._progress.note(f"{asked} and {other} share one tensor in this model: training one trains both.")
         longest = self._encoded["train"].longest
-        needed = memory_needed(self._base, job, longest, self._piece_tokens, machine.precision, trained.parameters)
+        needed = estimate(job, self._base, self._processes.count, device=machine.device, longest=longest).total
         free = memory_available(machine.device)
         if needed > free:
             self._progress.note(

@@ -6,31 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from ktmerge.checkpoints import Checkpoint
-from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners.machine import (
     choose_machine,
     deterministic,
     is_disk_trouble,
     is_out_of_memory,
     memory_available,
-    memory_needed,
 )
 
 
-def test_memory_grows_with_what_costs_it(tiny_llama: Path) -> None:
-    base = Checkpoint.open(tiny_llama)
-    parameters = sum(info.numel for info in base.tensors.values())
-
-    def needed(longest: int = 1000, pieces: int | None = None, precision: str = "float32", **settings: object) -> float:
-        job = FinetuneJob.model_validate({"data": ["x"], "batch_size": 16, **settings})
-        return memory_needed(base, job, longest, pieces, precision)
-
-    assert needed(longest=1) > 16 * parameters
-    assert needed(longest=2000) > needed()
-    assert needed(activation_checkpointing=True) < needed()
-    assert needed(precision="bfloat16") < needed()
-    assert needed(pieces=512) == needed(batch_size=1)
+def test_free_memory_is_known() -> None:
     assert memory_available("cpu") > 0
 
 
