@@ -6,18 +6,21 @@ from typing import Any
 
 from ktmerge.api.blending import blend, blend_into, extract_lora, plan, refuse_without_out
 from ktmerge.api.checking import Checked, check
-from ktmerge.api.gallery import Listed, import_recipe, list_recipes, schema_text, show_recipe
+from ktmerge.api.gallery import Listed, explain, import_recipe, list_recipes, new_recipe, schema_text, show_recipe
 from ktmerge.api.looking import inspect, recommend
 from ktmerge.api.measuring import measure, measure_all, measurements
 from ktmerge.api.proving import check_lock, diff, lock, lock_path, verify
 from ktmerge.api.running import run
 from ktmerge.api.scoring import backward_transfer, compare, evaluate, report
-from ktmerge.api.tuning import finetune, finetune_all, finetune_jobs, preview
+from ktmerge.api.suites import ListedSuite, list_suites, show_suite
+from ktmerge.api.sweeping import compare_with_trial, sweep, sweep_files, trial_recipe, trial_to_blend
+from ktmerge.api.tuning import estimate, finetune, finetune_all, finetune_jobs, preview
 from ktmerge.recipes import load_recipe
 
 __all__ = [
     "Checked",
     "Listed",
+    "ListedSuite",
     "Pristine",
     "backward_transfer",
     "blend",
@@ -25,8 +28,11 @@ __all__ = [
     "check",
     "check_lock",
     "compare",
+    "compare_with_trial",
     "diff",
+    "estimate",
     "evaluate",
+    "explain",
     "extract_lora",
     "finetune",
     "finetune_all",
@@ -34,12 +40,14 @@ __all__ = [
     "import_recipe",
     "inspect",
     "list_recipes",
+    "list_suites",
     "load_recipe",
     "lock",
     "lock_path",
     "measure",
     "measure_all",
     "measurements",
+    "new_recipe",
     "plan",
     "preview",
     "recommend",
@@ -48,6 +56,11 @@ __all__ = [
     "run",
     "schema_text",
     "show_recipe",
+    "show_suite",
+    "sweep",
+    "sweep_files",
+    "trial_recipe",
+    "trial_to_blend",
     "verify",
 ]
 

@@ -23,8 +23,11 @@ from ktmerge.commands.options import (
 
 @app.command(epilog="Example: ktmerge blend --recipe ties --base ./base --expert spam=runs/spam --out blended")
 def blend(
-    recipe: RecipeOption,
+    recipe: RecipeOption = "",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where the blended model goes.")] = None,
+    trial: Annotated[int | None, typer.Option("--trial", help="Instead of a recipe: a trial of --study.")] = None,
+    study: Annotated[Path | None, typer.Option("--study", help="Folder of a sweep.")] = None,
+    storage: Annotated[str | None, typer.Option("--storage", help="The sweep's URL, if it needs a password.")] = None,
     base: BaseOption = None,
     expert: ExpertOption = None,
     set_: SetOption = None,
@@ -42,9 +45,17 @@ def blend(
     """Blend base and experts into one ordinary checkpoint."""
     from ktmerge import api, console
 
-    if out is None and not dry_run:
-        api.refuse_without_out(recipe, overrides=set_ or (), base=base, experts=expert or ())
-    loaded = api.load_recipe(recipe, overrides=set_ or (), base=base, experts=expert or ())
+    if study is None and trial is None:
+        if not recipe:
+            raise typer.BadParameter("give a recipe, or a trial of a sweep (--trial, --study).", param_hint="--recipe")
+        if out is None and not dry_run:
+            api.refuse_without_out(recipe, overrides=set_ or (), base=base, experts=expert or ())
+        loaded = api.load_recipe(recipe, overrides=set_ or (), base=base, experts=expert or ())
+    else:
+        loaded = api.trial_to_blend(
+            study, trial, storage=storage, needs_out=out is None and not dry_run,
+            besides={"--recipe": recipe, "--base": base, "--expert": expert, "--set": set_},
+        )  # fmt: skip
     if dry_run or out is None:
         plan = api.plan(loaded)
         console.print_json(plan.to_json()) if json_ else console.print_table(*plan.table())
@@ -52,6 +63,8 @@ def blend(
     report = api.blend(
         loaded, out, device=device, resume=resume, overwrite=overwrite, lock=lock, progress=console.TerminalProgress()
     )
+    if study is not None and trial is not None:
+        report.notes += api.compare_with_trial(study, trial, out)
     console.print_json(report.to_json()) if json_ else console.print_table(*report.table())
 
 

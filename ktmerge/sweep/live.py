@@ -44,7 +44,9 @@ class LiveModel:
         UsageError: the base cannot be loaded.
     """
 
-    def __init__(self, recipe: Recipe, device: str, batch_size: int, gigabytes: float, progress: Progress) -> None:
+    def __init__(
+        self, recipe: Recipe, device: str, batch_size: int | None, gigabytes: float, progress: Progress
+    ) -> None:
         self._recipe, self._batch_size, self._gigabytes, self._progress = recipe, batch_size, gigabytes, progress
         root = resolve(str(recipe.base), recipe.folder)
         self._device = choose_device(device)

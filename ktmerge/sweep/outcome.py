@@ -13,6 +13,8 @@ from ktmerge.eval.significance import luck
 from ktmerge.eval.summary import Estimate, ModelSummary, summarise
 from ktmerge.recipes.suites import Side
 from ktmerge.sweep.candidates import Candidate
+from ktmerge.sweep.curve import Curve
+from ktmerge.sweep.pareto import Array
 from ktmerge.sweep.rounds import ItemScores
 from ktmerge.sweep.settings import SweepSettings
 from ktmerge.sweep.space import told
@@ -94,6 +96,28 @@ class Outcome:
         models = {"base": self.base, **{str(one.candidate.number): one.scores for one in self.finals}}
         found = self._summary(models, None)
         return {one.candidate.number: found[str(one.candidate.number)] for one in self.finals}
+
+    @property
+    def knob(self) -> str | None:
+        """The key that was turned, if it was a single number."""
+        ranges = self.settings.ranges
+        alone = len(ranges) == 1 and len(self.settings.methods) < 2 and not ranges[0].choices
+        return ranges[0].key if alone and self.settings.screen != "divergence" else None
+
+    @cached_property
+    def curves(self) -> Array | None:
+        """Of a single knob its whole way ``[101, 3]``: the knob, retention and gain, from the few points measured.
+
+        Where a candidate was scored on all items, that counts; monotone, see `Curve`.
+        """
+        if self.knob is None:
+            return None
+        finals = {one.candidate.number: (one.retention, one.gain) for one in self.finals}
+        knobs = [float(one.point[self.knob]) for one in self.candidates]
+        values = [finals.get(one.number, (one.first, one.second)) for one in self.candidates]
+        kept, gained = (Curve(knobs, [pair[i] for pair in values]) for i in range(2))
+        grid = kept.grid(100)
+        return np.array([[knob, kept.at(knob), gained.at(knob)] for knob in grid])
 
     def rule(self) -> str:
         """How the recipe was chosen."""

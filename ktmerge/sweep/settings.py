@@ -69,7 +69,7 @@ class SweepSettings:
     grace: float = 60.0
     device: str = "auto"
     gigabytes: float = 8.0
-    batch_size: int = 16
+    batch_size: int | None = None
     bootstrap: int = 2000
 
     def __post_init__(self) -> None:

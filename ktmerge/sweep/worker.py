@@ -269,9 +269,7 @@ def _ends(settings: SweepSettings) -> list[float]:
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:
-    document = recipe.model_dump(
-        mode="json", by_alias=True, exclude_unset=True, exclude={"finetune", "eval"}
-    )
+    document = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"finetune", "eval"})
     return {"ktmerge": recipe.ktmerge, **document}
 
 

@@ -1,0 +1,201 @@
+"""Searches over recipes, and their trials."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, cast
+
+from ktmerge.api.inputs import RecipeLike, loaded_recipe
+from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.progress import SILENT, Progress
+from ktmerge.recipes.load import load_suite, suite_of
+from ktmerge.recipes.schema import Recipe
+from ktmerge.recipes.suites import Suite
+
+if TYPE_CHECKING:
+    from ktmerge.sweep import Outcome
+    from ktmerge.sweep.launch import Where
+    from ktmerge.sweep.settings import Sampler, Screen
+
+
+def sweep(
+    recipe: RecipeLike,
+    out: str | Path,
+    *,
+    ranges: Iterable[str] = (),
+    methods: Sequence[str] = (),
+    suite: str | Path | None = None,
+    held_out: str | Path | None = None,
+    keep_upstream: float = 0.99,
+    gain_share: float = 0.9,
+    trials: int = 60,
+    sampler: str = "auto",
+    screen: str = "subset",
+    share: float = 0.5,
+    finalists: int = 8,
+    seed: int = 0,
+    storage: str | None = None,
+    workers: int = 1,
+    slurm: bool = False,
+    ray: bool = False,
+    grace: float = 60.0,
+    gigabytes: float = 8.0,
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> Outcome:
+    """Search for the blend that learns most among those that keep enough; report it on items that chose nothing.
+
+    Args:
+        recipe: what is not turned.
+        out: folder for trials, table, picture and the chosen recipe.
+        ranges: ``key=low:high``, ``key=low:high:log``, ``key=low:high:int`` or ``key=a|b|c``.
+        methods: tried each; the recipe's by default.
+        suite: sets to choose on; the recipe's eval section by default.
+        held_out: sets to report on: the same tasks on other rows. Not needed if the suite keeps rows for ``selection``.
+        keep_upstream: least upstream score, as a share of the base's.
+        gain_share: share of the experts' downstream gain that counts as the goal reached.
+        trials: candidates in all.
+        sampler: auto, nsga2, tpe, gp, grid, qmc or curve.
+        screen: subset, divergence or full: how all candidates are compared before the best are scored on everything.
+        share: of the selection items that are for screening.
+        finalists: most candidates that are scored on everything.
+        seed: of the sampler.
+        storage: a database's URL, for workers on several machines; by default a journal file in ``out``.
+        workers: processes that share the work.
+        slurm: submit them as Slurm jobs.
+        ray: run them as actors of the Ray cluster there is.
+        grace: seconds of silence after which a worker on another machine counts as dead.
+        gigabytes: most decompositions kept on disk for methods that need them; 0: none.
+        device: auto, cpu or cuda.
+        resume: go on with this sweep, or join it.
+        overwrite: replace another sweep in ``out``.
+        progress: where to report to.
+
+    Raises:
+        UsageError: something is wrong with recipe, ranges, suites, models, storage or ``out``; optuna is missing.
+        KtmergeError: no candidate could be blended and scored, or a worker failed.
+    """
+    _require_optuna()
+    from ktmerge.sweep.folder import begin, finish
+    from ktmerge.sweep.launch import launch
+    from ktmerge.sweep.settings import SweepSettings, journal
+    from ktmerge.sweep.space import Range, Space
+    from ktmerge.sweep.worker import study_name
+
+    loaded, folder = loaded_recipe(recipe), Path(out)
+    if loaded.base is None:
+        raise UsageError(f"the recipe '{loaded.name}' names no base; add one.")
+    chosen_on = load_suite(suite) if suite is not None else suite_of(loaded)
+    reported_on, parts = _held_out(chosen_on, held_out)
+    settings = SweepSettings(
+        recipe=loaded, ranges=tuple(Range.parse(one) for one in ranges), methods=tuple(methods), suite=chosen_on,
+        held_out=reported_on, parts=parts, storage=storage or journal(folder), keep=keep_upstream, gain=gain_share,
+        trials=trials, sampler=cast("Sampler", sampler), screen=cast("Screen", screen), share=share,
+        finalists=finalists, seed=seed, grace=grace,
+        device=device, gigabytes=gigabytes, batch_size=loaded.eval.batch_size if loaded.eval else None,
+        bootstrap=loaded.eval.bootstrap if loaded.eval else 2000,
+    )  # fmt: skip
+    Space(settings.recipe, settings.ranges, settings.methods)
+    study = study_name(settings, progress)
+    begin(folder, settings, study, resume=resume, overwrite=overwrite)
+    kind: Where = "slurm" if slurm else "ray" if ray else "here"
+    outcome = launch(settings, workers, kind, folder / "jobs", progress)
+    finish(folder, outcome)
+    return outcome
+
+
+def sweep_files(out: str | Path) -> dict[str, Path]:
+    """What a sweep has left in its folder, by what it is."""
+    from ktmerge.sweep.folder import CHOSEN, PICTURE, RESULT, TABLE
+
+    named = {"chosen recipe": CHOSEN, "candidates": TABLE, "picture": f"{PICTURE}.png", "all of it": RESULT}
+    return {what: Path(out) / name for what, name in named.items() if (Path(out) / name).exists()}
+
+
+def trial_recipe(study: str | Path, trial: int, *, storage: str | None = None) -> Recipe:
+    """The recipe of a sweep's trial: it blends to the very model that was scored.
+
+    Args:
+        study: the sweep's folder.
+        trial: its number.
+        storage: the URL of the sweep's storage, if it needs a password.
+
+    Raises:
+        UsageError: there is no such sweep or trial.
+    """
+    _require_optuna()
+    from ktmerge.sweep.folder import trial_recipe as of
+
+    return of(Path(study), trial, storage)
+
+
+def trial_to_blend(
+    study: Path | None,
+    trial: int | None,
+    *,
+    storage: str | None = None,
+    needs_out: bool = False,
+    besides: Mapping[str, object] = MappingProxyType({}),
+) -> Recipe:
+    """The recipe of a trial for a blend that nothing else changes.
+
+    Args:
+        study: the sweep's folder.
+        trial: its number.
+        storage: the URL of the sweep's storage, if it needs a password.
+        needs_out: whether the blend's output is still to be named.
+        besides: options that would change the recipe, by name.
+
+    Raises:
+        UsageError: there is no such sweep or trial, or something is missing or too much.
+    """
+    if study is None or trial is None:
+        raise UsageError("a trial of a sweep is named by both --trial and --study, the sweep's folder.")
+    given = [name for name, value in besides.items() if value]
+    if given:
+        raise UsageError(f"{given[0]}: a trial is blended as it was scored; leave it out.")
+    if needs_out:
+        raise UsageError("--out: say where the blended model goes, or add --dry-run.")
+    return trial_recipe(study, trial, storage=storage)
+
+
+def compare_with_trial(study: str | Path, trial: int, out: str | Path, progress: Progress = SILENT) -> list[str]:
+    """Hold a blend of a trial's recipe to the model in memory that was scored as a finalist; what to say of it, if it
+    was one.
+
+    Raises:
+        KtmergeError: they differ.
+    """
+    from ktmerge.checkpoints import Checkpoint
+    from ktmerge.sweep.folder import scored_digest
+
+    wanted = scored_digest(Path(study), trial)
+    if wanted is None:
+        return []
+    if Checkpoint.open(Path(out)).content_digest(progress) != wanted:
+        raise KtmergeError(f"{out}: differs from the model that was scored as trial {trial}; an input has changed.")
+    return [f"every tensor has the bits that were scored as trial {trial}"]
+
+
+def _held_out(suite: Suite, other: str | Path | None) -> tuple[Suite, tuple[str | None, str | None]]:
+    """The suite to report on, and which rows of both."""
+    if other is not None:
+        return load_suite(other), ("selection" if suite.selection else None, None)
+    if not suite.selection:
+        raise UsageError(
+            f"the suite '{suite.name}' keeps no rows for choosing: give it 'selection: 0.3', or name other sets to "
+            "report on with --held-out. What chose a recipe says nothing of how good it is."
+        )
+    return suite, ("selection", "report")
+
+
+def _require_optuna() -> None:
+    try:
+        import optuna  # noqa: F401
+        import scipy  # noqa: F401
+    except ImportError:
+        raise UsageError("sweeps need optuna and scipy; install them with: pip install 'ktmerge[sweep]'.") from None

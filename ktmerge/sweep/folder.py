@@ -1,0 +1,192 @@
+"""The folder of a sweep: what it is, written first; what it found, written last. And any of its trials as a recipe."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import yaml
+
+from ktmerge.checkpoints.files import write_whole
+from ktmerge.errors import UsageError
+from ktmerge.recipes.load import parse_recipe
+from ktmerge.recipes.schema import Recipe
+from ktmerge.sweep.candidates import RECIPE
+from ktmerge.sweep.outcome import Outcome
+from ktmerge.sweep.settings import SweepSettings, journal
+
+DEFINITION, RESULT, CHOSEN, TABLE, PICTURE, CURVE = (
+    "sweep.json", "result.json", "chosen.yaml", "candidates.csv", "front", "curve.csv",
+)  # fmt: skip
+
+
+def begin(out: Path, settings: SweepSettings, study: str, *, resume: bool, overwrite: bool) -> None:
+    """Make the folder, or find that it is this sweep's.
+
+    Raises:
+        UsageError: it holds something else, or this sweep and ``resume`` is not set.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: is a file; choose another folder.")
+    known = _definition(out) if (out / DEFINITION).exists() else None
+    if overwrite and known is not None and not resume:
+        for name in (DEFINITION, RESULT, CHOSEN, TABLE, CURVE, f"{PICTURE}.png", f"{PICTURE}.svg", "journal.log"):
+            (out / name).unlink(missing_ok=True)
+        shutil.rmtree(out / "jobs", ignore_errors=True)
+        known = None
+    if known is None:
+        if out.exists() and any(one.name != "journal.log" for one in out.iterdir()):
+            raise UsageError(f"{out}: holds something else than a sweep; choose another folder.")
+        out.mkdir(parents=True, exist_ok=True)
+    elif known["study"] != study:
+        raise UsageError(
+            f"{out}: holds another sweep: of another recipe, other models, data, ranges or settings; "
+            "choose another folder, or add --overwrite."
+        )
+    elif not resume:
+        raise UsageError(f"{out}: holds this sweep; add --resume to go on with it or to join it, or --overwrite.")
+    storage = None if settings.storage == journal(out) else _without_password(settings.storage)
+    document = {
+        "ktmerge_sweep": 1,
+        "study": study,
+        "storage": storage,
+        "recipes from": os.path.relpath(settings.recipe.folder, out),
+    }
+    write_whole(out / DEFINITION, json.dumps(document, indent=1) + "\n")
+
+
+def finish(out: Path, outcome: Outcome) -> list[Path]:
+    """Write the front as table and picture, the chosen recipe, and all that was found; the paths.
+
+    Raises:
+        KtmergeError: a file cannot be written.
+    """
+    from ktmerge.sweep.picture import pictures
+
+    files: dict[str, str | bytes] = {
+        RESULT: json.dumps(outcome.to_json(), indent=1, ensure_ascii=False) + "\n",
+        TABLE: _csv(outcome),
+        **{f"{PICTURE}.{kind}": content for kind, content in pictures(outcome).items()},
+    }
+    if outcome.curves is not None:
+        rows = [[f"{value:.6g}" for value in row] for row in outcome.curves]
+        files[CURVE] = _lines([[str(outcome.knob), "upstream_kept_percent", "gain_points"], *rows])
+    if outcome.chosen is not None:
+        files[CHOSEN] = chosen_text(outcome, out)
+    else:
+        (out / CHOSEN).unlink(missing_ok=True)
+    for name, content in files.items():
+        write_whole(out / name, content)
+    return [out / name for name in files]
+
+
+def trial_recipe(folder: Path, number: int, storage: str | None = None) -> Recipe:
+    """The recipe of a trial.
+
+    Args:
+        folder: of the sweep.
+        number: of the trial.
+        storage: where the sweep's trials are, if the folder does not say it: a URL with a password.
+
+    Raises:
+        UsageError: there is no such sweep or trial.
+    """
+    from ktmerge.sweep.ledger import open_storage, trial_numbered
+    from ktmerge.sweep.sampling import quietly
+
+    quietly()
+    known = _definition(folder)
+    where = storage or known["storage"] or journal(folder)
+    if "://" not in where and not Path(where).is_file():
+        raise UsageError(f"{where}: the sweep's journal is not there.")
+    trial = trial_numbered(open_storage(where), str(known["study"]), number)
+    if RECIPE not in trial.user_attrs:
+        raise UsageError(f"--trial {number}: that trial was not begun.")
+    source = (folder / known["recipes from"]).resolve()
+    return parse_recipe(dict(trial.user_attrs[RECIPE]), f"{folder}, trial {number}", source)
+
+
+def scored_digest(folder: Path, number: int) -> str | None:
+    """The digest of the model that was scored as a finalist, if that trial was one and the sweep is done."""
+    try:
+        found = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        return next((one["digest"] for one in found["finalists"] if one["trial"] == number), None)
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def chosen_text(outcome: Outcome, out: Path) -> str:
+    """The chosen recipe as YAML that works from the folder ``out``, with how it was chosen above it."""
+    recipe = outcome.settings.recipe
+    document = json.loads(json.dumps(outcome.shown.recipe))
+    document["name"] = f"{recipe.name}-chosen"
+
+    def moved(reference: str) -> str:
+        return "+".join(_moved(part, recipe.folder, out) for part in reference.split("+"))
+
+    document["base"] = moved(document["base"])
+    for expert in document["experts"].values():
+        expert["model"] = moved(expert["model"])
+    for owner in (document, *document["experts"].values()):
+        if isinstance(owner.get("statistics"), str):
+            owner["statistics"] = _moved(owner["statistics"], recipe.folder, out)
+    said = [*outcome.statement(), *outcome.cautions()]
+    heading = "".join(f"# {line}\n" for line in said)
+    return heading + yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110)
+
+
+def _moved(reference: str, source: Path, out: Path) -> str:
+    path = Path(reference).expanduser()
+    if path.is_absolute() or not (source / path).exists():
+        return reference
+    return os.path.relpath((source / path).absolute(), out.absolute())
+
+
+def _definition(folder: Path) -> dict[str, Any]:
+    try:
+        document = json.loads((folder / DEFINITION).read_text(encoding="utf-8"))
+    except OSError:
+        raise UsageError(f"{folder}: no sweep; 'ktmerge sweep' writes {DEFINITION} there.") from None
+    except ValueError:
+        raise UsageError(f"{folder / DEFINITION}: damaged; not JSON.") from None
+    if not isinstance(document, dict) or document.get("ktmerge_sweep") != 1 or "study" not in document:
+        raise UsageError(f"{folder / DEFINITION}: not a sweep of this ktmerge.")
+    return document
+
+
+def _without_password(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit(parts._replace(netloc=f"{parts.username}@{host}"))
+
+
+def _csv(outcome: Outcome) -> str:
+    keys = list(dict.fromkeys(key for one in outcome.candidates for key in one.point))
+    finals = {one.candidate.number: one for one in outcome.finals}
+    names = ["kl_to_base", "kl_to_experts"] if outcome.settings.screen == "divergence" else ["kept", "gain"]
+    sign = -1 if outcome.settings.screen == "divergence" else 1
+    rows: list[list[Any]] = [["trial", *keys, *names, "stopped", "final_kept_percent", "final_gain_points", "chosen"]]
+    for one in outcome.candidates:
+        final = finals.get(one.number)
+        rows.append(
+            [
+                one.number, *(one.point.get(key, "") for key in keys), sign * one.first, sign * one.second,
+                one.stopped or "", *(("", "") if final is None else (final.retention, final.gain)),
+                int(outcome.chosen is not None and outcome.chosen.number == one.number),
+            ]
+        )  # fmt: skip
+    return _lines(rows)
+
+
+def _lines(rows: list[list[Any]]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return buffer.getvalue()

@@ -1,0 +1,116 @@
+"""Workers of a sweep: processes of this machine, Slurm jobs, or actors of a Ray cluster."""
+
+from __future__ import annotations
+
+import multiprocessing
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.progress import SILENT, Progress
+from ktmerge.sweep.outcome import Outcome
+from ktmerge.sweep.settings import SweepSettings
+from ktmerge.sweep.worker import Worker, search
+
+Where = Literal["here", "slurm", "local jobs", "ray"]
+
+
+def launch(settings: SweepSettings, workers: int, where: Where, jobs: Path, progress: Progress = SILENT) -> Outcome:
+    """Run a sweep with so many workers until it is done.
+
+    Args:
+        settings: the sweep.
+        workers: how many.
+        where: processes here, of which this one is one; jobs of Slurm (or, to try that, of this machine); Ray actors.
+        jobs: folder for the jobs' files.
+        progress: told what this process does.
+
+    Raises:
+        UsageError: a package or a cluster is missing, or the storage is out of the workers' reach.
+        KtmergeError: all workers failed.
+    """
+    if workers < 1:
+        raise UsageError("--workers: must be 1 or more.")
+    if where == "here":
+        return _here(settings, workers, progress)
+    if "://" not in settings.storage:
+        settings = replace(settings, storage=str(Path(settings.storage).absolute()))
+    return _ray(settings, workers) if where == "ray" else _jobs(settings, workers, where, jobs, progress)
+
+
+def _here(settings: SweepSettings, workers: int, progress: Progress) -> Outcome:
+    """This process is the first; that one of the others dies costs only its time."""
+    context = multiprocessing.get_context("spawn")
+    others = [context.Process(target=search, args=(settings,), daemon=True) for _ in range(workers - 1)]
+    for other in others:
+        other.start()
+    try:
+        outcome = search(settings, progress)
+        for other in others:
+            other.join()
+        return outcome
+    finally:
+        for other in others:
+            with suppress(ValueError):
+                other.terminate()
+
+
+def _jobs(settings: SweepSettings, workers: int, where: Where, folder: Path, progress: Progress) -> Outcome:
+    try:
+        import submitit
+    except ImportError:
+        raise UsageError("--slurm needs submitit; install it with: pip install 'ktmerge[slurm]'.") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        executor = submitit.AutoExecutor(folder=folder, cluster="slurm" if where == "slurm" else "local")
+    except RuntimeError as error:
+        raise UsageError(f"--slurm: there is no Slurm on this machine: {error}") from None
+    executor.update_parameters(name="ktmerge-sweep", timeout_min=24 * 60, tasks_per_node=1, nodes=1)
+    if where == "slurm" and settings.device != "cpu":
+        executor.update_parameters(gpus_per_node=1)
+    submitted = [executor.submit(search, settings) for _ in range(workers)]
+    progress.note(
+        f"submitted {workers} jobs: {', '.join(job.job_id for job in submitted)}; their output is in {folder}"
+    )
+    try:
+        return _first([job.result for job in submitted])
+    except KeyboardInterrupt:
+        for job in submitted:
+            job.cancel()
+        raise
+
+
+def _ray(settings: SweepSettings, workers: int) -> Outcome:
+    """One actor a GPU, if the cluster has any; each loads its model once."""
+    try:
+        import ray as library
+    except ImportError:
+        raise UsageError("--ray needs ray; install it with: pip install 'ktmerge[ray]'.") from None
+    ray: Any = library
+    try:
+        ray.init(address="auto", log_to_driver=False)
+    except ConnectionError:
+        raise UsageError("--ray: no Ray cluster is running here; start one with 'ray start --head'.") from None
+    try:
+        gpus = 1 if ray.cluster_resources().get("GPU") and settings.device != "cpu" else 0
+        actor = ray.remote(num_gpus=gpus, num_cpus=1)(Worker)
+        running = [actor.remote(settings).run.remote() for _ in range(workers)]
+        return _first([lambda one=one: ray.get(one) for one in running])
+    finally:
+        ray.shutdown()
+
+
+def _first(results: list[Any]) -> Outcome:
+    """What the first worker that came through says; all say the same."""
+    failures = []
+    for result in results:
+        try:
+            found: Outcome = result()
+            return found
+        except KeyboardInterrupt:
+            raise
+        except Exception as error:  # a job or actor that died: whatever the launcher raises
+            failures.append(error)
+    raise KtmergeError(f"all {len(results)} workers failed; the first: {failures[0]}")
