@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def evaluate(
     models: Sequence[str | Path] | Mapping[str, str | Path],
     *,
-    suite: str | Path | None = None,
+    suite: str | Path | Sequence[str | Path] | None = None,
     recipe: RecipeLike | None = None,
     overrides: Iterable[str] = (),
     base: str | Path | None = None,
@@ -38,7 +38,7 @@ def evaluate(
     Args:
         models: folders, ``name=folder`` strings, or a mapping of names to folders; of checkpoints, or of adapters for
             the base, or ``model+adapter``.
-        suite: a suite file.
+        suite: a suite file or the name of a ready suite; or several, scored as one.
         recipe: instead of a suite, a recipe whose eval section names one.
         overrides: ``key=value`` strings for the recipe.
         base: the untuned model; defaults to the recipe's. Scored first, as ``base``.
@@ -57,11 +57,11 @@ def evaluate(
     from ktmerge import eval as evaluation
     from ktmerge.checkpoints import resolve
     from ktmerge.eval.store import score_folder
-    from ktmerge.recipes import load_suite
+    from ktmerge.recipes.combining import load_suites
 
     loaded = None if recipe is None else loaded_recipe(recipe, overrides)
-    if suite is not None:
-        sets = load_suite(suite)
+    if suite:
+        sets = load_suites([suite] if isinstance(suite, str | Path) else suite)
     elif loaded is not None:
         sets = suite_of(loaded)
     else:

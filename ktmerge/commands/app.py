@@ -17,6 +17,8 @@ app = typer.Typer(
 )
 recipes = typer.Typer(no_args_is_help=True, help="Check, show, list and import recipes.")
 app.add_typer(recipes, name="recipe")
+suites = typer.Typer(no_args_is_help=True, help="List and show evaluation suites that come with ktmerge.")
+app.add_typer(suites, name="suite")
 
 
 def _version(wanted: bool) -> None:

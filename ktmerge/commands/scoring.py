@@ -23,7 +23,10 @@ from ktmerge.commands.options import (
 )
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="Model folders, or name=folder.")],
-    suite: Annotated[Path | None, typer.Option("--suite", "-s", help="Suite file.")] = None,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option("--suite", "-s", help="Suite file or name (ktmerge suite list). Repeatable: scored as one."),
+    ] = None,
     recipe: Annotated[str | None, typer.Option("--recipe", "-r", help="Take suite and base from this recipe.")] = None,
     base: BaseOption = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write scores (JSON) here.")] = None,

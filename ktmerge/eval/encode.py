@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from ktmerge.errors import UsageError
-from ktmerge.eval.items import ChoiceItem, GenerateItem, Item, LetterItem, Shot, TextItem, whole_prompt
-from ktmerge.recipes.suites import AnyTask, ChoiceTask, ClassifyTask, GenerateTask, LetterTask, TextTask
+from ktmerge.eval.items import AskedItem, ChoiceItem, Item, SaidItem, Shot, TextItem, whole_prompt
+from ktmerge.recipes.suites import AnyTask, ChoiceTask, ClassifyTask, SaidTask, TextTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,11 +79,11 @@ class Encoder:
                 return self._texts(task, [item for item in items if isinstance(item, TextItem)])
             if isinstance(task, ChoiceTask | ClassifyTask):
                 return self._choices(task, [item for item in items if isinstance(item, ChoiceItem)])
-            return self._prompts(task, [item for item in items if isinstance(item, GenerateItem | LetterItem)])
+            return self._prompts(task, [item for item in items if isinstance(item, SaidItem)])
         except UsageError as error:
             raise UsageError(f"task '{task.name}': {error}") from None
 
-    def asked(self, item: ChoiceItem | GenerateItem | LetterItem, chat: bool) -> str:
+    def asked(self, item: AskedItem, chat: bool) -> str:
         """All the model sees of an item, worked examples included: as turns with ``chat``, else one after the other."""
         return self.prompt(item.prompt, True, item.shots) if chat else whole_prompt(item)
 
@@ -208,7 +208,7 @@ class Encoder:
             )
         return Request(pair.context[-room:], pair.continuation)
 
-    def _prompts(self, task: GenerateTask | LetterTask, items: Sequence[GenerateItem | LetterItem]) -> Encoded:
+    def _prompts(self, task: SaidTask, items: Sequence[SaidItem]) -> Encoded:
         room = self._max_length - task.max_new_tokens
         if room < 1:
             raise UsageError(

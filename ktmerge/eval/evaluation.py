@@ -19,7 +19,8 @@ from ktmerge.checkpoints import Checkpoint
 from ktmerge.checkpoints.limits import context_length
 from ktmerge.errors import UsageError, did_you_mean
 from ktmerge.eval.encode import Encoded, fingerprint, has_images
-from ktmerge.eval.items import AskedItem, GenerateItem, TextItem, whole_prompt
+from ktmerge.eval.harness import NO_FILTER, HarnessSet
+from ktmerge.eval.items import AskedItem, GenerateItem, InstructionsItem, TextItem, whole_prompt
 from ktmerge.eval.loading import (
     choose_device,
     choose_dtype,
@@ -105,7 +106,7 @@ def evaluate(
         bootstrap=bootstrap,
         seed=seed,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        versions=versions(),
+        versions=versions() | _harness_version(sets),
         warnings=encodings.warnings,
         part=part_named(part, suite.selection),
     )
@@ -116,6 +117,10 @@ def versions() -> dict[str, str]:
     libraries = ("torch", "transformers", "tokenizers", "numpy")
     found = {name: version(name) for name in libraries}
     return {"ktmerge": __version__, **found, "python": platform.python_version()}
+
+
+def _harness_version(sets: Sequence[TaskSet]) -> dict[str, str]:
+    return {"lm_eval": version("lm_eval")} if any(one.harness is not None for one in sets) else {}
 
 
 @dataclass(frozen=True)
@@ -285,6 +290,8 @@ def free_memory(device: Any) -> None:
 
 
 def _task_info(one: TaskSet, encoded: Encoded) -> TaskInfo:
+    if one.harness is not None:
+        return _harness_info(one, one.harness, encoded)
     items = [item for item in one.items if not isinstance(item, TextItem)]
     return TaskInfo(
         name=one.task.name,
@@ -301,8 +308,19 @@ def _task_info(one: TaskSet, encoded: Encoded) -> TaskInfo:
     )
 
 
+def _harness_info(one: TaskSet, made: HarnessSet, encoded: Encoded) -> TaskInfo:
+    metric, by = made.metric
+    return TaskInfo(
+        name=one.task.name, side=one.side, kind=one.task.kind, digest=one.digest, data_digest=one.data_digest,
+        metric=metric if by == NO_FILTER else f"{metric},{by}",
+        rows=encoded.rows, prompts=made.prompts, references=made.references,
+    )  # fmt: skip
+
+
 def _reference(item: AskedItem) -> Any:
-    """Index of the right choice, the reference answer, or all of them where there are several."""
+    """Index of the right choice; the reference answer, or all of several; the kinds of instructions."""
+    if isinstance(item, InstructionsItem):
+        return [one.kind for one in item.instructions]
     if not isinstance(item, GenerateItem):
         return item.answer
     return item.answers[0] if len(item.answers) == 1 else list(item.answers)

@@ -11,10 +11,10 @@ from ktmerge.errors import UsageError
 from ktmerge.eval.rows import ranked
 from ktmerge.eval.templates import Template, missing_column
 from ktmerge.recipes.rows import Row
-from ktmerge.recipes.suites import AnyTask, PromptTask, TextTask
+from ktmerge.recipes.suites import AnyTask, PromptTask
 
 if TYPE_CHECKING:
-    from ktmerge.eval.items import AskedItem, Shot
+    from ktmerge.eval.items import Shot, ShownItem
 
 
 class Examples:
@@ -26,7 +26,7 @@ class Examples:
         make: makes an item of a row.
     """
 
-    def __init__(self, task: PromptTask, rows: Sequence[Row], make: Callable[[Row], AskedItem]) -> None:
+    def __init__(self, task: PromptTask, rows: Sequence[Row], make: Callable[[Row], ShownItem]) -> None:
         self._task = task
         answer = Template(task.shot, f"task '{task.name}', shot") if task.shot else None
         self._by_group: dict[Any, list[tuple[str, Shot]]] = defaultdict(list)
@@ -59,7 +59,7 @@ def worked_rows(task: AnyTask, pool: list[Row]) -> list[Row]:
     Raises:
         UsageError: the column that groups them is missing.
     """
-    if isinstance(task, TextTask) or not task.shots:
+    if not isinstance(task, PromptTask) or not task.shots:
         return []
     if task.shots_by is None:
         return ranked(pool, f"{task.seed}:shot")[: task.shots + 1]
@@ -81,7 +81,7 @@ def _group(task: PromptTask, row: Row) -> Any:
     return str(row.values[task.shots_by])
 
 
-def introduced(item: AskedItem, intro: str) -> AskedItem:
+def introduced(item: ShownItem, intro: str) -> ShownItem:
     """The item with ``intro`` before all that it shows."""
     if item.shots:
         first = item.shots[0]

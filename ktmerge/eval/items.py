@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from ktmerge.errors import UsageError
 from ktmerge.eval.examples import Examples, introduced, worked_rows
+from ktmerge.eval.instructions import Instruction, instruction
 from ktmerge.eval.letters import LETTERS, lettered
 from ktmerge.eval.templates import Template, is_template, missing_column
 from ktmerge.recipes.images import Image
@@ -17,6 +18,7 @@ from ktmerge.recipes.suites import (
     ChoiceTask,
     ClassifyTask,
     GenerateTask,
+    InstructionsTask,
     LetterTask,
     TaskBase,
     TextTask,
@@ -83,6 +85,17 @@ class GenerateItem:
 
 
 @dataclass(frozen=True)
+class InstructionsItem:
+    """A prompt, and the instructions in it that a program can check."""
+
+    row: int
+    prompt: str
+    instructions: tuple[Instruction, ...]
+    shots: tuple[Shot, ...] = ()
+    images: tuple[Image, ...] = ()
+
+
+@dataclass(frozen=True)
 class TextItem:
     """A text whose tokens are predicted one by one."""
 
@@ -91,7 +104,11 @@ class TextItem:
     images: tuple[Image, ...] = ()
 
 
-AskedItem = ChoiceItem | LetterItem | GenerateItem
+ShownItem = ChoiceItem | LetterItem | GenerateItem
+"""Those of which worked examples can be made."""
+SaidItem = GenerateItem | LetterItem | InstructionsItem
+"""Those that a model answers in its own words."""
+AskedItem = ShownItem | InstructionsItem
 Item = AskedItem | TextItem
 
 
@@ -115,9 +132,15 @@ def make_items(
     if isinstance(task, TextTask):
         text = Template(task.text, _where(task, "text"))
         return [TextItem(row.number, text.text(row), seen.get(row.where, ())) for row in rows]
+    if isinstance(task, InstructionsTask):
+        ask = Template(task.prompt, _where(task, "prompt"))
+        return [
+            InstructionsItem(row.number, ask.text(row), _instructions(task, row), images=seen.get(row.where, ()))
+            for row in rows
+        ]
     bare = _maker(task)
 
-    def make(row: Row) -> AskedItem:
+    def make(row: Row) -> ShownItem:
         return replace(bare(row), images=seen.get(row.where, ()))
 
     intro = Template(task.intro, _where(task, "intro")) if task.intro else None
@@ -134,11 +157,27 @@ def _where(task: TaskBase, key: str) -> str:
     return f"task '{task.name}', {key}"
 
 
-def _maker(task: ChoiceTask | ClassifyTask | LetterTask | GenerateTask) -> Callable[[Row], AskedItem]:
+def _maker(task: ChoiceTask | ClassifyTask | LetterTask | GenerateTask) -> Callable[[Row], ShownItem]:
     if isinstance(task, GenerateTask):
         prompt, answer = Template(task.prompt, _where(task, "prompt")), Template(task.answer, _where(task, "answer"))
         return lambda row: GenerateItem(row.number, prompt.text(row), _answers(task, answer, row))
     return _ChoiceMaker(task).item
+
+
+def _instructions(task: InstructionsTask, row: Row) -> tuple[Instruction, ...]:
+    for column in (task.instructions, task.arguments):
+        if column not in row.values:
+            raise missing_column(_where(task, "instructions"), row, [column])
+    kinds, arguments = row.values[task.instructions], row.values[task.arguments]
+    if not (isinstance(kinds, list) and isinstance(arguments, list) and len(kinds) == len(arguments) > 0):
+        raise UsageError(
+            f"{_where(task, 'instructions')}: {row.where} needs lists of the same length, not empty, "
+            f"in '{task.instructions}' and '{task.arguments}'."
+        )
+    try:
+        return tuple(instruction(str(kind), own or {}) for kind, own in zip(kinds, arguments, strict=True))
+    except UsageError as error:
+        raise UsageError(f"{_where(task, 'instructions')}: {row.where}: {error}") from None
 
 
 def _answers(task: GenerateTask, template: Template, row: Row) -> tuple[str, ...]:

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from ktmerge.eval.answers import ANSWER
-from ktmerge.eval.items import GenerateItem, LetterItem
+from ktmerge.eval.instructions import followed
+from ktmerge.eval.items import GenerateItem, InstructionsItem, LetterItem
 from ktmerge.eval.letters import read_letter
 from ktmerge.eval.overlap import OVERLAP, overlap
 from ktmerge.eval.results import TaskScore
 from ktmerge.eval.sets import TaskSet
-from ktmerge.recipes.suites import GenerateTask
+from ktmerge.recipes.suites import GenerateTask, InstructionsTask
 
 
 def mark(one: TaskSet, outputs: Sequence[str]) -> TaskScore:
@@ -25,6 +26,8 @@ def mark(one: TaskSet, outputs: Sequence[str]) -> TaskScore:
     """
     if isinstance(one.task, GenerateTask):
         return _answers(one.task, [item for item in one.items if isinstance(item, GenerateItem)], outputs)
+    if isinstance(one.task, InstructionsTask):
+        return _followed(one.task, [item for item in one.items if isinstance(item, InstructionsItem)], outputs)
     return _letters([item for item in one.items if isinstance(item, LetterItem)], outputs)
 
 
@@ -33,6 +36,17 @@ def _letters(items: Sequence[LetterItem], outputs: Sequence[str]) -> TaskScore:
     scores = [float(found == item.answer) for found, item in zip(read, items, strict=True)]
     details: dict[str, list[Any]] = {"outputs": list(outputs), "predicted": list(read)}
     return TaskScore(np.array(scores), details, {"unread": _percent([found is None for found in read])})
+
+
+def _followed(task: InstructionsTask, items: Sequence[InstructionsItem], outputs: Sequence[str]) -> TaskScore:
+    found = [followed(said, item.instructions) for said, item in zip(outputs, items, strict=True)]
+    strict, loose = [own for own, _ in found], [own for _, own in found]
+    scores = [float(all(own)) for own in (strict if task.metric == "prompt_strict" else loose)]
+    other = {"prompt_loose": loose} if task.metric == "prompt_strict" else {"prompt_strict": strict}
+    figures = {name: _percent([all(own) for own in marks]) for name, marks in other.items()}
+    figures["instruction_strict"] = _percent([one for own in strict for one in own])
+    figures["instruction_loose"] = _percent([one for own in loose for one in own])
+    return TaskScore(np.array(scores), {"outputs": list(outputs), "strict": strict, "loose": loose}, figures)
 
 
 def _answers(task: GenerateTask, items: Sequence[GenerateItem], outputs: Sequence[str]) -> TaskScore:

@@ -77,7 +77,7 @@ def whole(task: TaskBase, folder: Path, data: str, subset: str | None, split: st
     rows, digest = taken_apart(found.rows, task.each, task.name), found.digest
     if task.join is not None:
         others = _named(f"{named}, join", task.join.data, folder, task.join.subset, task.join.split)
-        rows = joined(rows, others.rows, task.join.on, task.join.key, task.name)
+        rows = joined(rows, others.rows, task.join.by, task.join.key, task.name)
         digest = hashlib.sha256(f"{digest}\n{others.digest}".encode()).hexdigest()
     return Rows(kept(rows, task.where, task.name), digest=digest)
 

@@ -14,18 +14,22 @@ from ktmerge.eval import metrics
 from ktmerge.eval.batching import answers_at_once
 from ktmerge.eval.encode import Encoded
 from ktmerge.eval.generate import generate
+from ktmerge.eval.harness import score_harness
 from ktmerge.eval.items import ChoiceItem
 from ktmerge.eval.likelihood import LikelihoodScorer
 from ktmerge.eval.marking import mark
 from ktmerge.eval.results import TaskScore
 from ktmerge.eval.sets import TaskSet, encode_sets, read_sets
 from ktmerge.progress import SILENT, Progress
-from ktmerge.recipes.suites import ChoiceTask, ClassifyTask, GenerateTask, LetterTask, Suite, TextTask
+from ktmerge.recipes.harness import HarnessTask
+from ktmerge.recipes.suites import ChoiceTask, ClassifyTask, SaidTask, Suite, TextTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ktmerge.eval.sight import Sight
+
+ANSWERED = 2048  # tokens of a prompt and its answer that memory is kept for where lm_eval generates
 
 
 def score_model(
@@ -88,15 +92,25 @@ class _Job:
     def score(self, one: TaskSet, encoded: Encoded, label: str) -> TaskScore:
         title = f"{label}: {one.task.name}"
         try:
+            if isinstance(one.task, HarnessTask):
+                return self._harness(one.task, one, title)
             if isinstance(one.task, TextTask):
                 return self._texts(encoded, title)
-            if isinstance(one.task, GenerateTask | LetterTask):
+            if isinstance(one.task, SaidTask):
                 return mark(one, self._outputs(one.task, encoded, title))
             return self._choices(one.task, one, encoded, title)
         except UsageError:
             raise
         except KtmergeError as error:
             raise KtmergeError(f"{label}, task '{one.task.name}': {error}") from error
+
+    def _harness(self, task: HarnessTask, one: TaskSet, title: str) -> TaskScore:
+        if one.harness is None:
+            raise UsageError(f"task '{task.name}': read it with read_sets first.")
+        return score_harness(
+            self.model, self.tokenizer, task, one.harness, self.likelihood,
+            batch_size=self.batch_size or answers_at_once(self.model, ANSWERED), progress=self.progress, label=title,
+        )  # fmt: skip
 
     def _choices(self, task: ChoiceTask | ClassifyTask, one: TaskSet, encoded: Encoded, title: str) -> TaskScore:
         sums = self.likelihood.score(encoded.requests, self.progress, title, len(one.items)).logprob
@@ -114,7 +128,7 @@ class _Job:
             figures["balanced_accuracy"] = 100 * metrics.balanced_accuracy(predicted, wanted, classes)
         return TaskScore(np.array(scores), details, figures)
 
-    def _outputs(self, task: GenerateTask | LetterTask, encoded: Encoded, title: str) -> list[str]:
+    def _outputs(self, task: SaidTask, encoded: Encoded, title: str) -> list[str]:
         length = max(map(len, encoded.prompts)) + task.max_new_tokens
         return generate(
             self.model, self.tokenizer, encoded.prompts, max_new_tokens=task.max_new_tokens, stop=task.stop,

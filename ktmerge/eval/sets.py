@@ -14,13 +14,15 @@ from ktmerge.eval.examples import worked_rows
 from ktmerge.eval.images import row_images
 from ktmerge.eval.items import Item, make_items
 from ktmerge.eval.overlap import require
-from ktmerge.eval.rows import part_named, read_rows, whole
+from ktmerge.eval.rows import Part, part_named, read_rows, whole
+from ktmerge.recipes.harness import HarnessTask
 from ktmerge.recipes.rows import Row
-from ktmerge.recipes.suites import AnyTask, Side, Suite, TextTask
+from ktmerge.recipes.suites import AnyTask, PromptTask, Side, Suite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ktmerge.eval.harness import HarnessSet
     from ktmerge.eval.sight import Sight
 
 SCORING_VERSION = 2  # raise when the same task on the same data would score differently
@@ -35,13 +37,15 @@ class TaskSet:
     Attributes:
         digest: sha256 over all of the task that changes its scores: its settings, its data, how ktmerge scores. Where
             the data lie does not count.
+        harness: its rows and prompts if it is lm_eval's, and then no items.
     """
 
-    task: AnyTask
+    task: AnyTask | HarnessTask
     side: Side
     items: list[Item]
     data_digest: str
     digest: str
+    harness: HarnessSet | None = None
 
 
 def read_sets(suite: Suite, part: str | None = None) -> list[TaskSet]:
@@ -58,6 +62,9 @@ def read_sets(suite: Suite, part: str | None = None) -> list[TaskSet]:
     sets = []
     for task in suite.tasks():
         side = suite.side(task.name)
+        if isinstance(task, HarnessTask):
+            sets.append(_of_lm_eval(task, side, suite, chosen))
+            continue
         require(task.metric)
         rows = read_rows(task, suite.folder, suite.selection, chosen)
         pool, pool_digest = _pool(task, suite.folder)
@@ -79,9 +86,18 @@ def _settings(task: AnyTask) -> dict[str, Any]:
     return {key: value for key, value in found.items() if key not in _PLACES and (value or key not in _OPTIONAL)}
 
 
+def _of_lm_eval(task: HarnessTask, side: Side, suite: Suite, part: Part) -> TaskSet:
+    from ktmerge.eval.harness import read_harness
+
+    made = read_harness(task, suite.folder, suite.selection, part)
+    written = [SCORING_VERSION, side, made.digest, None if part == "all" else [part, suite.selection]]
+    digest = hashlib.sha256(json.dumps(written).encode()).hexdigest()
+    return TaskSet(task, side, [], made.data_digest, digest, made)
+
+
 def _pool(task: AnyTask, folder: Path) -> tuple[list[Row], str]:
     """Where a task's worked examples come from, and the digest of that."""
-    if isinstance(task, TextTask) or not task.shots:
+    if not isinstance(task, PromptTask) or not task.shots:
         return [], ""
     split = task.shots_split or (None if task.shots_from else task.split)
     subset = None if task.shots_from else task.subset
@@ -105,4 +121,10 @@ def encode_sets(
         UsageError: something doesn't fit the tokenizer or the context.
     """
     encoder = Encoder(tokenizer, max_length, sight)
-    return {one.task.name: encoder.task(one.task, one.items) for one in sets}
+    return {one.task.name: _encoded(encoder, one) for one in sets}
+
+
+def _encoded(encoder: Encoder, one: TaskSet) -> Encoded:
+    if isinstance(one.task, HarnessTask):  # lm_eval encodes its own
+        return Encoded(list(range(len(one.harness.prompts if one.harness is not None else ()))))
+    return encoder.task(one.task, one.items)

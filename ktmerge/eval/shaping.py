@@ -46,13 +46,13 @@ def taken_apart(rows: Sequence[Row], each: Mapping[str, str], task: str) -> list
     return found
 
 
-def joined(rows: Sequence[Row], others: Sequence[Row], on: str, key: str, task: str) -> list[Row]:
+def joined(rows: Sequence[Row], others: Sequence[Row], by: str, key: str, task: str) -> list[Row]:
     """Rows with the columns that they lack of the other row that belongs to each.
 
     Args:
         rows: what gets columns.
         others: rows with a name of their own in column ``key``.
-        on: column, or expression, of ``rows`` that gives such a name.
+        by: column, or expression, of ``rows`` that gives such a name.
         key: column of ``others``.
         task: names the task in messages.
 
@@ -70,7 +70,7 @@ def joined(rows: Sequence[Row], others: Sequence[Row], on: str, key: str, task: 
         by_name[name] = other
     found: list[Row] = []
     for row in rows:
-        name = str(_value(on, row, where))
+        name = str(_value(by, row, where))
         if name not in by_name:
             raise UsageError(
                 f"{where}: {row.where} asks for {key} '{name}', which is in none of the {len(others)} rows."

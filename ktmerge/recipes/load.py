@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from ktmerge.errors import UsageError
-from ktmerge.recipes import gallery
+from ktmerge.recipes import gallery, ready
 from ktmerge.recipes.document import read_yaml
+from ktmerge.recipes.harness import HarnessTask
 from ktmerge.recipes.migration import RECIPE_STEPS, SUITE_STEPS, migrated
 from ktmerge.recipes.overrides import apply_overrides
 from ktmerge.recipes.schema import SCHEMA_VERSION, Blend, Recipe, WhereRule
@@ -66,18 +67,18 @@ def _present(document: dict[str, Any], where: str) -> dict[str, Any]:
     return migrated(document, "ktmerge", SCHEMA_VERSION, RECIPE_STEPS, where)
 
 
-def load_suite(path: str | Path) -> Suite:
-    """Load an evaluation suite from a YAML file.
+def load_suite(reference: str | Path) -> Suite:
+    """Load an evaluation suite: a YAML file, or one of the ready suites by its name.
 
     Raises:
         UsageError: missing, not YAML, or not a suite.
     """
-    path = Path(path)
+    path, folder = ready.locate(reference)
     document = read_yaml(path)
     if not isinstance(document, dict):
         raise UsageError(f"{path}: a suite is a mapping with upstream and downstream tasks.")
     document = migrated(document, "ktmerge_suite", SUITE_VERSION, SUITE_STEPS, str(path))
-    return validate(Suite, document, str(path)).model_copy(update={"folder": path.resolve().parent})
+    return validate(Suite, document, str(path)).model_copy(update={"folder": folder})
 
 
 def suite_of(recipe: Recipe) -> Suite:
@@ -90,7 +91,8 @@ def suite_of(recipe: Recipe) -> Suite:
     if section is None:
         raise UsageError(f"the recipe '{recipe.name}' has no eval section; add one, or give --suite.")
     if section.suite is not None:
-        return load_suite(recipe.folder / section.suite)
+        file = recipe.folder / section.suite
+        return load_suite(section.suite if section.suite in ready.names() and not file.exists() else file)
     return Suite(
         ktmerge_suite=1,
         name=recipe.name,
@@ -172,7 +174,7 @@ def _spell(model: type[BaseModel], location: tuple[str | int, ...]) -> str:
     return text.lstrip(".")
 
 
-_KINDS = frozenset(str(_tag(task)) for task in typing.get_args(AnyTask))
+_KINDS = frozenset(str(_tag(task)) for task in (*typing.get_args(AnyTask), HarnessTask))
 
 
 def _expert(text: str) -> tuple[str, dict[str, Any]]:

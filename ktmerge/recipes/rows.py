@@ -127,14 +127,15 @@ def _lines(text: str, suffix: str, name: str) -> Iterator[tuple[str, Any]]:
     # split("\n"), not splitlines(): a row may hold other line separators of Unicode
     numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     found = [(f"{name}:{number}", _parse(line)) for number, line in numbered]
-    if found and all(isinstance(value, _Broken) for _, value in found):
-        if suffix not in SUFFIXES:
+    broken = [isinstance(value, _Broken) for _, value in found]
+    if any(broken):
+        if all(broken) and suffix not in SUFFIXES:
             raise _FileError(f"is none of {', '.join(SUFFIXES)}.")
         whole = _parse(text)
-        if not isinstance(whole, _Broken):
-            if not _table_of(whole):
-                raise _FileError("is one JSON object; it must be a list of rows, or one row a line.")
+        if _table_of(whole):
             return _listed(whole, name)
+        if not isinstance(whole, _Broken):
+            raise _FileError("is one JSON object; it must be a list of rows, or one row a line.")
     if suffix == ".json" and len(found) == 1 and _table_of(found[0][1]):
         return _listed(found[0][1], name)
     return iter(found)

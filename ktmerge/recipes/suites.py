@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from ktmerge.recipes.harness import HarnessTask, named
 
 Side = Literal["upstream", "downstream"]
 
@@ -19,7 +21,7 @@ class Join(BaseModel):
     data: str = Field(description="file, folder or dataset, as a task's data")
     subset: str | None = None
     split: str | None = None
-    on: str = Field(description="column (or one {{ expression }}) of the row that names what belongs to it")
+    by: str = Field(description="column (or one {{ expression }}) of the row that names what belongs to it")
     key: str = Field(description="column there with that name; all columns there that the row lacks are added to it")
 
 
@@ -153,6 +155,19 @@ class GenerateTask(PromptTask):
         return value
 
 
+class InstructionsTask(TaskBase):
+    """Instructions whose following a program can check, as IFEval has them: shares of prompts and of instructions."""
+
+    kind: Literal["instructions"]
+    prompt: str = Field("{{ prompt }}", description="template of what is asked")
+    chat: bool = Field(True, description="wrap the prompt as a user turn of the model's chat template")
+    instructions: str = Field("instruction_id_list", description="column with the list of kinds of instructions")
+    arguments: str = Field("kwargs", description="column with the arguments of each; those that are null do not count")
+    max_new_tokens: int = Field(1280, ge=1, le=4096)
+    stop: list[str] = Field(default_factory=list, description="the answer ends before the first of these")
+    metric: Literal["prompt_strict", "prompt_loose"] = "prompt_strict"
+
+
 class TextTask(TaskBase):
     """Plain text, cut into chunks: next-token accuracy (0-100), with perplexity per token, word and byte beside."""
 
@@ -162,8 +177,10 @@ class TextTask(TaskBase):
     metric: Literal["next_token_accuracy"] = "next_token_accuracy"
 
 
-AnyTask = ChoiceTask | ClassifyTask | LetterTask | GenerateTask | TextTask
-Task = Annotated[AnyTask, Field(discriminator="kind")]
+SaidTask = GenerateTask | LetterTask | InstructionsTask
+"""Those that a model answers in its own words."""
+AnyTask = ChoiceTask | ClassifyTask | LetterTask | GenerateTask | InstructionsTask | TextTask
+Task = Annotated[AnyTask | HarnessTask, Field(discriminator="kind"), BeforeValidator(named)]
 
 
 SUITE_VERSION = 1
@@ -193,7 +210,7 @@ class Suite(BaseModel):
             raise ValueError("a suite needs at least one task under upstream or downstream")
         return self
 
-    def tasks(self) -> list[AnyTask]:
+    def tasks(self) -> list[AnyTask | HarnessTask]:
         """All tasks, upstream first."""
         return [*self.upstream, *self.downstream]
 
