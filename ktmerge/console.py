@@ -147,6 +147,17 @@ def print_pairs(pairs: Mapping[str, str]) -> None:
         console.print(f"{key:<{width}}  {value}", markup=False)
 
 
+def print_markdown(text: str) -> None:
+    """Print a text in Markdown, set for reading on a terminal, as it is elsewhere."""
+    from rich.markdown import Markdown
+
+    console = stdout()
+    if console.is_terminal:
+        console.print(Markdown(text))
+    else:
+        console.file.write(text)
+
+
 def print_preview(samples: Sequence[PreviewSample]) -> None:
     """Print samples with the trained tokens in reverse video, or between ⟦ ⟧ where there are no colours."""
     from rich.text import Text

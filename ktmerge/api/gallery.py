@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
-from ktmerge.api.inputs import failing_clearly, refuse_existing, text_of
+from ktmerge.api.inputs import failing_clearly, named_models, refuse_existing, text_of
+from ktmerge.checkpoints.files import write_whole
 from ktmerge.errors import UsageError
 from ktmerge.pipeline import recipe_text
 from ktmerge.recipes import gallery, load_recipe
+
+if TYPE_CHECKING:
+    from ktmerge.merge.explanation import Explanation
 
 
 def show_recipe(reference: str, overrides: Iterable[str] = ()) -> str:
@@ -64,6 +69,52 @@ def import_recipe(source: Path, out: Path | None, *, overwrite: bool = False) ->
         with failing_clearly(out):
             out.write_text(text, encoding="utf-8")
     return text, differences
+
+
+def explain(
+    reference: str, *, overrides: Iterable[str] = (), base: str | None = None, experts: Iterable[str] = ()
+) -> Explanation:
+    """What a recipe will do, in plain words, part by part.
+
+    Raises:
+        UsageError: the recipe is wrong in a way that shows without its models.
+    """
+    from ktmerge.merge import explanation
+
+    return explanation.explain(load_recipe(reference, overrides=overrides, base=base, experts=experts))
+
+
+def new_recipe(
+    out: str | Path,
+    *,
+    base: str,
+    experts: Sequence[str],
+    statistics: bool = False,
+    keep: Sequence[str] = (),
+    lean: str = "balanced",
+    overwrite: bool = False,
+) -> Path:
+    """Write a first recipe, with comments, for a base and its experts.
+
+    Args:
+        out: the file.
+        base: folder or hub id.
+        experts: ``name=model`` strings, or folders.
+        statistics: whether data of both sides are at hand to measure on.
+        keep: part expressions that stay the base's.
+        lean: ``upstream``, ``balanced`` or ``downstream``: what matters most.
+        overwrite: replace a file that is there.
+
+    Raises:
+        UsageError: no experts, one given twice, an unknown ``lean`` or part, or the file exists.
+    """
+    from ktmerge.merge.drafting import draft
+
+    target = Path(out)
+    refuse_existing(target, overwrite)
+    models = {name: str(model) for name, model in named_models(experts).items()}
+    write_whole(target, draft(target.stem, base, models, statistics=statistics, keep=keep, lean=lean))
+    return target
 
 
 def schema_text(kind: str = "recipe") -> str:

@@ -29,6 +29,62 @@ def recipe_check(recipe: Annotated[str, typer.Argument(help="Recipe file or gall
     console.print_json(checked.to_json()) if json_ else console.print_pairs(checked.pairs())
 
 
+@recipes.command("new", epilog="Example: ktmerge recipe new spam.yaml --base ./base --expert spam=runs/spam")
+def recipe_new(
+    out: Annotated[Path, typer.Argument(help="The recipe to write.")],
+    base: Annotated[str, typer.Option(prompt="Base model (folder or hub id)", help="Folder or hub id.")],
+    expert: Annotated[
+        str, typer.Option(prompt="Fine-tuned models (name=folder, joined by ',')", help="name=model, joined by ','.")
+    ],
+    statistics: Annotated[
+        bool,
+        typer.Option(
+            prompt="Are data at hand of what to keep and of what was learned",
+            help="Data of both sides are at hand to measure on.",
+        ),
+    ] = False,
+    keep: Annotated[
+        str,
+        typer.Option(
+            prompt="Parts that should stay the base's (e.g. vision; empty for none)",
+            help="Part expressions that stay the base's, joined by ','.",
+        ),
+    ] = "",
+    lean: Annotated[
+        str,
+        typer.Option(
+            prompt="What matters most: upstream (keep), downstream (learn) or balanced",
+            help="What matters most: upstream, balanced or downstream.",
+        ),
+    ] = "balanced",
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Ask a few questions, and write a recipe with comments."""
+    from ktmerge import api, console
+
+    parts = [part.strip() for part in keep.split(",") if part.strip()]
+    models = [model.strip() for model in expert.split(",") if model.strip()]
+    written = api.new_recipe(
+        out, base=base, experts=models, statistics=statistics, keep=parts, lean=lean, overwrite=overwrite
+    )
+    console.print_pairs({"recipe": str(written), "check it": f"ktmerge recipe check {written}"})
+
+
+@recipes.command("explain", epilog="Example: ktmerge recipe explain recipe.yaml")
+def recipe_explain(
+    recipe: Annotated[str, typer.Argument(help="Recipe file or gallery name.")],
+    set_: SetOption = None,
+    base: BaseOption = None,
+    expert: ExpertOption = None,
+    json_: JsonOption = False,
+) -> None:
+    """Say in plain words what will happen to each part."""
+    from ktmerge import api, console
+
+    found = api.explain(recipe, overrides=set_ or (), base=base, experts=expert or ())
+    console.print_json(found.to_json()) if json_ else console.print_markdown(found.text())
+
+
 @recipes.command("lock", epilog="Example: ktmerge recipe lock recipe.yaml")
 def recipe_lock(
     recipe: Annotated[str, typer.Argument(help="Recipe file or gallery name.")],

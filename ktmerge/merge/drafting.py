@@ -1,0 +1,126 @@
+"""A first recipe from a few answers, with comments that say what to turn. Loads no torch."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
+
+import yaml
+
+from ktmerge.checkpoints import PartExpression
+from ktmerge.errors import UsageError
+from ktmerge.merge.catalogue import NO_DATA, data_of_recipe
+from ktmerge.merge.diagnostics.signs import Signs
+from ktmerge.merge.recommendation import Advice, choose
+from ktmerge.recipes import load_recipe
+
+Lean = Literal["upstream", "balanced", "downstream"]
+LEANS: tuple[Lean, ...] = ("upstream", "balanced", "downstream")
+
+
+def draft(
+    name: str,
+    base: str,
+    experts: Mapping[str, str],
+    *,
+    statistics: bool = False,
+    keep: Sequence[str] = (),
+    lean: str = "balanced",
+) -> str:
+    """The text of a recipe for these models: the method to try first, its knob where ``lean`` wants it.
+
+    Args:
+        name: of the recipe.
+        base: folder or hub id.
+        experts: models by name.
+        statistics: whether data of both sides are at hand to measure on.
+        keep: part expressions that stay the base's.
+        lean: what matters most: what the base could (``upstream``), what was learned (``downstream``), or both.
+
+    Raises:
+        UsageError: no experts, an unknown ``lean``, or a part that cannot be read.
+    """
+    if not experts:
+        raise UsageError("a recipe blends at least one expert: name=model.")
+    if lean not in LEANS:
+        raise UsageError(f"'{lean}': lean towards {', '.join(LEANS)}.")
+    for part in keep:
+        PartExpression.parse(part)
+    advice = choose(_unmeasured(len(experts), statistics))[0]
+    lines = [
+        "# Check it:  ktmerge recipe check THIS_FILE      what it will do:  ktmerge recipe explain THIS_FILE",
+        "ktmerge: 1",
+        f"name: {_scalar(name)}",
+        f"base: {_scalar(base)}   # a folder, relative to this file, or org/name@revision",
+        "experts:",
+        *_experts(experts, advice),
+        *_statistics(advice),
+        *_blend(advice, keep, lean),
+        *_output(advice),
+        "seed: 42   # of whatever is drawn",
+        *_scoring(),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _unmeasured(experts: int, statistics: bool) -> Signs:
+    """What is known before any model was looked at."""
+    return Signs(
+        experts=experts, statistics=statistics, relative=0.0, changed=1.0, small=0.0, rank=None, cosine=None,
+        conflict=None, effective=float(experts),
+    )  # fmt: skip
+
+
+def _experts(experts: Mapping[str, str], advice: Advice) -> Iterator[str]:
+    for name, model in experts.items():
+        yield f"  {_scalar(name)}:"
+        yield f"    model: {_scalar(model)}"
+        if len(experts) > 1:
+            yield "    weight: 1.0   # its share"
+        if _needs_data(advice):
+            yield "    statistics:   # 'ktmerge run' measures"
+            yield f"      data: {_scalar(f'{name}.jsonl')}   # what it was tuned on"
+
+
+def _statistics(advice: Advice) -> Iterator[str]:
+    if _needs_data(advice):
+        yield "statistics: {data: upstream.jsonl}   # what the base should not forget"
+
+
+def _needs_data(advice: Advice) -> bool:
+    blend = load_recipe(advice.recipe).blend
+    return blend is not None and data_of_recipe(blend) != NO_DATA
+
+
+def _blend(advice: Advice, keep: Sequence[str], lean: str) -> Iterator[str]:
+    recipe = load_recipe(advice.recipe)
+    assert recipe.blend is not None
+    key, values = advice.sweep[0].rpartition(".")[2], sorted(advice.sweep[1])
+    chosen = {"upstream": values[0], "balanced": values[len(values) // 2], "downstream": values[-1]}[lean]
+    yield "blend:"
+    yield f"  method: {recipe.blend.method}   # {advice.why}"
+    told = f"from {values[0]:g} (nearer to the base) to {values[-1]:g} (nearer to the experts)"
+    yield f"  {key}: {chosen:g}   # turn this: {told}"
+    if keep:
+        yield "  where:   # the first rule that matches decides"
+    for part in keep:
+        yield f"    - part: {_scalar(part)}"
+        yield "      keep: base   # copied byte for byte"
+
+
+def _output(advice: Advice) -> Iterator[str]:
+    rounding = load_recipe(advice.recipe).output.rounding
+    yield "output:"
+    yield "  dtype: base   # each tensor in the base's type"
+    yield f"  rounding: {rounding}   # stochastic keeps small changes on average, nearest is what others do"
+
+
+def _scoring() -> Iterator[str]:
+    yield "# What to score, so that both sides are proven (docs/scoring.md):"
+    yield "# eval: {suite: suite.yaml}"
+
+
+def _scalar(text: str) -> str:
+    """Text as YAML, quoted where it has to be."""
+    return textwrap.dedent(yaml.safe_dump(text, allow_unicode=True, width=10**6)).removesuffix("...\n").strip()
