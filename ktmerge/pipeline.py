@@ -7,8 +7,9 @@ stopped.
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from ktmerge.errors import UsageError, did_you_mean
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.load import suite_of
 from ktmerge.recipes.schema import FinetuneJob, Recipe, Statistics
+from ktmerge.staging import NamedJob, only_named, staged
 
 if TYPE_CHECKING:
     from ktmerge.eval import Results
@@ -29,26 +31,12 @@ REPORT = "report.html"
 
 
 @dataclass(frozen=True)
-class NamedJob:
-    """A fine-tune with everything it needs to run: from which base, into which folder.
-
-    Attributes:
-        folder: where the job's relative data paths start.
-    """
-
-    name: str
-    job: FinetuneJob
-    base: Path
-    out: Path
-    folder: Path
-
-
-@dataclass(frozen=True)
 class NamedMeasurement:
     """Statistics to be made: of which model (``base`` or the expert's name), into which folder.
 
     Attributes:
         folder: where the job's relative paths start.
+        adapter: to be folded into the model first.
     """
 
     name: str
@@ -56,6 +44,7 @@ class NamedMeasurement:
     model: Path
     out: Path
     folder: Path
+    adapter: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +96,8 @@ def run(
     """
     from ktmerge.checkpoints import resolve
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("ktmerge run is one process; start 'ktmerge finetune' by torchrun, then run it alone.")
     if recipe.base is None:
         raise UsageError(f"the recipe '{recipe.name}' names no base.")
     if out.exists() and not out.is_dir():
@@ -162,11 +153,18 @@ def _remove_old(out: Path, *, keep_blend: bool) -> None:
         shutil.rmtree(out / BLENDED, ignore_errors=True)
 
 
-def jobs_of(recipe: Recipe, only: Iterable[str] = ()) -> list[NamedJob]:
-    """The fine-tunes of a recipe, restricted to the experts named by ``only`` if any.
+def jobs_of(
+    recipe: Recipe, only: Iterable[str] = (), change: Callable[[FinetuneJob], FinetuneJob] = lambda job: job
+) -> list[NamedJob]:
+    """The fine-tunes of a recipe in order, restricted to the experts named by ``only`` if any and what they start from.
+
+    Args:
+        recipe: has a finetune section.
+        only: names of experts.
+        change: what to do to every job first.
 
     Raises:
-        UsageError: the recipe has no finetune section, no base, or no such expert.
+        UsageError: the recipe has no finetune section, no base, or no such expert; or a curriculum does not fit.
     """
     from ktmerge.checkpoints import resolve
 
@@ -179,10 +177,11 @@ def jobs_of(recipe: Recipe, only: Iterable[str] = ()) -> list[NamedJob]:
         if name not in recipe.finetune.experts:
             raise UsageError(f"--only {name}: no such fine-tune.{did_you_mean(name, recipe.finetune.experts)}")
     base = resolve(recipe.base, recipe.folder)
-    return [
-        NamedJob(name, recipe.finetune.experts[name], base, recipe.folder / recipe.experts[name].model, recipe.folder)
-        for name in wanted
+    jobs = [
+        NamedJob(name, change(job), base, recipe.folder / recipe.experts[name].model, recipe.folder)
+        for name, job in recipe.finetune.experts.items()
     ]
+    return only_named(staged(jobs), wanted)
 
 
 def make_experts(
@@ -201,6 +200,8 @@ def make_experts(
 
     made: dict[str, Path] = {}
     for job in jobs_of(recipe) if recipe.finetune is not None else ():
+        if job.note:
+            progress.note(job.note)
         tuners.finetune(
             job.job,
             job.base,
@@ -226,6 +227,8 @@ def measurements_of(recipe: Recipe, only: Iterable[str] = ()) -> list[NamedMeasu
         UsageError: the recipe has no such job, or a model is not there.
     """
     from ktmerge.checkpoints import resolve
+    from ktmerge.checkpoints.adapter import is_adapter
+    from ktmerge.checkpoints.opening import locate_model
 
     known = {"base": recipe.base, **{name: expert.model for name, expert in recipe.experts.items()}}
     jobs = {name: job for name in known if (job := recipe.statistics_of(name)) is not None and job.is_job}
@@ -241,7 +244,10 @@ def measurements_of(recipe: Recipe, only: Iterable[str] = ()) -> list[NamedMeasu
         tuned = recipe.finetune.experts.get(name) if recipe.finetune is not None else None
         if not job.data and job.self_generate is None and tuned is not None:
             job = job.model_copy(update={"data": tuned.data, "format": tuned.format})
-        found.append(NamedMeasurement(name, job, resolve(model, recipe.folder), out, recipe.folder))
+        path, adapter = locate_model(model, recipe.folder)
+        if adapter is None and name != "base" and recipe.base is not None and is_adapter(path):
+            path, adapter = resolve(recipe.base, recipe.folder), path
+        found.append(NamedMeasurement(name, job, path, out, recipe.folder, adapter))
     return found
 
 
@@ -270,6 +276,7 @@ def make_statistics(
             one.model,
             one.out,
             folder=one.folder,
+            adapter=one.adapter,
             device=device,
             overwrite=overwrite,
             resume=resume or (one.out.exists() and not overwrite),

@@ -32,7 +32,7 @@ def measure(
     """Measure what methods want to know of ``model`` on ``data``, into the folder ``out``.
 
     Args:
-        model: folder or hub id.
+        model: folder or hub id; ``model+adapter`` for one with a PEFT adapter folded in.
         data: files as `finetune` reads them; empty for texts of the model's own, with ``self_generate=N``.
         out: the statistics; appear whole or not at all.
         device: auto, cpu or cuda.
@@ -66,7 +66,7 @@ def measurements(
     Raises:
         UsageError: neither or both are given, something is missing, or the recipe has no such jobs.
     """
-    from ktmerge.checkpoints import resolve
+    from ktmerge.checkpoints.opening import locate_model
 
     given = {key: value for key, value in (settings or {}).items() if value not in (None, [])}
     if recipe is not None:
@@ -81,7 +81,8 @@ def measurements(
     if "data" not in given and "self_generate" not in given:
         raise UsageError("nothing to measure on: give --data, or --self-generate N for texts of the model's own.")
     job = validate(Statistics, apply_overrides(given, overrides), "statistics")
-    return [NamedMeasurement(out.name, job, resolve(model, Path.cwd()), out, Path.cwd())]
+    path, adapter = locate_model(model, Path.cwd())
+    return [NamedMeasurement(out.name, job, path, out, Path.cwd(), adapter)]
 
 
 def measure_all(
@@ -97,8 +98,8 @@ def measure_all(
 
     return [
         statistics.measure(
-            job.job, job.model, job.out, folder=job.folder, device=device, resume=resume, overwrite=overwrite,
-            progress=progress,
+            job.job, job.model, job.out, folder=job.folder, adapter=job.adapter, device=device, resume=resume,
+            overwrite=overwrite, progress=progress,
         )
         for job in jobs
     ]  # fmt: skip

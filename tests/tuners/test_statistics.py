@@ -290,6 +290,40 @@ def test_refusals(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not Path(out).exists()
 
 
+def test_an_adapter_is_measured_as_the_model_it_makes(tiny_llama: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    from ktmerge import api
+    from ktmerge.checkpoints.opening import open_model
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    config = LoraConfig(r=3, lora_alpha=7, init_lora_weights=False, target_modules=["q_proj", "down_proj"])
+    adapted: Any = get_peft_model(model, config)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    dense = tmp_path / "dense"
+    adapted.merge_and_unload().save_pretrained(str(dense))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (dense / name).write_bytes((tiny_llama / name).read_bytes())
+    settings = {"fisher": "empirical"}
+    expected = made(dense, tmp_path, "expected", **settings).out
+    api.measure(
+        f"{tiny_llama}+{tmp_path / 'adapter'}", tmp_path / "rows.jsonl", tmp_path / "stats", device="cpu", **settings
+    )
+    plain = load_file(made(tiny_llama, tmp_path, "plain", **settings).out / INPUTS)
+    for file in (INPUTS, FISHER):
+        found, wanted = load_file(tmp_path / "stats" / file), load_file(expected / file)
+        assert found.keys() == wanted.keys()
+        for name, values in wanted.items():
+            torch.testing.assert_close(found[name], values, rtol=1e-3, atol=1e-5)
+    measured = load_file(tmp_path / "stats" / INPUTS)
+    assert any(not torch.allclose(values, plain[name], rtol=1e-2) for name, values in measured.items())
+    folded = open_model("+".join((str(tiny_llama), str(tmp_path / "adapter"))), tmp_path)
+    assert Statistics.open(tmp_path / "stats").is_of(folded)
+    assert not Statistics.open(tmp_path / "stats").is_of(Checkpoint.open(tiny_llama))
+
+
 @pytest.mark.slow
 def test_statistics_are_made_on_the_way_of_a_recipe(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

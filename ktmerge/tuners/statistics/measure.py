@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ktmerge import __version__
 from ktmerge.checkpoints import Checkpoint, refuse_overlap, tensor_class
-from ktmerge.checkpoints.adapter import is_adapter
+from ktmerge.checkpoints.adapter import is_adapter, open_adapter
 from ktmerge.checkpoints.quiet import quiet_transformers
 from ktmerge.checkpoints.staging import Staging, refuse_output
 from ktmerge.checkpoints.statistics import RECORD, told_model
@@ -71,6 +71,7 @@ def measure(
     out: Path,
     *,
     folder: Path,
+    adapter: Path | None = None,
     device: str = "auto",
     overwrite: bool = False,
     resume: bool = False,
@@ -83,6 +84,7 @@ def measure(
         model: folder of the model.
         out: the statistics; appear whole or not at all.
         folder: where the job's relative paths start.
+        adapter: folder of a PEFT adapter to fold into the model first, in memory.
         device: auto, cpu or cuda.
         overwrite: replace ``out`` in one step at the end; without ``resume``, start afresh.
         resume: go on with ``<out>.partial`` if it is there, to the very bytes an unbroken run gives; keep ``out`` if it
@@ -93,9 +95,10 @@ def measure(
         UsageError: wrong data or model, or an output that neither flag allows to touch.
         KtmergeError: out of memory, a full disk, a model that gives no finite numbers.
     """
-    refuse_overlap(out, [model])
+    refuse_overlap(out, [model] if adapter is None else [model, adapter])
     refuse_output(out, overwrite or (resume and (out / RECORD).exists()))
     checkpoint = _open(model)
+    measured = checkpoint if adapter is None else open_adapter(adapter, checkpoint)
     if job.self_generate is not None:
         encoder: Encoder | None = Encoder.load(model)
         examples = Examples([], {"self_generate": job.self_generate})
@@ -103,7 +106,7 @@ def measure(
         encoder, examples = None, read_examples(job, checkpoint, folder, progress)
     inputs = {
         "job": job.model_copy(update={"folder": None}).model_dump(mode="json", exclude=_NO_EFFECT),
-        "model": told_model(checkpoint),
+        "model": told_model(measured),
         "source": dict(examples.source),
     }
     if resume and (out / RECORD).exists():
@@ -113,7 +116,7 @@ def measure(
             return finished
     with Partial(out, inputs) as working:
         saved = working.open(resume=resume, overwrite=overwrite)
-        _collect(job, checkpoint, examples, encoder, working, saved, inputs, out, device, progress)
+        _collect(job, checkpoint, measured, examples, encoder, working, saved, inputs, out, device, progress)
         working.finish()
     return StatisticsReport(out, read_object(out / RECORD))
 
@@ -121,6 +124,7 @@ def measure(
 def _collect(
     job: Statistics,
     checkpoint: Checkpoint,
+    measured: Checkpoint,
     examples: Examples,
     encoder: Encoder | None,
     working: Partial,
@@ -133,17 +137,20 @@ def _collect(
     from ktmerge.tuners.machine import is_disk_trouble, is_out_of_memory
     from ktmerge.tuners.model import load_model
     from ktmerge.tuners.statistics.collector import Collector
+    from ktmerge.tuners.statistics.folded import fold_into
     from ktmerge.tuners.statistics.generated import generated
 
     try:
         with quiet_transformers():
             model = load_model(checkpoint, progress, sees="vision_config" in checkpoint.config)
+            if measured is not checkpoint:
+                fold_into(model, checkpoint, measured)
             model.to(_device(device)).eval()
             if encoder is not None:
                 texts = generated(job, model, encoder, working.folder / "texts.json", progress)
                 examples = Examples([partial(text_example, one) for one in texts], examples.source)
-            collector = Collector(model, checkpoint, job, working.folder)
-            with progress.task(f"measuring {checkpoint.root.name}", len(examples), "items") as step:
+            collector = Collector(model, measured, job, working.folder)
+            with progress.task(f"measuring {measured.root.name}", len(examples), "items") as step:
                 step.advance(saved.step if saved else 0)
                 _observe(collector, examples, working, saved, step.advance)
             collector.close()
@@ -193,9 +200,7 @@ def _publish(collector: Collector, out: Path, examples: int, inputs: dict[str, A
 
 def _open(model: Path) -> Checkpoint:
     if is_adapter(model):
-        raise UsageError(
-            f"{model}: is an adapter; blend it into its model first (method linear), and measure what comes out."
-        )
+        raise UsageError(f"{model}: is an adapter; name its model, too: MODEL+{model}.")
     checkpoint = Checkpoint.open(model)
     packed = next((n for n, i in checkpoint.tensors.items() if tensor_class(n, i, checkpoint.config) == "quant"), None)
     if packed is not None:
