@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ktmerge.errors import UsageError, did_you_mean
+from ktmerge.eval.treebank import treebank_words
 
 _SHORT = """
 mr mrs ms dr prof sr jr st vs etc e.g i.e inc ltd co corp no fig al approx dept est gen gov hon lt rep rev sen
@@ -22,8 +23,6 @@ u.s u.k a.m p.m ph.d jan feb mar apr jun jul aug sep sept oct nov dec
 """
 _ABBREVIATIONS = frozenset(_SHORT.split())
 _SENTENCE_END = re.compile(r"""(\S*?)([.!?]+)["'”’)\]]*(?=\s|$)""")
-_APART = re.compile(r"""([;@#$%&?!()\[\]{}<>"“”‘`]|--+|\.{2,}|[:,](?!\d))""")
-_ENDING = re.compile(r"(?<=\w)('(?:s|m|d|ll|re|ve)|n't)$", re.IGNORECASE)
 _STARS = "*"
 
 
@@ -94,17 +93,6 @@ def count_sentences(text: str) -> int:
             continue
         count, start = count + 1, match.end()
     return count + bool(text[start:].strip())
-
-
-def words(text: str) -> list[str]:
-    """Words and marks, split as in the Penn Treebank: contractions and most punctuation stand apart."""
-    found: list[str] = []
-    for chunk in text.split():
-        for piece in filter(None, _APART.split(chunk)):
-            bare = piece.rstrip("'") if len(piece) > 1 else piece
-            ending = _ENDING.search(bare)
-            found += [bare[: ending.start()], ending[0]] if ending else [bare]
-    return found
 
 
 def _holds(count: int, relation: str, wanted: int) -> bool:
@@ -227,7 +215,7 @@ def _ends(answer: str, a: Mapping[str, Any]) -> bool:
 
 
 def _capital_words(answer: str, a: Mapping[str, Any]) -> bool:
-    capitals = sum(word.isupper() for word in words(answer))
+    capitals = sum(word.isupper() for word in treebank_words(answer))
     return _holds(capitals, a["capital_relation"], int(a["capital_frequency"]))
 
 

@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 
 from ktmerge.errors import UsageError
+from ktmerge.eval.treebank import treebank_words
 
 OVERLAP = ("sentence_bleu", "sentence_chrf", "rouge1", "rouge2", "rougeL", "rougeLsum", "cider")
 PACKAGES = {"sentence_bleu": "sacrebleu", "sentence_chrf": "sacrebleu", "cider": "pycocoevalcap"}
-_CIDER_PUNCTUATION = re.compile(r"[^\w\s]+(?=\s|$)|(?<!\S)[^\w\s]+|[^\w\s'’-]+")
+_LEFT_OUT = frozenset("'\"`.?!,:;-()[]{}<>“”‘’")
+"""Marks that the official evaluation of captions leaves out."""
+_DASHES = re.compile(r"-+|\.+|[–—]+")
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,8 @@ def _rouge(kind: str) -> Callable[[Sequence[str], Sequence[Sequence[str]]], Over
 def _cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Overlap:
     """CIDEr-D (arXiv 1411.5726), with the document frequencies of this very set: subsets do not compare.
 
-    The official evaluation tokenises by a Java program; here case and punctuation go by a rule of our own, so published
-    numbers may differ by a few tenths.
+    The official evaluation tokenises by a Java program (Stanford's PTBTokenizer); here a rule does what it does to
+    captions, so published numbers may differ by a few tenths.
     """
     from pycocoevalcap.cider.cider import Cider
 
@@ -112,12 +115,25 @@ def _cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> O
     if len(said) < 2:
         raise UsageError("CIDEr of a single item is always 0, as its weights come from the set; give it more items.")
     _, scores = Cider().compute_score(wanted, said)
-    return Overlap(np.clip(scores, 0.0, 10.0).tolist(), signature="CIDEr-D, lower case, punctuation removed")
+    return Overlap(
+        np.clip(scores, 0.0, 10.0).tolist(),
+        signature="CIDEr-D, lower case, words as in the Penn Treebank by a rule, no punctuation",
+    )
 
 
 def caption_words(text: str) -> str:
-    """A caption as words with single spaces: lower case, no punctuation but apostrophes and hyphens inside words."""
-    return " ".join(_CIDER_PUNCTUATION.sub(" ", text.lower()).split())
+    """A caption as the words that count, with single spaces: lower case, contractions apart, no punctuation.
+
+    As the official evaluation's tokeniser does, ``a man's well-known dog`` has the words ``man`` and ``'s``. Unlike it,
+    a full stop goes from the end of every word without another one in it, and rare marks (dates, fractions, emoticons)
+    are not told apart.
+    """
+    words = (_without_stop(word) for word in treebank_words(text.lower()))
+    return " ".join(word for word in words if word and word not in _LEFT_OUT and not _DASHES.fullmatch(word))
+
+
+def _without_stop(word: str) -> str:
+    return word[:-1] if word.endswith(".") and "." not in word[:-1] else word
 
 
 def _pairs(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> zip[tuple[str, Sequence[str]]]:

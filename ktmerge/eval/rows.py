@@ -74,12 +74,12 @@ def whole(task: TaskBase, folder: Path, data: str, subset: str | None, split: st
     """
     named = f"task '{task.name}'{f', {key}' if key else ''}"
     found = _named(named, data, folder, subset, split)
-    rows, digest = taken_apart(found.rows, task.each, task.name), found.digest
+    rows, digest = kept(taken_apart(found.rows, task.each, task.name), task.where, task.name), found.digest
     if task.join is not None:
         others = _named(f"{named}, join", task.join.data, folder, task.join.subset, task.join.split)
         rows = joined(rows, others.rows, task.join.by, task.join.key, task.name)
         digest = hashlib.sha256(f"{digest}\n{others.digest}".encode()).hexdigest()
-    return Rows(kept(rows, task.where, task.name), digest=digest)
+    return Rows(rows, digest=digest)
 
 
 def _named(name: str, data: str, folder: Path, subset: str | None, split: str | None) -> Rows:

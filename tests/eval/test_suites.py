@@ -220,7 +220,7 @@ def test_suites_together(copies: Path, tmp_path: Path) -> None:
     both = load_suites(["downstream-rsvqa", tmp_path / "mine" / "s.yaml"])
     assert [one.task.name for one in read_sets(both)] == ["own", "rsvqa"]
     assert [one.digest for one in read_sets(both)][1] == sets_of("downstream-rsvqa")["rsvqa"].digest
-    with pytest.raises(UsageError, match="have a set called 'mmlu'"):
+    with pytest.raises(UsageError, match="have a set called 'gsm8k'"):
         load_suites(["upstream-llm", "upstream-vlm"])
     with pytest.raises(UsageError, match=r"neither a file nor a ready suite\. Did you mean 'upstream-vlm'"):
         load_suites(["upstream-vml"])
