@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 from statistics import NormalDist
+from typing import get_args
 
 import numpy as np
 
@@ -13,11 +14,14 @@ from ktmerge.errors import UsageError
 from ktmerge.recipes.suites import Side
 from ktmerge.sweep.rounds import ItemScores
 
+SIDES: tuple[Side, ...] = get_args(Side)
 Sides = Mapping[str, Side]
 """The side of every set."""
 
 _LEVEL = 0.05
 """Chance that a candidate is stopped although it is not worse, over all looks at it."""
+_FEWEST = 8
+"""Items of a side below which nothing is clear."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ def stopped(
         keep: least share of the base's upstream score.
         looks: how often a candidate is looked at; the 5 % are shared by them.
     """
+    if min(sum(len(own[name]) for name in own if sides[name] == side) for side in SIDES) < _FEWEST:
+        return None
     z = NormalDist().inv_cdf(1 - _LEVEL / (2 * looks))
     scaled = {name: [keep * score for score in scores] for name, scores in base.items()}
     if paired(own, scaled, sides, "upstream").at_most(z) < 0:

@@ -1,0 +1,81 @@
+"""A tiny base and an expert, and sets on which the base is always right upstream, and the expert downstream."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+WORDS = ["fox", "dog", "capital", "France", "good", "bad", "yes", "no", "one", "two", "heaven", "earth", "first"]
+
+
+@dataclass(frozen=True)
+class World:
+    """Where things are; ``suite`` keeps half of its rows for selection."""
+
+    folder: Path
+    base: Path
+    expert: Path
+    recipe: Path
+    suite: Path
+
+
+@pytest.fixture(scope="session")
+def world(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("sweep")
+    expert = folder / "expert"
+    _write_expert(tiny_llama, expert)
+    rows = [{"q": " ".join(np.random.default_rng(i).choice(WORDS, 4)), "a": 0} for i in range(120)]
+    _write_right(tiny_llama, rows[:60], folder / "keep.jsonl")
+    _write_right(expert, rows[60:], folder / "learn.jsonl")
+    suite = {"ktmerge_suite": 1, "name": "tiny", "selection": 0.5} | {
+        side: [
+            {"name": name, "kind": "choice", "data": f"{name}.jsonl", "prompt": "{{ q }}", "answer": "{{ a }}",
+             "choices": ["yes", "no", "two"]}
+        ]
+        for side, name in (("upstream", "keep"), ("downstream", "learn"))
+    }  # fmt: skip
+    (folder / "suite.yaml").write_text(yaml.safe_dump(suite))
+    recipe = {
+        "ktmerge": 1, "name": "tiny", "base": str(tiny_llama), "experts": {"e": {"model": "expert"}},
+        "blend": {"method": "linear", "lambda": 0.5}, "eval": {"suite": "suite.yaml", "bootstrap": 100},
+    }  # fmt: skip
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return World(folder, tiny_llama, expert, folder / "recipe.yaml", folder / "suite.yaml")
+
+
+def _write_expert(base: Path, out: Path) -> None:
+    """The base with every weight moved by chance, about as far as it is long."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for values in model.parameters():
+            if values.ndim == 2:
+                values += torch.randn(values.shape, generator=generator).to(values.dtype) * values.float().std()
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(base).save_pretrained(out)
+
+
+def _write_right(model: Path, rows: list[dict[str, object]], path: Path) -> None:
+    """Rows whose answer is what the model likes best."""
+    import torch
+
+    from ktmerge.eval import read_sets, score_model
+    from ktmerge.eval.loading import load_model, load_tokenizer
+    from ktmerge.recipes.suites import Suite
+
+    task = {"name": "t", "kind": "choice", "data": path.name, "prompt": "{{ q }}", "choices": ["yes", "no", "two"]}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    suite = Suite(upstream=[{**task, "answer": "{{ a }}"}], folder=path.parent)
+    loaded = load_model(model, torch.device("cpu"), torch.float32)
+    found = score_model(loaded, load_tokenizer(model), read_sets(suite))["t"].details["logprobs"]
+    path.write_text(
+        "".join(json.dumps({**row, "a": int(np.argmax(own))}) + "\n" for row, own in zip(rows, found, strict=True))
+    )

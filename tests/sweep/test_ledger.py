@@ -1,0 +1,118 @@
+"""Trials shared by several workers: nobody does too much, the dead are replaced."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState
+
+from ktmerge.errors import UsageError
+from ktmerge.sweep.ledger import VOID, Ledger, open_storage, trial_numbered
+from ktmerge.sweep.liveness import WORKER, Watch, ended_here, mark
+from ktmerge.sweep.sampling import quietly
+
+RANGES = {"x": FloatDistribution(0, 1)}
+quietly()
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(open_storage(str(tmp_path / "journal.log")), "s", 60)
+
+
+def marked_elsewhere() -> str:
+    """The mark of a process that has ended."""
+    code = "from ktmerge.sweep.liveness import mark; print(mark())"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_as_many_trials_as_wanted_and_no_more(ledger: Ledger) -> None:
+    for i in range(3):
+        trial = ledger.begin(3, RANGES)
+        assert trial is not None
+        ledger.fail(trial, "no") if i == 1 else ledger.finish(trial, (1.0, 2.0))
+    assert ledger.begin(3, RANGES) is None
+    assert [one.state for one in ledger.trials()] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.COMPLETE]
+    assert ledger.begin(4, RANGES) is not None  # a sweep may be given more
+
+
+def test_the_trial_of_a_dead_worker_is_taken_up_with_what_it_held(ledger: Ledger) -> None:
+    lost = ledger.begin(2, RANGES)
+    assert lost is not None
+    lost.set_user_attr("round 0", {"a": [1.0]})
+    lost.set_user_attr(WORKER, marked_elsewhere())
+    again = ledger.begin(2, RANGES)
+    assert again is not None
+    assert again.params == lost.params
+    assert again.user_attrs["round 0"] == {"a": [1.0]}
+    assert again.user_attrs["taken up from"] == lost.number
+    assert again.user_attrs[WORKER] == mark()
+    ledger.finish(again, (1.0, 1.0))
+    ledger.finish(lost, (0.0, 0.0))  # were it alive after all, it would change nothing
+    assert [one.values for one in ledger.trials()] == [[1.0, 1.0]]
+    assert VOID in trial_numbered(open_storage(str(ledger._storage._backend._file_path)), "s", lost.number).user_attrs
+
+
+def test_a_living_worker_here_is_not_robbed_and_a_silent_one_elsewhere_is_after_the_grace(ledger: Ledger) -> None:
+    trial = ledger.begin(1, RANGES)
+    assert trial is not None
+    now = [0.0]
+    watch = Watch(10, lambda: now[0])
+
+    def lost() -> bool:
+        return watch.is_lost(ledger.study.get_trials()[0])
+
+    trial.set_user_attr(WORKER, "another-machine/1/1")
+    assert not lost()
+    now[0] = 9
+    assert not lost()
+    trial.set_user_attr("beat", 1)
+    now[0] = 18
+    assert not lost()
+    now[0] = 29
+    assert lost()
+    assert not ended_here(mark())
+    assert ended_here(marked_elsewhere())
+
+
+def test_tasks_are_done_once_and_known_to_all(ledger: Ledger) -> None:
+    done: list[str] = []
+    tasks = {name: lambda name=name: done.append(name) or {"of": name} for name in ("a", "b")}
+    expected = {"a": {"of": "a"}, "b": {"of": "b"}}
+    assert ledger.share(tasks) == expected
+    other = Ledger(ledger._storage, "s", 60)
+    assert other.share(tasks) == expected
+    assert done == ["a", "b"]
+
+    def broken() -> None:
+        raise UsageError("no")
+
+    with pytest.raises(UsageError):
+        ledger.share({"c": broken})
+    assert other.share({"c": lambda: 3}) == {"c": 3}  # what failed or was stopped is free again
+
+
+def test_an_unfinished_line_of_the_journal_is_cut_off(
+    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    trial = ledger.begin(1, RANGES)
+    assert trial is not None
+    ledger.finish(trial, (1.0, 1.0))
+    path = tmp_path / "journal.log"
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"op_code":8,"wor')
+    again = Ledger(open_storage(str(path)), "s", 60)
+    assert path.read_bytes().startswith(whole + b"{")
+    assert again.begin(1, RANGES) is None
+
+
+def test_a_storage_that_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    for where in (f"sqlite:///{tmp_path}/no/such/folder/x.db", "nosuch://x", str(tmp_path / "no" / "journal.log")):
+        with pytest.raises(UsageError, match="cannot be opened"):
+            open_storage(where)

@@ -1,0 +1,69 @@
+"""What a sweep turns."""
+
+from __future__ import annotations
+
+import pytest
+
+from ktmerge.errors import UsageError
+from ktmerge.recipes.load import load_recipe
+from ktmerge.sweep.space import METHOD, Range, Space, told
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("blend.lambda", "write key=low:high"),
+        ("blend.lambda=0", "two numbers"),
+        ("blend.lambda=1:0", "must be below"),
+        ("blend.lambda=0:nan", "must be below"),
+        ("blend.lambda=0:1:lgo", "Did you mean 'log'"),
+        ("blend.lambda=0:1:log", "begin above 0"),
+        ("blend.rank=0.5:8:int", "must be whole"),
+        ("blend[.lambda=0:1", "write key=low:high"),
+    ],
+)
+def test_a_range_written_wrongly_is_refused(text: str, complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint.replace("(", "\\(")):
+        Range.parse(text)
+
+
+def test_ranges_have_kinds_and_steps() -> None:
+    assert Range.parse("where[0].lambda=0:1").key == "blend.where[0].lambda"
+    assert Range.parse("blend.density=0.01:1:log").evenly(3) == pytest.approx([0.01, 0.1, 1.0])
+    assert Range.parse("blend.rank=1:4:int").evenly(9) == [1, 2, 3, 4]
+    assert Range.parse("blend.scope=tensor|global").ends() == ("tensor", "global")
+    assert Range.parse("experts.e.weight=0:1").key == "experts.e.weight"
+
+
+def test_a_point_makes_a_recipe_and_leaves_out_what_its_method_does_not_know(world) -> None:  # type: ignore[no-untyped-def]
+    ranges = [Range.parse("blend.lambda=0:1.2"), Range.parse("blend.density=0.05:1")]
+    space = Space(load_recipe(world.recipe), ranges, ["ties", "linear"])
+    point = {METHOD: "ties", "blend.lambda": 1e-05, "blend.density": 0.25}
+    ties = space.recipe_at(point).blend
+    assert ties is not None
+    assert (ties.method, ties.lambda_, ties.parameters) == ("ties", 1e-05, {"density": 0.25})
+    linear = space.recipe_at({**point, METHOD: "linear"}).blend
+    assert linear is not None
+    assert (linear.method, linear.parameters) == ("linear", {})
+    grid = space.grid(12)
+    recipes = {space.recipe_at(one).model_dump_json() for one in grid}
+    assert len(recipes) == len(grid) == 12  # 9 of ties, 3 of linear, whose density is idle
+    assert told(point) == "method ties, lambda 1e-05, density 0.25"
+
+
+@pytest.mark.parametrize(
+    ("ranges", "methods", "complaint"),
+    [
+        ([], [], "nothing to sweep"),
+        (["blend.densty=0:1"], ["ties"], "Did you mean 'density'"),
+        (["blend.density=0.5:1.5"], ["ties"], "density"),
+        (["blend.lambda=0:1"], ["tise"], "Did you mean 'ties'"),
+        (["blend.method=ties|linear"], [], "use --method"),
+        (["where[0].lambda=0:1"], [], "where"),
+        (["blend.lambda=0:1", "lambda=0:2"], [], "one range"),
+    ],
+)
+def test_a_space_that_cannot_be_is_refused_before_work(world, ranges, methods, complaint) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UsageError) as caught:
+        Space(load_recipe(world.recipe), [Range.parse(one) for one in ranges], methods)
+    assert complaint in str(caught.value)

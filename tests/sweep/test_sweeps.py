@@ -1,0 +1,213 @@
+"""Whole sweeps of a tiny model, by the command: found, killed and resumed, shared, rebuilt bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ktmerge.errors import UsageError
+
+ARGUMENTS = ["--range", "blend.lambda=0:1.2", "--keep-upstream", "0.6", "--finalists", "2", "--share", "0.6"]
+
+
+def sweep(world, out: Path, *more: str, **how):  # type: ignore[no-untyped-def]
+    """Run the command; what it printed."""
+    command = [sys.executable, "-m", "ktmerge", "sweep", str(world.recipe), *ARGUMENTS, "--out", str(out), *more]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=world.folder, **how)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def trials_of(storage: str) -> list:  # type: ignore[type-arg]
+    """All trials of the sweep's study, those that do not count included."""
+    import optuna
+
+    from ktmerge.sweep.ledger import open_storage, study_names
+
+    opened = open_storage(storage)
+    (name,) = [one for one in study_names(opened) if not one.endswith("-tasks")]
+    return optuna.load_study(study_name=name, storage=opened).get_trials()
+
+
+def counted(trials: list) -> list:  # type: ignore[type-arg]
+    return [one for one in trials if "void" not in one.user_attrs]
+
+
+def test_a_sweep_in_this_process_chooses_by_its_rule_and_every_trial_is_rebuilt(world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from ktmerge import Pristine, api
+    from ktmerge.checkpoints import Checkpoint
+
+    out = tmp_path / "found"
+    methods, ranges = ["ties", "linear"], ["blend.lambda=0:1.2", "blend.density=0.2:1"]
+    outcome = api.sweep(
+        world.recipe, out, ranges=ranges, methods=methods, trials=6, sampler="grid", keep_upstream=0.6, finalists=3
+    )
+    keeping = [one for one in outcome.finals if one.retention >= 60]
+    assert outcome.chosen is not None
+    assert max(one.gain for one in keeping) == next(
+        one.gain for one in keeping if one.candidate.number == outcome.chosen.number
+    )
+    document = json.loads((out / "result.json").read_text())
+    assert document["chosen"] == outcome.chosen.number
+    assert "max downstream subject to upstream >= 60 % of base" in " ".join(document["statement"])
+    assert (out / "front.png").stat().st_size > 5000
+    assert len((out / "candidates.csv").read_text().splitlines()) == 7
+    model = AutoModelForCausalLM.from_pretrained(world.base, dtype=torch.float32)
+    sources = Pristine()
+    digests = {one.candidate.number: one.digest for one in outcome.finals}
+    for one in outcome.candidates:
+        recipe = api.trial_recipe(out, one.number)
+        api.blend_into(model, recipe, sources)
+        live = model.state_dict()
+        blended = tmp_path / f"trial-{one.number}"
+        api.blend(recipe, blended)
+        with Checkpoint.open(blended).reader() as reader:
+            for name, info in Checkpoint.open(blended).tensors.items():
+                on_disk = reader.read(name).float().view(info.shape)
+                assert torch.equal(on_disk, live[name]), (one.number, name)
+        if one.number in digests:
+            assert digests[one.number] == Checkpoint.open(blended).content_digest()
+            assert api.compare_with_trial(out, one.number, blended)
+    chosen = tmp_path / "chosen"
+    api.blend(out / "chosen.yaml", chosen)
+    assert Checkpoint.open(chosen).content_digest() == digests[outcome.chosen.number]
+    with pytest.raises(UsageError, match="add --resume"):
+        api.sweep(world.recipe, out, ranges=ranges, methods=methods, trials=6, sampler="grid", keep_upstream=0.6, finalists=3)
+    with pytest.raises(UsageError, match="another sweep"):
+        api.sweep(world.recipe, out, ranges=ranges, methods=methods, trials=6, keep_upstream=0.5, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "screen"), [("tpe", "subset"), ("gp", "full"), ("qmc", "divergence"), ("nsga2", "subset")]
+)
+def test_every_sampler_and_screen_comes_to_an_end(world, tmp_path: Path, sampler, screen, low, keep) -> None:  # type: ignore[no-untyped-def]
+    from ktmerge import api
+
+    outcome = api.sweep(
+        world.recipe, tmp_path / "o", ranges=[f"blend.lambda={low}:1.2"], trials=4, sampler=sampler, screen=screen,
+        keep_upstream=keep, finalists=2,
+    )  # fmt: skip
+    assert len(outcome.candidates) == 4
+    assert len({one.first for one in outcome.candidates}) > 1
+    if screen == "full":  # nobody keeps 150 % of what the base gets right everywhere
+        assert outcome.chosen is None
+        assert "No recipe found" in outcome.statement()[0]
+        assert not (tmp_path / "o" / "chosen.yaml").exists()
+
+
+def test_what_is_missing_or_too_much_is_said(world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    from ktmerge import api
+
+    suite = yaml.safe_load(world.suite.read_text())
+    del suite["selection"]
+    (world.folder / "whole.yaml").write_text(yaml.safe_dump(suite))
+    knob = ["blend.lambda=0:1"]
+    with pytest.raises(UsageError, match="keeps no rows for choosing"):
+        api.sweep(world.recipe, tmp_path / "o", ranges=knob, suite=world.folder / "whole.yaml")
+    with pytest.raises(UsageError, match="Did you mean 'nsga2'"):
+        api.sweep(world.recipe, tmp_path / "o", ranges=knob, sampler="nsga3")
+    with pytest.raises(UsageError, match="trials"):
+        api.sweep(world.recipe, tmp_path / "o", ranges=knob, trials=0)
+    assert not (tmp_path / "o").exists()
+    with pytest.raises(UsageError, match="no sweep"):
+        api.trial_recipe(tmp_path, 0)
+    with pytest.raises(UsageError, match="both --trial and --study"):
+        api.trial_to_blend(tmp_path, None)
+    with pytest.raises(UsageError, match="--set"):
+        api.trial_to_blend(tmp_path, 1, besides={"--base": None, "--set": ["a=1"]})
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_where_it_was(world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "found"
+    command = [sys.executable, "-m", "ktmerge", "sweep", str(world.recipe), *ARGUMENTS, "--out", str(out)]
+    journal = out / "journal.log"
+    running = subprocess.Popen([*command, "--trials", "30"], cwd=world.folder, stderr=subprocess.DEVNULL)
+    while running.poll() is None and not (journal.exists() and journal.read_text().count('"round 0"') >= 3):
+        time.sleep(0.05)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    before = counted(trials_of(str(journal)))
+    assert 2 <= len(before) < 30
+    said = sweep(world, out, "--trials", "8", "--resume")
+    after = counted(trials_of(str(journal)))
+    assert len(after) == max(8, len(before))
+    finished = {one.number: one.values for one in before if one.values}
+    assert {one.number: one.values for one in after if one.number in finished} == finished
+    assert len({one.params["blend.lambda"] for one in after}) == len(after)
+    assert "chosen" in said
+    blended = tmp_path / "blended"
+    number = json.loads((out / "result.json").read_text())["chosen"]
+    done = subprocess.run(
+        [sys.executable, "-m", "ktmerge", "blend", "--trial", str(number), "--study", str(out),
+         "--out", str(blended), "--json"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert f"every tensor has the bits that were scored as trial {number}" in done.stdout
+
+
+@pytest.mark.slow
+def test_workers_share_a_sweep_and_one_that_is_killed_is_replaced(world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    storage = f"sqlite:///{tmp_path}/shared.db"
+    command = [
+        sys.executable, "-m", "ktmerge", "sweep", str(world.recipe), *ARGUMENTS, "--trials", "12", "--storage", storage,
+    ]  # fmt: skip
+    workers = [
+        subprocess.Popen(
+            [*command, "--out", str(tmp_path / f"w{i}")], cwd=world.folder, stderr=subprocess.PIPE, text=True
+        )
+        for i in range(3)
+    ]
+    victim = workers[0]
+    while victim.poll() is None:
+        try:
+            mine = [one for one in trials_of(storage) if f"/{victim.pid}/" in one.user_attrs.get("worker", "")]
+        except Exception:  # the tables are being made
+            mine = []
+        if mine and mine[-1].state.name == "RUNNING" and "recipe" in mine[-1].user_attrs:
+            os.kill(victim.pid, signal.SIGSTOP)  # so that it does not finish meanwhile
+            if trials_of(storage)[mine[-1].number].state.name == "RUNNING":
+                break
+            os.kill(victim.pid, signal.SIGCONT)
+        time.sleep(0.02)
+    victim.kill()
+    assert victim.wait() == -signal.SIGKILL
+    for other in workers[1:]:
+        assert other.wait(timeout=300) == 0, other.communicate()[1]
+    trials = trials_of(storage)
+    lost = [one for one in trials if one.user_attrs.get("void") == "its worker died"]
+    assert [one.number for one in lost] == [mine[-1].number]
+    (heir,) = [one for one in trials if one.user_attrs.get("taken up from") == mine[-1].number]
+    assert heir.params == lost[0].params
+    assert heir.state.name == "COMPLETE"
+    assert len(counted(trials)) == 12
+    results = [(tmp_path / f"w{i}" / "result.json").read_bytes() for i in (1, 2)]
+    assert results[0] == results[1]
+
+
+@pytest.mark.slow
+def test_jobs_of_submitit_share_a_sweep(world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    pytest.importorskip("submitit")
+    from ktmerge.recipes.load import load_recipe, load_suite
+    from ktmerge.sweep import Range, SweepSettings
+    from ktmerge.sweep.launch import launch
+
+    suite = load_suite(world.suite)
+    settings = SweepSettings(
+        load_recipe(world.recipe), (Range.parse("lambda=0:1.2"),), (), suite, suite, ("selection", "report"),
+        str(tmp_path / "journal.log"), trials=4, finalists=2, keep=0.5, bootstrap=100,
+    )  # fmt: skip
+    outcome = launch(settings, 2, "local jobs", tmp_path / "jobs")
+    assert len(outcome.candidates) == 4
+    assert {one.user_attrs["worker"].split("/")[1] for one in trials_of(settings.storage)} - {str(os.getpid())}
