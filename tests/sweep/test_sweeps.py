@@ -83,7 +83,9 @@ def test_a_sweep_in_this_process_chooses_by_its_rule_and_every_trial_is_rebuilt(
     api.blend(out / "chosen.yaml", chosen)
     assert Checkpoint.open(chosen).content_digest() == digests[outcome.chosen.number]
     with pytest.raises(UsageError, match="add --resume"):
-        api.sweep(world.recipe, out, ranges=ranges, methods=methods, trials=6, sampler="grid", keep_upstream=0.6, finalists=3)
+        api.sweep(
+            world.recipe, out, ranges=ranges, methods=methods, trials=6, sampler="grid", keep_upstream=0.6, finalists=3
+        )
     with pytest.raises(UsageError, match="another sweep"):
         api.sweep(world.recipe, out, ranges=ranges, methods=methods, trials=6, keep_upstream=0.5, resume=True)
 
