@@ -85,16 +85,21 @@ def _fill(model: Any, folder: Path) -> None:
 
 
 def _by_peft(model: Any, folder: Path) -> Any:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     for said in ("Position ids are not supported", "`is_gradient_checkpointing` is deprecated"):
         warnings.filterwarnings("ignore", message=said)  # at every forward pass of a prompt, which takes none
     loader: Any = PeftModel
-    if read_json(folder / CONFIG).get("peft_type") == "XLORA":
-        model.config.use_cache = False  # X-LoRA refuses a model that has it
+    reader: Any = PeftConfig
     try:
+        config = reader.from_pretrained(str(folder))
+        if config.peft_type == "XLORA":
+            model.config.use_cache = False  # X-LoRA refuses a model that has it
+            config.adapters = {name: str(folder / Path(name).name) for name in config.adapters}
         with quiet_transformers():
-            found = loader.from_pretrained(model, str(folder), is_trainable=False).eval()
+            found = loader.from_pretrained(model, str(folder), config=config, is_trainable=False).eval()
+        if config.peft_type == "XLORA":
+            _fill(found, folder)  # PEFT passes over a router that is not there
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         raise UsageError(f"{folder}: PEFT cannot attach this adapter to the model: {first_line(error)}") from error
     if getattr(found.active_peft_config, "is_prompt_learning", False):

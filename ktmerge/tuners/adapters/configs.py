@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ktmerge.errors import UsageError
 from ktmerge.recipes.adapters import Adapter
+from ktmerge.tuners.adapters.starts import MOVING
 from ktmerge.tuners.adapters.targets import Places
 
 _STARTS = {"pissa": "pissa", "olora": "olora", "corda": "corda"}
@@ -61,6 +62,8 @@ def peft_config(adapter: Adapter, places: Places, model: Any, *, total: int, see
         return library.ShiraConfig(r=adapter.used_rank, random_seed=seed, **shared)
     shared |= {"lora_alpha": adapter.used_alpha, "lora_dropout": adapter.dropout}
     shared |= {"fan_in_fan_out": isinstance(model.get_submodule(targets[0]), Conv1D)}
+    if adapter.name in MOVING:
+        _require_rank(model, targets, adapter)
     if adapter.name == "adalora":
         return _adalora(adapter, total, shared)
     if adapter.name == "corda":
@@ -116,6 +119,15 @@ def _last_layers(places: Places, model: Any) -> int:
     if numbers != list(range(there - len(layers), there)):
         raise UsageError("llama-adapter goes into the last layers; write train: last:K.")
     return len(layers)
+
+
+def _require_rank(model: Any, targets: list[str], adapter: Adapter) -> None:
+    for name in targets:
+        most = min(model.get_submodule(name).weight.shape)
+        if adapter.used_rank > most:
+            raise UsageError(
+                f"{adapter.name}: '{name}' has {most} singular directions, not the {adapter.used_rank} of rank."
+            )
 
 
 def _require_divisible(model: Any, targets: list[str], adapter: Adapter) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,11 +70,29 @@ def save_adapter(adapted: Adapted, folder: Path) -> None:
     if adapted.peft is None:
         save_own(folder, adapted.model, adapted.settings)
         return
+    if adapted.adapter.name == "xlora":
+        _save_router(adapted.peft, folder)
+        return
     adapted.peft.save_pretrained(str(folder), save_embedding_layers=False)
     for card in folder.rglob("README.md"):  # a form that nobody filled in
         card.unlink()
     if adapted.start is not None:
         _convert(folder, adapted.layers, adapted.start)
+
+
+def _save_router(peft_model: Any, folder: Path) -> None:
+    """Write X-LoRA's router, and its experts beside it as they were given: PEFT 0.21 writes neither of them right."""
+    config = peft_model.peft_config[ADAPTER]
+    config.save_pretrained(str(folder))
+    for name, source in config.adapters.items():
+        (folder / name).mkdir()
+        for file in (CONFIG, WEIGHTS):
+            shutil.copyfile(Path(source) / file, folder / name / file)
+    told = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    told |= {"adapters": {name: name for name in config.adapters}, "inference_mode": True}
+    (folder / CONFIG).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    router = {name: one.detach().contiguous() for name, one in peft_model.named_parameters() if one.requires_grad}
+    save_file(router, folder / WEIGHTS, {"format": "pt"})
 
 
 def _convert(folder: Path, layers: Mapping[str, Any], start: Start) -> None:
