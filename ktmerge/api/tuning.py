@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ktmerge.api.inputs import RecipeLike
 from ktmerge.errors import UsageError
-from ktmerge.pipeline import NamedJob, jobs_of
+from ktmerge.pipeline import jobs_of
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes import load_recipe
 from ktmerge.recipes.load import validate
 from ktmerge.recipes.overrides import apply_overrides
 from ktmerge.recipes.schema import FinetuneJob, Recipe
+from ktmerge.staging import NamedJob, staged
 
 if TYPE_CHECKING:
     from ktmerge.tuners import Estimate, FinetuneReport, PreviewSample
@@ -83,12 +83,11 @@ def finetune_jobs(
         document = apply_overrides({"data": list(data), **given}, overrides)
         if isinstance(document.get("adapter"), Mapping) and "name" not in document["adapter"]:
             raise UsageError("settings of an adapter need its name: --adapter lora, dora, pissa, ia3, prompt, ...")
-        return [_job(document, "--set", Path.cwd(), base, out)]
+        return staged([_job(document, "--set", Path.cwd(), base, out)])
     if data or out is not None:
         raise UsageError("--data and --out belong to a fine-tune without --recipe; the recipe names its own.")
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides=overrides, base=base)
-    jobs = jobs_of(loaded, only)
-    return [replace(job, job=_changed(job.job, given)) for job in jobs] if given else jobs
+    return jobs_of(loaded, only, lambda job: _changed(job, given) if given else job)
 
 
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,12 +112,16 @@ def finetune_all(
     """Run fine-tunes one after the other."""
     from ktmerge import tuners
 
-    return [
-        tuners.finetune(
-            job.job, job.base, job.out, folder=job.folder, resume=resume, overwrite=overwrite, progress=progress
+    reports = []
+    for job in jobs:
+        if job.note:
+            progress.note(job.note)
+        reports.append(
+            tuners.finetune(
+                job.job, job.base, job.out, folder=job.folder, resume=resume, overwrite=overwrite, progress=progress
+            )
         )
-        for job in jobs
-    ]
+    return reports
 
 
 def estimate(job: NamedJob, processes: int = 1) -> Estimate:
@@ -126,14 +129,14 @@ def estimate(job: NamedJob, processes: int = 1) -> Estimate:
     from ktmerge import tuners
     from ktmerge.checkpoints import Checkpoint
 
-    return tuners.estimate(job.job, Checkpoint.open(job.base), processes)
+    return tuners.estimate(job.job, Checkpoint.open(job.shape), processes)
 
 
 def preview(job: NamedJob, count: int) -> list[PreviewSample]:
     """The first ``count`` samples of a fine-tune, tokens marked as trained or not."""
     from ktmerge import tuners
 
-    return tuners.preview(job.job, job.base, count, folder=job.folder)
+    return tuners.preview(job.job, job.shape, count, folder=job.folder)
 
 
 def _job(document: dict[str, Any], where: str, folder: Path, base: str, out: Path) -> NamedJob:

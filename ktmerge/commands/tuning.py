@@ -64,6 +64,9 @@ def finetune(
         list[str] | None, typer.Option("--replay", help="Upstream data to mix into every batch. Repeatable.")
     ] = None,
     ratio: Annotated[float | None, typer.Option("--ratio", help="With --replay: its share of a batch.")] = None,
+    curriculum: Annotated[
+        str | None, typer.Option("--curriculum", help="easy, common or shared first; none (default): shuffled.")
+    ] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files for TensorBoard, too.")] = False,
     set_: SetOption = None,
     preview: Annotated[
@@ -93,7 +96,7 @@ def finetune(
     }
     attached = {"name": adapter, "rank": rank, "alpha": alpha, "keep": keep_adapter or None}
     settings |= {"replay": replay or None, "replay_ratio": ratio, "adapter": attached}
-    settings |= {"tensorboard": tensorboard or None}
+    settings |= {"tensorboard": tensorboard or None, "curriculum": curriculum}
     jobs = api.finetune_jobs(
         recipe, only=only or (), base=base, data=data or (), out=out, overrides=set_ or (), settings=settings
     )
@@ -119,7 +122,7 @@ def finetune(
 
 @app.command(epilog="Example: ktmerge stats ./base --data upstream.jsonl --out stats/base")
 def stats(
-    model: Annotated[str | None, typer.Argument(help="Model folder or hub id.")] = None,
+    model: Annotated[str | None, typer.Argument(help="Model folder or hub id, or model+adapter.")] = None,
     data: Annotated[list[str] | None, typer.Option("--data", help="JSONL, JSON or parquet, as for finetune.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where the statistics go.")] = None,
     images: Annotated[str | None, typer.Option("--images", help="Folder of the images that rows name.")] = None,

@@ -254,6 +254,15 @@ class FinetuneJob(_Section):
         False, description="step each tensor as soon as its gradient is there, so that no two gradients are held"
     )
     packing: bool = Field(False, description="put the samples of a batch end to end instead of padding them; text only")
+    curriculum: Literal["none", "easy", "common", "shared"] = Field(
+        "none",
+        description="easy: samples in the order of the base's loss on them; common: of several data files, a task "
+        "each, what the tasks have in common first; shared: of several experts, first a stage that all share",
+    )
+    shared_steps: float = Field(0.5, gt=0, lt=1, description="with curriculum: shared, the share of the steps it takes")
+    shared_on: Literal["union", "common"] = Field(
+        "union", description="with curriculum: shared, all data shuffled, or what the tasks have in common first"
+    )
     group_by_length: bool = Field(False, description="make batches of samples of like length")
     show_samples: int = Field(2, ge=0, description="texts that the model writes at every evaluation, for a person")
     tensorboard: bool = Field(False, description="write what is logged as event files, too")
@@ -329,6 +338,8 @@ class FinetuneJob(_Section):
             ("ema_decay", "average: ema", self.average == "ema"),
             ("lawa_window", "average: lawa", self.average == "lawa"),
             ("lawa_every", "average: lawa", self.average == "lawa"),
+            ("shared_steps", "curriculum: shared", self.curriculum == "shared"),
+            ("shared_on", "curriculum: shared", self.curriculum == "shared"),
         ):
             if not there and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} needs {needed}, which is not given")
@@ -372,6 +383,13 @@ class FinetuneJob(_Section):
             )
         if self.packing and self.distill:
             raise ValueError("distill asks the base about whole samples, so it cannot be had with packing")
+        if self.curriculum in ("easy", "common") and (self.replay or self.group_by_length):
+            other = "replay" if self.replay else "group_by_length"
+            raise ValueError(f"curriculum {self.curriculum} decides the order of samples, so it takes no {other}")
+        if self.curriculum == "common" and len(self.data) < 2:
+            raise ValueError("curriculum common takes every data file for a task, so it needs several; of one, take easy")
+        if self.curriculum == "shared" and self.max_steps is None:
+            raise ValueError("curriculum shared divides the steps between two stages, so it needs max_steps")
         if self.group_by_length and self.replay:
             raise ValueError("replay decides what is in a batch, so it cannot be had with group_by_length")
         return self

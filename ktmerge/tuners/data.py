@@ -90,12 +90,14 @@ class DataSet:
         files: the names as the job gave them.
         digests: sha256 of each file.
         formats: the format of each file.
+        sizes: the samples of each file.
     """
 
     samples: list[Sample]
     files: tuple[str, ...]
     digests: tuple[str, ...]
     formats: tuple[str, ...]
+    sizes: tuple[int, ...] = ()
 
 
 class _RowError(Exception):
@@ -113,6 +115,7 @@ def read_data(files: Sequence[str], folder: Path, format: str = "auto", image_ro
     problems: list[str] = []
     samples: list[Sample] = []
     digests, formats = [], []
+    sizes: list[int] = []
     for file in files:
         found = read_rows(folder / file, file)
         problems += found.problems
@@ -121,9 +124,10 @@ def read_data(files: Sequence[str], folder: Path, format: str = "auto", image_ro
         formats.append(name)
         if name:
             samples += _samples(found.rows, name, image_root or (folder / file).parent, problems)
+        sizes.append(len(samples) - sum(sizes))
     if problems:
         raise UsageError(listing(problems))
-    return DataSet(samples, tuple(files), tuple(digests), tuple(formats))
+    return DataSet(samples, tuple(files), tuple(digests), tuple(formats), tuple(sizes))
 
 
 def _format_of(rows: Sequence[Row], wanted: str, file: str, problems: list[str]) -> str:

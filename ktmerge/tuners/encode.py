@@ -49,10 +49,11 @@ class Encoded:
 
 @dataclass(frozen=True)
 class EncodedSet:
-    """The samples that fit, in order; ``dropped`` were too long."""
+    """The samples that fit, in order, and which of all these are; ``dropped`` were too long."""
 
     samples: list[Encoded]
     dropped: int
+    places: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -87,10 +88,11 @@ def encode_all(
         UsageError: samples that the chat template refuses (the first five and their number), or none is left.
     """
     kept: list[Encoded] = []
+    places: list[int] = []
     problems: list[str] = []
     shortest: int | None = None
     with progress.task(f"tokenising {what}", len(samples), "items") as step:
-        for sample in samples:
+        for place, sample in enumerate(samples):
             step.advance()
             try:
                 encoded = encoder.encode(sample)
@@ -100,6 +102,7 @@ def encode_all(
             shortest = min(shortest or len(encoded), len(encoded))
             if len(encoded) <= max_length:
                 kept.append(encoded)
+                places.append(place)
     if problems:
         raise UsageError(listing(problems))
     if not kept:
@@ -107,7 +110,7 @@ def encode_all(
             f"{what}: all {len(samples)} samples are longer than {max_length} tokens (the shortest has {shortest}); "
             "raise max_length as far as the model allows, or give shorter samples."
         )
-    return EncodedSet(kept, len(samples) - len(kept))
+    return EncodedSet(kept, len(samples) - len(kept), tuple(places))
 
 
 class Encoder:

@@ -158,6 +158,7 @@ def require_shareable(job: FinetuneJob, count: int) -> None:
         (job.distill > 0, "distill, which needs a whole second model"),
         (job.adapter is not None, "adapter"),
         (job.packing, "packing"),
+        (job.curriculum in ("easy", "common"), f"curriculum {job.curriculum}"),
         (job.offload_optimizer, "offload_optimizer"),
         (job.optimizer_in_backward, "optimizer_in_backward"),
         (job.optimizer not in _OPTIMIZERS, f"optimizer {job.optimizer}; take {' or '.join(_OPTIMIZERS)}"),

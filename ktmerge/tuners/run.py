@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -43,16 +43,21 @@ from ktmerge.tuners.report import LOSSES, draw_losses
 from ktmerge.tuners.trained import Trained, choose_trained
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ktmerge.checkpoints.statistics import Statistics
     from ktmerge.tuners.adapters.attach import Adapted
     from ktmerge.tuners.board import BoardCallback
     from ktmerge.tuners.callbacks import Interruption, Rhythm
+    from ktmerge.tuners.curriculum import Ordered
     from ktmerge.tuners.packing import LengthSampler
     from ktmerge.tuners.selection.selection import Selection
     from ktmerge.tuners.trainer import AnswerTrainer
 
 EVALUATED = ("upstream", "downstream")
 """The sets whose losses are told while training."""
+CURRICULUM = "ktmerge-curriculum.json"
+"""File beside the expert: the score of every sample, the lower the earlier, and the order; with a curriculum."""
 FACTS = "run.json"
 """File beside the trained weights: how the training went."""
 
@@ -66,6 +71,7 @@ class TrainingRun:
         fisher: opened statistics, if the job names some.
         processes: all that take part.
         folder: where the job's relative paths start.
+        sizes: samples of each data file.
     """
 
     def __init__(
@@ -80,8 +86,9 @@ class TrainingRun:
         fisher: Statistics | None = None,
         processes: Processes = ALONE,
         folder: Path = Path(),
+        sizes: Sequence[int] = (),
     ) -> None:
-        self._folder = folder
+        self._folder, self._sizes = folder, sizes
         self._processes = processes
         self._job, self._base, self._encoder, self._encoded = job, base, encoder, encoded
         self._partial, self._name, self._progress = partial, name, progress
@@ -235,6 +242,7 @@ class TrainingRun:
             fisher=self._fisher,
         )
         by_length = self._by_length()
+        staged = self._by_curriculum(model)
         log = self._partial.log if self._processes.is_first else Path(os.devnull)
         budgets = [] if adapted is None or adapted.budget is None else [adapted.budget]
         listeners = [StepCallback(self._selection.after_step)] if self._selection is not None else []
@@ -246,7 +254,7 @@ class TrainingRun:
             selection=self._selection,
             pull=keeping.pull if adapted is None else adapted.penalty,
             teacher=keeping.teacher,
-            sampler=keeping.sampler or by_length,
+            sampler=keeping.sampler or by_length or staged,
             keepers=[*keeping.keepers, *budgets],
             in_backward=self._job.optimizer_in_backward,
             on_host=self._job.offload_optimizer,
@@ -365,6 +373,27 @@ class TrainingRun:
                 "leave it out, group_by_length saves padding, too."
             )
 
+    def _by_curriculum(self, model: Any) -> Ordered | None:
+        job, found = self._job, self._encoded["train"]
+        if job.curriculum not in ("easy", "common"):
+            return None
+        from ktmerge.tuners import curriculum
+        from ktmerge.tuners.trainer import build_collator
+
+        collate = build_collator(self._encoder.tokenizer, extras=self._encoder.extras)
+
+        def scores() -> Tensor:
+            if job.curriculum == "easy":
+                return curriculum.difficulties(model, found.samples, collate, job.batch_size, self._progress)
+            tasks = curriculum.tasks_of(self._sizes, found.places)
+            return curriculum.strangeness(model, found.samples, tasks, collate, job.batch_size, self._progress)
+
+        self._progress.note(
+            f"curriculum {job.curriculum}: {self._total} steps; its control is the same with curriculum=none and "
+            f"max_steps={self._total}."
+        )
+        return curriculum.ordered(scores, self._partial.folder / CURRICULUM)
+
     def _by_length(self) -> LengthSampler | None:
         from ktmerge.tuners.packing import LengthSampler
 
@@ -463,6 +492,9 @@ class TrainingRun:
             **averages,
             **told,
         }
+        order = self._partial.folder / CURRICULUM
+        if order.exists():
+            shutil.copyfile(order, final / CURRICULUM)
         if self._processes.is_first:
             (final / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             (final / LOSSES).write_bytes(draw_losses(self._partial.log, self._name))

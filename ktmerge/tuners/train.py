@@ -86,7 +86,17 @@ def finetune(
         saved = partial.open(resume=resume, overwrite=overwrite)
         if saved is None or saved.path != partial.final:
             run = TrainingRun(
-                job, checkpoint, encoder, encoded, partial, out.name, progress, fisher, processes, folder
+                job,
+                checkpoint,
+                encoder,
+                encoded,
+                partial,
+                out.name,
+                progress,
+                fisher,
+                processes,
+                folder,
+                data["train"].sizes,
             )
             run.train(saved)
 

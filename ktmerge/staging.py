@@ -1,0 +1,117 @@
+"""Common first, then specific: a stage that several fine-tunes share, and what is left of each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ktmerge.errors import UsageError
+from ktmerge.recipes.schema import FinetuneJob
+
+SHARED = "shared"
+"""Name of the stage that all share, and of its folder, beside the first of its experts'."""
+_OWN = frozenset({"data", "eval_upstream", "eval_downstream", "stop_upstream", "eval_every"})
+"""Settings that the experts of a shared stage may have different."""
+
+
+@dataclass(frozen=True)
+class NamedJob:
+    """A fine-tune with everything it needs to run: from which base, into which folder.
+
+    Attributes:
+        base: where it starts: the recipe's base, or what a stage before it leaves.
+        folder: where the job's relative data paths start.
+        origin: the recipe's base, if it starts elsewhere.
+        note: what is to be told before it starts.
+    """
+
+    name: str
+    job: FinetuneJob
+    base: Path
+    out: Path
+    folder: Path
+    origin: Path | None = None
+    note: str = ""
+
+    @property
+    def shape(self) -> Path:
+        """A model of the same shape and tokenizer that is there before any stage has run."""
+        return self.origin or self.base
+
+
+def staged(jobs: Sequence[NamedJob]) -> list[NamedJob]:
+    """Fine-tunes in the order they are to run, each curriculum of two stages taken apart.
+
+    The experts whose job says ``curriculum: shared`` have a stage together, from the base on the data of all, that
+    takes ``shared_steps`` of their steps; each goes on from there on its own data for the rest. So every expert has had
+    as many steps as without, of as many samples.
+
+    Raises:
+        UsageError: there is one such expert only, or they have different settings.
+    """
+    together = [job for job in jobs if job.job.curriculum == "shared"]
+    if not together:
+        return list(jobs)
+    first = together[0]
+    if len(together) < 2:
+        raise UsageError(
+            f"{first.name}: curriculum shared needs several experts of a recipe that have it; for one task, take easy."
+        )
+    _require_alike(together)
+    steps = first.job.max_steps or 0
+    common = min(steps - 1, max(1, round(first.job.shared_steps * steps)))
+    if steps < 2:
+        raise UsageError("curriculum shared: two stages need max_steps of 2 at least.")
+    shared = NamedJob(
+        SHARED,
+        first.job.model_copy(
+            update={
+                "data": list(dict.fromkeys(file for job in together for file in job.job.data)),
+                "curriculum": "common" if first.job.shared_on == "common" else "none",
+                "max_steps": common,
+                "save_dtype": "float32",
+                "eval_upstream": None,
+                "eval_downstream": None,
+                "stop_upstream": None,
+            }
+            | _DEFAULTS
+        ),
+        first.base,
+        first.out.with_name(SHARED),
+        first.folder,
+        note=f"curriculum shared: {common} of {steps} steps on the data of {', '.join(job.name for job in together)}, "
+        f"then {steps - common} of each on its own; the control is curriculum=none with max_steps={steps}.",
+    )
+    if any(job.out == shared.out for job in jobs):
+        raise UsageError(f"{shared.out}: is where the shared stage goes; give the expert another folder.")
+    rest = {"curriculum": "none", "max_steps": steps - common} | _DEFAULTS
+    found = [shared]
+    for job in jobs:
+        if job.job.curriculum == "shared":
+            own = job.job.model_copy(update=rest)
+            found.append(NamedJob(job.name, own, shared.out, job.out, job.folder, job.base))
+        else:
+            found.append(job)
+    return found
+
+
+def only_named(jobs: Iterable[NamedJob], wanted: Iterable[str]) -> list[NamedJob]:
+    """Those that are wanted, and what has to run before them."""
+    names = set(wanted)
+    chosen = [job for job in jobs if job.name in names]
+    needed = {job.base for job in chosen}
+    return [job for job in jobs if job in chosen or job.out in needed]
+
+
+_DEFAULTS = {key: FinetuneJob.model_fields[key].default for key in ("shared_steps", "shared_on")}
+
+
+def _require_alike(jobs: Sequence[NamedJob]) -> None:
+    first = jobs[0]
+    for other in jobs[1:]:
+        for key in FinetuneJob.model_fields:
+            if key not in _OWN and getattr(first.job, key) != getattr(other.job, key):
+                raise UsageError(
+                    f"curriculum shared: {first.name} and {other.name} share a stage, so they need the same {key}."
+                )
