@@ -387,7 +387,7 @@ class FinetuneJob(_Section):
             other = "replay" if self.replay else "group_by_length"
             raise ValueError(f"curriculum {self.curriculum} decides the order of samples, so it takes no {other}")
         if self.curriculum == "common" and len(self.data) < 2:
-            raise ValueError("curriculum common takes every data file for a task, so it needs several; of one, take easy")
+            raise ValueError("curriculum common takes each data file for a task, so it needs several; of one take easy")
         if self.curriculum == "shared" and self.max_steps is None:
             raise ValueError("curriculum shared divides the steps between two stages, so it needs max_steps")
         if self.group_by_length and self.replay:
