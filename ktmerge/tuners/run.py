@@ -228,7 +228,7 @@ class TrainingRun:
         lean = projects_faithfully(model, model.config.get_text_config().vocab_size)
         self._require_packable(model, lean=lean)
         if self._processes.is_several:
-            require_alike(self._encoded["train"].samples)
+            require_alike(self._encoded)
             self._shard(model, lean=lean)
         samples, replayed = self._samples()
         self._selection = self._select(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ktmerge.errors import UsageError, first_line
@@ -15,18 +15,22 @@ def shows_images(sets: Iterable[EncodedSet]) -> bool:
     return any(sample.images for found in sets for sample in found.samples)
 
 
-def require_alike(samples: Sequence[Encoded]) -> None:
-    """Refuse, where several processes share a model, that some batches need its vision tower and others don't.
+def require_alike(sets: Mapping[str, EncodedSet]) -> None:
+    """Refuse, where several processes share a model, that some batches of a set need its vision tower and others don't.
 
     Raises:
         UsageError: some samples have images, and some don't.
     """
-    seeing = sum(bool(sample.images) for sample in samples)
-    if 0 < seeing < len(samples):
-        raise UsageError(
-            f"{seeing} of {len(samples)} samples have images. Several processes work through every part of the model "
-            "together, so that either all samples must have images or none; use one process, or make two runs."
-        )
+    together: dict[str, list[Encoded]] = {}
+    for name, found in sets.items():
+        together.setdefault("train" if name == "replay" else name, []).extend(found.samples)
+    for name, samples in together.items():
+        seeing = sum(bool(sample.images) for sample in samples)
+        if 0 < seeing < len(samples):
+            raise UsageError(
+                f"{seeing} of {len(samples)} samples ({name}) have images. Several processes work through every part "
+                "of the model together, so that all must have images or none; use one process, or make two runs."
+            )
 
 
 def require_agreement(model: Any, encoder: Encoder, samples: Sequence[Encoded]) -> None:
