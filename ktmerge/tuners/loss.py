@@ -84,6 +84,7 @@ def tried(
     plain: Mapping[str, torch.Tensor],
     other: Mapping[str, torch.Tensor],
     expected: Callable[[Mapping[str, torch.Tensor]], torch.Tensor],
+    tolerance: float = _TOLERANCE,
 ) -> bool:
     """Whether `answer_loss` of the batch ``other`` is what ``expected`` gives of ``plain``; the model stays as it was.
 
@@ -102,7 +103,7 @@ def tried(
     finally:
         model.train(was_training)
     items = count_trained(plain)
-    return abs(own - found) <= _TOLERANCE * max(float(items), abs(own))
+    return abs(own - found) <= tolerance * max(float(items), abs(own))
 
 
 def pieces(inputs: Mapping[str, torch.Tensor], tokens: int) -> Iterator[dict[str, torch.Tensor]]:

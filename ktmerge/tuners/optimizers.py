@@ -7,7 +7,6 @@ Importing it loads no torch.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -46,10 +45,10 @@ KINDS: Mapping[str, Kind] = {
 
 
 def require_optimizer(job: FinetuneJob) -> None:
-    """Refuse what is not installed, or not made for several processes.
+    """Refuse what is not installed.
 
     Raises:
-        UsageError: the optimizer's package is missing; or a way to save memory that several processes don't have.
+        UsageError: the optimizer's package, or that of event files, is missing.
     """
     package = KINDS[job.optimizer].package
     if package is not None and find_spec(package) is None:
@@ -59,10 +58,6 @@ def require_optimizer(job: FinetuneJob) -> None:
         )
     if job.tensorboard and find_spec("tensorboard") is None:
         raise UsageError("tensorboard: needs its package; pip install 'ktmerge[tensorboard]'.")
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    for key in ("optimizer_in_backward", "offload_optimizer"):
-        if several and getattr(job, key):
-            raise UsageError(f"{key}: is for a single process; several share the optimizer's state among them already.")
 
 
 def spare_embeddings(model: Any, job_optimizer: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -102,13 +101,6 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     require_optimizer(job(optimizer="adafactor"))
 
 
-def test_several_processes_are_refused_what_is_made_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="offload_optimizer: is for a single process"):
-        require_optimizer(job(offload_optimizer=True))
-    require_optimizer(job())
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -196,4 +188,14 @@ def test_the_host_is_where_everything_is_without_a_device(tiny_llama: Path, tmp_
     tune(tiny_llama, tmp_path, "plain")
     tune(tiny_llama, tmp_path, offload_optimizer=True, progress=listener)
     assert any("in the host's memory already" in note for note in listener.notes)
+    assert sha256(tmp_path / "out") == sha256(tmp_path / "plain")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", ["full", "last:1"])
+def test_activations_that_are_computed_again_change_nothing(train: str, tiny_llama: Path, tmp_path: Path) -> None:
+    """Nor where what lies below is frozen, so that no gradient reaches the first layer."""
+    tune(tiny_llama, tmp_path, "plain", train=train)
+    tune(tiny_llama, tmp_path, train=train, activation_checkpointing=True)
+    assert log_of(tmp_path / "out") == log_of(tmp_path / "plain")
     assert sha256(tmp_path / "out") == sha256(tmp_path / "plain")
