@@ -161,8 +161,8 @@ def _why(error: Exception) -> str:
     said = first_line(error)
     if isinstance(error, ConnectionError | OSError) and not isinstance(error, FileNotFoundError):
         return (
-            f"the dataset is not on this machine and the hub cannot be reached ({said}) Download it where there is a "
-            f"network, or keep a copy of its repository as owner/name in a folder that ${COPIES} names."
+            f"the dataset is not on this machine and the hub cannot be reached: {said.rstrip('.')}. Download it where "
+            f"there is a network, or keep a copy of its repository as owner/name in a folder that ${COPIES} names."
         )
     return f"the dataset cannot be loaded: {said}"
 
