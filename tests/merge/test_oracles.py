@@ -64,6 +64,7 @@ MEASURED: set[str] = {
     "nullspace",
     "regmean",
     "regmean_back",
+    "ties_base",
 }
 """Methods that need measured statistics; their oracles are in files of their own."""
 
