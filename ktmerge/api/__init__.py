@@ -6,12 +6,13 @@ from typing import Any
 
 from ktmerge.api.blending import blend, blend_into, extract_lora, plan, refuse_without_out
 from ktmerge.api.checking import Checked, check
+from ktmerge.api.deltas import apply_delta, export_delta
 from ktmerge.api.gallery import Listed, explain, import_recipe, list_recipes, new_recipe, schema_text, show_recipe
 from ktmerge.api.looking import inspect, recommend
 from ktmerge.api.measuring import measure, measure_all, measurements
 from ktmerge.api.proving import check_lock, diff, lock, lock_path, verify
 from ktmerge.api.running import run
-from ktmerge.api.scoring import backward_transfer, compare, evaluate, report
+from ktmerge.api.scoring import backward_transfer, compare, evaluate, import_scores, report
 from ktmerge.api.suites import ListedSuite, list_suites, show_suite
 from ktmerge.api.sweeping import compare_with_trial, sweep, sweep_files, trial_recipe, trial_to_blend
 from ktmerge.api.tuning import estimate, finetune, finetune_all, finetune_jobs, preview
@@ -22,6 +23,7 @@ __all__ = [
     "Listed",
     "ListedSuite",
     "Pristine",
+    "apply_delta",
     "backward_transfer",
     "blend",
     "blend_into",
@@ -33,11 +35,13 @@ __all__ = [
     "estimate",
     "evaluate",
     "explain",
+    "export_delta",
     "extract_lora",
     "finetune",
     "finetune_all",
     "finetune_jobs",
     "import_recipe",
+    "import_scores",
     "inspect",
     "list_recipes",
     "list_suites",

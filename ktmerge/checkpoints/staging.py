@@ -17,6 +17,8 @@ from ktmerge.errors import KtmergeError, UsageError
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+_OURS = frozenset({"config.json", "delta.json"})
+"""What a folder holds that may be replaced if asked: a checkpoint, or a delta."""
 _UNSUPPORTED = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
 
 
@@ -145,7 +147,7 @@ def refuse_output(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UsageError(f"{out}: exists and is not empty; choose another folder, or add --overwrite.")
-    if not any(name == "config.json" or name.endswith(".safetensors") for name in names):
+    if not any(name in _OURS or name.endswith(".safetensors") for name in names):
         raise UsageError(f"{out}: holds files but no checkpoint, so --overwrite will not replace it.")
 
 

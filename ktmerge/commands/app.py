@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
+
+
+class _Group(typer.core.TyperGroup):
+    """``eval import`` is a command of its own, though ``eval`` takes models; a folder called so is ``./import``."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        return super().resolve_command(ctx, ["import-scores", *args[2:]] if args[:2] == ["eval", "import"] else args)
+
 
 app = typer.Typer(
+    cls=_Group,
     name="ktmerge",
     no_args_is_help=True,
     add_completion=False,
@@ -17,6 +27,8 @@ app = typer.Typer(
 )
 recipes = typer.Typer(no_args_is_help=True, help="Check, show, list and import recipes.")
 app.add_typer(recipes, name="recipe")
+deltas = typer.Typer(no_args_is_help=True, help="Hand a model over as what it is apart from its base.")
+app.add_typer(deltas, name="delta")
 suites = typer.Typer(no_args_is_help=True, help="List and show evaluation suites that come with ktmerge.")
 app.add_typer(suites, name="suite")
 

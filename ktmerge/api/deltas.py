@@ -1,0 +1,57 @@
+"""Deltas: a model as what it is apart from its base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ktmerge.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from ktmerge.deltas import DeltaReport
+
+
+def export_delta(
+    base: str | Path,
+    model: str | Path,
+    out: str | Path,
+    *,
+    error: float | None = None,
+    overwrite: bool = False,
+    progress: Progress = SILENT,
+) -> DeltaReport:
+    """Write what ``model`` is apart from ``base`` into the folder ``out``.
+
+    Args:
+        base: folder or hub id of what whoever applies the delta has.
+        model: folder or hub id of what is handed over.
+        out: folder of the delta.
+        error: norm of what may be left out of each tensor's change, over the norm of the change; None: nothing.
+        overwrite: replace a delta that is there.
+        progress: where to report to.
+
+    Raises:
+        UsageError: a folder is no checkpoint, ``error`` is not between 0 and 1, or ``out`` exists.
+        KtmergeError: weights cannot be read, or the disk is full.
+    """
+    from ktmerge import deltas
+    from ktmerge.checkpoints import resolve
+
+    below, above = (resolve(str(one), Path.cwd()) for one in (base, model))
+    return deltas.export_delta(below, above, Path(out), error=error, overwrite=overwrite, progress=progress)
+
+
+def apply_delta(
+    base: str | Path, delta: str | Path, out: str | Path, *, overwrite: bool = False, progress: Progress = SILENT
+) -> DeltaReport:
+    """Write the model that ``delta`` makes of ``base`` into the folder ``out``.
+
+    Raises:
+        UsageError: another base than the delta's, a folder that is no delta, or ``out`` exists.
+        KtmergeError: the delta is broken, or something cannot be read or written.
+    """
+    from ktmerge import deltas
+    from ktmerge.checkpoints import resolve
+
+    below = resolve(str(base), Path.cwd())
+    return deltas.apply_delta(below, Path(delta), Path(out), overwrite=overwrite, progress=progress)

@@ -1,0 +1,200 @@
+"""A delta and its base to the model: every byte of both is checked on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from ktmerge.checkpoints import Checkpoint, Reader, refuse_overlap
+from ktmerge.checkpoints.digests import digest_of
+from ktmerge.checkpoints.files import clear_os_errors
+from ktmerge.checkpoints.staging import Staging, sync_tree
+from ktmerge.deltas.coding import unpacked
+from ktmerge.deltas.export import read_bits
+from ktmerge.deltas.manifest import BLOBS, Manifest, Other, Tensor
+from ktmerge.deltas.pieces import cast, decoded, width
+from ktmerge.deltas.report import DeltaReport
+from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.progress import SILENT, Progress
+
+_LARGEST_HEADER = 1 << 28
+_THREADS = 2
+
+
+def apply_delta(
+    base: Path, delta: Path, out: Path, *, overwrite: bool = False, progress: Progress = SILENT
+) -> DeltaReport:
+    """Write the model that ``delta`` makes of ``base`` into the folder ``out``.
+
+    Args:
+        base: folder of the checkpoint that the delta was made from.
+        delta: folder that `export_delta` wrote.
+        out: appears whole or not at all.
+        overwrite: replace a checkpoint that is there.
+        progress: where to report.
+
+    Raises:
+        UsageError: another base, a folder that is no delta, or ``out`` exists.
+        KtmergeError: the delta is broken, or something cannot be read or written.
+    """
+    manifest = Manifest.load(delta)
+    below = Checkpoint.open(base)
+    if below.header_digest() != manifest.base.get("headers"):
+        raise UsageError(
+            f"{base}: is not the base of this delta, {manifest.base.get('model')}: its tensors, types or shapes are "
+            "others."
+        )
+    refuse_overlap(out, [base, delta])
+    staging = Staging(out, overwrite)
+    staging.open()
+    try:
+        staging.require_space(sum(size for size, _ in manifest.files.values()))
+        blobs = _Blobs(delta / BLOBS)
+        try:
+            _write(staging.folder, manifest, below, blobs, progress)
+        finally:
+            blobs.close()
+        with clear_os_errors(staging.folder):
+            sync_tree(staging.folder)
+        staging.publish()
+    finally:
+        staging.discard()
+    return DeltaReport.of(delta, manifest, out)
+
+
+class _Blobs:
+    """Positional reads from the file of blobs."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with clear_os_errors(path):
+            self._descriptor = os.open(path, os.O_RDONLY)
+
+    def get(self, span: tuple[int, int]) -> bytes:
+        """The blob at a place.
+
+        Raises:
+            KtmergeError: the file ends before it.
+        """
+        begin, length = span
+        if begin + length > os.fstat(self._descriptor).st_size:
+            raise KtmergeError(f"{self._path}: ends too early; the delta was cut short.")
+        with clear_os_errors(self._path):
+            blob = os.pread(self._descriptor, length, begin)
+        if len(blob) != length:
+            raise KtmergeError(f"{self._path}: ends too early; the delta was cut short.")
+        return blob
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+
+def _write(folder: Path, manifest: Manifest, base: Checkpoint, blobs: _Blobs, progress: Progress) -> None:
+    descriptors: dict[str, int] = {}
+    total = sum(tensor.end - tensor.begin for tensor in manifest.tensors.values())
+    try:
+        for file, (size, header) in manifest.files.items():
+            descriptors[file] = _opened(folder / file, size, _header(blobs.get(header), file))
+        with (
+            base.reader() as reader,
+            progress.task(f"apply to {base.root.name}", total, "bytes") as step,
+            ThreadPoolExecutor(_THREADS) as pool,
+        ):
+
+            def made(item: tuple[str, Tensor]) -> None:
+                name, tensor = item
+                if tensor.file not in descriptors or tensor.end > manifest.files[tensor.file][0]:
+                    raise KtmergeError(f"tensor '{name}' lies in no file of this delta; it is broken.")
+                _tensor(name, tensor, base, reader, blobs, descriptors[tensor.file])
+                step.advance(tensor.end - tensor.begin)
+
+            for _ in pool.map(made, sorted(manifest.tensors.items(), key=lambda item: item[1].begin - item[1].end)):
+                pass
+            reader.check_unchanged()
+        for file, other in manifest.others.items():
+            _other(folder / file, file, other, base, blobs)
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+
+
+def _header(blob: bytes, file: str) -> bytes:
+    import zstandard
+
+    try:
+        size = zstandard.frame_content_size(blob)
+        if not 8 <= size <= _LARGEST_HEADER:
+            raise ValueError("no header")
+        return unpacked(blob, size)
+    except (ValueError, zstandard.ZstdError) as error:
+        raise KtmergeError(f"the delta's header of {file} is broken: {error}.") from None
+
+
+def _opened(path: Path, size: int, header: bytes) -> int:
+    with clear_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        os.ftruncate(descriptor, size)
+        os.pwrite(descriptor, header, 0)
+    return descriptor
+
+
+def _tensor(name: str, tensor: Tensor, base: Checkpoint, reader: Reader, blobs: _Blobs, descriptor: int) -> None:
+    twin = base.tensors.get(name) if tensor.base else None
+    if tensor.base and twin is None:
+        raise UsageError(f"{base.root}: has no tensor '{name}', which the delta starts from; it is another base.")
+    digest, base_digest = hashlib.sha256(), hashlib.sha256()
+    start, position = 0, tensor.begin
+    for piece in tensor.pieces:
+        stop = start + piece.count
+        if position + piece.count * width(tensor.dtype) > tensor.end:
+            raise KtmergeError(f"tensor '{name}': the delta has more elements than the tensor; it is broken.")
+        reference = None
+        if twin is not None:
+            own = read_bits(reader, twin, start, stop)
+            base_digest.update(own.data)
+            reference = cast(own, twin.dtype, tensor.dtype)
+        try:
+            found = [blobs.get(span) for span in piece.blobs]
+            bits = decoded(piece.coding, piece.parameters, found, piece.count, reference, tensor.dtype)
+        except (ValueError, LookupError, TypeError) as error:
+            raise KtmergeError(f"tensor '{name}': the delta is broken: {error}.") from None
+        raw = bits.tobytes()
+        digest.update(raw)
+        with clear_os_errors(base.root):
+            _all(descriptor, raw, position)
+        start, position = stop, position + len(raw)
+    if twin is not None and base_digest.hexdigest() != tensor.base:
+        raise UsageError(
+            f"{base.root}: '{name}' is not as in the base that the delta was made from; give that one, to the byte."
+        )
+    if digest.hexdigest() != tensor.sha256 or position != tensor.end:
+        raise KtmergeError(f"tensor '{name}' does not come out as it went in; the delta is broken.")
+
+
+def _all(descriptor: int, raw: bytes, position: int) -> None:
+    view = memoryview(raw)
+    while view:
+        count = os.pwrite(descriptor, view, position)
+        view, position = view[count:], position + count
+
+
+def _other(path: Path, file: str, other: Other, base: Checkpoint, blobs: _Blobs) -> None:
+    if other.blob is None:
+        twin = base.root / file
+        if not twin.is_file() or digest_of(twin).sha256 != other.sha256:
+            raise UsageError(f"{twin}: is not as in the base that the delta was made from; give that one, to the byte.")
+        raw = twin.read_bytes()
+    else:
+        try:
+            raw = unpacked(blobs.get(other.blob), other.size)
+        except ValueError as error:
+            raise KtmergeError(f"{file}: the delta is broken: {error}.") from None
+        if hashlib.sha256(raw).hexdigest() != other.sha256:
+            raise KtmergeError(f"{file}: does not come out as it went in; the delta is broken.")
+    with clear_os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(raw)
