@@ -65,6 +65,8 @@ class Processes:
 
     def voice(self, progress: Progress) -> Progress:
         """Where this process reports to: the first as it was told, the others nowhere."""
+        if not self.is_several and "ACCELERATE_MIXED_PRECISION" in os.environ:
+            progress.note("accelerate launch started one process: nothing is sharded. On CPUs, start with torchrun.")
         return progress if self.is_first else SILENT
 
     def any(self, flag: bool) -> bool:
