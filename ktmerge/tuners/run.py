@@ -297,9 +297,10 @@ class TrainingRun:
         if self._job.show_samples and sets and not self._processes.is_several:
             from ktmerge.tuners.speaking import Speaker, choose_prompts
 
-            prompts = choose_prompts(sets, self._job.show_samples)
             encoder, log = self._encoder, self._partial.log
-            found += [Speaker(prompts, encoder.tokenizer, encoder.stops, log, self._progress)] if prompts else []
+            prompts = choose_prompts(sets, self._job.show_samples, encoder.image_token)
+            speaker = Speaker(prompts, encoder.tokenizer, encoder.stops, log, self._progress, encoder.extras)
+            found += [speaker] if prompts else []
         self._board: BoardCallback | None = None
         if self._job.tensorboard and self._processes.is_first:
             from ktmerge.tuners.board import FOLDER, BoardCallback

@@ -6,6 +6,7 @@ Greedy, so that no random number is drawn. Imports torch and transformers; impor
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,10 @@ import torch
 from transformers import GenerationConfig, TrainerCallback
 
 from ktmerge.progress import Progress
-from ktmerge.tuners.encode import Encoded
+from ktmerge.recipes.images import Image
+from ktmerge.tuners.collate import Collator
+from ktmerge.tuners.encode import Encoded, Extras
+from ktmerge.tuners.loss import for_model
 from ktmerge.tuners.report import SAMPLES
 
 _MOST_TOKENS, _BEYOND = 64, 8
@@ -31,13 +35,18 @@ class Prompt:
     set: str
     asked: list[int]
     expected: list[int]
+    images: tuple[Image, ...] = ()
 
 
-def choose_prompts(sets: Mapping[str, Sequence[Encoded]], count: int) -> list[Prompt]:
-    """Of every set the first ``count`` samples that ask something, by text alone."""
+def choose_prompts(sets: Mapping[str, Sequence[Encoded]], count: int, image_token: int | None = None) -> list[Prompt]:
+    """Of every set the first ``count`` samples that ask something, and show nothing (``image_token``) later on."""
     found = []
     for name, samples in sets.items():
-        suited = [sample for sample in samples if not sample.trained[0] and not sample.images]
+        suited = [
+            sample
+            for sample in samples
+            if not sample.trained[0] and image_token not in sample.ids[sample.trained.index(1) :]
+        ]
         found += [_prompt(name, sample) for sample in suited[:count]]
     return found
 
@@ -45,7 +54,8 @@ def choose_prompts(sets: Mapping[str, Sequence[Encoded]], count: int) -> list[Pr
 def _prompt(name: str, sample: Encoded) -> Prompt:
     first = sample.trained.index(1)
     last = sample.trained.find(0, first)
-    return Prompt(name, list(sample.ids[:first]), list(sample.ids[first : len(sample) if last < 0 else last]))
+    expected = list(sample.ids[first : len(sample) if last < 0 else last])
+    return Prompt(name, list(sample.ids[:first]), expected, sample.images)
 
 
 class Speaker(TrainerCallback):  # type: ignore[misc, unused-ignore]
@@ -57,11 +67,19 @@ class Speaker(TrainerCallback):  # type: ignore[misc, unused-ignore]
         stops: tokens that end an answer.
         log: lines of JSON.
         progress: where answers are shown.
+        extras: what makes the tensors of images.
     """
 
     def __init__(
-        self, prompts: Sequence[Prompt], tokenizer: Any, stops: Sequence[int], log: Path, progress: Progress
+        self,
+        prompts: Sequence[Prompt],
+        tokenizer: Any,
+        stops: Sequence[int],
+        log: Path,
+        progress: Progress,
+        extras: Extras | None = None,
     ) -> None:
+        self._extras = extras
         self._prompts, self._tokenizer, self._stops = prompts, tokenizer, list(stops)
         self._log, self._progress = log, progress
 
@@ -98,8 +116,10 @@ class Speaker(TrainerCallback):  # type: ignore[misc, unused-ignore]
             eos_token_id=self._stops,
             pad_token_id=self._stops[0],
         )
-        ids = torch.tensor([prompt.asked], device=model.device)
-        found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=how)
+        asked = Encoded(array("i", prompt.asked), bytes(len(prompt.asked)), images=prompt.images)
+        batch = for_model(Collator(0, extras=self._extras)([asked]))
+        given = {name: value.to(model.device) for name, value in batch.items()}
+        found = model.generate(**given, generation_config=how)
         said: list[int] = found[0, len(prompt.asked) :].tolist()
         return said
 

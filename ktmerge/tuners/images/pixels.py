@@ -70,7 +70,8 @@ class Pixels:
         kinds = torch.zeros(len(samples), length, dtype=torch.int64)
         for row, sample in enumerate(samples):
             if self._prefixed:
-                kinds[row, sample.trained.index(1) : len(sample)] = 1
+                answer = sample.trained.find(1)
+                kinds[row, answer if answer >= 0 else len(sample) : len(sample)] = 1
             else:
                 kinds[row, : len(sample)] = torch.tensor(
                     self._processor.create_mm_token_type_ids([list(sample.ids)])[0]
