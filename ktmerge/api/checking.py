@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ktmerge.errors import UsageError
 from ktmerge.recipes import load_recipe
+from ktmerge.recipes.harness import HarnessTask
 from ktmerge.recipes.load import suite_of
 from ktmerge.recipes.schema import Recipe
 
@@ -114,7 +115,8 @@ def _missing_data(recipe: Recipe, suite: Suite | None) -> list[str]:
         section = recipe.statistics_of(name)
         where = "statistics" if name == "base" else f"experts.{name}.statistics"
         wanted += [(where, recipe.folder / file) for file in (section.data if section is not None else ())]
-    sets = [task for task in suite.tasks() if not task.data.startswith("hf:")] if suite is not None else []
+    own = [task for task in suite.tasks() if not isinstance(task, HarnessTask)] if suite is not None else []
+    sets = [task for task in own if not task.data.startswith("hf:")]
     wanted += [(f"eval, task {task.name}", suite.folder / task.data) for task in sets if suite is not None]
     missing = [(where, path) for where, path in wanted if not path.exists() or (path.is_dir() and where[:4] != "eval")]
     return [f"{where}: {path}: no such file." for where, path in missing]

@@ -101,6 +101,65 @@ def _referred(model: str) -> Reference:
     return path if adapter is None else (path, adapter)
 
 
+def import_scores(
+    files: Sequence[str],
+    *,
+    base: str | None = None,
+    upstream: Sequence[str] = (),
+    downstream: Sequence[str] = (),
+    metrics: Sequence[str] = (),
+    items: Sequence[str] = (),
+    out: str | Path | None = None,
+    overwrite: bool = False,
+) -> Results:
+    """Join what lm_eval, lmms-eval or VLMEvalKit measured of several models into one score file.
+
+    Args:
+        files: result and sample files or folders of such, as ``name=path``; of one model as many as there are. Without
+            a name the model is called as its files call it.
+        base: name of the untuned model; by default the one called base, else the first.
+        upstream: sets the model must keep.
+        downstream: sets it was tuned for.
+        metrics: ``set=metric`` strings.
+        items: ``set=N`` strings: the number of items behind a total without standard error.
+        out: score file to write.
+        overwrite: replace a score file that is there.
+
+    Raises:
+        UsageError: a file is none of theirs, or models were asked other sets or items.
+    """
+    from ktmerge.eval.imports import joining
+
+    models: dict[str, list[Path]] = {}
+    for text in files:
+        name, equals, path = text.partition("=")
+        where = Path(path if equals else text)
+        models.setdefault(name if equals else joining.model_name(where), []).append(where)
+    if out is not None:
+        refuse_existing(Path(out), overwrite)
+    counts = {name: value for name, value in _pairs(items, "--items").items() if value.isdecimal() and int(value) > 0}
+    if len(counts) < len(items):
+        raise UsageError(f"--items {' '.join(items)}: write set=N, with N of at least 1.")
+    results = joining.import_scores(
+        models, base=base or ("base" if "base" in models else next(iter(models))), upstream=upstream,
+        downstream=downstream, metrics=_pairs(metrics, "--metric"),
+        items={name: int(value) for name, value in counts.items()},
+    )  # fmt: skip
+    if out is not None:
+        results.save(Path(out))
+    return results
+
+
+def _pairs(texts: Sequence[str], option: str) -> dict[str, str]:
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise UsageError(f"{option} {text}: write set=value.")
+        found[name] = value
+    return found
+
+
 def compare(scores: Sequence[str | Path]) -> Results:
     """Join score files of the same base and suite into one.
 

@@ -65,6 +65,35 @@ def _batch_size(text: str) -> int | None:
     return None if text == "auto" else int(text)
 
 
+@app.command(
+    "import-scores",
+    epilog="Example: ktmerge eval import base=logs/base tuned=logs/tuned --upstream gqa --downstream sqa -o s.json",
+)
+def import_scores(
+    files: Annotated[
+        list[str], typer.Argument(help="Result or sample files, or folders of such: name=path. Repeat a name for more.")
+    ],
+    base: Annotated[str | None, typer.Option("--base", help="Name of the untuned model; by default the first.")] = None,
+    upstream: Annotated[list[str] | None, typer.Option(help="Set the model must keep. Repeatable.")] = None,
+    downstream: Annotated[list[str] | None, typer.Option(help="Set it was tuned for. Repeatable.")] = None,
+    metric: Annotated[list[str] | None, typer.Option("--metric", help="set=metric. Repeatable.")] = None,
+    items: Annotated[
+        list[str] | None, typer.Option("--items", help="set=N: items behind a total without standard error.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write scores (JSON) here.")] = None,
+    overwrite: OverwriteOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Join what lm_eval, lmms-eval or VLMEvalKit measured: also 'ktmerge eval import'."""
+    from ktmerge import api, console
+
+    results = api.import_scores(
+        files, base=base, upstream=upstream or (), downstream=downstream or (), metrics=metric or (), items=items or (),
+        out=out, overwrite=overwrite,
+    )  # fmt: skip
+    console.print_json(results.to_json()) if json_ else console.stdout().print(results.table())
+
+
 @app.command(epilog="Example: ktmerge compare scores-ties.json scores-linear.json")
 def compare(
     scores: Annotated[list[Path], typer.Argument(help="Score files of 'ktmerge eval' with the same base and suite.")],

@@ -31,7 +31,7 @@ def cautions(results: Results) -> list[str]:
 
 def _power(results: Results, others: list[str]) -> list[str]:
     parts = []
-    for task in results.tasks:
+    for task in results.paired():
         base = results.scores[results.base][task.name].scores
         errors = [paired_error(results.scores[name][task.name].scores, base) for name in others]
         largest = max((error for error in errors if error), default=None)

@@ -52,7 +52,7 @@ def _refuse_different(first: Results, other: Results) -> None:
         raise UsageError(f"{pair} have different base models; score them in one run.")
     for task in first.tasks:
         a, b = first.scores[first.base][task.name], other.scores[other.base][task.name]
-        if a.scores.shape != b.scores.shape or not np.array_equal(a.scores, b.scores):
+        if a.scores.shape != b.scores.shape or not np.array_equal(a.scores, b.scores) or a.total != b.total:
             where = f"{own.device} {own.dtype}, {its.device} {its.dtype}"
             raise UsageError(
                 f"{pair}: on '{task.name}' the base scores {a.mean:.2f} in one and {b.mean:.2f} in the other, "

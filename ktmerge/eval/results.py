@@ -80,21 +80,27 @@ class TaskScore:
             text: ``correct``, ``tokens``, ``nll`` (nats), ``bytes``, ``words``.
         figures: numbers of the whole set shown beside the score, such as ``unread`` (percent) or ``bleu``.
         signature: of the package and settings that scored it, if any.
+        total: of an imported set without item scores, its score and standard error on 0-100; ``scores`` is empty.
     """
 
     scores: NDArray[np.float64]
     details: dict[str, list[Any]]
     figures: dict[str, float] = field(default_factory=dict)
     signature: str = ""
+    total: tuple[float, float] | None = None
 
     @property
     def mean(self) -> float:
         """On 0-100."""
+        if self.total is not None:
+            return self.total[0]
         return statistics.mean(self.scores)
 
     @property
     def stderr(self) -> float | None:
         """On 0-100; None for a single item."""
+        if self.total is not None:
+            return self.total[1]
         return statistics.standard_error(self.scores)
 
     def extras(self) -> dict[str, float]:
@@ -114,13 +120,14 @@ class TaskScore:
         return {
             "score": self.mean, "stderr": self.stderr, **self.extras(), "signature": self.signature,
             "figures": self.figures, "scores": self.scores.tolist(), "details": self.details,
+            **({} if self.total is None else {"total": list(self.total)}),
         }  # fmt: skip
 
     @classmethod
     def from_json(cls, one: dict[str, Any]) -> TaskScore:
         return cls(
             np.array(one["scores"], dtype=float), dict(one["details"]),
-            dict(one.get("figures", {})), str(one.get("signature", "")),
+            dict(one.get("figures", {})), str(one.get("signature", "")), _total(one.get("total")),
         )  # fmt: skip
 
 
@@ -148,13 +155,22 @@ class Results:
         """E, F, O, H and the rest with intervals; computed from the item scores."""
         return summarise(
             {name: {task: score.scores for task, score in tasks.items()} for name, tasks in self.scores.items()},
-            {task.name: task.side for task in self.tasks},
+            {task.name: task.side for task in self.tasks}, totals=self._totals(),
             base=self.base, reference=self.reference, bootstrap=self.bootstrap, seed=self.seed,
         )  # fmt: skip
 
     def sides(self, side: Side) -> list[TaskInfo]:
         """The tasks of one side, in suite order."""
         return [task for task in self.tasks if task.side == side]
+
+    def paired(self, side: Side | None = None) -> list[TaskInfo]:
+        """The tasks whose items were scored; not those of which only totals were imported."""
+        return [task for task in self.tasks if task.rows and side in (None, task.side)]
+
+    def _totals(self) -> dict[str, list[tuple[float, float]]]:
+        """Per imported set without item scores, every model's score and standard error."""
+        found = {task.name: [tasks[task.name].total for tasks in self.scores.values()] for task in self.tasks}
+        return {name: [one for one in own if one] for name, own in found.items() if any(own)}
 
     def difference(self, a: str, b: str) -> Comparison:
         """A - B in E, F, O, H, and in each task, with paired intervals.
@@ -174,7 +190,7 @@ class Results:
         """
         for name in (a, b):
             self._known(name)
-        counted = [task.name for task in self.tasks if task.metric.split(",")[0] in RIGHT_OR_WRONG]
+        counted = [one.name for one in self.paired() if one.metric.split(",")[0] in RIGHT_OR_WRONG]
         return {name: mcnemar(self.scores[a][name].scores, self.scores[b][name].scores) for name in counted}
 
     def partition(self, model: str) -> Partition | None:
@@ -189,7 +205,7 @@ class Results:
         names = (self.base, self.reference, model)
 
         def triples(side: Side) -> list[Triple]:
-            base, tuned, own = ([self.scores[name][task.name].scores for task in self.sides(side)] for name in names)
+            base, tuned, own = ([self.scores[name][task.name].scores for task in self.paired(side)] for name in names)
             return list(zip(base, tuned, own, strict=True))
 
         return partition(triples("upstream"), triples("downstream"))
@@ -338,7 +354,8 @@ class Results:
             for task in self.tasks:
                 scores = tasks[task.name].scores
                 within = bool(((scores >= 0) & (scores <= LARGEST.get(task.metric, 1.0))).all())
-                good = scores.shape == (len(task.rows),) and len(scores) and within
+                whole = tasks[task.name].total is not None
+                good = scores.shape == (len(task.rows),) and within and whole != bool(len(scores))
                 if not good:
                     raise UsageError(f"{where}: a damaged score file: scores of '{model}' on '{task.name}'.")
 
@@ -375,6 +392,10 @@ def _parse(document: dict[str, Any]) -> dict[str, Any]:
         **{key: document["settings"][key] for key in ("base", "reference", "bootstrap", "seed")},
         "part": str(document["settings"].get("part", "all")),
     }
+
+
+def _total(value: Any) -> tuple[float, float] | None:
+    return None if value is None else (float(value[0]), float(value[1]))
 
 
 def _scores(tasks: dict[str, Any]) -> dict[str, TaskScore]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,6 +44,22 @@ def resampled_means(
         per task name [models, R].
     """
     return {name: _resample(scores, resamples, _generator(seed, name)) for name, scores in tasks.items()}
+
+
+def normal_means(
+    totals: Mapping[str, Sequence[tuple[float, float]]], draws: int, seed: int
+) -> dict[str, NDArray[np.float64]]:
+    """Of tasks known by every model's score and standard error alone: score first, then ``draws`` from that normal.
+
+    Returns:
+        per task name [models, 1 + draws], on 0-100, each model drawn by itself.
+    """
+    found = {}
+    for name, own in totals.items():
+        score, error = np.array(own, dtype=float).T[:, :, None]
+        drawn = score + error * _generator(seed, name).standard_normal((len(own), draws))
+        found[name] = np.concatenate([score, np.clip(drawn, 0, 100)], axis=1)
+    return found
 
 
 def interval(samples: NDArray[np.float64]) -> tuple[float, float]:

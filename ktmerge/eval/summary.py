@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ktmerge.eval.statistics import harmonic_mean, interval, resampled_means
+from ktmerge.eval.statistics import harmonic_mean, interval, normal_means, resampled_means
 from ktmerge.recipes.suites import Side
 
 if TYPE_CHECKING:
@@ -164,6 +164,7 @@ def summarise(
     scores: Mapping[str, Mapping[str, NDArray[np.float64]]],
     sides: Mapping[str, Side],
     *,
+    totals: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     base: str = "base",
     reference: str | None = None,
     bootstrap: int = 2000,
@@ -174,18 +175,21 @@ def summarise(
     Args:
         scores: per model and task, the item scores [items] in [0, 1]; the same items for all models.
         sides: of each task.
+        totals: of tasks without item scores, every model's score and standard error on 0-100; drawn from normals, each
+            model by itself, since nothing tells what models share.
         base: the untuned model.
         reference: the model whose gain is the whole of the gain share, usually the full fine-tune.
         bootstrap: resamples behind each interval.
         seed: of the resamples.
     """
     names = list(scores)
-    stacked = {task: np.stack([scores[name][task] for name in names]) for task in sides}
+    whole = totals or {}
+    stacked = {task: np.stack([scores[name][task] for name in names]) for task in sides if task not in whole}
     resampled = resampled_means(stacked, bootstrap, seed)
     means = {
         task: np.concatenate([100 * stacked[task].mean(axis=1, keepdims=True), resampled[task]], axis=1)
-        for task in sides
-    }  # per task [models, 1 + resamples]; what is measured stands first
+        for task in stacked
+    } | normal_means(whole, bootstrap, seed)  # per task [models, 1 + resamples]; what is measured stands first
     by_model = {name: {task: means[task][i] for task in sides} for i, name in enumerate(names)}
     target = by_model.get(reference) if reference is not None else None
     return Summary({name: _quantities(by_model[name], by_model[base], target, sides) for name in names}, sides)

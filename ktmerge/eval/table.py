@@ -261,7 +261,7 @@ def _footer(results: Results, columns: Sequence[Column]) -> list[str]:
     lines = [FORMULAS[key] for key, heading in keys.items() if heading in shown]
     if "H" in shown:
         lines.append("d, u: mean score over downstream, upstream sets. All scores are on 0-100.")
-    items = ", ".join(f"{task.name} {len(task.rows)}" for task in results.tasks)
+    items = ", ".join(f"{task.name} {len(task.rows) or 'totals only'}" for task in results.tasks)
     lines.append(f"[95 % interval]: paired bootstrap over items, {results.bootstrap} resamples, seed {results.seed}.")
     lines.append(f"items: {items}")
     return lines
