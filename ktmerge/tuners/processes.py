@@ -21,6 +21,8 @@ _PATIENCE = timedelta(hours=12)
 _OTHER_ENGINES = {"ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 _OPTIMIZERS = ("adamw", "sgd")
 """Those whose rules work element by element, so on the rows of any process alike."""
+_LOST = ("Connection closed by peer", "Connection reset by peer", "[Gloo", "gloo/transport", "NCCL error")
+"""As the libraries say it."""
 _T = TypeVar("_T")
 _groups: list[Any] = []
 """The group of host memory in which all agree, made once."""
@@ -72,6 +74,11 @@ class Processes:
     def any(self, flag: bool) -> bool:
         """Whether it holds in one of them."""
         return flag if not self.is_several else any(self._gather(flag))
+
+    def has_lost_one(self, error: BaseException) -> bool:
+        """Whether an error means that another process is gone."""
+        said = str(error)
+        return self.is_several and any(word in said for word in _LOST)
 
     def wait(self) -> None:
         """Until all are here."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ktmerge.checkpoints import Checkpoint, Parts
 from ktmerge.checkpoints.quiet import quiet_transformers
-from ktmerge.errors import KtmergeError, UsageError, first_line
+from ktmerge.errors import KtmergeError, ToldElsewhereError, UsageError, first_line
 from ktmerge.progress import Progress, Step
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners.encode import Encoded, EncodedSet, Encoder
@@ -509,9 +509,13 @@ class TrainingRun:
         """Answer the failures that users can do something about."""
         try:
             yield
-        except KtmergeError:
-            raise
+        except KtmergeError as error:
+            if self._processes.is_first:
+                raise
+            raise ToldElsewhereError(error.exit_code) from None  # these are the same in every process
         except Exception as error:  # the libraries have no common type for either failure
+            if self._processes.has_lost_one(error):
+                raise ToldElsewhereError(1) from error
             if is_out_of_memory(error):
                 longest = self._encoded["train"].longest
                 raise KtmergeError(
