@@ -22,7 +22,9 @@ from ktmerge.commands.options import (
     "eval", epilog="Example: ktmerge eval runs/spam blended --base ./base --suite suite.yaml --out scores.json"
 )
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help="Model folders, or name=folder.")],
+    models: Annotated[
+        list[str] | None, typer.Argument(help="Model folders, or name=folder; without any, the base alone.")
+    ] = None,
     suite: Annotated[
         list[str] | None,
         typer.Option("--suite", "-s", help="Suite file or name (ktmerge suite list). Repeatable: scored as one."),
@@ -51,7 +53,7 @@ def evaluate(
     from ktmerge import api, console
 
     results = api.evaluate(
-        models, suite=suite, recipe=recipe, overrides=set_ or (), base=base, out=out,
+        models or (), suite=suite, recipe=recipe, overrides=set_ or (), base=base, out=out,
         batch_size=_batch_size(batch_size), device=device, reference=reference, part=part, cache=not no_cache,
         overwrite=overwrite, progress=console.TerminalProgress(),
     )  # fmt: skip
