@@ -142,7 +142,7 @@ def test_what_travels_with_the_weights(llavas: Path, tmp_path: Path, recipe_in: 
     report = blend(recipe, tmp_path / "out", device="cpu")
     files = {str(path.relative_to(llavas / "base")) for path in (llavas / "base").rglob("*") if path.is_file()}
     written = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    assert written == files | {"ktmerge.json", "README.md"}
+    assert written == files | {"ktmerge.json", "ktmerge.lock.yaml", "README.md"}
     base, out = Checkpoint.open(llavas / "base"), Checkpoint.open(tmp_path / "out")
     assert [(i.name, i.dtype, i.shape, i.file) for i in out.tensors.values()] == [
         (i.name, i.dtype, i.shape, i.file) for i in base.tensors.values()
