@@ -169,7 +169,7 @@ def test_mistakes_are_found_before_any_model_is_loaded(
 ) -> None:
     document = suite.model_dump(exclude={"folder"}, exclude_unset=True)
     change([*document["upstream"], *document["downstream"]])
-    monkeypatch.setattr("ktmerge.eval.evaluation.load_model", no_model_may_be_loaded)
+    monkeypatch.setattr("ktmerge.eval.subject.load_model", no_model_may_be_loaded)
     with pytest.raises(UsageError, match=said):
         evaluate({"base": tiny_llama}, Suite(**document, folder=suite.folder))
 

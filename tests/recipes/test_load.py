@@ -201,7 +201,7 @@ class TestSuites:
 
     def test_unknown_kind(self, tmp_path: Path) -> None:
         path = write(tmp_path, f"upstream: [{self.TASK.replace('choice,', 'chioce,')}]")
-        with pytest.raises(UsageError, match="'choice', 'classify', 'letter', 'generate', 'text'"):
+        with pytest.raises(UsageError, match="'choice', 'classify', 'letter', 'generate', 'instructions', 'text'"):
             load_suite(path)
 
     def test_names_are_unique(self, tmp_path: Path) -> None:
