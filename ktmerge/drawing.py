@@ -115,6 +115,7 @@ def loss_figure(training: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure |
         axes.set_title(name, fontsize=FONT, loc="left", pad=3)
         axes.grid(axis="y")
         axes.set_ylim(bottom=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.spines[["right", "top"]].set_visible(False)
         axes.legend(fontsize=SMALL, loc="best")
         if i == len(curves) - 1:
