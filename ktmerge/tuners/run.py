@@ -515,7 +515,10 @@ class TrainingRun:
             raise ToldElsewhereError(error.exit_code) from None  # these are the same in every process
         except Exception as error:  # the libraries have no common type for either failure
             if self._processes.has_lost_one(error):
-                raise ToldElsewhereError(1) from error
+                if not self._processes.is_first:
+                    raise ToldElsewhereError(1) from error
+                kept = "go on from the last saved step with --resume" if self._partial.has_state else "start again"
+                raise KtmergeError(f"another process of the run is gone, see what it says; {kept}.") from error
             if is_out_of_memory(error):
                 longest = self._encoded["train"].longest
                 raise KtmergeError(
