@@ -45,14 +45,16 @@ def overlap(metric: str, predictions: Sequence[str], references: Sequence[Sequen
     return _MEASURES[metric](predictions, references)
 
 
-def require(metric: str) -> None:
-    """Refuse a metric whose package is not here, before anything is scored.
+def require(metric: str, items: int | None = None) -> None:
+    """Refuse a metric whose package is not here, or that means nothing for so few items, before anything is scored.
 
     Raises:
-        UsageError: it says what to install.
+        UsageError: it says what to do.
     """
     if metric not in OVERLAP:
         return
+    if metric == "cider" and items == 1:
+        raise UsageError("CIDEr of a single item is always 0, as its weights come from the set; give it more items.")
     try:
         import_module(package(metric))
     except ImportError:
@@ -112,8 +114,7 @@ def _cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> O
 
     wanted = {i: [caption_words(one) for one in own] for i, own in enumerate(references)}
     said = {i: [caption_words(one)] for i, one in enumerate(predictions)}
-    if len(said) < 2:
-        raise UsageError("CIDEr of a single item is always 0, as its weights come from the set; give it more items.")
+    require("cider", len(said))
     _, scores = Cider().compute_score(wanted, said)
     return Overlap(
         np.clip(scores, 0.0, 10.0).tolist(),

@@ -142,7 +142,22 @@ def _dataset(name: str, subset: str | None, split: str | None) -> Rows:
         raise UsageError(f"{HUB}{name}: say with 'split' which part of the dataset to read.")
     copies = os.environ.get(COPIES)
     if copies and (Path(copies) / name).is_dir():
-        return _folder(Path(copies) / name, subset, split)
+        return _copy(Path(copies) / name, subset, split)
+    return _by_library(name, subset, split)
+
+
+def _copy(folder: Path, subset: str | None, split: str) -> Rows:
+    """Rows of a repository's copy: by the names of its files, or else by its card, as the datasets library reads it."""
+    try:
+        return _folder(folder, subset, split)
+    except UsageError as error:
+        try:
+            return _by_library(str(folder), subset, split)
+        except UsageError:
+            raise error from None
+
+
+def _by_library(name: str, subset: str | None, split: str) -> Rows:
     from datasets import load_dataset
 
     try:

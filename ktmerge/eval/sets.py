@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ktmerge.errors import UsageError
 from ktmerge.eval.encode import Encoded, Encoder
 from ktmerge.eval.examples import worked_rows
 from ktmerge.eval.images import row_images
@@ -76,6 +77,10 @@ def read_sets(suite: Suite, part: str | None = None) -> list[TaskSet]:
         written += [images.digest] if images.digest else []
         digest = hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()
         items = make_items(task, rows.rows, pool, images.of)
+        try:
+            require(task.metric, len(items))
+        except UsageError as error:
+            raise UsageError(f"task '{task.name}': {error}") from None
         sets.append(TaskSet(task, side, items, rows.digest, digest))
     return sets
 

@@ -111,6 +111,10 @@ def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     for name, rows in DATA.items():
         *folders, split = name.split("/")
+        if "IFEval" in folders:  # its repository has one file of another name
+            (tmp_path / "google" / "IFEval").mkdir(parents=True)
+            (tmp_path / "google" / "IFEval" / "ifeval_input_data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+            continue
         folder = tmp_path.joinpath(*folders, *(["data"] if len(folders) == 2 else []))
         folder.mkdir(parents=True, exist_ok=True)
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"{split}-00000-of-00001.parquet")
@@ -237,6 +241,29 @@ def test_a_dataset_that_is_not_there_says_what_to_do(tmp_path: Path, monkeypatch
     monkeypatch.delenv("KTMERGE_DATASETS", raising=False)
     with pytest.raises(UsageError, match=r"task 'mmlu': hf:cais/mmlu: the dataset is not on this machine and the hub "):
         read_sets(load_suite("upstream-llm"))
+
+
+def test_images_of_a_dataset_are_left_as_files(tmp_path: Path) -> None:
+    from datasets import Dataset, Features, Image, List, Value
+
+    features = Features({"image": Image(), "more": List(Image()), "q": Value("string")})
+    rows = {"image": [png(1), None], "more": [[png(2), png(3)], []], "q": ["a", "b"]}
+    (tmp_path / "set").mkdir()
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set" / "test.parquet")
+    found = load(f"hf:{tmp_path / 'set'}", tmp_path, None, "test")
+    assert found.rows[0].values["image"]["bytes"] == png(1)["bytes"]
+    task = {"name": "t", "kind": "generate", "data": f"hf:{tmp_path / 'set'}", "split": "test", "prompt": "{{ q }}",
+            "answer": "x", "image": ["image", "more"]}  # fmt: skip
+    (one,) = read_sets(Suite(upstream=[task], folder=tmp_path))
+    assert [len(item.images) for item in one.items if isinstance(item, GenerateItem)] == [3, 0]
+
+
+def test_cider_of_one_item_is_refused_before_scoring(copies: Path) -> None:
+    pytest.importorskip("pycocoevalcap")
+    suite = load_suite("upstream-vlm")
+    captions = [task.model_copy(update={"limit": 1}) for task in suite.upstream if task.name == "flickr30k"]
+    with pytest.raises(UsageError, match="task 'flickr30k': CIDEr of a single item is always 0"):
+        read_sets(suite.model_copy(update={"upstream": captions}))
 
 
 ROWS = [Row(0, "x:1", {"a": [1, 2], "b": ["p", "q"], "id": 5}), Row(1, "x:2", {"a": [], "b": [], "id": 6})]
