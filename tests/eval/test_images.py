@@ -138,7 +138,7 @@ def check_family(seeing: Seeing, folder: Path, chat: bool) -> None:
             assert found == pytest.approx(seeing.logprob(text, [image], ending), abs=1e-3)
 
 
-@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("chat", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_llava(models: Callable[[str], Seeing], folder: Path, chat: bool) -> None:
     check_family(models("llava"), folder, chat)
 
@@ -269,6 +269,7 @@ def test_text_turns_reach_templates_of_models_that_see(models: Callable[[str], S
     assert "What now" in Encoder(seeing.tokenizer, None).prompt("What now", chat=True)
 
 
+@pytest.mark.slow
 def test_scored_end_to_end_with_the_base(models: Callable[[str], Seeing], folder: Path) -> None:
     from ktmerge.eval import evaluate
 
