@@ -126,6 +126,11 @@ class Adapter(BaseModel):
         return self.tokens or self.family.tokens
 
     @property
+    def prompt_length(self) -> int:
+        """Tokens of the model's context that a prompt before the text takes."""
+        return self.used_tokens if self.name in ("prompt", "p-tuning", "prefix") else 0
+
+    @property
     def used_alpha(self) -> float:
         """Alpha, default filled in; what starts from singular vectors begins at their own scale."""
         moves_base = self.name in ("pissa", "milora", "olora", "corda")

@@ -196,7 +196,9 @@ def _encode(
 
 
 def _longest_allowed(job: FinetuneJob, checkpoint: Checkpoint) -> int:
-    return min(job.max_length, context_length(checkpoint.config) or job.max_length)
+    length = context_length(checkpoint.config)
+    prompt = job.adapter.prompt_length if job.adapter is not None else 0
+    return job.max_length if length is None else min(job.max_length, max(1, length - prompt))
 
 
 def _finished(out: Path, inputs: dict[str, Any], overwrite: bool) -> FinetuneReport | None:

@@ -10,18 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import seeing
 import torch
 from pydantic import ValidationError
+from test_images_train import tune as seeing_tune
 from test_resume import StopsAt
 from tuning import JOB, Listener, tune, weights
 
 from ktmerge.adapters.bottleneck import attach_bottlenecks
 from ktmerge.adapters.saved import attach_saved
 from ktmerge.adapters.visual import VisualPrompt
-from ktmerge.api import evaluate
+from ktmerge.api import blend, evaluate
 from ktmerge.checkpoints import Checkpoint
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.recipes.adapters import FAMILIES
+from ktmerge.recipes.load import parse_recipe
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners.adapters import penalties, saving
 
@@ -88,7 +91,7 @@ def test_a_lora_is_folded_and_kept(tiny_llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", [name for name in FOLDED if name != "lora"])
 def test_every_family_that_folds_says_the_same_in_weights(tiny_llama: Path, tmp_path: Path, name: str) -> None:
     rate = {"ia3": 0.1, "vera": 0.1, "lora+": 1e-3, "boft": 1e-2}.get(name, 1e-2)
-    settings = {**SHORT, "learning_rate": rate, "max_steps": 8}
+    settings = {**SHORT, "learning_rate": rate}
     tune(tiny_llama, tmp_path, adapter=settings_of(name, keep=True), **settings)
     require_folded(tiny_llama, tmp_path, "layers.")
 
@@ -208,6 +211,67 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
 
 
 @pytest.mark.slow
+def test_adapters_of_a_model_that_sees(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LoRA goes into the language part alone; the visual prompt into what the connector emits."""
+    from transformers import AutoModelForImageTextToText
+
+    base = seeing.build("llava", tmp_path / "base", tiny_llama)
+    short = {"learning_rate": 1e-2, "show_samples": 0}
+    seeing_tune(base, tmp_path, adapter=settings_of("lora"), **short)
+    names = moved(base, tmp_path / "out")
+    assert len(names) == 14
+    assert all(name.startswith("language_model.") and name.endswith("_proj.weight") for name in names)
+    trained: list[Any] = []
+    plain = saving.save_adapter
+    given = _picture_of(base)
+
+    def remembering(adapted: Any, folder: Path) -> None:
+        with torch.no_grad():
+            trained.append(adapted.model.eval()(**given).logits)
+        plain(adapted, folder)
+
+    monkeypatch.setattr(saving, "save_adapter", remembering)
+    seeing_tune(base, tmp_path, "visual", adapter={"name": "visual-prompt", "tokens": 2}, **short)
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32).eval()
+    with torch.no_grad():
+        before = model(**given).logits
+        after = attach_saved(model, tmp_path / "visual")(**given).logits
+    assert after.equal(trained[0])
+    assert float((after - before).abs().max()) > 1e-4
+
+
+@pytest.mark.slow
+def test_kept_adapters_are_experts_of_a_blend(tiny_llama: Path, tmp_path: Path) -> None:
+    """One alone is the folded model, whatever it began as; two are mixed as their changes are."""
+    for name in ("milora", "dora"):
+        tune(tiny_llama, tmp_path, name, adapter=settings_of(name, keep=True), **SHORT)
+    for out, experts in (("alone", {"a": 1.0}), ("mixed", {"a": 0.5, "b": 0.5})):
+        models = {"a": "milora-adapter", "b": "dora-adapter"}
+        document = {
+            "ktmerge": 1, "base": str(tiny_llama), "output": {"dtype": "float32"},
+            "experts": {name: {"model": models[name], "weight": weight} for name, weight in experts.items()},
+            "blend": {"method": "linear", "lambda": 1},
+        }  # fmt: skip
+        blend(parse_recipe(document, "here", tmp_path), tmp_path / out)
+    first, second, base = (weights(path) for path in (tmp_path / "milora", tmp_path / "dora", tiny_llama))
+    alone, mixed = weights(tmp_path / "alone"), weights(tmp_path / "mixed")
+    for name in base:
+        assert torch.allclose(alone[name], first[name].float(), rtol=0, atol=1e-7), name
+        expected = (first[name].double() + second[name].double()) / 2
+        assert torch.allclose(mixed[name].double(), expected, rtol=0, atol=1e-6), name
+
+
+def _picture_of(base: Path) -> dict[str, torch.Tensor]:
+    """A prompt that is one image, with the tokens that this model has for it."""
+    config = json.loads((base / "config.json").read_text())
+    count = (config["vision_config"]["image_size"] // config["vision_config"]["patch_size"]) ** 2
+    ids = torch.tensor([[5, *[config["image_token_index"]] * count, 6, 7]])
+    size = config["vision_config"]["image_size"]
+    pixels = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+@pytest.mark.slow
 def test_everything_that_keeps_the_base_works_with_an_adapter(tiny_llama: Path, tmp_path: Path) -> None:
     report = tune(
         tiny_llama, tmp_path, adapter=settings_of("lora", keep=True), replay=["chats.jsonl"], distill=1.0,
@@ -217,7 +281,7 @@ def test_everything_that_keeps_the_base_works_with_an_adapter(tiny_llama: Path, 
     assert report.record["run"]["average"]["kind"] == "ema"
     stopped = tune(
         tiny_llama, tmp_path, "guarded", adapter=settings_of("lora"), stop_upstream=0.0, eval_upstream="chats.jsonl",
-        eval_every=2, **{**SHORT, "learning_rate": 0.3},
+        eval_every=2, **{**SHORT, "learning_rate": 0.9},
     )  # fmt: skip
     assert stopped.record["run"]["result_of_step"] == 0
     assert not moved(tiny_llama, tmp_path / "guarded")  # B is zero again, so the fold is the base
