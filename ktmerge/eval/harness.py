@@ -244,7 +244,7 @@ def _chosen(task: HarnessTask, metrics: Sequence[tuple[str, str]]) -> tuple[str,
     for pair in metrics:
         if pair[0] == name and by in ("", pair[1]):
             return pair
-    known = {name for name, _ in metrics} | {",".join(pair) for pair in metrics}
+    known = {name for name, _ in metrics} | {",".join(pair) for pair in metrics if pair[1] != NO_FILTER}
     raise UsageError(f"'{task.lm_eval}' has no metric '{task.metric}' for items.{did_you_mean(task.metric, known)}")
 
 
