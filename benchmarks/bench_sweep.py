@@ -2,8 +2,8 @@
 
     python benchmarks/bench_sweep.py --base demo/base --expert verdicts=demo/experts/verdicts --json sweep.json
 
-All sides take turns, as often as ``--runs`` says, each time at another lambda. What they begin with, and need only once a
-sweep, is not counted: processes started, kernels compiled, base and experts read, a model built.
+All sides take turns, as often as ``--runs`` says, each time at another lambda. What they begin with, and need only once
+a sweep, is not counted: processes started, kernels compiled, base and experts read, a model built.
 
 * write: the parameters copied from a second model in memory to the first, which no candidate can do without
 * in place: ktmerge, into the loaded model (what ``ktmerge sweep`` does)
@@ -98,7 +98,7 @@ class InMemory:
 
     @staticmethod
     def _tasks(planner: Any) -> list[Any]:
-        """As `MergePlanner.plan_in_memory`, whose objects mergekit 0.1.5 refuses to make with pydantic 2.13."""
+        """As `MergePlanner.plan_in_memory`, whose objects mergekit 0.1.5 refuses to make with today's pydantic."""
         from mergekit.io.tasks import ReturnTensor
 
         planner._plan()
