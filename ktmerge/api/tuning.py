@@ -34,7 +34,8 @@ def finetune(
 
     Args:
         base: folder or hub id.
-        data: JSONL, JSON or parquet files of messages, ShareGPT, alpaca or prompt-completion rows.
+        data: JSONL, JSON or parquet files of messages, ShareGPT, alpaca or prompt-completion rows, with images for
+            models that see.
         out: the tuned checkpoint; appears whole or not at all.
         resume: go on where an interrupted run stopped.
         overwrite: replace a tuned checkpoint that is there.

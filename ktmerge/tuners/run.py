@@ -24,7 +24,7 @@ from ktmerge.progress import Progress, Step
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners.encode import Encoded, EncodedSet, Encoder
 from ktmerge.tuners.estimate import estimate
-from ktmerge.tuners.images.agreement import require_agreement, require_alike, shows_images
+from ktmerge.tuners.images.agreement import require_agreement, shows_images
 from ktmerge.tuners.loss import PIECE_TOKENS, projects_faithfully
 from ktmerge.tuners.machine import (
     choose_machine,
@@ -228,7 +228,6 @@ class TrainingRun:
         lean = projects_faithfully(model, model.config.get_text_config().vocab_size)
         self._require_packable(model, lean=lean)
         if self._processes.is_several:
-            require_alike(self._encoded)
             self._shard(model, lean=lean)
         samples, replayed = self._samples()
         self._selection = self._select(model)

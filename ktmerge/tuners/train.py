@@ -17,6 +17,7 @@ from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners.data import DataSet, read_data
 from ktmerge.tuners.encode import EncodedSet, Encoder, encode_all
 from ktmerge.tuners.export import export, publish_adapter
+from ktmerge.tuners.images.agreement import require_alike
 from ktmerge.tuners.images.opening import open_encoder
 from ktmerge.tuners.optimizers import require_optimizer
 from ktmerge.tuners.partial import LOG, Partial, differences, read_object
@@ -72,6 +73,8 @@ def finetune(
         data = _read(job, folder)
         encoder, seen = open_encoder(checkpoint, [one for found in data.values() for one in found.samples], progress)
         encoded = _encode(encoder, data, _longest_allowed(job, checkpoint), progress)
+        if processes.is_several:
+            require_alike(encoded)
     inputs = inputs_of(job, checkpoint, processes.first(lambda: checkpoint.content_digest(progress)), data)
     if fisher is not None:
         inputs["Fisher information"] = fisher.digest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from ktmerge.errors import UsageError
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners.collate import IGNORED, Collator
 from ktmerge.tuners.data import Sample, read_data
-from ktmerge.tuners.encode import Encoded, Encoder, SampleError, encode_all
+from ktmerge.tuners.encode import Encoded, EncodedSet, Encoder, SampleError, encode_all
+from ktmerge.tuners.images.agreement import require_alike
 from ktmerge.tuners.images.opening import open_encoder
 from ktmerge.tuners.preview import preview
 
@@ -214,3 +216,11 @@ def test_preview_says_how_many_tokens_an_image_is(model: Model, folder: Path) ->
     assert "<|vision_start|><|image_pad|>×10<|vision_end|>Is it good?" in text
     assert "".join(token for token, trained in shown.tokens if trained) == "yes yes<|im_end|>"
     assert shown.images == ("a.png (40 x 20)",)
+
+
+def test_several_processes_want_images_in_all_rows_or_none(model: Model, folder: Path) -> None:
+    _, encoded = encoded_by(model("llava"), samples_of("llava", folder))
+    text = replace(encoded[0], images=())
+    require_alike({"train": EncodedSet(encoded, 0), "upstream": EncodedSet([text], 0)})
+    with pytest.raises(UsageError, match=r"3 of 4 samples \(train\) have images"):
+        require_alike({"train": EncodedSet(encoded, 0), "replay": EncodedSet([text], 0)})
