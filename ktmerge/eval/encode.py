@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
 from ktmerge.errors import UsageError
+from ktmerge.eval.chunks import even_chunks, word_starts
+from ktmerge.eval.fingerprints import prefix
 from ktmerge.eval.items import AskedItem, ChoiceItem, Item, SaidItem, Shot, TextItem, whole_prompt
 from ktmerge.recipes.suites import AnyTask, ChoiceTask, ClassifyTask, SaidTask, TextTask
 
@@ -250,7 +249,7 @@ class Encoder:
                 words.append(len(item.text.split()))
                 continue
             skipped += len(ids) < 2
-            begins = _word_starts(item.text)
+            begins = word_starts(item.text)
             for start, stop in even_chunks(len(ids), task.chunk_tokens - len(self._prefix)):
                 rows.append(item.row)
                 requests.append(Request((*self._prefix, ids[start]), tuple(ids[start + 1 : stop])))
@@ -277,50 +276,6 @@ class Encoder:
         raise UsageError("an empty prompt needs a tokenizer with a BOS or EOS token; this one has neither.")
 
 
-def _word_starts(text: str) -> list[int]:
-    """Where words begin, in bytes of UTF-8; words are what stands between white space."""
-    found, at = [], 0
-    for piece in re.findall(r"\s+|\S+", text):
-        if not piece[0].isspace():
-            found.append(at)
-        at += len(piece.encode("utf-8", "surrogatepass"))
-    return found
-
-
-def even_chunks(tokens: int, size: int) -> list[tuple[int, int]]:
-    """Cut ``tokens`` tokens into the fewest chunks of at most ``size``, lengths differing by at most one.
-
-    Even, because a short rest at the end would have its own, noisier accuracy. A chunk of one has nothing to score.
-    """
-    count = -(-tokens // size)
-    bounds = [tokens * i // count for i in range(count + 1)] if count else []
-    return [(start, stop) for start, stop in pairwise(bounds) if stop - start > 1]
-
-
-def fingerprint(tokenizer: PreTrainedTokenizerBase, sight: Sight | None = None) -> str:
-    """sha256 of what decides how a text is encoded: vocabulary, rules, special tokens, chat template; and an image."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        rules: Any = {key: value for key, value in json.loads(backend.to_str()).items() if key not in _STATE}
-    else:
-        rules = sorted(tokenizer.get_vocab().items())
-    special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
-    seen = [] if sight is None else [sight.fingerprint()]
-    text = json.dumps([rules, special, tokenizer.chat_template, *seen], sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def has_images(item: Item) -> bool:
     """Whether an item, or a worked example before it, shows images."""
     return bool(item.images) or any(shot.images for shot in getattr(item, "shots", ()))
-
-
-_STATE = ("padding", "truncation")  # of the last call, not of the tokenizer
-
-
-def prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special tokens a tokenizer puts in front of a text. One that it puts behind would end it, and is left out."""
-    bare = tokenizer.encode("a", add_special_tokens=False)
-    full = tokenizer.encode("a", add_special_tokens=True)
-    starts = [i for i in range(len(full) - len(bare) + 1) if full[i : i + len(bare)] == bare]
-    return full[: starts[0]] if starts else []

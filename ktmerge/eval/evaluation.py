@@ -18,7 +18,8 @@ from ktmerge import __version__
 from ktmerge.checkpoints import Checkpoint
 from ktmerge.checkpoints.limits import context_length
 from ktmerge.errors import UsageError, did_you_mean
-from ktmerge.eval.encode import Encoded, fingerprint, has_images
+from ktmerge.eval.encode import Encoded, has_images
+from ktmerge.eval.fingerprints import fingerprint
 from ktmerge.eval.harness import NO_FILTER, HarnessSet
 from ktmerge.eval.items import AskedItem, GenerateItem, InstructionsItem, TextItem, whole_prompt
 from ktmerge.eval.loading import (

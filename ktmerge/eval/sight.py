@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ktmerge.errors import UsageError, first_line
+from ktmerge.eval.fingerprints import prefix
 from ktmerge.eval.items import Shot
 from ktmerge.recipes.images import MARK, Image
 
@@ -208,8 +209,6 @@ def _trimmed(content: Sequence[Part]) -> list[Part]:
 
 def _begins(tokenizer: Any) -> str:
     """The special tokens that this tokenizer puts in front of a text, written out."""
-    from ktmerge.eval.encode import prefix
-
     return str(tokenizer.decode(prefix(tokenizer)))
 
 

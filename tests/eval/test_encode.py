@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 
 from ktmerge.errors import UsageError
-from ktmerge.eval.encode import Encoder, Request, even_chunks, fingerprint
+from ktmerge.eval.chunks import even_chunks
+from ktmerge.eval.encode import Encoder, Request
+from ktmerge.eval.fingerprints import fingerprint
 from ktmerge.eval.items import make_items
 from ktmerge.recipes.rows import Row
 from ktmerge.recipes.suites import ChoiceTask, GenerateTask, TextTask
