@@ -12,6 +12,7 @@ from ktmerge.errors import UsageError
 
 MAX_BYTES = 1_000_000
 MAX_NODES = 100_000
+_MAX_DIGITS = 100
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -30,6 +31,16 @@ class _StrictLoader(yaml.SafeLoader):
         mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
         return mapping
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        if len(node.value) > _MAX_DIGITS:  # Python itself refuses to show such numbers
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a number of more than {_MAX_DIGITS} digits", node.start_mark
+            )
+        number: int = super().construct_yaml_int(node)
+        return number
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
 
 # YAML 1.1 reads 1e-4 as text because it has no dot; people write learning rates that way.
 _StrictLoader.add_implicit_resolver(
@@ -54,6 +65,8 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UsageError(f"{where}: nested too deeply to be a recipe.") from None
     except yaml.YAMLError as error:
         raise UsageError(f"{where}: not valid YAML: {_first_problem(error)}") from None
+    except (ValueError, TypeError, LookupError, AttributeError) as error:  # a date or number that is none, tagged wrong
+        raise UsageError(f"{where}: not valid YAML: a value is not what it looks like or is tagged: {error}.") from None
 
 
 def read_yaml(path: Path) -> Any:

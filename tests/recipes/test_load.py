@@ -164,6 +164,22 @@ class TestUntrustedInput:
         bomb = "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9))
         assert "once aliases are expanded" in refused(tmp_path, bomb)
 
+    @pytest.mark.parametrize(
+        "value",
+        [
+            "2001-99-99",
+            "!!int x",
+            "!!timestamp x",
+            "!!bool x",
+            "!!map [1]",
+            "9" * 5000,
+            "0x" + "f" * 9000,
+            "1:" * 5000 + "1",
+        ],
+    )
+    def test_values_that_are_not_what_they_look_like(self, tmp_path: Path, value: str) -> None:
+        assert "not valid YAML" in refused(tmp_path, f"ktmerge: 1\nname: {value}\n")
+
     def test_alias_inside_itself(self, tmp_path: Path) -> None:
         assert refused(tmp_path, "a: &a [*a]\n")
 
