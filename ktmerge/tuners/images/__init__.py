@@ -1,5 +1,6 @@
-"""Samples with images: where they come from, whether they can be read, and what a model's processor makes of them.
+"""Samples with images: where they stand, whether they can be read, and what a model's processor makes of them.
 
-`picture` is one image, `named` what rows say of images, `check` reads all of them once, `processor` loads a model's
-processor, `encode` turns samples into tokens, `collate` adds the pixels to a batch. Importing it loads no torch.
+`places` puts a row's images into its texts, `check` reads all of them once, `encode` and `suffix` turn samples into tokens,
+`pixels` adds images to a batch, `agreement` holds processor and model together, `opening` finds the encoder of a model.
+Importing it loads no torch.
 """
