@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -191,18 +192,88 @@ def backward_transfer(results: Results, sequence: str) -> Sequential:
 
 
 def report(
-    scores: str | Path,
+    runs: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
     recipes: Iterable[str | Path] = (),
     title: str | None = None,
+    layers: bool = False,
+    markdown: str | Path | None = None,
+    csv: str | Path | None = None,
     overwrite: bool = False,
+    progress: Progress = SILENT,
 ) -> Path:
-    """Write a self-contained HTML page from a score file; return its path."""
-    from ktmerge import eval as evaluation
+    """Write a self-contained HTML page on one or more runs; return its path.
 
-    target = Path(out)
+    Args:
+        runs: score files, or folders of `run`; several must have the same base, scored on the same sets.
+        out: the page.
+        recipes: files to print in it; those of blends whose folders are there stand in it by themselves.
+        title: headline.
+        layers: draw how far each layer of every model moved; reads the weights of all that are there.
+        markdown: write tables for a model card here, too.
+        csv: write every score here, too.
+        overwrite: replace files that are there.
+        progress: where to report to.
+
+    Raises:
+        UsageError: a run that is none, runs that do not compare, or a file exists.
+        KtmergeError: a file cannot be written, or weights cannot be read.
+    """
+    from ktmerge import eval as evaluation
+    from ktmerge.checkpoints.files import write_whole
+    from ktmerge.eval import listing
+
+    paths = [runs] if isinstance(runs, (str, Path)) else list(runs)
+    results = compare([_score_file(Path(path)) for path in paths])
     texts = {Path(path).name: text_of(Path(path)) for path in recipes}
-    results = evaluation.Results.load(Path(scores))
-    refuse_existing(target, overwrite)
-    return evaluation.report(results, target, recipes=texts, title=title)
+    further = {
+        Path(path): make for path, make in ((markdown, listing.markdown), (csv, listing.comma_separated)) if path
+    }
+    for target in (Path(out), *further):
+        refuse_existing(target, overwrite)
+    page = evaluation.report(
+        results, Path(out), recipes=texts, title=title, layers=_layers(results, progress) if layers else None,
+        commands=_again(results),
+    )  # fmt: skip
+    for target, make in further.items():
+        write_whole(target, make(results))
+    return page
+
+
+def _score_file(run: Path) -> Path:
+    """The score file of a run's folder; any other path as it is."""
+    if not run.is_dir():
+        return run
+    if not (run / "scores.json").is_file():
+        raise UsageError(
+            f"{run}: has no scores.json; give a score file of 'ktmerge eval' or a folder of 'ktmerge run'."
+        )
+    return run / "scores.json"
+
+
+def _layers(results: Results, progress: Progress) -> dict[str, str]:
+    """A drawing of how far every model moved whose weights are there; none if the base's are not."""
+    from ktmerge.merge import diagnostics
+
+    base = results.models[results.base].path
+    folders = {name: one.path for name, one in results.models.items() if name != results.base}
+    there = {name: path for name, path in folders.items() if Path(path).is_dir()}
+    if not Path(base).is_dir() or not there:
+        raise UsageError("--layers reads weights, and the folders of the base and the models are not there any more.")
+    found = diagnostics.inspect(base, there, progress=progress)
+    drawing = diagnostics.heat_map(found, Path("layers.svg"))
+    return {", ".join(there): drawing.decode()}
+
+
+def _again(results: Results) -> list[str]:
+    """The commands that blend what has a lock, and score all of it again; folders by their last names."""
+    folders = {name: shlex.quote(Path(one.path).name) for name, one in results.models.items()}
+    blends = [
+        f"ktmerge blend --recipe {folders[name]}.yaml --lock {folders[name]}.lock.yaml --out {folders[name]}"
+        for name, one in results.models.items()
+        if (Path(one.path) / "ktmerge.lock.yaml").is_file()
+    ]
+    models = " ".join(f"{shlex.quote(name)}={folders[name]}" for name in results.models if name != results.base)
+    suite = shlex.quote(f"{results.suite}.yaml")
+    return [*blends, f"ktmerge eval {models} --base {folders[results.base]} --suite {suite} --out scores.json"]

@@ -118,19 +118,27 @@ def compare(
         console.stdout().print(results.differences_table())
 
 
-@app.command(epilog="Example: ktmerge report scores.json --out report.html")
+@app.command(epilog="Example: ktmerge report scores.json --out report.html --md card.md")
 def report(
-    scores: Annotated[Path, typer.Argument(help="Score file of 'ktmerge eval' or 'ktmerge run'.")],
+    runs: Annotated[list[Path], typer.Argument(help="Score files of 'ktmerge eval', or folders of 'ktmerge run'.")],
     out: OutOption = Path("report.html"),
     recipe: Annotated[
         list[Path] | None, typer.Option("--recipe", "-r", help="Recipe to print in it. Repeatable.")
     ] = None,
     title: Annotated[str | None, typer.Option(help="Headline.")] = None,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Draw how far each layer of every model moved; reads their weights.")
+    ] = False,
+    md: Annotated[Path | None, typer.Option("--md", help="Write tables for a model card here, too.")] = None,
+    csv: Annotated[Path | None, typer.Option("--csv", help="Write every score here, too.")] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Write a self-contained HTML page with the table, the picture and the recipe."""
+    """Write a self-contained HTML page: tables, pictures, recipes with locks, answers side by side."""
     from ktmerge import api, console
 
-    console.print_pairs(
-        {"report": str(api.report(scores, out, recipes=recipe or (), title=title, overwrite=overwrite))}
-    )
+    page = api.report(
+        runs, out, recipes=recipe or (), title=title, layers=layers, markdown=md, csv=csv, overwrite=overwrite,
+        progress=console.TerminalProgress(),
+    )  # fmt: skip
+    written = {"report": page, "model card": md, "scores": csv}
+    console.print_pairs({what: str(path) for what, path in written.items() if path is not None})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -15,15 +15,15 @@ from markupsafe import Markup, escape
 from ktmerge.checkpoints.files import write_whole
 from ktmerge.drawing import styles
 from ktmerge.eval.picture import loss_picture, score_picture, tradeoff
+from ktmerge.eval.provenance import provenance
 from ktmerge.eval.results import Generation, PathPoint, TaskInfo
 from ktmerge.eval.summary import FORMULAS
 from ktmerge.eval.table import plain, with_interval, worst
+from ktmerge.eval.telling import telling
 from ktmerge.eval.verdict import verdict
 
 if TYPE_CHECKING:
     from ktmerge.eval.results import Results
-
-ANSWERS_PER_TASK = 5
 
 
 def report(
@@ -37,6 +37,8 @@ def report(
     training: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     tuned: Sequence[str] | None = None,
     notes: Sequence[str] = (),
+    layers: Mapping[str, str] | None = None,
+    commands: Sequence[str] = (),
 ) -> Path:
     """Write the report of ``results`` as one self-contained HTML file; return its path.
 
@@ -50,13 +52,15 @@ def report(
         training: per fine-tune its log, records with ``step`` and any of ``loss``, ``eval_..._loss``.
         tuned: names of the full fine-tunes; default: the models that ``training`` has logs of.
         notes: further sentences on how it was measured, such as which split chose the coefficient.
+        layers: drawings (SVG) of how far each layer moved, by what they show.
+        commands: that make all of it again, in order.
 
     Raises:
         KtmergeError: the file cannot be written.
     """
     text = render(
         results, title=title, recipes=recipes, generations=generations, paths=paths, training=training, tuned=tuned,
-        notes=notes,
+        notes=notes, layers=layers, commands=commands,
     )  # fmt: skip
     write_whole(Path(out), text)
     return Path(out)
@@ -72,6 +76,8 @@ def render(
     training: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     tuned: Sequence[str] | None = None,
     notes: Sequence[str] = (),
+    layers: Mapping[str, str] | None = None,
+    commands: Sequence[str] = (),
 ) -> str:
     """The report as HTML text; arguments as for :func:`report`."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -79,6 +85,9 @@ def render(
     template = environment.from_string((files("ktmerge.eval") / "page.html.j2").read_text(encoding="utf-8"))
     full = [name for name in (tuned if tuned is not None else training or ()) if name in results.models]
     looks = styles(results.models, results.base)
+    origins = provenance(results)
+    anchors = {name: f"model-{number}" for number, name in enumerate(results.models)}
+    links = {name: anchors[name] for name in origins}
     return template.render(
         title=title or f"{results.suite}: what was learned, what was kept",
         results=results,
@@ -86,7 +95,11 @@ def render(
         downstream=results.sides("downstream"),
         firsts=[side[0].name for side in (results.sides("upstream"), results.sides("downstream")) if side],
         verdict=verdict(results, full),
-        picture=_inline(tradeoff(results, paths)),
+        picture=_inline(tradeoff(results, paths, {name: one.summary for name, one in origins.items()}, links)),
+        origins=origins,
+        anchors=anchors,
+        layers={name: _drawing(svg, f"layers-{i}-") for i, (name, svg) in enumerate((layers or {}).items())},
+        commands=commands,
         scores=_inline(score_picture(results)),
         losses=_inline(loss_picture(training or {})),
         rows=[_row(results, name, looks[name].colour, name in full) for name in results.models],
@@ -96,7 +109,7 @@ def render(
         colours={name: look.colour for name, look in looks.items()},
         recipes=recipes or {},
         generations=generations,
-        answers=[(task, shown) for task in results.tasks if (shown := _telling(results, task))],
+        answers=[(task, shown) for task in results.tasks if (shown := telling(results, task))],
         formulas=[FORMULAS[key] for key in _number_columns(results) if key in FORMULAS],
         notes=[*notes, *results.cautions],
         has_paths=any((paths or {}).values()),
@@ -155,40 +168,6 @@ def _number_columns(results: Results) -> dict[str, str]:
     return {key: text for key, text in headings.items() if any(getattr(one, key) is not None for one in summaries)}
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """One item of a generate task: the prompt, the reference, and per model its answer and whether it is right."""
-
-    prompt: str
-    reference: str
-    outputs: dict[str, tuple[str, bool]]
-
-
-def _telling(results: Results, task: TaskInfo) -> list[_Answer]:
-    """Items on which models differ, those first that the base gets right and most others don't."""
-    if task.kind != "generate":
-        return []
-    by_model = {name: tasks[task.name] for name, tasks in results.scores.items()}
-    right = {name: score.scores > 0.5 for name, score in by_model.items()}
-    items = [i for i in range(len(task.rows)) if len({by_model[name].details["outputs"][i] for name in by_model}) > 1]
-    items.sort(key=lambda i: (-int(right[results.base][i]), sum(bool(right[name][i]) for name in right), i))
-    return [
-        _Answer(
-            task.prompts[i],
-            str(task.references[i]),
-            {name: (by_model[name].details["outputs"][i], bool(right[name][i])) for name in by_model},
-        )
-        for i in _spread(items, ANSWERS_PER_TASK)
-    ]
-
-
-def _spread(items: Sequence[int], count: int) -> Iterable[int]:
-    """The first and the last of ``items`` and what lies evenly between: losses and gains both show."""
-    if len(items) <= count:
-        return items
-    return [items[round(i * (len(items) - 1) / (count - 1))] for i in range(count)]
-
-
 def _intervals(sentence: str) -> Markup:
     """A sentence with its [intervals] set apart and never broken over lines."""
     return Markup(re.sub(r"\[[^\]]*\]", r'<span class="interval">\g<0></span>', str(escape(sentence))))
@@ -199,3 +178,11 @@ def _inline(svg: str | None) -> Markup | None:
     if svg is None:
         return None
     return Markup(re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href"))
+
+
+def _drawing(svg: str, prefix: str) -> Markup | None:
+    """A whole SVG file for use inside HTML, its ids set apart from those of other drawings."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\b(id="|href="#|url\(#)', lambda found: found[1] + prefix, svg)
+    return _inline(svg.replace("<svg", '<svg role="img" aria-label="Change by layer and kind of tensor"', 1))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from xml.sax.saxutils import escape
 
 from ktmerge.drawing import FONT, GREY, INK, SMALL, WIDTH, Style, drawn, loss_figure, new_figure, styles, to_svg
 from ktmerge.eval.labels import Box, Label, along, place, square
@@ -13,12 +15,19 @@ if TYPE_CHECKING:
     from ktmerge.eval.summary import Estimate
 
 
-def tradeoff(results: Results, paths: Mapping[str, Sequence[PathPoint]] | None = None) -> str | None:
+def tradeoff(
+    results: Results,
+    paths: Mapping[str, Sequence[PathPoint]] | None = None,
+    tips: Mapping[str, str] | None = None,
+    links: Mapping[str, str] | None = None,
+) -> str | None:
     """E against F: every model with its 95 % intervals, lines of equal O, and the ways of blend coefficients.
 
     Args:
         results: scores with upstream and downstream sets.
         paths: named polylines, e.g. ``{"wise-ft": results.path({0.0: "base", 0.5: "half", 1.0: "tuned"})}``.
+        tips: what more to say of a model where the pointer rests on it, beside its numbers.
+        links: where in the page a model's point leads.
 
     Returns:
         an ``<svg>`` element; None if the suite has only one side.
@@ -40,13 +49,45 @@ def tradeoff(results: Results, paths: Mapping[str, Sequence[PathPoint]] | None =
             line = ("solid", (0, (4, 2)), (0, (1, 1.5)))[number % 3]
             axes.plot([p.F for p in way], [p.E for p in way], color=GREY, linewidth=1.2, linestyle=line, zorder=2)
             axes.plot([p.F for p in way], [p.E for p in way], "o", color=GREY, markersize=2.5, zorder=2)
-        for name, F, E in points:
-            _point(axes, F, E, looks[name])
+        for number, (name, F, E) in enumerate(points):
+            _point(axes, F, E, looks[name], f"point-{number}")
         axes.set_xlabel("F: change on upstream sets, in points (left of 0: forgotten)")
         axes.set_ylabel("E: gain on downstream sets, in points")
         _label_all(axes, points, paths or {}, results.base)
         names = ", ".join(f"{name} E {E.value:+.1f} F {F.value:+.1f}" for name, F, E in points)
-        return to_svg(figure, "tradeoff", f"Gain E against upstream change F: {names}")
+        svg = to_svg(figure, "tradeoff", f"Gain E against upstream change F: {names}")
+    told = [
+        "\n".join(filter(None, (f"{name}: E {E.value:+.1f}, F {F.value:+.1f}", (tips or {}).get(name))))
+        for name, F, E in points
+    ]
+    return _pointed(svg, told, [(links or {}).get(name) for name, *_ in points])
+
+
+def _pointed(svg: str, tips: Sequence[str], links: Sequence[str | None]) -> str:
+    """Points that say more where the pointer rests on them, and lead to where their model is told of."""
+    for number, (tip, link) in enumerate(zip(tips, links, strict=True)):
+        mark = f'<g id="tradeoff-point-{number}">'
+        title = f"<title>{escape(tip)}</title>"
+        if link is None:
+            svg = svg.replace(mark, f"{mark}{title}", 1)
+            continue
+        begin = svg.index(mark)
+        end = _closing(svg, begin)
+        label = escape(tip.replace("\n", "; "), {'"': "&quot;"})
+        opened = f'<a href="#{link}" aria-label="{label}">'
+        svg = f"{svg[:begin]}{opened}{mark}{title}{svg[begin + len(mark) : end]}</a>{svg[end:]}"
+    # A picture that holds links is no single image to a screen reader.
+    return svg.replace('role="img"', 'role="group"', 1) if any(links) else svg
+
+
+def _closing(svg: str, begin: int) -> int:
+    """Where the group that begins at ``begin`` has ended."""
+    depth = 0
+    for found in re.finditer(r"<g\b|</g>", svg[begin:]):
+        depth += 1 if found[0] == "<g" else -1
+        if depth == 0:
+            return begin + found.end()
+    raise ValueError("a group is left open")
 
 
 def score_picture(results: Results) -> str:
@@ -139,13 +180,14 @@ def _equal_overall(axes: Any) -> None:
             )  # fmt: skip
 
 
-def _point(axes: Any, F: Estimate, E: Estimate, style: Style) -> None:
-    axes.errorbar(
+def _point(axes: Any, F: Estimate, E: Estimate, style: Style, name: str) -> None:
+    drawn_point, *_ = axes.errorbar(
         F.value, E.value,
         xerr=[[max(0.0, F.value - F.low)], [max(0.0, F.high - F.value)]],
         yerr=[[max(0.0, E.value - E.low)], [max(0.0, E.high - E.value)]],
         color=style.colour, ecolor=style.colour, elinewidth=0.9, marker=style.marker, markersize=6.5, zorder=3,
     )  # fmt: skip
+    drawn_point.set_gid(name)
 
 
 def _label_all(

@@ -1,0 +1,89 @@
+"""Results as files for other tools: a table for a model card in Markdown, every score in CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import TYPE_CHECKING
+
+from ktmerge.eval.summary import FORMULAS, Estimate
+
+if TYPE_CHECKING:
+    from ktmerge.eval.results import Results
+
+_HEADINGS = {"E": "E gain", "F": "F upstream", "O": "O overall", "H": "H", "retention": "kept %"}
+
+
+def markdown(results: Results) -> str:
+    """Leaderboard, raw scores and formulas, as a model card has them."""
+    keys = [key for key in _HEADINGS if any(getattr(one, key) is not None for one in results.summary.models.values())]
+    order = _ranked(results)
+    board = [["model", *(_HEADINGS[key] for key in keys)]]
+    for name in order:
+        summary = results.summary.models[name]
+        board.append([name, *(_told(getattr(summary, key), signed=key in ("E", "F", "O")) for key in keys)])
+    raw = [["model", *(f"{task.name} ({task.side})" for task in results.tasks)]]
+    for name in order:
+        raw.append([name, *(_score(results, name, task.name) for task in results.tasks)])
+    used = [f"* {FORMULAS[key]}" for key in keys if key in FORMULAS]
+    items = sum(len(task.rows) for task in results.tasks)
+    measured = (
+        f"Suite {_plain(results.suite)}, sha256 `{results.suite_digest[:16]}`, {items} items; brackets are 95 % "
+        f"intervals of a paired bootstrap over items, {results.bootstrap} resamples, seed {results.seed}."
+    )
+    cautions = "\n".join(f"* {_plain(caution)}" for caution in results.cautions)
+    parts = ["## What was learned, what was kept", _table(board), "\n".join(used), "### Raw scores", _table(raw)]
+    return "\n\n".join([*parts, measured, *([cautions] if cautions else [])]) + "\n"
+
+
+def comma_separated(results: Results) -> str:
+    """One row for each model and set, and one for each model and summary number."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["model", "quantity", "side", "metric", "items", "value", "low", "high", "stderr"])
+    for name in results.models:
+        summary = results.summary.models[name]
+        for key in ("E", "F", "O", "avg", "H", "retention", "gain_share"):
+            estimate: Estimate | None = getattr(summary, key)
+            if estimate is not None:
+                writer.writerow([name, key, "", "", "", *_numbers(estimate), ""])
+        for task in results.tasks:
+            score = results.scores[name][task.name]
+            stderr = "" if score.stderr is None else f"{score.stderr:.6g}"
+            writer.writerow(
+                [name, task.name, task.side, task.metric, len(task.rows), f"{score.mean:.6g}", "", "", stderr]
+            )
+    return stream.getvalue()
+
+
+def _ranked(results: Results) -> list[str]:
+    """The base first, then the models by O, best first."""
+    overall = {name: one.O.value if one.O is not None else 0.0 for name, one in results.summary.models.items()}
+    others = [name for name in results.models if name != results.base]
+    return [results.base, *sorted(others, key=lambda name: -overall[name])]
+
+
+def _score(results: Results, model: str, task: str) -> str:
+    score = results.scores[model][task]
+    return f"{score.mean:.1f}" + ("" if score.stderr is None else f" ± {score.stderr:.1f}")
+
+
+def _told(estimate: Estimate | None, *, signed: bool) -> str:
+    if estimate is None:
+        return "–"
+    form = "+.1f" if signed else ".1f"
+    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
+
+
+def _numbers(estimate: Estimate) -> list[str]:
+    return [f"{number:.6g}" for number in (estimate.value, estimate.low, estimate.high)]
+
+
+def _table(rows: list[list[str]]) -> str:
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join(f"| {' | '.join(_plain(cell) for cell in line)} |" for line in lines)
+
+
+def _plain(text: str) -> str:
+    """Text that a stranger chose, in one cell and without markup."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

@@ -1,0 +1,141 @@
+"""Which items a report shows, in which order; and results as tables for other tools."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from ktmerge import api
+from ktmerge.cli import _exit_code
+from ktmerge.errors import UsageError
+from ktmerge.eval.listing import comma_separated, markdown
+from ktmerge.eval.page import render
+from ktmerge.eval.results import ModelInfo, Results, TaskScore
+from ktmerge.eval.telling import MOST, telling
+
+Make = Callable[..., Results]
+
+
+def test_the_worst_losses_stand_first(make_results: Make) -> None:
+    scores = {
+        "base": {"up": [1, 1, 1, 0, 0, 1], "down": [0]},
+        "a": {"up": [1, 0, 0, 1, 0, 0], "down": [1]},
+        "b": {"up": [1, 0, 1, 1, 0, 0.5], "down": [0]},
+    }
+    results = make_results(scores)
+    items = telling(results, results.tasks[0])
+    assert [item.number for item in items] == [2, 6, 3, 4]
+    assert [item.change for item in items] == ["lost", "lost", "lost", "gained"]
+    assert [item.change for item in telling(results, results.tasks[1])] == ["gained"]
+    assert items[1].answers["b"].score == 0.5
+
+
+def test_what_was_said_is_shown_by_kind(make_results: Make) -> None:
+    results = make_results({"base": {"up": [1, 1]}, "a": {"up": [0, 1]}})
+    results.tasks[0].references[:] = [2, 0]
+    for name, logprobs in (("base", [[-9, -8, -1], [0, -1, -2]]), ("a", [[-1, -8, -9], [0, -1, -2]])):
+        found = results.scores[name]["up"]
+        results.scores[name]["up"] = TaskScore(found.scores, {"logprobs": logprobs})
+    (item,) = telling(results, results.tasks[0])
+    assert item.reference == "choice 3"
+    assert {name: answer.text for name, answer in item.answers.items()} == {"base": "choice 3", "a": "choice 1"}
+    assert item.answers["base"].right
+    assert not item.answers["a"].right
+
+
+def test_many_items_keep_both_ends(make_results: Make) -> None:
+    base = [1.0] * 100 + [0.0] * 100
+    results = make_results({"base": {"up": base}, "a": {"up": [1 - one for one in base]}})
+    items = telling(results, results.tasks[0])
+    assert len(items) == MOST
+    assert {item.change for item in items} == {"lost", "gained"}
+    assert items[0].number == 1
+    assert items[-1].number == 200
+
+
+def test_a_table_for_a_model_card(make_results: Make) -> None:
+    results = make_results({"base": {"up": [1, 1], "down|x": [0, 0]}, "a<b>": {"up": [1, 0], "down|x": [1, 1]}})
+    text = markdown(results)
+    rows = [line for line in text.splitlines() if line.startswith("| a&lt;b>")]
+    assert rows[0].startswith("| a&lt;b> | +100.0 [")
+    assert "| 50.0 ± " in rows[1]
+    assert "down\\|x (downstream)" in text
+
+
+def test_every_score_in_a_file(make_results: Make) -> None:
+    results = make_results({"base": {"up": [1, 1], "down": [0, 0]}, "a, b": {"up": [1, 0], "down": [1, 1]}})
+    rows = list(csv.DictReader(io.StringIO(comma_separated(results))))
+    found = {(row["model"], row["quantity"]): float(row["value"]) for row in rows}
+    assert found["a, b", "E"] == 100
+    assert found["a, b", "F"] == -50
+    assert found["a, b", "up"] == 50
+    assert len({row["quantity"] for row in rows if row["model"] == "base"} & {"up", "down"}) == 2
+
+
+def with_folder(results: Results, name: str, folder: Path) -> None:
+    one = results.models[name]
+    results.models[name] = ModelInfo(str(folder), one.digest, one.tokenizer, one.device, one.dtype, one.seconds)
+
+
+def test_recipe_and_lock_come_from_the_model_s_folder(make_results: Make, tmp_path: Path) -> None:
+    results = make_results({"base": {"up": [1, 1], "down": [0, 0]}, "a": {"up": [1, 0], "down": [1, 1]}})
+    lock = {
+        "ktmerge_lock": 1,
+        "recipe": {
+            "name": "x",
+            "blend": {"method": "ties", "density": 0.2, "lambda": 0.8, "where": [{"keep": "base"}]},
+        },
+        "inputs": {"base": {"files": {"model.safetensors": {"size": 1, "sha256": "abcdef" * 10}}}},
+    }
+    (tmp_path / "ktmerge.lock.yaml").write_text(yaml.safe_dump(lock))
+    with_folder(results, "a", tmp_path)
+    page = render(results)
+    assert "ties: density 0.2, lambda 0.8, 1 rules" in page
+    assert "<title>a: E +100.0, F -50.0\nties: density 0.2" in page
+    assert 'href="#model-1"' in page
+    assert 'id="model-1"' in page
+    assert "model.safetensors abcdefabcdef" in page
+    (tmp_path / "ktmerge.lock.yaml").write_text("- no lock")
+    assert "model-1" not in render(results)
+
+
+def test_several_runs_in_one_page(make_results: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = {"up": [1.0, 1.0], "down": [0.0, 0.0]}
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        make_results({"base": base, name: {"up": [1, 0], "down": [1, 1]}}).save(tmp_path / name / "scores.json")
+    out = tmp_path / "report.html"
+    given = [str(tmp_path / "a"), str(tmp_path / "b" / "scores.json")]
+    more = ["--md", str(tmp_path / "card.md"), "--csv", str(tmp_path / "scores.csv")]
+    assert _exit_code(["report", *given, "--out", str(out), *more]) == 0
+    assert "ktmerge eval a=a b=b --base base" in out.read_text()
+    assert "| b |" in (tmp_path / "card.md").read_text()
+    assert (tmp_path / "scores.csv").read_text().count("\n") > 10
+    assert str(tmp_path) not in out.read_text()
+    assert _exit_code(["report", *given, "--out", str(tmp_path / "new.html"), *more]) == 2
+    assert "card.md exists" in capsys.readouterr().err
+    assert not (tmp_path / "new.html").exists()
+    with pytest.raises(UsageError, match=r"has no scores\.json"):
+        api.report(tmp_path, tmp_path / "new.html")
+    with pytest.raises(UsageError, match="--layers reads weights"):
+        api.report(given[0], tmp_path / "new.html", layers=True)
+    changed = json.loads((tmp_path / "b" / "scores.json").read_text())
+    changed["suite"]["digest"] = "other"
+    (tmp_path / "b" / "scores.json").write_text(json.dumps(changed))
+    with pytest.raises(UsageError, match="measured on different sets"):
+        api.report(given, tmp_path / "new.html")
+
+
+def test_sets_without_items_are_left_out(make_results: Make) -> None:
+    results = make_results({"base": {"up": [1, 1]}, "a": {"up": [1, 1]}})
+    assert telling(results, results.tasks[0]) == []
+    results.scores["a"]["up"] = TaskScore(np.array([0.0, 1.0]), {})
+    results.tasks[0].prompts.clear()
+    assert telling(results, results.tasks[0]) == []
