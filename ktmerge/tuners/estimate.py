@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ktmerge.checkpoints import Checkpoint, Parts
+from ktmerge.checkpoints import Checkpoint
 from ktmerge.checkpoints.limits import context_length
 from ktmerge.errors import UsageError
 from ktmerge.recipes.schema import FinetuneJob
-from ktmerge.recipes.training import TrainExpression
 from ktmerge.tuners.loss import PIECE_TOKENS
 from ktmerge.tuners.machine import GRADIENT_BYTES, WEIGHT_BYTES, kept_bytes, state_bytes
 from ktmerge.tuners.processes import passes_of, require_shareable
+from ktmerge.tuners.trained import header_matcher
 
 MARGIN = 0.25
 """How far off the sum may be: of peaks measured on a CPU, at full length and all tokens trained, all were within."""
@@ -146,8 +146,7 @@ class _Model:
     """What headers and configuration tell of a model and what is trained; of an adapter's own weights, nothing."""
 
     def __init__(self, base: Checkpoint, job: FinetuneJob) -> None:
-        parts = Parts(base)
-        wanted = TrainExpression.parse(job.train if job.adapter is None else job.adapted_part).matcher(parts)
+        parts, wanted = header_matcher(base, job)
         sizes = {name: info.numel for name, info in base.tensors.items() if info.is_float}
         self.parameters = sum(sizes.values())
         self.trained = 0 if job.adapter else sum(size for name, size in sizes.items() if wanted(name))

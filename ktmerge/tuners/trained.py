@@ -16,6 +16,8 @@ from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.recipes.training import TrainExpression
 from ktmerge.tuners.machine import GRADIENT_BYTES, STATE_BYTES, WEIGHT_BYTES
 
+_HEAD = "lm_head.weight"
+"""What stands for a head that has no tensor of its own."""
 _HOLDING = ("llm.layers", "vision.layers", "audio.layers", "encoder.layers", "connector")
 """Parts that adapters are told to be in."""
 
@@ -101,15 +103,25 @@ def require_trainable(base: Checkpoint, job: FinetuneJob) -> None:
     Raises:
         UsageError: a term of ``train`` matches no tensor, or a rule of ``learning_rates`` no trained one.
     """
-    names = list(base.tensors)
-    config = base.config
-    tied = config.get("tie_word_embeddings", (config.get("text_config") or {}).get("tie_word_embeddings"))
-    parts = Parts(names, config)
-    if tied and not any(parts.of(name) == "head" for name in names):
-        parts = Parts([*names, "lm_head.weight"], config)
-        names.append("lm_head.weight")
-    wanted = TrainExpression.parse(job.train if job.adapter is None else job.adapted_part).matcher(parts)
+    parts, wanted = header_matcher(base, job)
+    names = [*base.tensors, *([_HEAD] if parts.of(_HEAD) == "head" and _HEAD not in base.tensors else [])]
     _rates([[name] for name in names if wanted(name)], parts, job)
+
+
+def header_matcher(base: Checkpoint, job: FinetuneJob) -> tuple[Parts, Callable[[str], bool]]:
+    """The parts that headers tell of, with a head that is tied to the embedding; and whether a tensor is trained.
+
+    Raises:
+        UsageError: a term of ``train`` matches no tensor.
+    """
+    names, config = list(base.tensors), base.config
+    ties = config.get("tie_word_embeddings", (config.get("text_config") or {}).get("tie_word_embeddings"))
+    parts = Parts(names, config)
+    tied = bool(ties) and not any(parts.of(name) == "head" for name in names)
+    if tied:
+        parts = Parts([*names, _HEAD], config)
+    asked = TrainExpression.parse(job.train if job.adapter is None else job.adapted_part).matcher(parts)
+    return parts, lambda name: asked(name) or (tied and parts.of(name) == "embed" and asked(_HEAD))
 
 
 def choose_trained(model: Any, base: Checkpoint, job: FinetuneJob) -> Trained:
