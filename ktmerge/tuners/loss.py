@@ -6,7 +6,8 @@ for. transformers models take the wanted positions as ``logits_to_keep``; whethe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ktmerge.tuners.collate import IGNORED, TAUGHT
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     import torch
 
 _TOLERANCE = 1e-4
+PASS_TOKENS = 32
+"""What a pass costs beside its tokens, in tokens: reading all weights and adding to all gradients; estimated."""
 PIECE_TOKENS = 512
 """Tokens a CPU works on at a time: activations of a few hundred stay in its caches, those of thousands don't."""
 
@@ -113,13 +116,34 @@ def pieces(inputs: Mapping[str, torch.Tensor], tokens: int) -> Iterator[dict[str
     """
     lengths = inputs["attention_mask"].sum(1)
     order = lengths.argsort(stable=True).tolist()
-    group: list[int] = []
-    for row in order:
-        if group and (len(group) + 1) * int(lengths[row]) > tokens:
-            yield _cut(inputs, group, int(lengths[group[-1]]))
-            group = []
-        group.append(row)
-    yield _cut(inputs, group, int(lengths[group[-1]]))
+    sizes = lengths[order].tolist()
+    for first, end in cuts(sizes, tokens):
+        yield _cut(inputs, order[first:end], sizes[end - 1])
+
+
+def cuts(lengths: Sequence[int], tokens: int) -> list[tuple[int, int]]:
+    """Where to cut a sorted list of lengths so that padding and passes cost least: first and end of each piece.
+
+    A piece costs its samples times its longest, and `PASS_TOKENS`.
+    """
+    cost, start = [0.0], [0]
+    for end in range(1, len(lengths) + 1):
+        longest = lengths[end - 1]
+        best, place = math.inf, end - 1
+        for first in range(end - 1, -1, -1):
+            size = (end - first) * longest
+            if size > tokens and end - first > 1:
+                break
+            if cost[first] + size + PASS_TOKENS < best:
+                best, place = cost[first] + size + PASS_TOKENS, first
+        cost.append(best)
+        start.append(place)
+    found = []
+    end = len(lengths)
+    while end:
+        found.append((start[end], end))
+        end = start[end]
+    return found[::-1]
 
 
 def _cut(inputs: Mapping[str, torch.Tensor], rows: list[int], length: int) -> dict[str, torch.Tensor]:

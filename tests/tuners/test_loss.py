@@ -11,7 +11,7 @@ import torch
 
 from ktmerge.tuners.collate import IGNORED, Collator
 from ktmerge.tuners.encode import Encoded
-from ktmerge.tuners.loss import answer_loss, count_trained, pieces, projects_faithfully
+from ktmerge.tuners.loss import PASS_TOKENS, answer_loss, count_trained, cuts, pieces, projects_faithfully
 
 
 def sample(length: int, trained: int, start: int = 5) -> Encoded:
@@ -59,7 +59,25 @@ def test_pieces_cover_the_batch_and_their_losses_add_up(model: Any) -> None:
     assert len(parts) > 2
     total = sum(answer_loss(model, part).item() for part in parts)
     assert total == pytest.approx(answer_loss(model, batch).item(), rel=1e-6)
-    assert len(list(pieces(batch, 10**6))) == 1
+
+
+def test_cuts_cost_least() -> None:
+    """Against every way to cut."""
+    from itertools import combinations
+
+    def cost(bounds: list[tuple[int, int]]) -> int:
+        return sum((end - first) * lengths[end - 1] + PASS_TOKENS for first, end in bounds)
+
+    for lengths in ([3, 8, 9, 40, 41, 90, 200], [5] * 7, [1, 2, 300], [60, 61, 62, 63, 64, 65]):
+        count = len(lengths)
+        ways = [
+            list(zip((0, *inner), (*inner, count), strict=True))
+            for size in range(count)
+            for inner in combinations(range(1, count), size)
+        ]
+        allowed = [way for way in ways if all((b - a) * lengths[b - 1] <= 250 or b - a == 1 for a, b in way)]
+        assert cost(cuts(lengths, 250)) == min(map(cost, allowed))
+    assert cuts([7] * 9, 10**6) == [(0, 9)]
 
 
 def test_faithful_models_are_told_from_others(model: Any) -> None:
