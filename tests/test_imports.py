@@ -94,6 +94,10 @@ def test_recipe_check_with_headers_is_light(toy_pair: tuple[Path, Path]) -> None
     assert loaded_by(["recipe", "check", "ties", "--base", str(base), "--expert", f"a={tuned}"]) == set()
 
 
+def test_suite_list_is_light() -> None:
+    assert loaded_by(["suite", "list"]) == set()
+
+
 def test_inspect_headers_is_light(toy_pair: tuple[Path, Path]) -> None:
     base, tuned = toy_pair
     assert loaded_by(["inspect", str(base), str(tuned), "--headers"]) == set()
