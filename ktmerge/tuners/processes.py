@@ -45,11 +45,12 @@ class Processes:
         """Find the others, if there are any.
 
         Raises:
-            UsageError: the launcher was told of another engine, or would silently shard nothing.
+            UsageError: the launcher asks for another engine, would silently shard nothing, or names no processes.
         """
         found = cls(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
         _refuse_other_engines(found.count)
         if found.is_several:
+            _require_launched()
             # accelerate would shard the model a second time
             os.environ.pop("ACCELERATE_USE_FSDP", None)
             _join_groups()
@@ -184,6 +185,15 @@ def _refuse_other_engines(count: int) -> None:
         raise UsageError(
             "the launcher asks for FSDP but started one process, so nothing would be sharded; "
             "give it --num_processes, or start with torchrun --nproc-per-node N -m ktmerge finetune."
+        )
+
+
+def _require_launched() -> None:
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UsageError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and {', '.join(missing)} not set: start several processes with "
+            "torchrun --nproc-per-node N -m ktmerge finetune, or one without WORLD_SIZE."
         )
 
 

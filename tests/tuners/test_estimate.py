@@ -45,6 +45,8 @@ def test_what_is_kept_of_every_parameter_is_counted(tiny_llama: Path) -> None:
     assert last["weights"] == parts["weights"]
     assert last["gradients"] < parts["gradients"] / 2
     assert last["activations"] == pytest.approx(parts["activations"] / 2)  # one of two layers, nothing below it
+    tied = of(tiny_llama, train="head").parts
+    assert tied["gradients"] == of(tiny_llama, train="embed").parts["gradients"] > 0
     assert of(tiny_llama, optimizer="sgd").parts.get("optimizer", 0) == 0
     assert of(tiny_llama, average="ema").parts["kept of the base, averages"] == fp32 * count
 

@@ -36,9 +36,10 @@ def test_mistakes_are_found_before_anything_is_made(tiny_llama: Path, tmp_path: 
         finetune(FinetuneJob.model_validate(JOB), tmp_path / "empty", tmp_path / "out", folder=tmp_path)
 
 
-def test_several_processes_are_refused(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_need_a_launcher(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="without torchrun"):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UsageError, match="WORLD_SIZE is 2, and RANK"):
         tune(tiny_llama, tmp_path)
 
 
