@@ -111,13 +111,12 @@ def test_the_command_tells_it_without_reading_weights(tiny_llama: Path, tmp_path
 @pytest.mark.parametrize(
     "settings", [{}, {"activation_checkpointing": True}, {"train": "last:2", "average": "ema"}], ids=str
 )
-def test_peaks_of_real_runs_are_within_the_margin(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_peaks_of_real_runs_are_within_the_margin(tiny_llama: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     """A model of 28M parameters, samples of full length, nearly all tokens trained."""
     import torch
-    from conftest import build_tokenizer
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    tokenizer = build_tokenizer()
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_llama)
     config = LlamaConfig(
         vocab_size=4000, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
         max_position_embeddings=512, tie_word_embeddings=True,
