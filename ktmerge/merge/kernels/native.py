@@ -110,12 +110,17 @@ def is_compiled() -> bool:
 
 def _path() -> Path:
     """Where the code for this source, these compilers and this processor is."""
+    return cache_folder() / "kernels" / f"{_identity()}.o"
+
+
+@cache
+def _identity() -> str:
     llvm = _llvm()
     digest = hashlib.sha256()
     processor = (llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten(), llvm.get_default_triple())
     for text in (*processor, version("numba"), version("llvmlite"), *(path.read_text() for path in _SOURCES)):
         digest.update(text.encode() + b"\0")
-    return cache_folder() / "kernels" / f"{digest.hexdigest()[:32]}.o"
+    return digest.hexdigest()[:32]
 
 
 def _kept(path: Path) -> bytes | None:
