@@ -13,6 +13,7 @@ from ktmerge.api.measuring import measure, measure_all, measurements
 from ktmerge.api.proving import check_lock, diff, lock, lock_path, verify
 from ktmerge.api.running import run
 from ktmerge.api.scoring import backward_transfer, compare, evaluate, import_scores, report
+from ktmerge.api.sharing import default_folder, look, pack, push, unpack
 from ktmerge.api.suites import ListedSuite, list_suites, show_suite
 from ktmerge.api.sweeping import compare_with_trial, sweep, sweep_files, trial_recipe, trial_to_blend
 from ktmerge.api.tuning import estimate, finetune, finetune_all, finetune_jobs, preview
@@ -31,6 +32,7 @@ __all__ = [
     "check_lock",
     "compare",
     "compare_with_trial",
+    "default_folder",
     "diff",
     "estimate",
     "evaluate",
@@ -48,12 +50,15 @@ __all__ = [
     "load_recipe",
     "lock",
     "lock_path",
+    "look",
     "measure",
     "measure_all",
     "measurements",
     "new_recipe",
+    "pack",
     "plan",
     "preview",
+    "push",
     "recommend",
     "refuse_without_out",
     "report",
@@ -65,6 +70,7 @@ __all__ = [
     "sweep_files",
     "trial_recipe",
     "trial_to_blend",
+    "unpack",
     "verify",
 ]
 

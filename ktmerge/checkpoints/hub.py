@@ -68,15 +68,15 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        with _quiet_unless_watched():
+        with quiet_unless_watched():
             found = snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
     except Exception as error:
-        raise UsageError(f"{name}: no such folder here, and the model {_reason(error, revision)}") from error
+        raise UsageError(f"{name}: no such folder here, and the model {refusal(error, revision)}") from error
     return Path(found)
 
 
 @contextmanager
-def _quiet_unless_watched() -> Iterator[None]:
+def quiet_unless_watched() -> Iterator[None]:
     """Without the hub's progress bars where nobody sees them move."""
     import huggingface_hub.utils
 
@@ -91,7 +91,8 @@ def _quiet_unless_watched() -> Iterator[None]:
             bars.enable_progress_bars()
 
 
-def _reason(error: Exception, revision: str | None) -> str:
+def refusal(error: Exception, revision: str | None) -> str:
+    """Why the hub, or its library, did not give or take something: the end of a sentence."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):

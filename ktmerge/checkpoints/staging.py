@@ -17,8 +17,8 @@ from ktmerge.errors import KtmergeError, UsageError
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
-_OURS = frozenset({"config.json", "delta.json"})
-"""What a folder holds that may be replaced if asked: a checkpoint, or a delta."""
+_OURS = frozenset({"config.json", "delta.json", "ktmerge-bundle.json"})
+"""What a folder holds that may be replaced if asked: a checkpoint, a delta, or a bundle."""
 _UNSUPPORTED = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
 
 

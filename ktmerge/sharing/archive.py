@@ -1,0 +1,194 @@
+"""A bundle in one file, a zip of the plainest kind: how it is written, and how a stranger's is read.
+
+What is refused before anything is unpacked: more than a bundle's files, sizes that no file has, entries that share
+bytes, encryption, links, anything before the first entry or after the last. What is unpacked is counted as it streams.
+"""
+
+from __future__ import annotations
+
+import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, BinaryIO
+
+from ktmerge.checkpoints.files import clear_os_errors
+from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.sharing import contents
+
+_BLOCK = 1 << 20
+_DIRECTORY = 1 << 17
+"""Bytes of a zip's table of contents that are read; that of a full bundle is smaller."""
+_END, _END_SIZE = b"PK\x05\x06", 22
+_LOCATOR, _LOCATOR_SIZE = b"PK\x06\x07", 20
+_WIDE_END = b"PK\x06\x06"
+_RATIO = 250
+_SMALL = 1 << 20
+_HEADER = 30
+_ENCRYPTED = 0x1 | 0x40 | 0x2000
+_TIME = (1980, 1, 1, 0, 0, 0)
+_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError, RuntimeError, struct.error)
+
+
+def write_archive(target: Path, files: Mapping[str, Path]) -> None:
+    """Write a bundle; the same files give the same bytes.
+
+    Args:
+        target: of the archive; the caller makes it appear whole.
+        files: by name in the bundle.
+
+    Raises:
+        KtmergeError: a file cannot be read, or the archive not written.
+    """
+    order = sorted(files, key=lambda name: (name != contents.MANIFEST, name))
+    with clear_os_errors(target), zipfile.ZipFile(target, "w") as archive:
+        for name in order:
+            info = zipfile.ZipInfo(name, _TIME)
+            info.external_attr = (stat.S_IFREG | 0o644) << 16
+            info.create_system = 3
+            # A delta is compressed as it is; stored, its real size cannot differ from the archive's.
+            packed = name not in contents.DELTA_FILES[1:]
+            info.compress_type = zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED
+            info.file_size = files[name].stat().st_size
+            with files[name].open("rb") as source, archive.open(info, "w") as entry:
+                while block := source.read(_BLOCK):
+                    entry.write(block)
+
+
+class Archive:
+    """A bundle's file, opened for reading.
+
+    Args:
+        stream: seekable; of a file, or of something that is read over the net.
+        size: of it.
+        where: it is called in messages.
+
+    Raises:
+        UsageError: it is no bundle, or one that nobody should unpack.
+    """
+
+    def __init__(self, stream: IO[bytes], size: int, where: str) -> None:
+        self._where = where
+        with self._clear():
+            self._require_plain_end(stream, size)
+            self._zip = zipfile.ZipFile(stream)
+        self._entries = self._checked(self._zip.infolist(), size)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file, as the archive tells them."""
+        return {name: info.file_size for name, info in self._entries.items()}
+
+    def read(self, name: str) -> bytes:
+        """A small file.
+
+        Raises:
+            UsageError: it is not as the archive tells.
+        """
+        return b"".join(self.blocks(name))
+
+    def blocks(self, name: str) -> Iterator[bytes]:
+        """A file piece by piece, never more than the archive told.
+
+        Raises:
+            UsageError: it is not as the archive tells.
+        """
+        info, count = self._entries[name], 0
+        with self._clear(), self._zip.open(info) as entry:
+            while block := entry.read(_BLOCK):
+                count += len(block)
+                if count > info.file_size:
+                    raise UsageError(f"{self._where}: '{name}' is larger than the archive tells; it is not unpacked.")
+                yield block
+        if count != info.file_size:
+            raise UsageError(f"{self._where}: '{name}' is shorter than the archive tells; it is broken.")
+
+    def _require_plain_end(self, stream: IO[bytes], size: int) -> None:
+        """Find out how long the table of contents is before it is read, from an end that can be read one way only."""
+        stream.seek(max(0, size - _END_SIZE - _LOCATOR_SIZE))
+        tail = stream.read(_END_SIZE + _LOCATOR_SIZE)
+        end, locator = tail[-_END_SIZE:], tail[:-_END_SIZE]
+        if len(end) < _END_SIZE or not end.startswith(_END) or end[-2:] != b"\0\0":
+            raise UsageError(f"{self._where}: is no bundle: it does not end as a zip does.")
+        disk, start, here, count, length, begin = struct.unpack("<4H2L", end[4:20])
+        after = size - _END_SIZE
+        if locator.startswith(_LOCATOR):
+            place = struct.unpack("<Q", locator[8:16])[0]
+            after = size - _END_SIZE - _LOCATOR_SIZE - 56
+            stream.seek(max(0, after))
+            wide = stream.read(56)
+            if place != after or not wide.startswith(_WIDE_END):
+                raise UsageError(f"{self._where}: is no bundle: its ends contradict each other.")
+            here, count, length, begin = struct.unpack("<4Q", wide[24:56])
+        if disk or start or here != count or begin + length != after:
+            raise UsageError(f"{self._where}: is no bundle: its table of contents is not where it says.")
+        if count > contents.MAX_FILES + len(contents.FOLDERS) or length > _DIRECTORY:
+            raise UsageError(f"{self._where}: holds more than {contents.MAX_FILES} files; nothing was unpacked.")
+
+    def _checked(self, infos: list[zipfile.ZipInfo], size: int) -> dict[str, zipfile.ZipInfo]:
+        files = [info for info in infos if not self._is_folder(info)]
+        contents.require_names([info.orig_filename for info in files], self._where)
+        end = 0
+        for info in sorted(infos, key=lambda one: one.header_offset):
+            self._require_plain(info)
+            if info.header_offset < end or (not end and info.header_offset):
+                raise UsageError(f"{self._where}: entries share bytes, or there is something before them.")
+            end = info.header_offset + _HEADER + len(info.orig_filename) + info.compress_size
+        if end > size:
+            raise UsageError(f"{self._where}: ends too early; it was cut short.")
+        entries = {info.filename: info for info in files}
+        contents.require_sizes({name: info.file_size for name, info in entries.items()}, self._where)
+        return entries
+
+    def _is_folder(self, info: zipfile.ZipInfo) -> bool:
+        """A folder's own entry, as some programs write it: only of those that a bundle has, and empty."""
+        plain = info.orig_filename.removesuffix("/")
+        return plain != info.orig_filename and plain in contents.FOLDERS and not info.file_size
+
+    def _require_plain(self, info: zipfile.ZipInfo) -> None:
+        kind = stat.S_IFMT(info.external_attr >> 16)
+        name = info.orig_filename
+        if kind and not (stat.S_ISREG(kind) or (stat.S_ISDIR(kind) and self._is_folder(info))):
+            raise UsageError(f"{self._where}: '{name}' is a link or a device; nothing was unpacked.")
+        if info.flag_bits & _ENCRYPTED:
+            raise UsageError(f"{self._where}: '{name}' is encrypted; nothing was unpacked.")
+        stored = info.compress_type == zipfile.ZIP_STORED
+        if not stored and info.compress_type != zipfile.ZIP_DEFLATED:
+            raise UsageError(f"{self._where}: '{name}' is compressed in a way that bundles are not.")
+        if stored and info.file_size != info.compress_size:
+            raise UsageError(f"{self._where}: '{name}' is stored, but has two sizes; nothing was unpacked.")
+        if name == contents.DELTA_FILES[1] and not stored:
+            raise UsageError(f"{self._where}: '{name}' is compressed twice; nothing was unpacked.")
+        if info.file_size > max(_SMALL, _RATIO * info.compress_size):
+            raise UsageError(
+                f"{self._where}: '{name}' grows from {info.compress_size} to {info.file_size} bytes; no file of a "
+                "bundle does, and nothing was unpacked."
+            )
+
+    @contextmanager
+    def _clear(self) -> Iterator[None]:
+        try:
+            yield
+        except _BROKEN as error:
+            reason = str(error) or type(error).__name__
+            raise UsageError(f"{self._where}: is no bundle, or a broken one: {reason}.") from None
+
+
+@contextmanager
+def opened_archive(path: Path) -> Iterator[Archive]:
+    """The bundle in a file on this machine.
+
+    Raises:
+        UsageError: it is none.
+        KtmergeError: it cannot be read.
+    """
+    with clear_os_errors(path):
+        stream: BinaryIO = path.open("rb")
+        with stream:
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise KtmergeError(f"{path}: is no file.")
+            yield Archive(stream, status.st_size, str(path))

@@ -1,0 +1,81 @@
+"""Calls over the net, made again when the other side says it is busy or broken for the moment."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from ktmerge.errors import KtmergeError
+
+Answer = TypeVar("Answer")
+
+ATTEMPTS = 5
+_PASSING = frozenset({408, 429, 500, 502, 503, 504})
+_LONGEST = 120.0
+"""Seconds that are waited at the other side's wish; one that wants more is told of."""
+_FIRST = 0.5
+
+
+def retried(call: Callable[[], Answer], where: str) -> Answer:
+    """What ``call`` gives, in up to five attempts.
+
+    Args:
+        call: may be made again, whatever became of the last time.
+        where: the other side is called in messages.
+
+    Raises:
+        KtmergeError: the other side wants a longer pause than anyone waits for.
+        Exception: what the last attempt raised, or an earlier one that no further attempt would better.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            return call()
+        except Exception as error:
+            pause = _pause(error, attempt, where)
+            if pause is None or attempt == ATTEMPTS - 1:
+                raise
+        time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+def status_of(error: BaseException) -> int | None:
+    """The HTTP status that an error tells of; of errors of huggingface_hub that hide it, of their cause."""
+    seen: BaseException | None = error
+    while seen is not None:
+        code = getattr(getattr(seen, "response", None), "status_code", getattr(seen, "code", None))
+        if isinstance(code, int):
+            return code
+        seen = seen.__cause__
+    return None
+
+
+def _pause(error: BaseException, attempt: int, where: str) -> float | None:
+    """Seconds until the next attempt; None: there is no use in one."""
+    code = status_of(error)
+    if code is None and not _is_of_the_net(error):
+        return None
+    if code is not None and code not in _PASSING:
+        return None
+    asked = _asked(error)
+    if asked is not None and asked > _LONGEST:
+        raise KtmergeError(f"{where}: is busy (HTTP {code}) and asks to be left for {asked:.0f} seconds.") from error
+    return _FIRST * 2**attempt if asked is None else asked
+
+
+def _is_of_the_net(error: BaseException) -> bool:
+    """Whether an error came from the connection; libraries have types of their own for that."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"TransportError", "URLError", "ConnectionError", "TimeoutError", "IncompleteRead"})
+
+
+def _asked(error: BaseException) -> float | None:
+    """Seconds of a ``Retry-After``."""
+    seen: BaseException | None = error
+    while seen is not None:
+        headers: Any = getattr(getattr(seen, "response", None), "headers", getattr(seen, "headers", None))
+        text = headers.get("Retry-After") if headers is not None else None
+        if text is not None and str(text).strip().isdigit():
+            return float(text)
+        seen = seen.__cause__
+    return None

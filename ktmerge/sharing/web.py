@@ -1,0 +1,267 @@
+"""Bundles at an address: looked at piece by piece where the server gives pieces, fetched with retries and resumes."""
+
+from __future__ import annotations
+
+import io
+import ipaddress
+import os
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from http.client import HTTPException, HTTPResponse, IncompleteRead
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from ktmerge.checkpoints.files import clear_os_errors
+from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.sharing import contents
+from ktmerge.sharing.archive import Archive
+from ktmerge.sharing.retrying import retried
+from ktmerge.sharing.source import ArchiveSource
+
+_BLOCK = 1 << 20
+_SECONDS = 60
+_PIECE = 1 << 16
+_NO_HEAD = (403, 405, 501)
+"""What servers say that answer no HEAD; addresses that are signed are signed for one method."""
+_MOST_UNTOLD = 1 << 30
+"""Bytes that are read of a file whose size the server does not tell."""
+
+
+class UrlSource:
+    """A bundle's file at an https address.
+
+    Raises:
+        UsageError: the address is another kind.
+    """
+
+    def __init__(self, address: str) -> None:
+        _require_safe(address)
+        self._address = address
+        self.where = _without_query(address)
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of the file; None if the server does not tell."""
+        return self._told[0]
+
+    def sizes(self) -> Mapping[str, int] | None:
+        return self._archive.sizes if self._archive is not None else None
+
+    def manifest(self) -> bytes:
+        if self._archive is None:
+            raise KtmergeError(f"{self.where}: does not show what it holds.")
+        return self._archive.read(contents.MANIFEST)
+
+    def blocks(self, name: str, folder: Path) -> Iterator[bytes]:
+        yield from self.fetched(folder).blocks(name, folder)
+
+    def fetched(self, folder: Path) -> ArchiveSource:
+        """The whole file, in a folder of ours; fetched once.
+
+        Raises:
+            UsageError: it is larger than was told.
+            KtmergeError: it cannot be fetched.
+        """
+        path = folder / f"fetched{contents.SUFFIX}"
+        if not path.exists():
+            partial = path.with_suffix(".partial")
+            with clear_os_errors(partial):
+                partial.touch()
+                self._asked(lambda: self._resume(partial))
+                partial.replace(path)
+        found = ArchiveSource(path)
+        found.where = self.where
+        return found
+
+    def _resume(self, partial: Path) -> None:
+        """Go on where the last attempt stopped, if it is the same file still."""
+        size, tag = self._told
+        start = partial.stat().st_size
+        headers = {"Range": f"bytes={start}-", **({"If-Range": tag} if tag else {})} if start else {}
+        with _opened(self._address, headers) as answer:
+            if start and answer.status != 206:
+                start = 0
+            with partial.open("r+b") as target:
+                target.truncate(start)
+                target.seek(start)
+                count = start
+                while block := answer.read(_BLOCK):
+                    count += len(block)
+                    if count > (_MOST_UNTOLD if size is None else size):
+                        raise UsageError(f"{self.where}: is larger than its server told; nothing was unpacked.")
+                    target.write(block)
+        if size is not None and count < size:
+            raise IncompleteRead(b"", size - count)
+
+    @cached_property
+    def _told(self) -> tuple[int | None, str | None]:
+        """Size and strong etag."""
+
+        def ask() -> tuple[int | None, str | None]:
+            try:
+                with _opened(self._address, method="HEAD") as answer:
+                    length, tag = answer.headers.get("Content-Length"), answer.headers.get("ETag")
+            except urllib.error.HTTPError as error:
+                if error.code in _NO_HEAD:
+                    return None, None
+                raise
+            strong = tag if tag and not tag.startswith("W/") else None
+            return (int(length) if length and length.isdigit() else None), strong
+
+        found: tuple[int | None, str | None] = self._asked(ask)
+        return found
+
+    @cached_property
+    def _archive(self) -> Archive | None:
+        """The archive, of which only the pieces that are looked at are fetched; None if the server gives none."""
+        size = self.size
+        if size is None or not self._asked(lambda: _gives_pieces(self._address)):
+            return None
+        stream = io.BufferedReader(_Pieces(self._address, size, self._asked), _PIECE)
+        return Archive(stream, size, self.where)
+
+    def _asked(self, call: Callable[[], Any]) -> Any:
+        return _asked(call, self.where)
+
+
+def put(address: str, write: Callable[[Path], None]) -> None:
+    """Send a bundle's file to an address that takes it.
+
+    Args:
+        address: https.
+        write: makes the file.
+
+    Raises:
+        UsageError: the address is of another kind, or the server refuses.
+        KtmergeError: it cannot be reached.
+    """
+    _require_safe(address)
+    with tempfile.TemporaryDirectory(prefix="ktmerge-push-") as folder:
+        archive = Path(folder) / f"bundle{contents.SUFFIX}"
+        write(archive)
+
+        def send() -> None:
+            size = os.stat(archive).st_size
+            with archive.open("rb") as data:
+                headers = {"Content-Type": "application/zip", "Content-Length": str(size)}
+                _opened(address, headers, method="PUT", data=data).close()
+
+        _asked(send, _without_query(address))
+
+
+class _Pieces(io.RawIOBase):
+    """A file at an address, read by ranges."""
+
+    def __init__(self, address: str, size: int, asked: Callable[[Callable[[], bytes]], bytes]) -> None:
+        self._address, self._size, self._asked, self._place = address, size, asked, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
+        self._place = max(0, start + offset)
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), self._size - self._place)
+        if wanted <= 0:
+            return 0
+        span = f"bytes={self._place}-{self._place + wanted - 1}"
+
+        def piece() -> bytes:
+            with _opened(self._address, {"Range": span}) as answer:
+                if answer.status != 206:
+                    raise KtmergeError("the server gave pieces before, and now does not.")
+                raw: bytes = answer.read(wanted)
+                return raw
+
+        found = self._asked(piece)
+        buffer[: len(found)] = found
+        self._place += len(found)
+        return len(found)
+
+
+class _SafeRedirects(urllib.request.HTTPRedirectHandler):
+    """Redirects lead to no other kind of address."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        _require_safe(newurl, req.full_url)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _opened(address: str, headers: Mapping[str, str] | None = None, *, method: str = "GET", data: Any = None) -> Any:
+    request = urllib.request.Request(address, data=data, method=method)
+    for name, value in {"User-Agent": "ktmerge", "Accept-Encoding": "identity", **(headers or {})}.items():
+        request.add_header(name, value)
+    answer: HTTPResponse = urllib.request.build_opener(_SafeRedirects).open(request, timeout=_SECONDS)
+    return answer
+
+
+def _gives_pieces(address: str) -> bool:
+    with _opened(address, {"Range": "bytes=0-0"}) as answer:
+        return bool(answer.status == 206)
+
+
+def _asked(call: Callable[[], Any], where: str) -> Any:
+    try:
+        return retried(call, where)
+    except urllib.error.HTTPError as error:
+        kind = UsageError if error.code < 500 and error.code != 429 else KtmergeError
+        raise kind(f"{where}: the server says {error.code} {error.reason}.") from None
+    except urllib.error.URLError as error:
+        raise KtmergeError(f"{where}: cannot be reached: {error.reason}.") from None
+    except HTTPException as error:
+        raise KtmergeError(f"{where}: the server broke off: {type(error).__name__}.") from None
+    except (ConnectionError, TimeoutError) as error:
+        raise KtmergeError(f"{where}: the connection broke: {error}.") from None
+    except ValueError as error:
+        raise UsageError(f"{where}: is no address: {error}.") from None
+
+
+def _require_safe(address: str, redirected_by: str | None = None) -> None:
+    """Only https, or plain http on this machine; a redirect from elsewhere may not lead here.
+
+    Raises:
+        UsageError: it is another kind.
+    """
+    try:
+        parts = urlsplit(address)
+        host = parts.hostname or ""
+    except ValueError as error:
+        raise UsageError(f"{address}: is no address: {error}.") from None
+    by = f"{_without_query(redirected_by)} leads to " if redirected_by else ""
+    local = _is_local(host)
+    if parts.scheme != "https" and not (parts.scheme == "http" and local):
+        raise UsageError(
+            f"{by}{_without_query(address)}: only https is taken; anyone on the way could change the rest."
+        )
+    if not host:
+        raise UsageError(f"{address}: names no server.")
+    if redirected_by and local and not _is_local(urlsplit(redirected_by).hostname or ""):
+        raise UsageError(f"{by}{_without_query(address)}, which is on this machine; that is not followed.")
+
+
+def _is_local(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _without_query(address: str) -> str:
+    """An address as it can be told: what follows ``?`` may be a key, and so may what stands before ``@``."""
+    parts = urlsplit(address)
+    return parts._replace(query="", fragment="", netloc=parts.netloc.rpartition("@")[2]).geturl()
