@@ -26,6 +26,18 @@ def sweep(world, out: Path, *more: str, **how):  # type: ignore[no-untyped-def]
     return done.stdout
 
 
+def settings_of(world, folder: Path):  # type: ignore[no-untyped-def]
+    """A small sweep with its journal in a folder."""
+    from ktmerge.recipes.load import load_recipe, load_suite
+    from ktmerge.sweep import Range, SweepSettings
+
+    suite = load_suite(world.suite)
+    return SweepSettings(
+        load_recipe(world.recipe), (Range.parse("lambda=0:1.2"),), (), suite, suite, ("selection", "report"),
+        str(folder / "journal.log"), trials=4, finalists=2, keep=0.5, bootstrap=100,
+    )  # fmt: skip
+
+
 def trials_of(storage: str) -> list:  # type: ignore[type-arg]
     """All trials of the sweep's study, those that do not count included."""
     import optuna
@@ -201,15 +213,35 @@ def test_workers_share_a_sweep_and_one_that_is_killed_is_replaced(world, tmp_pat
 @pytest.mark.slow
 def test_jobs_of_submitit_share_a_sweep(world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     pytest.importorskip("submitit")
-    from ktmerge.recipes.load import load_recipe, load_suite
-    from ktmerge.sweep import Range, SweepSettings
     from ktmerge.sweep.launch import launch
 
-    suite = load_suite(world.suite)
-    settings = SweepSettings(
-        load_recipe(world.recipe), (Range.parse("lambda=0:1.2"),), (), suite, suite, ("selection", "report"),
-        str(tmp_path / "journal.log"), trials=4, finalists=2, keep=0.5, bootstrap=100,
-    )  # fmt: skip
+    settings = settings_of(world, tmp_path)
     outcome = launch(settings, 2, "local jobs", tmp_path / "jobs")
+    assert len(outcome.candidates) == 4
+    assert {one.user_attrs["worker"].split("/")[1] for one in trials_of(settings.storage)} - {str(os.getpid())}
+
+
+@pytest.mark.slow
+def test_actors_of_a_ray_cluster_share_a_sweep(world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    pytest.importorskip("ray")
+    from ktmerge.sweep.launch import launch
+
+    settings = settings_of(world, tmp_path)
+    with pytest.raises(UsageError, match="no Ray cluster"):
+        launch(settings, 2, "ray", tmp_path / "jobs")
+    command = [
+        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2", "--port=0",
+        "--include-dashboard=false", "--object-store-memory=100000000", "--disable-usage-stats",
+    ]  # fmt: skip
+    cluster = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert cluster.stdout is not None
+        for line in cluster.stdout:
+            if "Ray runtime started" in line:
+                break
+        outcome = launch(settings, 2, "ray", tmp_path / "jobs")
+    finally:
+        os.killpg(cluster.pid, signal.SIGTERM)
+        cluster.wait(timeout=60)
     assert len(outcome.candidates) == 4
     assert {one.user_attrs["worker"].split("/")[1] for one in trials_of(settings.storage)} - {str(os.getpid())}
