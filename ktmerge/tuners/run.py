@@ -19,28 +19,25 @@ from typing import TYPE_CHECKING, Any
 
 from ktmerge.checkpoints import Checkpoint, Parts
 from ktmerge.checkpoints.quiet import quiet_transformers
-from ktmerge.errors import KtmergeError, ToldElsewhereError, UsageError, first_line
+from ktmerge.errors import UsageError
 from ktmerge.progress import Progress, Step
 from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.tuners.announcement import announce, warn_of_disk
+from ktmerge.tuners.arguments import total_steps, training_arguments
 from ktmerge.tuners.encode import Encoded, EncodedSet, Encoder
-from ktmerge.tuners.estimate import estimate
+from ktmerge.tuners.failures import explaining
 from ktmerge.tuners.images.agreement import require_agreement, shows_images
 from ktmerge.tuners.loss import PIECE_TOKENS, projects_faithfully
 from ktmerge.tuners.machine import (
     choose_machine,
     deterministic,
-    is_disk_trouble,
     is_out_of_memory,
-    less_memory,
-    memory_available,
-    state_bytes,
 )
 from ktmerge.tuners.model import load_model
-from ktmerge.tuners.optimizers import KINDS
 from ktmerge.tuners.partial import Partial, Saved
-from ktmerge.tuners.processes import ALONE, Processes, passes_of
+from ktmerge.tuners.processes import ALONE, Processes
 from ktmerge.tuners.report import LOSSES, draw_losses
-from ktmerge.tuners.trained import Trained, choose_trained
+from ktmerge.tuners.trained import choose_trained
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -117,7 +114,9 @@ class TrainingRun:
 
         started, earlier = monotonic(), saved.seconds if saved else 0.0
         with (
-            self._explaining(),
+            explaining(
+                self._job, self._partial, self._processes, self._encoded["train"].longest, self._machine.device
+            ),  # fmt: skip
             quiet_transformers(),
             _without_warnings(),
             deterministic(self._machine.device),
@@ -165,42 +164,6 @@ class TrainingRun:
         if newest is not None:
             self._progress.note(f"kept the state after step {newest.step} of {self._total}; go on with --resume.")
 
-    def _announce(self, saved: Saved | None, trained: Trained) -> None:
-        job, machine = self._job, self._machine
-        samples = job.batch_size * job.gradient_accumulation
-        start = f"going on after step {saved.step} of" if saved else "training"
-        self._progress.note(
-            f"{self._name}: {start} {self._total} steps of {samples} samples, on {machine.name}, {machine.precision}."
-        )
-        if self._processes.is_several:
-            size, passes = passes_of(job.batch_size, job.gradient_accumulation, self._processes.count)
-            self._progress.note(
-                f"sharded over {self._processes.count} processes (FSDP2), each with {size} x {passes} samples a step."
-            )
-        if job.replay:
-            self._progress.note(f"replay: {job.replayed} of the {job.batch_size} samples of every batch.")
-        for line in trained.lines(state_bytes(job)):
-            self._progress.note(line)
-        for asked, other in trained.shared:
-            self._progress.note(f"{asked} and {other} share one tensor in this model: training one trains both.")
-        longest = self._encoded["train"].longest
-        needed = estimate(job, self._base, self._processes.count, device=machine.device, longest=longest).total
-        free = memory_available(machine.device)
-        if needed > free:
-            self._progress.note(
-                f"this may not fit into memory: about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free. "
-                f"{less_memory(job, longest, machine.device)}"
-            )
-
-        self._warn_of_disk(trained.parameters)
-
-    def _warn_of_disk(self, parameters: int) -> None:
-        # the result twice, under the Trainer's names and the base's, and up to three checkpoints with moments
-        needed = parameters * (8 + (36 if self._rhythm().save_step < self._total else 0))
-        free = shutil.disk_usage(self._partial.folder).free
-        if needed > free:
-            self._progress.note(f"the disk may run full: up to {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free.")
-
     def _trainer(
         self, saved: Saved | None, asked: Interruption, bar: Step, seconds: Callable[[], float]
     ) -> AnswerTrainer:
@@ -220,7 +183,12 @@ class TrainingRun:
         else:
             model, trained = adapted.model, adapted.trained
         self._trained = trained
-        self._announce(saved, trained)
+        announce(
+            self._job, self._base, self._machine, self._processes, trained, self._progress,
+            name=self._name, total=self._total, longest=self._encoded["train"].longest, saved=saved,
+        )  # fmt: skip
+        saves = self._rhythm().save_step < self._total
+        warn_of_disk(self._partial.folder, trained.parameters, self._progress, saves=saves)
         if self._job.activation_checkpointing:
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         rhythm = self._rhythm()
@@ -258,7 +226,14 @@ class TrainingRun:
             in_backward=self._job.optimizer_in_backward,
             on_host=self._job.offload_optimizer,
             model=model,
-            args=self._arguments(evaluate_first=rhythm.evaluates and saved is None),
+            args=training_arguments(
+                self._job,
+                self._machine,
+                self._processes,
+                self._total,
+                self._partial.folder,
+                evaluate_first=rhythm.evaluates and saved is None,
+            ),
             train_dataset=[*samples, *replayed],
             data_collator=build_collator(
                 self._encoder.tokenizer,
@@ -426,43 +401,6 @@ class TrainingRun:
             evaluates=not self._encoded.keys().isdisjoint(EVALUATED),
         )
 
-    def _arguments(self, *, evaluate_first: bool) -> Any:
-        from transformers import TrainingArguments
-
-        job, machine = self._job, self._machine
-        size, passes = passes_of(job.batch_size, job.gradient_accumulation, self._processes.count)
-        arguments = TrainingArguments(
-            output_dir=str(self._partial.folder),
-            max_steps=self._total,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=passes,
-            learning_rate=job.learning_rate,
-            lr_scheduler_type=job.scheduler,
-            warmup_steps=warmup_steps(job, self._total),
-            weight_decay=job.weight_decay,
-            max_grad_norm=math.inf if job.max_grad_norm is None else job.max_grad_norm,
-            optim=KINDS[job.optimizer].name,
-            seed=job.seed,
-            data_seed=job.seed,
-            bf16=machine.precision == "bfloat16",
-            use_cpu=machine.device == "cpu",
-            # what is due after a step is decided by RhythmCallback
-            logging_strategy="no",
-            eval_strategy="no",
-            save_strategy="no",
-            eval_on_start=evaluate_first,
-            save_total_limit=2,
-            logging_nan_inf_filter=False,
-            remove_unused_columns=False,
-            report_to="none",
-            disable_tqdm=True,
-            # otherwise every process would hold whole gradients while it accumulates
-            accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": self._processes.is_several}},
-        )
-        # of several devices the Trainer would make a torch.nn.DataParallel, which is slower than one of them
-        arguments._n_gpu = min(1, arguments.n_gpu)
-        return arguments
-
     def _seal(self, trainer: AnswerTrainer, seconds: float) -> None:
         """Keep the trained weights, under transformers' names for files, and how it went; checkpoints may go then."""
         from transformers import GenerationConfig
@@ -502,44 +440,6 @@ class TrainingRun:
             self._board.publish(final)
         self._partial.seal(final, self._total, seconds)
         self._partial.drop_checkpoints()
-
-    @contextmanager
-    def _explaining(self) -> Iterator[None]:
-        """Answer the failures that users can do something about."""
-        try:
-            yield
-        except KtmergeError as error:
-            if self._processes.is_first:
-                raise
-            raise ToldElsewhereError(error.exit_code) from None  # these are the same in every process
-        except Exception as error:  # the libraries have no common type for either failure
-            if self._processes.has_lost_one(error):
-                if not self._processes.is_first:
-                    raise ToldElsewhereError(1) from error
-                kept = "go on from the last saved step with --resume" if self._partial.has_state else "start again"
-                raise KtmergeError(f"another process of the run is gone, see what it says; {kept}.") from error
-            if is_out_of_memory(error):
-                longest = self._encoded["train"].longest
-                raise KtmergeError(
-                    f"out of memory while fine-tuning. {less_memory(self._job, longest, self._machine.device)}"
-                ) from error
-            if is_disk_trouble(error):
-                raise KtmergeError(
-                    f"{self._partial.folder}: cannot be written ({first_line(error)}); "
-                    "free some space and go on with --resume."
-                ) from error
-            raise
-
-
-def total_steps(job: FinetuneJob, samples: int) -> int:
-    """Optimizer steps of a job on so many samples."""
-    an_epoch = math.ceil(math.ceil(samples / (job.batch_size - job.replayed)) / job.gradient_accumulation)
-    return job.max_steps or max(1, math.ceil(job.epochs * an_epoch))
-
-
-def warmup_steps(job: FinetuneJob, total: int) -> int:
-    """Steps over which the rate rises; the first of them has rate 0, so that one step at least remains."""
-    return min(total - 1, round(total * job.warmup) if job.warmup < 1 else int(job.warmup))
 
 
 @contextmanager

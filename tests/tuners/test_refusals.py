@@ -107,7 +107,7 @@ def test_a_machine_at_its_limits_is_answered(
 def test_too_little_memory_is_said_beforehand(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ktmerge.tuners.run.memory_available", lambda device: 1e6)
+    monkeypatch.setattr("ktmerge.tuners.announcement.memory_available", lambda device: 1e6)
     listener = Listener()
     tune(tiny_llama, tmp_path, max_steps=1, progress=listener)
     assert any("may not fit into memory" in note and "0.0 GB are free" in note for note in listener.notes)
