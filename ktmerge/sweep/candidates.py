@@ -70,14 +70,13 @@ def finalists(candidates: Sequence[Candidate], most: int, limit: float | None) -
     the wrong one; without a limit those evenly spread along it.
 
     Args:
-        candidates: all; the stopped ones, and those with the recipe of an earlier one, are left out.
+        candidates: all; those with the recipe of an earlier one are left out, and the stopped ones unless all are.
         most: how many.
         limit: least retention, if retention was measured.
     """
     different = {repr(one.recipe): one for one in sorted(candidates, key=lambda one: one.number, reverse=True)}
-    left = sorted((one for one in different.values() if one.stopped is None), key=lambda one: one.number)
-    if not left:
-        return []
+    going = [one for one in different.values() if one.stopped is None] or list(different.values())
+    left = sorted(going, key=lambda one: one.number)
     found: list[Candidate] = []
     for layer in layers(np.array([[one.first, one.second] for one in left])):
         own = [left[i] for i in layer]

@@ -71,7 +71,8 @@ def test_the_front_and_what_is_nearest_to_the_limit_goes_on() -> None:
     assert [one.number for one in finalists(field, 3, 99)] == [0, 1, 2]
     assert [one.number for one in finalists(field, 2, 99)] == [1, 2]
     assert [one.number for one in finalists(field, 3, None)] == [0, 2, 4]
-    assert finalists([field[-1]], 3, 99) == []
+    assert finalists([field[-1]], 3, 99) == [field[-1]]  # all were stopped: still, the best of them is reported
+    assert finalists([], 3, 99) == []
     best = best_keeping(field, 99)
     assert best is not None
     assert best.number == 1

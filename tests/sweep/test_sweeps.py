@@ -102,8 +102,10 @@ def test_a_sweep_in_this_process_chooses_by_its_rule_and_every_trial_is_rebuilt(
         api.sweep(world.recipe, out, ranges=ranges, methods=methods, trials=6, keep_upstream=0.5, resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sampler", "screen"), [("tpe", "subset"), ("gp", "full"), ("qmc", "divergence"), ("nsga2", "subset")]
+    ("sampler", "screen", "low", "keep"),
+    [("tpe", "subset", 0, 0.1), ("gp", "full", 0.1, 1.5), ("qmc", "divergence", 0, 0.1), ("nsga2", "subset", 0, 0.1)],
 )
 def test_every_sampler_and_screen_comes_to_an_end(world, tmp_path: Path, sampler, screen, low, keep) -> None:  # type: ignore[no-untyped-def]
     from ktmerge import api
