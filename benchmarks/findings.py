@@ -122,8 +122,8 @@ def table(found: Sequence[Row], parts: Sequence[Part]) -> str:
     lines = [columns, ["---"] * len(columns)]
     for names, row in _alike(found):
         lines.append(
-            [", ".join(f"`{name}`" for name in names), "–" if row.data == NO_DATA else row.data, _span(row.area, 3),
-             "" if WISE in names else _span(row.area - wise, 3, signed=True),
+            [", ".join(f"`{name}`" for name in names), "–" if row.data == NO_DATA else row.data, span(row.area, 3),
+             "" if WISE in names else span(row.area - wise, 3, signed=True),
              f"{min(row.seeds):.3f}–{max(row.seeds):.3f}", *_gains(row.gains), f"{row.worst:+.1f}", row.way]
         )  # fmt: skip
     for name, gains, worst in ends(parts):
@@ -225,10 +225,11 @@ def _turned(points: Sequence[tuple[str, float]]) -> str:
 
 
 def _gains(gains: Mapping[str, Array]) -> list[str]:
-    return [_span(gains[key], 1, signed=key != "H") for key in MEASURES]
+    return [span(gains[key], 1, signed=key != "H") for key in MEASURES]
 
 
-def _span(values: Array, digits: int, *, signed: bool = False) -> str:
+def span(values: Array, digits: int, *, signed: bool = False) -> str:
+    """An estimate and its interval."""
     estimate, low, high = interval(values)
     sign = "+" if signed else ""
     return f"{estimate:{sign}.{digits}f} ({low:{sign}.{digits}f} to {high:{sign}.{digits}f})"

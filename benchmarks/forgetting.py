@@ -12,27 +12,22 @@ then fully fine-tuned on other things. Every method is swept along its ways with
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import tempfile
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import findings
+from pages import fill
 from parts import kept, part_of, score_models
 from paths import knob_of, takes
+from pool import run
 from sweep import sweep
 from worlds import WORLDS
 
-from ktmerge.errors import KtmergeError
 from ktmerge.merge.registry import methods
 
 KINDS = ("single", "multi")
-MARKERS = ("<!-- results -->\n", "<!-- end of results -->\n")
-
-Task = tuple[str, ...]
 
 
 def main() -> None:
@@ -54,13 +49,13 @@ def main() -> None:
     wanted = {at: [name for name in names if worthwhile(name, len(part_of(*at, 0, arguments.folder).experts))]
               for at in kinds}  # fmt: skip
     if arguments.only in (None, "train"):
-        _run([("train", world, str(seed), folder) for seed in seeds for world in worlds], arguments.jobs)
+        run(_steps, [("train", world, str(seed), folder) for seed in seeds for world in worlds], arguments.jobs)
     if arguments.only in (None, "sweep"):
-        _run([("score", w, kind, str(seed), folder) for seed in seeds for w, kind in kinds], arguments.jobs)
+        run(_steps, [("score", w, kind, str(seed), folder) for seed in seeds for w, kind in kinds], arguments.jobs)
         tasks = [
             ("sweep", w, kind, str(seed), folder, m) for seed in seeds for w, kind in kinds for m in wanted[w, kind]
         ]
-        _run(tasks, arguments.jobs)
+        run(_steps, tasks, arguments.jobs)
     if arguments.only in (None, "report"):
         found = {}
         sections = []
@@ -87,44 +82,9 @@ def worthwhile(name: str, experts: int) -> bool:
 
 def write(out: Path, text: str, found: dict[str, list[findings.Row]]) -> None:
     """The tables between the page's markers, the CSV and the picture beside it."""
-    out.mkdir(parents=True, exist_ok=True)
-    page = out / "results.md"
-    start, end = MARKERS
-    old = page.read_text(encoding="utf-8") if page.is_file() else f"# Results\n\n{start}{end}"
-    before, _, rest = old.partition(start)
-    page.write_text(f"{before}{start}\n{text}\n\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+    fill(out / "results.md", text)
     (out / "results.csv").write_text(findings.to_csv(found), encoding="utf-8")
     (out / "results.svg").write_bytes(findings.picture(found, "svg"))
-
-
-def _run(tasks: Sequence[Task], jobs: int) -> None:
-    """Do the tasks in processes of one thread each; tasks of one world and seed follow one another."""
-    started = time.perf_counter()
-    with multiprocessing.get_context("spawn").Pool(jobs, _begin) as pool:
-        for number, (task, said) in enumerate(pool.imap_unordered(_do, tasks), 1):
-            if said:
-                minutes = (time.perf_counter() - started) / 60
-                print(f"{number}/{len(tasks)} {minutes:5.1f} min  {' '.join(task[:4])} {' '.join(task[5:])}: {said}",
-                      flush=True)  # fmt: skip
-
-
-def _begin() -> None:
-    import torch
-    from transformers.utils import logging
-
-    os.nice(10)
-    torch.set_num_threads(1)
-    logging.disable_progress_bar()
-
-
-def _do(task: Task) -> tuple[Task, str]:
-    started = time.perf_counter()
-    try:
-        _steps(*task)
-    except KtmergeError as error:
-        return task, f"refused: {error}"
-    seconds = time.perf_counter() - started
-    return task, f"{seconds:.1f} s" if seconds > 1 else ""
 
 
 def _steps(step: str, world: str, *rest: str) -> None:

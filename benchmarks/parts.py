@@ -36,7 +36,7 @@ class Part:
     """Which experts of a world are merged.
 
     Attributes:
-        kind: single or multi.
+        kind: single, multi, or tuners, where the one task is learned in many ways.
         experts: the tasks; also the downstream sets.
     """
 
@@ -47,7 +47,7 @@ class Part:
 
     @property
     def experts(self) -> tuple[str, ...]:
-        return self.world.tasks[:1] if self.kind == "single" else self.world.tasks
+        return self.world.tasks if self.kind == "multi" else self.world.tasks[:1]
 
     @property
     def sets(self) -> tuple[str, ...]:

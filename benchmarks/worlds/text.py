@@ -28,6 +28,7 @@ TUNE = {"steps": 350, "rate": 1e-3}
 VOCABULARY = 1024
 
 
+@cache
 def _texts() -> dict[str, list[str]]:
     return {**packages.brown(), "scripture": packages.scripture(), "code": packages.code(),
             "reviews": packages.reviews()}  # fmt: skip
@@ -40,19 +41,25 @@ def _split_of(text: str) -> str:
 
 
 @cache
-def _tokens() -> dict[str, dict[str, Any]]:
-    """Of every set and split: rows of `LENGTH` + 1 token ids ``[n, LENGTH + 1]``, one text after the other."""
-    import torch
+def _tokenizer() -> Any:
     from tokenizers import ByteLevelBPETokenizer
 
-    texts = _texts()
-    sample = [t for name, some in texts.items() for t in some if _split_of(t) == "train" or name not in UPSTREAM]
+    sample = [t for name, some in _texts().items() for t in some if _split_of(t) == "train" or name not in UPSTREAM]
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(
         (t[:20000] for t in sample), vocab_size=VOCABULARY, special_tokens=["<s>"], show_progress=False
     )
+    return tokenizer
+
+
+@cache
+def _tokens() -> dict[str, dict[str, Any]]:
+    """Of every set and split: rows of `LENGTH` + 1 token ids ``[n, LENGTH + 1]``, one text after the other."""
+    import torch
+
+    tokenizer = _tokenizer()
     found: dict[str, dict[str, Any]] = {}
-    for name, some in texts.items():
+    for name, some in _texts().items():
         streams: dict[str, list[int]] = {"train": [], SELECT: [], REPORT: []}
         for text, encoding in zip(some, tokenizer.encode_batch(some), strict=True):
             streams[_split_of(text)] += [0, *encoding.ids]
@@ -137,6 +144,25 @@ def _calibration(name: str) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
         yield {"input_ids": row[None]}, answers
 
 
+def _as_rows(names: Sequence[str], count: int, seed: int) -> list[dict[str, Any]]:
+    """Passages as texts without a prompt, so that every token is learned, as in `fit`."""
+    import torch
+
+    rows = _rows(names)
+    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]
+    texts = _tokenizer().decode_batch(rows[chosen].tolist(), skip_special_tokens=False)
+    return [{"prompt": "", "completion": text} for text in texts]
+
+
+def _dress(folder: Path) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    inner = _tokenizer()._tokenizer
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="<s>", pad_token="<s>"
+    ).save_pretrained(folder)  # fmt: skip
+
+
 TEXT = World(
     name="text",
     model="a Llama of 0.7M parameters",
@@ -148,4 +174,7 @@ TEXT = World(
     score=_score,
     items=ITEMS,
     calibration=_calibration,
+    sees=False,
+    rows=_as_rows,
+    dress=_dress,
 )

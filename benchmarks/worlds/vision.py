@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -162,6 +164,59 @@ def _calibration(name: str) -> Iterator[tuple[Mapping[str, Tensor], Tensor]]:
         yield inputs, inputs.pop("labels")[0] >= 0
 
 
+TEMPLATE = (
+    "<s>{% for m in messages %}{% for c in m['content'] %}"
+    "{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}"
+    "{{ '<pad>' if m['role'] == 'assistant' else ' ' }}{% endfor %}"
+)
+"""A question as `_inputs` lays it out; the answer and what ends it, which the base has not seen, are learned."""
+
+
+def _as_rows(names: Sequence[str], count: int, seed: int) -> list[dict[str, Any]]:
+    """Pictures in rows of LLaVA's format, as many of each set."""
+    import torch
+
+    found = []
+    order = torch.Generator().manual_seed(seed)
+    for name in names:
+        pictures, answers = _sets()[name]["train"]
+        for place in torch.randperm(len(pictures), generator=order)[: count // len(names)].tolist():
+            turns = [QUESTIONS[name], ANSWERS[name][int(answers[place])]]
+            found.append(
+                {"image": _as_link(pictures[place]),
+                 "conversations": [{"from": who, "value": text}
+                                   for who, text in zip(("human", "gpt"), turns, strict=True)]}
+            )  # fmt: skip
+    return found
+
+
+def _as_link(picture: Tensor) -> str:
+    """A PNG of a picture ``[28, 28]`` and its margin as a data URI."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    margin = (SIDE - len(picture)) // 2
+    Image.fromarray(np.pad(picture.numpy(), margin)).convert("RGB").save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _dress(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlavaProcessor, PreTrainedTokenizerFast, SiglipImageProcessorPil
+
+    inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token=WORDS[0]))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<pad>", unk_token="<pad>", bos_token="<s>",
+        additional_special_tokens=["<image>"],
+    )  # fmt: skip
+    LlavaProcessor(
+        image_processor=SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE}, do_resize=False),
+        tokenizer=tokenizer, patch_size=8, vision_feature_select_strategy="full", num_additional_image_tokens=0,
+        image_token="<image>", chat_template=TEMPLATE,
+    ).save_pretrained(folder)  # fmt: skip
+
+
 VISION = World(
     name="vision",
     model="a LLaVA of 0.6M parameters",
@@ -173,4 +228,7 @@ VISION = World(
     score=_score,
     items=ITEMS,
     calibration=_calibration,
+    sees=True,
+    rows=_as_rows,
+    dress=_dress,
 )

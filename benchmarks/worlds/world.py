@@ -45,6 +45,9 @@ class World:
         items: how much is scored, for records of scores.
         calibration: what statistics are measured on: single examples of the training data of ``upstream`` or of a task,
             as keywords of the model ``[1, ...]``, and which tokens are answers ``[tokens]``.
+        sees: whether its model takes pictures.
+        rows: so many examples of the training data of some sets, drawn by a seed, as `ktmerge finetune` reads them.
+        dress: puts a tokenizer, or a processor, beside a model, without which `ktmerge finetune` cannot read any.
     """
 
     name: str
@@ -57,6 +60,9 @@ class World:
     score: Callable[[Any, str, Sequence[str]], Scores]
     items: Mapping[str, Any]
     calibration: Callable[[str], Iterator[tuple[Mapping[str, Tensor], Tensor]]]
+    sees: bool
+    rows: Callable[[Sequence[str], int, int], list[dict[str, Any]]]
+    dress: Callable[[Path], None]
 
 
 def fit(model: Any, batch: Callable[[int], Mapping[str, Any]], steps: int, rate: float) -> None:

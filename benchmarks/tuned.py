@@ -1,0 +1,148 @@
+"""One way to tune, with one value, on one part of one world: trained by `ktmerge finetune`, scored, and kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from parts import BASE, Part, keep, plain, read, score_models, sides_of
+from tunings import BATCH, FISHER, FULL, SAMPLES, STEPS, UPSTREAM, Tuning, tuning_of
+from worlds.world import REPORT, SELECT
+
+import ktmerge
+from ktmerge.api.tuning import finetune
+from ktmerge.recipes.load import parse_recipe
+from ktmerge.tuners.selection.store import COUNTS
+
+LENGTH = 80
+"""Tokens of the longest sample, its end included."""
+
+
+def prepare(part: Part) -> None:
+    """Train what is not there, score base and full fine-tune of the world, and write what `ktmerge finetune` reads."""
+    part.models.mkdir(parents=True, exist_ok=True)
+    part.world.train(part.models, part.seed)
+    score_models(part)
+    folder, mark = _folder(part), part.models / BASE / "settings.json"
+    if (folder / "ready").is_file() and (folder / "ready").read_text() == _ready(mark):
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(part.models / BASE, folder / BASE)
+    part.world.dress(folder / BASE)
+    for name, sets in (("task", part.experts), ("upstream", part.world.upstream)):
+        rows = part.world.rows(sets, SAMPLES, part.seed)
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "ready").write_text(_ready(mark))
+
+
+def try_one(part: Part, tuning: Tuning, value: float) -> None:
+    """Tune, or blend what was tuned, and score the result on both splits; what is kept stays.
+
+    Args:
+        part: whose task is learned.
+        tuning: how.
+        value: learning rate; of a blend, lambda.
+    """
+    if trial(part, tuning, value) is not None:
+        return
+    model, facts = _blended(part, tuning, value) if tuning.blend is not None else _trained(part, tuning, value)
+    scores = {split: plain(part.world.score(model, split, part.sets)) for split in (SELECT, REPORT)}
+    keep(
+        part, _name(tuning, value), {"points": [{"value": value, **scores}], **facts, "job": _job(part, tuning, value)}
+    )
+
+
+def trial(part: Part, tuning: Tuning, value: float) -> dict[str, Any] | None:
+    """What was kept of a way with a value: its one point, trained parameters and seconds; None if there is nothing."""
+    document = read(part, _name(tuning, value))
+    return document if document is not None and document["job"] == _job(part, tuning, value) else None
+
+
+def trials(part: Part, tuning: Tuning, values: Sequence[float]) -> list[dict[str, Any]]:
+    """What was kept with some values; empty unless all are there."""
+    found = [one for value in values if (one := trial(part, tuning, value)) is not None]
+    return found if len(found) == len(values) else []
+
+
+def chosen(part: Part, tuning: Tuning, by: str = "H") -> float | None:
+    """The value with the best H, or other gain, on the selection split of this seed; None if not all were tried."""
+    found = trials(part, tuning, tuning.values)
+    sides = sides_of(part, SELECT) if found else None
+    best = (
+        max(found, key=lambda one: float(sides.gains(one["points"][0][SELECT])[by][0]), default=None) if sides else None
+    )
+    return None if best is None else float(best["points"][0]["value"])
+
+
+def specialist(part: Part) -> float | None:
+    """The rate at which the full fine-tune gains most on its task: the one that is blended."""
+    return chosen(part, tuning_of(FULL), by="E")
+
+
+def _trained(part: Part, tuning: Tuning, rate: float) -> tuple[Any, dict[str, Any]]:
+    folder = _folder(part)
+    out = folder / "runs" / _name(tuning, rate)
+    out.parent.mkdir(exist_ok=True)
+    report = finetune(folder / BASE, folder / "task.jsonl", out, overwrite=True, **_with_files(part, tuning, rate))
+    run = report.record["run"]
+    model, trained = part.world.load(out), run["trained"]["parameters"]
+    if (out / COUNTS).is_file():
+        trained = json.loads((out / COUNTS).read_text())["selections"][-1]["selected"]
+    if tuning.name != FULL:  # the full fine-tune is blended later
+        shutil.rmtree(out)
+    return model, {"trained": trained, "of": run["trained"]["of"], "seconds": run["seconds"]}
+
+
+def _with_files(part: Part, tuning: Tuning, rate: float) -> dict[str, Any]:
+    files = {UPSTREAM: str(_folder(part) / "upstream.jsonl"), FISHER: part.statistics(BASE)}
+    settings = {key: files.get(value, value) if isinstance(value, str) else value
+                for key, value in tuning.settings.items()}  # fmt: skip
+    return {**settings, **_common(part), "learning_rate": rate}
+
+
+def _common(part: Part) -> dict[str, Any]:
+    return {"max_steps": STEPS, "batch_size": BATCH, "max_length": LENGTH, "show_samples": 0, "seed": part.seed}
+
+
+def _job(part: Part, tuning: Tuning, value: float) -> dict[str, Any]:
+    """All that decides the result beside the world; what was kept of another job does not count."""
+    if tuning.blend is None:
+        return {**tuning.settings, **_common(part), "learning_rate": value, "samples": SAMPLES}
+    full = specialist(_first(part))
+    return {**tuning.blend, "lambda": value, "full": full, "job": full and _job(part, tuning_of(FULL), full)}
+
+
+def _blended(part: Part, tuning: Tuning, value: float) -> tuple[Any, dict[str, Any]]:
+    rate = specialist(_first(part))
+    expert = _folder(part) / "runs" / _name(tuning_of(FULL), rate or 0.0)
+    document = {
+        "ktmerge": 1,
+        "base": str(_folder(part) / BASE),
+        "experts": {part.experts[0]: {"model": str(expert)}},
+        "blend": {**(tuning.blend or {}), "lambda": value},
+        "seed": part.seed,
+    }
+    model = part.world.load(_folder(part) / BASE)
+    ktmerge.blend_into(model, parse_recipe(document, tuning.name, part.models), ktmerge.Pristine())
+    full = trial(part, tuning_of(FULL), rate or 0.0) or {}
+    return model, {key: full.get(key) for key in ("trained", "of", "seconds")}
+
+
+def _first(part: Part) -> Part:
+    """The seed on which values are chosen for all seeds."""
+    return Part(part.world, part.kind, 0, part.folder)
+
+
+def _folder(part: Part) -> Path:
+    return part.models / "tuning"
+
+
+def _name(tuning: Tuning, value: float) -> str:
+    return f"{tuning.name} at {value:g}".replace(" ", "_").replace("/", "of")
+
+
+def _ready(mark: Path) -> str:
+    return json.dumps([mark.read_text(), SAMPLES])
