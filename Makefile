@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test slow lint format bench bench-tune forgetting tables clean
+.PHONY: help demo test slow lint format bench bench-tune forgetting tuners tables clean
 .DEFAULT_GOAL := help
 
 help: ## say what each target does
@@ -42,6 +42,9 @@ bench-tune: $(INSTALLED) ## speed, memory and losses of fine-tuning, side by sid
 
 forgetting: $(INSTALLED) ## what every method keeps and gains in two small worlds; writes docs/results.md
 	$(BIN)/python benchmarks/forgetting.py
+
+tuners: $(INSTALLED) ## what every way to tune keeps and gains in the same worlds; writes docs/tuners.md
+	$(BIN)/python benchmarks/tuners.py
 
 tables: $(INSTALLED) ## write the tables of docs/methods.md and the JSON Schemas from the registry
 	$(BIN)/python -m ktmerge.merge.catalogue docs/methods.md
