@@ -1,0 +1,132 @@
+"""The arithmetic behind benchmarks/tuners.py: which rate is taken, on which seeds, and what the table says of it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ktmerge.recipes.load import validate
+from ktmerge.recipes.schema import FinetuneJob
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import survey
+import tuned
+from parts import Part, keep, part_of
+from tunings import FISHER, FULL, RATES, TUNINGS, UPSTREAM, Tuning, tuning_of, tunings
+from worlds.world import REPORT, SELECT
+
+ITEMS = 30
+SETS = ("press", "learned", "fiction", "scripture")
+
+
+@pytest.mark.parametrize("way", [one for one in TUNINGS if one.blend is None], ids=lambda one: one.name)
+def test_every_way_is_a_fine_tune(way: Tuning) -> None:
+    settings = {**way.settings, "learning_rate": RATES[0]}
+    for key, value in settings.items():
+        assert value != UPSTREAM or key == "replay"
+        assert value != FISHER or key == "fisher"
+    validate(FinetuneJob, {"data": ["rows.jsonl"], **settings}, way.name)
+
+
+def test_names_are_told_apart_as_files(tmp_path: Path) -> None:
+    part = part_of("vision", "tuners", 0, tmp_path)
+    files = {part.file(tuned._name(way, value)) for way in TUNINGS for value in way.values}
+    assert len(files) == sum(len(way.values) for way in TUNINGS)
+    assert all(file.parent == part.models / "tuners" for file in files)
+
+
+def test_only_models_that_see_have_their_parts_trained() -> None:
+    assert "connector" in {one.name for one in tunings(True)}
+    assert "connector" not in {one.name for one in tunings(False)}
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> list[Part]:
+    """Two seeds of the text world with their base and expert scored: upstream 60, task 20, and 30 and 80."""
+    found = [part_of("text", "tuners", seed, tmp_path) for seed in (0, 1)]
+    for part in found:
+        for name in ("base", "scripture"):
+            (part.models / name).mkdir(parents=True)
+            (part.models / name / "settings.json").write_text(json.dumps({"seed": part.seed}))
+        _keep(part, "base", 60, 20, 60, 20)
+        _keep(part, "scripture", 30, 80, 30, 80)
+    return found
+
+
+def _keep(part: Part, name: str, select_up: float, select_down: float, up: float, down: float, **facts: object) -> None:
+    def scores(upstream: float, downstream: float) -> dict[str, list[float]]:
+        wave = np.linspace(-5, 5, ITEMS)
+        return {one: list((downstream if one == "scripture" else upstream) + wave) for one in SETS}
+
+    point = {"value": facts.pop("value", 0.0), SELECT: scores(select_up, select_down), REPORT: scores(up, down)}
+    keep(part, name, {"points": [point], **facts})
+
+
+def _try(part: Part, way: Tuning, value: float, select: tuple[float, float], report: tuple[float, float]) -> None:
+    facts = {"trained": 10, "of": 40, "seconds": 3.0, "job": tuned._job(part, way, value), "value": value}
+    _keep(part, tuned._name(way, value), *select, *report, **facts)
+
+
+def test_the_rate_is_that_of_the_best_h_on_the_selection_split_of_the_first_seed(parts: list[Part]) -> None:
+    full = tuning_of(FULL)
+    assert tuned.chosen(parts[0], full) is None
+    # H 40, 53.3, 48: on the report split the last would win
+    for rate, select, report in zip(RATES, ((60, 30), (50, 57), (40, 60)), ((60, 31), (50, 50), (70, 70)), strict=True):
+        assert survey.Table.of(parts) is None
+        _try(parts[0], full, rate, select, report)
+    assert tuned.chosen(parts[0], full) == RATES[1]
+    assert tuned.specialist(parts[0]) == RATES[2]
+
+    row = survey.Table.of(parts).full  # type: ignore[union-attr]
+    assert row.value == RATES[1]
+    assert {key: float(values[0]) for key, values in row.gains.items()} == pytest.approx(
+        {"E": 30, "F": -10, "O": 20, "H": 50}
+    )
+    assert {key: float(values[0]) for key, values in row.raw.items()} == pytest.approx({"U": 50, "D": 50, "Avg": 50})
+    assert row.trained == 0.25
+
+
+def test_a_table_of_what_is_there_says_what_is_missing(parts: list[Part]) -> None:
+    for way in (tuning_of(FULL), tuning_of("last:1")):
+        for rate in RATES:
+            _try(parts[0], way, rate, (50, 50), (50, 50))
+    table = survey.Table.of(parts)
+    assert table is not None
+    assert len(table.parts) == 1
+    assert [row.tuning and row.tuning.name for row in table.rows] == [None, FULL, "last:1"]
+    text = table.text()
+    assert "1 seed of 2" in text
+    assert "**Partial**" in text
+    assert "top:1" in text.partition("Not there yet")[2]
+    assert "Not told apart from it in H: last:1." in text
+
+
+def test_a_second_seed_counts_once_every_way_has_it(parts: list[Part]) -> None:
+    for way in tunings(False):
+        for part in parts:
+            for value in way.values:
+                _try(part, way, value, (50, 50), (50, 40 if part.seed else 60))
+    table = survey.Table.of(parts)
+    assert table is not None
+    assert (len(table.parts), table.missing) == (2, [])
+    assert table.full.gains["E"][0] == pytest.approx(30)
+    assert table.full.harmonics == pytest.approx([2 * 50 * 60 / 110, 2 * 50 * 40 / 90])
+    assert "Partial" not in table.text()
+    header, *lines = csv.reader(survey.to_csv([table]).splitlines())
+    assert {len(line) for line in lines} == {len(header)}
+    told = dict(zip(header, lines[1], strict=True))
+    assert (told["way"], float(told["E"]), float(told["H_minus_full"])) == (FULL, 30, 0)
+
+
+def test_a_trial_with_other_settings_does_not_count(parts: list[Part]) -> None:
+    full = tuning_of(FULL)
+    _try(parts[0], full, RATES[0], (50, 50), (50, 50))
+    assert tuned.trial(parts[0], full, RATES[0]) is not None
+    other = Tuning(FULL, "part", {"train": "llm"})
+    assert tuned.trial(parts[0], other, RATES[0]) is None
