@@ -1,8 +1,8 @@
 """ktmerge: fine-tune fully, blend back with the base, score upstream and downstream.
 
-The verbs of the command line as functions: `finetune`, `blend`, `blend_into`, `evaluate`, `compare`, `report`, `run`, `sweep`,
-`inspect`, `extract_lora`, `measure`, `recommend`, `plan`, `verify`, `load_recipe`; and `Pristine`, what a sweep of
-`blend_into` reads from. Importing this loads neither torch nor transformers.
+The verbs of the command line as functions: `finetune`, `blend`, `blend_into`, `evaluate`, `compare`, `report`, `run`,
+`sweep`, `inspect`, `extract_lora`, `measure`, `recommend`, `plan`, `verify`, `load_recipe`; and `Pristine`,
+what a sweep of `blend_into` reads from. Importing this loads neither torch nor transformers.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,10 @@ from ktmerge.staging import NamedJob, only_named, staged
 
 if TYPE_CHECKING:
     from ktmerge.eval import Results
+    from ktmerge.recipes.suites import Suite
 
+Located = Path | tuple[Path, Path]
+"""Where an expert is: its folder, or those of a model and an adapter over it."""
 BLENDED = "blended"
 SCORES = "scores.json"
 REPORT = "report.html"
@@ -49,16 +52,20 @@ class NamedMeasurement:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left behind; a piece the recipe does not ask for is None."""
+    """What a run left behind; a piece the recipe does not ask for is None.
 
-    experts: dict[str, Path]
+    Attributes:
+        experts: the folder of each; of ``model+adapter`` both.
+    """
+
+    experts: dict[str, Located]
     blended: Path | None
     results: Results | None
     report: Path | None
     statistics: dict[str, Path] = field(default_factory=dict)
 
     def pairs(self) -> dict[str, str]:
-        found = {f"expert {name}": str(path) for name, path in self.experts.items()}
+        found = {f"expert {name}": _spelled(expert) for name, expert in self.experts.items()}
         found |= {f"statistics of {name}": str(path) for name, path in self.statistics.items()}
         if self.blended is not None:
             found["blended model"] = str(self.blended)
@@ -68,7 +75,7 @@ class RunResult:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "experts": {name: str(path) for name, path in self.experts.items()},
+            "experts": {name: _spelled(expert) for name, expert in self.experts.items()},
             "statistics": {name: str(path) for name, path in self.statistics.items()},
             "blended": None if self.blended is None else str(self.blended),
             "report": None if self.report is None else str(self.report),
@@ -104,8 +111,8 @@ def run(
         raise UsageError(f"{out}: is a file; choose another folder.")
     if out.exists() and any(out.iterdir()) and not (resume or overwrite):
         raise UsageError(f"{out} exists; add --resume to go on with it, or --overwrite to replace it.")
-    suite = suite_of(recipe) if recipe.eval is not None else None
     base = resolve(recipe.base, recipe.folder)
+    suite = _readable_suite(recipe)
     experts = make_experts(recipe, resume=resume, overwrite=overwrite, progress=progress)
     statistics = make_statistics(recipe, device=device, resume=resume, overwrite=overwrite, progress=progress)
     out.mkdir(parents=True, exist_ok=True)
@@ -137,7 +144,7 @@ def run(
             out / REPORT,
             title=f"ktmerge: {recipe.name}",
             recipes={recipe.name: recipe_text(recipe)},
-            training={name: log for name, path in experts.items() if (log := training_log(path))},
+            training=training_logs(recipe, experts),
             tuned=list(experts),
         )
     return RunResult(experts, blended, results, page, statistics)
@@ -186,7 +193,7 @@ def jobs_of(
 
 def make_experts(
     recipe: Recipe, *, resume: bool = False, overwrite: bool = False, progress: Progress = SILENT
-) -> dict[str, Path]:
+) -> dict[str, Located]:
     """Fine-tune the experts that the recipe describes and that are not there yet; the folders of all experts by name.
 
     An expert that was made by the very same job is kept.
@@ -196,7 +203,7 @@ def make_experts(
         KtmergeError: a fine-tune failed.
     """
     from ktmerge import tuners
-    from ktmerge.checkpoints import resolve
+    from ktmerge.checkpoints.opening import locate_model
 
     made: dict[str, Path] = {}
     for job in jobs_of(recipe) if recipe.finetune is not None else ():
@@ -212,10 +219,11 @@ def make_experts(
             progress=progress,
         )
         made[job.name] = job.out
-    return {
-        name: made[name] if name in made else resolve(expert.model, recipe.folder)
-        for name, expert in recipe.experts.items()
-    }
+    found: dict[str, Located] = {}
+    for name, expert in recipe.experts.items():
+        model, adapter = (made[name], None) if name in made else locate_model(expert.model, recipe.folder)
+        found[name] = model if adapter is None else (model, adapter)
+    return found
 
 
 def measurements_of(recipe: Recipe, only: Iterable[str] = ()) -> list[NamedMeasurement]:
@@ -243,7 +251,8 @@ def measurements_of(recipe: Recipe, only: Iterable[str] = ()) -> list[NamedMeasu
             raise UsageError(f"the recipe '{recipe.name}' names no base; add one, or give --base.")
         tuned = recipe.finetune.experts.get(name) if recipe.finetune is not None else None
         if not job.data and job.self_generate is None and tuned is not None:
-            job = job.model_copy(update={"data": tuned.data, "format": tuned.format})
+            seen = job.images or tuned.image_root
+            job = job.model_copy(update={"data": tuned.data, "format": tuned.format, "images": seen})
         path, adapter = locate_model(model, recipe.folder)
         if adapter is None and name != "base" and recipe.base is not None and is_adapter(path):
             path, adapter = resolve(recipe.base, recipe.folder), path
@@ -312,6 +321,13 @@ def make_blend(
     return out
 
 
+def training_logs(recipe: Recipe, experts: Mapping[str, Located]) -> dict[str, list[dict[str, Any]]]:
+    """The losses of every fine-tune that left some, a shared stage first; none of experts that were made elsewhere."""
+    stages = {job.name: job.out for job in jobs_of(recipe)} if recipe.finetune is not None else {}
+    logs = {name: training_log(folder) for name, folder in {**stages, **experts}.items() if isinstance(folder, Path)}
+    return {name: log for name, log in logs.items() if log}
+
+
 def training_log(expert: Path) -> list[dict[str, Any]]:
     """The losses of a fine-tune; empty for an expert that was made elsewhere."""
     try:
@@ -319,6 +335,21 @@ def training_log(expert: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
     except (OSError, ValueError):
         return []
+
+
+def _readable_suite(recipe: Recipe) -> Suite | None:
+    """The suite, its data and templates read once before hours of work end at a mistake in them."""
+    if recipe.eval is None:
+        return None
+    from ktmerge.eval import read_sets
+
+    suite = suite_of(recipe)
+    read_sets(suite)
+    return suite
+
+
+def _spelled(expert: Located) -> str:
+    return str(expert) if isinstance(expert, Path) else "+".join(map(str, expert))
 
 
 def recipe_text(recipe: Recipe) -> str:

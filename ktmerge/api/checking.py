@@ -57,27 +57,49 @@ def check(
     Raises:
         UsageError: everything that is wrong, one per line.
     """
-    from ktmerge.merge.plan import check_recipe, plan_blend
+    from ktmerge.merge.plan import plan_blend
 
     recipe = load_recipe(reference, overrides=overrides, base=base, experts=experts)
-    problems: list[str] = []
+    suite, problems = _read(recipe)
     planned: Plan | None = None
+    try:
+        if recipe.blend is not None and recipe.base is not None and recipe.experts and not _to_be_made(recipe):
+            planned = plan_blend(recipe)
+    except UsageError as error:
+        problems += str(error).splitlines()
+    _raise(problems)
+    return Checked(recipe, planned, suite)
+
+
+def require_ready(recipe: Recipe) -> None:
+    """Find what would stop a recipe's whole way after its experts are made, though it shows now.
+
+    Raises:
+        UsageError: everything that is wrong, one per line.
+    """
+    _raise(_read(recipe)[1])
+
+
+def _read(recipe: Recipe) -> tuple[Suite | None, list[str]]:
+    """The suite, and what is wrong with sections, data and fine-tunes whatever experts are there."""
+    from ktmerge.merge.plan import check_recipe
+
+    problems: list[str] = []
     suite: Suite | None = None
     try:
         check_recipe(recipe)
-        if recipe.blend is not None and recipe.base is not None and recipe.experts and not _to_be_made(recipe):
-            planned = plan_blend(recipe)
     except UsageError as error:
         problems += str(error).splitlines()
     try:
         suite = suite_of(recipe) if recipe.eval is not None else None
     except UsageError as error:
         problems += str(error).splitlines()
-    problems += _missing_data(recipe, suite)
-    problems += _not_trainable(recipe)
+    return suite, [*problems, *_missing_data(recipe, suite), *_not_trainable(recipe)]
+
+
+def _raise(problems: list[str]) -> None:
     if problems:
-        raise UsageError("\n".join(problems))
-    return Checked(recipe, planned, suite)
+        raise UsageError("\n".join(dict.fromkeys(problems)))
 
 
 def _to_be_made(recipe: Recipe) -> bool:
@@ -109,7 +131,8 @@ def _not_trainable(recipe: Recipe) -> list[str]:
 def _missing_data(recipe: Recipe, suite: Suite | None) -> list[str]:
     wanted: list[tuple[str, Path]] = []
     for name, job in recipe.finetune.experts.items() if recipe.finetune is not None else ():
-        files = [*job.data, *job.replay, job.eval_upstream, job.eval_downstream]
+        kept = job.adapter.data if job.adapter is not None else ()
+        files = [*job.data, *job.replay, *kept, job.eval_upstream, job.eval_downstream]
         wanted += [(f"finetune.experts.{name}", recipe.folder / file) for file in files if file is not None]
     for name in ("base", *recipe.experts):
         section = recipe.statistics_of(name)

@@ -50,7 +50,7 @@ def report(
         generations: side-by-side answers; answers of generate tasks are added by themselves where models differ.
         paths: ways of blend coefficients for the picture, see :meth:`Results.path`.
         training: per fine-tune its log, records with ``step`` and any of ``loss``, ``eval_..._loss``.
-        tuned: names of the full fine-tunes; default: the models that ``training`` has logs of.
+        tuned: names of the fine-tunes, whatever was trained; default: the models that ``training`` has logs of.
         notes: further sentences on how it was measured, such as which split chose the coefficient.
         layers: drawings (SVG) of how far each layer moved, by what they show.
         commands: that make all of it again, in order.
@@ -144,7 +144,7 @@ def _row(results: Results, name: str, colour: str, is_tuned: bool) -> _Row:
     return _Row(
         name=name,
         colour=colour,
-        kind="untuned" if is_base else "full fine-tune" if is_tuned else "",
+        kind="untuned" if is_base else "fine-tune" if is_tuned else "",
         numbers=numbers,
         scores={task.name: _score(results, name, task) for task in results.tasks},
         best=bool(overall) and not is_base and name == max(overall, key=lambda other: overall[other]),

@@ -14,11 +14,11 @@ NBSP = "\N{NO-BREAK SPACE}"
 
 
 def verdict(results: Results, tuned: Sequence[str] = ()) -> list[str]:
-    """A few sentences: the best model, what each full fine-tune gains and forgets, and how the two compare.
+    """A few sentences: the best model, what each fine-tune gains and forgets, and how the two compare.
 
     Args:
         results: the scores.
-        tuned: names of the full fine-tunes; all others but the base count as blends.
+        tuned: names of the fine-tunes, whatever was trained; all others but the base count as blends.
     """
     summaries = results.summary.models
     others = [name for name in results.models if name != results.base]
@@ -63,7 +63,7 @@ def _tuned_sentence(name: str, one: ModelSummary) -> str:
     worst = ""
     if one.worst is not None and one.worst.difference.high < 0:
         worst = f" It loses most on {one.worst.task}: {_points(one.worst.difference)}."
-    return f"The full fine-tune '{name}' {_what_it_does(one)}{worst}"
+    return f"The fine-tune '{name}' {_what_it_does(one)}{worst}"
 
 
 def _against_tuned(results: Results, best: str, full: Sequence[str]) -> list[str]:
@@ -71,7 +71,7 @@ def _against_tuned(results: Results, best: str, full: Sequence[str]) -> list[str
     overall = results.difference(best, rival).numbers.get("O")
     if overall is None:
         return []
-    which = f"the best full fine-tune, '{rival}'," if len(full) > 1 else f"the full fine-tune '{rival}'"
+    which = f"the best fine-tune, '{rival}'," if len(full) > 1 else f"the fine-tune '{rival}'"
     if overall.excludes_zero:
         side = "ahead of" if overall.value > 0 else "behind"
         said = f"In O, '{best}' is {side} {which} by {_size(overall)}."
@@ -82,12 +82,12 @@ def _against_tuned(results: Results, best: str, full: Sequence[str]) -> list[str
         return [said]
     whose = f"of '{rival}'"
     if len(full) > 1:
-        whose = "of the full fine-tunes, each set taken from the one that is best on it"
+        whose = "of the fine-tunes, each set taken from the one that is best on it"
     return [f"{said} It has {share:.0f} % of the downstream gain {whose}."]
 
 
 def _better_kept(results: Results, tuned: str, blends: Sequence[str]) -> str | None:
-    """The blend that forgets most less than a full fine-tune and is on none of the sets it learned seen to be worse."""
+    """The blend that forgets most less than a fine-tune and is on none of the sets it learned seen to be worse."""
     gains = results.summary.models[tuned].differences
     learned = [task.name for task in results.sides("downstream") if gains[task.name].low > 0]
     found = []
@@ -108,7 +108,7 @@ def _better_kept(results: Results, tuned: str, blends: Sequence[str]) -> str | N
 
 
 def specialist_share(results: Results, model: str, full: Sequence[str]) -> float | None:
-    """A model's downstream gain in percent of what the best full fine-tune on each set gains; None without a gain."""
+    """A model's downstream gain in percent of what the best fine-tune on each set gains; None without a gain."""
     sets = [task.name for task in results.sides("downstream")]
     gains = {name: results.summary.models[name].differences for name in (model, *full)}
     most = sum(max(gains[name][task].value for name in full) for task in sets)

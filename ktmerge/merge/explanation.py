@@ -76,8 +76,13 @@ def _tuning(recipe: Recipe) -> Iterator[str]:
     for name, job in recipe.finetune.experts.items() if recipe.finetune else ():
         length = f"{job.max_steps} steps" if job.max_steps else f"{job.epochs:g} epoch{'s' if job.epochs != 1 else ''}"
         trained = "all of the base" if job.train == "full" else f"'{job.train}' of the base"
+        if job.adapter is not None:
+            trained = f"a {job.adapter.name} adapter at '{job.adapted_part}' of the base"
         selected = "" if job.select == "none" else f", where the elements chosen by '{job.select}' alone move"
-        yield f"{name}: {trained} is trained on {', '.join(job.data)} for {length}{selected}."
+        shared = ", the first of them together with the others of this curriculum, on the data of all"
+        together = shared if job.curriculum == "shared" else ""
+        folded = ", then folded into it" if job.adapter is not None and job.adapter.family.folds else ""
+        yield f"{name}: {trained} is trained on {', '.join(job.data)} for {length}{together}{selected}{folded}."
 
 
 def _inputs(recipe: Recipe, plan: Plan | None) -> Iterator[str]:
@@ -89,15 +94,16 @@ def _inputs(recipe: Recipe, plan: Plan | None) -> Iterator[str]:
         yield f"Expert {name} is {expert.model}{share}."
     if not recipe.experts:
         yield "Experts are given on the command line (--expert name=model)."
-    elif len(weights) == 1 and len(recipe.experts) > 1:
+    elif len(weights) == 1 and len(recipe.experts) > 1 and recipe.blend is not None:
         yield f"All experts have the same weight, {next(iter(weights)):g}."
-    yield "What is blended is each expert's change: expert minus base, in float32."
+    if recipe.blend is not None:
+        yield "What is blended is each expert's change: expert minus base, in float32."
     for name in ("base", *sorted(recipe.experts)):
         section, folder = recipe.statistics_of(name), recipe.statistics_folder(name)
         if section is not None and folder is not None:
             there = "are there" if folder.exists() else "are to be made by 'ktmerge stats' or 'ktmerge run'"
             yield f"Statistics of {name}, in {section.folder or f'stats/{name}'}, {there}."
-    if plan is None and recipe.base and recipe.experts:
+    if plan is None and recipe.base and recipe.experts and recipe.blend is not None:
         yield "Not all of these models are here: parts are told by what the recipe says, not tensor by tensor."
 
 
@@ -224,4 +230,5 @@ def _scoring(recipe: Recipe) -> Iterator[str]:
     for side, tasks in (("kept", suite.upstream), ("learned", suite.downstream)):
         if tasks:
             yield f"What was {side}: {', '.join(task.name for task in tasks)}."
-    yield "Base, experts and blend are scored by the same code on the same items."
+    models = "Base, experts and blend" if recipe.blend is not None else "Base and experts"
+    yield f"{models} are scored by the same code on the same items."

@@ -485,6 +485,12 @@ class Recipe(_Section):
             for name in self.finetune.experts:
                 if name not in self.experts:
                     raise ValueError(f"finetune.experts.{name} is not one of the experts ({', '.join(self.experts)})")
+                adapter = self.finetune.experts[name].adapter
+                if self.blend and adapter is not None and not adapter.family.folds:
+                    raise ValueError(
+                        f"finetune.experts.{name}: {adapter.name} is no change of weights, so it cannot be blended; "
+                        "leave blend out, or choose another adapter (lora)"
+                    )
         self._require_data()
         for rule in self.blend.where if self.blend else ():
             if rule.keep is not None and rule.keep != "base" and rule.keep not in self.experts:

@@ -41,7 +41,9 @@ class TaskBase(BaseModel):
         description="name: column of lists; a row becomes one for each place in these lists, named so there",
     )
     join: Join | None = Field(None, description="other data with columns of the same rows, such as their images")
-    where: str | None = Field(None, description="{{ expression }} over a row's own columns; only rows for which it is true")
+    where: str | None = Field(
+        None, description="{{ expression }} over a row's own columns; only rows for which it is true"
+    )
     limit: int | None = Field(None, ge=1, description="score only this many rows, drawn with the seed")
     seed: int = Field(0, ge=0, description="draws the rows when limit is set, and the worked examples")
     image: list[str] | str | None = Field(

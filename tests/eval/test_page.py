@@ -96,7 +96,7 @@ def test_everything_is_in_it(results: Results, tmp_path: Path) -> None:
     page = Page(out.read_text(encoding="utf-8"))
     for words in (
         "The blend 'half' gains", "Gain against forgetting", "The numbers that decide", "Raw scores", "Side by side",
-        "While tuning", "How it was measured", "O = E + F", "200 resamples", "full fine-tune", "untuned",
+        "While tuning", "How it was measured", "O = E + F", "200 resamples", "fine-tune", "untuned",
         "ppl/B", "upstream", "downstream", "up_a", "say", "expected:", "2026-01-02", "ktmerge 0.1.0", "data-up_a",
     ):  # fmt: skip
         assert words in page.text, words

@@ -28,10 +28,10 @@ def test_a_blend_that_keeps_both(make_results: Make) -> None:
     assert text.startswith("The best blend of 2, 'half', gains 60.0 points")
     assert "forgets nothing that can be told from chance on upstream sets, -1.0 points" in text
     assert "it keeps 98.8 % of the base's upstream score" in text
-    assert "The full fine-tune 'tuned' gains 70.0 points" in text
+    assert "The fine-tune 'tuned' gains 70.0 points" in text
     assert "forgets 30.0 points" in text
     assert "It loses most on up_a: -30.0 points" in text
-    assert "'half' is ahead of the full fine-tune 'tuned' by 19.0 points" in text
+    assert "'half' is ahead of the fine-tune 'tuned' by 19.0 points" in text
     assert "It has 86 % of the downstream gain of 'tuned'." in text
 
 
@@ -57,7 +57,7 @@ def test_a_gain_on_another_set_does_not_make_up_for_what_a_fine_tune_learned(mak
 
 def test_a_blend_that_is_worse_is_called_so(make_results: Make) -> None:
     text = said(make_results(scores(base=(80, 20), tuned=(79, 90), half=(40, 30))), "tuned")
-    assert "'half' is behind the full fine-tune 'tuned' by" in text
+    assert "'half' is behind the fine-tune 'tuned' by" in text
     assert "ahead" not in text
 
 
@@ -84,7 +84,7 @@ def test_one_side(make_results: Make, side: str) -> None:
 
 def test_only_the_base_or_no_blend(make_results: Make) -> None:
     assert "Only the base" in said(make_results(scores(base=(80, 20))))
-    assert said(make_results(scores(base=(80, 20), tuned=(50, 90))), "tuned").startswith("The full fine-tune 'tuned'")
+    assert said(make_results(scores(base=(80, 20), tuned=(50, 90))), "tuned").startswith("The fine-tune 'tuned'")
 
 
 def test_the_share_is_of_the_best_specialist_on_each_set(make_results: Make) -> None:

@@ -93,3 +93,18 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert _exit_code(["recipe", "new", out, *answers]) == 2
     assert _exit_code(["recipe", "explain", out]) == 0
     assert "Expert a is x." in capsys.readouterr().out
+
+
+def test_what_is_trained_is_told_as_it_is(tmp_path: Path) -> None:
+    job = {"data": "d.jsonl", "max_steps": 4}
+    shared = {**job, "curriculum": "shared"}
+    jobs = {"a": {**job, "adapter": "prompt"}, "b": {**job, "adapter": "lora"}, "c": shared, "d": shared}
+    document = {"ktmerge": 1, "base": "base", "experts": {name: {"model": name} for name in jobs},
+                "finetune": {"experts": jobs}}  # fmt: skip
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(document))
+    found = api.explain(str(tmp_path / "r.yaml"))
+    told = lines(found, "How the experts are made")
+    assert told[0] == "a: a prompt adapter at 'llm' of the base is trained on d.jsonl for 4 steps."
+    assert told[1].endswith("for 4 steps, then folded into it.")
+    assert "the first of them together with the others of this curriculum" in told[2]
+    assert not any("blended" in line or "weight" in line for line in lines(found, "What goes in"))

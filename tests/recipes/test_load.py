@@ -233,3 +233,9 @@ def test_recipes_survive_a_round_trip(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, RECIPE))
     again = parse_recipe(recipe.model_dump(mode="json", by_alias=True), "again", tmp_path)
     assert again == recipe
+
+
+def test_an_adapter_that_is_no_change_of_weights_is_not_blended(tmp_path: Path) -> None:
+    tuned = RECIPE + "finetune: {experts: {spam: {data: spam.jsonl, adapter: prompt}}}\n"
+    assert "finetune.experts.spam: prompt is no change of weights" in refused(tmp_path, tuned)
+    assert load_recipe(write(tmp_path, tuned.replace("prompt", "lora"))).finetune is not None
