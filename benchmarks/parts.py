@@ -56,7 +56,13 @@ class Part:
     @property
     def models(self) -> Path:
         """Where base and experts lie."""
-        return self.folder / self.world.name / str(self.seed)
+        world = self.folder / self.world.name / str(self.seed)
+        return world / "tuning" if self.kind == "tuners" else world
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The models that are there beforehand."""
+        return (BASE,) if self.kind == "tuners" else (BASE, *self.experts)
 
     def file(self, name: str) -> Path:
         """Where the points of a method, or of a model, are kept."""
@@ -68,7 +74,7 @@ class Part:
 
     def digest(self) -> str:
         """Changes with the models and with what they are asked."""
-        settings = [(self.models / name / "settings.json").read_text() for name in (BASE, *self.experts)]
+        settings = [(self.models / name / "settings.json").read_text() for name in self.given]
         return hashlib.sha256(json.dumps([settings, self.world.items]).encode()).hexdigest()
 
 
@@ -79,7 +85,7 @@ def part_of(world: str, kind: str, seed: int, folder: Path) -> Part:
 
 def score_models(part: Part) -> None:
     """Measure base and experts on training data, and score them on both splits."""
-    for name in (BASE, *part.experts):
+    for name in part.given:
         measured_on = "upstream" if name == BASE else name
         measure(part.world, part.models / name, measured_on, Path(part.statistics(name)))
         if kept(part, name) is None:
@@ -98,11 +104,11 @@ def read(part: Part, name: str) -> dict[str, Any] | None:
 
 
 def sides_of(part: Part, split: str, draws: int = 0) -> Sides:
-    """The two sides of a part, normalised between its base and its experts."""
-    models = {name: read(part, name) for name in (BASE, *part.experts)}
+    """The two sides of a part, normalised between its base and its experts if it has some."""
+    models = {name: read(part, name) for name in part.given}
     items = {name: document["points"][0][split] for name, document in models.items() if document}
     sizes = {name: len(values) for name, values in items[BASE].items()}
-    experts = {name: items[name] for name in part.experts}
+    experts = {name: items[name] for name in part.given if name != BASE}
     return Sides(part.world.upstream, part.experts, items[BASE], experts, Resamples.of(sizes, draws))
 
 

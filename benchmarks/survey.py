@@ -12,9 +12,11 @@ import numpy as np
 from findings import DRAWS, MEASURES, span
 from parts import BASE, Part, read, sides_of
 from tradeoff import Array, Items, Sides, interval
-from tuned import chosen, trial
+from tuned import chosen, trial, trials
 from tunings import FULL, Tuning, tunings
 from worlds.world import REPORT
+
+from ktmerge.drawing import GREY, drawn, new_figure, styles, to_file
 
 COLUMNS = ("way", "trained", "U", "D", "E", "F", "O", "Avg", "H", "H minus full", "H by seed", "chosen", "seconds")
 
@@ -118,6 +120,36 @@ def to_csv(tables: Sequence[Table]) -> str:
                  *(f"{number:.4f}" for array in arrays for number in interval(array))]
             )  # fmt: skip
     return text.getvalue()
+
+
+def picture(tables: Sequence[Table], kind: str) -> bytes:
+    """E over F of every way and value on the first seed, one panel a world, the chosen values filled."""
+    with drawn():
+        figure = new_figure(760, 420)
+        for axes, table in zip(figure.subplots(1, 2).flat, tables, strict=False):
+            part = table.parts[0]
+            sides = sides_of(part, REPORT)
+            ways = [row.tuning for row in table.rows if row.tuning is not None]
+            looks = styles([way.name for way in ways], BASE)
+            for way in ways:
+                points = [one["points"][0] for one in trials(part, way, way.values)]
+                places = [sides.gains(point[REPORT]) for point in points]
+                look, value = looks[way.name], chosen(part, way)
+                at = next(number for number, point in enumerate(points) if point["value"] == value)
+                axes.plot(
+                    [place["F"][0] for place in places], [place["E"][0] for place in places], color=look.colour,
+                    linewidth=0.7, marker=look.marker, markersize=5, markerfacecolor="none", markeredgewidth=0.7,
+                )  # fmt: skip
+                axes.plot(
+                    places[at]["F"][0], places[at]["E"][0], look.marker, color=look.colour, markersize=5, label=way.name
+                )
+            axes.plot(0, 0, "+", color=GREY, label=BASE)
+            axes.set_title(part.world.name)
+            axes.set_xlabel("F: upstream, points above the base")
+            axes.set_ylabel("E: downstream, points above the base")
+            axes.legend(fontsize=6, ncols=2)
+        figure.tight_layout()
+        return to_file(figure, kind)
 
 
 def _done(parts: Sequence[Part], tuning: Tuning) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from parts import BASE, Part, keep, plain, read, score_models, sides_of
@@ -19,23 +18,30 @@ from ktmerge.tuners.selection.store import COUNTS
 
 LENGTH = 80
 """Tokens of the longest sample, its end included."""
+ENDING = {"learning_rate": 5e-4}
+"""How the base is taught, on upstream samples, the token that ends an answer: the worlds train it without one, and a
+fine-tune would spend its steps on that."""
+SETTINGS = "settings.json"
 
 
 def prepare(part: Part) -> None:
-    """Train what is not there, score base and full fine-tune of the world, and write what `ktmerge finetune` reads."""
-    part.models.mkdir(parents=True, exist_ok=True)
-    part.world.train(part.models, part.seed)
+    """Train the world's base, teach it how answers end, write what `ktmerge finetune` reads, and score the base."""
+    world = part.models.parent
+    world.mkdir(parents=True, exist_ok=True)
+    part.world.train(world, part.seed)
+    settings = {"world": json.loads((world / BASE / SETTINGS).read_text()), **ENDING, **_common(part)}
+    mark = part.models / BASE / SETTINGS
+    if not mark.is_file() or json.loads(mark.read_text()) != settings:
+        shutil.rmtree(part.models, ignore_errors=True)
+        bare = part.models / "bare"
+        shutil.copytree(world / BASE, bare)
+        part.world.dress(bare)
+        for name, sets in (("task", part.experts), ("upstream", part.world.upstream)):
+            rows = part.world.rows(sets, SAMPLES, part.seed)
+            (part.models / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        finetune(bare, part.models / "upstream.jsonl", part.models / BASE, overwrite=True, **ENDING, **_common(part))
+        mark.write_text(json.dumps(settings))
     score_models(part)
-    folder, mark = _folder(part), part.models / BASE / "settings.json"
-    if (folder / "ready").is_file() and (folder / "ready").read_text() == _ready(mark):
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(part.models / BASE, folder / BASE)
-    part.world.dress(folder / BASE)
-    for name, sets in (("task", part.experts), ("upstream", part.world.upstream)):
-        rows = part.world.rows(sets, SAMPLES, part.seed)
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (folder / "ready").write_text(_ready(mark))
 
 
 def try_one(part: Part, tuning: Tuning, value: float) -> None:
@@ -83,10 +89,11 @@ def specialist(part: Part) -> float | None:
 
 
 def _trained(part: Part, tuning: Tuning, rate: float) -> tuple[Any, dict[str, Any]]:
-    folder = _folder(part)
-    out = folder / "runs" / _name(tuning, rate)
+    out = part.models / "runs" / _name(tuning, rate)
     out.parent.mkdir(exist_ok=True)
-    report = finetune(folder / BASE, folder / "task.jsonl", out, overwrite=True, **_with_files(part, tuning, rate))
+    report = finetune(
+        part.models / BASE, part.models / "task.jsonl", out, overwrite=True, **_with_files(part, tuning, rate)
+    )
     run = report.record["run"]
     model, trained = part.world.load(out), run["trained"]["parameters"]
     if (out / COUNTS).is_file():
@@ -97,7 +104,7 @@ def _trained(part: Part, tuning: Tuning, rate: float) -> tuple[Any, dict[str, An
 
 
 def _with_files(part: Part, tuning: Tuning, rate: float) -> dict[str, Any]:
-    files = {UPSTREAM: str(_folder(part) / "upstream.jsonl"), FISHER: part.statistics(BASE)}
+    files = {UPSTREAM: str(part.models / "upstream.jsonl"), FISHER: part.statistics(BASE)}
     settings = {key: files.get(value, value) if isinstance(value, str) else value
                 for key, value in tuning.settings.items()}  # fmt: skip
     return {**settings, **_common(part), "learning_rate": rate}
@@ -117,15 +124,15 @@ def _job(part: Part, tuning: Tuning, value: float) -> dict[str, Any]:
 
 def _blended(part: Part, tuning: Tuning, value: float) -> tuple[Any, dict[str, Any]]:
     rate = specialist(_first(part))
-    expert = _folder(part) / "runs" / _name(tuning_of(FULL), rate or 0.0)
+    expert = part.models / "runs" / _name(tuning_of(FULL), rate or 0.0)
     document = {
         "ktmerge": 1,
-        "base": str(_folder(part) / BASE),
+        "base": str(part.models / BASE),
         "experts": {part.experts[0]: {"model": str(expert)}},
         "blend": {**(tuning.blend or {}), "lambda": value},
         "seed": part.seed,
     }
-    model = part.world.load(_folder(part) / BASE)
+    model = part.world.load(part.models / BASE)
     ktmerge.blend_into(model, parse_recipe(document, tuning.name, part.models), ktmerge.Pristine())
     full = trial(part, tuning_of(FULL), rate or 0.0) or {}
     return model, {key: full.get(key) for key in ("trained", "of", "seconds")}
@@ -136,13 +143,5 @@ def _first(part: Part) -> Part:
     return Part(part.world, part.kind, 0, part.folder)
 
 
-def _folder(part: Part) -> Path:
-    return part.models / "tuning"
-
-
 def _name(tuning: Tuning, value: float) -> str:
     return f"{tuning.name} at {value:g}".replace(" ", "_").replace("/", "of")
-
-
-def _ready(mark: Path) -> str:
-    return json.dumps([mark.read_text(), SAMPLES])

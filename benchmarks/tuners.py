@@ -1,6 +1,6 @@
 """The survey's table: every way to tune a small language model and a small model that sees, with E, F, O and H.
 
-    python benchmarks/tuners.py                       # everything, into docs/tuners.md and .csv
+    python benchmarks/tuners.py                       # everything, into docs/tuners.md, .csv and .svg
     python benchmarks/tuners.py --seeds 1 --worlds vision --out /tmp/look
 
 The worlds are those of `forgetting.py`; what is trained is trained by `ktmerge finetune`. Every way has the same steps
@@ -54,6 +54,7 @@ def main() -> None:
         ]
         fill(arguments.out / "tuners.md", "\n\n".join(table.text() for table in tables))
         (arguments.out / "tuners.csv").write_text(survey.to_csv(tables), encoding="utf-8")
+        (arguments.out / "tuners.svg").write_bytes(survey.picture(tables, "svg"))
 
 
 def _tasks(part: Part, blends: bool) -> Iterator[Task]:

@@ -38,7 +38,7 @@ def test_names_are_told_apart_as_files(tmp_path: Path) -> None:
     part = part_of("vision", "tuners", 0, tmp_path)
     files = {part.file(tuned._name(way, value)) for way in TUNINGS for value in way.values}
     assert len(files) == sum(len(way.values) for way in TUNINGS)
-    assert all(file.parent == part.models / "tuners" for file in files)
+    assert all(file.parent == tmp_path / "vision" / "0" / "tuning" / "tuners" for file in files)
 
 
 def test_only_models_that_see_have_their_parts_trained() -> None:
@@ -48,14 +48,12 @@ def test_only_models_that_see_have_their_parts_trained() -> None:
 
 @pytest.fixture
 def parts(tmp_path: Path) -> list[Part]:
-    """Two seeds of the text world with their base and expert scored: upstream 60, task 20, and 30 and 80."""
+    """Two seeds of the text world with their base scored: upstream 60, task 20."""
     found = [part_of("text", "tuners", seed, tmp_path) for seed in (0, 1)]
     for part in found:
-        for name in ("base", "scripture"):
-            (part.models / name).mkdir(parents=True)
-            (part.models / name / "settings.json").write_text(json.dumps({"seed": part.seed}))
+        (part.models / "base").mkdir(parents=True)
+        (part.models / "base" / "settings.json").write_text(json.dumps({"seed": part.seed}))
         _keep(part, "base", 60, 20, 60, 20)
-        _keep(part, "scripture", 30, 80, 30, 80)
     return found
 
 
