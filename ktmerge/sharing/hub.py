@@ -21,6 +21,7 @@ FOLDER = "ktmerge-recipe"
 """Where a bundle lies in a repository that is a model's."""
 _BLOCK = 1 << 20
 _MOST_ENTRIES = 10_000
+_ATTEMPTS = 3
 
 Answer = TypeVar("Answer")
 
@@ -117,7 +118,8 @@ def asked(name: str, revision: str | None, call: Callable[[HfApi], Answer]) -> A
     from huggingface_hub import HfApi
 
     try:
-        return retried(lambda: call(HfApi()), name)
+        # The hub's library makes most calls again by itself, and all that fail for the connection.
+        return retried(lambda: call(HfApi()), name, _ATTEMPTS, broken=False)
     except KtmergeError:
         raise
     except Exception as error:

@@ -17,23 +17,25 @@ _LONGEST = 120.0
 _FIRST = 0.5
 
 
-def retried(call: Callable[[], Answer], where: str) -> Answer:
-    """What ``call`` gives, in up to five attempts.
+def retried(call: Callable[[], Answer], where: str, attempts: int = ATTEMPTS, *, broken: bool = True) -> Answer:
+    """What ``call`` gives, in several attempts.
 
     Args:
         call: may be made again, whatever became of the last time.
         where: the other side is called in messages.
+        attempts: at most.
+        broken: whether a broken connection is reason for another, too.
 
     Raises:
         KtmergeError: the other side wants a longer pause than anyone waits for.
         Exception: what the last attempt raised, or an earlier one that no further attempt would better.
     """
-    for attempt in range(ATTEMPTS):
+    for attempt in range(attempts):
         try:
             return call()
         except Exception as error:
-            pause = _pause(error, attempt, where)
-            if pause is None or attempt == ATTEMPTS - 1:
+            pause = _pause(error, attempt, where, broken)
+            if pause is None or attempt == attempts - 1:
                 raise
         time.sleep(pause)
     raise AssertionError("unreachable")
@@ -50,10 +52,10 @@ def status_of(error: BaseException) -> int | None:
     return None
 
 
-def _pause(error: BaseException, attempt: int, where: str) -> float | None:
+def _pause(error: BaseException, attempt: int, where: str, broken: bool) -> float | None:
     """Seconds until the next attempt; None: there is no use in one."""
     code = status_of(error)
-    if code is None and not _is_of_the_net(error):
+    if code is None and not (broken and _is_of_the_net(error)):
         return None
     if code is not None and code not in _PASSING:
         return None
