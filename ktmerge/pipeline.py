@@ -112,7 +112,7 @@ def run(
     if out.exists() and any(out.iterdir()) and not (resume or overwrite):
         raise UsageError(f"{out} exists; add --resume to go on with it, or --overwrite to replace it.")
     base = resolve(recipe.base, recipe.folder)
-    suite = _readable_suite(recipe)
+    suite = _scorable_suite(recipe, base)
     experts = make_experts(recipe, resume=resume, overwrite=overwrite, progress=progress)
     statistics = make_statistics(recipe, device=device, resume=resume, overwrite=overwrite, progress=progress)
     out.mkdir(parents=True, exist_ok=True)
@@ -337,14 +337,14 @@ def training_log(expert: Path) -> list[dict[str, Any]]:
         return []
 
 
-def _readable_suite(recipe: Recipe) -> Suite | None:
-    """The suite, its data and templates read once before hours of work end at a mistake in them."""
+def _scorable_suite(recipe: Recipe, base: Path) -> Suite | None:
+    """The suite, held to the base once before hours of work end at a mistake in it."""
     if recipe.eval is None:
         return None
-    from ktmerge.eval import read_sets
+    from ktmerge.eval.evaluation import require_scorable
 
     suite = suite_of(recipe)
-    read_sets(suite)
+    require_scorable(base, suite)
     return suite
 
 

@@ -113,6 +113,15 @@ def evaluate(
     )
 
 
+def require_scorable(base: Path, suite: Suite) -> None:
+    """Read and encode every set for the base, to find what is wrong before there are models to score.
+
+    Raises:
+        UsageError: something is wrong with suite or data, or does not fit the base.
+    """
+    _Encodings(read_sets(suite), {"base": subject(base, base).checkpoint}, "base")
+
+
 def versions() -> dict[str, str]:
     """What could change a score: ktmerge, the libraries, Python."""
     libraries = ("torch", "transformers", "tokenizers", "numpy")

@@ -16,6 +16,7 @@ import torch
 
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.eval import encode_sets, evaluate, generations, read_sets, score_model
+from ktmerge.eval.evaluation import require_scorable
 from ktmerge.eval.results import Results
 from ktmerge.progress import Unit
 from ktmerge.recipes.suites import Suite
@@ -275,3 +276,10 @@ def test_on_cuda_in_bfloat16(tiny_llama: Path, tuned_llama: Path, suite: Suite, 
         logprobs = np.concatenate(found.scores[name]["facts"].details["logprobs"])
         expected = np.concatenate(results.scores[name]["facts"].details["logprobs"])
         np.testing.assert_allclose(logprobs, expected, atol=0.3)
+
+
+def test_a_set_that_does_not_fit_the_base_is_found_without_a_model(tiny_llama: Path, suite: Suite) -> None:
+    require_scorable(tiny_llama, suite)
+    said = next(task for task in suite.downstream if task.name == "say").model_copy(update={"max_new_tokens": 4000})
+    with pytest.raises(UsageError, match="task 'say': max_new_tokens is 4000"):
+        require_scorable(tiny_llama, suite.model_copy(update={"downstream": [said]}))
