@@ -25,7 +25,7 @@ app = typer.Typer(
     help="Fine-tune fully, blend back with the base, score what was learned and what was kept.",
     epilog="Start with: ktmerge demo",
 )
-recipes = typer.Typer(no_args_is_help=True, help="Check, show, list and import recipes.")
+recipes = typer.Typer(no_args_is_help=True, help="Write, check, explain, lock, compare and hand over recipes.")
 app.add_typer(recipes, name="recipe")
 deltas = typer.Typer(no_args_is_help=True, help="Hand a model over as what it is apart from its base.")
 app.add_typer(deltas, name="delta")
