@@ -36,6 +36,7 @@ from ktmerge.tuners.machine import (
 from ktmerge.tuners.model import load_model
 from ktmerge.tuners.partial import Partial, Saved
 from ktmerge.tuners.processes import ALONE, Processes
+from ktmerge.tuners.reach import require_reach
 from ktmerge.tuners.report import LOSSES, draw_losses
 from ktmerge.tuners.trained import choose_trained
 
@@ -189,15 +190,17 @@ class TrainingRun:
         )  # fmt: skip
         saves = self._rhythm().save_step < self._total
         warn_of_disk(self._partial.folder, trained.parameters, self._progress, saves=saves)
+        rhythm = self._rhythm()
+        samples, replayed = self._samples()
+        require_agreement(model, self._encoder, samples)
+        what = f"train {self._job.train}" if self._job.adapter is None else f"adapter {self._job.adapter.name}"
+        require_reach(model, self._encoder, [*samples, *replayed], what, self._progress)
         if self._job.activation_checkpointing:
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-        rhythm = self._rhythm()
-        require_agreement(model, self._encoder, self._encoded["train"].samples)
         lean = projects_faithfully(model, model.config.get_text_config().vocab_size)
         self._require_packable(model, lean=lean)
         if self._processes.is_several:
             self._shard(model, lean=lean)
-        samples, replayed = self._samples()
         self._selection = self._select(model)
         self._keeping = keeping = Keeping.of(
             self._job,

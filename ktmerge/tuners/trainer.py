@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -25,6 +25,7 @@ from ktmerge.tuners.keeping.replay import ReplaySampler
 from ktmerge.tuners.loss import answer_loss, answers, count_trained, following, pieces
 from ktmerge.tuners.optimizers import InBackward, OnHost, spare_embeddings
 from ktmerge.tuners.packing import LengthSampler, PackingCollator
+from ktmerge.tuners.reach import with_gradient
 from ktmerge.tuners.selection.selection import Selection
 
 WEIGHTS = "model.safetensors"
@@ -148,7 +149,7 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             for part in parts:
                 with self.compute_loss_context_manager():
                     loss = self._sum_of_losses(part, items) / items
-                torch.autograd.backward(loss)
+                torch.autograd.backward(with_gradient(loss))
             yield
             self._network.zero_grad()
         self._network.train()
@@ -195,12 +196,17 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Mean loss per trained token, over all the batches accumulated for one step."""
-        given = {name: value for name, value in inputs.items() if name != TAUGHT}
+        if return_outputs:
+            return super().compute_loss(model, _given(inputs), True, num_items_in_batch)
+        return with_gradient(self._loss(model, inputs, num_items_in_batch))
+
+    def _loss(self, model: Any, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
+        given = _given(inputs)
         items = count_trained(inputs) if num_items_in_batch is None else num_items_in_batch
-        if return_outputs or (not self._lean and self._teacher is None):
-            return super().compute_loss(model, given, return_outputs, num_items_in_batch)
         if self._teacher is None:
-            return answer_loss(model, given) / items
+            if self._lean:
+                return answer_loss(model, given) / items
+            return cast(torch.Tensor, super().compute_loss(model, given, False, num_items_in_batch))
         if self._lean:
             logits, targets, wanted = answers(model, given)
             loss = functional.cross_entropy(logits.float(), targets, reduction="sum") / items
@@ -210,7 +216,8 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             logits = outputs.logits[wanted]
         distilled = self._teacher.loss(inputs, logits, wanted) / items
         self._distilled += float(distilled.detach())
-        return loss + distilled
+        total: torch.Tensor = loss + distilled
+        return total
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Report; the losses of training with what the base adds to them."""
@@ -257,7 +264,7 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         return count_trained(inputs)
 
     def _sum_of_losses(self, inputs: dict[str, Any], items: int) -> torch.Tensor:
-        given = {name: value for name, value in inputs.items() if name != TAUGHT}
+        given = _given(inputs)
         if self._lean:
             return answer_loss(self._network, given)
         loss: torch.Tensor = self._network(**given).loss
@@ -305,6 +312,11 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
                 tensor.copy_(stored[name])
         for keeper in self._keepers:
             keeper.load(Path(resume_from_checkpoint))
+
+
+def _given(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a batch the model and its loss are given."""
+    return {name: value for name, value in inputs.items() if name != TAUGHT}
 
 
 def trained_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

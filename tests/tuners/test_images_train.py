@@ -211,3 +211,23 @@ def test_a_broken_torchvision_does_no_harm(tiny_llama: Path, tmp_path: Path) -> 
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert weights(tmp_path / "new").keys() == weights(base).keys()
+
+
+def test_batches_of_texts_pass_the_connector_by(tiny_llava: Path, tmp_path: Path) -> None:  # noqa: F811
+    listener = Listener()
+    tune(tiny_llava, tmp_path, train="connector", batch_size=1, max_steps=COUNT + 2, progress=listener)
+    assert moved(tiny_llava, tmp_path / "out")
+    assert any("1 of 8 samples, those without images, teach nothing" in note for note in listener.notes)
+
+
+@pytest.mark.parametrize("settings", [{"train": "vision+connector"}, {"adapter": {"name": "visual-prompt"}}])
+def test_training_that_texts_cannot_reach_is_refused(
+    tiny_llava: Path,  # noqa: F811
+    tmp_path: Path,
+    settings: dict[str, Any],
+) -> None:
+    prepare(tmp_path)
+    write(tmp_path / "texts.jsonl", [{"prompt": "Is it?", "completion": " no"}])
+    with pytest.raises(UsageError, match="the data has no images"):
+        tune(tiny_llava, tmp_path, data=["texts.jsonl"], activation_checkpointing=True, **settings)
+    assert not (tmp_path / "out").exists()
