@@ -21,7 +21,7 @@ import findings
 from pages import fill
 from parts import kept, part_of, score_models
 from paths import knob_of, takes
-from pool import run
+from pool import workers
 from sweep import sweep
 from worlds import WORLDS
 
@@ -48,14 +48,14 @@ def main() -> None:
     kinds = [(world, kind) for world in worlds for kind in KINDS]
     wanted = {at: [name for name in names if worthwhile(name, len(part_of(*at, 0, arguments.folder).experts))]
               for at in kinds}  # fmt: skip
-    if arguments.only in (None, "train"):
-        run(_steps, [("train", world, str(seed), folder) for seed in seeds for world in worlds], arguments.jobs)
-    if arguments.only in (None, "sweep"):
-        run(_steps, [("score", w, kind, str(seed), folder) for seed in seeds for w, kind in kinds], arguments.jobs)
-        tasks = [
-            ("sweep", w, kind, str(seed), folder, m) for seed in seeds for w, kind in kinds for m in wanted[w, kind]
-        ]
-        run(_steps, tasks, arguments.jobs)
+    if arguments.only != "report":
+        with workers(_steps, arguments.jobs) as run:
+            if arguments.only in (None, "train"):
+                run([("train", world, str(seed), folder) for seed in seeds for world in worlds])
+            if arguments.only in (None, "sweep"):
+                places = [(world, kind, str(seed), folder) for seed in seeds for world, kind in kinds]
+                run([("score", *place) for place in places])
+                run([("sweep", *place, name) for place in places for name in wanted[place[:2]]])
     if arguments.only in (None, "report"):
         found = {}
         sections = []

@@ -20,7 +20,7 @@ from pathlib import Path
 import survey
 from pages import fill
 from parts import Part, part_of
-from pool import Task, run
+from pool import Task, workers
 from tuned import chosen, prepare, specialist, try_one
 from tunings import FULL, Tuning, tuning_of, tunings
 from worlds import WORLDS
@@ -41,11 +41,12 @@ def main() -> None:
     worlds, seeds, folder = arguments.worlds.split(","), range(arguments.seeds), arguments.folder
     if arguments.only in (None, "train"):
         places = [(world, str(seed), str(folder)) for seed in seeds for world in worlds]
-        run(_steps, [("prepare", *place) for place in places], arguments.jobs)
-        for seed in seeds:
-            for blends in (False, True):
-                run(_steps, [task for where in worlds for task in _tasks(part_of(where, KIND, seed, folder), blends)],
-                    arguments.jobs)  # fmt: skip
+        with workers(_steps, arguments.jobs) as run:
+            run([("prepare", *place) for place in places])
+            for seed in seeds:
+                for blends in (False, True):
+                    parts = [part_of(world, KIND, seed, folder) for world in worlds]
+                    run([task for part in parts for task in _tasks(part, blends)])
     if arguments.only in (None, "report"):
         tables = [
             table
