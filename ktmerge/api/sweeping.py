@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ktmerge.api.inputs import RecipeLike, loaded_recipe
 from ktmerge.errors import KtmergeError, UsageError
@@ -17,7 +17,7 @@ from ktmerge.recipes.suites import Suite
 if TYPE_CHECKING:
     from ktmerge.sweep import Outcome
     from ktmerge.sweep.launch import Where
-    from ktmerge.sweep.settings import Sampler, Screen
+    from ktmerge.sweep.settings import Sampler
 
 
 def sweep(
@@ -28,13 +28,13 @@ def sweep(
     methods: Sequence[str] = (),
     suite: str | Path | None = None,
     held_out: str | Path | None = None,
-    keep_upstream: float = 0.99,
+    keep_upstream: float | None = None,
     gain_share: float = 0.9,
-    trials: int = 60,
+    trials: int | None = None,
     sampler: str = "auto",
-    screen: str = "subset",
-    share: float = 0.5,
-    finalists: int = 8,
+    screen: str | None = None,
+    share: float | None = None,
+    finalists: int | None = None,
     seed: int = 0,
     storage: str | None = None,
     workers: int = 1,
@@ -56,13 +56,14 @@ def sweep(
         methods: tried each; the recipe's by default.
         suite: sets to choose on; the recipe's eval section by default.
         held_out: sets to report on: the same tasks on other rows. Not needed if the suite keeps rows for ``selection``.
-        keep_upstream: least upstream score, as a share of the base's.
+        keep_upstream: least upstream score, as a share of the base's; by default 0.99, of greedy soups none.
         gain_share: share of the experts' downstream gain that counts as the goal reached.
-        trials: candidates in all.
-        sampler: auto, nsga2, tpe, gp, grid, qmc or curve.
-        screen: subset, divergence or full: how all candidates are compared before the best are scored on everything.
-        share: of the selection items that are for screening.
-        finalists: most candidates that are scored on everything.
+        trials: candidates in all, by default 60; not for greedy soups, and so the next three.
+        sampler: auto, nsga2, tpe, gp, grid, qmc or curve; greedy: experts are added one by one, numbers stay.
+        screen: subset (the default), divergence or full: how all candidates are compared before the best are scored on
+            everything.
+        share: of the selection items that are for screening, by default half.
+        finalists: most candidates that are scored on everything, by default 8.
         seed: of the sampler.
         storage: a database's URL, for workers on several machines; by default a journal file in ``out``.
         workers: processes that share the work.
@@ -83,8 +84,8 @@ def sweep(
     from ktmerge.sweep.folder import begin, finish
     from ktmerge.sweep.launch import launch
     from ktmerge.sweep.settings import SweepSettings, journal
-    from ktmerge.sweep.space import Range, Space
-    from ktmerge.sweep.worker import study_name
+    from ktmerge.sweep.space import Range
+    from ktmerge.sweep.worker import space_of, study_name
 
     loaded, folder = loaded_recipe(recipe), Path(out)
     if loaded.base is None:
@@ -93,13 +94,13 @@ def sweep(
     reported_on, parts = _held_out(chosen_on, held_out)
     settings = SweepSettings(
         recipe=loaded, ranges=tuple(Range.parse(one) for one in ranges), methods=tuple(methods), suite=chosen_on,
-        held_out=reported_on, parts=parts, storage=storage or journal(folder), keep=keep_upstream, gain=gain_share,
-        trials=trials, sampler=cast("Sampler", sampler), screen=cast("Screen", screen), share=share,
-        finalists=finalists, seed=seed, grace=grace,
-        device=device, gigabytes=gigabytes, batch_size=loaded.eval.batch_size if loaded.eval else None,
+        held_out=reported_on, parts=parts, storage=storage or journal(folder), gain=gain_share,
+        sampler=cast("Sampler", sampler), seed=seed, grace=grace, device=device, gigabytes=gigabytes,
+        batch_size=loaded.eval.batch_size if loaded.eval else None,
         bootstrap=loaded.eval.bootstrap if loaded.eval else 2000,
+        **_asked(sampler, keep=keep_upstream, trials=trials, screen=screen, share=share, finalists=finalists),
     )  # fmt: skip
-    Space(settings.recipe, settings.ranges, settings.methods)
+    space_of(settings)
     study = study_name(settings, progress)
     begin(folder, settings, study, resume=resume, overwrite=overwrite)
     kind: Where = "slurm" if slurm else "ray" if ray else "here"
@@ -191,6 +192,20 @@ def _held_out(suite: Suite, other: str | Path | None) -> tuple[Suite, tuple[str 
             "report on with --held-out. What chose a recipe says nothing of how good it is."
         )
     return suite, ("selection", "report")
+
+
+def _asked(sampler: str, **given: Any) -> dict[str, Any]:
+    """The settings that were given; a greedy soup has no use for most of them."""
+    asked = {name: value for name, value in given.items() if value is not None}
+    if sampler != "greedy":
+        return asked
+    idle = [name for name in asked if name != "keep"]
+    if idle:
+        raise UsageError(
+            f"--{idle[0]}: a greedy soup tries every expert, then one soup after another, each on all selection items; "
+            "leave it out."
+        )
+    return {"keep": given["keep"], "screen": "full"}
 
 
 def _require_optuna() -> None:

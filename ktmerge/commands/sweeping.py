@@ -34,17 +34,31 @@ def sweep(
     held_out: Annotated[
         Path | None, typer.Option("--held-out", help="Suite to report on; else the rows the suite keeps for that.")
     ] = None,
-    keep_upstream: Annotated[float, typer.Option(help="Least upstream score, as a share of the base's.")] = 0.99,
+    keep_upstream: Annotated[
+        float | None,
+        typer.Option(help="Least upstream score, as a share of the base's; by default 0.99, of greedy soups none."),
+    ] = None,
     gain_share: Annotated[
         float, typer.Option(help="Share of the experts' downstream gain that counts as reached; chooses nothing.")
     ] = 0.9,
-    trials: Annotated[int, typer.Option(help="Candidates in all, whoever scores them.")] = 60,
-    sampler: Annotated[str, typer.Option(help="auto, nsga2, tpe, gp, grid, qmc or curve.")] = "auto",
+    trials: Annotated[int | None, typer.Option(help="Candidates in all, whoever scores them; by default 60.")] = None,
+    sampler: Annotated[
+        str,
+        typer.Option(
+            help="auto, nsga2, tpe, gp, grid, qmc or curve turn numbers; greedy adds experts, the best first, and "
+            "keeps those that do no harm."
+        ),
+    ] = "auto",
     screen: Annotated[
-        str, typer.Option(help="How candidates are compared at first: subset of the items, divergence, or full.")
-    ] = "subset",
-    share: Annotated[float, typer.Option(help="Of the selection items that are for screening.")] = 0.5,
-    finalists: Annotated[int, typer.Option(help="Most candidates that are scored on all selection items.")] = 8,
+        str | None,
+        typer.Option(help="How candidates are compared at first: subset of the items (default), divergence, or full."),
+    ] = None,
+    share: Annotated[
+        float | None, typer.Option(help="Of the selection items that are for screening; by default 0.5.")
+    ] = None,
+    finalists: Annotated[
+        int | None, typer.Option(help="Most candidates that are scored on all selection items; by default 8.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
     storage: Annotated[
         str | None, typer.Option(help="URL of a database that workers share; else a journal file in --out.")

@@ -57,6 +57,32 @@ class Candidate:
         return joined(self.rounds)
 
 
+@dataclass(frozen=True)
+class Final:
+    """A candidate that was scored on all selection items.
+
+    Attributes:
+        scores: of all selection items.
+        retention: upstream score in percent of the base's.
+        gain: downstream score minus the base's, in points.
+        digest: of all its tensors, as the blended folder's `Checkpoint.content_digest`; None if it could not be told.
+    """
+
+    candidate: Candidate
+    scores: ItemScores
+    retention: float
+    gain: float
+    digest: str | None
+
+
+def choose(finals: Sequence[Final], limit: float) -> tuple[Candidate | None, Candidate]:
+    """The finalist that gains most of those that keep enough, if any does; and the one that keeps most."""
+    keeping = [one for one in finals if one.retention >= limit]
+    best = max(keeping, key=lambda one: (one.gain, one.retention, -one.candidate.number), default=None)
+    nearest = max(finals, key=lambda one: (one.retention, one.gain, -one.candidate.number))
+    return None if best is None else best.candidate, nearest.candidate
+
+
 def best_keeping(candidates: Sequence[Candidate], limit: float) -> Candidate | None:
     """The candidate with the largest gain of those that keep enough and were not stopped; of equals the first."""
     kept = [one for one in candidates if one.stopped is None and one.first >= limit]

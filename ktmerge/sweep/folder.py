@@ -97,8 +97,8 @@ def trial_recipe(folder: Path, number: int, storage: str | None = None) -> Recip
     Raises:
         UsageError: there is no such sweep or trial.
     """
-    from ktmerge.sweep.ledger import open_storage, trial_numbered
     from ktmerge.sweep.sampling import quietly
+    from ktmerge.sweep.storage import open_storage, trial_numbered
 
     quietly()
     known = _definition(folder)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import optuna
-from optuna.exceptions import OptunaError, UpdateFinishedTrialError
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import BaseStorage
 from optuna.trial import TrialState, create_trial
 
-from ktmerge.errors import KtmergeError, UsageError, first_line
 from ktmerge.sweep.liveness import BEAT, WORKER, Watch, beating, mark
 
 if TYPE_CHECKING:
@@ -22,62 +19,12 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial
 
-VOID, TASK, RESULT, ERROR = "void", "task", "result", "error"
-"""Attributes of a trial: it does not count; what it is about; what came out; why it failed."""
+VOID, TASK, RESULT, ERROR, QUEUED = "void", "task", "result", "error", "queued"
+"""Attributes of a trial: it does not count; what it is about; what came out; why it failed; it was set beforehand."""
 
 DIRECTIONS: tuple[Literal["maximize"], ...] = ("maximize", "maximize")
 _PAUSE = 0.5
 """Seconds between looks at what others do."""
-
-
-def open_storage(where: str) -> BaseStorage:
-    """A database by URL, or a journal file.
-
-    Raises:
-        UsageError: it cannot be opened.
-    """
-    try:
-        if "://" in where:
-            return _database(where)
-        _mend(Path(where))
-        return JournalStorage(JournalFileBackend(where))
-    except (OSError, ImportError, OptunaError) as error:
-        raise UsageError(f"the storage of the sweep cannot be opened: {first_line(error)}") from None
-    except Exception as error:  # SQLAlchemy and database drivers raise what they like
-        raise UsageError(f"the storage of the sweep cannot be opened: {first_line(error)}") from None
-
-
-def _database(url: str) -> BaseStorage:
-    """Several workers may make the tables at once: those that come second fail, and find them made."""
-    for _ in range(5):
-        try:
-            return RDBStorage(url)
-        except Exception as error:
-            last = error
-            time.sleep(_PAUSE)
-    raise last
-
-
-def _mend(path: Path) -> None:
-    """Cut off a line that a full disk or a power cut left unfinished: it would keep the journal from being read."""
-    size = _unfinished(path)
-    if size is None:
-        return
-    time.sleep(1.0)  # somebody may be writing it just now
-    lock = JournalFileSymlinkLock(str(path))
-    lock.acquire()
-    try:
-        if (now := _unfinished(path)) is not None:
-            with path.open("r+b") as file:
-                file.truncate(now)
-    finally:
-        lock.release()
-
-
-def _unfinished(path: Path) -> int | None:
-    """How much of the journal is whole, if not all."""
-    content = path.read_bytes() if path.exists() else b""
-    return None if not content or content.endswith(b"\n") else content.rfind(b"\n") + 1
 
 
 class Ledger:
@@ -104,23 +51,32 @@ class Ledger:
             one for one in self.study.get_trials(deepcopy=False, states=states or None) if VOID not in one.user_attrs
         ]
 
-    def begin(self, most: int, ranges: Mapping[str, BaseDistribution]) -> Trial | None:
+    def begin(self, most: int | None, ranges: Mapping[str, BaseDistribution]) -> Trial | None:
         """The next candidate to score; that of a dead worker first. None: all ``most`` are finished.
 
         Waits while the last ones are with others, as their workers might die.
+
+        Args:
+            most: candidates in all; None: those in the queue and no others.
+            ranges: what candidates are drawn from.
         """
         while True:
             self.take_up()
             waiting = self.trials(TrialState.WAITING)
-            if waiting or len(self.trials()) < most:
+            if waiting or (most is not None and len(self.trials()) < most):
                 trial = self._ask(ranges)
-                # Of workers that asked at once, those beyond the last number step back.
-                if sum(one.number <= trial.number for one in self.trials()) <= most:
+                if self._counts(trial, most):
                     return trial
                 self.void(trial)
             elif not self.trials(TrialState.RUNNING):
                 return None
             time.sleep(_PAUSE)
+
+    def _counts(self, trial: Trial, most: int | None) -> bool:
+        """Of workers that asked at once, those beyond the last number, or the last in the queue, step back."""
+        if most is None:
+            return QUEUED in trial.user_attrs
+        return sum(one.number <= trial.number for one in self.trials()) <= most
 
     def take_up(self, requeue: bool = True) -> None:
         """Declare dead workers' trials void and, unless told otherwise, put others with all they hold in the queue."""
@@ -134,16 +90,20 @@ class Ledger:
                 continue  # another worker was faster, or it was not dead
             if requeue:
                 held = {key: value for key, value in one.user_attrs.items() if key not in (WORKER, BEAT, VOID)}
-                self.study.add_trial(
-                    create_trial(
-                        state=TrialState.WAITING, params=one.params, distributions=one.distributions,
-                        user_attrs={**held, "taken up from": one.number},
-                    )
-                )  # fmt: skip
+                self._enqueue(one.params, one.distributions, {**held, "taken up from": one.number})
 
     def add(self, params: Mapping[str, Any], ranges: Mapping[str, BaseDistribution]) -> None:
         """Put a candidate into the queue."""
-        self.study.add_trial(create_trial(state=TrialState.WAITING, params=dict(params), distributions=dict(ranges)))
+        self._enqueue(params, ranges, {QUEUED: True})
+
+    def _enqueue(
+        self, params: Mapping[str, Any], ranges: Mapping[str, BaseDistribution], attributes: Mapping[str, Any]
+    ) -> None:
+        self.study.add_trial(
+            create_trial(
+                state=TrialState.WAITING, params=dict(params), distributions=dict(ranges), user_attrs=dict(attributes)
+            )
+        )
 
     def working(self, trial: Trial) -> Any:
         """Signs of life on a trial while a ``with`` block runs."""
@@ -219,23 +179,3 @@ class Ledger:
         trial = self.study.ask(dict(ranges))
         trial.set_user_attr(WORKER, self._mark)
         return trial
-
-
-def study_names(storage: BaseStorage) -> list[str]:
-    """Names of all studies in a storage."""
-    return [one.study_name for one in storage.get_all_studies()]
-
-
-def trial_numbered(storage: BaseStorage, study: str, number: int) -> FrozenTrial:
-    """A trial of a study.
-
-    Raises:
-        UsageError: there is none.
-    """
-    if study not in study_names(storage):
-        raise UsageError(f"there is no study '{study}' in that storage.")
-    trials = optuna.load_study(study_name=study, storage=storage).get_trials(deepcopy=False)
-    if not 0 <= number < len(trials):
-        known = f"0 to {len(trials) - 1}" if trials else "none yet"
-        raise KtmergeError(f"--trial {number}: the sweep has no such trial; its trials: {known}.")
-    return trials[number]

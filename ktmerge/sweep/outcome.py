@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -12,41 +12,15 @@ import numpy as np
 from ktmerge.eval.significance import luck
 from ktmerge.eval.summary import Estimate, ModelSummary, summarise
 from ktmerge.recipes.suites import Side
-from ktmerge.sweep.candidates import Candidate
+from ktmerge.sweep.candidates import Candidate, Final
 from ktmerge.sweep.curve import Curve
 from ktmerge.sweep.pareto import Array
 from ktmerge.sweep.rounds import ItemScores
 from ktmerge.sweep.settings import SweepSettings
 from ktmerge.sweep.space import told
-from ktmerge.sweep.standing import paired
+from ktmerge.sweep.standing import Difference, paired
 
 _TUNED = "experts"
-
-
-@dataclass(frozen=True)
-class Final:
-    """A candidate that was scored on all selection items.
-
-    Attributes:
-        scores: of all selection items.
-        retention: upstream score in percent of the base's.
-        gain: downstream score minus the base's, in points.
-        digest: of all its tensors, as the blended folder's `Checkpoint.content_digest`; None if it could not be told.
-    """
-
-    candidate: Candidate
-    scores: ItemScores
-    retention: float
-    gain: float
-    digest: str | None
-
-
-def choose(finals: Sequence[Final], limit: float) -> tuple[Candidate | None, Candidate]:
-    """The finalist that gains most of those that keep enough, if any does; and the one that keeps most."""
-    keeping = [one for one in finals if one.retention >= limit]
-    best = max(keeping, key=lambda one: (one.gain, one.retention, -one.candidate.number), default=None)
-    nearest = max(finals, key=lambda one: (one.retention, one.gain, -one.candidate.number))
-    return None if best is None else best.candidate, nearest.candidate
 
 
 @dataclass(frozen=True)
@@ -140,8 +114,8 @@ class Outcome:
         own, base = self.confirmed, self.held_out["base"]
         counts = f"{self._items('upstream', base)} upstream and {self._items('downstream', base)} downstream"
         said.append(
-            f"On {counts} held-out items it keeps {_told(own.retention)} % of the base's upstream score and has "
-            f"{_told(own.gain_share)} % of the experts' downstream gain: {self.verdict()}."
+            f"On {counts} held-out items it keeps {told_estimate(own.retention)} % of the base's upstream score and "
+            f"has {told_estimate(own.gain_share)} % of the experts' downstream gain: {self.verdict()}."
         )
         return said
 
@@ -152,6 +126,8 @@ class Outcome:
             (f"upstream >= {self.settings.limit:g} %", own.retention, self.settings.limit),
             (f"gain >= {100 * self.settings.gain:g} %", own.gain_share, 100 * self.settings.gain),
         ):
+            if wanted == -math.inf:
+                continue
             if estimate is None:
                 goals.append(f"{what} cannot be told")
             else:
@@ -171,18 +147,23 @@ class Outcome:
     def cautions(self) -> list[str]:
         """What to keep in mind."""
         found = []
-        errors = [paired(one.scores, self.base, self.sides, "downstream").error for one in self.finals]
+        what, standing = self.uncertain()
         if len(self.finals) > 1:
+            error = float(np.mean([one.error for one in standing]))
             found.append(
                 f"The best of {len(self.finals)} equally good finalists would look about "
-                f"{luck(len(self.finals), float(np.mean(errors))):.1f} points better downstream on the selection items "
-                "than it is. The held-out items chose nothing: their numbers are free of that, and one recipe is "
-                "tested on them, not several."
+                f"{luck(len(self.finals), error):.1f} points better {what} on the selection items than it is. The "
+                "held-out items chose nothing: their numbers are free of that, and one recipe is tested on them, not "
+                "several."
             )
         if self.failed:
             number, reason = next(iter(self.failed.items()))
             found.append(f"{len(self.failed)} trials could not be blended or scored, such as {number}: {reason}")
         return found
+
+    def uncertain(self) -> tuple[str, list[Difference]]:
+        """What was maximised, and each finalist's in it with its standard error."""
+        return "downstream", [paired(one.scores, self.base, self.sides, "downstream") for one in self.finals]
 
     def table(self) -> tuple[list[str], list[list[str]], str]:
         """The finalists: columns, rows and a title."""
@@ -191,7 +172,9 @@ class Outcome:
             number = one.candidate.number
             own = self.standings[number]
             mark = " chosen" if self.chosen is not None and number == self.chosen.number else ""
-            rows.append([f"{number}{mark}", told(one.candidate.point), _told(own.retention), _told(own.E, "+")])
+            rows.append(
+                [f"{number}{mark}", told(one.candidate.point), told_estimate(own.retention), told_estimate(own.E, "+")]
+            )
         title = f"Finalists on the selection items ({self.rule()})"
         return ["trial", "recipe", "upstream kept, %", "E, points"], rows, title
 
@@ -238,7 +221,8 @@ class Outcome:
         return sum(len(own) for name, own in scores.items() if self.sides[name] == side)
 
 
-def _told(estimate: Estimate | None, sign: str = "") -> str:
+def told_estimate(estimate: Estimate | None, sign: str = "") -> str:
+    """A number with its interval."""
     if estimate is None:
         return "–"
     return f"{estimate.value:{sign}.1f} [{estimate.low:{sign}.1f}, {estimate.high:{sign}.1f}]"

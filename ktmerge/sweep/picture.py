@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,8 @@ def _figure(outcome: Outcome) -> Any:
     if outcome.settings.screen != "divergence":
         _screened(axes, outcome)
     axes.plot(100, 0, marker="o", color=GREY, linestyle="", label="base")
-    axes.axvline(limit, color=INK, linewidth=0.9, linestyle=(0, (4, 2)), label=f"limit: {limit:g} % of base")
+    if math.isfinite(limit):
+        axes.axvline(limit, color=INK, linewidth=0.9, linestyle=(0, (4, 2)), label=f"limit: {limit:g} % of base")
     places = np.array([[one.retention, one.gain] for one in outcome.finals])
     on_front = sorted(front(places), key=lambda i: (places[i][0], -places[i][1]))
     axes.plot(places[on_front, 0], places[on_front, 1], color=looks[1].colour, linewidth=1.1, zorder=2)

@@ -29,7 +29,7 @@ def make_sampler(name: Sampler, space: Space, limit: float, seed: int, begun: in
     """The sampler called ``name``.
 
     Args:
-        name: nsga2, tpe, gp, qmc, grid or curve.
+        name: nsga2, tpe, gp, qmc, grid, curve or greedy.
         space: what is turned.
         limit: the least upstream retention, in percent.
         seed: of the sweep.
@@ -44,7 +44,7 @@ def make_sampler(name: Sampler, space: Space, limit: float, seed: int, begun: in
         return QMCSampler(seed=seed, scramble=True)
     if name == "curve" and space.knob is not None:
         return CurveSampler(space.knob, limit)
-    if name == "grid":
+    if name in ("grid", "greedy"):
         return RandomSampler(seed=drawn)  # every point is set beforehand
     return NSGAIISampler(seed=drawn, population_size=16)
 

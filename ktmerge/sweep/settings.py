@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ktmerge.checkpoints import open_model
+from ktmerge.checkpoints import Checkpoint, open_model
+from ktmerge.checkpoints.digests import digest_of, input_files
 from ktmerge.errors import UsageError, did_you_mean
 from ktmerge.progress import Progress
 from ktmerge.recipes.schema import Recipe
 from ktmerge.recipes.suites import Suite
 from ktmerge.sweep.space import Range
 
-Sampler = Literal["auto", "nsga2", "tpe", "gp", "grid", "qmc", "curve"]
+Sampler = Literal["auto", "nsga2", "tpe", "gp", "grid", "qmc", "curve", "greedy"]
 Screen = Literal["subset", "divergence", "full"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 SCREENS: tuple[Screen, ...] = get_args(Screen)
 
-_VERSION = 1
+_VERSION = 2
 """Raise when the same settings would search otherwise."""
 
 
@@ -37,10 +39,11 @@ class SweepSettings:
         held_out: what the chosen one is reported on.
         parts: which rows of the two suites.
         storage: a database's URL, or the path of a journal file.
-        keep: least upstream score, as a share of the base's.
+        keep: least upstream score, as a share of the base's; None: no limit, which greedy soups can do without.
         gain: share of the experts' downstream gain that counts as the goal reached; it decides no choice.
         trials: candidates in all, whoever scores them.
-        sampler: how candidates are drawn; auto: curve for a single knob, nsga2 else.
+        sampler: how candidates are drawn; auto: curve for a single knob, nsga2 else. Greedy: experts are added one by
+            one instead.
         screen: how all candidates are scored before the best are scored on everything: on a subset of the items, by
             their divergence from base and experts, or on all items.
         share: of the selection items that the subset holds.
@@ -58,7 +61,7 @@ class SweepSettings:
     held_out: Suite
     parts: tuple[str | None, str | None]
     storage: str
-    keep: float = 0.99
+    keep: float | None = 0.99
     gain: float = 0.9
     trials: int = 60
     sampler: Sampler = "auto"
@@ -80,7 +83,11 @@ class SweepSettings:
             if value not in valid:
                 raise UsageError(f"--{what} {value}: there is no such {what}.{did_you_mean(value, valid)}")
         for what, wrong, wanted in (
-            ("keep-upstream", not 0 < self.keep <= 2, "a share of the base's score, such as 0.99"),
+            (
+                "keep-upstream",
+                self.keep is not None and not 0 < self.keep <= 2,
+                "a share of the base's score, such as 0.99",
+            ),
             ("gain-share", not 0 < self.gain <= 2, "a share of the experts' gain, such as 0.9"),
             ("trials", self.trials < 1, "1 or more"),
             ("share", not 0 < self.share <= 1, "above 0 and at most 1"),
@@ -88,6 +95,13 @@ class SweepSettings:
         ):
             if wrong:
                 raise UsageError(f"--{what}: must be {wanted}.")
+        if self.sampler == "greedy" and self.ranges:
+            raise UsageError(
+                f"--range {self.ranges[0].key}: a greedy soup turns no numbers, it adds experts; leave it out, or "
+                "choose another --sampler."
+            )
+        if self.sampler == "greedy" and self.screen != "full":
+            raise UsageError(f"--screen {self.screen}: a greedy soup is decided on all selection items; leave it out.")
         for suite in (self.suite, self.held_out):
             if not (suite.upstream and suite.downstream):
                 raise UsageError(f"the suite '{suite.name}' needs upstream and downstream tasks; a sweep weighs both.")
@@ -96,8 +110,8 @@ class SweepSettings:
 
     @property
     def limit(self) -> float:
-        """Least upstream retention, in percent."""
-        return 100 * self.keep
+        """Least upstream retention, in percent; minus infinity: none."""
+        return -math.inf if self.keep is None else 100 * self.keep
 
     def digest(self, sets: Sequence[str], progress: Progress) -> str:
         """sha256 over all that decides what is found, but for how many trials: a sweep may be given more.
@@ -109,10 +123,10 @@ class SweepSettings:
         recipe = self.recipe
         base = open_model(str(recipe.base), recipe.folder)
         models = {name: open_model(expert.model, recipe.folder, base) for name, expert in recipe.experts.items()}
-        weights = {name: (recipe.experts[name].weight, one.content_digest(progress)) for name, one in models.items()}
+        weights = {name: (recipe.experts[name].weight, _files(one, name, progress)) for name, one in models.items()}
         document = recipe.model_dump(mode="json", by_alias=True, exclude={"finetune", "eval", "base", "experts"})
         written: list[Any] = [
-            _VERSION, document, base.content_digest(progress), weights, list(sets), [repr(one) for one in self.ranges],
+            _VERSION, document, _files(base, "base", progress), weights, list(sets), [repr(one) for one in self.ranges],
             list(self.methods), self.keep, self.sampler, self.screen, self.share, self.finalists, self.seed,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()
@@ -121,3 +135,15 @@ class SweepSettings:
 def journal(folder: Path) -> str:
     """Where a sweep's trials are kept unless a database is named."""
     return str(folder / "journal.log")
+
+
+def _files(checkpoint: Checkpoint, name: str, progress: Progress) -> list[str]:
+    """sha256 of the files that decide what a model is, from memory if they were read before."""
+    files = input_files(checkpoint)
+    sizes = {path: path.stat().st_size for path in files.values()}
+    found = []
+    with progress.task(f"hash {name}", sum(sizes.values()), "bytes") as step:
+        for path, size in sizes.items():
+            found.append(digest_of(path).sha256)
+            step.advance(size)
+    return found

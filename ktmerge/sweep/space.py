@@ -17,7 +17,8 @@ from ktmerge.recipes.load import FIXED_BLEND_KEYS, parse_recipe
 from ktmerge.recipes.overrides import set_key, steps_of
 from ktmerge.recipes.schema import Blend, Recipe
 
-METHOD = "blend.method"
+METHOD, MEMBER = "blend.method", "member."
+"""Keys of a point that are not of the recipe: the method; before an expert's name, whether it is in."""
 _KINDS = ("log", "int")
 
 Value = float | int | str | bool
@@ -132,10 +133,8 @@ class Space:
         Raises:
             UsageError: a value is not valid.
         """
-        document: dict[str, Any] = json.loads(json.dumps(self._document))
-        method = str(point[METHOD]) if METHOD in point else self._names()[0]
-        if METHOD in point:
-            document["blend"] = self._blend(method)
+        method = str(point.get(METHOD, self._names()[0]))
+        document = self._written(method)
         for one in self.ranges:
             if self._applies(one, method):
                 set_key(document, one.key, point[one.key], f"--range {one.key}")
@@ -143,7 +142,7 @@ class Space:
 
     def grid(self, most: int) -> list[Point]:
         """The finest grid of at most ``most`` different recipes, ends included; at least two values a range."""
-        names = [{METHOD: method} for method in self.methods] or [{}]
+        names = [{METHOD: method} for method in self.methods] if len(self.methods) > 1 else [{}]
         found: list[Point] = []
         for count in itertools.count(2):
             axes = [[(one.key, value) for value in one.evenly(count)] for one in self.ranges]
@@ -157,6 +156,12 @@ class Space:
 
     def _names(self) -> Sequence[str]:
         return self.methods or (str(self._document["blend"].get("method", "stages")),)
+
+    def _written(self, method: str) -> dict[str, Any]:
+        """The recipe's document, to be changed, with a method."""
+        document: dict[str, Any] = json.loads(json.dumps(self._document))
+        document["blend"] = json.loads(json.dumps(self._blend(method)))
+        return document
 
     def _blend(self, method: str) -> dict[str, Any]:
         """The blend section with another method: without the parameters that are not its own, nor the old lambda."""
@@ -181,14 +186,10 @@ class Space:
                 raise UsageError(f"--range {one.key}: {methods} has no such parameter.{did_you_mean(name, known)}")
 
     def _require_valid(self) -> None:
-        """Plan the blends at both ends of every range, other values being in the middle, with every method."""
+        """Plan the blends at the outermost points, with every method."""
         problems: dict[str, None] = {}
         for method in self._names():
-            middle: Point = {one.key: one.at(0.5) for one in self.ranges}
-            if self.methods:
-                middle[METHOD] = method
-            points = [{**middle, one.key: end} for one in self.ranges for end in one.ends()] or [middle]
-            for point in points:
+            for point in self._outermost(method):
                 try:
                     plan_blend(self.recipe_at(point))
                 except KtmergeError as error:
@@ -196,9 +197,24 @@ class Space:
         if problems:
             raise UsageError("\n".join(problems))
 
+    def _outermost(self, method: str) -> list[Point]:
+        """Both ends of every range, other values being in the middle."""
+        middle: Point = {one.key: one.at(0.5) for one in self.ranges}
+        if len(self.methods) > 1:
+            middle[METHOD] = method
+        return [{**middle, one.key: end} for one in self.ranges for end in one.ends()] or [middle]
+
+
+def members_of(point: Mapping[str, Value]) -> frozenset[str]:
+    """The experts that a point of a greedy sweep has in."""
+    return frozenset(key.removeprefix(MEMBER) for key, value in point.items() if key.startswith(MEMBER) and value)
+
 
 def told(point: Mapping[str, Value]) -> str:
-    """A point in a few words, such as ``lambda 0.6, density 0.2``."""
+    """A point in a few words, such as ``lambda 0.6, density 0.2``, or ``anna + bert`` for experts."""
+    members = members_of(point)
+    if members:
+        return " + ".join(key.removeprefix(MEMBER) for key in point if key.removeprefix(MEMBER) in members)
     words = [
         f"{key.removeprefix('blend.')} {value:.4g}" if isinstance(value, float) else f"{key.split('.')[-1]} {value}"
         for key, value in point.items()

@@ -49,6 +49,12 @@ def objectives(own: ItemScores, base: ItemScores, sides: Sides) -> tuple[float, 
     return 100 * (kept + up.value) / kept, down.value
 
 
+def overall(own: ItemScores, base: ItemScores, sides: Sides) -> Difference:
+    """O = E + F, in points: downstream gain and upstream gain."""
+    up, down = (paired(own, base, sides, side) for side in SIDES)
+    return Difference(up.value + down.value, sqrt(up.error**2 + down.error**2))
+
+
 def mean(scores: ItemScores, sides: Sides, side: Side, like: ItemScores) -> float:
     """Mean over the sets of a side of the mean score, 0-100, on as many items as ``like`` has."""
     own = [100 * float(np.mean(scores[name][: len(like[name])])) for name in like if sides[name] == side]

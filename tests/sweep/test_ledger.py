@@ -11,9 +11,10 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState
 
 from ktmerge.errors import UsageError
-from ktmerge.sweep.ledger import VOID, Ledger, open_storage, trial_numbered
+from ktmerge.sweep.ledger import VOID, Ledger
 from ktmerge.sweep.liveness import WORKER, Watch, ended_here, mark
 from ktmerge.sweep.sampling import quietly
+from ktmerge.sweep.storage import open_storage, trial_numbered
 
 RANGES = {"x": FloatDistribution(0, 1)}
 quietly()

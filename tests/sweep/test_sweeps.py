@@ -42,7 +42,7 @@ def trials_of(storage: str) -> list:  # type: ignore[type-arg]
     """All trials of the sweep's study, those that do not count included."""
     import optuna
 
-    from ktmerge.sweep.ledger import open_storage, study_names
+    from ktmerge.sweep.storage import open_storage, study_names
 
     opened = open_storage(storage)
     (name,) = [one for one in study_names(opened) if not one.endswith("-tasks")]

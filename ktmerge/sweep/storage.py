@@ -1,0 +1,90 @@
+"""Where the trials of sweeps are kept: a journal file, or a database."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import optuna
+from optuna.exceptions import OptunaError
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+
+from ktmerge.errors import KtmergeError, UsageError, first_line
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+_PAUSE = 0.5
+"""Seconds between attempts to make a database's tables."""
+
+
+def open_storage(where: str) -> BaseStorage:
+    """A database by URL, or a journal file.
+
+    Raises:
+        UsageError: it cannot be opened.
+    """
+    try:
+        if "://" in where:
+            return _database(where)
+        _mend(Path(where))
+        return JournalStorage(JournalFileBackend(where))
+    except (OSError, ImportError, OptunaError) as error:
+        raise UsageError(f"the storage of the sweep cannot be opened: {first_line(error)}") from None
+    except Exception as error:  # SQLAlchemy and database drivers raise what they like
+        raise UsageError(f"the storage of the sweep cannot be opened: {first_line(error)}") from None
+
+
+def _database(url: str) -> BaseStorage:
+    """Several workers may make the tables at once: those that come second fail, and find them made."""
+    for _ in range(5):
+        try:
+            return RDBStorage(url)
+        except Exception as error:
+            last = error
+            time.sleep(_PAUSE)
+    raise last
+
+
+def _mend(path: Path) -> None:
+    """Cut off a line that a full disk or a power cut left unfinished: it would keep the journal from being read."""
+    size = _unfinished(path)
+    if size is None:
+        return
+    time.sleep(1.0)  # somebody may be writing it just now
+    lock = JournalFileSymlinkLock(str(path))
+    lock.acquire()
+    try:
+        if (now := _unfinished(path)) is not None:
+            with path.open("r+b") as file:
+                file.truncate(now)
+    finally:
+        lock.release()
+
+
+def _unfinished(path: Path) -> int | None:
+    """How much of the journal is whole, if not all."""
+    content = path.read_bytes() if path.exists() else b""
+    return None if not content or content.endswith(b"\n") else content.rfind(b"\n") + 1
+
+
+def study_names(storage: BaseStorage) -> list[str]:
+    """Names of all studies in a storage."""
+    return [one.study_name for one in storage.get_all_studies()]
+
+
+def trial_numbered(storage: BaseStorage, study: str, number: int) -> FrozenTrial:
+    """A trial of a study.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if study not in study_names(storage):
+        raise UsageError(f"there is no study '{study}' in that storage.")
+    trials = optuna.load_study(study_name=study, storage=storage).get_trials(deepcopy=False)
+    if not 0 <= number < len(trials):
+        known = f"0 to {len(trials) - 1}" if trials else "none yet"
+        raise KtmergeError(f"--trial {number}: the sweep has no such trial; its trials: {known}.")
+    return trials[number]
