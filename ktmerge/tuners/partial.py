@@ -127,6 +127,17 @@ class Partial:
         """The result is out: the folder goes."""
         self._done = True
 
+    def discard(self) -> None:
+        """Remove what a run left behind that was killed when its result was already out."""
+        self._processes.first(self._discard)
+
+    def _discard(self) -> None:
+        if not self.folder.is_dir() or read_object(self.folder / _STARTED) != self._inputs:
+            return
+        with contextlib.suppress(UsageError), self:
+            self._take()
+            self.finish()
+
     def seal(self, path: Path, step: int, seconds: float) -> None:
         """Declare the files of ``path`` complete, once all processes have written theirs."""
         self._processes.wait()

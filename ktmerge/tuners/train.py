@@ -83,6 +83,7 @@ def finetune(
     if resume and processes.first((out / RECORD).exists):
         finished = processes.first(lambda: _finished(out, inputs, overwrite))
         if finished is not None:
+            Partial(out, inputs, processes).discard()
             progress.note(f"{out}: is already what the job asks for.")
             return finished
     with Partial(out, inputs, processes) as partial:

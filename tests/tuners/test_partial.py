@@ -145,6 +145,18 @@ def test_a_finished_run_leaves_nothing(left: Partial) -> None:
     assert not left.folder.exists()
 
 
+def test_what_a_killed_run_left_goes_once_its_result_is_out(left: Partial, tmp_path: Path) -> None:
+    Partial(tmp_path / "out", {**INPUTS, "training data": ["e"]}).discard()
+    assert left.has_state  # of another run, which may still be gone on with
+    with left:
+        left.open(resume=True, overwrite=False)
+        Partial(tmp_path / "out", INPUTS).discard()
+        assert left.has_state  # in use
+    left.discard()
+    assert list(tmp_path.iterdir()) == []
+    left.discard()
+
+
 def test_two_runs_cannot_share_it(left: Partial, tmp_path: Path) -> None:
     with left:
         left.open(resume=True, overwrite=False)

@@ -112,6 +112,7 @@ def measure(
     if resume and (out / RECORD).exists():
         finished = _finished(out, inputs, overwrite)
         if finished is not None:
+            Partial(out, inputs).discard()
             progress.note(f"{out}: is already what the job asks for.")
             return finished
     with Partial(out, inputs) as working:
