@@ -11,7 +11,7 @@ import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import fnmatchcase, translate
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -50,6 +50,7 @@ _LEFT_BEHIND = (
     "ktmerge-events.tfevents",
     "log.jsonl",
 )
+_STAYS = re.compile("|".join(translate(pattern) for pattern in _LEFT_BEHIND))
 _TRAINER_FOLDERS = re.compile(r"^(checkpoint-\d+|global_step\d+|__pycache__)$")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 
@@ -200,15 +201,15 @@ def files_beside(root: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple[
     """
     carried: list[str] = []
     left_behind: list[str] = []
-    for path in _files_below(root):
-        relative = path.relative_to(root).as_posix()
+    for path in _files_below(os.fspath(root)):
+        relative = os.path.relpath(path, root).replace(os.sep, "/")
         if relative in weights:
             continue
-        if any(fnmatchcase(path.name, pattern) for pattern in _LEFT_BEHIND):
+        if _STAYS.match(os.path.basename(path)):
             left_behind.append(relative)
             continue
         try:
-            regular = stat.S_ISREG(path.stat().st_mode)
+            regular = stat.S_ISREG(os.stat(path).st_mode)
         except OSError as error:
             raise UsageError(f"{path}: cannot be read: {error.strerror}.") from None
         if not regular:
@@ -217,7 +218,7 @@ def files_beside(root: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple[
     return tuple(sorted(carried)), tuple(sorted(left_behind))
 
 
-def _files_below(root: Path) -> Iterator[Path]:
+def _files_below(root: str) -> Iterator[str]:
     """All files but hidden ones and those of training runs; linked folders are entered, each once."""
 
     def refuse(error: OSError) -> None:
@@ -231,4 +232,4 @@ def _files_below(root: Path) -> Iterator[Path]:
             continue
         entered.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith(".") and not _TRAINER_FOLDERS.match(name))
-        yield from (Path(folder) / name for name in files if not name.startswith("."))
+        yield from (os.path.join(folder, name) for name in files if not name.startswith("."))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,6 @@ from ktmerge.recipes.load import parse_recipe
 MATRIX = "model.layers.0.mlp.up_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"
 EMBED = "model.embed_tokens.weight"
-
-_numbers = itertools.count()
 
 
 class MemorySink:
@@ -61,10 +60,26 @@ class MemorySink:
 
 
 class Workbench:
-    """Runs recipes over tensors held in memory, by way of files below ``folder``."""
+    """Runs recipes over tensors held in memory, by way of files below ``folder``: equal tensors are written once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    def _write(self, name: str, tensors: Tensors, config: Mapping[str, Any] | None) -> Path:
+        """The folder of a checkpoint of these tensors, below one that is its own."""
+        digest = hashlib.sha256(json.dumps([name, config or {}]).encode())
+        for key, values in tensors.items():
+            digest.update(f"{key} {values.dtype} {tuple(values.shape)} ".encode())
+            digest.update(values.contiguous().reshape(-1).view(torch.uint8).numpy())
+        folder = self.folder / digest.hexdigest()[:24]
+        return folder / name if folder.exists() else write(folder / name, tensors, config)
+
+    def _measured(self, model: Path) -> str:
+        """Statistics of a checkpoint beside it."""
+        folder = model.parent / "statistics" / model.name
+        if not folder.exists():
+            measure(model, folder)
+        return str(folder)
 
     def blend(
         self,
@@ -89,25 +104,22 @@ class Workbench:
         config: Mapping[str, Any] | None = None,
         **recipe: Any,
     ) -> tuple[Tensors, BlendReport]:
-        folder = self.folder / str(next(_numbers))
-        write(folder / "base", base, config)
-        for name, tensors in experts.items():
-            write(folder / "experts" / name, tensors, config)
+        models = {name: self._write(name, tensors, config) for name, tensors in {"base": base, **experts}.items()}
         document: dict[str, Any] = {
             "ktmerge": 1,
-            "base": "base",
+            "base": str(models["base"]),
             "experts": {
-                name: {"model": f"experts/{name}", "weight": (weights or {}).get(name, 1.0)} for name in experts
+                name: {"model": str(models[name]), "weight": (weights or {}).get(name, 1.0)} for name in experts
             },
             "blend": dict(blend),
             **recipe,
         }
         if needs_measurements(document["blend"]):
-            document["statistics"] = measure(folder / "base", folder / "stats" / "base")
+            document["statistics"] = self._measured(models["base"])
             for name, expert in document["experts"].items():
-                expert["statistics"] = measure(folder / "experts" / name, folder / "stats" / name)
+                expert["statistics"] = self._measured(models[name])
         sink = MemorySink()
-        report = execute(plan_blend(parse_recipe(document, "recipe", folder)), sink, "cpu", chunk=chunk)
+        report = execute(plan_blend(parse_recipe(document, "recipe", self.folder)), sink, "cpu", chunk=chunk)
         return dict(sorted(sink.tensors(base).items())), report
 
     def merged(

@@ -16,9 +16,9 @@ from ktmerge.merge.plan import plan_blend
 WEIGHTS = {"a": 1.0, "b": 0.25, "c": 0.5}
 
 
-@pytest.fixture
-def bench(tmp_path: Path) -> Workbench:
-    return Workbench(tmp_path)
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    return Workbench(tmp_path_factory.mktemp("bench"))
 
 
 def inputs(count: int = 3) -> tuple[Tensors, dict[str, Tensors]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,9 +42,9 @@ def several(method: Method, seed: int = 1) -> dict[str, Tensors]:
     return {name: noise(seed + number) for number, name in enumerate("abc"[:count])}
 
 
-@pytest.fixture
-def bench(tmp_path: Path) -> Workbench:
-    return Workbench(tmp_path)
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    return Workbench(tmp_path_factory.mktemp("bench"))
 
 
 def assert_same(first: Tensors, second: Tensors, tolerance: float = 0.0) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,9 @@ FUSED = "model.layers.0.self_attn.qkv_proj.weight"
 STACKED = "model.layers.0.mlp.experts.gate_up_proj"
 
 
-@pytest.fixture
-def bench(tmp_path: Path) -> Workbench:
-    return Workbench(tmp_path)
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
+    return Workbench(tmp_path_factory.mktemp("bench"))
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
