@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ import survey
 import tuned
 from parts import Part, keep, part_of
 from tunings import FISHER, FULL, RATES, TUNINGS, UPSTREAM, Tuning, tuning_of, tunings
+from worlds.text import TEXT
 from worlds.world import REPORT, SELECT
 
 ITEMS = 30
@@ -128,3 +132,60 @@ def test_a_trial_with_other_settings_does_not_count(parts: list[Part]) -> None:
     assert tuned.trial(parts[0], full, RATES[0]) is not None
     other = Tuning(FULL, "part", {"train": "llm"})
     assert tuned.trial(parts[0], other, RATES[0]) is None
+
+
+@pytest.mark.slow
+def test_ways_are_trained_blended_and_kept(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    texts = ["one two three four", "add the numbers", "first and second", "return what was found"]
+    ids = [torch.tensor(AutoTokenizer.from_pretrained(tiny_llama)(text)["input_ids"]) for text in texts]
+
+    def train(folder: Path, seed: int) -> None:
+        if not (folder / "base").exists():
+            shutil.copytree(tiny_llama, folder / "base")
+            (folder / "base" / "settings.json").write_text(json.dumps({"seed": seed}))
+
+    def score(model: object, split: str, names: Sequence[str]) -> dict[str, np.ndarray]:
+        with torch.inference_mode():
+            logits = [float(model(input_ids=one[None]).logits.mean()) for one in ids]  # type: ignore[operator]
+        return {name: 50 + np.array(logits) for name in names}
+
+    def rows(names: Sequence[str], count: int, seed: int) -> list[dict[str, str]]:
+        return [{"prompt": "", "completion": f"{texts[number % 4]} {number}"} for number in range(count)]
+
+    def calibration(name: str) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        for one in ids:
+            yield {"input_ids": one[None]}, torch.ones(len(one), dtype=torch.bool)
+
+    world = replace(
+        TEXT, train=train, score=score, rows=rows, calibration=calibration, dress=lambda folder: None,
+        load=lambda folder: AutoModelForCausalLM.from_pretrained(folder).eval(),
+    )  # fmt: skip
+    monkeypatch.setattr(tuned, "STEPS", 2)
+    monkeypatch.setattr(tuned, "SAMPLES", 32)
+    part = Part(world, "tuners", 0, tmp_path)
+    tuned.prepare(part)
+    base = (part.models / "base" / "model.safetensors").read_bytes()
+    ways = [tuning_of(name) for name in (FULL, "LoRA r=8", "random 0.1", "replay 1/4", "EWC 0.1", "full, then linear")]
+    for way in ways:
+        for value in way.values:
+            tuned.try_one(part, way, value)
+    found = {way.name: tuned.trials(part, way, way.values) for way in ways}
+    assert all(len(some) == 3 for some in found.values())
+    assert found[FULL][0]["trained"] == found[FULL][0]["of"]
+    assert found["random 0.1"][0]["trained"] == pytest.approx(found[FULL][0]["of"] / 10, rel=0.01)
+
+    def scores(name: str, number: int) -> np.ndarray:
+        return np.asarray(found[name][number]["points"][0][REPORT]["scripture"])
+
+    rate = list(RATES).index(tuned.specialist(part))  # type: ignore[arg-type]
+    assert scores("full, then linear", 2) == pytest.approx(scores(FULL, rate), abs=2e-3)  # lambda 1
+    assert not np.allclose(scores(FULL, 0), scores(FULL, 2), atol=1e-3)
+
+    changed = {file: file.stat().st_mtime_ns for file in (part.models / "tuners").iterdir()}
+    tuned.prepare(part)
+    tuned.try_one(part, ways[0], RATES[0])
+    assert {file: file.stat().st_mtime_ns for file in (part.models / "tuners").iterdir()} == changed
+    assert (part.models / "base" / "model.safetensors").read_bytes() == base
