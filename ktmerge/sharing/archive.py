@@ -6,6 +6,7 @@ bytes, encryption, links, anything before the first entry or after the last. Wha
 
 from __future__ import annotations
 
+import os
 import stat
 import struct
 import zipfile
@@ -13,10 +14,10 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO
 
 from ktmerge.checkpoints.files import clear_os_errors
-from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.errors import UsageError
 from ktmerge.sharing import contents
 
 _BLOCK = 1 << 20
@@ -186,9 +187,9 @@ def opened_archive(path: Path) -> Iterator[Archive]:
         KtmergeError: it cannot be read.
     """
     with clear_os_errors(path):
-        stream: BinaryIO = path.open("rb")
-        with stream:
-            status = path.stat()
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe that nobody writes to would never open
+        with open(descriptor, "rb") as stream:
+            status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise KtmergeError(f"{path}: is no file.")
+                raise UsageError(f"{path}: is no file.")
             yield Archive(stream, status.st_size, str(path))

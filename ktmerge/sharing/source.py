@@ -169,7 +169,7 @@ class FolderSource:
         self._status(name)
         path = self._path / name
         with clear_os_errors(path):
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             with open(descriptor, "rb") as stream:
                 while block := stream.read(_BLOCK):
                     yield block

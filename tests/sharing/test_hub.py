@@ -30,6 +30,7 @@ def test_a_repository_of_its_own(place: Path, hub: Any) -> None:
     assert files_of(place / "pulled") == files_of(place / "theirs")
 
 
+@pytest.mark.slow
 def test_what_was_shown_is_what_is_fetched(place: Path, hub: Any) -> None:
     api.push("r.ktr", "me/half")
     offer = api.look("me/half@main")
@@ -62,6 +63,7 @@ def test_nothing_but_the_manifest_is_fetched_before_it_was_shown(
     assert (place / "half-of-spam" / "recipe.yaml").is_file()
 
 
+@pytest.mark.slow
 def test_into_a_models_repository(place: Path, hub: Any) -> None:
     model = {"model.safetensors": b"weights", "README.md": b"the model's own", "config.json": b"{}"}
     hub.state.repositories["org/model"] = Repository()
@@ -82,6 +84,7 @@ def test_into_a_models_repository(place: Path, hub: Any) -> None:
         api.look("org/other")
 
 
+@pytest.mark.slow
 def test_what_a_bundle_no_longer_has_goes(place: Path, hub: Any) -> None:
     api.push("recipe.yaml", "me/half", with_deltas=True)
     repository = hub.state.repositories["me/half"]
@@ -99,6 +102,7 @@ def test_what_a_bundle_no_longer_has_goes(place: Path, hub: Any) -> None:
     ("method", "path"),
     [("POST", "/create"), ("GET", "/tree/"), ("POST", "/preupload/"), ("POST", "/commit/"), ("PUT", "/lfs/")],
 )
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_push_waits_for_a_busy_hub(place: Path, hub: Any, method: str, path: str, status: int) -> None:
     hub.state.failures.append(Failure(method, path, status, 1, {"Retry-After": "0"}))
@@ -108,6 +112,7 @@ def test_a_push_waits_for_a_busy_hub(place: Path, hub: Any, method: str, path: s
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", "/tree/"), ("HEAD", "/resolve/"), ("GET", "recipe.lock.yaml")])
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_pull_waits_for_a_busy_hub(place: Path, hub: Any, method: str, path: str, status: int) -> None:
     api.push("r.ktr", "me/half")
@@ -125,6 +130,7 @@ def test_a_broken_download_goes_on_where_it_stopped(place: Path, hub: Any, monke
     assert [headers.get("Range") for headers in asked] == [None, "bytes=100-"]
 
 
+@pytest.mark.slow
 def test_refusals_are_sentences(place: Path, hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     api.push("r.ktr", "me/half")
     with pytest.raises(UsageError, match="me/none: is not on the hub, or is private"):
@@ -148,6 +154,7 @@ def test_refusals_are_sentences(place: Path, hub: Any, monkeypatch: pytest.Monke
         api.look("me/half")
 
 
+@pytest.mark.slow
 def test_a_hub_that_stays_broken(place: Path, hub: Any) -> None:
     api.push("r.ktr", "me/half")
     hub.state.failures.append(Failure("GET", "/api/models/me/half/revision", 500, 99))
@@ -156,6 +163,7 @@ def test_a_hub_that_stays_broken(place: Path, hub: Any) -> None:
         api.look("me/half")
 
 
+@pytest.mark.slow
 def test_a_strangers_repository(place: Path, hub: Any) -> None:
     api.push("r.ktr", "me/half")
     repository = hub.state.repositories["me/half"]

@@ -73,6 +73,7 @@ def test_models_of_the_hub_are_named_by_commit(place: Path) -> None:
     assert "--base" not in done.commands["blend"]
 
 
+@pytest.mark.slow
 def test_what_was_blended_is_put_in(place: Path) -> None:
     api.blend("recipe.yaml", "blended")
     api.pack("recipe.yaml", "with.ktr", blended="blended", with_deltas=True)
@@ -133,6 +134,7 @@ def test_scores_are_put_in(place: Path) -> None:
         api.pack("recipe.yaml", "t.ktr", scores=["base/config.json"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", gallery.names())
 def test_every_recipe_survives_being_handed_over(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name, base="b", experts=["one=x", "two=y:0.3"])
@@ -172,6 +174,7 @@ def test_outputs_are_not_replaced_silently(place: Path, monkeypatch: pytest.Monk
     assert [name for name in os.listdir() if name.startswith(".")] == []
 
 
+@pytest.mark.slow
 def test_to_and_from_a_folder(place: Path, ktmerge: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert ktmerge("recipe", "push", "r.ktr", "./shelf") == 0
     assert ktmerge("recipe", "push", "r.ktr", "./shelf") == 2

@@ -1,0 +1,185 @@
+"""Bundles at an address, from servers that give pieces, give none, break off, lie, or lead elsewhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub_server import served
+
+from ktmerge import api
+from ktmerge.errors import KtmergeError, UsageError
+
+Serve = Callable[..., str]
+
+
+class Files(BaseHTTPRequestHandler):
+    """One file, under any name."""
+
+    raw: bytes
+    seen: list[tuple[str, str | None]]
+    pieces = True
+    tells = True
+    heads = True
+    location: str | None = None
+    statuses: list[int]
+    cuts: list[int]
+    sent: list[bytes]
+
+    def do_HEAD(self) -> None:
+        self.do_GET() if self.heads else self.answer(405, b"", {})
+
+    def do_PUT(self) -> None:
+        self.sent.append(self.rfile.read(int(self.headers["Content-Length"])))
+        self.answer(self.statuses.pop(0) if self.statuses else 201, b"", {"Retry-After": "0"})
+
+    def do_GET(self) -> None:
+        asked = self.headers.get("Range")
+        self.seen.append((self.command, asked))
+        if self.location is not None:
+            self.answer(302, b"", {"Location": self.location})
+        elif self.statuses:
+            self.answer(self.statuses.pop(0), b"", {"Retry-After": "0"})
+        else:
+            match = re.fullmatch(r"bytes=(\d+)-(\d*)", asked or "") if self.pieces else None
+            if match is None:
+                self.answer(200, self.raw, {"ETag": '"one"'})
+                return
+            start, stop = int(match[1]), int(match[2]) + 1 if match[2] else len(self.raw)
+            self.answer(206, self.raw[start:stop], {"Content-Range": f"bytes {start}-{stop - 1}/{len(self.raw)}"})
+
+    def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        if self.tells:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            whole = self.cuts and len(body) > 1000
+            self.wfile.write(body[: self.cuts.pop(0)] if whole else body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def serve(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
+    """A server of the bundle; ``serve(pieces=False, ...)`` gives the address."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr("ktmerge.sharing.retrying._FIRST", 0.01)
+    with ExitStack() as stack:
+
+        def start(**how: Any) -> str:
+            settings = {
+                "raw": (place / "r.ktr").read_bytes(),
+                "seen": [],
+                "statuses": [],
+                "cuts": [],
+                "sent": [],
+                **how,
+            }
+            return stack.enter_context(served(Files, **settings)) + "/some/r.ktr"
+
+        yield start
+
+
+def test_only_pieces_are_fetched_before_it_was_shown(place: Path, serve: Serve) -> None:
+    seen: list[tuple[str, str | None]] = []
+    address = serve(seen=seen)
+    offer = api.look(address)
+    assert all(asked is not None for method, asked in seen if method == "GET")
+    assert offer.manifest is not None
+    assert offer.manifest.name == "half-of-spam"
+    api.unpack(offer, "out")
+    assert Path("out/recipe.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"pieces": False},
+        {"tells": False},
+        {"heads": False},
+        {"statuses": [503, 429]},
+        {"pieces": False, "tells": False},
+    ],
+)
+def test_servers_that_can_less(place: Path, serve: Serve, how: dict[str, Any]) -> None:
+    offer = api.look(serve(**how))
+    assert offer.pairs()["to fetch"]
+    api.unpack(offer, "out")
+    assert Path("out/recipe.yaml").is_file()
+    assert sorted(path.name for path in Path().iterdir() if path.name.startswith(".")) == []
+
+
+def test_nothing_is_fetched_unless_agreed_to(place: Path, serve: Serve, ktmerge: Any, capsys: Any) -> None:
+    seen: list[tuple[str, str | None]] = []
+    address = serve(seen=seen, pieces=False)
+    assert ktmerge("recipe", "pull", address) == 2
+    assert [method for method, asked in seen if asked is None] == ["HEAD"]
+    assert "cannot be told before it is fetched" in capsys.readouterr().out
+    assert ktmerge("recipe", "pull", address, "--yes", "--out", "out") == 0
+
+
+def test_a_broken_download_goes_on(place: Path, serve: Serve) -> None:
+    seen: list[tuple[str, str | None]] = []
+    offer = api.look(serve(seen=seen))
+    seen.clear()
+    address = serve(seen=seen, cuts=[1000, 500])
+    offer.source._address = address  # type: ignore[attr-defined]
+    api.unpack(offer, "out")
+    assert [asked for method, asked in seen] == [None, "bytes=1000-", "bytes=1500-"]
+    assert Path("out/recipe.yaml").is_file()
+
+
+def test_what_is_not_what_was_shown(place: Path, serve: Serve) -> None:
+    offer = api.look(serve())
+    api.pack("recipe.yaml", "other.ktr", overrides=["blend.lambda=0.25"])
+    offer.source._address = serve(raw=Path("other.ktr").read_bytes())  # type: ignore[attr-defined]
+    with pytest.raises(UsageError):
+        api.unpack(offer, "out")
+    assert not Path("out").exists()
+
+
+def test_refusals(place: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="the server says 404"):
+        api.look(serve(statuses=[404]))
+    with pytest.raises(KtmergeError, match="the server says 503"):
+        api.look(serve(statuses=[503] * 9))
+    for location in ("http://example.org/r.ktr", "file:///etc/passwd", "ftp://example.org/x"):
+        with pytest.raises(UsageError, match="only https is taken|is not allowed"):
+            api.look(serve(location=location))
+    with pytest.raises(UsageError, match="is no bundle"):
+        api.look(serve(raw=b"<html>" * 1000))
+    with pytest.raises(KtmergeError, match="cannot be reached"):
+        api.look("http://127.0.0.1:9/r.ktr")
+    with pytest.raises(UsageError, match="is no address"):
+        api.look("https://[::1/r.ktr")
+    monkeypatch.setattr("ktmerge.sharing.web._MOST_UNTOLD", 1000)
+    with pytest.raises(UsageError, match="larger than its server told"):
+        api.unpack(api.look(serve(tells=False, pieces=False)), "out")
+    assert not Path("out").exists()
+
+
+def test_keys_in_addresses_are_not_told(place: Path, serve: Serve) -> None:
+    address = serve() + "?X-Signature=secret"
+    offer = api.look(address)
+    assert "secret" not in str(offer.pairs())
+    with pytest.raises(KtmergeError) as caught:
+        api.look(serve(statuses=[404] * 9) + "?key=secret")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_push_to_an_address(place: Path, serve: Serve) -> None:
+    sent: list[bytes] = []
+    address = serve(sent=sent, statuses=[503])
+    api.push("r.ktr", address)
+    assert sent == [(place / "r.ktr").read_bytes()] * 2
+    with pytest.raises(UsageError, match="the server says 403"):
+        api.push("r.ktr", serve(statuses=[403]))
