@@ -198,3 +198,26 @@ def test_to_and_from_a_folder(place: Path, ktmerge: Any, capsys: pytest.CaptureF
         capsys.readouterr()
         assert ktmerge("recipe", *arguments) == 2
         assert words in capsys.readouterr().err
+
+
+def test_an_adapter_is_handed_over_whatever_its_folder_is_called(place: Path, ktmerge: Any) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    Path("adapter").mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], "bias": "none"}
+    Path("adapter/adapter_config.json").write_text(json.dumps(config))
+    layer = "base_model.model.model.layers.0.self_attn.q_proj"
+    numbers = np.random.default_rng(5).standard_normal((2, 8)).astype(np.float32)
+    tensors = {f"{layer}.lora_A.weight": numbers, f"{layer}.lora_B.weight": np.ascontiguousarray(numbers.T)}
+    save_file(tensors, "adapter/adapter_model.safetensors")
+    for model, count in (("adapter", 1), ("spam+adapter", 2)):
+        offer = api.pack("recipe.yaml", "a.ktr", experts=[f"spam={model}:0.5"], overwrite=True)
+        assert offer.manifest is not None
+        assert offer.manifest.inputs["spam"].model.count("./spam.") == count
+        api.unpack("a.ktr", f"theirs-{count}")
+        for name in ("spam", "adapter", "base"):
+            shutil.copytree(name, f"elsewhere/my-{name}", dirs_exist_ok=True)
+        given = ["--base", "elsewhere/my-base", "--out", f"made-{count}", "--lock", f"theirs-{count}/recipe.lock.yaml"]
+        mine = "+".join(f"elsewhere/my-{part}" for part in model.split("+"))
+        assert ktmerge("blend", "-r", f"theirs-{count}/recipe.yaml", *given, "--expert", f"spam={mine}:0.5") == 0
