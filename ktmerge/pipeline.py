@@ -239,7 +239,7 @@ def measurements_of(recipe: Recipe, only: Iterable[str] = ()) -> list[NamedMeasu
     from ktmerge.checkpoints.opening import locate_model
 
     known = {"base": recipe.base, **{name: expert.model for name, expert in recipe.experts.items()}}
-    jobs = {name: job for name in known if (job := recipe.statistics_of(name)) is not None and job.is_job}
+    jobs = {name: job for name in known if (job := recipe.statistics_job(name)) is not None and job.is_job}
     wanted = list(only) or list(jobs)
     for name in wanted:
         if name not in jobs:
@@ -249,10 +249,6 @@ def measurements_of(recipe: Recipe, only: Iterable[str] = ()) -> list[NamedMeasu
         job, model, out = jobs[name], known[name], recipe.statistics_folder(name)
         if model is None or out is None:
             raise UsageError(f"the recipe '{recipe.name}' names no base; add one, or give --base.")
-        tuned = recipe.finetune.experts.get(name) if recipe.finetune is not None else None
-        if not job.data and job.self_generate is None and tuned is not None:
-            seen = job.images or tuned.image_root
-            job = job.model_copy(update={"data": tuned.data, "format": tuned.format, "images": seen})
         path, adapter = locate_model(model, recipe.folder)
         if adapter is None and name != "base" and recipe.base is not None and is_adapter(path):
             path, adapter = resolve(recipe.base, recipe.folder), path

@@ -49,6 +49,9 @@ def test_an_expert_is_measured_on_the_images_it_was_tuned_on(
         experts={"a": {"model": "lora", "statistics": {"samples": 4, **own}}},
         finetune={"experts": {"a": {**JOB, "image_root": "pictures"}}},
     )
+    alone = whole.without_tuning()
+    document = alone.model_dump(mode="json", by_alias=True, exclude={"finetune"})
+    assert parse_recipe(document, "ktmerge.json", workshop) == alone  # a record says what its experts were measured on
     (one,) = pipeline.measurements_of(whole)
     assert (one.job.data, one.job.images) == (["train.jsonl"], expected)
     assert (one.model, one.adapter) == (workshop / "base", workshop / "lora")

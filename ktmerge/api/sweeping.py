@@ -87,7 +87,7 @@ def sweep(
     from ktmerge.sweep.space import Range
     from ktmerge.sweep.worker import space_of, study_name
 
-    loaded, folder = loaded_recipe(recipe), Path(out)
+    loaded, folder = loaded_recipe(recipe).without_tuning(), Path(out)
     if loaded.base is None:
         raise UsageError(f"the recipe '{loaded.name}' names no base; add one.")
     chosen_on = load_suite(suite) if suite is not None else suite_of(loaded)

@@ -117,7 +117,8 @@ def coefficients_digest(plan: Plan) -> str:
 
 def portable_recipe(plan: Plan) -> dict[str, Any]:
     """What was blended and how, as understood, with no more of a path than means something elsewhere."""
-    document = plan.recipe.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"finetune", "eval"})
+    alone = plan.recipe.without_tuning()
+    document = alone.model_dump(mode="json", by_alias=True, exclude_none=True, exclude={"finetune", "eval"})
     document["base"] = _told(document["base"], plan.base)
     for expert in plan.experts:
         model = document["experts"][expert.name]

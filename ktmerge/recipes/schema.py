@@ -501,6 +501,24 @@ class Recipe(_Section):
         """What is written about the statistics of an expert, or of the ``base``."""
         return self.statistics if name == "base" else self.experts[name].statistics
 
+    def statistics_job(self, name: str) -> Statistics | None:
+        """The same, with the data that an expert is tuned on where its section names none."""
+        section = self.statistics_of(name)
+        tuned = self.finetune.experts.get(name) if self.finetune is not None else None
+        if section is None or tuned is None or not section.is_job or section.data or section.self_generate is not None:
+            return section
+        own = {"data": tuned.data, "format": tuned.format, "images": section.images or tuned.image_root}
+        return section.model_copy(update={key: value for key, value in own.items() if value is not None})
+
+    def without_tuning(self) -> Recipe:
+        """The same of experts that are there: not how they are tuned, but still what they are measured on."""
+        jobs = {name: self.statistics_job(name) for name in self.experts}
+        experts = {
+            name: one if jobs[name] is one.statistics else one.model_copy(update={"statistics": jobs[name]})
+            for name, one in self.experts.items()
+        }
+        return self.model_copy(update={"experts": experts, "finetune": None})
+
     def statistics_folder(self, name: str) -> Path | None:
         """Where the statistics of an expert, or of the ``base``, are or will be."""
         found = self.statistics_of(name)
