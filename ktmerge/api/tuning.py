@@ -81,6 +81,8 @@ def finetune_jobs(
     if recipe is None:
         if base is None or not data or out is None:
             raise UsageError("give either --recipe, or all of --base, --data and --out.")
+        if only:
+            raise UsageError("--only chooses experts of a recipe; give --recipe, too, or leave it out.")
         document = apply_overrides({"data": list(data), **given}, overrides)
         if isinstance(document.get("adapter"), Mapping) and "name" not in document["adapter"]:
             raise UsageError("settings of an adapter need its name: --adapter lora, dora, pissa, ia3, prompt, ...")

@@ -68,10 +68,10 @@ def read_rows(path: Path, name: str) -> Rows:
     return Rows(rows, problems, hashlib.sha256(data).hexdigest())
 
 
-def listing(problems: Sequence[str]) -> str:
+def listing(problems: Sequence[str], shown: int = _SHOWN) -> str:
     """The first few problems, one a line, and how many more there are."""
-    rest = len(problems) - _SHOWN
-    return "\n".join([*problems[:_SHOWN], *([f"... and {rest} more problems in the data."] if rest > 0 else [])])
+    rest = len(problems) - shown
+    return "\n".join([*problems[:shown], *([f"... and {rest} more problems in the data."] if rest > 0 else [])])
 
 
 class _FileError(Exception):

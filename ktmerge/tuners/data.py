@@ -14,7 +14,7 @@ from typing import Any, Literal
 from ktmerge.errors import UsageError
 from ktmerge.recipes.images import Image, ImageError, images_of
 from ktmerge.recipes.rows import Row, listing, read_rows
-from ktmerge.tuners.images.places import Place, Placed, PlaceError, Segments, fill, joined
+from ktmerge.tuners.images.places import MARK, Place, Placed, PlaceError, Segments, fill, joined
 
 Role = Literal["system", "user", "assistant"]
 
@@ -151,10 +151,17 @@ def _samples(rows: Sequence[Row], name: str, root: Path, problems: list[str]) ->
     samples = []
     for row in rows:
         try:
+            _require_columns(row.values, name)
             samples.append(_READERS[name](row.values, row.where, root))
         except (_RowError, ImageError, PlaceError) as error:
             problems.append(f"{row.where}: {error}")
     return samples
+
+
+def _require_columns(row: Mapping[str, Any], name: str) -> None:
+    missing = [column for column in FORMATS[name] if column not in row]
+    if missing:
+        raise _RowError(f"{' and '.join(missing)} missing; the file is {name} by its first row, and all rows must be.")
 
 
 @dataclass(frozen=True)
@@ -215,7 +222,7 @@ def _chat(turns: Sequence[_Turn], where: str, images: Sequence[Image], trained_f
     messages = []
     for number, turn in enumerate(turns):
         segments = filled.get(number, turn.segments)
-        if turn.role != "user" and not all(isinstance(segment, str) for segment in segments):
+        if turn.role != "user" and not all(_is_text(segment, marks=bool(images)) for segment in segments):
             raise _RowError(f"the {turn.role} turn {number + 1} has an image; only user turns may have any.")
         messages.append(Message(turn.role, *joined(segments, trim=True)))
     answers = [message for message in messages[trained_from:] if message.role == "assistant"]
@@ -224,6 +231,11 @@ def _chat(turns: Sequence[_Turn], where: str, images: Sequence[Image], trained_f
     if not all(answer.content.strip() for answer in answers):
         raise _RowError("an assistant turn is empty.")
     return ChatSample(tuple(messages), where, trained_from)
+
+
+def _is_text(segment: Any, *, marks: bool) -> bool:
+    """Whether a segment is text; in a row with images also one without marks, which would stand for an image."""
+    return isinstance(segment, str) and not (marks and MARK in segment)
 
 
 def _system(row: Mapping[str, Any]) -> list[_Turn]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ktmerge.checkpoints import Checkpoint, refuse_overlap, tensor_class
 from ktmerge.checkpoints.limits import context_length
 from ktmerge.checkpoints.staging import refuse_output
 from ktmerge.checkpoints.statistics import Statistics
-from ktmerge.errors import UsageError
+from ktmerge.errors import KtmergeError, ToldElsewhereError, UsageError
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners.data import DataSet, read_data
@@ -138,9 +139,21 @@ def finetune(
             )
             return record
 
-        record = processes.first(publish)
+        with _telling_what_is_kept():
+            record = processes.first(publish)
         partial.finish()
     return FinetuneReport(out, record)
+
+
+@contextmanager
+def _telling_what_is_kept() -> Iterator[None]:
+    """Training is over: what fails from here on, a full disk for one, costs none of it."""
+    try:
+        yield
+    except (UsageError, ToldElsewhereError):
+        raise
+    except KtmergeError as error:
+        raise KtmergeError(f"{error} The trained weights are kept: --resume goes on from them.") from error
 
 
 def _open_fisher(job: FinetuneJob, folder: Path, base: Checkpoint) -> Statistics | None:
@@ -202,7 +215,14 @@ def _encode(
 def _longest_allowed(job: FinetuneJob, checkpoint: Checkpoint) -> int:
     length = context_length(checkpoint.config)
     prompt = job.adapter.prompt_length if job.adapter is not None else 0
-    return job.max_length if length is None else min(job.max_length, max(1, length - prompt))
+    if length is None:
+        return job.max_length
+    if prompt >= length:
+        raise UsageError(
+            f"adapter.tokens: {prompt} vectors before the text leave no room for it in the {length} positions of the "
+            "model; take fewer."
+        )
+    return min(job.max_length, length - prompt)
 
 
 def _finished(out: Path, inputs: dict[str, Any], overwrite: bool) -> FinetuneReport | None:

@@ -108,7 +108,7 @@ def conversation(*turns: tuple[str, Any]) -> dict[str, Any]:
         ({"messages": []}, "messages is empty"),
         ({"messages": "hi"}, "messages is text; it must be a list"),
         ({"messages": [{"content": "a"}]}, "turn 1 of messages has no role and content"),
-        ({"other": 1}, "messages is missing"),
+        ({"other": 1}, "messages missing; the file is messages by its first row"),
         (conversation(("user", "a"), ("assistant", "\ud800")), "half a character"),
         ([1], "a row is an object with named values, not a list"),
     ],
@@ -126,6 +126,7 @@ def test_a_malformed_row_is_named(tmp_path: Path, row: Any, message: str) -> Non
     ("row", "message"),
     [
         ({"prompt": "a", "completion": ""}, "the completion is empty"),
+        ({"prompt": "a", "completion": None}, "both be text, or both lists"),
         ({"prompt": "a", "completion": 3}, "both be text, or both lists"),
         ({"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}, "both be text, or both lists"),
     ],

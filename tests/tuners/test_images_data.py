@@ -178,6 +178,7 @@ def test_datasets_own_image_column(folder: Path) -> None:
         ),
         (asked({"type": "image"}, TEXT), "has 1 parts of type image, but names no image"),
         (asked("Is it?", answer=[{"type": "image", "image": "a.png"}]), "the assistant turn 2 has an image"),
+        (asked("Is it?", answer="<image> yes", image="a.png"), "the assistant turn 2 has an image"),
         (asked({"type": "video", "video": "a.mp4"}, TEXT), "not text or an image, but video"),
         (asked("Is it?", image="https://example.org/a.png"), "not fetched; download them"),
         (asked("Is it?", image=7), "an image is a path, bytes or base64"),
@@ -193,16 +194,16 @@ def test_missing_and_broken_images_are_told_together(folder: Path) -> None:
     raw = (folder / "pictures/a.png").read_bytes()
     (folder / "pictures/cut.png").write_bytes(raw[: len(raw) // 2])
     (folder / "pictures/text.png").write_text("no image")
-    names = ["a.png", "cut.png", "none.png", "text.png", *(f"{n}.png" for n in range(9))]
+    names = ["a.png", "cut.png", "none.png", "text.png", *(f"{n}.png" for n in range(109))]
     samples = read(folder, *(asked("Is it?", image=name) for name in names))
     with pytest.raises(UsageError) as told:
         look_at(samples)
     lines = str(told.value).splitlines()
-    assert lines[0] == "12 of 13 images cannot be used."
-    assert [line.split(": ")[0] for line in lines[1:6]] == [f"rows.jsonl:{n}" for n in range(2, 7)]
+    assert lines[0] == "112 of 113 images cannot be used."
+    assert [line.split(": ")[0] for line in lines[1:101]] == [f"rows.jsonl:{n}" for n in range(2, 102)]
     assert "cut.png" in lines[1]
     assert "none.png: no such image" in lines[2]
-    assert lines[6] == "... and 7 more problems in the data."
+    assert lines[101] == "... and 12 more problems in the data."
 
 
 def test_every_image_is_read_once(folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from tuning import JOB, Listener, sha256, tune, write
 
+from ktmerge import api
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners import finetune
@@ -28,6 +29,7 @@ def test_mistakes_are_found_before_anything_is_made(tiny_llama: Path, tmp_path: 
     assert "y.jsonl" in str(caught.value)
     write(tmp_path / "long.jsonl", [{"prompt": "long", "completion": " long" * 9}] * 3)
     refused("all 3 samples are longer than 8 tokens", data=["long.jsonl"], max_length=8)
+    refused("512 vectors before the text leave no room", data=["long.jsonl"], adapter={"name": "prompt", "tokens": 512})
     refused(r"long\.jsonl: all 3 samples", eval_upstream="long.jsonl", max_length=16)
     with pytest.raises(UsageError, match="is one of the inputs"):
         finetune(FinetuneJob.model_validate(JOB), tiny_llama, tiny_llama, folder=tmp_path, overwrite=True)
@@ -119,3 +121,20 @@ def test_too_little_disk_is_said_beforehand(tiny_llama: Path, tmp_path: Path, mo
     listener = Listener()
     tune(tiny_llama, tmp_path, max_steps=1, progress=listener)
     assert any("the disk may run full" in note for note in listener.notes)
+
+
+def test_a_disk_that_is_full_at_the_end_costs_no_training(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("ktmerge.checkpoints.staging.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+        with pytest.raises(KtmergeError, match=r"but only 0.00 GB are free.*: --resume goes on from them"):
+            tune(tiny_llama, tmp_path, max_steps=1)
+    listener = Listener()
+    tune(tiny_llama, tmp_path, max_steps=1, resume=True, progress=listener)
+    assert not any("training" in note for note in listener.notes)
+
+
+def test_experts_are_chosen_of_a_recipe() -> None:
+    with pytest.raises(UsageError, match="--only chooses experts of a recipe"):
+        api.finetune_jobs(base="base", data=["a.jsonl"], out=Path("out"), only=["spam"])

@@ -14,6 +14,9 @@ from ktmerge.recipes.images import Image, ImageError, require_pillow
 from ktmerge.recipes.rows import listing
 from ktmerge.tuners.data import Sample
 
+_SHOWN = 100
+"""Problems to tell: files that are missing are looked for by their names."""
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -46,7 +49,7 @@ def look_at(samples: Sequence[Sample], progress: Progress = SILENT) -> Seen:
     """Read all images of samples, each once, on all cores; none is kept in memory.
 
     Raises:
-        UsageError: images that are missing or broken, with file and row: the first of them and how many there are.
+        UsageError: images that are missing or broken, with file and row: the first hundred and how many more.
     """
     if not has_images(samples):
         return Seen()
@@ -81,4 +84,4 @@ def _look(image: Image) -> tuple[tuple[int, int], str] | str:
 
 def _report(samples: Sequence[Sample], wrong: Mapping[Image, str], there: int) -> str:
     problems = [f"{sample.where}: {wrong[image]}" for sample in samples for image in sample.images if image in wrong]
-    return f"{len(wrong)} of {there} images cannot be used.\n{listing(problems)}"
+    return f"{len(wrong)} of {there} images cannot be used.\n{listing(problems, _SHOWN)}"
