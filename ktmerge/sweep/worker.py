@@ -154,8 +154,7 @@ class Worker:
             begun = len(self._ledger.study.get_trials(deepcopy=False))
             walk = self._walk()
             for step in walk.steps[decided:]:
-                verdict = "kept" if step.kept else "left out"
-                self._progress.note(f"{told(soups.point_of(step.members))}: {step.expert} is {verdict}")
+                self._progress.note(f"{step.expert}: {'kept' if step.kept else 'left out'}")
             decided = len(walk.steps)
             if not walk.wanted:
                 return

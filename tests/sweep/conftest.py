@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -48,17 +50,32 @@ def world(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(folder, tiny_llama, expert, folder / "recipe.yaml", folder / "suite.yaml")
 
 
-def _write_expert(base: Path, out: Path) -> None:
-    """The base with every weight moved by chance, about as far as it is long."""
+@pytest.fixture(scope="session")
+def soup_recipe(world: World) -> Path:
+    """A recipe of three: two like the expert but for what their average lacks, and one that goes elsewhere."""
+    names = {"other": {7: 2.0}, "left": {3: 1.0, 5: 0.7}, "right": {3: 1.0, 5: -0.7}}
+    for name, moves in names.items():
+        _write_expert(world.base, world.folder / name, moves)
+    recipe = yaml.safe_load(world.recipe.read_text())
+    recipe |= {"name": "runs", "experts": {name: {"model": name} for name in names}, "blend": {"method": "soup"}}
+    path = world.folder / "runs.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+def _write_expert(base: Path, out: Path, moves: Mapping[int, float] = MappingProxyType({3: 1.0})) -> None:
+    """The base with every weight moved by chance, by seed so many times as far as it is long."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for values in model.parameters():
-            if values.ndim == 2:
-                values += torch.randn(values.shape, generator=generator).to(values.dtype) * values.float().std()
+        sizes = {name: values.float().std() for name, values in model.named_parameters()}
+        for seed, size in moves.items():
+            generator = torch.Generator().manual_seed(seed)
+            for name, values in model.named_parameters():
+                if values.ndim == 2:
+                    values += torch.randn(values.shape, generator=generator).to(values.dtype) * sizes[name] * size
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(base).save_pretrained(out)
 

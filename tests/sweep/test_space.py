@@ -45,6 +45,9 @@ def test_a_point_makes_a_recipe_and_leaves_out_what_its_method_does_not_know(wor
     linear = space.recipe_at({**point, METHOD: "linear"}).blend
     assert linear is not None
     assert (linear.method, linear.parameters) == ("linear", {})
+    alone = Space(load_recipe(world.recipe), ranges, ["ties"])  # one method: no choice of it is drawn, and it is meant
+    assert alone.recipe_at({"blend.lambda": 1e-05, "blend.density": 0.25}).blend == ties
+    assert METHOD not in alone.grid(4)[0]
     grid = space.grid(12)
     recipes = {space.recipe_at(one).model_dump_json() for one in grid}
     assert len(recipes) == len(grid) == 12  # 9 of ties, 3 of linear, whose density is idle
