@@ -182,7 +182,11 @@ def _instructions(task: InstructionsTask, row: Row) -> tuple[Instruction, ...]:
 
 def _answers(task: GenerateTask, template: Template, row: Row) -> tuple[str, ...]:
     value = template.value(row)
-    found = tuple(map(str, value)) if isinstance(value, list | tuple) else (template.text(row),)
+    texts = isinstance(value, list | tuple)
+    odd = [one for one in value if one is None or isinstance(one, dict | list | tuple | bytes)] if texts else []
+    if odd:
+        raise UsageError(f"{_where(task, 'answer')}: {row.where} has {odd[0]!r} among its answers; texts are needed.")
+    found = tuple(map(str, value)) if texts else (template.text(row),)
     if not found:
         raise UsageError(f"{_where(task, 'answer')}: {row.where} gives an empty list; at least one answer is needed.")
     return found

@@ -62,27 +62,37 @@ def read_sets(suite: Suite, part: str | None = None) -> list[TaskSet]:
     chosen = part_named(part, suite.selection)
     sets = []
     for task in suite.tasks():
-        side = suite.side(task.name)
-        if isinstance(task, HarnessTask):
-            sets.append(_of_lm_eval(task, side, suite, chosen))
-            continue
-        require(task.metric)
-        rows = read_rows(task, suite.folder, suite.selection, chosen)
-        pool, pool_digest = _pool(task, suite.folder)
-        images = row_images(task, [*rows.rows, *worked_rows(task, pool)], suite.folder)
-        settings = _settings(task)
-        kept = None if chosen == "all" else [chosen, suite.selection]
-        separator = "separator" in task.model_fields_set
-        written = [SCORING_VERSION, side, settings, separator, rows.digest, pool_digest, kept]
-        written += [images.digest] if images.digest else []
-        digest = hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()
-        items = make_items(task, rows.rows, pool, images.of)
         try:
-            require(task.metric, len(items))
+            sets.append(_read(task, suite, chosen))
         except UsageError as error:
-            raise UsageError(f"task '{task.name}': {error}") from None
-        sets.append(TaskSet(task, side, items, rows.digest, digest))
+            place = f"{suite.places[task.name]}: " if task.name in suite.places else ""
+            lines = str(error).splitlines()
+            raise UsageError(
+                "\n".join(f"{place}{line}" if line.startswith("task ") else line for line in lines)
+            ) from None
     return sets
+
+
+def _read(task: AnyTask | HarnessTask, suite: Suite, part: Part) -> TaskSet:
+    side = suite.side(task.name)
+    if isinstance(task, HarnessTask):
+        return _of_lm_eval(task, side, suite, part)
+    require(task.metric)
+    rows = read_rows(task, suite.folder, suite.selection, part)
+    pool, pool_digest = _pool(task, suite.folder)
+    images = row_images(task, [*rows.rows, *worked_rows(task, pool)], suite.folder)
+    settings = _settings(task)
+    kept = None if part == "all" else [part, suite.selection]
+    separator = "separator" in task.model_fields_set
+    written = [SCORING_VERSION, side, settings, separator, rows.digest, pool_digest, kept]
+    written += [images.digest] if images.digest else []
+    digest = hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()
+    items = make_items(task, rows.rows, pool, images.of)
+    try:
+        require(task.metric, len(items))
+    except UsageError as error:
+        raise UsageError(f"task '{task.name}': {error}") from None
+    return TaskSet(task, side, items, rows.digest, digest)
 
 
 def _settings(task: AnyTask) -> dict[str, Any]:

@@ -12,7 +12,23 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from ktmerge.errors import UsageError, did_you_mean
 from ktmerge.recipes.rows import Row
 
-_ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+
+class _NoTextError(ValueError):
+    """A value that would stand in a prompt as Python writes it."""
+
+
+def _printed(value: Any) -> Any:
+    """What a template prints; null, lists and mappings are no text, and a prompt with them is a mistake in the data."""
+    if value is None or isinstance(value, dict | list | tuple | bytes):
+        kind = "null" if value is None else "a mapping" if isinstance(value, dict) else "bytes"
+        kind = "a list" if isinstance(value, list | tuple) else kind
+        raise _NoTextError(f"it prints {kind} where text is needed; if that is meant, write '... | string'")
+    return value
+
+
+_ENVIRONMENT = ImmutableSandboxedEnvironment(
+    undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False, finalize=_printed
+)
 
 
 class Template:
@@ -24,7 +40,9 @@ class Template:
             self._columns = meta.find_undeclared_variables(_ENVIRONMENT.parse(source))
             self._template = _ENVIRONMENT.from_string(source)
         except TemplateSyntaxError as error:
-            raise UsageError(f"{where}: not a valid template: {error.message} (line {error.lineno}).") from None
+            raise UsageError(
+                f"{where}: not a valid template: {str(error.message).rstrip('.')} (line {error.lineno} of it)."
+            ) from None
         self._expression = _sole_expression(source)
 
     def text(self, row: Row) -> str:
@@ -50,9 +68,9 @@ class Template:
         except UndefinedError as error:
             raise self._undefined(row, str(error.message)) from None
         except SecurityError as error:
-            raise UsageError(f"{self._where}: the template may not do this: {error}.") from None
+            raise UsageError(f"{self._where}: the template may not do this: {str(error).rstrip('.')}.") from None
         except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise UsageError(f"{self._where}: the template fails on {row.where}: {error}.") from None
+            raise UsageError(f"{self._where}: the template fails on {row.where}: {str(error).rstrip('.')}.") from None
 
     def _undefined(self, row: Row, message: str) -> UsageError:
         return missing_column(self._where, row, sorted(self._columns - row.values.keys()), message)

@@ -38,6 +38,7 @@ def load_suites(references: Sequence[str | Path]) -> Suite:
         downstream=[_placed(task, suite.folder) for suite in suites for task in suite.downstream],
         selection=suites[0].selection,
         folder=suites[0].folder,
+        places={name: place for suite in suites for name, place in suite.places.items()},
     )
 
 

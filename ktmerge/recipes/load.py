@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 import typing
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ from ktmerge.recipes.document import read_yaml
 from ktmerge.recipes.harness import HarnessTask
 from ktmerge.recipes.migration import RECIPE_STEPS, SUITE_STEPS, migrated
 from ktmerge.recipes.overrides import apply_overrides
+from ktmerge.recipes.places import Places
 from ktmerge.recipes.schema import SCHEMA_VERSION, Blend, Recipe, WhereRule
 from ktmerge.recipes.suggest import did_you_mean
 from ktmerge.recipes.suites import SUITE_VERSION, AnyTask, Suite
@@ -45,19 +47,20 @@ def load_recipe(
     document = read_yaml(path)
     if not isinstance(document, dict):
         raise UsageError(f"{path}: a recipe is a mapping of keys; see 'ktmerge recipe show ties'.")
-    document = _present(document, str(path))
+    document, written = _present(document, str(path)), copy.deepcopy(document)
     if base is not None:
         document["base"] = _from_here(base)
     chosen = [_expert(text) for text in experts]
     if chosen:
         document["experts"] = dict(chosen)
     apply_overrides(document, overrides)
-    return parse_recipe(document, str(path), Path.cwd() if from_gallery else path.resolve().parent)
+    file = path if document == written else None  # with other keys than the file has, its lines say nothing
+    return parse_recipe(document, str(path), Path.cwd() if from_gallery else path.resolve().parent, file)
 
 
-def parse_recipe(document: dict[str, Any], where: str, folder: Path) -> Recipe:
-    """Check a recipe given as plain data; ``where`` names it in messages."""
-    return validate(Recipe, _present(document, where), where).model_copy(update={"folder": folder})
+def parse_recipe(document: dict[str, Any], where: str, folder: Path, file: Path | None = None) -> Recipe:
+    """Check a recipe given as plain data; ``where`` names it in messages, and so do lines of the ``file`` it is in."""
+    return validate(Recipe, _present(document, where), where, file).model_copy(update={"folder": folder})
 
 
 def _present(document: dict[str, Any], where: str) -> dict[str, Any]:
@@ -78,7 +81,11 @@ def load_suite(reference: str | Path) -> Suite:
     if not isinstance(document, dict):
         raise UsageError(f"{path}: a suite is a mapping with upstream and downstream tasks.")
     document = migrated(document, "ktmerge_suite", SUITE_VERSION, SUITE_STEPS, str(path))
-    return validate(Suite, document, str(path)).model_copy(update={"folder": folder})
+    suite = validate(Suite, document, str(path), path)
+    places = Places(path)
+    sides = {"upstream": suite.upstream, "downstream": suite.downstream}
+    found = {task.name: places.at((side, number)) for side, tasks in sides.items() for number, task in enumerate(tasks)}
+    return suite.model_copy(update={"folder": folder, "places": found})
 
 
 def suite_of(recipe: Recipe) -> Suite:
@@ -102,13 +109,27 @@ def suite_of(recipe: Recipe) -> Suite:
     )
 
 
-def validate(model: type[Model], document: Any, where: str) -> Model:
-    """Check ``document`` against ``model`` and turn what is wrong into one sentence a line, nearest names included."""
+def validate(model: type[Model], document: Any, where: str, file: Path | None = None) -> Model:
+    """Check ``document`` against ``model`` and turn what is wrong into one sentence a line, nearest names included.
+
+    Args:
+        model: what it should be.
+        document: plain data.
+        where: names it in messages.
+        file: YAML that holds just that document; messages then name its lines.
+
+    Raises:
+        UsageError: it is not valid.
+    """
     try:
         return model.model_validate(document)
     except ValidationError as error:
-        problems = [_sentence(model, problem) for problem in error.errors()]
-        raise UsageError("\n".join(f"{where}: {problem}" for problem in dict.fromkeys(problems))) from None
+        places = Places(file) if file is not None else None
+        problems = [
+            f"{where if places is None else places.at(problem['loc'])}: {_sentence(model, problem)}"
+            for problem in error.errors()
+        ]
+        raise UsageError("\n".join(dict.fromkeys(problems))) from None
 
 
 def _sentence(model: type[BaseModel], problem: Any) -> str:
@@ -119,6 +140,11 @@ def _sentence(model: type[BaseModel], problem: Any) -> str:
         return f"unknown key '{key}'.{did_you_mean(str(location[-1]), _keys(owner) if owner else ())}"
     if problem["type"] == "missing":
         return f"the key '{key}' is missing."
+    if problem["type"] == "union_tag_invalid":
+        tag = str(problem["ctx"]["tag"])
+        return f"{key}.kind: there is no kind '{tag}'.{did_you_mean(tag, sorted(_KINDS - {'lm_eval'}))}"
+    if problem["type"] == "string_pattern_mismatch" and location[-1] == "name":
+        return f"{key}: letters, digits and _ . - make a name, a letter or digit first, not {problem['input']!r}."
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if not key:

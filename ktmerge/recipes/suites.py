@@ -201,6 +201,9 @@ class Suite(BaseModel):
         0.0, ge=0, lt=1, description="share of every set's rows kept for choosing recipes and never reported on"
     )
     folder: Path = Field(Path("."), exclude=True, description="where relative data paths start; set by the loader")
+    places: dict[str, str] = Field(
+        default_factory=dict, exclude=True, description="file and line of each task; set by the loader"
+    )
 
     @model_validator(mode="after")
     def _names_are_unique(self) -> Suite:

@@ -102,3 +102,28 @@ def test_generate_and_text_items() -> None:
     assert make_items(generate, [row(q="a", n=3)]) == [GenerateItem(4, "a", ("3",))]
     with pytest.raises(UsageError, match="no column 'text'"):
         make_items(TextTask(name="t", kind="text", data="x.jsonl"), [row(q="a")])
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, "x.jsonl:5: it prints null where text is needed"),
+        ({"a": 1}, "it prints a mapping"),
+        ([None, "x"], r"x.jsonl:5 has None among its answers"),
+        ([{"answer": "x"}], "among its answers; texts are needed"),
+        ([], "gives an empty list"),
+    ],
+)
+def test_answers_that_are_no_texts_are_refused(value: Any, said: str) -> None:
+    task = GenerateTask(name="say", kind="generate", data="x.jsonl", prompt="Q", answer="{{ a }}")
+    with pytest.raises(UsageError, match=said):
+        make_items(task, [row(a=value)])
+
+
+def test_what_is_no_text_stands_in_a_prompt_only_where_that_is_said() -> None:
+    for value, kind in ((None, "null"), (["a", "b"], "a list"), ({"a": 1}, "a mapping")):
+        with pytest.raises(UsageError, match=f"task 'facts', prompt: .* x.jsonl:5: it prints {kind}"):
+            choice({"q": value})
+    assert choice({"q": ["a", "b"]}, prompt="{{ q | string }} {{ q | join(' or ') }} {{ 3 }}").prompt == (
+        "['a', 'b'] a or b 3"
+    )

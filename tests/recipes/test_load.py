@@ -217,7 +217,9 @@ class TestSuites:
 
     def test_unknown_kind(self, tmp_path: Path) -> None:
         path = write(tmp_path, f"upstream: [{self.TASK.replace('choice,', 'chioce,')}]")
-        with pytest.raises(UsageError, match="'choice', 'classify', 'letter', 'generate', 'instructions', 'text'"):
+        with pytest.raises(
+            UsageError, match=r":1: upstream\[0\]\.kind: there is no kind 'chioce'\. Did you mean 'choice'"
+        ):
             load_suite(path)
 
     def test_names_are_unique(self, tmp_path: Path) -> None:
@@ -239,3 +241,22 @@ def test_an_adapter_that_is_no_change_of_weights_is_not_blended(tmp_path: Path) 
     tuned = RECIPE + "finetune: {experts: {spam: {data: spam.jsonl, adapter: prompt}}}\n"
     assert "finetune.experts.spam: prompt is no change of weights" in refused(tmp_path, tuned)
     assert load_recipe(write(tmp_path, tuned.replace("prompt", "lora"))).finetune is not None
+
+
+def test_mistakes_are_told_with_their_line(tmp_path: Path) -> None:
+    text = RECIPE.replace("lambda: 1.0", "lambda: much").replace("name: two", "name: two words")
+    told = refused(tmp_path, text).splitlines()
+    assert [line.removeprefix(str(tmp_path)).split(": ")[0] for line in told] == ["/r.yaml:3", "/r.yaml:11"]
+    assert "letters, digits and _ . - make a name" in told[0]
+    overridden = refused(tmp_path, text, overrides=["seed=1"]).splitlines()  # other keys than the file's
+    assert overridden[0].startswith(f"{tmp_path}/r.yaml: ")
+    suite = write(tmp_path, "upstream:\n- name: a\n  kind: text\n  data: x.jsonl\n- name: b\n  kind: text\n", "s.yaml")
+    with pytest.raises(UsageError, match=r"s\.yaml:5: the key 'upstream\[1\]\.data' is missing"):
+        load_suite(suite)
+
+
+def test_a_suite_knows_the_lines_of_its_tasks(tmp_path: Path) -> None:
+    task = "{name: %s, kind: text, data: x.jsonl}"
+    path = write(tmp_path, f"upstream:\n  - {task % 'a'}\n\ndownstream:\n  - {task % 'b'}\n", "s.yaml")
+    assert load_suite(path).places == {"a": f"{path}:2", "b": f"{path}:5"}
+    assert "places" not in load_suite(path).model_dump()
