@@ -33,13 +33,23 @@ class Teachers:
         experts: loaded, by name.
         texts: the items measured on.
         tokenizer: the base's.
+
+    Raises:
+        UsageError: a side has no texts.
     """
 
     def __init__(self, base: Any, experts: Mapping[str, Any], texts: Round, tokenizer: PreTrainedTokenizerBase) -> None:
         self._base, self._experts = base, dict(experts)
         self._texts: dict[tuple[Side, str], list[Text]] = {
-            (one.side, one.task.name): _texts(one, texts.encoded[one.task.name], tokenizer) for one in texts.sets
+            (one.side, one.task.name): _texts(one, texts.encoded[one.task.name], tokenizer)
+            for one in texts.sets
+            if one.harness is None
         }
+        for side in ("upstream", "downstream"):
+            if not any(key[0] == side for key in self._texts):
+                raise UsageError(
+                    f"--screen divergence: no {side} set has texts to compare models on; lm_eval's have none."
+                )
 
     def distances(self, model: Any) -> tuple[float, float]:
         """Mean KL(base || model) over the upstream sets and mean KL(expert || model) over the downstream ones, nats."""

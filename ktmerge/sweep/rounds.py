@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ktmerge.eval.encode import Encoded
-from ktmerge.eval.items import Item
 from ktmerge.eval.sets import TaskSet, encode_sets
 
 if TYPE_CHECKING:
@@ -44,24 +43,25 @@ def cut(
     Args:
         sets: what is scored.
         ends: the share of every set's items at which each round ends, ascending, the last one 1. A round of a set too
-            small for that is empty; a set whose items cannot be told apart is in the first round as a whole.
+            small for that is empty; a set whose items cannot be told apart, or that lm_eval asks, is in the first round
+            as a whole.
         tokenizer: the model's.
         max_length: tokens the model reads.
         sight: prepares images, where there are any.
     """
     found = []
     for before, end in zip([0.0, *ends], ends, strict=False):
-        chosen = [replace(one, items=part) for one in sets if (part := _between(one, before, end))]
+        chosen = [part for one in sets if (part := _between(one, before, end)) is not None]
         found.append(Round(chosen, encode_sets(chosen, tokenizer, max_length, sight)))
     return found
 
 
-def _between(one: TaskSet, before: float, end: float) -> list[Item]:
-    if one.task.metric in _WHOLE:
-        return list(one.items) if before == 0 else []
+def _between(one: TaskSet, before: float, end: float) -> TaskSet | None:
+    if one.harness is not None or one.task.metric in _WHOLE:
+        return one if before == 0 else None
     order = sorted(range(len(one.items)), key=lambda i: _place(one.task.name, one.items[i].row))
     chosen = order[math.ceil(before * len(order)) : math.ceil(end * len(order))]
-    return [one.items[i] for i in sorted(chosen)]
+    return replace(one, items=[one.items[i] for i in sorted(chosen)]) if chosen else None
 
 
 def _place(name: str, row: int) -> bytes:
