@@ -153,7 +153,7 @@ def test_refusals(place: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(KtmergeError, match="the server says 503"):
         api.look(serve(statuses=[503] * 9))
     for location in ("http://example.org/r.ktr", "file:///etc/passwd", "ftp://example.org/x"):
-        with pytest.raises(UsageError, match="only https is taken|is not allowed"):
+        with pytest.raises(UsageError, match=r"only https is taken|is not allowed"):
             api.look(serve(location=location))
     with pytest.raises(UsageError, match="is no bundle"):
         api.look(serve(raw=b"<html>" * 1000))
