@@ -225,4 +225,5 @@ def told_estimate(estimate: Estimate | None, sign: str = "") -> str:
     """A number with its interval."""
     if estimate is None:
         return "–"
-    return f"{estimate.value:{sign}.1f} [{estimate.low:{sign}.1f}, {estimate.high:{sign}.1f}]"
+    value, low, high = (round(number, 1) + 0.0 for number in (estimate.value, estimate.low, estimate.high))  # no -0.0
+    return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"

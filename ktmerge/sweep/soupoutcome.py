@@ -50,8 +50,8 @@ class SoupOutcome(Outcome):
     def rule(self) -> str:
         """How the recipe was chosen."""
         limit = self.settings.limit
-        below = "" if self.settings.keep is None else f"; below {limit:g} % of base upstream, by what it keeps"
-        return f"greedy soup by O = E + F{below}"
+        last = "" if self.settings.keep is None else f"; what keeps less than {limit:g} % of base upstream comes last"
+        return f"greedy soup by O = E + F{last}"
 
     def uncertain(self) -> tuple[str, list[Difference]]:
         """What was maximised, and each finalist's in it with its standard error."""

@@ -187,4 +187,4 @@ def test_a_killed_greedy_sweep_is_gone_on_with_by_two_workers(soup_recipe: Path,
         ("left", "right"),
     ]
     assert len({json.dumps(one["point"]) for one in found["candidates"]}) == len(found["candidates"]) == 5
-    assert found["rule"].endswith("below 20 % of base upstream, by what it keeps")
+    assert found["rule"].endswith("what keeps less than 20 % of base upstream comes last")
