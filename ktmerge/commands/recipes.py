@@ -155,7 +155,12 @@ def recipe_diff(
     from ktmerge import api, console
 
     found = api.diff(first, second)
-    console.print_json(found.to_json()) if json_ else console.print_table(*found.table())
+    if json_:
+        console.print_json(found.to_json())
+    elif found.differences:
+        console.print_table(*found.table())
+    else:
+        console.print_pairs({"same": found.table()[2]})
 
 
 @recipes.command("show", epilog="Example: ktmerge recipe show ties")

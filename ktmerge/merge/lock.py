@@ -138,9 +138,11 @@ def read_lock(path: Path) -> dict[str, Any]:
         raise UsageError(f"{file}: a lock of version {version}, this ktmerge knows {VERSION}; upgrade ktmerge.")
     wanted = {"recipe": dict, "versions": dict, "methods": dict, "random": dict, "inputs": dict, "coefficients": str}
     broken = [key for key, kind in wanted.items() if not isinstance(document.get(key), kind)]
-    if broken or not all(isinstance(one, dict) and isinstance(one.get("files"), dict) for one in _of(document)):
-        where = f"'{broken[0]}'" if broken else "'inputs'"
-        raise UsageError(f"{file}: the lock's {where} is missing or not what ktmerge writes; make it anew.")
+    broken += [] if broken else [f"inputs.{name}" for name, one in document["inputs"].items() if not _is_input(one)]
+    output = document.get("output", {"sha256": {}})
+    broken += [] if isinstance(output, dict) and _are_digests(output.get("sha256")) else ["output"]
+    if broken:
+        raise UsageError(f"{file}: the lock's '{broken[0]}' is missing or not what ktmerge writes; make it anew.")
     return document
 
 
@@ -223,8 +225,17 @@ def _inputs(plan: Plan) -> dict[str, Checkpoint]:
     return {"base": plan.base, **{expert.name: expert.checkpoint for expert in plan.experts}}
 
 
-def _of(document: Mapping[str, Any]) -> list[Any]:
-    return list(document["inputs"].values())
+def _is_input(one: Any) -> bool:
+    """Whether a lock says of an input what the code that reads locks relies on."""
+    files = one.get("files") if isinstance(one, dict) else None
+    return isinstance(files, dict) and all(
+        isinstance(file, dict) and isinstance(file.get("size"), int) and isinstance(file.get("sha256"), str)
+        for file in files.values()
+    )
+
+
+def _are_digests(found: Any) -> bool:
+    return isinstance(found, dict) and all(isinstance(digest, str) for digest in found.values())
 
 
 def _files(plan: Plan) -> dict[str, dict[str, Path]]:

@@ -162,3 +162,39 @@ def test_a_file_just_written_is_not_remembered(tmp_path: Path, monkeypatch: pyte
     path.write_bytes(b"two")
     os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     assert digests.digest_of(path) != first
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "named"),
+    [
+        (("inputs", "a", "files", WEIGHTS), 3, "inputs.a"),
+        (("inputs", "a", "files", WEIGHTS, "sha256"), None, "inputs.a"),
+        (("inputs", "base", "files", "config.json", "size"), "x", "inputs.base"),
+        (("inputs", "b"), [], "inputs.b"),
+        (("inputs",), 3, "inputs"),
+        (("output",), 3, "output"),
+        (("output", "sha256"), 3, "output"),
+        (("output", "sha256", WEIGHTS), 3, "output"),
+    ],
+)
+def test_a_broken_lock_is_refused_whoever_reads_it(
+    made: Path, at: tuple[str, ...], value: object, named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    locked = yaml.safe_load((made / "out" / FILE).read_text())
+    inner = locked
+    for key in at[:-1]:
+        inner = inner[key]
+    inner[at[-1]] = value
+    file = made / "broken.lock.yaml"
+    file.write_text(yaml.safe_dump(locked))
+    for command in (
+        ["lock", str(made / "recipe.yaml"), "--check", "--out", str(file)],
+        ["diff", str(made / "recipe.yaml"), str(file)],
+    ):
+        assert _exit_code(["recipe", *command]) == 2
+        assert f"{file}: the lock's '{named}' is missing or not what ktmerge writes" in capsys.readouterr().err
+
+
+def test_two_that_say_the_same_are_told_in_a_line(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _exit_code(["recipe", "diff", str(made / "recipe.yaml"), str(made / "out")]) == 0
+    assert capsys.readouterr().out.split() == ["same", "the", "two", "say", "the", "same"]
