@@ -327,8 +327,9 @@ def training_logs(recipe: Recipe, experts: Mapping[str, Located]) -> dict[str, l
 def training_log(expert: Path) -> list[dict[str, Any]]:
     """The losses of a fine-tune; empty for an expert that was made elsewhere."""
     try:
-        lines = (expert / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        # split("\n"), not splitlines(): what a model says may hold other line separators of Unicode
+        lines = (expert / "log.jsonl").read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines if line]
     except (OSError, ValueError):
         return []
 

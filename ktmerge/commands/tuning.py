@@ -70,7 +70,7 @@ def finetune(
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files for TensorBoard, too.")] = False,
     set_: SetOption = None,
     preview: Annotated[
-        int, typer.Option("--preview", help="Show N samples with the trained tokens marked, and stop.")
+        int, typer.Option("--preview", min=0, help="Show N samples with the trained tokens marked, and stop.")
     ] = 0,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Say how much memory it takes and what would change that, and stop.")

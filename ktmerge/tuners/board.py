@@ -52,7 +52,8 @@ class BoardCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         (folder / EVENTS).write_bytes(b"".join(path.read_bytes() for path in written))
 
     def _tell(self) -> None:
-        lines = self._log.read_text(encoding="utf-8").splitlines() if self._log.exists() else []
+        # split("\n"), not splitlines(): what a model says may hold other line separators of Unicode
+        lines = self._log.read_text(encoding="utf-8").split("\n")[:-1] if self._log.exists() else []
         for line in lines[self._told :]:
             self._write(json.loads(line))
         self._told = len(lines)

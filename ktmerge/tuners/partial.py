@@ -246,10 +246,11 @@ def _trim_log(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    # split("\n"), not splitlines(): what a model says may hold other line separators of Unicode
+    for line in path.read_text(encoding="utf-8").split("\n"):
         with contextlib.suppress(ValueError):
             if json.loads(line)["step"] <= step:
-                kept.append(line)
+                kept.append(line + "\n")
     path.write_text("".join(kept), encoding="utf-8")
 
 

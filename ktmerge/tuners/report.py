@@ -170,7 +170,8 @@ def _samples(log: Path) -> list[dict[str, Any]]:
 
 
 def _lines(log: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    # split("\n"), not splitlines(): what a model says may hold other line separators of Unicode
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").split("\n") if line]
 
 
 def _losses(log: Path) -> dict[str, Any]:

@@ -26,6 +26,8 @@ _MOST_TOKENS, _BEYOND = 64, 8
 """Tokens of an answer at most; and beyond those of the expected one."""
 _SHOWN = 60
 """Characters of a prompt and of an answer on the terminal."""
+_SEPARATORS = {ord(one): f"\\u{ord(one):04x}" for one in "\x85\u2028\u2029"}
+"""Line separators of Unicode, which JSON need not escape and readers of lines may stumble over."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ class Speaker(TrainerCallback):  # type: ignore[misc, unused-ignore]
             for prompt, answer in zip(self._prompts, self.answers(model), strict=True)
         ]
         with self._log.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": int(state.global_step), SAMPLES: told}, ensure_ascii=False) + "\n")
+            line = json.dumps({"step": int(state.global_step), SAMPLES: told}, ensure_ascii=False)
+            stream.write(line.translate(_SEPARATORS) + "\n")
         for one in told:
             self._progress.note(f"  {one['set']}: …{_end(one['asked'])} -> {_start(one['said'])}")
 

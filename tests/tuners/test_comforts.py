@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from test_resume import StopsAt
-from tuning import Listener, sha256, tune
+from tuning import Listener, sha256, tune, write
 
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.recipes.schema import FinetuneJob
@@ -57,6 +57,15 @@ def test_answers_are_the_most_likely_tokens(tiny_llama: Path) -> None:
             if ids[-1] == 2:
                 break
         assert said == ids[len(prompt.asked) :]
+
+
+def test_line_separators_of_unicode_end_no_line_of_the_log(tiny_llama: Path, tmp_path: Path) -> None:
+    asked = "one\u2028two\x85three\u2029four"
+    write(tmp_path / "odd.jsonl", [{"prompt": asked, "completion": " \u2028yes"}])
+    report = tune(tiny_llama, tmp_path, eval_downstream="odd.jsonl", max_steps=2, show_samples=1)
+    assert {one["asked"] for one in report.record["samples"]} == {asked}
+    lines = (tmp_path / "out" / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    assert next(one["asked"] for line in lines for one in json.loads(line).get("samples", [])) == asked
 
 
 def test_the_losses_are_drawn(tuned: Tuned) -> None:

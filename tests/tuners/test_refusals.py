@@ -137,4 +137,4 @@ def test_a_disk_that_is_full_at_the_end_costs_no_training(
 
 def test_experts_are_chosen_of_a_recipe() -> None:
     with pytest.raises(UsageError, match="--only chooses experts of a recipe"):
-        api.finetune_jobs(base="base", data=["a.jsonl"], out=Path("out"), only=["spam"])
+        api.finetune_jobs(None, base="base", data=["a.jsonl"], out=Path("out"), only=["spam"])

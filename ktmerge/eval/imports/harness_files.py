@@ -98,7 +98,7 @@ def read_samples(path: Path, task: str) -> FoundSet:
 
 def _lines(path: Path) -> Iterable[dict[str, Any]]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # a text may hold other line separators of Unicode
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}.") from None
     rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
