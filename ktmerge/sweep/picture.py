@@ -28,7 +28,7 @@ def _figure(outcome: Outcome) -> Any:
     axes: Any = figure.add_axes((0.11, 0.13, 0.86, 0.76))
     axes.grid(True)
     limit = outcome.settings.limit
-    if outcome.settings.screen != "divergence":
+    if outcome.settings.screen != "divergence" and outcome.sampler != "greedy":  # all soups are finalists
         _screened(axes, outcome)
     axes.plot(100, 0, marker="o", color=GREY, linestyle="", label="base")
     if math.isfinite(limit):
