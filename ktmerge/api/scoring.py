@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ktmerge.api.inputs import RecipeLike, loaded_recipe, named_models, refuse_existing, text_of
 from ktmerge.errors import UsageError
@@ -234,7 +234,7 @@ def report(
         refuse_existing(target, overwrite)
     page = evaluation.report(
         results, Path(out), recipes=texts, title=title, layers=_layers(results, progress) if layers else None,
-        commands=_again(results),
+        commands=_again(results), training=_losses(results),
     )  # fmt: skip
     for target, make in further.items():
         write_whole(target, make(results))
@@ -252,6 +252,12 @@ def _score_file(run: Path) -> Path:
     return run / "scores.json"
 
 
+def _last_names(model: str) -> str:
+    """A model's path without what is before its last name; ``model+adapter`` is two."""
+    parts = [model] if Path(model).is_dir() else model.split("+")
+    return "+".join(Path(part).name for part in parts)
+
+
 def _layers(results: Results, progress: Progress) -> dict[str, str]:
     """A drawing of how far every model moved whose weights are there; none if the base's are not."""
     from ktmerge.merge import diagnostics
@@ -266,9 +272,18 @@ def _layers(results: Results, progress: Progress) -> dict[str, str]:
     return {", ".join(there): drawing.decode()}
 
 
+def _losses(results: Results) -> dict[str, list[dict[str, Any]]]:
+    """What was logged while the models were tuned, of those that were and whose folders are there."""
+    from ktmerge.pipeline import training_log
+
+    folders = {name: Path(one.path) for name, one in results.models.items() if name != results.base}
+    tuned = {name: folder for name, folder in folders.items() if not (folder / "ktmerge.lock.yaml").exists()}
+    return {name: log for name, folder in tuned.items() if (log := training_log(folder))}
+
+
 def _again(results: Results) -> list[str]:
     """The commands that blend what has a lock, and score all of it again; folders by their last names."""
-    folders = {name: shlex.quote(Path(one.path).name) for name, one in results.models.items()}
+    folders = {name: shlex.quote(_last_names(one.path)) for name, one in results.models.items()}
     blends = [
         f"ktmerge blend --recipe {folders[name]}.yaml --lock {folders[name]}.lock.yaml --out {folders[name]}"
         for name, one in results.models.items()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ktmerge import api
 from ktmerge.errors import KtmergeError
 from ktmerge.eval import Generation, PathPoint, report
 from ktmerge.eval.page import render
@@ -52,7 +53,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def results(make_results: Make) -> Results:
     right = {"base": (8, 2), "tuned": (5, 9), "half": (7, 8)}
     made = make_results(
@@ -91,6 +92,12 @@ def everything(results: Results) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="module")
+def html(results: Results) -> str:
+    """The page with everything in it."""
+    return render(results, **everything(results))
+
+
 def test_everything_is_in_it(results: Results, tmp_path: Path) -> None:
     out = report(results, tmp_path / "report.html", **everything(results))
     page = Page(out.read_text(encoding="utf-8"))
@@ -104,8 +111,7 @@ def test_everything_is_in_it(results: Results, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_it_needs_nothing_from_outside_and_runs_only_its_search(results: Results) -> None:
-    html = render(results, **everything(results))
+def test_it_needs_nothing_from_outside_and_runs_only_its_search(html: str) -> None:
     page = Page(html)
     assert not {"link", "img", "iframe", "object", "base"} & set(page.tags)
     assert page.tags.count("script") == 1
@@ -126,8 +132,7 @@ def own_script(html: str) -> str:
     return str(found)
 
 
-def test_texts_are_escaped_everywhere(results: Results) -> None:
-    html = render(results, **everything(results))
+def test_texts_are_escaped_everywhere(html: str) -> None:
     assert "alert" not in own_script(html)
     assert html.count("<script") == 1
     assert "onerror" not in {name for _, name, _ in Page(html).attributes}
@@ -143,8 +148,8 @@ def test_items_where_models_differ_are_shown_losses_first(results: Results) -> N
     assert "half: right" in text
 
 
-def test_it_is_the_same_text_every_time(results: Results) -> None:
-    assert render(results, **everything(results)) == render(results, **everything(results))
+def test_it_is_the_same_text_every_time(results: Results, html: str) -> None:
+    assert render(results, **everything(results)) == html
 
 
 def test_a_single_model_or_side_still_makes_a_page(make_results: Make) -> None:
@@ -160,3 +165,20 @@ def test_it_is_written_whole_or_not_at_all(results: Results, tmp_path: Path) -> 
     (tmp_path / "r.html").write_text("old")
     report(results, tmp_path / "r.html")
     assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
+
+
+def test_a_report_on_a_score_file_tells_of_tunings_and_of_adapters(
+    make_results: Callable[..., Results], tmp_path: Path
+) -> None:
+    from dataclasses import replace
+
+    results = make_results({name: {"up": [1.0, 0.0], "down": [0.0, 1.0]} for name in ("base", "tuned", "over")})
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned/log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    paths = {"base": "/models/base", "tuned": str(tmp_path / "tuned"), "over": "/models/other+/models/lora"}
+    models = {name: replace(one, path=paths[name]) for name, one in results.models.items()}
+    replace(results, models=models).save(tmp_path / "scores.json")
+    page = api.report(tmp_path / "scores.json", tmp_path / "page.html").read_text()
+    assert "While tuning" in page
+    assert "The fine-tune &#39;tuned&#39;" in page
+    assert "ktmerge eval tuned=tuned over=other+lora --base base" in page
