@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ktmerge.checkpoints.files import clear_os_errors
 from ktmerge.checkpoints.hub import quiet_unless_watched, refusal
-from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.errors import KtmergeError, UsageError, first_line
 from ktmerge.sharing import contents
 from ktmerge.sharing.retrying import retried, status_of
 
@@ -22,6 +22,7 @@ FOLDER = "ktmerge-recipe"
 _BLOCK = 1 << 20
 _MOST_ENTRIES = 10_000
 _ATTEMPTS = 3
+_REFUSALS = (401, 403, 404)
 
 Answer = TypeVar("Answer")
 
@@ -116,6 +117,7 @@ def asked(name: str, revision: str | None, call: Callable[[HfApi], Answer]) -> A
         KtmergeError: it cannot be reached, or stays busy.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         # The hub's library makes most calls again by itself, and all that fail for the connection.
@@ -126,5 +128,12 @@ def asked(name: str, revision: str | None, call: Callable[[HfApi], Answer]) -> A
         code = status_of(error)
         if code == 429 or (code is not None and code >= 500):
             raise KtmergeError(f"{name}: the hub is busy or broken (HTTP {code}); try again later.") from error
-        kind = UsageError if code is not None else KtmergeError
-        raise kind(f"{name}: {refusal(error, revision)}") from error
+        if code in _REFUSALS or isinstance(error, LocalEntryNotFoundError):
+            kind = UsageError if code is not None else KtmergeError
+            raise kind(f"{name}: {refusal(error, revision)}") from error
+        told = first_line(error).rstrip(".")
+        if code is not None or isinstance(error, ValueError):  # of names that the hub's library does not let through
+            raise UsageError(
+                f"{name}: the hub does not take this{f' (HTTP {code})' if code else ''}: {told}."
+            ) from error
+        raise KtmergeError(f"{name}: the hub cannot be reached: {told}.") from error

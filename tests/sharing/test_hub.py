@@ -139,6 +139,12 @@ def test_refusals_are_sentences(place: Path, hub: Any, monkeypatch: pytest.Monke
         api.look("me/half@v9")
     with pytest.raises(UsageError, match="has no revision 'v9' on the hub"):
         api.push("r.ktr", "me/half@v9")
+    with pytest.raises(UsageError, match=r"does not take this"):
+        api.look("me/a..b")
+    hub.state.failures.append(Failure("POST", "/commit/", 413, 1))
+    with pytest.raises(UsageError, match=r"does not take this \(HTTP 413\)"):
+        api.push("recipe.yaml", "me/half", overrides=["blend.lambda=0.3"])
+    hub.state.failures.clear()
     hub.state.failures.append(Failure("GET", "/api/models/me/half", 429, 99, {"Retry-After": "9999"}))
     with pytest.raises(KtmergeError, match="asks to be left for 9999 seconds"):
         api.look("me/half")

@@ -203,6 +203,7 @@ def test_to_and_from_a_folder(place: Path, ktmerge: Any, capsys: pytest.CaptureF
         assert words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_adapter_is_handed_over_whatever_its_folder_is_called(place: Path, ktmerge: Any) -> None:
     import numpy as np
     from safetensors.numpy import save_file
