@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from ktmerge.eval import evaluate
 from ktmerge.eval.results import ModelInfo, Results, TaskInfo, TaskScore
 from ktmerge.recipes.suites import Suite
 
@@ -54,16 +56,30 @@ def tokenizer(tiny_llama: Path) -> Any:
 def write(tmp_path: Path) -> Callable[[str, Iterable[Any]], str]:
     """Write rows as JSONL into the test's folder; return the file's name."""
 
-    def _write(name: str, rows: Iterable[Any]) -> str:
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        return name
+    return partial(write_rows, tmp_path)
 
-    return _write
+
+def write_rows(folder: Path, name: str, rows: Iterable[Any]) -> str:
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return name
 
 
 @pytest.fixture
-def suite(tmp_path: Path, write: Callable[[str, Iterable[Any]], str]) -> Suite:
+def suite(tmp_path: Path) -> Suite:
     """All three kinds of task on both sides."""
+    return write_suite(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def results(tiny_llama: Path, tuned_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """The scores of both models on a suite like ``suite``. Read-only: the whole session shares them."""
+    shared = write_suite(tmp_path_factory.mktemp("suite"))
+    return evaluate({"tuned": tuned_llama, "base": tiny_llama}, shared, bootstrap=200, device="cpu")
+
+
+def write_suite(folder: Path) -> Suite:
+    """Write the data of the ``suite`` fixture."""
+    write = partial(write_rows, folder)
     places = ["France", "Paris", "beginning", "earth", "review", "fox", "dog"]
     questions = [
         {
@@ -87,11 +103,11 @@ def suite(tmp_path: Path, write: Callable[[str, Iterable[Any]], str]) -> Suite:
             {"name": "say", "kind": "generate", "data": "facts.jsonl", "prompt": "{{ q }}", "answer": "{{ gold }}",
              "max_new_tokens": 4},
         ],
-        folder=tmp_path,
+        folder=folder,
     )  # fmt: skip
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_results() -> Callable[..., Results]:
     """Results from item scores, ``{model: {task: [0, 1, ...]}}``; tasks named ``up...`` are upstream."""
 

@@ -44,11 +44,6 @@ class Recorder:
         self.notes.append(text)
 
 
-@pytest.fixture
-def results(tiny_llama: Path, tuned_llama: Path, suite: Suite) -> Results:
-    return evaluate({"tuned": tuned_llama, "base": tiny_llama}, suite, bootstrap=200, device="cpu")
-
-
 def test_scores_of_every_kind(results: Results, tiny_llama: Path) -> None:
     assert list(results.models) == ["base", "tuned"]  # the base first, however it was given
     assert [task.name for task in results.tasks] == ["facts", "prose", "verdict", "say"]

@@ -6,6 +6,7 @@ Nothing here imports ktmerge. Deltas are the float32 differences the formulas ar
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from hashlib import blake2b
 from typing import Any
 
@@ -40,11 +41,13 @@ def stream_key(seed: int, purpose: str, expert: str, tensor: str) -> int:
     return int.from_bytes(blake2b(message, digest_size=8).digest(), "little")
 
 
+@cache
 def words(key: int, count: int) -> np.ndarray:
     blocks = [philox_block((block & 0xFFFFFFFF, block >> 32, 0, 0), key) for block in range(-(-count // 4))]
     return np.array(blocks, dtype=np.uint64).reshape(-1)[:count]
 
 
+@cache
 def splitmix(key: int, count: int) -> np.ndarray:
     """The first outputs of SplitMix64 with that seed, by stepping its state."""
     found, state = [], key

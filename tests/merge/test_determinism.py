@@ -7,7 +7,8 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -87,42 +88,48 @@ def digest(folder: Path, out: Path, document: dict[str, Any]) -> str:
     return found.hexdigest()
 
 
+@pytest.fixture(scope="module")
+def expected(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """The digest of a blend as this machine makes it when left alone."""
+    folder = tmp_path_factory.mktemp("expected")
+    return cache(lambda kind: digest(models, folder / "out", recipe(BLENDS[kind])))
+
+
 @pytest.mark.parametrize("kind", BLENDS)
 def test_threads_and_pieces_do_not_show(
-    kind: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, models: Path, expected: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    document = recipe(BLENDS[kind])
-    expected = digest(models, tmp_path / "out", document)
+    document, alone = recipe(BLENDS[kind]), expected(kind)
     for cores, piece, held in [(1, 1 << 20, 1 << 27), (7, 1 << 20, 1 << 27), (3, 512, 1 << 27), (2, 1 << 20, 1 << 17)]:
         monkeypatch.setattr(fused, "cores", lambda count=cores: count)
         monkeypatch.setattr(general, "cores", lambda count=cores: count)
         monkeypatch.setattr(fused, "PIECE", piece)
         monkeypatch.setattr(fused, "HELD", held)
-        assert digest(models, tmp_path / "out", document) == expected, (cores, piece, held)
+        assert digest(models, tmp_path / "out", document) == alone, (cores, piece, held)
 
 
 @pytest.mark.parametrize("kind", ["ties", "ties global"])
 def test_samples_and_noted_candidates_do_not_show(
-    kind: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, models: Path, expected: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a sample or none, and with room for all candidates of a threshold, for some, or for none."""
-    expected = digest(models, tmp_path / "out", recipe(BLENDS[kind]))
+    alone = expected(kind)
     for large, few in [(1, 1 << 21), (1, 300), (1, 0), (1 << 30, 1 << 21), (1 << 30, 0)]:
         monkeypatch.setattr(selection, "_LARGE", large)
         monkeypatch.setattr(selection, "_FEW", few)
         monkeypatch.setattr(fused, "PIECE", 1 << 10)
-        assert digest(models, tmp_path / "out", recipe(BLENDS[kind])) == expected, (large, few)
+        assert digest(models, tmp_path / "out", recipe(BLENDS[kind])) == alone, (large, few)
 
 
 @pytest.mark.parametrize("kind", BLENDS)
 def test_kernels_order_and_shards_do_not_show(
-    kind: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, models: Path, expected: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = digest(models, tmp_path / "out", recipe(BLENDS[kind]))
+    alone = expected(kind)
     monkeypatch.setenv("KTMERGE_KERNELS", "reference")
-    assert digest(models, tmp_path / "out", recipe(BLENDS[kind])) == expected
+    assert digest(models, tmp_path / "out", recipe(BLENDS[kind])) == alone
     monkeypatch.delenv("KTMERGE_KERNELS")
-    assert digest(models, tmp_path / "out", recipe(BLENDS[kind], ("c", "a", "b"))) == expected
+    assert digest(models, tmp_path / "out", recipe(BLENDS[kind], ("c", "a", "b"))) == alone
     other = tmp_path / "sharded"
     other.mkdir()
     for number, name in enumerate(("base", *EXPERTS)):
@@ -130,7 +137,7 @@ def test_kernels_order_and_shards_do_not_show(
         names = sorted(tensors, reverse=bool(number % 2))
         cut = 1 + number % 3
         save(other / name, [{key: tensors[key] for key in part} for part in (names[:cut], names[cut:])])
-    assert digest(other, tmp_path / "out", recipe(BLENDS[kind])) == expected
+    assert digest(other, tmp_path / "out", recipe(BLENDS[kind])) == alone
 
 
 def test_another_process_on_one_core_writes_the_same_files(models: Path, tmp_path: Path) -> None:
