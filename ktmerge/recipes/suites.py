@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
 from ktmerge.recipes.harness import HarnessTask, named
 
@@ -200,8 +201,10 @@ class Suite(BaseModel):
     selection: float = Field(
         0.0, ge=0, lt=1, description="share of every set's rows kept for choosing recipes and never reported on"
     )
-    folder: Path = Field(Path("."), exclude=True, description="where relative data paths start; set by the loader")
-    places: dict[str, str] = Field(
+    folder: SkipJsonSchema[Path] = Field(
+        Path("."), exclude=True, description="where relative data paths start; set by the loader"
+    )
+    places: SkipJsonSchema[dict[str, str]] = Field(
         default_factory=dict, exclude=True, description="file and line of each task; set by the loader"
     )
 
