@@ -31,7 +31,16 @@ _SMALL = 1 << 20
 _HEADER = 30
 _ENCRYPTED = 0x1 | 0x40 | 0x2000
 _TIME = (1980, 1, 1, 0, 0, 0)
-_BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError, RuntimeError, struct.error)
+_BROKEN = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    NotImplementedError,
+    ValueError,
+    RuntimeError,
+    OverflowError,
+    struct.error,
+)
 
 
 def write_archive(target: Path, files: Mapping[str, Path]) -> None:
@@ -154,6 +163,8 @@ class Archive:
         name = info.orig_filename
         if kind and not (stat.S_ISREG(kind) or (stat.S_ISDIR(kind) and self._is_folder(info))):
             raise UsageError(f"{self._where}: '{name}' is a link or a device; nothing was unpacked.")
+        if info.filename != name:  # an entry may bring a second name along, which newer zip libraries prefer
+            raise UsageError(f"{self._where}: '{name}' has two names; nothing was unpacked.")
         if info.flag_bits & _ENCRYPTED:
             raise UsageError(f"{self._where}: '{name}' is encrypted; nothing was unpacked.")
         stored = info.compress_type == zipfile.ZIP_STORED

@@ -86,6 +86,19 @@ def test_a_folder_may_have_an_entry_of_its_own(place: Path) -> None:
     assert Path("out/suites/suite.yaml").is_file()
 
 
+def test_a_second_name_beside_the_first(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As newer zip libraries take it from an extra field."""
+    decoded = zipfile.ZipInfo._decodeExtra  # type: ignore[attr-defined]
+
+    def renaming(info: zipfile.ZipInfo, *rest: Any) -> None:
+        decoded(info, *rest)
+        if info.filename == "README.md":
+            info.filename = "../evil.md"
+
+    monkeypatch.setattr(zipfile.ZipInfo, "_decodeExtra", renaming)
+    refused(place / "r.ktr", "two names")
+
+
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("twin", ["recipe.yaml", "RECIPE.yaml", "Suites/suite.yaml", "suites/SUITE.yaml", "readme.md"])
 def test_names_twice_or_in_another_case(place: Path, twin: str) -> None:
