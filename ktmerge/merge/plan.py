@@ -283,7 +283,11 @@ def _open_experts(recipe: Recipe, base: Checkpoint | None, problems: list[str]) 
     opened = {}
     for name in sorted(recipe.experts):
         where = f"experts.{name}.model"
-        checkpoint = _collect(problems, partial(_open, recipe, where, recipe.experts[name].model, base))
+        model = recipe.experts[name].model
+        checkpoint = _collect(problems, partial(_open, recipe, where, model, base))
+        tuned = recipe.finetune is not None and name in recipe.finetune.experts
+        if checkpoint is None and tuned and not (recipe.folder / model).exists():
+            problems[-1] += " The recipe says how to make it: run 'ktmerge finetune --recipe' or 'ktmerge run' first."
         scheme = None if checkpoint is None else scheme_of(checkpoint)
         if checkpoint is None or base is None:
             continue

@@ -16,6 +16,7 @@ from ktmerge.merge.needs import needs_of
 from ktmerge.merge.plan import Plan, check_recipe, plan_blend
 from ktmerge.merge.settings import blend_setting
 from ktmerge.recipes import gallery, load_recipe
+from ktmerge.recipes.load import parse_recipe
 
 ONE = {"a": ("a", 1.0)}
 TWO = {"a": ("a", 1.0), "b": ("b", 1.0)}
@@ -309,3 +310,10 @@ def test_check_without_checkpoints_finds_the_same_words(recipe_in: Any, tmp_path
     rules = {"method": "ties", "where": [{"part": "visoin", "keep": "base"}]}
     with pytest.raises(UsageError, match="Did you mean 'vision'"):
         check_recipe(recipe_in(tmp_path, {}, rules))
+
+
+def test_an_expert_that_the_recipe_makes_is_said_to_be_missing_so(llamas: Path, recipe_in: Any) -> None:
+    recipe = recipe_in(llamas, {"new": ("new", 1.0)}, {"method": "linear"})
+    document = recipe.model_dump(mode="json", by_alias=True) | {"finetune": {"experts": {"new": {"data": "d.jsonl"}}}}
+    with pytest.raises(UsageError, match="run 'ktmerge finetune --recipe' or 'ktmerge run' first"):
+        plan_blend(parse_recipe(document, "r.yaml", recipe.folder))
