@@ -73,19 +73,25 @@ def trials(part: Part, tuning: Tuning, values: Sequence[float]) -> list[dict[str
     return found if len(found) == len(values) else []
 
 
-def chosen(part: Part, tuning: Tuning, by: str = "H") -> float | None:
-    """The value with the best H, or other gain, on the selection split of this seed; None if not all were tried."""
-    found = trials(part, tuning, tuning.values)
-    sides = sides_of(part, SELECT) if found else None
-    best = (
-        max(found, key=lambda one: float(sides.gains(one["points"][0][SELECT])[by][0]), default=None) if sides else None
-    )
-    return None if best is None else float(best["points"][0]["value"])
+def chosen(part: Part, tuning: Tuning, by: Sequence[str] = ("H", "E")) -> float | None:
+    """The value with the best H on the selection split of this seed, of equals the most E; None if some were not tried.
+
+    Args:
+        part: the seed.
+        tuning: the way.
+        by: the gains to go by, the first that differs.
+    """
+    found = [one["points"][0] for one in trials(part, tuning, tuning.values)]
+    if not found:
+        return None
+    sides = sides_of(part, SELECT)
+    gains = [(sides.gains(point[SELECT]), float(point["value"])) for point in found]
+    return max(gains, key=lambda one: [float(one[0][key][0]) for key in by])[1]
 
 
 def specialist(part: Part) -> float | None:
     """The rate at which the full fine-tune gains most on its task: the one that is blended."""
-    return chosen(part, tuning_of(FULL), by="E")
+    return chosen(part, tuning_of(FULL), by=("E", "H"))
 
 
 def _trained(part: Part, tuning: Tuning, rate: float) -> tuple[Any, dict[str, Any]]:
