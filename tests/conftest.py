@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,13 @@ CORPUS = [
     "def add(first, second):\n    return first + second\n",
     "In the beginning the heaven and the earth were without form, and void.",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_loaded_stays() -> None:
+    """Modules and collected tests are not searched for garbage again each time that a run tidies its memory up."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
