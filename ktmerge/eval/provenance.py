@@ -54,7 +54,8 @@ def _of(lock: Any, text: str) -> Provenance:
     blend = dict(recipe.get("blend") or {})
     method = blend.pop("method", "stages")
     knobs = ", ".join(f"{key} {value}" for key, value in blend.items() if isinstance(value, (int, float, str)))
-    rules = f", {len(blend['where'])} rules" if blend.get("where") else ""
+    count = len(blend.get("where") or ())
+    rules = f", {count} rule{'s' if count > 1 else ''}" if count else ""
     inputs = {
         name: ", ".join(
             f"{file} {one['sha256'][:12]}" for file, one in given["files"].items() if file.endswith(".safetensors")
