@@ -8,12 +8,9 @@ import sys
 from types import FrameType
 from typing import Any
 
-import typer
-
-from ktmerge.commands import app
 from ktmerge.errors import KtmergeError, ToldElsewhereError
 
-__all__ = ["app", "main"]
+__all__ = ["main"]
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
@@ -47,6 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _exit_code(arguments: list[str] | None) -> int:
     try:
+        from ktmerge.commands import app  # only now: a signal while it is imported is answered like any other
+
         result: Any = app(args=arguments, standalone_mode=False)
     except KtmergeError as error:
         if _stopped:
@@ -56,13 +55,14 @@ def _exit_code(arguments: list[str] | None) -> int:
 
             console.fail(str(error))
         return error.exit_code
-    except (typer.Abort, KeyboardInterrupt):
+    except KeyboardInterrupt:
         return _interrupted()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Exception, SystemExit) as error:
-        if _stopped:  # typer leaves by itself, and some libraries fail oddly when stopped while they are imported
+        # typer leaves by itself, and some libraries fail oddly when stopped while they are imported
+        if _stopped or _is_abort(error):
             return _interrupted()
         if not hasattr(error, "exit_code") or not hasattr(error, "show"):
             raise
@@ -72,6 +72,12 @@ def _exit_code(arguments: list[str] | None) -> int:
     if _stopped:
         return _interrupted()
     return result if isinstance(result, int) else 0
+
+
+def _is_abort(error: BaseException) -> bool:
+    """Whether a question on the terminal was left without an answer."""
+    typer = sys.modules.get("typer")
+    return typer is not None and isinstance(error, typer.Abort)
 
 
 def _interrupted() -> int:

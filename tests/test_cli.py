@@ -26,6 +26,21 @@ def test_a_signal_after_the_work_changes_nothing(number: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_signal_at_the_start_is_answered_in_a_sentence() -> None:
+    """Commands are still being imported then."""
+    code = (
+        "import os, signal, sys\n"
+        "from ktmerge.cli import main\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'typer' and sys.meta_path.remove(self) is None: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        "main(['--version'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "error: interrupted; nothing was left half-written.\n")
+
+
 def test_help_lists_commands_in_the_order_of_the_work() -> None:
     from ktmerge.commands import app
 

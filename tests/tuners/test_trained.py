@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from ktmerge import api
 from ktmerge.checkpoints import Checkpoint
-from ktmerge.cli import app
+from ktmerge.commands import app
 from ktmerge.errors import UsageError
 
 
