@@ -97,7 +97,7 @@ def test_recipe_and_lock_come_from_the_model_s_folder(make_results: Make, tmp_pa
     (tmp_path / "ktmerge.lock.yaml").write_text(yaml.safe_dump(lock))
     with_folder(results, "a", tmp_path)
     page = render(results)
-    assert "ties: density 0.2, lambda 0.8, 1 rules" in page
+    assert "ties: density 0.2, lambda 0.8, 1 rule" in page
     assert "<title>a: E +100.0, F -50.0\nties: density 0.2" in page
     assert 'href="#model-1"' in page
     assert 'id="model-1"' in page
