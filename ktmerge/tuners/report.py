@@ -54,16 +54,29 @@ class FinetuneReport:
         shown = {
             "tuned model": str(self.out),
             "samples": f"{counts['samples']}{dropped}; {counts['tokens']} tokens, {counts['trained_tokens']} trained",
-            "steps": f"{run['steps']} in {run['seconds']:.0f} s, {run['tokens_per_second']:.0f} tokens/s, "
-            f"{run['device']}, {run['precision']}",
+            "steps": f"{run['steps']}{_shown_stop(run)} in {run['seconds']:.0f} s, "
+            f"{run['tokens_per_second']:.0f} tokens/s, {run['device']}, {run['precision']}",
             **_shown_part(run),
             "training loss": f"{losses['first']:.4f} -> {losses['last']:.4f}",
         }
         for name in ("upstream", "downstream"):
             values = [one[name] for one in losses["evaluations"] if name in one]
             if values:
-                shown[f"{name} loss"] = f"{values[0]:.4f} -> {values[-1]:.4f}"
+                shown[f"{name} loss"] = f"{values[0]:.4f} -> {self._of_result(name, values[-1]):.4f}"
         return shown
+
+    def _of_result(self, name: str, last: float) -> float:
+        """The loss on an evaluation set of what was saved, which need not be the weights of the last step."""
+        run, evaluations = self.record["run"], self.record["losses"]["evaluations"]
+        if "average" in run and self.record["job"]["export"] != "last":
+            return float(run["average"].get("losses", {}).get(name, last))
+        kept = [one[name] for one in evaluations if one["step"] == run.get("result_of_step") and name in one]
+        return float(kept[-1]) if kept else last
+
+
+def _shown_stop(run: dict[str, Any]) -> str:
+    """Which step the result is of, if not the last."""
+    return f" (result: step {run['result_of_step']})" if "result_of_step" in run else ""
 
 
 def _shown_part(run: dict[str, Any]) -> dict[str, str]:

@@ -167,3 +167,23 @@ def test_a_run_without_memory_keeps_its_last_step_and_goes_on_with_less(
     assert sha256(tmp_path / "out") == sha256(tmp_path / "whole")
     tune(base, tmp_path, "less", batch_size=2, gradient_accumulation=2, activation_checkpointing=True, resume=True)
     assert json.loads((tmp_path / "less/ktmerge-run.json").read_text())["run"]["steps"] == 9
+
+
+@pytest.mark.parametrize(
+    ("run", "export", "shown"),
+    [
+        ({}, "average", "2.0000 -> 4.0000"),
+        ({"stopped_at": 4, "result_of_step": 2}, "average", "2.0000 -> 3.0000"),
+        ({"average": {"losses": {"upstream": 2.5}}}, "both", "2.0000 -> 2.5000"),
+        ({"average": {"losses": {"upstream": 2.5}}}, "last", "2.0000 -> 4.0000"),
+    ],
+)
+def test_the_loss_that_is_told_is_that_of_what_was_saved(
+    tuned: Tuned, run: dict[str, Any], export: str, shown: str
+) -> None:
+    record = dict(tuned[1].record)
+    evaluations = [{"step": step, "upstream": loss} for step, loss in ((0, 2.0), (2, 3.0), (4, 4.0))]
+    record |= {"run": record["run"] | run, "job": record["job"] | {"export": export}}
+    pairs = FinetuneReport(Path("out"), record | {"losses": record["losses"] | {"evaluations": evaluations}}).pairs()
+    assert pairs["upstream loss"] == shown
+    assert ("(result: step 2)" in pairs["steps"]) == ("result_of_step" in run)

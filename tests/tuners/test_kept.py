@@ -78,7 +78,8 @@ def test_replay_is_counted_in_every_batch(tiny_llama: Path, tmp_path: Path, monk
     monkeypatch.setattr(Collator, "__call__", counting)
     report = tune(tiny_llama, tmp_path, replay="chats.jsonl", max_steps=None, epochs=2)
     assert report.record["run"]["steps"] == 20
-    assert batches[:20] == [(3, 1)] * 20
+    trained = [batch for batch in batches if sum(batch) > 1]  # before the first step a single sample is tried
+    assert trained[:20] == [(3, 1)] * 20
 
 
 @pytest.mark.slow
