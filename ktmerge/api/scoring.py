@@ -230,7 +230,11 @@ def report(
     further = {
         Path(path): make for path, make in ((markdown, listing.markdown), (csv, listing.comma_separated)) if path
     }
-    for target in (Path(out), *further):
+    targets = [Path(out), *(Path(path) for path in (markdown, csv) if path)]
+    read = {_score_file(Path(path)).resolve() for path in paths}
+    for number, target in enumerate(targets):
+        if target.resolve() in read | {one.resolve() for one in targets[:number]}:
+            raise UsageError(f"{target}: is read or written by this report already; give every output its own name.")
         refuse_existing(target, overwrite)
     page = evaluation.report(
         results, Path(out), recipes=texts, title=title, layers=_layers(results, progress) if layers else None,

@@ -155,7 +155,7 @@ def test_what_does_not_compare_is_refused(tmp_path: Path, change: dict[str, Any]
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("notes.txt", "hello", "is a result or sample file"),
+        ("notes.txt", "hello", "notes.txt: is not a result or sample file"),
         ("results_2026.json", "{}", "not a results file"),
         ("samples_quiz_2026-11-21T14-51-07.1.jsonl", "", "no samples in it"),
         ("samples_quiz_2026-11-21T14-51-07.1.jsonl", '{"doc_id": 0, "acc": 1}\n{"acc": 1}\n', "line 2: a sample has"),

@@ -133,6 +133,20 @@ def test_several_runs_in_one_page(make_results: Make, tmp_path: Path, capsys: py
         api.report(given, tmp_path / "new.html")
 
 
+def test_a_report_neither_eats_its_input_nor_an_output(make_results: Make, tmp_path: Path) -> None:
+    scores = tmp_path / "scores.json"
+    make_results({"base": {"up": [1, 1], "down": [0, 0]}, "a": {"up": [1, 1], "down": [1, 0]}}).save(scores)
+    before = scores.read_bytes()
+    once = tmp_path / "once"
+    for given in ({"out": scores}, {"out": once, "csv": scores}, {"out": once, "markdown": once}):
+        with pytest.raises(UsageError, match="is read or written by this report already"):
+            api.report(tmp_path, overwrite=True, **given)
+    with pytest.raises(UsageError, match="already"):
+        api.report(scores, tmp_path / "page.html", markdown=once, csv=tmp_path / "x" / ".." / "once")
+    assert sorted(tmp_path.iterdir()) == [scores]
+    assert scores.read_bytes() == before
+
+
 def test_sets_without_items_are_left_out(make_results: Make) -> None:
     results = make_results({"base": {"up": [1, 1]}, "a": {"up": [1, 1]}})
     assert telling(results, results.tasks[0]) == []

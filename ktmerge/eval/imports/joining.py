@@ -96,9 +96,9 @@ def read_files(paths: Sequence[Path]) -> Sets:
         inside = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
         read = [(one, _read(one)) for one in inside]
         if not any(found for _, found in read):
-            what = "no file in it" if path.is_dir() else "it"
+            what = "no file in it is" if path.is_dir() else "is not"
             raise UsageError(
-                f"{path}: {what} is a result or sample file of lm_eval or lmms-eval, "
+                f"{path}: {what} a result or sample file of lm_eval or lmms-eval, "
                 "or a marked table or total of VLMEvalKit."
             )
         for _, found in read:
