@@ -85,6 +85,10 @@ def test_what_is_not_there_suggests_what_is(tmp_path: Path) -> None:
     assert folder == "data: is a folder; name the data files in it. Valid: capitals.jsonl."
 
 
+def test_a_device_without_end_is_not_read() -> None:
+    assert read_rows(Path("/dev/zero"), "data").problems == ["data: is a device, no file."]
+
+
 def test_a_listing_shows_five_and_counts_the_rest() -> None:
     assert listing(["a", "b"]) == "a\nb"
     assert listing([str(n) for n in range(7)]) == "0\n1\n2\n3\n4\n... and 2 more problems in the data."
