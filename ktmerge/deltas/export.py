@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from ktmerge.checkpoints import Checkpoint, Reader, TensorInfo, refuse_overlap
 from ktmerge.checkpoints.digests import digest_of
@@ -22,6 +23,8 @@ from ktmerge.deltas.pieces import cast, code, code_within, relative, width
 from ktmerge.deltas.report import DeltaReport
 from ktmerge.errors import UsageError
 from ktmerge.progress import SILENT, Progress
+
+Result = TypeVar("Result")
 
 _EXACT_PIECE = 1 << 22
 _LOSSY_PIECE = 1 << 25
@@ -74,20 +77,32 @@ def export_delta(
 
 
 class _Blobs:
-    """Bytes one after the other in a file; safe to share among threads."""
+    """Bytes one after the other in a file."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
         self._end = 0
-        self._lock = threading.Lock()
 
     def add(self, blob: bytes) -> tuple[int, int]:
         """Append ``blob``; return where it begins, and its length."""
-        with self._lock:
-            begin = self._end
-            self._stream.write(blob)
-            self._end += len(blob)
+        begin = self._end
+        self._stream.write(blob)
+        self._end += len(blob)
         return begin, len(blob)
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, work: Callable[[TensorInfo], Result], infos: Iterable[TensorInfo]
+) -> Iterator[tuple[TensorInfo, Result]]:
+    """Results in the order of ``infos``, a few of them made ahead: the same model gives the same bytes."""
+    running: deque[tuple[TensorInfo, Future[Result]]] = deque()
+    for info in infos:
+        running.append((info, pool.submit(work, info)))
+        if len(running) > 2 * _THREADS:
+            first, future = running.popleft()
+            yield first, future.result()
+    for info, future in running:
+        yield info, future.result()
 
 
 class _Export:
@@ -105,13 +120,16 @@ class _Export:
             ThreadPoolExecutor(_THREADS) as pool,
         ):
 
-            def coded(info: TensorInfo) -> Tensor:
+            def coded(info: TensorInfo) -> tuple[Tensor, list[list[bytes]]]:
                 found = self._tensor(info, below, above)
                 step.advance(info.nbytes)
                 return found
 
-            infos = sorted(self._model.tensors.values(), key=lambda info: -info.nbytes)
-            tensors = dict(zip((info.name for info in infos), pool.map(coded, infos), strict=True))
+            tensors: dict[str, Tensor] = {}
+            for info, (tensor, blobs) in _in_order(pool, coded, self._model.tensors.values()):
+                places = (tuple(map(self._blobs.add, piece)) for piece in blobs)
+                pieces = (replace(piece, blobs=spans) for piece, spans in zip(tensor.pieces, places, strict=True))
+                tensors[info.name] = replace(tensor, pieces=tuple(pieces))
         for checkpoint in (self._base, self._model):
             with checkpoint.reader() as reader:
                 reader.check_unchanged()
@@ -120,7 +138,7 @@ class _Export:
             base={"model": name, "headers": self._base.header_digest()},
             exact=self._error is None,
             files=files,
-            tensors={name: tensors[name] for name in self._model.tensors},
+            tensors=tensors,
             others={file: self._other(file) for file in self._others()},
         )
 
@@ -131,12 +149,15 @@ class _Export:
             stream.seek(0)
             return path.stat().st_size, self._blobs.add(packed(stream.read(8 + length)))
 
-    def _tensor(self, info: TensorInfo, below: Reader, above: Reader) -> Tensor:
+    def _tensor(self, info: TensorInfo, below: Reader, above: Reader) -> tuple[Tensor, list[list[bytes]]]:
+        """A tensor, and of each of its pieces the blobs, which have no places yet."""
         twin = self._base.tensors.get(info.name)
         if twin is not None and (twin.shape != info.shape or not _comparable(twin.dtype, info.dtype)):
             twin = None
         digest, base_digest = hashlib.sha256(), hashlib.sha256()
-        pieces, left_out, change = [], 0.0, 0.0
+        pieces: list[Piece] = []
+        blobs: list[list[bytes]] = []
+        left_out, change = 0.0, 0.0
         lossy = self._error is not None and twin is not None and info.dtype in FLOATS and info.dtype != "F64"
         for start, stop in _spans(info, _LOSSY_PIECE if lossy else _EXACT_PIECE):
             target = read_bits(above, info, start, stop)
@@ -152,11 +173,12 @@ class _Export:
                 coded = code(target, reference, info.dtype)
             left_out, change = left_out + coded.left_out, change + coded.change
             digest.update((target if coded.decoded is None else coded.decoded).data)
-            places = tuple(self._blobs.add(blob) for blob in coded.blobs)
-            pieces.append(Piece(coded.count, coded.coding, places, coded.parameters))
+            blobs.append(coded.blobs)
+            pieces.append(Piece(coded.count, coded.coding, (), coded.parameters))
         error = relative(left_out, change)
         checked = base_digest.hexdigest() if twin is not None else ""
-        return Tensor(info.file, info.dtype, info.begin, info.end, checked, digest.hexdigest(), error, tuple(pieces))
+        sha256 = digest.hexdigest()
+        return Tensor(info.file, info.dtype, info.begin, info.end, checked, sha256, error, tuple(pieces)), blobs
 
     def _others(self) -> Iterator[str]:
         indexes = [self._model.index_file, *(f"{branch}/{index}" for branch, index in self._model.branches if index)]

@@ -70,6 +70,8 @@ def test_an_exact_delta_gives_every_byte_back(place: Path) -> None:
     assert str(place) not in (place / "delta" / FILE).read_text()
     api.apply_delta(place / "base", place / "delta", place / "again")
     assert contents(place / "again") == contents(place / "model")
+    api.export_delta(place / "base", place / "model", place / "twin")
+    assert contents(place / "twin") == contents(place / "delta")
 
 
 def test_shards_and_index_come_back(place: Path) -> None:
