@@ -29,6 +29,8 @@ Result = TypeVar("Result")
 _EXACT_PIECE = 1 << 22
 _LOSSY_PIECE = 1 << 25
 _THREADS = 2
+_RECORDS = frozenset({"ktmerge.json", "ktmerge-run.json"})
+"""What a model's folder says of how it was made; it does not travel into blends of it, but belongs to the model."""
 _SMALL = 1 << 26
 """Bytes of a file beside the weights that a delta holds; larger ones are no part of a model."""
 
@@ -184,6 +186,7 @@ class _Export:
         indexes = [self._model.index_file, *(f"{branch}/{index}" for branch, index in self._model.branches if index)]
         yield from (index for index in indexes if index)
         yield from self._model.other_files
+        yield from (file for file in self._model.left_behind if file.rpartition("/")[2] in _RECORDS)
 
     def _other(self, file: str) -> Other:
         path = self._model.root / file

@@ -54,6 +54,7 @@ def place(tmp_path: Path) -> Path:
         (folder / "config.json").write_text('{"model_type": "x"}')
         (folder / "tokenizer.json").write_text('{"of": "both"}')
     (tmp_path / "model" / "notes.md").write_text("only here")
+    (tmp_path / "model" / "ktmerge.json").write_text('{"kind": "blend"}')
     return tmp_path
 
 
