@@ -21,9 +21,7 @@ RECIPE_STEPS: dict[int, Step] = {}
 SUITE_STEPS: dict[int, Step] = {}
 
 
-def migrated(
-    document: Mapping[str, Any], key: str, present: int, steps: Mapping[int, Step], where: str
-) -> Document:
+def migrated(document: Mapping[str, Any], key: str, present: int, steps: Mapping[int, Step], where: str) -> Document:
     """A document in the present version.
 
     Args:
