@@ -34,9 +34,10 @@ ALLOWED = {
     "__main__": {"cli"},
     "drawing": set(),
     "errors": set(),
+    "markdown": set(),
     "progress": set(),
 }
-SHARED = {"drawing", "errors", "progress", "__version__"}
+SHARED = {"drawing", "errors", "markdown", "progress", "__version__"}
 HEAVY = ("torch", "transformers", "mergekit", "datasets", "matplotlib", "pandas", "pyarrow", "scipy", "optuna")
 
 

@@ -7,6 +7,7 @@ import io
 from typing import TYPE_CHECKING
 
 from ktmerge.eval.summary import FORMULAS, Estimate
+from ktmerge.markdown import line, table
 
 if TYPE_CHECKING:
     from ktmerge.eval.results import Results
@@ -28,11 +29,17 @@ def markdown(results: Results) -> str:
     used = [f"* {FORMULAS[key]}" for key in keys if key in FORMULAS]
     items = sum(len(task.rows) for task in results.tasks)
     measured = (
-        f"Suite {_plain(results.suite)}, sha256 `{results.suite_digest[:16]}`, {items} items; brackets are 95 % "
+        f"Suite {line(results.suite)}, sha256 `{results.suite_digest[:16]}`, {items} items; brackets are 95 % "
         f"intervals of a paired bootstrap over items, {results.bootstrap} resamples, seed {results.seed}."
     )
-    cautions = "\n".join(f"* {_plain(caution)}" for caution in results.cautions)
-    parts = ["## What was learned, what was kept", _table(board), "\n".join(used), "### Raw scores", _table(raw)]
+    cautions = "\n".join(f"* {line(caution)}" for caution in results.cautions)
+    parts = [
+        "## What was learned, what was kept",
+        table(board[0], board[1:]),
+        "\n".join(used),
+        "### Raw scores",
+        table(raw[0], raw[1:]),
+    ]
     return "\n\n".join([*parts, measured, *([cautions] if cautions else [])]) + "\n"
 
 
@@ -77,13 +84,3 @@ def _told(estimate: Estimate | None, *, signed: bool) -> str:
 
 def _numbers(estimate: Estimate) -> list[str]:
     return [f"{number:.6g}" for number in (estimate.value, estimate.low, estimate.high)]
-
-
-def _table(rows: list[list[str]]) -> str:
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join(f"| {' | '.join(_plain(cell) for cell in line)} |" for line in lines)
-
-
-def _plain(text: str) -> str:
-    """Text that a stranger chose, in one cell and without markup."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

@@ -12,6 +12,7 @@ import yaml
 from ktmerge import __version__
 from ktmerge.checkpoints import Checkpoint
 from ktmerge.checkpoints.hub import hub_name
+from ktmerge.markdown import block, line, table
 from ktmerge.merge.plan import Plan
 from ktmerge.merge.record import FILE as RECORD
 from ktmerge.merge.record import portable_recipe
@@ -31,21 +32,21 @@ def card(plan: Plan, report: BlendReport) -> str:
     sections = [
         f"{_FENCE}\n{yaml.safe_dump(_front_matter(plan, told), sort_keys=False, allow_unicode=True)}{_FENCE}",
         f"# {recipe.name}",
-        *([_line(recipe.description)] if recipe.description else []),
+        *([line(recipe.description)] if recipe.description else []),
         f"{_origin(plan)} It has the base's architecture, tensor names and inference cost.",
-        _table(["role", "model", "weight"], _inputs(told)),
+        table(["role", "model", "weight"], _inputs(told)),
         "## Recipe",
-        _block("yaml", text),
+        block("yaml", text),
         f"Saved as `recipe.yaml` beside these models, it gives the same bytes again with ktmerge {__version__} "
         f"(`{RECORD}` has the versions, and the digests to compare with):",
-        _block("bash", f"ktmerge blend --recipe recipe.yaml --out {recipe.name}\n"),
+        block("bash", f"ktmerge blend --recipe recipe.yaml --out {recipe.name}\n"),
         "## How far it moved",
-        _table(*report.table()[:2]),
+        table(*report.table()[:2]),
         "*moved by*: norm of the merged change over the norm of the base. *stored*: share of that change that the "
         "stored values show after rounding. *changed*: share of the elements that differ from the base.",
     ]
     if report.notes:
-        sections += ["## Notes", "\n".join(f"* {_line(note)}" for note in report.notes)]
+        sections += ["## Notes", "\n".join(f"* {line(note)}" for note in report.notes)]
     return "\n\n".join(sections) + "\n"
 
 
@@ -93,28 +94,11 @@ def _origin(plan: Plan) -> str:
     methods = dict.fromkeys(tensor.pipeline.method for tensor in plan.tensors if tensor.pipeline is not None)
     experts = len(plan.experts)
     fine_tunes = "one fine-tune" if experts == 1 else f"{experts} fine-tunes"
-    how = f" by {', '.join(f'`{_line(method)}`' for method in methods)}" if methods else ""
+    how = f" by {', '.join(f'`{line(method)}`' for method in methods)}" if methods else ""
     return f"{fine_tunes.capitalize()} of a base model, blended with it{how} by ktmerge {__version__}."
 
 
 def _inputs(told: dict[str, Any]) -> list[list[str]]:
-    rows = [["base", f"`{_line(told['base'])}`", ""]]
+    rows = [["base", f"`{line(told['base'])}`", ""]]
     experts = told["experts"].items()
-    return rows + [[name, f"`{_line(expert['model'])}`", f"{expert['weight']:g}"] for name, expert in experts]
-
-
-def _table(columns: list[str], rows: list[list[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(_line(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-
-
-def _block(language: str, text: str) -> str:
-    fence = "```"
-    while fence in text:
-        fence += "`"
-    return f"{fence}{language}\n{text}{fence}"
-
-
-def _line(text: str) -> str:
-    """Text that a stranger chose, on one line and without markup that a page would run."""
-    return " ".join(text.split()).replace("<", "&lt;")
+    return rows + [[name, f"`{line(expert['model'])}`", f"{expert['weight']:g}"] for name, expert in experts]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
 from ktmerge import __version__
+from ktmerge.markdown import block, line, table
 from ktmerge.recipes.schema import Recipe
 from ktmerge.sharing import contents
 from ktmerge.sharing.command import apply_command, blend_command
@@ -36,21 +36,21 @@ def card(recipe: Recipe, text: str, inputs: dict[str, Input], licences: dict[str
     sections = [
         f"---\n{yaml.safe_dump(_front_matter(inputs), sort_keys=False, allow_unicode=True)}---",
         f"# {recipe.name}",
-        *([_line(recipe.description)] if recipe.description else []),
+        *([line(recipe.description)] if recipe.description else []),
         f"A recipe of ktmerge {__version__}: it says how these models are blended into one. It is data, has no weights "
         f"of its own, and `{contents.LOCK}` pins every file that goes in by its sha256.",
-        _table(("role", "model", "files", "digest", "licence"), rows),
+        table(("role", "model", "files", "digest", "licence"), rows),
         "## Use it",
-        _block("bash", blend_command(inputs, recipe, "") + "\n"),
-        *([_block("bash", apply_command("") + "\n")] if delta else []),
+        block("bash", blend_command(inputs, recipe, "") + "\n"),
+        *([block("bash", apply_command("") + "\n")] if delta else []),
         "## Recipe",
-        _block("yaml", text),
+        block("yaml", text),
     ]
     if recipe.finetune is not None:
         told = recipe.finetune.model_dump(mode="json", by_alias=True, exclude_unset=True)
         for job in told["experts"].values():
             _tell_names(job)
-        sections += ["## How the experts were tuned", _block("yaml", yaml.safe_dump(told, sort_keys=False))]
+        sections += ["## How the experts were tuned", block("yaml", yaml.safe_dump(told, sort_keys=False))]
     return "\n\n".join(sections) + "\n"
 
 
@@ -69,19 +69,3 @@ def _front_matter(inputs: dict[str, Input]) -> dict[str, Any]:
     models = list(dict.fromkeys(part.partition("@")[0] for part in parts if not part.startswith("./")))
     stated = {"base_model": models, "base_model_relation": "merge"} if models else {}
     return {**stated, "tags": ["ktmerge", "merge", "recipe"]}
-
-
-def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [columns, ("---",) * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(_line(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-
-
-def _block(language: str, text: str) -> str:
-    fence = "```"
-    while fence in text:
-        fence += "`"
-    return f"{fence}{language}\n{text}{fence}"
-
-
-def _line(text: str) -> str:
-    return " ".join(text.split()).replace("<", "&lt;")
