@@ -21,7 +21,7 @@ from ktmerge.checkpoints.digests import FileDigest, digest_of, input_files
 from ktmerge.errors import UsageError
 from ktmerge.merge.card import licence
 from ktmerge.merge.plan import Plan
-from ktmerge.merge.record import origin
+from ktmerge.merge.record import inputs_of, origin
 from ktmerge.merge.report import BlendReport
 from ktmerge.recipes.document import read_yaml
 
@@ -97,7 +97,7 @@ def lock(plan: Plan, digests: Digests, report: BlendReport | None = None) -> dic
             "files": {file: asdict(one) for file, one in digests[name].items()},
             **_tuned(checkpoint),
         }
-        for name, checkpoint in _inputs(plan).items()
+        for name, checkpoint in inputs_of(plan).items()
     }
     return {
         "ktmerge_lock": VERSION,
@@ -221,10 +221,6 @@ def _changed_files(name: str, before: Mapping[str, Any], after: Mapping[str, Any
             )
 
 
-def _inputs(plan: Plan) -> dict[str, Checkpoint]:
-    return {"base": plan.base, **{expert.name: expert.checkpoint for expert in plan.experts}}
-
-
 def _is_input(one: Any) -> bool:
     """Whether a lock says of an input what the code that reads locks relies on."""
     files = one.get("files") if isinstance(one, dict) else None
@@ -239,7 +235,7 @@ def _are_digests(found: Any) -> bool:
 
 
 def _files(plan: Plan) -> dict[str, dict[str, Path]]:
-    return {name: input_files(one, carried=name == "base") for name, one in _inputs(plan).items()}
+    return {name: input_files(one, carried=name == "base") for name, one in inputs_of(plan).items()}
 
 
 def _licence(checkpoint: Checkpoint) -> dict[str, str]:

@@ -56,7 +56,7 @@ def recorded(plan: Plan, out: Path, progress: Progress = SILENT) -> BlendReport 
         checkpoint = Checkpoint.open(out)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, UsageError):
         return None
-    newest = max(stamp.mtime_ns for one in _inputs(plan).values() for stamp in one.stamps.values())
+    newest = max(stamp.mtime_ns for one in inputs_of(plan).values() for stamp in one.stamps.values())
     if not same or newest >= written or set(checkpoint.weight_files) != set(report.out):
         return None
     with progress.task(f"check {out.name}", len(report.out)) as step:
@@ -69,7 +69,7 @@ def recorded(plan: Plan, out: Path, progress: Progress = SILENT) -> BlendReport 
 
 def pin(plan: Plan) -> dict[str, Any]:
     """Everything the bytes of an output depend on, the identity of the input files included."""
-    files = {name: _stamps(checkpoint) for name, checkpoint in _inputs(plan).items()}
+    files = {name: _stamps(checkpoint) for name, checkpoint in inputs_of(plan).items()}
     return {**origin(plan), "input files": files}
 
 
@@ -81,13 +81,14 @@ def origin(plan: Plan) -> dict[str, Any]:
         "versions": versions(plan),
         "methods": _semantics(plan),
         "random": {"seed": plan.recipe.seed, "scheme": SCHEME},
-        "inputs": {name: {"headers": checkpoint.header_digest()} for name, checkpoint in _inputs(plan).items()},
+        "inputs": {name: {"headers": checkpoint.header_digest()} for name, checkpoint in inputs_of(plan).items()},
         "coefficients": coefficients_digest(plan),
         **({"statistics": statistics} if statistics else {}),
     }
 
 
-def _inputs(plan: Plan) -> dict[str, Checkpoint]:
+def inputs_of(plan: Plan) -> dict[str, Checkpoint]:
+    """The base, and the experts by name."""
     return {"base": plan.base, **{expert.name: expert.checkpoint for expert in plan.experts}}
 
 
