@@ -5,7 +5,8 @@
     python benchmarks/bench_methods.py --methods ties,tsv_m
 
 Methods that take one expert get one. What methods need measured is drawn at random: it costs them as much as if it were
-true. Checkpoints and statistics are made in --folder and kept for the next call.
+true. Checkpoints and statistics are made in --folder and kept for the next call. Rows are written to --csv as they come,
+and what has a row there is not measured again: a stopped run goes on where it was.
 """
 
 from __future__ import annotations
@@ -67,13 +68,13 @@ def main() -> None:
     folder = arguments.folder / f"{arguments.size}-{arguments.experts}"
     base, experts = make(folder, arguments.size, arguments.experts)
     print(f"{platform.machine()}, {os.cpu_count()} cores; {arguments.size} ({count(arguments.size) / 1e6:.0f}M), bf16")
-    rows = []
-    for name in names:
+    rows = from_csv(arguments.csv) if arguments.csv and arguments.csv.exists() else []
+    for name in [name for name in names if name not in {row.method for row in rows}]:
         rows.append(run(name, folder, base, experts, arguments.limit))
         told = describe(rows[-1].cost) if rows[-1].cost else rows[-1].failure
         print(f"{name:24s} {rows[-1].experts} {told}", flush=True)
-    if arguments.csv:
-        arguments.csv.write_text(to_csv(rows), encoding="utf-8")
+        if arguments.csv:
+            arguments.csv.write_text(to_csv(rows), encoding="utf-8")
     if arguments.markdown:
         arguments.markdown.write_text(to_markdown(rows), encoding="utf-8")
 
@@ -128,6 +129,16 @@ def to_csv(rows: list[Row]) -> str:
         cost = [f"{row.cost.wall:.2f}", f"{row.cost.cpu:.2f}", f"{row.cost.peak_gb:.3f}"] if row.cost else [""] * 3
         writer.writerow([row.method, row.experts, row.data, *cost, row.failure])
     return text.getvalue()
+
+
+def from_csv(path: Path) -> list[Row]:
+    """The rows that an earlier run wrote, without its failures, which are worth another try."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            Row(row["method"], int(row["experts"]), row["data"],
+                Cost(float(row["wall_s"]), float(row["cpu_s"]), float(row["peak_gb"])))
+            for row in csv.DictReader(file) if not row["failure"]
+        ]  # fmt: skip
 
 
 def to_markdown(rows: list[Row]) -> str:
