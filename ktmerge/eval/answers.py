@@ -87,14 +87,14 @@ def _number(text: str) -> float | None:
 def anls(prediction: str, references: Sequence[str], normalise: str = "none") -> float:
     """Best over references of 1 - edit distance / longest length, 0 below 0.5 (arXiv 1905.13648, eq. 1).
 
-    The distance is between lower-case texts with single spaces, the length that of the texts as they are: so does the
-    published evaluation code.
+    The distance is between lower-case texts with single spaces, the length that of the texts as they are, in capitals:
+    so does the published evaluation code.
     """
     return max(_anls(prediction, reference) for reference in references)
 
 
 def _anls(prediction: str, reference: str) -> float:
-    longest = max(len(prediction), len(reference))
+    longest = max(len(prediction.upper()), len(reference.upper()))
     if not longest:
         return 1.0
     a, b = (" ".join(text.lower().split()) for text in (prediction, reference))
@@ -103,13 +103,26 @@ def _anls(prediction: str, reference: str) -> float:
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance: insertions, deletions and replacements of single characters."""
-    row = list(range(len(b) + 1))
-    for i, letter in enumerate(a, 1):
-        before, row[0] = row[0], i
-        for j, other in enumerate(b, 1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (letter != other))
-    return row[-1]
+    """Levenshtein distance: insertions, deletions and replacements of single characters.
+
+    All rows of a column of the usual table at once, as bits of whether a value is one more or one less than the one
+    above it (Hyyrö 2003, after Myers 1999): long answers cost milliseconds.
+    """
+    if not a:
+        return len(b)
+    places: dict[str, int] = {}
+    for i, letter in enumerate(a):
+        places[letter] = places.get(letter, 0) | 1 << i
+    every, last = (1 << len(a)) - 1, 1 << len(a) - 1
+    more, less, distance = every, 0, len(a)
+    for letter in b:
+        equal = places.get(letter, 0)
+        diagonal = (((equal & more) + more) ^ more) | equal | less
+        up, down = less | ~(diagonal | more) & every, more & diagonal
+        distance += bool(up & last) - bool(down & last)
+        up, down = (up << 1 | 1) & every, down << 1 & every
+        more, less = down | ~(diagonal | up) & every, up & diagonal
+    return distance
 
 
 ANSWER: dict[str, Callable[[str, Sequence[str], str], float]] = {

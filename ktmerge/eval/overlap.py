@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -11,13 +10,10 @@ from typing import Any
 import numpy as np
 
 from ktmerge.errors import UsageError
-from ktmerge.eval.treebank import treebank_words
+from ktmerge.eval.captions import caption_words
 
 OVERLAP = ("sentence_bleu", "sentence_chrf", "rouge1", "rouge2", "rougeL", "rougeLsum", "cider")
 PACKAGES = {"sentence_bleu": "sacrebleu", "sentence_chrf": "sacrebleu", "cider": "pycocoevalcap"}
-_LEFT_OUT = frozenset("'\"`.?!,:;-()[]{}<>“”‘’")
-"""Marks that the official evaluation of captions leaves out."""
-_DASHES = re.compile(r"-+|\.+|[–—]+")
 
 
 @dataclass(frozen=True)
@@ -120,21 +116,6 @@ def _cider(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> O
         np.clip(scores, 0.0, 10.0).tolist(),
         signature="CIDEr-D, lower case, words as in the Penn Treebank by a rule, no punctuation",
     )
-
-
-def caption_words(text: str) -> str:
-    """A caption as the words that count, with single spaces: lower case, contractions apart, no punctuation.
-
-    As the official evaluation's tokeniser does, ``a man's well-known dog`` has the words ``man`` and ``'s``. Unlike it,
-    a full stop goes from the end of every word without another one in it, and rare marks (dates, fractions, emoticons)
-    are not told apart.
-    """
-    words = (_without_stop(word) for word in treebank_words(text.lower()))
-    return " ".join(word for word in words if word and word not in _LEFT_OUT and not _DASHES.fullmatch(word))
-
-
-def _without_stop(word: str) -> str:
-    return word[:-1] if word.endswith(".") and "." not in word[:-1] else word
 
 
 def _pairs(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> zip[tuple[str, Sequence[str]]]:

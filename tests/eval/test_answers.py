@@ -8,8 +8,9 @@ from functools import cache
 import pytest
 
 from ktmerge.eval.answers import anls, edit_distance, exact_match, f1, relaxed_accuracy, vqa_accuracy, vqa_simple
+from ktmerge.eval.captions import caption_words
 from ktmerge.eval.normalisation import CONTRACTIONS, number, squad, vqa
-from ktmerge.eval.overlap import caption_words, overlap
+from ktmerge.eval.overlap import overlap
 
 
 @pytest.mark.parametrize(
@@ -155,6 +156,7 @@ def test_anls() -> None:
     assert anls("", [""]) == 1
     assert anls("", ["x"]) == 0
     assert anls("cat", ["dog", "cats"]) == 0.75
+    assert anls("ß", ["xß"]) == pytest.approx(2 / 3), "lengths are those of the capitals: XSS"
 
 
 def test_the_edit_distance_is_levenshteins() -> None:
@@ -165,9 +167,11 @@ def test_the_edit_distance_is_levenshteins() -> None:
         return min(slow(a[1:], b) + 1, slow(a, b[1:]) + 1, slow(a[1:], b[1:]) + (a[0] != b[0]))
 
     source = random.Random(0)
-    for _ in range(200):
-        a, b = ("".join(source.choices("abc", k=source.randint(0, 7))) for _ in range(2))
+    for _ in range(300):
+        a, b = ("".join(source.choices("ab😀", k=source.randint(0, 8))) for _ in range(2))
         assert edit_distance(a, b) == slow(a, b)
+    assert edit_distance("ab" * 5000, "ba" * 5000) == 2
+    assert edit_distance("x" * 10_000, "") == edit_distance("", "x" * 10_000) == 10_000
 
 
 CAPTIONS = [
@@ -233,6 +237,21 @@ def test_cider_is_the_published_definition() -> None:
 def test_captions_lose_case_and_punctuation() -> None:
     assert caption_words('A man\'s "well-known" dog, 2 cats.') == "a man 's well-known dog 2 cats"
     assert caption_words("Two dogs (brown) can't sit. U.S. flags - $5 & up...") == (
-        "two dogs brown ca n't sit u.s. flags $ 5 & up"
+        "two dogs -lrb- brown -rrb- ca n't sit u.s. flags $ 5 & up"
     )
     assert caption_words("It cannot be!") == "it can not be"
+
+
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [  # what Stanford's tokeniser makes of them, without the marks that the evaluation leaves out
+        ("Mr. Smith etc. on St. Mark's, A. and B.", "mr. smith etc. on st. mark 's a. and b"),
+        ("a No. 7 bus. No.", "a no. 7 bus no"),
+        ("A 'stop' sign {x}", "a stop sign -lcb- x -rcb-"),
+        ("it’s a man’s hat… “yes”—no", "it 's a man 's hat yes no"),
+        ("£5, 5¢ and ½ cup of 30°", "# 5 5 cents and 1/2 cup of 30 °"),
+        ("x|y a=b c*d the '90s", "x | y a = b c * d the '90s"),
+    ],
+)
+def test_caption_words_are_the_official_tokenisers(caption: str, words: str) -> None:
+    assert caption_words(caption) == words
