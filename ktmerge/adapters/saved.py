@@ -23,11 +23,17 @@ def save_own(folder: Path, model: Any, settings: Mapping[str, Any]) -> None:
     Args:
         folder: is there; gets a configuration and the weights.
         model: has the adapter, which alone is trained.
-        settings: ``kind`` (bottleneck, conditioned, visual-prompt), ``places``; ``width``, or ``tokens`` and ``size``.
+        settings: ``kind`` (bottleneck, conditioned, visual-prompt, prompt) and what `attach_own` needs for it:
+            ``places`` with ``width``, or with ``tokens`` and ``size``; ``shape``.
     """
     from safetensors.torch import save_file
 
-    tensors = {name: one.detach().contiguous() for name, one in model.named_parameters() if one.requires_grad}
+    tensors = {name: one.detach() for name, one in model.named_parameters() if one.requires_grad}
+    if settings["kind"] == "prompt":
+        from ktmerge.adapters.prompt import prompt_tensors
+
+        tensors = prompt_tensors(model)
+    tensors = {name: one.contiguous() for name, one in tensors.items()}
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     text = json.dumps({"peft_type": OWN, **settings}, indent=2)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
@@ -60,15 +66,18 @@ def attach_own(model: Any, folder: Path, config: Mapping[str, Any]) -> None:
         UsageError: the configuration is not one, or the model has no such places.
     """
     from ktmerge.adapters.bottleneck import attach_bottlenecks
+    from ktmerge.adapters.prompt import attach_prompt_of
     from ktmerge.adapters.visual import attach_visual_prompt
 
     try:
-        if config["kind"] == "visual-prompt":
+        if config["kind"] == "prompt":
+            attach_prompt_of(model, config["shape"])
+        elif config["kind"] == "visual-prompt":
             attach_visual_prompt(model, config["places"][0], config["size"], config["tokens"])
         else:
             conditioned = {"bottleneck": False, "conditioned": True}[config["kind"]]
             attach_bottlenecks(model, config["places"], config["width"], conditioned=conditioned)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise UsageError(f"{folder}: its {CONFIG} does not fit this model: {first_line(error)}.") from None
 
 

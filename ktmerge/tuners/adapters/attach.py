@@ -11,6 +11,7 @@ import peft
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ktmerge.adapters.bottleneck import attach_bottlenecks
+from ktmerge.adapters.prompt import attach_prompt
 from ktmerge.adapters.visual import attach_visual_prompt
 from ktmerge.checkpoints import Checkpoint
 from ktmerge.errors import UsageError, first_line
@@ -34,6 +35,8 @@ from ktmerge.tuners.trained import Trained, choose_adapted
 _WRAPPED = ("prompt", "p-tuning", "prefix", "xlora")
 """What PEFT computes around the model; the others are inside it, and it is trained as the model it is."""
 _OWN = ("bottleneck", "conditioned", "visual-prompt")
+_PROMPTS = ("prompt", "p-tuning", "prefix")
+"""PEFT's for models of text; before models that see it would hide their images from them."""
 
 
 @dataclass(frozen=True)
@@ -96,13 +99,20 @@ def attach(model: Any, base: Checkpoint, job: FinetuneJob, around: Surroundings)
     if adapter is None:
         raise ValueError("the job has no adapter")
     model.requires_grad_(False)
-    if adapter.name in _OWN:
+    if adapter.name in _OWN or (adapter.name in _PROMPTS and sees(model)):
         settings = _attach_own(model, adapter, Places(model, base, job))
         return Adapted(adapter, model, choose_adapted(model, base, job), settings=settings)
     return _attach_by_peft(model, base, job, adapter, around)
 
 
+def sees(model: Any) -> bool:
+    """Whether a model takes images."""
+    return getattr(model.config, "vision_config", None) is not None
+
+
 def _attach_own(model: Any, adapter: Adapter, places: Places) -> dict[str, Any]:
+    if adapter.name in _PROMPTS:
+        return {"kind": "prompt", **attach_prompt(model, adapter.name, adapter.used_tokens)}
     if adapter.name == "visual-prompt":
         place, size = places.connector(), model.config.get_text_config().hidden_size
         attach_visual_prompt(model, place, size, adapter.used_tokens)
