@@ -105,7 +105,8 @@ def recipe_lock(
 
     given: dict[str, Any] = {"overrides": set_ or (), "base": base, "experts": expert or ()}
     if not check:
-        console.print_pairs({"lock": str(api.lock(recipe, out, overwrite=overwrite, **given))})
+        written = {"lock": str(api.lock(recipe, out, overwrite=overwrite, **given))}
+        console.print_json(written) if json_ else console.print_pairs(written)
         return
     found = api.check_lock(recipe, out or api.lock_path(recipe), **given)
     if json_:

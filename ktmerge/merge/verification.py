@@ -78,7 +78,7 @@ def recorded_recipe(out: Path, base: str | None = None, experts: Mapping[str, st
         experts: where experts are here, by name.
 
     Raises:
-        UsageError: it has no such record, or names other experts.
+        UsageError: it has no such record, names other experts, or models whose place has to be said.
     """
     document = dict(_record(out)["recipe"])
     if base is not None:
@@ -88,6 +88,13 @@ def recorded_recipe(out: Path, base: str | None = None, experts: Mapping[str, st
         if name not in own:
             raise UsageError(f"{out}: was not made with an expert '{name}', but with {', '.join(own)}.")
         own[name]["model"] = model
+    places = {"--base ": document["base"], **{f"--expert {name}=": one["model"] for name, one in own.items()}}
+    lost = [option for option, model in places.items() if not {"/", "+"} & set(model) and not Path(model).is_dir()]
+    if lost:
+        raise UsageError(
+            f"{out}: its record has no paths of the machine it was made on; say where the models are, with --recipe or "
+            f"{' '.join(f'{option}FOLDER' for option in lost)}."
+        )
     return parse_recipe({**document, "experts": own}, str(out / FILE), Path.cwd())
 
 
