@@ -21,14 +21,24 @@ NAME = "prompt"
 """Of the module inside the language part."""
 
 
-class Prompt(nn.Module):
+class _Before(nn.Module):
+    """Something before the tokens, and what it did in the pass under way.
+
+    Attributes:
+        added: places that are its own.
+        lent: the cache is its own, which nobody asked for.
+    """
+
+    added: int = 0
+    lent: bool = False
+
+
+class Prompt(_Before):
     """Free vectors ``[tokens, size]`` (prompt tuning, arXiv 2104.08691)."""
 
     def __init__(self, vectors: Tensor) -> None:
         super().__init__()
         self.vectors = nn.Parameter(vectors)
-        self.added = 0
-        """Places of the pass under way that are the prompt's."""
 
     def forward(self) -> Tensor:
         """The vectors ``[tokens, size]``."""
@@ -36,7 +46,7 @@ class Prompt(nn.Module):
 
 
 class PromptNetwork(Prompt):
-    """Vectors from a network of three layers (P-tuning, arXiv 2103.10385), which trains more smoothly than free ones."""
+    """Vectors from a network of three layers (P-tuning, arXiv 2103.10385), smoother to train than free ones."""
 
     def __init__(self, vectors: Tensor) -> None:
         super().__init__(vectors)
@@ -50,13 +60,12 @@ class PromptNetwork(Prompt):
         return found
 
 
-class Prefix(nn.Module):
+class Prefix(_Before):
     """Keys and values ``[layers, 2, heads, tokens, width]`` (prefix tuning, arXiv 2101.00190)."""
 
     def __init__(self, layers: int, heads: int, tokens: int, width: int) -> None:
         super().__init__()
         self.pairs = nn.Parameter(torch.randn(layers, 2, heads, tokens, width))
-        self.added = 0
 
     def fill(self, cache: Any, samples: int, dtype: torch.dtype) -> None:
         """Put them into an empty cache, for each of ``samples``."""
@@ -125,12 +134,13 @@ def _before(decoder: Any, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, di
     """Lengthen what the language part is given: ``inputs_embeds``, mask and positions."""
     prompt = getattr(decoder, NAME)
     given = dict(kwargs)
-    prompt.added = 0
+    prompt.added, prompt.lent = 0, False
     embeds, cache = given["inputs_embeds"], given.get("past_key_values")
     if cache is not None and cache.get_seq_length():
         return args, given  # what was kept began with the prompt, and is counted by who kept it
     if isinstance(prompt, Prefix):
         count, rows = prompt.pairs.shape[3], 0
+        prompt.lent = cache is None and given.get("use_cache") is False
         given["past_key_values"] = DynamicCache() if cache is None else cache
         prompt.fill(given["past_key_values"], len(embeds), embeds.dtype)
     else:
@@ -150,12 +160,13 @@ def _before(decoder: Any, args: Any, kwargs: Mapping[str, Any]) -> tuple[Any, di
 
 def _after(decoder: Any, args: Any, outputs: Any) -> Any:
     """Leave the prompt's own places out of what comes out."""
-    count = getattr(decoder, NAME).added
-    if not count:
-        return outputs
-    outputs["last_hidden_state"] = outputs["last_hidden_state"][:, count:]
-    if outputs.get("hidden_states") is not None:
-        outputs["hidden_states"] = tuple(one[:, count:] for one in outputs["hidden_states"])
+    prompt = getattr(decoder, NAME)
+    count = prompt.added
+    if prompt.lent:
+        outputs.past_key_values = None
+    outputs.last_hidden_state = outputs.last_hidden_state[:, count:]
+    if outputs.hidden_states is not None:
+        outputs.hidden_states = tuple(one[:, count:] for one in outputs.hidden_states)
     return outputs
 
 

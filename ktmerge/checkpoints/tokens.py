@@ -26,7 +26,9 @@ def read_tokens(root: Path) -> dict[str, int]:
         tokens = {str(entry[0]): number for number, entry in enumerate(vocabulary) if isinstance(entry, list) and entry}
     else:
         tokens = dict(read_object(root / "vocab.json"))
-        tokens = tokens or {token: number for number, token in enumerate(read_text(root / "vocab.txt").splitlines())}
+        # split("\n"), not splitlines(): a token may hold, or be, another line separator of Unicode
+        lines = read_text(root / "vocab.txt").removesuffix("\n").split("\n")
+        tokens = tokens or {token: number for number, token in enumerate(lines) if lines != [""]}
     tokens |= read_object(root / "added_tokens.json")
     for number, entry in mapping(config.get("added_tokens_decoder")).items():
         tokens[content(entry)] = int(number) if str(number).isdigit() else -1

@@ -16,7 +16,6 @@ from pydantic import (
     model_validator,
 )
 
-from ktmerge.checkpoints import PartExpression
 from ktmerge.recipes import adapters, training
 from ktmerge.recipes.suites import Task
 
@@ -184,7 +183,7 @@ class FinetuneJob(_Section):
     gradient_accumulation: int = Field(1, ge=1)
     learning_rate: float = Field(1e-5, gt=0, lt=1, description="with an adapter, its family's by default")
     learning_rates: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(
-        default_factory=dict, description="{part expression: rate}, first match wins; elsewhere learning_rate"
+        default_factory=dict, description="{what, as `train` names it: rate}, first match wins; elsewhere learning_rate"
     )
     adapter: Annotated[adapters.Adapter | None, BeforeValidator(adapters.adapter_of)] = Field(
         None, description="trained in place of the weights: lora, dora, prompt, ...; `train` says where, llm by default"
@@ -288,7 +287,7 @@ class FinetuneJob(_Section):
     @classmethod
     def _readable_parts(cls, rates: dict[str, float]) -> dict[str, float]:
         for expression in rates:
-            PartExpression.parse(expression)
+            training.TrainExpression.parse(expression, "learning_rates")
         return rates
 
     @model_validator(mode="after")

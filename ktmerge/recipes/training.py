@@ -20,14 +20,20 @@ class TrainExpression:
 
     ``full`` is everything; ``top:K`` the K layers nearest to the input of the language model (the survey's Top-ST, as
     far as its words tell), ``last:K`` the K nearest to its output (Last-ST); any other term is a part expression.
+    ``key`` is what it is written under, for messages.
     """
 
     text: str
     terms: tuple[str, ...]
+    key: str = "train"
 
     @classmethod
-    def parse(cls, text: str) -> TrainExpression:
+    def parse(cls, text: str, key: str = "train") -> TrainExpression:
         """Read an expression.
+
+        Args:
+            text: the expression.
+            key: what it is written under.
 
         Raises:
             UsageError: a term is none of those, or names a part no model can have.
@@ -35,9 +41,9 @@ class TrainExpression:
         terms = tuple(term.strip() for term in text.split("+"))
         for term in terms:
             if not term:
-                raise UsageError(f"train '{text}': a term is empty; write {HELP}.")
-            _require_readable(term, text)
-        return cls(text, terms)
+                raise UsageError(f"{key} '{text}': a term is empty; write {HELP}.")
+            _require_readable(term, text, key)
+        return cls(text, terms, key)
 
     @property
     def is_full(self) -> bool:
@@ -61,22 +67,22 @@ class TrainExpression:
             return parts.matcher(term)
         tower = next(iter(parts.layers), None)
         if tower is None:
-            raise UsageError(f"train '{term}': this model has no layers; it has {', '.join(parts.names())}.")
+            raise UsageError(f"{self.key} '{term}': this model has no layers; it has {', '.join(parts.names())}.")
         count, there = int(found[2]), parts.layers[tower]
         if not 1 <= count <= there:
-            raise UsageError(f"train '{term}': the model has {there} layers ({tower}.layers[0:{there}]).")
+            raise UsageError(f"{self.key} '{term}': the model has {there} layers ({tower}.layers[0:{there}]).")
         return parts.matcher(f"{tower}.layers[{f'0:{count}' if found[1] == 'top' else f'{there - count}:'}]")
 
 
-def _require_readable(term: str, text: str) -> None:
+def _require_readable(term: str, text: str, key: str) -> None:
     if term == "full" or _ENDS.match(term):
         return
     name = re.split(r"[:.\[,]", term)[0].strip()
     if name in ("top", "last"):
-        raise UsageError(f"train '{text}': write {name}:K with a number of layers, e.g. {name}:4.")
+        raise UsageError(f"{key} '{text}': write {name}:K with a number of layers, e.g. {name}:4.")
     if name not in PARTS:
         raise UsageError(
-            f"train '{text}': can't read '{term}'.{did_you_mean(name, (*PARTS, 'full', 'top', 'last'))} "
+            f"{key} '{text}': can't read '{term}'.{did_you_mean(name, (*PARTS, 'full', 'top', 'last'))} "
             f"Write {HELP}; layers have {', '.join(STACKS)}."
         )
     PartExpression.parse(term)

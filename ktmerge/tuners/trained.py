@@ -182,7 +182,7 @@ def _rates(groups: Iterable[list[str]], parts: Parts, job: FinetuneJob) -> dict[
     Raises:
         UsageError: a rule matches nothing, or nothing that is trained.
     """
-    rules = {expression: parts.matcher(expression) for expression in job.learning_rates}
+    rules = {text: TrainExpression.parse(text, "learning_rates").matcher(parts) for text in job.learning_rates}
     unused = set(rules)
     rates: dict[str, float] = {}
     for names in groups:

@@ -90,5 +90,5 @@ def test_what_cannot_be_read_is_refused_with_the_recipe(text: str, said: str) ->
 
 def test_a_list_is_a_sum_and_rates_are_read_with_the_recipe() -> None:
     assert FinetuneJob.model_validate({"data": "a.jsonl", "train": ["last:4", "head"]}).train == "last:4+head"
-    with pytest.raises(UsageError, match="there is no part 'had'"):
+    with pytest.raises(UsageError, match=r"learning_rates 'had': can't read 'had'\. Did you mean 'head'"):
         FinetuneJob.model_validate({"data": "a.jsonl", "learning_rates": {"had": 1e-5}})
