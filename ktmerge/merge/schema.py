@@ -7,14 +7,15 @@ own. ``python -m ktmerge.merge.schema`` writes the file that is shipped.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ktmerge.checkpoints.files import write_whole
 from ktmerge.merge.registry import methods, stages
 from ktmerge.merge.settings import FLOAT_CLASSES, blend_setting
-from ktmerge.merge.stage import KINDS, Method
+from ktmerge.merge.stage import KINDS, Method, Parameters
 from ktmerge.recipes.load import FIXED_BLEND_KEYS, FIXED_RULE_KEYS
 from ktmerge.recipes.schema import Blend, Recipe
 from ktmerge.recipes.suites import Suite
@@ -29,12 +30,13 @@ def recipe_schema() -> Schema:
     """The schema of a recipe file."""
     schema = _with_shorthands(Recipe.model_json_schema(by_alias=True))
     definitions = schema["$defs"]
-    definitions |= {f"parameters of {name}": one for name, one in _parameters().items()}
+    parameters = {name: _of_method(method) for name, method in methods().items()}
+    definitions |= {f"parameters of {name}": {"properties": one} for name, one in parameters.items()}
     names = _names()
     for definition, fixed in (("Blend", FIXED_BLEND_KEYS), ("WhereRule", FIXED_RULE_KEYS)):
         definitions[definition]["properties"]["method"] = names
         definitions[definition]["additionalProperties"] = True
-        definitions[definition]["allOf"] = [_only(name, fixed) for name in methods()]
+        definitions[definition]["allOf"] = [_only(name, fixed | set(own)) for name, own in parameters.items()]
     definitions["Blend"]["properties"]["stages"] = _stages()
     return {"$schema": DIALECT, "title": "ktmerge recipe", **{k: v for k, v in schema.items() if k != "title"}}
 
@@ -70,21 +72,23 @@ def _names() -> Schema:
     return {"description": "a preset of stages, or mergekit:<name>", "anyOf": [*known, foreign, {"type": "null"}]}
 
 
-def _parameters() -> dict[str, Schema]:
-    """The parameters of every method, of all its stages for all classes of tensors together."""
-    return {name: {"properties": _of_method(method)} for name, method in methods().items()}
-
-
 def _of_method(method: Method) -> dict[str, Schema]:
+    """The parameters of a method, of all its stages for all classes of tensors together."""
     found: dict[str, Schema] = {}
     pipelines = blend_setting(Blend(method=method.name)).pipelines
     for kind in reversed(FLOAT_CLASSES):  # what holds for matrices has the last word
         for use in pipelines[kind].uses:
-            model = type(use.parameters)
-            for key, one in model.model_json_schema().get("properties", {}).items():
+            for key, one in _properties(type(use.parameters)).items():
                 default = getattr(use.parameters, key)
-                found[key] = {**_inlined(one, model.model_json_schema()), "default": json.loads(json.dumps(default))}
+                found[key] = {**one, "default": json.loads(json.dumps(default))}
     return dict(sorted(found.items()))
+
+
+@cache
+def _properties(parameters: type[Parameters]) -> dict[str, Schema]:
+    """The properties of a stage's parameters, which many methods share."""
+    model = parameters.model_json_schema()
+    return {key: _inlined(one, model) for key, one in model.get("properties", {}).items()}
 
 
 def _inlined(schema: Schema, whole: Schema) -> Schema:
@@ -93,13 +97,12 @@ def _inlined(schema: Schema, whole: Schema) -> Schema:
     return {**whole["$defs"][reference], **{k: v for k, v in schema.items() if k != "$ref"}} if reference else schema
 
 
-def _only(name: str, fixed: frozenset[str]) -> Schema:
+def _only(name: str, keys: Iterable[str]) -> Schema:
     """With this method, these keys and no others."""
     definition = f"parameters of {name}"
-    keys = sorted(fixed | set(_of_method(methods()[name])))
     return {
         "if": {"required": ["method"], "properties": {"method": {"const": name}}},
-        "then": {"$ref": f"#/$defs/{definition}", "propertyNames": {"enum": keys}},
+        "then": {"$ref": f"#/$defs/{definition}", "propertyNames": {"enum": sorted(keys)}},
     }
 
 
@@ -111,8 +114,7 @@ def _stages() -> Schema:
         for stage in stages().values():
             if stage.kind != kind:
                 continue
-            model = stage.parameters.model_json_schema()
-            properties = {key: _inlined(one, model) for key, one in model.get("properties", {}).items()}
+            properties = _properties(stage.parameters)
             parameters = {"type": ["object", "null"], "properties": properties, "additionalProperties": False}
             entries.append({"const": stage.name, "description": stage.summary})
             entries.append(
