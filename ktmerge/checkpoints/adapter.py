@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ktmerge.checkpoints.adapted import PREFIX, AdaptedModule, fits, understand
-from ktmerge.checkpoints.alignment import ties
+from ktmerge.checkpoints.tying import ties
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.classes import tensor_class
 from ktmerge.checkpoints.derived import Derived, DerivedReader, Made, shown

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.classes import tensor_class
 from ktmerge.checkpoints.header import TensorInfo
+from ktmerge.checkpoints.tying import settle_heads
 from ktmerge.errors import UsageError
 
 # Wrapper modules that come and go between versions; what is ignored grows from one level to the next.
@@ -23,7 +23,6 @@ _LEVELS = tuple(
     )
 )
 _OLD_LEAVES = {"gamma": "weight", "beta": "bias"}
-_HEADS = ("lm_head", "embed_out", "output", "output_layer", "decoder")
 _SHOWN = 3
 
 
@@ -123,7 +122,7 @@ def align(base: Checkpoint, other: Checkpoint, label: str) -> Alignment:
     both checkpoints. Nothing is matched by shape or order alone.
     """
     mapping, ambiguous = _match(base.tensors, other.tensors)
-    tied_extra = _tie(base, other, mapping)
+    tied_extra = settle_heads(base, other, mapping)
     taken = {*mapping.values(), *tied_extra}
     fits = {name: found for name, found in mapping.items() if _fit(base.tensors[name], other.tensors[found])}
     return Alignment(
@@ -171,18 +170,6 @@ def locate(names: Iterable[str], wanted: Iterable[str], label: str) -> dict[str,
         if owners.setdefault(place, name) != name:
             raise UsageError(f"{label}: '{owners[place]}' and '{name}' would be one tensor of the model, '{place}'.")
     return found
-
-
-def tied_head(checkpoint: Checkpoint) -> tuple[str, str] | None:
-    """The output head and its embedding, where both are stored although the config says outright that it ties them."""
-    head, table = _head(checkpoint), _table(checkpoint)
-    says_nothing = not any(
-        isinstance(section, Mapping) and "tie_word_embeddings" in section
-        for section in (checkpoint.config, checkpoint.config.get("text_config"))
-    )
-    if head is None or table is None or says_nothing or not ties(checkpoint.config):
-        return None
-    return (head, table) if _same(checkpoint, head, table) else None
 
 
 def _match(base: Iterable[str], other: Iterable[str]) -> tuple[dict[str, str], set[str]]:
@@ -245,54 +232,6 @@ def _grouped(dropped: frozenset[str], names: Iterable[str]) -> dict[str, list[st
 def _canonical(name: str, dropped: frozenset[str]) -> str:
     *path, leaf = name.split(".")
     return ".".join([*(segment for segment in path if segment not in dropped), _OLD_LEAVES.get(leaf, leaf)])
-
-
-def _tie(base: Checkpoint, other: Checkpoint, mapping: dict[str, str]) -> dict[str, str]:
-    """Settle heads that only one side stores; adds to ``mapping`` where the other ties what the base stores."""
-    base_head, other_head = _head(base), _head(other)
-    base_table, other_table = _table(base), _table(other)
-    if base_table is None or other_table is None:
-        return {}
-    if base_head is None and other_head is not None and ties(base.config):
-        return {other_head: other_table} if _same(other, other_head, other_table) else {}
-    # A model saved without any head (`LlamaModel`) ties nothing, whatever its config leaves unsaid.
-    others_is_tied = other_head is None and ties(other.config) and not _headless(other.config)
-    if base_head is not None and base_head not in mapping and others_is_tied:
-        mapping[base_head] = other_table
-    return {}
-
-
-def _head(checkpoint: Checkpoint) -> str | None:
-    """The output head over the vocabulary, if it is stored."""
-    for name, info in checkpoint.tensors.items():
-        owner = name.removesuffix(".weight").rpartition(".")[2]
-        if owner in _HEADS and len(info.shape) == 2 and tensor_class(name, info, checkpoint.config) == "embed":
-            return name
-    return None
-
-
-def _table(checkpoint: Checkpoint) -> str | None:
-    """The token embedding, if there is exactly one table that can be it."""
-    usual = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared", "embeddings")
-    found = [name for name in checkpoint.tensors if name.endswith(tuple(f"{one}.weight" for one in usual))]
-    found = [name for name in found if len(checkpoint.tensors[name].shape) == 2]
-    return found[0] if len(found) == 1 else None
-
-
-def ties(config: Mapping[str, Any]) -> bool:
-    """Whether the config lets the output head be the embedding; unsaid, it does."""
-    text = config.get("text_config")
-    inner = text.get("tie_word_embeddings", True) if isinstance(text, Mapping) else True
-    return config.get("tie_word_embeddings", inner) is not False
-
-
-def _headless(config: Mapping[str, Any]) -> bool:
-    return any(str(name).endswith("Model") for name in config.get("architectures") or ())
-
-
-def _same(checkpoint: Checkpoint, first: str, second: str) -> bool:
-    a, b = checkpoint.tensors[first], checkpoint.tensors[second]
-    return (a.dtype, a.shape) == (b.dtype, b.shape)
 
 
 def _fit(base: TensorInfo, other: TensorInfo) -> bool:

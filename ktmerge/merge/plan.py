@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 from ktmerge.checkpoints import Alignment, Checkpoint, Parts, TensorClass, TensorInfo, align, open_model, tensor_class
-from ktmerge.checkpoints.alignment import tied_head
+from ktmerge.checkpoints.tying import claimed_tie, tied_head
 from ktmerge.checkpoints.dtypes import BITS
 from ktmerge.checkpoints.experts import fit_experts
 from ktmerge.checkpoints.matrices import MatrixLayout, matrix_layout
@@ -386,6 +386,8 @@ def _notes(base: Checkpoint, experts: Iterable[ExpertPlan]) -> Iterable[str]:
         if renamed:
             first = next(iter(renamed.items()))
             yield f"{expert.name}: {len(renamed)} tensors go by other names there ({first[1]} is {first[0]})."
-    tied = tied_head(base)
-    if tied is not None:
-        yield f"the base stores '{tied[0]}' beside '{tied[1]}', which its config ties to it; both get the same."
+    claimed = claimed_tie(base)
+    if claimed is not None and tied_head(base) is not None:
+        yield f"the base stores '{claimed[0]}' beside '{claimed[1]}', which its config ties to it; both get the same."
+    elif claimed is not None:
+        yield f"the base's '{claimed[0]}' is not its '{claimed[1]}', though its config ties them; they stay two."

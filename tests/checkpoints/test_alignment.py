@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from ktmerge.checkpoints import Checkpoint, align
-from ktmerge.checkpoints.alignment import tied_head
+from ktmerge.checkpoints.tying import claimed_tie, tied_head
 from ktmerge.errors import UsageError
 
 Shapes = Mapping[str, Sequence[int]]
@@ -20,8 +20,13 @@ Make = Callable[..., Checkpoint]
 
 @pytest.fixture
 def make(make_checkpoint: Callable[..., Path]) -> Make:
-    def made(name: str, shapes: Shapes, config: dict[str, Any] | None = None, dtype: Any = np.float32) -> Checkpoint:
-        tensors = {key: np.full(tuple(shape), i, dtype) for i, (key, shape) in enumerate(shapes.items())}
+    def made(
+        name: str, shapes: Shapes, config: dict[str, Any] | None = None, dtype: Any = np.float32, *, alike: bool = False
+    ) -> Checkpoint:
+        """``alike``: the same numbers in all tensors; else each has its own."""
+        tensors = {
+            key: np.full(tuple(shape), 0 if alike else i, dtype) for i, (key, shape) in enumerate(shapes.items())
+        }
         return Checkpoint.open(make_checkpoint(name, tensors, config=config or {"vocab_size": 9}))
 
     return made
@@ -215,11 +220,35 @@ def test_a_head_that_nothing_ties_is_extra(make: Make) -> None:
 
 
 def test_a_base_that_stores_its_head_takes_it_from_a_tied_other(make: Make) -> None:
-    base = make("base", LLAMA, TIES)
-    alignment = align(base, make("other", TIED, TIES), "a")
+    base, other = make("base", LLAMA, TIES, alike=True), make("other", TIED, TIES)
+    alignment = align(base, other, "a")
     alignment.require_complete()
     assert alignment.mapping["lm_head.weight"] == "model.embed_tokens.weight"
     assert align(base, make("untied", TIED, UNTIED), "a").missing == ("lm_head.weight",)
+    only_says_so = make("says so", LLAMA, TIES)
+    assert tied_head(only_says_so) is None
+    assert claimed_tie(only_says_so) is not None
+    assert align(only_says_so, other, "a").missing == ("lm_head.weight",)
+
+
+def test_of_two_tied_tensors_a_file_may_keep_the_name_of_either(make: Make) -> None:
+    by_head = {name: shape for name, shape in LLAMA.items() if "embed_tokens" not in name}
+    one, other = make("one", TIED, TIES), make("other", by_head, TIES)
+    for base, expert, name, found in (
+        (one, other, "model.embed_tokens.weight", "lm_head.weight"),
+        (other, one, "lm_head.weight", "model.embed_tokens.weight"),
+    ):
+        alignment = align(base, expert, "a")
+        alignment.require_complete()
+        assert alignment.mapping[name] == found
+    assert align(make("untied", TIED, UNTIED), other, "a").missing == ("model.embed_tokens.weight",)
+
+
+def test_a_head_may_have_another_name(make: Make) -> None:
+    old = renamed(LLAMA, ("lm_head.", "embed_out."))
+    alignment = align(make("base", old, UNTIED), make("other", LLAMA, UNTIED), "a")
+    alignment.require_complete()
+    assert alignment.mapping["embed_out.weight"] == "lm_head.weight"
 
 
 def test_a_model_without_any_head_ties_nothing(make: Make) -> None:
@@ -239,7 +268,7 @@ def test_a_model_without_any_head_ties_nothing(make: Make) -> None:
     ],
 )
 def test_tied_head(make: Make, shapes: Shapes, config: dict[str, Any], found: tuple[str, str] | None) -> None:
-    assert tied_head(make("base", shapes, config)) == found
+    assert tied_head(make("base", shapes, config, alike=True)) == found
 
 
 def test_a_tied_head_under_another_prefix(make: Make) -> None:

@@ -262,11 +262,25 @@ def test_a_superfluous_head_must_equal_the_embedding(tmp_path: Path, recipe_in: 
     assert not (tmp_path / "out2").exists()
 
 
-def test_a_base_that_only_claims_to_be_tied_is_refused(tmp_path: Path, recipe_in: Any) -> None:
+def test_what_only_claims_to_be_tied_stays_two(tmp_path: Path, recipe_in: Any) -> None:
     base = llama_tensors()
     base["lm_head.weight"] = base["model.embed_tokens.weight"] + 1
     write(tmp_path / "base", base, TIED)
     write(tmp_path / "a", tuned(base, 1e-2, 1), TIED)
+    recipe = recipe_in(tmp_path, ONE, {"method": "linear", "lambda": 1})
+    assert any("they stay two" in note for note in plan_blend(recipe).notes)
+    blend(recipe, tmp_path / "out", device="cpu")
+    stored, wanted = read(tmp_path / "out"), read(tmp_path / "a")
+    assert all(same_bytes(stored[name], wanted[name]) for name in wanted)
+
+
+def test_a_tie_that_only_the_first_rows_hold_is_refused(tmp_path: Path, recipe_in: Any) -> None:
+    base = {**llama_tensors(), "model.embed_tokens.weight": torch.zeros(8192, 16)}
+    base["lm_head.weight"] = base["model.embed_tokens.weight"].clone()
+    base["lm_head.weight"][-1] = 1
+    config = {**TIED, "vocab_size": 8192}
+    write(tmp_path / "base", base, config)
+    write(tmp_path / "a", tuned(base, 1e-2, 1), config)
     with pytest.raises(KtmergeError, match=r"the base: 'lm_head.weight' differs"):
         blend(recipe_in(tmp_path, ONE, {"method": "linear"}), tmp_path / "out", device="cpu")
 
