@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ktmerge.checkpoints.adapted import PREFIX, AdaptedModule, fits, understand
-from ktmerge.checkpoints.tying import ties
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.classes import tensor_class
 from ktmerge.checkpoints.derived import Derived, DerivedReader, Made, shown
@@ -18,6 +17,7 @@ from ktmerge.checkpoints.dtypes import FLOATS
 from ktmerge.checkpoints.header import FileStamp, TensorInfo, read_header
 from ktmerge.checkpoints.layout import files_beside, read_json
 from ktmerge.checkpoints.reader import Reader, TensorReader
+from ktmerge.checkpoints.tying import ties
 from ktmerge.errors import UsageError
 
 CONFIG = "adapter_config.json"

@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any, Literal
 
 from ktmerge.checkpoints import Alignment, Checkpoint, Parts, TensorClass, TensorInfo, align, open_model, tensor_class
-from ktmerge.checkpoints.tying import claimed_tie, tied_head
 from ktmerge.checkpoints.dtypes import BITS
 from ktmerge.checkpoints.experts import fit_experts
 from ktmerge.checkpoints.matrices import MatrixLayout, matrix_layout
 from ktmerge.checkpoints.quantised import scheme_of
 from ktmerge.checkpoints.statistics import Statistics
+from ktmerge.checkpoints.tying import claimed_tie, tied_head
 from ktmerge.checkpoints.union import join_vocabularies
 from ktmerge.checkpoints.vocabulary import fit_vocabulary
 from ktmerge.errors import UsageError
