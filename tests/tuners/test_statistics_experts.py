@@ -13,6 +13,7 @@ from tuning import ROWS, write
 
 from ktmerge.checkpoints import Checkpoint
 from ktmerge.checkpoints.statistics import FISHER, INPUTS, Statistics
+from ktmerge.merge import blend
 from ktmerge.merge.plan import plan_blend
 from ktmerge.recipes.load import parse_recipe
 from ktmerge.recipes.schema import Statistics as Job
@@ -120,3 +121,84 @@ def test_mixtures_are_blended_with_what_was_measured(mixtures: dict[str, Path], 
         }  # fmt: skip
         plan = plan_blend(parse_recipe(json.loads(json.dumps(document)), "recipe", tmp_path))
         assert plan.statistics["a"].root == tmp_path / "stats"
+
+
+def inputs_first(family: str, words: int, end: int) -> Any:
+    """The config of a small mixture that stores its stacked experts inputs first."""
+    from transformers import GptOssConfig, Llama4TextConfig
+
+    common = {
+        "vocab_size": words, "hidden_size": 16, "intermediate_size": 12, "num_local_experts": EXPERTS,
+        "num_experts_per_tok": 2, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "head_dim": 8, "max_position_embeddings": 128, "eos_token_id": end, "pad_token_id": 0,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    if family == "gpt_oss":
+        return GptOssConfig(**common, layer_types=["full_attention"] * 2)
+    return Llama4TextConfig(**common, intermediate_size_mlp=24, interleave_moe_layer_step=1)
+
+
+def what_experts_are_given(experts: Any, family: str, args: tuple[Any, ...]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each expert's inputs, and those of its down projection, in one call."""
+    found = []
+    for expert in range(EXPERTS):
+        if family == "gpt_oss":
+            rows = args[0][(args[1] == expert).any(-1)]
+            both = rows @ experts.gate_up_proj[expert] + experts.gate_up_proj_bias[expert]
+            gate, up = both[:, ::2].clamp(max=7.0), both[:, 1::2].clamp(-7.0, 7.0)
+            found.append((rows, (up + 1) * gate * torch.sigmoid(1.702 * gate)))
+        else:
+            rows = args[0].unflatten(0, (EXPERTS, -1))[expert]
+            rows = rows[rows.abs().sum(-1) > 0]
+            gate, up = (rows @ experts.gate_up_proj[expert]).chunk(2, dim=-1)
+            found.append((rows, up * torch.nn.functional.silu(gate)))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt_oss", "llama4"])
+def test_experts_stored_inputs_first_are_measured(tiny_llama: Path, tmp_path: Path, family: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(tiny_llama)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = AutoModelForCausalLM.from_config(inputs_first(family, len(tokenizer), tokenizer.eos_token_id))
+        for values in model.parameters():
+            torch.nn.init.normal_(values, std=0.2)
+    model.eval().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    write(tmp_path / "rows.jsonl", ROWS)
+    measure(Job(data=["rows.jsonl"], tokens=4096, dtype="float32"), tmp_path / "model", tmp_path / "stats",
+            folder=tmp_path)  # fmt: skip
+
+    calls: list[Any] = []
+    layer = model.model.layers[1]
+    experts = layer.mlp.experts if family == "gpt_oss" else layer.feed_forward.experts
+    experts.register_forward_pre_hook(lambda module, args: calls.append([one.detach() for one in args]))
+    encoder = Encoder.load(tmp_path / "model")
+    with torch.no_grad():
+        for sample in read_data(["rows.jsonl"], tmp_path).samples:
+            model(torch.tensor(encoder.encode(sample).ids)[None])
+        given = [what_experts_are_given(experts, family, args) for args in calls]
+    measured = load_file(tmp_path / "stats" / INPUTS)
+    at = "model.layers.1.mlp" if family == "gpt_oss" else "model.layers.1.feed_forward"
+    for expert in range(EXPERTS):
+        for number, name in enumerate(("gate_up_proj", "down_proj")):
+            rows = torch.cat([call[expert][number] for call in given])
+            found = measured[f"sample/{at}.experts.{name}"][expert]
+            if not len(rows):  # the router sent nothing there
+                assert not found.any()
+                continue
+            torch.testing.assert_close(found.T @ found / len(found), rows.T @ rows / len(rows), rtol=1e-3, atol=1e-5)
+            mean = measured[f"mean_square/{at}.experts.{name}"][expert]
+            torch.testing.assert_close(mean, rows.square().mean(0), rtol=1e-4, atol=1e-6)
+    expert = {"model": str(tmp_path / "model"), "statistics": "stats"}
+    for method in ("regmean", "model_tailor"):
+        document = {
+            "ktmerge": 1,
+            "base": str(tmp_path / "model"),
+            "experts": {"a": expert},
+            "blend": {"method": method},
+        }
+        blend(parse_recipe(document, "recipe", tmp_path), tmp_path / method, device="cpu")

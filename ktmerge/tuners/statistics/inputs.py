@@ -115,15 +115,14 @@ class Inputs:
 
     def _hook_stack(self, stack: Stack, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tokens as the router sends them, each to its experts; a token has the same place in all of them."""
-        names = ("hidden_states", "top_k_index")
-        given, routes = (args[n] if len(args) > n else kwargs[name] for n, name in enumerate(names))
-        rows, routes = given.detach().reshape(-1, given.shape[-1]), routes.reshape(-1, routes.shape[-1]).cpu()
-        for kind, chosen in self._kinds(stack.ups[0][0], len(rows)):
-            for expert, (ups, downs) in enumerate(zip(stack.ups, stack.downs, strict=True)):
-                places = (routes[chosen] == expert).any(-1).nonzero()[:, 0]
+        given = stack.given(args, kwargs)
+        for kind, chosen in self._kinds(stack.ups[0][0], len(given[0][0])):
+            for expert, (rows, sent) in enumerate(given):
+                places = sent[chosen].nonzero()[:, 0]
                 if not len(places):
                     continue
                 own = rows[chosen[places].to(rows.device)]
+                ups, downs = stack.ups[expert], stack.downs[expert]
                 suffix = f"#{expert}" if stack.stacked else ""
                 self.leaders |= dict.fromkeys(ups, ups[0]) | dict.fromkeys(downs, downs[0])
                 self._show(ups[0] + suffix, kind, own, places.numpy())
