@@ -61,7 +61,7 @@ class Table:
     @classmethod
     def of(cls, parts: Sequence[Part]) -> Table | None:
         """The table on as many seeds as all ways are tried on, or as far as the first goes; None without a full one."""
-        every = tunings(parts[0].world.sees)
+        every = tunings(parts[0].world.name)
         done = {one.name: _done(parts, one) for one in every}
         if not done[FULL]:
             return None
@@ -132,7 +132,7 @@ def picture(tables: Sequence[Table], kind: str) -> bytes:
             ways = [row.tuning for row in table.rows if row.tuning is not None]
             looks = styles([way.name for way in ways], BASE)
             for way in ways:
-                points = [one["points"][0] for one in trials(part, way, way.values)]
+                points = [one["points"][0] for one in trials(part, way, way.values(part.world.name))]
                 places = [sides.gains(point[REPORT]) for point in points]
                 look, value = looks[way.name], chosen(part, way)
                 at = next(number for number, point in enumerate(points) if point["value"] == value)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from parts import BASE, Part, keep, plain, read, score_models, sides_of
-from tunings import BATCH, FISHER, FULL, SAMPLES, STEPS, UPSTREAM, Tuning, tuning_of
-from worlds.world import REPORT, SELECT
+from tunings import BUDGETS, FISHER, FULL, UPSTREAM, Tuning, tuning_of
+from worlds import WORLDS
+from worlds.world import CALIBRATION, REPORT, SELECT, World
 
 import ktmerge
 from ktmerge.api.tuning import finetune
@@ -18,30 +23,76 @@ from ktmerge.tuners.selection.store import COUNTS
 
 LENGTH = 80
 """Tokens of the longest sample, its end included."""
-ENDING = {"learning_rate": 5e-4}
-"""How the base is taught, on upstream samples, the token that ends an answer: the worlds train it without one, and a
-fine-tune would spend its steps on that."""
 SETTINGS = "settings.json"
+KIND = "tuners"
+TAUGHT = {"vision": ("garments", "turns")}
+"""Upstream sets of a world whose base knows the first alone, and so has no reason to read the question: it is taught
+the others, too, before anything is tried."""
+
+
+def part_of(name: str, seed: int, folder: Path) -> Part:
+    """The part of a world in which one task is learned in many ways."""
+    return Part(PLACES[name], KIND, seed, folder)
+
+
+def _taught(world: World) -> World:
+    """A world with the upstream sets of `TAUGHT`."""
+    upstream = TAUGHT.get(world.name)
+    if upstream is None:
+        return world
+
+    def calibration(name: str) -> Iterator[tuple[Mapping[str, Any], Any]]:
+        names = upstream if name == "upstream" else (name,)
+        for one in names:
+            yield from islice(world.calibration(one), CALIBRATION // len(names))
+
+    return replace(world, upstream=upstream, calibration=calibration)
+
+
+PLACES = {name: _taught(world) for name, world in WORLDS.items()}
+"""The worlds, as ways to tune are tried in them."""
 
 
 def prepare(part: Part) -> None:
-    """Train the world's base, teach it how answers end, write what `ktmerge finetune` reads, and score the base."""
+    """Train the world's base, teach it what it lacks, write what `ktmerge finetune` reads, and score the base."""
     world = part.models.parent
     world.mkdir(parents=True, exist_ok=True)
     part.world.train(world, part.seed)
-    settings = {"world": json.loads((world / BASE / SETTINGS).read_text()), **ENDING, **_common(part)}
+    budget = BUDGETS[part.world.name]
+    rate, steps, batch = budget.first
+    first = {"learning_rate": rate, **_common(part), "max_steps": steps, "batch_size": batch}
+    settings = {"world": json.loads((world / BASE / SETTINGS).read_text()), **first}
+    if part.world.name in TAUGHT:
+        settings["upstream"] = list(part.world.upstream)
     mark = part.models / BASE / SETTINGS
     if not mark.is_file() or json.loads(mark.read_text()) != settings:
         shutil.rmtree(part.models, ignore_errors=True)
         bare = part.models / "bare"
         shutil.copytree(world / BASE, bare)
         part.world.dress(bare)
-        for name, sets in (("task", part.experts), ("upstream", part.world.upstream)):
-            rows = part.world.rows(sets, SAMPLES, part.seed)
-            (part.models / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-        finetune(bare, part.models / "upstream.jsonl", part.models / BASE, overwrite=True, **ENDING, **_common(part))
+        finetune(bare, _upstream(part), part.models / BASE, overwrite=True, **first)
         mark.write_text(json.dumps(settings))
     score_models(part)
+
+
+def _task(part: Part) -> Path:
+    return _rows(part, "task", part.experts, BUDGETS[part.world.name].samples)
+
+
+def _upstream(part: Part) -> Path:
+    return _rows(part, "upstream", part.world.upstream, BUDGETS[part.world.name].upstream)
+
+
+def _rows(part: Part, name: str, sets: Sequence[str], count: int) -> Path:
+    """The file of so many samples of some sets, written unless it is there."""
+    path = part.models / f"{name}-{count}.jsonl"
+    if not path.is_file():
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(
+            "".join(json.dumps(row) + "\n" for row in part.world.rows(sets, count, part.seed)), "utf-8"
+        )
+        os.replace(temporary, path)
+    return path
 
 
 def try_one(part: Part, tuning: Tuning, value: float) -> None:
@@ -81,7 +132,7 @@ def chosen(part: Part, tuning: Tuning, by: Sequence[str] = ("H", "E")) -> float 
         tuning: the way.
         by: the gains to go by, the first that differs.
     """
-    found = [one["points"][0] for one in trials(part, tuning, tuning.values)]
+    found = [one["points"][0] for one in trials(part, tuning, tuning.values(part.world.name))]
     if not found:
         return None
     sides = sides_of(part, SELECT)
@@ -97,9 +148,7 @@ def specialist(part: Part) -> float | None:
 def _trained(part: Part, tuning: Tuning, rate: float) -> tuple[Any, dict[str, Any]]:
     out = part.models / "runs" / _name(tuning, rate)
     out.parent.mkdir(exist_ok=True)
-    report = finetune(
-        part.models / BASE, part.models / "task.jsonl", out, overwrite=True, **_with_files(part, tuning, rate)
-    )
+    report = finetune(part.models / BASE, _task(part), out, overwrite=True, **_with_files(part, tuning, rate))
     run = report.record["run"]
     model, trained = part.world.load(out), run["trained"]["parameters"]
     if (out / COUNTS).is_file():
@@ -110,20 +159,27 @@ def _trained(part: Part, tuning: Tuning, rate: float) -> tuple[Any, dict[str, An
 
 
 def _with_files(part: Part, tuning: Tuning, rate: float) -> dict[str, Any]:
-    files = {UPSTREAM: str(part.models / "upstream.jsonl"), FISHER: part.statistics(BASE)}
+    files = {UPSTREAM: str(_upstream(part)), FISHER: part.statistics(BASE)}
     settings = {key: files.get(value, value) if isinstance(value, str) else value
                 for key, value in tuning.settings.items()}  # fmt: skip
     return {**settings, **_common(part), "learning_rate": rate}
 
 
 def _common(part: Part) -> dict[str, Any]:
-    return {"max_steps": STEPS, "batch_size": BATCH, "max_length": LENGTH, "show_samples": 0, "seed": part.seed}
+    budget = BUDGETS[part.world.name]
+    return {
+        "max_steps": budget.steps,
+        "batch_size": budget.batch,
+        "max_length": LENGTH,
+        "show_samples": 0,
+        "seed": part.seed,
+    }
 
 
 def _job(part: Part, tuning: Tuning, value: float) -> dict[str, Any]:
     """All that decides the result beside the world; what was kept of another job does not count."""
     if tuning.blend is None:
-        return {**tuning.settings, **_common(part), "learning_rate": value, "samples": SAMPLES}
+        return {**tuning.settings, **_common(part), "learning_rate": value, "samples": BUDGETS[part.world.name].samples}
     full = specialist(_first(part))
     return {**tuning.blend, "lambda": value, "full": full, "job": full and _job(part, tuning_of(FULL), full)}
 

@@ -19,13 +19,11 @@ from pathlib import Path
 
 import survey
 from pages import fill
-from parts import Part, part_of
+from parts import Part
 from pool import Task, workers
-from tuned import chosen, prepare, specialist, try_one
+from tuned import chosen, part_of, prepare, specialist, try_one
 from tunings import FULL, Tuning, tuning_of, tunings
 from worlds import WORLDS
-
-KIND = "tuners"
 
 
 def main() -> None:
@@ -45,13 +43,13 @@ def main() -> None:
             run([("prepare", *place) for place in places])
             for seed in seeds:
                 for blends in (False, True):
-                    parts = [part_of(world, KIND, seed, folder) for world in worlds]
+                    parts = [part_of(world, seed, folder) for world in worlds]
                     run([task for part in parts for task in _tasks(part, blends)])
     if arguments.only in (None, "report"):
         tables = [
             table
             for world in worlds
-            if (table := survey.Table.of([part_of(world, KIND, seed, folder) for seed in seeds])) is not None
+            if (table := survey.Table.of([part_of(world, seed, folder) for seed in seeds])) is not None
         ]
         fill(arguments.out / "tuners.md", "\n\n".join(table.text() for table in tables))
         (arguments.out / "tuners.csv").write_text(survey.to_csv(tables), encoding="utf-8")
@@ -60,10 +58,10 @@ def main() -> None:
 
 def _tasks(part: Part, blends: bool) -> Iterator[Task]:
     """What there is to try on one seed: on the first every value, on the others what was chosen there."""
-    first = part_of(part.world.name, KIND, 0, part.folder)
-    for tuning in tunings(part.world.sees):
+    first = part_of(part.world.name, 0, part.folder)
+    for tuning in tunings(part.world.name):
         if (tuning.blend is not None) == blends:
-            for value in tuning.values if part.seed == 0 else _values(first, tuning):
+            for value in tuning.values(part.world.name) if part.seed == 0 else _values(first, tuning):
                 yield ("try", part.world.name, str(part.seed), str(part.folder), tuning.name, repr(value))
 
 
@@ -74,7 +72,7 @@ def _values(first: Part, tuning: Tuning) -> list[float]:
 
 
 def _steps(step: str, world: str, seed: str, folder: str, *rest: str) -> None:
-    part = part_of(world, KIND, int(seed), Path(folder))
+    part = part_of(world, int(seed), Path(folder))
     if step == "prepare":
         prepare(part)
     else:

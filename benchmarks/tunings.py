@@ -1,4 +1,4 @@
-"""The ways to tune that are compared: the survey's, and others, as settings of `ktmerge finetune`."""
+"""The ways to tune that are compared, the survey's and others, as settings of `ktmerge finetune`, and their budgets."""
 
 from __future__ import annotations
 
@@ -6,18 +6,48 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-RATES = (2e-4, 1e-3, 5e-3)
-"""Learning rates that every way is tried with."""
-LAMBDAS = (0.3, 0.6, 1.0)
-"""As many values that every blend is tried with."""
-STEPS, BATCH = 80, 16
-SAMPLES = STEPS * BATCH
-"""Every sample is seen once."""
-
 UPSTREAM, FISHER = "{upstream}", "{fisher}"
 """Stand for files: training data of the upstream sets, and Fisher information that was measured on some."""
 
 Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every way of a world is given alike.
+
+    Attributes:
+        rates: learning rates that it is tried with.
+        steps: how many; every sample is seen once.
+        batch: samples of a step.
+        first: learning rate, steps and batch with which the base is taught beforehand, on upstream samples: the token
+            that ends an answer (the worlds train it without one, and a fine-tune would spend its steps on that), and
+            sets that it does not know.
+    """
+
+    rates: tuple[float, ...]
+    steps: int
+    batch: int
+    first: tuple[float, int, int]
+
+    @property
+    def samples(self) -> int:
+        """Of the task."""
+        return self.steps * self.batch
+
+    @property
+    def upstream(self) -> int:
+        """Samples of the upstream sets, which the base is taught on and replay gives again."""
+        return self.first[1] * self.first[2]
+
+
+BUDGETS = {
+    "text": Budget(rates=(2e-4, 1e-3, 5e-3), steps=80, batch=16, first=(5e-4, 80, 16)),
+    "vision": Budget(rates=(1e-4, 5e-4, 2.5e-3), steps=200, batch=16, first=(1e-3, 300, 48)),
+}
+"""By world."""
+LAMBDAS = (0.1, 0.2, 0.3, 0.6, 1.0)
+"""Values that every blend is tried with."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +58,7 @@ class Tuning:
         kind: as the survey has it.
         settings: keys of a fine-tune.
         blend: instead: of a method by which the full fine-tune is blended with its base.
-        sees: whether it is about a part that models of text do not have.
+        worlds: which it is tried in: some are about parts that one model alone has, some cost too much in the other.
         uses: upstream data it is given.
     """
 
@@ -36,24 +66,24 @@ class Tuning:
     kind: str
     settings: Settings = field(default_factory=dict)
     blend: Settings | None = None
-    sees: bool = False
+    worlds: tuple[str, ...] = tuple(BUDGETS)
     uses: str = "–"
 
-    @property
-    def values(self) -> tuple[float, ...]:
+    def values(self, world: str) -> tuple[float, ...]:
         """What the way is tried with."""
-        return RATES if self.blend is None else LAMBDAS
+        return BUDGETS[world].rates if self.blend is None else LAMBDAS
 
 
 FULL = "full"
+TEXT, VISION = (("text",), ("vision",))
 
 
-def _part(expression: str, name: str = "", *, sees: bool = False) -> Tuning:
-    return Tuning(name or expression, "part", {"train": expression}, sees=sees)
+def _part(expression: str, name: str = "", worlds: tuple[str, ...] = tuple(BUDGETS)) -> Tuning:
+    return Tuning(name or expression, "part", {"train": expression}, worlds=worlds)
 
 
-def _lora(name: str, family: str, rank: int, **settings: Any) -> Tuning:
-    return Tuning(f"{name} r={rank}", "low rank", {"adapter": {"name": family, "rank": rank}, **settings})
+def _lora(name: str, family: str, rank: int, worlds: tuple[str, ...] = tuple(BUDGETS)) -> Tuning:
+    return Tuning(f"{name} r={rank}", "low rank", {"adapter": {"name": family, "rank": rank}}, worlds=worlds)
 
 
 def _selective(name: str, **settings: Any) -> Tuning:
@@ -64,39 +94,37 @@ TUNINGS = (
     _part("full", FULL),
     _part("top:1"),
     _part("last:1"),
-    _part("connector", sees=True),
+    _part("connector", worlds=VISION),
     _lora("LoRA", "lora", 8),
     _lora("DoRA", "dora", 8),
     _selective("magnitude 0.5", select="magnitude", density=0.5),
     _selective("SPIDER", select="fused", mask="soft", every=1),
     _selective("random 0.5", select="random", density=0.5),
-    _part("llm+connector", sees=True),
-    _part("llm", sees=True),
+    _part("llm+connector", worlds=VISION),
+    _part("llm", worlds=VISION),
     Tuning("L2-SP 0.1", "regularised", {"l2_sp": 0.1}),
     Tuning("replay 1/4", "regularised", {"replay": UPSTREAM, "replay_ratio": 0.25}, uses="samples"),
     Tuning("distillation", "regularised", {"distill": 1.0}),
     _selective("gradient 0.1", select="gradient", density=0.1),
     _selective("random 0.1", select="random", density=0.1),
     _selective("half", select="half"),
-    _part("top:1+connector", sees=True),
-    _part("last:1+connector", sees=True),
-    _part("vision", sees=True),
-    _lora("rsLoRA", "rslora", 8),
-    _lora("PiSSA", "pissa", 8),
+    _part("vision", worlds=VISION),
+    _lora("rsLoRA", "rslora", 8, TEXT),
+    _lora("PiSSA", "pissa", 8, TEXT),
     Tuning("EWC 0.1", "regularised", {"l2_sp": 0.1, "fisher": FISHER}, uses="Fisher"),
-    Tuning("EMA 0.95", "regularised", {"average": "ema", "ema_decay": 0.95}),
-    _lora("LoRA", "lora", 2),
-    _lora("LoRA", "lora", 32),
+    Tuning("EMA 0.95", "regularised", {"average": "ema", "ema_decay": 0.95}, worlds=TEXT),
+    _lora("LoRA", "lora", 2, TEXT),
+    _lora("LoRA", "lora", 32, TEXT),
     Tuning("LoRA r=8, connector", "low rank",
-           {"adapter": {"name": "lora", "rank": 8}, "train": "llm+connector"}, sees=True),
+           {"adapter": {"name": "lora", "rank": 8}, "train": "llm+connector"}, worlds=VISION),
     Tuning("full, then linear", "blend", blend={"method": "linear"}),
     Tuning("full, then TIES 0.2", "blend", blend={"method": "ties", "density": 0.2}),
 )  # fmt: skip
 
 
-def tunings(sees: bool) -> tuple[Tuning, ...]:
-    """Those for a model that sees, or for one that does not."""
-    return tuple(one for one in TUNINGS if sees or not one.sees)
+def tunings(world: str) -> tuple[Tuning, ...]:
+    """Those that are tried in a world."""
+    return tuple(one for one in TUNINGS if world in one.worlds)
 
 
 def tuning_of(name: str) -> Tuning:

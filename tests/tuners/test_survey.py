@@ -20,12 +20,14 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import survey
 import tuned
-from parts import Part, keep, part_of
-from tunings import FISHER, FULL, RATES, TUNINGS, UPSTREAM, Tuning, tuning_of, tunings
+from parts import Part, keep
+from tunings import BUDGETS, FISHER, FULL, LAMBDAS, TUNINGS, UPSTREAM, Budget, Tuning, tuning_of, tunings
 from worlds.text import TEXT
+from worlds.vision import VISION
 from worlds.world import REPORT, SELECT
 
 ITEMS = 30
+RATES = BUDGETS["text"].rates
 SETS = ("press", "learned", "fiction", "scripture")
 
 
@@ -39,21 +41,32 @@ def test_every_way_is_a_fine_tune(way: Tuning) -> None:
 
 
 def test_names_are_told_apart_as_files(tmp_path: Path) -> None:
-    part = part_of("vision", "tuners", 0, tmp_path)
-    files = {part.file(tuned._name(way, value)) for way in TUNINGS for value in way.values}
-    assert len(files) == sum(len(way.values) for way in TUNINGS)
+    part = tuned.part_of("vision", 0, tmp_path)
+    files = {part.file(tuned._name(way, value)) for way in TUNINGS for value in way.values("vision")}
+    assert len(files) == sum(len(way.values("vision")) for way in TUNINGS)
     assert all(file.parent == tmp_path / "vision" / "0" / "tuning" / "tuners" for file in files)
 
 
 def test_only_models_that_see_have_their_parts_trained() -> None:
-    assert "connector" in {one.name for one in tunings(True)}
-    assert "connector" not in {one.name for one in tunings(False)}
+    assert "connector" in {one.name for one in tunings("vision")}
+    assert "connector" not in {one.name for one in tunings("text")}
+
+
+def test_the_base_that_sees_is_asked_and_measured_on_two_upstream_sets(tmp_path: Path) -> None:
+    part = tuned.part_of("vision", 0, tmp_path)
+    assert part.sets == ("garments", "turns", "animals")
+    assert tuned.part_of("text", 0, tmp_path).sets == SETS
+    asked: list[str] = []
+    world = replace(VISION, calibration=lambda name: (asked.append(name) or (name, at) for at in range(1000)))
+    found = list(tuned._taught(world).calibration("upstream"))
+    assert found == [(name, at) for name in ("garments", "turns") for at in range(64)]
+    assert len(list(tuned._taught(world).calibration("animals"))) == 128
 
 
 @pytest.fixture
 def parts(tmp_path: Path) -> list[Part]:
     """Two seeds of the text world with their base scored: upstream 60, task 20."""
-    found = [part_of("text", "tuners", seed, tmp_path) for seed in (0, 1)]
+    found = [tuned.part_of("text", seed, tmp_path) for seed in (0, 1)]
     for part in found:
         (part.models / "base").mkdir(parents=True)
         (part.models / "base" / "settings.json").write_text(json.dumps({"seed": part.seed}))
@@ -110,9 +123,9 @@ def test_a_table_of_what_is_there_says_what_is_missing(parts: list[Part]) -> Non
 
 
 def test_a_second_seed_counts_once_every_way_has_it(parts: list[Part]) -> None:
-    for way in tunings(False):
+    for way in tunings("text"):
         for part in parts:
-            for value in way.values:
+            for value in way.values("text"):
                 _try(part, way, value, (50, 50), (50, 40 if part.seed else 60))
     table = survey.Table.of(parts)
     assert table is not None
@@ -163,17 +176,16 @@ def test_ways_are_trained_blended_and_kept(tiny_llama: Path, tmp_path: Path, mon
         TEXT, train=train, score=score, rows=rows, calibration=calibration, dress=lambda folder: None,
         load=lambda folder: AutoModelForCausalLM.from_pretrained(folder).eval(),
     )  # fmt: skip
-    monkeypatch.setattr(tuned, "STEPS", 2)
-    monkeypatch.setattr(tuned, "SAMPLES", 32)
+    monkeypatch.setitem(BUDGETS, "text", Budget(RATES, steps=2, batch=16, first=(5e-4, 2, 16)))
     part = Part(world, "tuners", 0, tmp_path)
     tuned.prepare(part)
     base = (part.models / "base" / "model.safetensors").read_bytes()
     ways = [tuning_of(name) for name in (FULL, "LoRA r=8", "random 0.1", "replay 1/4", "EWC 0.1", "full, then linear")]
     for way in ways:
-        for value in way.values:
+        for value in way.values("text"):
             tuned.try_one(part, way, value)
-    found = {way.name: tuned.trials(part, way, way.values) for way in ways}
-    assert all(len(some) == 3 for some in found.values())
+    found = {way.name: tuned.trials(part, way, way.values("text")) for way in ways}
+    assert all(len(some) == len(way.values("text")) for way, some in zip(ways, found.values(), strict=True))
     assert found[FULL][0]["trained"] == found[FULL][0]["of"]
     assert found["random 0.1"][0]["trained"] == pytest.approx(found[FULL][0]["of"] / 10, rel=0.01)
 
@@ -181,7 +193,7 @@ def test_ways_are_trained_blended_and_kept(tiny_llama: Path, tmp_path: Path, mon
         return np.asarray(found[name][number]["points"][0][REPORT]["scripture"])
 
     rate = list(RATES).index(tuned.specialist(part))  # type: ignore[arg-type]
-    assert scores("full, then linear", 2) == pytest.approx(scores(FULL, rate), abs=2e-3)  # lambda 1
+    assert scores("full, then linear", LAMBDAS.index(1.0)) == pytest.approx(scores(FULL, rate), abs=2e-3)  # lambda 1
     assert not np.allclose(scores(FULL, 0), scores(FULL, 2), atol=1e-3)
 
     changed = {file: file.stat().st_mtime_ns for file in (part.models / "tuners").iterdir()}
