@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ktmerge.merge.kernels.codes import BLOCK
-from ktmerge.merge.kernels.search import Interval, Search, Threshold
+from ktmerge.merge.kernels.search import Search, Threshold
 from ktmerge.merge.program import Program, Trim
-from ktmerge.merge.workspace import WIDTHS, Noted
+from ktmerge.merge.workspace import WIDTHS
 
 if TYPE_CHECKING:
     from ktmerge.merge.plan import TensorPlan
     from ktmerge.merge.steps import Steps
-    from ktmerge.merge.workspace import Measured, Row, Workspace
+    from ktmerge.merge.workspace import Noted, Row, Workspace
 
-_LARGE = 1 << 18
+_LARGE = 1 << 16
 """Elements from which a sample pays."""
-_BLOCKS = 16
-"""Blocks of a sample, spread evenly; of more elements as many more as the square root of their number."""
 _FEW = 1 << 21
-"""Candidates of one expert that are kept: 16 MB."""
-_COARSE = 15
-"""Shift of an interval that was not narrowed by a sample: most elements would be candidates."""
+"""Elements of one expert that are noted: 16 MB."""
+_AIM = 1 << 20
+"""Elements that are to be noted at most, of one expert; the sample is as large as that takes, up to ``_MOST``."""
+_BLOCKS = 32
+"""Blocks of a sample of a million elements, spread evenly; of more elements as many more as the square root of them."""
+_MOST = 1 << 12
+"""Blocks of a sample."""
 
 
 @dataclass(frozen=True)
@@ -51,34 +53,40 @@ class Job:
         return WIDTHS[self.kind]
 
 
-class Candidates:
-    """The elements that one pass found in its interval, as long as they are few: the next pass is then about them only.
+class Notes:
+    """The elements that one pass found in the interval of a search, and how many are above it.
 
     Args:
-        interval: of the pass.
+        search: what they are for.
+        expert: number of the expert whose elements they are.
     """
 
-    def __init__(self, interval: Interval) -> None:
-        self._hashed = interval.hashed
-        self._noted: list[Noted] | None = []
-        self.room = 0 if interval.hashed or interval.shift >= _COARSE else _FEW
+    def __init__(self, search: Search, expert: int) -> None:
+        self.search, self.expert, self.interval = search, expert, search.interval
+        self.complete = True
+        self._noted: list[Noted] = []
+        self._room = 2 * _FEW
 
-    def add(self, measured: Measured, start: int, key: int) -> None:
-        """Take in those of a piece that begins at element ``start``; ``key`` is of the hash of its tensor."""
-        if self._noted is None or measured.places is None or measured.patterns is None:
-            self._noted, self.room = None, 0
-            return
-        self._noted.append(Noted(measured.places.copy(), measured.patterns.copy(), start, key))
-        self.room = max(0, self.room - measured.places.size)
+    def add(self, noted: Noted | None) -> None:
+        """Take in those of a piece; None if there were too many."""
+        if noted is None or noted.places.size > self._room:
+            self.complete = False
+            self._noted = []
+        if noted is not None and self.complete:
+            self._noted.append(noted)
+            self._room -= noted.places.size
 
-    def decide(self, search: Search, space: Workspace) -> None:
-        """Finish a search that now asks for the hashes of one magnitude, without another look at the tensors."""
-        if self._noted is None or self._hashed:
+    def decide(self, space: Workspace) -> None:
+        """Finish the search if its threshold is among them, or let it go on where it is."""
+        above, inside = sum(one.above for one in self._noted), sum(one.places.size for one in self._noted)
+        rank = self.search.rank_inside(above, inside)
+        if rank is None:
             return
-        while not search.done and search.interval.hashed:
-            for noted in self._noted:
-                search.add(space.tally(search.interval, noted))
-            search.end_pass()
+        floor, larger, equal = space.rank_noted(self._noted, rank, self.interval)
+        if floor == 0 or rank - larger == equal:  # whether a zero is kept makes no difference
+            self.search.settle(floor)
+        else:
+            self.search.settle(floor, space.rank_hashes(self._noted, floor, rank - larger))
 
 
 Found = list[tuple[Threshold, Threshold | None]]
@@ -110,50 +118,79 @@ def find_thresholds(jobs: Sequence[Job], position: int, run: Run, probe: Workspa
     if elements >= _LARGE:
         _hint(searches, experts, jobs, position, probe)
     lock = threading.Lock()
+    crowded: set[int] = set()
     while wanted := [number for number, search in enumerate(searches) if not search.done]:
-        near = {number: Candidates(searches[number].interval) for number in wanted}
+        few = [number for number in wanted if number not in crowded and _is_notable(searches[number])]
+        notes = [Notes(searches[number], experts[number]) for number in few]
+        many = [(experts[number], searches[number]) for number in wanted if number not in few]
 
-        def count(
-            space: Workspace, job: Job, wanted: Sequence[int] = tuple(wanted), near: Mapping[int, Candidates] = near
+        def look(
+            space: Workspace,
+            job: Job,
+            notes: Sequence[Notes] = notes,
+            many: Sequence[tuple[int, Search]] = many,
         ) -> bool:
-            asked = [(experts[number], searches[number].interval, near[number].room) for number in wanted]
-            measured = space.measure(job.steps, position, asked)
+            asked = [(one.expert, one.interval, one.search.expected / elements) for one in notes]
+            noted = space.note(job.steps, position, asked) if notes else []
+            if noted is None:
+                return False
+            counted = [(expert, search.interval) for expert, search in many]
+            measured = space.measure(job.steps, position, counted) if many else []
             if measured is None:
                 return False
             with lock:
-                for number, found in zip(wanted, measured, strict=True):
-                    searches[number].add(found.counts, found.lows)
-                    near[number].add(found, space.start, job.steps.key(position, experts[number]))
+                for one, found in zip(notes, noted, strict=True):
+                    one.add(found)
+                for (_, search), (counts, lows) in zip(many, measured, strict=True):
+                    search.add(counts, lows)
             return True
 
-        if not all(list(run(jobs, count))):
+        if not all(list(run(jobs, look))):
             return None
-        for number in wanted:
-            searches[number].end_pass()
-            near[number].decide(searches[number], probe)
+        for _, search in many:
+            search.end_pass()
+        for number, one in zip(few, notes, strict=True):
+            if one.complete:
+                one.decide(probe)
+            else:
+                crowded.add(number)
     results = [search.result() for search in searches]
     if not outliers:
         return [(kept, None) for kept in results]
     return list(zip(results[::2], results[1::2], strict=True))
 
 
+def _is_notable(search: Search) -> bool:
+    return not search.interval.hashed and search.expected <= _FEW
+
+
 def _hint(
     searches: Sequence[Search], experts: Sequence[int], jobs: Sequence[Job], position: int, probe: Workspace
 ) -> None:
     """Show the searches, each of an expert, a sample: blocks at even distances over all tensors."""
-    wanted = {expert for search, expert in zip(searches, experts, strict=True) if not search.done}
-    if not wanted:
+    if all(search.done for search in searches):
         return
     ends = np.cumsum([job.elements for job in jobs])
-    found: dict[int, list[Any]] = {expert: [] for expert in wanted}
-    blocks = int(_BLOCKS * max(1.0, math.sqrt(ends[-1] / (1 << 20))))
-    for place in np.linspace(0, ends[-1], blocks, endpoint=False).astype(np.int64):
-        number = int(ends.searchsorted(place, side="right"))
+    places = np.linspace(0, ends[-1], _blocks(int(ends[-1])), endpoint=False).astype(np.int64)
+    numbers = ends.searchsorted(places, side="right")
+    found = []
+    for number in np.unique(numbers):
         job = jobs[number]
-        start = int(place - (ends[number] - job.elements)) // BLOCK * BLOCK
-        probe.hold(job.rows, start, min(start + BLOCK, job.elements))
-        for expert in wanted:
-            found[expert].append(probe.sample(expert + 1, job.steps, position))
+        size = min(BLOCK, job.elements)
+        first = ends[number] - job.elements
+        blocks = np.minimum(places[numbers == number] - first, job.elements - size) // 4 * 4
+        probe.hold(job.rows, 0, size)
+        sampled = probe.sample(job.steps, position, blocks.tolist())
+        if sampled is None:
+            return  # the pass over everything finds the same
+        found.append(sampled)
+    sample = np.concatenate(found, axis=1)
     for search, expert in zip(searches, experts, strict=True):
         if not search.done:
-            search.hint(np.concatenate(found[expert]))
+            search.hint(sample[expert])
+
+
+def _blocks(elements: int) -> int:
+    """How many blocks a sample has: an interval holds a share of all that falls with the root of the sample's size."""
+    wanted = (4.8 * elements / _AIM) ** 2 / BLOCK
+    return math.ceil(min(_MOST, max(_BLOCKS * math.sqrt(elements / (1 << 20)), wanted)))

@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 KINDS = {"BF16": BF16, "F16": F16, "F32": F32}
 """Codes of the types that the kernels read and write."""
 WIDTHS = {BF16: 2, F16: 2, F32: 4}
+_NOTED = 1 << 17
+"""Elements of a piece that can always be noted."""
+_SPARE = 8
+"""How many times as many as are expected can be."""
 _LINE = 64
 _ELECTIONS = {"mean": ELECT_MEAN, "sum": ELECT_SUM, "largest": ELECT_LARGEST}
 Combine = Sum | Largest | Elect
@@ -63,34 +67,20 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What one piece has for a `Search`; valid until the workspace is used again.
-
-    Attributes:
-        counts, lows: for `Search.add`.
-        places: uint32, indices in the piece of the magnitudes in the interval; None if there was no room.
-        patterns: uint32, their patterns.
-    """
-
-    counts: NDArray[Any]
-    lows: NDArray[Any]
-    places: NDArray[np.uint32] | None
-    patterns: NDArray[np.uint32] | None
-
-
-@dataclass(frozen=True)
 class Noted:
     """Elements of a piece that begins with the tensor's element ``start``; ``key`` is of the hash of the tensor.
 
     Attributes:
         places: uint32, indices in the piece.
         patterns: uint32, of their magnitudes.
+        above: how many elements have larger magnitudes than those that were to be noted.
     """
 
     places: NDArray[np.uint32]
     patterns: NDArray[np.uint32]
     start: int
     key: int
+    above: int
 
 
 @dataclass(frozen=True)
@@ -121,10 +111,11 @@ class Workspace:
         self._out = np.empty(0, np.uint8)
         self._kinds = np.zeros(experts + 1, np.int64)
         self._files, self._places = np.full(experts + 1, -1, np.int64), np.zeros(experts + 1, np.int64)
-        self._scratch = np.empty((2 * experts + 7) * BLOCK, np.uint32)
+        self._scratch = np.empty((2 * experts + 7) * BLOCK, np.uint32)  # as much as the neediest kernel asks for
         most = 2 * experts  # thresholds that are looked for at once
         self._counts, self._lows = np.zeros((most, BINS + 1), np.uint32), np.zeros((most, BINS), np.uint32)
         self._noted, self._patterns = np.empty((2, most, 0), np.uint32)
+        self._keys, self._digits = np.empty(0, np.uint64), np.empty(1 << 11, np.int64)
         self._wanted: Sequence[Row] = ()
         self._held = False
         self._number, self._count, self.start = 0, 0, 0
@@ -197,80 +188,136 @@ class Workspace:
         return float(sums[1]) if status == FINE else None
 
     def measure(
-        self, steps: Steps, position: int, wanted: Sequence[tuple[int, Interval, int]]
-    ) -> list[Measured] | None:
-        """Count experts' deltas before the step at ``position``; None if an input is not finite.
+        self, steps: Steps, position: int, wanted: Sequence[tuple[int, Interval]]
+    ) -> list[tuple[NDArray[np.uint32], NDArray[np.uint32]]] | None:
+        """Counts and lows of experts' deltas before the step at ``position``, for `Search.add`.
+
+        Valid until the workspace is used again; None if an input is not finite.
 
         Args:
             steps: the transforms.
             position: of one of them.
-            wanted: number of the expert, interval, and how many of those in the interval to note at most; at most two
-                of one expert, one after the other.
+            wanted: number of the expert, and interval; at most two of one expert, one after the other.
         """
-        most = min(self._count, max(room for *_, room in wanted))
-        if self._noted.shape[1] < most:
-            self._noted, self._patterns = np.empty((2, 2 * self._experts, most), np.uint32)
-        taken = np.zeros(len(wanted), np.int64)
-        rows = np.array([expert + 1 for expert, *_ in wanted], np.int64)
+        rows = np.array([expert + 1 for expert, _ in wanted], np.int64)
         searches = np.array(
             [
-                (
-                    one.hashed,
-                    one.floor,
-                    steps.key(position, expert),
-                    one.low,
-                    one.last,
-                    one.shift,
-                    one.bins,
-                    min(room, most),
-                )
-                for expert, one, room in wanted
+                (one.hashed, one.floor, steps.key(position, expert), one.low, one.last, one.shift, one.bins)
+                for expert, one in wanted
             ],
             np.uint64,
         )
-        for number, (_, interval, _) in enumerate(wanted):
+        for number, (_, interval) in enumerate(wanted):
             self._counts[number, : interval.bins + 1] = 0
             self._lows[number, : interval.bins] = 0
         status = self._call(
             self._native.measure, self._count, self.start, *steps.arguments(position),
             len(wanted), rows.ctypes.data, searches.ctypes.data, BINS, self._counts.ctypes.data, self._lows.ctypes.data,
-            self._noted.shape[1], self._noted.ctypes.data, self._patterns.ctypes.data, taken.ctypes.data,
             self._scratch.ctypes.data,
         )  # fmt: skip
         if status != FINE:
             return None
-        found = []
-        for number, (_, interval, room) in enumerate(wanted):
-            counts, lows = self._counts[number, : interval.bins + 1], self._lows[number, : interval.bins]
+        return [
+            (self._counts[number, : interval.bins + 1], self._lows[number, : interval.bins])
+            for number, (_, interval) in enumerate(wanted)
+        ]
+
+    def note(
+        self, steps: Steps, position: int, wanted: Sequence[tuple[int, Interval, float]]
+    ) -> list[Noted | None] | None:
+        """The elements of experts' deltas, before the step at ``position``, whose magnitudes are in an interval.
+
+        None for those of which there are too many; None if an input is not finite.
+
+        Args:
+            steps: the transforms.
+            position: of one of them.
+            wanted: as for `measure`, with the share of all elements that is expected in the interval.
+        """
+        share = max(expected for *_, expected in wanted)
+        room = min(self._count, max(_NOTED, int(_SPARE * share * self._count))) + BLOCK
+        if self._noted.shape[1] < room:
+            self._noted, self._patterns = np.empty((2, 2 * self._experts, room), np.uint32)
+        rows = np.array([expert + 1 for expert, *_ in wanted], np.int64)
+        bounds = np.array([(one.low, one.last) for _, one, _ in wanted], np.uint32)
+        taken, above = np.zeros((2, len(wanted)), np.int64)
+        status = self._call(
+            self._native.note, self._count, self.start, *steps.arguments(position), len(wanted), rows.ctypes.data,
+            bounds.ctypes.data, self._noted.shape[1], self._noted.ctypes.data, self._patterns.ctypes.data,
+            taken.ctypes.data, above.ctypes.data, self._scratch.ctypes.data,
+        )  # fmt: skip
+        if status != FINE:
+            return None
+        found: list[Noted | None] = []
+        for number, (expert, *_) in enumerate(wanted):
             count = int(taken[number])
-            if interval.hashed or count > min(room, most):
-                found.append(Measured(counts, lows, None, None))
-            else:
-                found.append(Measured(counts, lows, self._noted[number, :count], self._patterns[number, :count]))
+            if count > self._noted.shape[1]:
+                found.append(None)
+                continue
+            places, patterns = self._noted[number, :count].copy(), self._patterns[number, :count].copy()
+            found.append(Noted(places, patterns, self.start, steps.key(position, expert), int(above[number])))
         return found
 
-    def tally(self, interval: Interval, noted: Noted) -> NDArray[np.uint32]:
-        """For `Search.add`: how many of the noted elements of the floor's magnitude have a hash in which bin.
+    def rank_noted(self, noted: Sequence[Noted], rank: int, interval: Interval) -> tuple[int, int, int]:
+        """The ``rank``-th largest pattern, from 1 on; how many are larger, and how many equal."""
+        patterns = np.concatenate([one.patterns for one in noted])
+        if self._keys.size < patterns.size:
+            self._keys = np.empty(patterns.size, np.uint64)
+        decision = np.zeros(3, np.int64)
+        self._native.rank_noted(
+            patterns.ctypes.data, patterns.size, rank, interval.low, interval.last.bit_length(), self._keys.ctypes.data,
+            self._digits.ctypes.data, decision.ctypes.data,
+        )  # fmt: skip
+        floor, larger, equal = decision.tolist()
+        return floor, larger, equal
 
-        Valid until the workspace is used again.
+    def rank_hashes(self, noted: Sequence[Noted], floor: int, rank: int) -> int:
+        """Of the elements that have the magnitude ``floor`` the ``rank``-th largest hash, from 1 on."""
+        size = sum(one.places.size for one in noted)
+        if self._keys.size < size:
+            self._keys = np.empty(size, np.uint64)
+        count = 0
+        for one in noted:
+            count += self._native.hash_noted(
+                one.places.ctypes.data, one.patterns.ctypes.data, one.places.size, floor, one.key, one.start,
+                self._keys[count:].ctypes.data,
+            )  # fmt: skip
+        least = np.zeros(1, np.uint64)
+        self._native.rank_hashes(
+            self._keys.ctypes.data, count, rank, self._digits.ctypes.data, least.ctypes.data
+        )  # fmt: skip
+        return int(least[0])
+
+    def sample(self, steps: Steps, position: int, blocks: Sequence[int]) -> NDArray[np.uint32] | None:
+        """Magnitude patterns of all experts' deltas before the step at ``position``, in blocks of what is held.
+
+        Args:
+            steps: the transforms.
+            position: of one of them.
+            blocks: their first elements, counted from what is held; that is a `BLOCK` at most, the first of them.
+
+        Returns:
+            ``[N, elements]``; None if an input is not finite.
         """
-        counts = self._counts[0, : interval.bins + 1]
-        counts.fill(0)
-        self._native.tally(
-            noted.places.ctypes.data, noted.patterns.ctypes.data, noted.places.size, interval.floor, noted.key,
-            noted.start, interval.low, interval.last, interval.shift, interval.bins, counts.ctypes.data,
-        )  # fmt: skip
-        return counts
+        out = np.empty((len(blocks), self._number, self._count), np.uint32)
+        if self._files[0] >= 0:
+            fine = self._sample(steps, position, blocks, out)
+        else:
+            rows, count = self._wanted, self._count
+            fine = True
+            for number, block in enumerate(blocks):
+                self.hold(rows, block, block + count)
+                self._read()
+                fine = fine and self._sample(steps, position, [0], out[number : number + 1])
+        return out.swapaxes(0, 1).reshape(self._number, -1) if fine else None
 
-    def sample(self, row: int, steps: Steps, position: int) -> NDArray[np.uint32]:
-        """Magnitude patterns of one row's deltas before the step at ``position``; the piece is a `BLOCK` at most."""
-        self._read()
-        out = np.empty(self._count, np.uint32)
-        self._native.sample(
-            *self._inputs(), row, self._count, self.start, *steps.arguments(position), out.ctypes.data,
-            self._scratch.ctypes.data,
+    def _sample(self, steps: Steps, position: int, blocks: Sequence[int], out: NDArray[np.uint32]) -> bool:
+        firsts = np.array(blocks, np.int64)
+        status = self._native.sample(
+            *self._inputs(), self._files.ctypes.data, self._places.ctypes.data, self._count, self.start,
+            *steps.arguments(position), len(blocks), firsts.ctypes.data, out.ctypes.data, self._scratch.ctypes.data,
         )  # fmt: skip
-        return out
+        return bool(status == FINE)
 
     def squares(self, steps: Steps, combine: Combine) -> NDArray[np.uint64] | None:
         """Sums of squares of base and merged delta by exponent, as the kernel says; None if one is not finite."""

@@ -31,7 +31,8 @@ from ktmerge.merge.kernels.codes import BLOCK, F32, FINE, INPUT_NOT_FINITE, LARG
 from ktmerge.merge.kernels.combining import add_into, clamp, copy, elect, extend, pick, scale_into, shrink
 from ktmerge.merge.kernels.compiler import compiled
 from ktmerge.merge.kernels.conversion import load, store
-from ktmerge.merge.kernels.counting import energy, measure, sample, tally
+from ktmerge.merge.kernels.counting import energy, measure, note, sample
+from ktmerge.merge.kernels.deciding import hash_noted, rank_hashes, rank_noted
 from ktmerge.merge.kernels.files import fetch_all
 from ktmerge.merge.kernels.ordering import rank
 from ktmerge.merge.kernels.randomness import random_words, words
@@ -269,17 +270,33 @@ ENTRIES: dict[str, tuple[Any, Any]] = {
         measure,
         int64(
             *_ROWS, *_FILES, int64, int64, *_STEPS, int64, CPointer(int64), CPointer(uint64), int64, CPointer(uint32),
-            CPointer(uint32), int64, CPointer(uint32), CPointer(uint32), CPointer(int64), CPointer(uint32),
+            CPointer(uint32), CPointer(uint32),
         ),
     ),
-    "tally": (
-        tally,
+    "note": (
+        note,
         int64(
-            CPointer(uint32), CPointer(uint32), int64, uint32, uint64, int64, uint64, uint64, uint64, int64,
-            CPointer(uint32),
+            *_ROWS, *_FILES, int64, int64, *_STEPS, int64, CPointer(int64), CPointer(uint32), int64, CPointer(uint32),
+            CPointer(uint32), CPointer(int64), CPointer(int64), CPointer(uint32),
         ),
     ),
-    "sample": (sample, int64(*_ROWS, int64, int64, int64, *_STEPS, CPointer(uint32), CPointer(uint32))),
+    "sample": (
+        sample,
+        int64(
+            *_ROWS, *_FILES, int64, int64, *_STEPS, int64, CPointer(int64), CPointer(uint32), CPointer(uint32),
+        ),
+    ),
+    "rank_noted": (
+        rank_noted,
+        int64(
+            CPointer(uint32), int64, int64, uint32, int64, CPointer(uint64), CPointer(int64), CPointer(int64),
+        ),
+    ),
+    "hash_noted": (
+        hash_noted,
+        int64(CPointer(uint32), CPointer(uint32), int64, uint32, uint64, int64, CPointer(uint64)),
+    ),
+    "rank_hashes": (rank_hashes, int64(CPointer(uint64), int64, int64, CPointer(int64), CPointer(uint64))),
     "energy": (energy, int64(CPointer(uint16), CPointer(uint32), int64, int64, CPointer(float64), CPointer(uint32))),
     "rank": (
         rank,

@@ -11,12 +11,13 @@ import numpy as np
 from numba import carray
 from numba.types import int64
 
-from ktmerge.merge.kernels.codes import BLOCK, F32, FINE, INPUT_NOT_FINITE, UNREADABLE, WINDOW
+from ktmerge.merge.kernels.codes import BF16, BLOCK, F32, FINE, INPUT_NOT_FINITE, UNREADABLE, WINDOW
 from ktmerge.merge.kernels.compiler import compiled, compiled_sums
 from ktmerge.merge.kernels.conversion import load
-from ktmerge.merge.kernels.files import fetch
+from ktmerge.merge.kernels.files import fetch, fetch_all
 from ktmerge.merge.kernels.gathering import collect
 from ktmerge.merge.kernels.randomness import hash_of
+from ktmerge.merge.kernels.scanning import not_finite, scan, scan_delta
 from ktmerge.merge.kernels.transforming import subtract, transform
 
 _U32, _U64, _F64 = np.uint32, np.uint64, np.float64
@@ -39,13 +40,6 @@ def _count_magnitudes(magnitudes, found, low, shift, counts, lows):
         inside = _U32(magnitudes[found[j]] - low)
         counts[inside >> shift] += _ONE
         lows[inside >> shift] |= inside & rest
-
-
-@compiled
-def _note(magnitudes, found, first, places, patterns):
-    for j in range(found.size):
-        places[j] = _U32(first + found[j])
-        patterns[j] = magnitudes[found[j]]
 
 
 @compiled
@@ -105,9 +99,19 @@ def _delta(
 
 
 @compiled
+def _fetch_wanted(raw16, kinds, files, places, wanted, begin, size):
+    """The base's elements, and those of the rows that are wanted; False if one cannot be read."""
+    whole = fetch(0, raw16, kinds, files, places, begin, size)
+    for w in range(wanted.size):
+        known = w > 0 and wanted[w] == wanted[w - 1]
+        whole = whole and (known or fetch(wanted[w], raw16, kinds, files, places, begin, size))
+    return whole
+
+
+@compiled
 def _measure(
     raw16, raw32, kinds, wanted, start, origin, count, steps, floors, leasts, spans, tops, keys, cuts, factors,
-    searches, counts, lows, places, patterns, taken, own, other, delta, lanes, words,
+    searches, counts, lows, own, other, delta, lanes, words,
 ):  # fmt: skip
     """``count`` elements of the rows, which begin with element ``origin`` of the piece."""
     for first in range(0, count, BLOCK):
@@ -123,7 +127,7 @@ def _measure(
             ):  # fmt: skip
                 return int64(INPUT_NOT_FINITE)
             hashed, floor, key, low = searches[w][0], _U32(searches[w][1]), searches[w][2], searches[w][3]
-            last, shift, bins, room = searches[w][4], searches[w][5], int64(searches[w][6]), int64(searches[w][7])
+            last, shift, bins = searches[w][4], searches[w][5], int64(searches[w][6])
             _magnitudes(d)
             magnitudes = d.view(np.uint32)
             if hashed:
@@ -134,28 +138,22 @@ def _measure(
                 above = _count_above(magnitudes, _U32(high)) if high < _U64(_MAGNITUDE) else _U32(0)
                 near = words[: collect(magnitudes, _U32(low), _U32(last), words)]
                 _count_magnitudes(magnitudes, near, _U32(low), _U32(shift), counts[w], lows[w])
-                noted = taken[w] + near.size
-                if noted <= room:
-                    _note(magnitudes, near, origin + first, places[w][taken[w] : noted], patterns[w][taken[w] : noted])
-                taken[w] = noted
             counts[w][bins] += above
     return int64(FINE)
 
 
 def measure(
     rows16, rows32, stride, kinds, number, files, places, count, start, step_count, steps, floors, leasts, spans, tops,
-    keys, cuts, factors, wanted_count, wanted, searches, width, counts, lows, capacity, noted, patterns, taken, scratch,
+    keys, cuts, factors, wanted_count, wanted, searches, width, counts, lows, scratch,
 ):  # fmt: skip
     """Count the keys of some rows' deltas, as they are after the transforms; FINE, INPUT_NOT_FINITE or UNREADABLE.
 
     ``wanted`` int64 are those rows, one several times in a row if several things of it are to be counted;
-    ``searches`` uint64 ``[wanted, 8]`` what to count: hashed, floor, key, low, last, shift, bins, room.
+    ``searches`` uint64 ``[wanted, 7]`` what to count: hashed, floor, key, low, last, shift, bins.
     The key is the magnitude's pattern, or if ``hashed`` the hash, by ``key``, of the elements whose magnitude is
     ``floor``. Added to: ``counts`` uint32 ``[wanted, width + 1]``, keys in ``[low, low + last]`` by
     ``(key - low) >> shift``, and keys above all that in number ``bins``; ``lows`` uint32 ``[wanted, width]``, the union
-    of the bits that magnitudes lose in that shift. Of the magnitudes in the interval ``noted`` and ``patterns``, both
-    uint32 ``[wanted, capacity]``, take index in the piece and pattern of up to ``room``; ``taken`` int64 ``[wanted]``
-    counts them, also those for which there was no room. ``scratch`` holds ``BLOCK * 5`` words.
+    of the bits that magnitudes lose in that shift. ``scratch`` holds ``BLOCK * 5`` words.
     """
     raw16 = carray(rows16, (number + 1, stride // 2))
     raw32 = carray(rows32, (number + 1, stride // 4))
@@ -171,20 +169,86 @@ def measure(
     window = WINDOW if fetched else count
     for begin in range(0, count, window):
         size = min(window, count - begin)
-        if fetched:
-            if not fetch(0, raw16, own_kinds, own_files, own_places, begin, size):
-                return int64(UNREADABLE)
-            for w in range(wanted_count):
-                known = w > 0 and own_wanted[w] == own_wanted[w - 1]
-                if not known and not fetch(own_wanted[w], raw16, own_kinds, own_files, own_places, begin, size):
-                    return int64(UNREADABLE)
+        if fetched and not _fetch_wanted(raw16, own_kinds, own_files, own_places, own_wanted, begin, size):
+            return int64(UNREADABLE)
         status = _measure(
             raw16, raw32, own_kinds, own_wanted, start, begin, size,
             carray(steps, (step_count,)), carray(floors, per_step), carray(leasts, per_step), carray(spans, per_step),
             carray(tops, per_step), carray(keys, per_step), carray(cuts, per_step), carray(factors, per_step),
-            carray(searches, (wanted_count, 8)), carray(counts, (wanted_count, width + 1)),
-            carray(lows, (wanted_count, width)), carray(noted, (wanted_count, capacity)),
-            carray(patterns, (wanted_count, capacity)), carray(taken, (wanted_count,)),
+            carray(searches, (wanted_count, 7)), carray(counts, (wanted_count, width + 1)),
+            carray(lows, (wanted_count, width)), work[0], work[1], work[2].view(np.float32), work[3], work[4],
+        )  # fmt: skip
+        if status != FINE:
+            return status
+    return int64(FINE)
+
+
+@compiled
+def _note(
+    raw16, raw32, kinds, wanted, start, origin, count, steps, floors, leasts, spans, tops, keys, cuts, factors,
+    bounds, places, patterns, taken, above, found, own, other, delta, lanes, words,
+):  # fmt: skip
+    """``count`` elements of the rows, which begin with element ``origin`` of the piece."""
+    plain = steps.size == 0 and kinds[0] == BF16
+    for w in range(wanted.size):
+        row, low, last = wanted[w], bounds[w][0], bounds[w][1]
+        for first in range(0, count, BLOCK):
+            d = delta[: min(BLOCK, count - first)]
+            room = places[w].size - taken[w]
+            if room < d.size:
+                taken[w] = int64(places[w].size + 1)
+                break
+            at, of = places[w][taken[w] :], patterns[w][taken[w] :]
+            if plain and kinds[row] == BF16:
+                taken[w] += scan(raw16[0], raw16[row], first, low, last, origin, at, of, found, own, other, d)
+            elif load(kinds[0], raw16[0], raw32[0], first, own[: d.size]) or _delta(
+                raw16, raw32, kinds, row, first, start + origin, steps, floors, leasts, spans, tops, keys, cuts,
+                factors, own, other, d, lanes, words,
+            ):  # fmt: skip
+                return int64(INPUT_NOT_FINITE)
+            else:
+                taken[w] += scan_delta(d, low, last, _U32(origin + first), at, of, found)
+            if not_finite(found):
+                return int64(INPUT_NOT_FINITE)
+            above[w] += found[0]
+    return int64(FINE)
+
+
+def note(
+    rows16, rows32, stride, kinds, number, files, places, count, start, step_count, steps, floors, leasts, spans, tops,
+    keys, cuts, factors, wanted_count, wanted, bounds, capacity, noted, patterns, taken, above, scratch,
+):  # fmt: skip
+    """Note which magnitudes of some rows' deltas, as they are after the transforms, are in an interval, and count those
+    above it; FINE, INPUT_NOT_FINITE or UNREADABLE.
+
+    ``wanted`` int64 are those rows; ``bounds`` uint32 ``[wanted, 2]`` the interval's least and last offset from that.
+    ``noted`` and ``patterns``, uint32 ``[wanted, capacity]``, take index in the piece and pattern of up to
+    ``capacity - BLOCK``; ``taken`` int64 ``[wanted]`` counts them, and is beyond the capacity where that did not do:
+    ``above`` int64 ``[wanted]`` is then too small. ``scratch`` holds ``BLOCK * 5`` words and 2.
+    """
+    raw16 = carray(rows16, (number + 1, stride // 2))
+    raw32 = carray(rows32, (number + 1, stride // 4))
+    own_kinds, own_files, own_places = (
+        carray(kinds, (number + 1,)),
+        carray(files, (number + 1,)),
+        carray(places, (number + 1,)),
+    )
+    own_wanted = carray(wanted, (wanted_count,))
+    per_step = (step_count, number)
+    work = carray(scratch, (5, BLOCK))
+    fetched = own_files[0] >= 0
+    window = WINDOW if fetched else count
+    for begin in range(0, count, window):
+        size = min(window, count - begin)
+        if fetched and not _fetch_wanted(raw16, own_kinds, own_files, own_places, own_wanted, begin, size):
+            return int64(UNREADABLE)
+        status = _note(
+            raw16, raw32, own_kinds, own_wanted, start, begin, size,
+            carray(steps, (step_count,)), carray(floors, per_step), carray(leasts, per_step), carray(spans, per_step),
+            carray(tops, per_step), carray(keys, per_step), carray(cuts, per_step), carray(factors, per_step),
+            carray(bounds, (wanted_count, 2)), carray(noted, (wanted_count, capacity)),
+            carray(patterns, (wanted_count, capacity)), carray(taken, (wanted_count,)), carray(above, (wanted_count,)),
+            carray(scratch, (5 * BLOCK + 2,))[5 * BLOCK :],
             work[0], work[1], work[2].view(np.float32), work[3], work[4],
         )  # fmt: skip
         if status != FINE:
@@ -192,47 +256,60 @@ def measure(
     return int64(FINE)
 
 
-def sample(
-    rows16, rows32, stride, kinds, number, row, count, start, step_count, steps, floors, leasts, spans, tops, keys,
-    cuts, factors, out, scratch,
-):  # fmt: skip
-    """The magnitude patterns of up to ``BLOCK`` deltas of one expert into ``out``; FINE or INPUT_NOT_FINITE."""
-    per_step = (step_count, number)
-    work = carray(scratch, (4, BLOCK))
-    patterns = carray(out, (count,))
-    d = patterns.view(np.float32)
-    raw16, raw32 = carray(rows16, (number + 1, stride // 2)), carray(rows32, (number + 1, stride // 4))
-    own_kinds = carray(kinds, (number + 1,))
-    if load(own_kinds[0], raw16[0], raw32[0], 0, work[0][:count]) or _delta(
-        raw16, raw32, own_kinds, row, 0, start,
-        carray(steps, (step_count,)), carray(floors, per_step), carray(leasts, per_step), carray(spans, per_step),
-        carray(tops, per_step), carray(keys, per_step), carray(cuts, per_step), carray(factors, per_step),
-        work[0], work[1], d, work[2], work[3],
-    ):  # fmt: skip
-        return int64(INPUT_NOT_FINITE)
-    _magnitudes(d)
-    return int64(FINE)
+@compiled
+def _magnitudes_into(delta, out):
+    patterns = delta.view(np.uint32)
+    for i in range(delta.size):
+        out[i] = _U32(patterns[i] & _MAGNITUDE)
 
 
 @compiled
-def _tally(places, patterns, floor, key, start, low, last, shift, counts):
-    above = _U32(0)
-    for j in range(places.size):
-        if patterns[j] == floor:
-            above += _count_hash(hash_of(key, _U64(start) + _U64(places[j])), low, last, shift, counts)
-    counts[counts.size - 1] += above
+def _sample(
+    raw16, raw32, kinds, start, count, steps, floors, leasts, spans, tops, keys, cuts, factors, out,
+    own, other, delta, lanes, words,
+):  # fmt: skip
+    d = delta[:count]
+    if load(kinds[0], raw16[0], raw32[0], 0, own[:count]):
+        return True
+    for row in range(1, kinds.size):
+        if _delta(
+            raw16, raw32, kinds, row, 0, start, steps, floors, leasts, spans, tops, keys, cuts, factors, own, other, d,
+            lanes, words,
+        ):  # fmt: skip
+            return True
+        _magnitudes_into(d, out[row - 1])
+    return False
 
 
-def tally(places, patterns, noted, floor, key, start, low, last, shift, bins, counts):
-    """Of ``noted`` elements that `measure` noted, count the hashes of those with the magnitude ``floor``; FINE.
+def sample(
+    rows16, rows32, stride, kinds, number, files, places, count, start, step_count, steps, floors, leasts, spans, tops,
+    keys, cuts, factors, block_count, blocks, out, scratch,
+):  # fmt: skip
+    """The magnitude patterns of all experts' deltas in some blocks of up to ``BLOCK`` elements; FINE, INPUT_NOT_FINITE
+    or UNREADABLE.
 
-    Added to ``counts`` uint32 ``[bins + 1]``: hashes in ``[low, low + last]`` by ``(hash - low) >> shift``, and those
-    above all that in the last.
+    Blocks of ``count`` elements begin with those of ``blocks``, int64, multiples of 4, counted from ``start``; ``out``
+    is uint32 ``[block_count, N, count]``. Rows that do not lie in files hold one block. ``scratch``: ``BLOCK * 5``.
     """
-    size = (noted,)
-    _tally(
-        carray(places, size), carray(patterns, size), floor, key, start, low, last, shift, carray(counts, (bins + 1,))
+    per_step = (step_count, number)
+    work = carray(scratch, (5, BLOCK))
+    raw16, raw32 = carray(rows16, (number + 1, stride // 2)), carray(rows32, (number + 1, stride // 4))
+    own_kinds, own_files, own_places = (
+        carray(kinds, (number + 1,)),
+        carray(files, (number + 1,)),
+        carray(places, (number + 1,)),
     )
+    own_blocks, target = carray(blocks, (block_count,)), carray(out, (block_count, number, count))
+    for b in range(block_count):
+        if own_files[0] >= 0 and not fetch_all(raw16, own_kinds, own_files, own_places, own_blocks[b], count):
+            return int64(UNREADABLE)
+        if _sample(
+            raw16, raw32, own_kinds, start + own_blocks[b], count,
+            carray(steps, (step_count,)), carray(floors, per_step), carray(leasts, per_step), carray(spans, per_step),
+            carray(tops, per_step), carray(keys, per_step), carray(cuts, per_step), carray(factors, per_step),
+            target[b], work[0], work[1], work[2].view(np.float32), work[3], work[4],
+        ):  # fmt: skip
+            return int64(INPUT_NOT_FINITE)
     return int64(FINE)
 
 

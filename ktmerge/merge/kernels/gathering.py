@@ -19,10 +19,10 @@ from numba.types import uint64
 
 _U32, _U64 = np.uint32, np.uint64
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
-_LANES = 16
-_WORD = ir.IntType(32)
-_VECTOR = ir.VectorType(_WORD, _LANES)
-_UNDEFINED = ir.Constant(_VECTOR, ir.Undefined)
+LANES = 16
+WORD = ir.IntType(32)
+VECTOR = ir.VectorType(WORD, LANES)
+_UNDEFINED = ir.Constant(VECTOR, ir.Undefined)
 
 
 @intrinsic
@@ -34,16 +34,14 @@ def _pack(typing_context, patterns, first, low, last, found, count):
         source, start, floor, width, target, position = arguments
         block = builder.load(_place(context, builder, signature.args[0], source, start))
         block.align = 4
-        magnitudes = builder.and_(block, _repeated(builder, ir.Constant(_WORD, 0x7FFFFFFF)))
-        offsets = builder.sub(magnitudes, _repeated(builder, floor))
-        mask = builder.icmp_unsigned("<=", offsets, _repeated(builder, width))
-        index = _repeated(builder, builder.trunc(start, _WORD))
-        indices = builder.add(index, ir.Constant(_VECTOR, list(range(_LANES))))
-        kind = ir.FunctionType(_VECTOR, [_VECTOR, _VECTOR, ir.VectorType(ir.IntType(1), _LANES)])
-        compress = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.mask.compress.v16i32")
-        packed = builder.call(compress, [indices, _UNDEFINED, mask])
+        magnitudes = builder.and_(block, repeated(builder, ir.Constant(WORD, 0x7FFFFFFF)))
+        offsets = builder.sub(magnitudes, repeated(builder, floor))
+        mask = builder.icmp_unsigned("<=", offsets, repeated(builder, width))
+        index = repeated(builder, builder.trunc(start, WORD))
+        indices = builder.add(index, ir.Constant(VECTOR, list(range(LANES))))
+        packed = builder.call(compress(builder.module), [indices, _UNDEFINED, mask])
         builder.store(packed, _place(context, builder, signature.args[4], target, position)).align = 4
-        return builder.zext(builder.ctpop(builder.bitcast(mask, ir.IntType(_LANES))), ir.IntType(64))
+        return builder.zext(builder.ctpop(builder.bitcast(mask, ir.IntType(LANES))), ir.IntType(64))
 
     return uint64(patterns, first, low, last, found, count), code
 
@@ -51,18 +49,25 @@ def _pack(typing_context, patterns, first, low, last, found, count):
 def _place(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
     """Pointer to the 16 elements of an array from ``index`` on."""
     data = context.make_array(kind)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [index]), _VECTOR.as_pointer())
+    return builder.bitcast(builder.gep(data, [index]), VECTOR.as_pointer())
 
 
-def _repeated(builder: Any, word: Any) -> Any:
-    first = builder.insert_element(_UNDEFINED, word, ir.Constant(_WORD, 0))
-    return builder.shuffle_vector(first, _UNDEFINED, ir.Constant(_VECTOR, [0] * _LANES))
+def compress(module: Any) -> Any:
+    """The function that packs the lanes of a mask."""
+    kind = ir.FunctionType(VECTOR, [VECTOR, VECTOR, ir.VectorType(ir.IntType(1), LANES)])
+    return cgutils.get_or_insert_function(module, kind, "llvm.x86.avx512.mask.compress.v16i32")
+
+
+def repeated(builder: Any, word: Any) -> Any:
+    """A vector of one word."""
+    first = builder.insert_element(_UNDEFINED, word, ir.Constant(WORD, 0))
+    return builder.shuffle_vector(first, _UNDEFINED, ir.Constant(VECTOR, [0] * LANES))
 
 
 def _collect_packed(patterns, low, last, found):
     count = _U64(0)
-    whole = patterns.size // _LANES * _LANES
-    for first in range(0, whole, _LANES):
+    whole = patterns.size // LANES * LANES
+    for first in range(0, whole, LANES):
         count += _pack(patterns, _U64(first), _U32(low), _U32(last), found, count)
     for i in range(whole, patterns.size):
         found[count] = _U32(i)
@@ -79,10 +84,11 @@ def _collect_one_by_one(patterns, low, last, found):
     return np.int64(count)
 
 
-def _packs() -> bool:
+def packs() -> bool:
+    """Whether this processor packs a vector by a mask."""
     return bool(llvmlite.binding.get_host_cpu_features().get("avx512f"))
 
 
-collect = njit(nogil=True, error_model="numpy")(_collect_packed if _packs() else _collect_one_by_one)
+collect = njit(nogil=True, error_model="numpy")(_collect_packed if packs() else _collect_one_by_one)
 """``collect(patterns, low, last, found)``: indices of the magnitudes in ``[low, low + last]`` into ``found``, which is
 uint32 and as long as ``patterns``; how many they are."""

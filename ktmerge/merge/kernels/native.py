@@ -20,10 +20,13 @@ from ktmerge.merge.kernels import codes
 
 Entry = Callable[..., int]
 
-_NAMES = ("blend", "squares", "measure", "tally", "sample", "energy", "rank", "words")
+_NAMES = (
+    "blend", "squares", "measure", "note", "sample", "rank_noted", "hash_noted", "rank_hashes", "energy", "rank",
+    "words",
+)  # fmt: skip
 _MODULES = (
-    "combining.py", "compiled.py", "compiler.py", "conversion.py", "counting.py", "files.py", "gathering.py",
-    "ordering.py", "randomness.py", "settling.py", "transforming.py",
+    "combining.py", "compiled.py", "compiler.py", "conversion.py", "counting.py", "deciding.py", "files.py",
+    "gathering.py", "ordering.py", "randomness.py", "scanning.py", "settling.py", "transforming.py",
 )  # fmt: skip
 _SOURCES = (Path(codes.__file__), *(Path(__file__).with_name(name) for name in _MODULES))
 # What numba's code would call to raise or to count references. The kernels do neither, but the linker wants them.
@@ -42,9 +45,12 @@ _ROWS, _STEPS, _COMBINE = "ppipi", "ipppppppp", "iip"
 _SIGNATURES = {
     "blend": f"{_ROWS}ppii{_STEPS}{_COMBINE}piilppppp",
     "squares": f"{_ROWS}ppii{_STEPS}{_COMBINE}fppp",
-    "measure": f"{_ROWS}ppii{_STEPS}ippippipppp",
-    "tally": "ppiwlilllip",
-    "sample": f"{_ROWS}iii{_STEPS}pp",
+    "measure": f"{_ROWS}ppii{_STEPS}ippippp",
+    "note": f"{_ROWS}ppii{_STEPS}ippippppp",
+    "sample": f"{_ROWS}ppii{_STEPS}ippp",
+    "rank_noted": "piiwippp",
+    "hash_noted": "ppiwlip",
+    "rank_hashes": "piipp",
     "energy": "ppiipp",
     "rank": "ppliipppp",
     "words": "liipp",
@@ -57,8 +63,11 @@ class Native:
     blend: Entry
     squares: Entry
     measure: Entry
-    tally: Entry
+    note: Entry
     sample: Entry
+    rank_noted: Entry
+    hash_noted: Entry
+    rank_hashes: Entry
     energy: Entry
     rank: Entry
     words: Entry

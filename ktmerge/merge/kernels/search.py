@@ -74,6 +74,7 @@ class Search:
         self._bins = min(BINS, max(256, 1 << (2 * elements).bit_length()))
         self._interval = _covering(0, _MAGNITUDES, self._bins)
         self._above = 0  # elements of larger magnitude than the floor; known once the keys are hashes
+        self._expected = float(elements)
         self._result = Threshold(0, 0, keep, elements)
         self.done = keep <= 0 or keep >= elements
         self._start_pass()
@@ -82,6 +83,11 @@ class Search:
     def interval(self) -> Interval:
         """What to count next."""
         return self._interval
+
+    @property
+    def expected(self) -> float:
+        """About how many elements are in the interval; as many as there are where that is not known."""
+        return self._expected
 
     def hint(self, magnitudes: NDArray[Any]) -> None:
         """Begin where a sample of magnitude patterns says that the threshold is."""
@@ -94,6 +100,8 @@ class Search:
         high = int(ordered[size - 1 - first]) + 1 if first >= 0 else _MAGNITUDES
         low = int(ordered[size - 1 - last]) if last < size else 0
         self._interval = _covering(low, high, self._bins)
+        inside = np.count_nonzero(magnitudes - np.uint32(self._interval.low) <= self._interval.last)
+        self._expected = self._elements * (inside + 1) / size
         self._start_pass()
 
     def add(self, counts: NDArray[Any], lows: NDArray[Any] | None = None) -> None:
@@ -112,7 +120,7 @@ class Search:
 
     def end_pass(self) -> None:
         """All pieces have been counted once: narrow the interval down to the bin that holds the last to keep."""
-        interval = self._interval
+        interval, self._expected = self._interval, float(self._elements)
         wanted = self._keep - self._above - int(self._counts[-1])
         inside = self._counts[:-1]
         if wanted <= 0:
@@ -122,6 +130,28 @@ class Search:
         else:
             self._narrow(wanted, inside)
         self._start_pass()
+
+    def rank_inside(self, above: int, inside: int) -> int | None:
+        """Which of the interval's magnitudes, from the largest, is the last to keep; None if it lies elsewhere.
+
+        The interval is then moved to where it lies.
+
+        Args:
+            above: how many elements are above the interval.
+            inside: how many are in it.
+        """
+        interval, rank = self._interval, self._keep - above
+        if 0 < rank <= inside:
+            return rank
+        edges = (interval.low + interval.last + 1, _MAGNITUDES) if rank <= 0 else (0, interval.low)
+        self._interval, self._expected = _covering(*edges, self._bins), float(self._elements)
+        self._start_pass()
+        return None
+
+    def settle(self, floor: int, least: int = 0) -> None:
+        """End the search: what it was for is found."""
+        self._result = Threshold(floor, least, self._keep, self._elements)
+        self.done = True
 
     def result(self) -> Threshold:
         """Valid once done."""
@@ -147,14 +177,13 @@ class Search:
         single = interval.shift == 0 or (not interval.hashed and not self._lows[number])
         if needed == count or (single and (interval.hashed or low == 0)):
             # Whether a zero is kept makes no difference, and no two elements of a tensor have the same hash.
-            floor, least = (interval.floor, low) if interval.hashed else (low, 0)
-            self._result = Threshold(floor, least, self._keep, self._elements)
-            self.done = True
+            self.settle(*((interval.floor, low) if interval.hashed else (low, 0)))
         elif single:
             self._above = self._keep - needed
             self._interval = _expected(needed, count, self._bins, low)
         else:
             self._interval = _covering(low, low + (1 << interval.shift), self._bins, interval)
+            self._expected = float(count)
 
 
 def _covering(low: int, high: int, bins: int, like: Interval | None = None) -> Interval:
