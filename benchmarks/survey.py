@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 from findings import DRAWS, MEASURES, span
-from parts import BASE, Part, read, sides_of
+from parts import BASE, read, sides_of
 from tradeoff import Array, Items, Sides, interval
-from tuned import chosen, trial, trials
+from tuned import Place, chosen, trial, trials
 from tunings import FULL, Tuning, tunings
 from worlds.world import REPORT
 
@@ -53,15 +53,15 @@ class Table:
         planned: how many seeds there should be.
     """
 
-    parts: Sequence[Part]
+    parts: Sequence[Place]
     planned: int
     rows: Sequence[Row]
     missing: Sequence[str]
 
     @classmethod
-    def of(cls, parts: Sequence[Part]) -> Table | None:
+    def of(cls, parts: Sequence[Place]) -> Table | None:
         """The table on as many seeds as all ways are tried on, or as far as the first goes; None without a full one."""
-        every = tunings(parts[0].world.name)
+        every = tunings(parts[0].name)
         done = {one.name: _done(parts, one) for one in every}
         if not done[FULL]:
             return None
@@ -75,7 +75,7 @@ class Table:
     def text(self) -> str:
         """As a section in Markdown."""
         world, count = self.parts[0].world, len(self.parts)
-        first = f"### {world.name}: {world.model}, tuned on {self.parts[0].experts[0]}"
+        first = f"### {self.parts[0].name}: {world.model}, tuned on {', '.join(self.parts[0].experts)}"
         seeds = f"{count} seed{'s' if count > 1 else ''}" + (f" of {self.planned}" if count < self.planned else "")
         lines = [first, f"{seeds}; upstream: {', '.join(world.upstream)}; scores are {world.measure}."]
         if count < self.planned or self.missing:
@@ -115,7 +115,7 @@ def to_csv(tables: Sequence[Table]) -> str:
             way = row.tuning
             arrays = [*row.raw.values(), *row.gains.values(), row.gains["H"] - table.full.gains["H"]]
             writer.writerow(
-                [table.parts[0].world.name, way.name if way else BASE, way.kind if way else "", way.uses if way else "",
+                [table.parts[0].name, way.name if way else BASE, way.kind if way else "", way.uses if way else "",
                  len(table.parts), f"{row.value:g}", f"{row.trained:.4f}", f"{row.seconds:.1f}",
                  *(f"{number:.4f}" for array in arrays for number in interval(array))]
             )  # fmt: skip
@@ -152,7 +152,7 @@ def picture(tables: Sequence[Table], kind: str) -> bytes:
         return to_file(figure, kind)
 
 
-def _done(parts: Sequence[Part], tuning: Tuning) -> int:
+def _done(parts: Sequence[Place], tuning: Tuning) -> int:
     """How many seeds, from the first on, a way was tried on; on the first, with all values."""
     value = chosen(parts[0], tuning)
     if value is None:
@@ -161,7 +161,7 @@ def _done(parts: Sequence[Part], tuning: Tuning) -> int:
     return there.index(False) if False in there else len(there)
 
 
-def _row(parts: Sequence[Part], sides: Sequence[Sides], tuning: Tuning) -> Row:
+def _row(parts: Sequence[Place], sides: Sequence[Sides], tuning: Tuning) -> Row:
     value = chosen(parts[0], tuning)
     found = [trial(part, tuning, value) or {} for part in parts if value is not None]
     items = [one["points"][0][REPORT] for one in found]
@@ -174,16 +174,16 @@ def _row(parts: Sequence[Part], sides: Sequence[Sides], tuning: Tuning) -> Row:
     )
 
 
-def _base(parts: Sequence[Part], sides: Sequence[Sides]) -> Row:
+def _base(parts: Sequence[Place], sides: Sequence[Sides]) -> Row:
     return Row(None, 0.0, 0.0, 0.0, **_measured(parts, sides, [_items(part) for part in parts]))
 
 
-def _items(part: Part) -> Items:
+def _items(part: Place) -> Items:
     document = read(part, BASE)
     return {} if document is None else document["points"][0][REPORT]
 
 
-def _measured(parts: Sequence[Part], sides: Sequence[Sides], items: Sequence[Items]) -> dict[str, Any]:
+def _measured(parts: Sequence[Place], sides: Sequence[Sides], items: Sequence[Items]) -> dict[str, Any]:
     """Means over seeds of what `Row` holds."""
     gains = [one.gains(some) for one, some in zip(sides, items, strict=True)]
     raw = [_raw(part, one, some) for part, one, some in zip(parts, sides, items, strict=True)]
@@ -194,7 +194,7 @@ def _measured(parts: Sequence[Part], sides: Sequence[Sides], items: Sequence[Ite
     }
 
 
-def _raw(part: Part, sides: Sides, items: Items) -> dict[str, Array]:
+def _raw(part: Place, sides: Sides, items: Items) -> dict[str, Array]:
     up, down = sides.raw(items)
     count = len(part.world.upstream)
     return {"U": up, "D": down, "Avg": (count * up + len(part.experts) * down) / (count + len(part.experts))}

@@ -6,13 +6,13 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from parts import BASE, Part, keep, plain, read, score_models, sides_of
-from tunings import BUDGETS, FISHER, FULL, UPSTREAM, Tuning, tuning_of
+from tunings import BUDGETS, FISHER, FULL, TOGETHER, UPSTREAM, Tuning, tuning_of
 from worlds import WORLDS
 from worlds.world import CALIBRATION, REPORT, SELECT, World
 
@@ -30,9 +30,47 @@ TAUGHT = {"vision": ("garments", "turns")}
 the others, too, before anything is tried."""
 
 
-def part_of(name: str, seed: int, folder: Path) -> Part:
-    """The part of a world in which one task is learned in many ways."""
-    return Part(PLACES[name], KIND, seed, folder)
+@dataclass(frozen=True)
+class Place(Part):
+    """Where the first task of a world is learned in many ways."""
+
+    @property
+    def name(self) -> str:
+        """As `Tuning.places` has it."""
+        return self.world.name
+
+    @property
+    def runs(self) -> Path:
+        """Where tuned models lie."""
+        return self.models / "runs"
+
+
+class Together(Place):
+    """Where all tasks of a world are learned at once."""
+
+    @property
+    def name(self) -> str:
+        return TOGETHER
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        return self.world.tasks
+
+    @property
+    def runs(self) -> Path:
+        return self.models / f"{TOGETHER}-runs"
+
+    def file(self, name: str) -> Path:
+        return super().file(name).parent.with_name(TOGETHER) / super().file(name).name
+
+
+def place_of(name: str, seed: int, folder: Path) -> Place:
+    """The place of that name."""
+    return (
+        Together(WORLDS["text"], KIND, seed, folder)
+        if name == TOGETHER
+        else Place(TAUGHT_WORLDS[name], KIND, seed, folder)
+    )
 
 
 def _taught(world: World) -> World:
@@ -49,11 +87,11 @@ def _taught(world: World) -> World:
     return replace(world, upstream=upstream, calibration=calibration)
 
 
-PLACES = {name: _taught(world) for name, world in WORLDS.items()}
+TAUGHT_WORLDS = {name: _taught(world) for name, world in WORLDS.items()}
 """The worlds, as ways to tune are tried in them."""
 
 
-def prepare(part: Part) -> None:
+def prepare(part: Place) -> None:
     """Train the world's base, teach it what it lacks, write what `ktmerge finetune` reads, and score the base."""
     world = part.models.parent
     world.mkdir(parents=True, exist_ok=True)
@@ -75,27 +113,28 @@ def prepare(part: Part) -> None:
     score_models(part)
 
 
-def _task(part: Part) -> Path:
-    return _rows(part, "task", part.experts, BUDGETS[part.world.name].samples)
+def _tasks(part: Place) -> list[Path]:
+    """Files of what is learned, one for each task."""
+    count = BUDGETS[part.world.name].samples // len(part.experts)
+    return [_rows(part, name, (name,), count) for name in part.experts]
 
 
-def _upstream(part: Part) -> Path:
+def _upstream(part: Place) -> Path:
     return _rows(part, "upstream", part.world.upstream, BUDGETS[part.world.name].upstream)
 
 
-def _rows(part: Part, name: str, sets: Sequence[str], count: int) -> Path:
+def _rows(part: Place, name: str, sets: Sequence[str], count: int) -> Path:
     """The file of so many samples of some sets, written unless it is there."""
     path = part.models / f"{name}-{count}.jsonl"
     if not path.is_file():
+        rows = part.world.rows(sets, count, part.seed)
         temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(
-            "".join(json.dumps(row) + "\n" for row in part.world.rows(sets, count, part.seed)), "utf-8"
-        )
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
         os.replace(temporary, path)
     return path
 
 
-def try_one(part: Part, tuning: Tuning, value: float) -> None:
+def try_one(part: Place, tuning: Tuning, value: float) -> None:
     """Tune, or blend what was tuned, and score the result on both splits; what is kept stays.
 
     Args:
@@ -112,19 +151,19 @@ def try_one(part: Part, tuning: Tuning, value: float) -> None:
     )
 
 
-def trial(part: Part, tuning: Tuning, value: float) -> dict[str, Any] | None:
+def trial(part: Place, tuning: Tuning, value: float) -> dict[str, Any] | None:
     """What was kept of a way with a value: its one point, trained parameters and seconds; None if there is nothing."""
     document = read(part, _name(tuning, value))
     return document if document is not None and document["job"] == _job(part, tuning, value) else None
 
 
-def trials(part: Part, tuning: Tuning, values: Sequence[float]) -> list[dict[str, Any]]:
+def trials(part: Place, tuning: Tuning, values: Sequence[float]) -> list[dict[str, Any]]:
     """What was kept with some values; empty unless all are there."""
     found = [one for value in values if (one := trial(part, tuning, value)) is not None]
     return found if len(found) == len(values) else []
 
 
-def chosen(part: Part, tuning: Tuning, by: Sequence[str] = ("H", "E")) -> float | None:
+def chosen(part: Place, tuning: Tuning, by: Sequence[str] = ("H", "E")) -> float | None:
     """The value with the best H on the selection split of this seed, of equals the most E; None if some were not tried.
 
     Args:
@@ -140,15 +179,15 @@ def chosen(part: Part, tuning: Tuning, by: Sequence[str] = ("H", "E")) -> float 
     return max(gains, key=lambda one: [float(one[0][key][0]) for key in by])[1]
 
 
-def specialist(part: Part) -> float | None:
+def specialist(part: Place) -> float | None:
     """The rate at which the full fine-tune gains most on its task: the one that is blended."""
     return chosen(part, tuning_of(FULL), by=("E", "H"))
 
 
-def _trained(part: Part, tuning: Tuning, rate: float) -> tuple[Any, dict[str, Any]]:
-    out = part.models / "runs" / _name(tuning, rate)
+def _trained(part: Place, tuning: Tuning, rate: float) -> tuple[Any, dict[str, Any]]:
+    out = part.runs / _name(tuning, rate)
     out.parent.mkdir(exist_ok=True)
-    report = finetune(part.models / BASE, _task(part), out, overwrite=True, **_with_files(part, tuning, rate))
+    report = finetune(part.models / BASE, _tasks(part), out, overwrite=True, **_with_files(part, tuning, rate))
     run = report.record["run"]
     model, trained = part.world.load(out), run["trained"]["parameters"]
     if (out / COUNTS).is_file():
@@ -158,14 +197,14 @@ def _trained(part: Part, tuning: Tuning, rate: float) -> tuple[Any, dict[str, An
     return model, {"trained": trained, "of": run["trained"]["of"], "seconds": run["seconds"]}
 
 
-def _with_files(part: Part, tuning: Tuning, rate: float) -> dict[str, Any]:
+def _with_files(part: Place, tuning: Tuning, rate: float) -> dict[str, Any]:
     files = {UPSTREAM: str(_upstream(part)), FISHER: part.statistics(BASE)}
     settings = {key: files.get(value, value) if isinstance(value, str) else value
                 for key, value in tuning.settings.items()}  # fmt: skip
     return {**settings, **_common(part), "learning_rate": rate}
 
 
-def _common(part: Part) -> dict[str, Any]:
+def _common(part: Place) -> dict[str, Any]:
     budget = BUDGETS[part.world.name]
     return {
         "max_steps": budget.steps,
@@ -176,7 +215,7 @@ def _common(part: Part) -> dict[str, Any]:
     }
 
 
-def _job(part: Part, tuning: Tuning, value: float) -> dict[str, Any]:
+def _job(part: Place, tuning: Tuning, value: float) -> dict[str, Any]:
     """All that decides the result beside the world; what was kept of another job does not count."""
     if tuning.blend is None:
         return {**tuning.settings, **_common(part), "learning_rate": value, "samples": BUDGETS[part.world.name].samples}
@@ -184,9 +223,9 @@ def _job(part: Part, tuning: Tuning, value: float) -> dict[str, Any]:
     return {**tuning.blend, "lambda": value, "full": full, "job": full and _job(part, tuning_of(FULL), full)}
 
 
-def _blended(part: Part, tuning: Tuning, value: float) -> tuple[Any, dict[str, Any]]:
+def _blended(part: Place, tuning: Tuning, value: float) -> tuple[Any, dict[str, Any]]:
     rate = specialist(_first(part))
-    expert = part.models / "runs" / _name(tuning_of(FULL), rate or 0.0)
+    expert = part.runs / _name(tuning_of(FULL), rate or 0.0)
     document = {
         "ktmerge": 1,
         "base": str(part.models / BASE),
@@ -200,9 +239,9 @@ def _blended(part: Part, tuning: Tuning, value: float) -> tuple[Any, dict[str, A
     return model, {key: full.get(key) for key in ("trained", "of", "seconds")}
 
 
-def _first(part: Part) -> Part:
+def _first(part: Place) -> Place:
     """The seed on which values are chosen for all seeds."""
-    return Part(part.world, part.kind, 0, part.folder)
+    return replace(part, seed=0)
 
 
 def _name(tuning: Tuning, value: float) -> str:

@@ -19,17 +19,16 @@ from pathlib import Path
 
 import survey
 from pages import fill
-from parts import Part
 from pool import Task, workers
-from tuned import chosen, part_of, prepare, specialist, try_one
-from tunings import FULL, Tuning, tuning_of, tunings
+from tuned import Place, chosen, place_of, prepare, specialist, try_one
+from tunings import FULL, TOGETHER, Tuning, tuning_of, tunings
 from worlds import WORLDS
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--worlds", default=",".join(WORLDS))
+    parser.add_argument("--worlds", default=",".join((*WORLDS, TOGETHER)))
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes of one thread each")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "ktmerge-forgetting")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs")
@@ -43,36 +42,36 @@ def main() -> None:
             run([("prepare", *place) for place in places])
             for seed in seeds:
                 for blends in (False, True):
-                    parts = [part_of(world, seed, folder) for world in worlds]
+                    parts = [place_of(world, seed, folder) for world in worlds]
                     run([task for part in parts for task in _tasks(part, blends)])
     if arguments.only in (None, "report"):
         tables = [
             table
             for world in worlds
-            if (table := survey.Table.of([part_of(world, seed, folder) for seed in seeds])) is not None
+            if (table := survey.Table.of([place_of(world, seed, folder) for seed in seeds])) is not None
         ]
         fill(arguments.out / "tuners.md", "\n\n".join(table.text() for table in tables))
         (arguments.out / "tuners.csv").write_text(survey.to_csv(tables), encoding="utf-8")
         (arguments.out / "tuners.svg").write_bytes(survey.picture(tables, "svg"))
 
 
-def _tasks(part: Part, blends: bool) -> Iterator[Task]:
+def _tasks(part: Place, blends: bool) -> Iterator[Task]:
     """What there is to try on one seed: on the first every value, on the others what was chosen there."""
-    first = part_of(part.world.name, 0, part.folder)
-    for tuning in tunings(part.world.name):
+    first = place_of(part.name, 0, part.folder)
+    for tuning in tunings(part.name):
         if (tuning.blend is not None) == blends:
             for value in tuning.values(part.world.name) if part.seed == 0 else _values(first, tuning):
-                yield ("try", part.world.name, str(part.seed), str(part.folder), tuning.name, repr(value))
+                yield ("try", part.name, str(part.seed), str(part.folder), tuning.name, repr(value))
 
 
-def _values(first: Part, tuning: Tuning) -> list[float]:
+def _values(first: Place, tuning: Tuning) -> list[float]:
     """What was chosen on the first seed; of the full fine-tune also the one that is blended."""
     wanted = {chosen(first, tuning), specialist(first) if tuning.name == FULL else None}
     return sorted(value for value in wanted if value is not None)
 
 
 def _steps(step: str, world: str, seed: str, folder: str, *rest: str) -> None:
-    part = part_of(world, int(seed), Path(folder))
+    part = place_of(world, int(seed), Path(folder))
     if step == "prepare":
         prepare(part)
     else:

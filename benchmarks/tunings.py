@@ -46,6 +46,8 @@ BUDGETS = {
     "vision": Budget(rates=(1e-4, 5e-4, 2.5e-3), steps=200, batch=16, first=(1e-3, 300, 48)),
 }
 """By world."""
+TOGETHER = "together"
+"""Where all tasks of the world of text are learned at once, in some order."""
 LAMBDAS = (0.1, 0.2, 0.3, 0.6, 1.0)
 """Values that every blend is tried with."""
 
@@ -58,7 +60,8 @@ class Tuning:
         kind: as the survey has it.
         settings: keys of a fine-tune.
         blend: instead: of a method by which the full fine-tune is blended with its base.
-        worlds: which it is tried in: some are about parts that one model alone has, some cost too much in the other.
+        places: worlds in which it is tried, or `TOGETHER`: some are about parts that one model alone has, and some cost
+            too much.
         uses: upstream data it is given.
     """
 
@@ -66,7 +69,7 @@ class Tuning:
     kind: str
     settings: Settings = field(default_factory=dict)
     blend: Settings | None = None
-    worlds: tuple[str, ...] = tuple(BUDGETS)
+    places: tuple[str, ...] = tuple(BUDGETS)
     uses: str = "–"
 
     def values(self, world: str) -> tuple[float, ...]:
@@ -78,12 +81,12 @@ FULL = "full"
 TEXT, VISION = (("text",), ("vision",))
 
 
-def _part(expression: str, name: str = "", worlds: tuple[str, ...] = tuple(BUDGETS)) -> Tuning:
-    return Tuning(name or expression, "part", {"train": expression}, worlds=worlds)
+def _part(expression: str, name: str = "", places: tuple[str, ...] = tuple(BUDGETS)) -> Tuning:
+    return Tuning(name or expression, "part", {"train": expression}, places=places)
 
 
-def _lora(name: str, family: str, rank: int, worlds: tuple[str, ...] = tuple(BUDGETS)) -> Tuning:
-    return Tuning(f"{name} r={rank}", "low rank", {"adapter": {"name": family, "rank": rank}}, worlds=worlds)
+def _lora(name: str, family: str, rank: int, places: tuple[str, ...] = tuple(BUDGETS)) -> Tuning:
+    return Tuning(f"{name} r={rank}", "low rank", {"adapter": {"name": family, "rank": rank}}, places=places)
 
 
 def _selective(name: str, **settings: Any) -> Tuning:
@@ -91,40 +94,42 @@ def _selective(name: str, **settings: Any) -> Tuning:
 
 
 TUNINGS = (
-    _part("full", FULL),
+    _part("full", FULL, (*BUDGETS, TOGETHER)),
     _part("top:1"),
     _part("last:1"),
-    _part("connector", worlds=VISION),
+    _part("connector", places=VISION),
     _lora("LoRA", "lora", 8),
     _lora("DoRA", "dora", 8),
     _selective("magnitude 0.5", select="magnitude", density=0.5),
     _selective("SPIDER", select="fused", mask="soft", every=1),
     _selective("random 0.5", select="random", density=0.5),
-    _part("llm+connector", worlds=VISION),
-    _part("llm", worlds=VISION),
+    _part("llm+connector", places=VISION),
+    _part("llm", places=VISION),
     Tuning("L2-SP 0.1", "regularised", {"l2_sp": 0.1}),
     Tuning("replay 1/4", "regularised", {"replay": UPSTREAM, "replay_ratio": 0.25}, uses="samples"),
     Tuning("distillation", "regularised", {"distill": 1.0}),
     _selective("gradient 0.1", select="gradient", density=0.1),
     _selective("random 0.1", select="random", density=0.1),
     _selective("half", select="half"),
-    _part("vision", worlds=VISION),
+    _part("vision", places=VISION),
     _lora("rsLoRA", "rslora", 8, TEXT),
     _lora("PiSSA", "pissa", 8, TEXT),
     Tuning("EWC 0.1", "regularised", {"l2_sp": 0.1, "fisher": FISHER}, uses="Fisher"),
-    Tuning("EMA 0.95", "regularised", {"average": "ema", "ema_decay": 0.95}, worlds=TEXT),
+    Tuning("EMA 0.95", "regularised", {"average": "ema", "ema_decay": 0.95}, places=TEXT),
     _lora("LoRA", "lora", 2, TEXT),
     _lora("LoRA", "lora", 32, TEXT),
     Tuning("LoRA r=8, connector", "low rank",
-           {"adapter": {"name": "lora", "rank": 8}, "train": "llm+connector"}, worlds=VISION),
+           {"adapter": {"name": "lora", "rank": 8}, "train": "llm+connector"}, places=VISION),
+    Tuning("easy to hard", "order", {"curriculum": "easy"}, places=(TOGETHER,)),
+    Tuning("common first", "order", {"curriculum": "common"}, places=(TOGETHER,)),
     Tuning("full, then linear", "blend", blend={"method": "linear"}),
     Tuning("full, then TIES 0.2", "blend", blend={"method": "ties", "density": 0.2}),
 )  # fmt: skip
 
 
-def tunings(world: str) -> tuple[Tuning, ...]:
-    """Those that are tried in a world."""
-    return tuple(one for one in TUNINGS if world in one.worlds)
+def tunings(place: str) -> tuple[Tuning, ...]:
+    """Those that are tried in a world, or where its tasks are learned at once."""
+    return tuple(one for one in TUNINGS if place in one.places)
 
 
 def tuning_of(name: str) -> Tuning:

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import survey
 import tuned
-from parts import Part, keep
+from parts import keep
+from tuned import Place
 from tunings import BUDGETS, FISHER, FULL, LAMBDAS, TUNINGS, UPSTREAM, Budget, Tuning, tuning_of, tunings
 from worlds.text import TEXT
 from worlds.vision import VISION
@@ -32,16 +33,17 @@ SETS = ("press", "learned", "fiction", "scripture")
 
 
 @pytest.mark.parametrize("way", [one for one in TUNINGS if one.blend is None], ids=lambda one: one.name)
-def test_every_way_is_a_fine_tune(way: Tuning) -> None:
+def test_every_way_is_a_fine_tune(way: Tuning, tmp_path: Path) -> None:
     settings = {**way.settings, "learning_rate": RATES[0]}
     for key, value in settings.items():
         assert value != UPSTREAM or key == "replay"
         assert value != FISHER or key == "fisher"
-    validate(FinetuneJob, {"data": ["rows.jsonl"], **settings}, way.name)
+    tasks = tuned.place_of(way.places[-1], 0, tmp_path).experts
+    validate(FinetuneJob, {"data": [f"{task}.jsonl" for task in tasks], **settings}, way.name)
 
 
 def test_names_are_told_apart_as_files(tmp_path: Path) -> None:
-    part = tuned.part_of("vision", 0, tmp_path)
+    part = tuned.place_of("vision", 0, tmp_path)
     files = {part.file(tuned._name(way, value)) for way in TUNINGS for value in way.values("vision")}
     assert len(files) == sum(len(way.values("vision")) for way in TUNINGS)
     assert all(file.parent == tmp_path / "vision" / "0" / "tuning" / "tuners" for file in files)
@@ -53,9 +55,9 @@ def test_only_models_that_see_have_their_parts_trained() -> None:
 
 
 def test_the_base_that_sees_is_asked_and_measured_on_two_upstream_sets(tmp_path: Path) -> None:
-    part = tuned.part_of("vision", 0, tmp_path)
+    part = tuned.place_of("vision", 0, tmp_path)
     assert part.sets == ("garments", "turns", "animals")
-    assert tuned.part_of("text", 0, tmp_path).sets == SETS
+    assert tuned.place_of("text", 0, tmp_path).sets == SETS
     asked: list[str] = []
     world = replace(VISION, calibration=lambda name: (asked.append(name) or (name, at) for at in range(1000)))
     found = list(tuned._taught(world).calibration("upstream"))
@@ -64,9 +66,9 @@ def test_the_base_that_sees_is_asked_and_measured_on_two_upstream_sets(tmp_path:
 
 
 @pytest.fixture
-def parts(tmp_path: Path) -> list[Part]:
+def parts(tmp_path: Path) -> list[Place]:
     """Two seeds of the text world with their base scored: upstream 60, task 20."""
-    found = [tuned.part_of("text", seed, tmp_path) for seed in (0, 1)]
+    found = [tuned.place_of("text", seed, tmp_path) for seed in (0, 1)]
     for part in found:
         (part.models / "base").mkdir(parents=True)
         (part.models / "base" / "settings.json").write_text(json.dumps({"seed": part.seed}))
@@ -74,7 +76,9 @@ def parts(tmp_path: Path) -> list[Part]:
     return found
 
 
-def _keep(part: Part, name: str, select_up: float, select_down: float, up: float, down: float, **facts: object) -> None:
+def _keep(
+    part: Place, name: str, select_up: float, select_down: float, up: float, down: float, **facts: object
+) -> None:
     def scores(upstream: float, downstream: float) -> dict[str, list[float]]:
         wave = np.linspace(-5, 5, ITEMS)
         return {one: list((downstream if one == "scripture" else upstream) + wave) for one in SETS}
@@ -83,12 +87,12 @@ def _keep(part: Part, name: str, select_up: float, select_down: float, up: float
     keep(part, name, {"points": [point], **facts})
 
 
-def _try(part: Part, way: Tuning, value: float, select: tuple[float, float], report: tuple[float, float]) -> None:
+def _try(part: Place, way: Tuning, value: float, select: tuple[float, float], report: tuple[float, float]) -> None:
     facts = {"trained": 10, "of": 40, "seconds": 3.0, "job": tuned._job(part, way, value), "value": value}
     _keep(part, tuned._name(way, value), *select, *report, **facts)
 
 
-def test_the_rate_is_that_of_the_best_h_on_the_selection_split_of_the_first_seed(parts: list[Part]) -> None:
+def test_the_rate_is_that_of_the_best_h_on_the_selection_split_of_the_first_seed(parts: list[Place]) -> None:
     full = tuning_of(FULL)
     assert tuned.chosen(parts[0], full) is None
     # H 40, 53.3, 48: on the report split the last would win
@@ -107,7 +111,7 @@ def test_the_rate_is_that_of_the_best_h_on_the_selection_split_of_the_first_seed
     assert row.trained == 0.25
 
 
-def test_a_table_of_what_is_there_says_what_is_missing(parts: list[Part]) -> None:
+def test_a_table_of_what_is_there_says_what_is_missing(parts: list[Place]) -> None:
     for way in (tuning_of(FULL), tuning_of("last:1")):
         for rate in RATES:
             _try(parts[0], way, rate, (50, 50), (50, 50))
@@ -122,7 +126,7 @@ def test_a_table_of_what_is_there_says_what_is_missing(parts: list[Part]) -> Non
     assert "Not told apart from it in H: last:1." in text
 
 
-def test_a_second_seed_counts_once_every_way_has_it(parts: list[Part]) -> None:
+def test_a_second_seed_counts_once_every_way_has_it(parts: list[Place]) -> None:
     for way in tunings("text"):
         for part in parts:
             for value in way.values("text"):
@@ -139,7 +143,7 @@ def test_a_second_seed_counts_once_every_way_has_it(parts: list[Part]) -> None:
     assert (told["way"], float(told["E"]), float(told["H_minus_full"])) == (FULL, 30, 0)
 
 
-def test_a_trial_with_other_settings_does_not_count(parts: list[Part]) -> None:
+def test_a_trial_with_other_settings_does_not_count(parts: list[Place]) -> None:
     full = tuning_of(FULL)
     _try(parts[0], full, RATES[0], (50, 50), (50, 50))
     assert tuned.trial(parts[0], full, RATES[0]) is not None
@@ -177,7 +181,7 @@ def test_ways_are_trained_blended_and_kept(tiny_llama: Path, tmp_path: Path, mon
         load=lambda folder: AutoModelForCausalLM.from_pretrained(folder).eval(),
     )  # fmt: skip
     monkeypatch.setitem(BUDGETS, "text", Budget(RATES, steps=2, batch=16, first=(5e-4, 2, 16)))
-    part = Part(world, "tuners", 0, tmp_path)
+    part = Place(world, "tuners", 0, tmp_path)
     tuned.prepare(part)
     base = (part.models / "base" / "model.safetensors").read_bytes()
     ways = [tuning_of(name) for name in (FULL, "LoRA r=8", "random 0.1", "replay 1/4", "EWC 0.1", "full, then linear")]
