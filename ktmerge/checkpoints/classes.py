@@ -22,7 +22,8 @@ _QUANTISED = re.compile(
 )
 _BUFFER = re.compile(
     r"(^|\.)(inv_freq|original_inv_freq|cos_cached|sin_cached|freqs_cis|running_mean|running_var|num_batches_tracked|"
-    r"position_ids|masked_bias|relative_position_index|relative_coords_table|attn_mask|rotary_emb\.freqs)$"
+    r"position_ids|masked_bias|relative_position_index|relative_coords_table|attn_mask|rotary_emb\.freqs|"
+    r"(in|out)put_(min|max))$"
 )
 # Owners of rows that are looked up rather than multiplied, and output heads over the vocabulary.
 _EMBED = re.compile(
@@ -43,8 +44,8 @@ def tensor_class(name: str, info: TensorInfo, config: Mapping[str, Any]) -> Tens
 
     ``matrix``: 2-D float weights, and stacked experts ``[E, o, i]``; ``embed``: token and position embeddings and the
     language-model head; ``vector``: biases, norms, scalars, class tokens; ``conv``: other floats of three and more
-    dimensions; ``buffer``: integers, masks, rotary frequencies, running statistics; ``quant``: packed weights with
-    their scales.
+    dimensions; ``buffer``: integers, masks, rotary frequencies, running statistics, limits of activations; ``quant``:
+    packed weights with their scales.
 
     Args:
         name: full tensor name.

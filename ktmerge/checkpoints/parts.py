@@ -18,7 +18,8 @@ from ktmerge.errors import UsageError
 Tower = Literal["llm", "vision", "audio", "encoder", "connector"]
 
 _VISION = re.compile(
-    r"vision|visual|image|^img|_img|video|vqmodel|^vpm$|^vit$|(^|_)(vit|clip|siglip|dinov?\d*|sam)(_|$)|^pixel", re.I
+    r"vision|visual|image|^img|_img|video|vqmodel|^vpm$|^vit$|(^|_)(vit|clip|siglip|dinov?\d*|sam|swin)(_|$)|^pixel",
+    re.I,
 )
 _AUDIO = re.compile(r"audio|speech|^apm$|sound", re.I)
 _TEXT = re.compile(r"language|(^|_)text|^llm$|^lm$|^llama$", re.I)
@@ -30,6 +31,11 @@ _CONNECTOR = re.compile(
 )
 _CONTAINER = re.compile(r"^(layers?|blocks?|h|resblocks|stages?|encoder_layers|decoder_layers|transformer_blocks)$")
 _EMBED = re.compile(r"embed|^wte$|^wpe$|^shared$|^relative_attention_bias$", re.I)
+# The table of the tokens: where there is one, there is a language model.
+_TOKENS = re.compile(
+    r"(^|\.)((embed_tokens|wte|(word|tok|token)_emb(edding)?s?|embed_in|shared)|"
+    r"(backbone|rwkv|model|transformer)\.embeddings?)\.(weight|embedding)$"
+)
 _HEAD = re.compile(
     r"^(lm_head|embed_out|output|output_layer|classifier|score|head|heads|cls|qa_outputs|proj_out|fc|pooler|out_proj)$|"
     r"_(head|classifier)$|^(dense_)?prediction",
@@ -37,6 +43,10 @@ _HEAD = re.compile(
 )
 _NORM = re.compile(r"norm|^ln(_|$)|_ln$|^ln\d", re.I)
 _WRAPPER = frozenset({"model", "transformer", "backbone", "base_model", "encoder", "decoder"})
+_TEXT_SECTIONS = frozenset({"text_config", "llm_config", "language_config"})
+_SIGHT_SECTIONS = frozenset({"vision_config"})
+_SIGHT = frozenset({"image_size", "patch_size", "num_channels", "backbone_config"})
+_HEARING = frozenset({"num_mel_bins", "feat_extract_norm", "audio_channels", "sampling_rate"})
 _ENCODERS = frozenset({"encoder"})
 _DECODERS = frozenset({"decoder"})
 
@@ -58,8 +68,8 @@ class Parts:
         names = list(source.tensors if isinstance(source, Checkpoint) else source)
         self._config = source.config if isinstance(source, Checkpoint) and config is None else dict(config or {})
         blocks = _find_blocks(names)
-        towers = {name: self._tower(name, blocks.get(name)) for name in names}
-        towers = self._settle(towers, blocks)
+        tables = [name for name in names if _TOKENS.search(name)]
+        towers = self._settle(_find_towers(names, blocks, tables), blocks, tables)
         stacks = _main_stacks(towers, blocks)
         roots = _language_roots(stacks)
         multimodal = len({tower for tower in towers.values() if tower not in ("connector", "encoder")}) > 1
@@ -68,6 +78,8 @@ class Parts:
             block = blocks.get(name)
             if block is not None and stacks.get(tower) == block[0]:
                 self._parts[name] = f"{tower}.layers[{block[1]}]"
+            elif tower == "encoder" and name in tables:
+                self._parts[name] = "embed"
             elif tower == "llm":
                 self._parts[name] = _language_rest(name, block is not None, roots, multimodal)
             elif tower == "vision" and "llm" not in stacks and _has(_HEAD, name):
@@ -106,42 +118,73 @@ class Parts:
             )
         return lambda name: self._parts.get(name, "other") in chosen
 
-    def _tower(self, name: str, block: tuple[str, int] | None) -> Tower:
-        """Whose a tensor is, judged by the path down to its block, or all of its path without one."""
-        path = (block[0] if block else name.rpartition(".")[0] or name).split(".")
-        leaf = [] if block else [name.rpartition(".")[2]]
-        if any(_CONNECTOR.search(segment) for segment in [*path, *leaf]):
-            return "connector"
-        # The first hint decides: `vision_model.text_prompt` is vision's, `text_model.vision_gate` is the text model's.
-        for segment in [*path, *leaf]:
-            if _TEXT.search(segment):
-                return "llm"
-            if _AUDIO.search(segment):
-                return "audio"
-            if _VISION.search(segment):
-                return "vision"
-        return "llm"
-
-    def _settle(self, towers: dict[str, Tower], blocks: Mapping[str, tuple[str, int]]) -> dict[str, Tower]:
-        """What one name can't tell: a model that is all vision, an encoder beside a decoder, a false connector."""
+    def _settle(
+        self, towers: dict[str, Tower], blocks: Mapping[str, tuple[str, int]], tables: list[str]
+    ) -> dict[str, Tower]:
+        """What one name can't tell: a model without a language model, an encoder beside a decoder."""
         kinds = set(towers.values()) - {"connector"}
-        if kinds == {"llm"}:
-            tower: Tower = self._only_tower()
-            towers = dict.fromkeys(towers, tower)
-        elif kinds == {"vision"} or kinds == {"audio"}:
-            towers = dict.fromkeys(towers, next(iter(kinds)))
-        elif not any(tower == "llm" and name in blocks for name, tower in towers.items()) and not self._declares_text():
-            # A head or a pooler beside a lone tower makes no language model.
-            lone: Tower = "vision" if "vision" in kinds else "audio"
-            towers = {name: lone if tower == "llm" else tower for name, tower in towers.items()}
+        if kinds == {"vision"} or kinds == {"audio"}:
+            return dict.fromkeys(towers, next(iter(kinds)))
+        if not tables and not (self._declares_text() and _has_stack(towers, blocks)):
+            # A head or a pooler beside a lone tower makes no language model, nor does a decoder of boxes or masks.
+            lone = self._lone_tower(kinds)
+            if kinds == {"llm"}:
+                towers = dict.fromkeys(towers, lone)
+            elif lone != "llm" or not _has_stack(towers, blocks):
+                lone = lone if lone in kinds else "vision" if "vision" in kinds else "audio"
+                towers = {name: lone if tower == "llm" else tower for name, tower in towers.items()}
         return _split_encoder(towers, blocks, bool(self._config.get("is_encoder_decoder")))
 
-    def _only_tower(self) -> Tower:
-        sees = {"image_size", "patch_size", "num_channels", "backbone_config"} & self._config.keys()
-        return "vision" if sees and not self._declares_text() else "llm"
-
     def _declares_text(self) -> bool:
-        return not {"vocab_size", "text_config", "llm_config", "language_config"}.isdisjoint(self._config)
+        # BEiT's vocabulary is of pictures.
+        vocabulary = "vocab_size" in self._config and not _declares(self._config, _SIGHT)
+        return vocabulary or _declares(self._config, _TEXT_SECTIONS)
+
+    def _lone_tower(self, kinds: set[Tower]) -> Tower:
+        """What a model without a table of tokens is: the config says what it is given."""
+        if _declares(self._config, _SIGHT) or ("vision" in kinds and _declares(self._config, _SIGHT_SECTIONS)):
+            return "vision"
+        hears = _declares(self._config, _HEARING) or _AUDIO.search(str(self._config.get("model_type", "")))
+        return "audio" if hears else "llm"
+
+
+def _declares(config: Mapping[str, Any], keys: frozenset[str]) -> bool:
+    return not keys.isdisjoint(config)
+
+
+def _has_stack(towers: Mapping[str, Tower], blocks: Mapping[str, tuple[str, int]]) -> bool:
+    return any(tower == "llm" and name in blocks for name, tower in towers.items())
+
+
+def _find_towers(
+    names: Iterable[str], blocks: Mapping[str, tuple[str, int]], tables: Iterable[str]
+) -> dict[str, Tower]:
+    """Whose each tensor is, judged by the path down to its block, or all of its path without one."""
+    # What the table of the tokens is in, too, is no tower: `visual_bert.embeddings.word_embeddings`.
+    wholes = {table.partition(".")[0] for table in tables}
+    wholes = {whole for whole in wholes if not _TEXT.search(whole) and not _CONNECTOR.search(whole)}
+    towers = {}
+    for name in names:
+        block = blocks.get(name)
+        path = (block[0] if block else name.rpartition(".")[0] or name).split(".")
+        leaf = [] if block else [name.rpartition(".")[2]]
+        towers[name] = _tower([*(path[1:] if path[0] in wholes else path), *leaf])
+    return towers
+
+
+def _tower(path: Iterable[str]) -> Tower:
+    segments = list(path)
+    if any(_CONNECTOR.search(segment) for segment in segments):
+        return "connector"
+    # The first hint decides: `vision_model.text_prompt` is vision's, `text_model.vision_gate` is the text model's.
+    for segment in segments:
+        if _TEXT.search(segment):
+            return "llm"
+        if _AUDIO.search(segment):
+            return "audio"
+        if _VISION.search(segment):
+            return "vision"
+    return "llm"
 
 
 def _find_blocks(names: Iterable[str]) -> dict[str, tuple[str, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from ktmerge.checkpoints.classes import tensor_class
 from ktmerge.checkpoints.dtypes import BITS
 
 _HEADS = ("lm_head", "embed_out", "output", "output_layer", "decoder")
+_TABLE = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|shared|embeddings)\.weight$")
 _PEEK = 1 << 12
 """Elements that are compared to tell two tables apart: those that were never one differ at once."""
 
@@ -73,9 +75,7 @@ def _head(checkpoint: Checkpoint) -> str | None:
 
 def _table(checkpoint: Checkpoint) -> str | None:
     """The token embedding, if there is exactly one table that can be it."""
-    usual = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared", "embeddings")
-    found = [name for name in checkpoint.tensors if name.endswith(tuple(f"{one}.weight" for one in usual))]
-    found = [name for name in found if len(checkpoint.tensors[name].shape) == 2]
+    found = [name for name, info in checkpoint.tensors.items() if _TABLE.search(name) and len(info.shape) == 2]
     return found[0] if len(found) == 1 else None
 
 

@@ -242,6 +242,9 @@ def test_of_two_tied_tensors_a_file_may_keep_the_name_of_either(make: Make) -> N
         alignment.require_complete()
         assert alignment.mapping[name] == found
     assert align(make("untied", TIED, UNTIED), other, "a").missing == ("model.embed_tokens.weight",)
+    places = {"bert.embeddings.position_embeddings.weight": (5, 4)}  # not another table of tokens
+    bert = make("bert", {"bert.embeddings.word_embeddings.weight": (9, 4), **places}, TIES)
+    align(bert, make("by head", {"cls.lm_head.weight": (9, 4), **places}, TIES), "a").require_complete()
 
 
 def test_a_head_may_have_another_name(make: Make) -> None:

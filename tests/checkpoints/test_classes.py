@@ -74,6 +74,7 @@ def classify(name: str, shape: tuple[int, ...], dtype: str = "BF16", config: dic
         ("resnet.encoder.stages.0.layers.0.shortcut.convolution.weight", (16, 8, 1, 1), "conv"),
         ("model.rotary_emb.inv_freq", (8,), "buffer"),
         ("model.layers.0.self_attn.rotary_emb.inv_freq", (8,), "buffer"),
+        ("model.audio_tower.layers.0.feed_forward1.ffw_layer_1.input_max", (), "buffer"),
         ("resnet.embedder.normalization.running_mean", (8,), "buffer"),
         ("resnet.embedder.normalization.running_var", (8,), "buffer"),
         ("transformer.h.0.attn.bias", (1, 1, 32, 32), "buffer"),

@@ -374,6 +374,70 @@ FAMILIES: dict[str, Family] = {
         {"encoder.layers.1.norm1.weight": "vision.layers[1]", "post_layernorm.weight": "vision"},
         {"vision": 2},
     ),
+    "beit: a vocabulary of pictures": (
+        [*blocks("beit.encoder.layer", 2), "beit.embeddings.cls_token", "classifier.weight"],
+        {"image_size": 224, "vocab_size": 8192},
+        {"beit.encoder.layer.1.norm1.weight": "vision.layers[1]", "classifier.weight": "vision.head"},
+        {"vision": 2},
+    ),
+    "yolos: heads that are stacks": (
+        [*blocks("vit.encoder.layer", 3), *blocks("bbox_predictor.layers", 2, "weight", "bias")],
+        {"image_size": [512, 864], "num_channels": 3},
+        {"vit.encoder.layer.1.norm1.weight": "vision.layers[1]", "bbox_predictor.layers.0.weight": "vision"},
+        {"vision": 3},
+    ),
+    "sam: a decoder of masks": (
+        [*blocks("vision_encoder.layers", 3), *blocks("mask_decoder.transformer.layers", 2)],
+        {"vision_config": {}, "mask_decoder_config": {}},
+        {
+            "vision_encoder.layers.2.norm1.weight": "vision.layers[2]",
+            "mask_decoder.transformer.layers.0.norm1.weight": "vision",
+        },
+        {"vision": 3},
+    ),
+    "siglip without its text tower": (
+        [*blocks("vision_model.encoder.layers", 2), "classifier.weight"],
+        {"vision_config": {}, "text_config": {}},
+        {"classifier.weight": "vision.head"},
+        {"vision": 2},
+    ),
+    "visual_bert: a language model by its table": (
+        [
+            *blocks("visual_bert.encoder.layer", 2),
+            "visual_bert.embeddings.word_embeddings.weight",
+            "visual_bert.embeddings.visual_projection.weight",
+            "cls.predictions.bias",
+        ],
+        {"vocab_size": 9},
+        {
+            "visual_bert.encoder.layer.1.norm1.weight": "llm.layers[1]",
+            "visual_bert.embeddings.word_embeddings.weight": "embed",
+            "visual_bert.embeddings.visual_projection.weight": "connector",
+        },
+        {"llm": 2},
+    ),
+    "an encoder with a table of its own": (
+        [
+            *blocks("model.encoder.layers", 2),
+            *blocks("model.decoder.layers", 2),
+            "model.encoder.embed_tokens.weight",
+            "model.encoder.norm.weight",
+            "model.decoder.embed_tokens.weight",
+        ],
+        {"is_encoder_decoder": True, "vocab_size": 9},
+        {
+            "model.encoder.embed_tokens.weight": "embed",
+            "model.decoder.embed_tokens.weight": "embed",
+            "model.encoder.norm.weight": "encoder",
+        },
+        {"llm": 2, "encoder": 2},
+    ),
+    "an audio tower on its own, named by its config": (
+        [*blocks("layers", 2), "output_proj.weight"],
+        {"model_type": "gemma4_audio"},
+        {"layers.1.norm1.weight": "audio.layers[1]", "output_proj.weight": "audio"},
+        {"audio": 2},
+    ),
 }
 
 
