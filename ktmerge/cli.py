@@ -44,9 +44,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _exit_code(arguments: list[str] | None) -> int:
     try:
-        from ktmerge.commands import app  # only now: a signal while it is imported is answered like any other
+        from ktmerge.commands import command_line  # only now: a signal while it is imported is answered like any other
 
-        result: Any = app(args=arguments, standalone_mode=False)
+        result: Any = command_line()(args=arguments, standalone_mode=False)
     except KtmergeError as error:
         if _stopped:
             return _interrupted()

@@ -39,6 +39,7 @@ CORPUS = [
 @pytest.fixture(scope="module", autouse=True)
 def _what_is_loaded_stays() -> None:
     """Modules and collected tests are not searched for garbage again each time that a run tidies its memory up."""
+    gc.set_threshold(50_000, 20, 20)  # no test leaves so much that looking for it more often would pay
     gc.collect()
     gc.freeze()
 

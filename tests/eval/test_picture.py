@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
@@ -94,8 +95,11 @@ def test_references_inside_a_picture_resolve(results: Results) -> None:
 
 
 def test_odd_names_are_drawn_as_they_are_and_without_remarks(
-    make_results: Make, recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture
+    make_results: Make, recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    listener, said = logging.Handler(), list[logging.LogRecord]()
+    monkeypatch.setattr(listener, "emit", said.append)
+    monkeypatch.setattr(logging.root, "handlers", [listener])
     names = ["base", "cost $x$ and $y$", "_hidden", "世界 🦊", "a" * 60, "<&>"]
     results = make_results({name: {"up_a": [1.0, 0.0], "down_b": [0.0, 1.0]} for name in names})
     for svg in (tradeoff(results), score_picture(results), loss_picture({"$a$": [{"step": 1, "loss": 1.0}]})):
@@ -104,7 +108,7 @@ def test_odd_names_are_drawn_as_they_are_and_without_remarks(
     assert set(names) <= {text.strip() for text in texts(score_picture(results))}
     assert set(names) <= set(texts(tradeoff(results) or ""))
     assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
-    assert not caplog.records
+    assert not said
 
 
 def test_losses(results: Results) -> None:
