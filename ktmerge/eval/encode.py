@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -58,6 +58,14 @@ class Encoded:
     skipped: int = 0
 
 
+class _RowError(Exception):
+    """What is wrong with one row's item, without saying where the row stands."""
+
+    def __init__(self, item: Item, message: str) -> None:
+        super().__init__(message)
+        self.row = item.row
+
+
 class Encoder:
     """Encodes tasks with one tokenizer for models of one context length; prompts with images by their ``sight``."""
 
@@ -67,8 +75,8 @@ class Encoder:
         self._sight = sight
         self._prefix = prefix(tokenizer)
 
-    def task(self, task: AnyTask, items: Sequence[Item]) -> Encoded:
-        """Encode the items of ``task``.
+    def task(self, task: AnyTask, items: Sequence[Item], places: Mapping[int, str] | None = None) -> Encoded:
+        """Encode the items of ``task``; ``places`` says where its rows stand, by their numbers.
 
         Raises:
             UsageError: no chat template where one is needed, or something is too long for the model.
@@ -79,6 +87,9 @@ class Encoder:
             if isinstance(task, ChoiceTask | ClassifyTask):
                 return self._choices(task, [item for item in items if isinstance(item, ChoiceItem)])
             return self._prompts(task, [item for item in items if isinstance(item, SaidItem)])
+        except _RowError as error:
+            where = (places or {}).get(error.row, f"row {error.row + 1}")
+            raise UsageError(f"task '{task.name}': {where}: {error}") from None
         except UsageError as error:
             raise UsageError(f"task '{task.name}': {error}") from None
 
@@ -138,6 +149,12 @@ class Encoder:
             raise UsageError(f"the choice {continuation.strip()!r} has no tokens in this model's vocabulary.")
         return Request(tuple(given), tuple(scored))
 
+    def _pair_of(self, item: Item, context: str, continuation: str) -> Request:
+        try:
+            return self.pair(context, continuation)
+        except UsageError as error:
+            raise _RowError(item, str(error)) from None
+
     def _choices(self, task: ChoiceTask | ClassifyTask, items: list[ChoiceItem]) -> Encoded:
         requests: list[Request] = []
         offsets = [0]
@@ -148,7 +165,7 @@ class Encoder:
                 offsets.append(len(requests))
                 continue
             context = self.asked(item, task.chat)
-            pairs = [self.pair(context, continuation) for continuation in item.continuations()]
+            pairs = [self._pair_of(item, context, continuation) for continuation in item.continuations()]
             longest = max(len(pair.context) + len(pair.continuation) for pair in pairs)
             if longest - 1 > self._max_length:  # the last token is predicted, not read
                 pairs = [self._cut(item, pair) for pair in pairs]
@@ -165,7 +182,7 @@ class Encoder:
         bare = self._eyes.ends_a_line(ids) and not view.text.endswith("\n")
         requests = []
         for continuation in item.continuations():
-            tokens = self.pair(whole.text, continuation.lstrip() if bare else continuation).continuation
+            tokens = self._pair_of(item, whole.text, continuation.lstrip() if bare else continuation).continuation
             self._must_fit(item, len(ids) + len(tokens) - 1)
             requests.append(Request(ids, tokens, view))
         return requests
@@ -177,13 +194,13 @@ class Encoder:
                 return self._eyes.view((), "", item.images, False)
             return self._eyes.view(item.shots, item.prompt, item.images, chat)
         except UsageError as error:
-            raise UsageError(f"row {item.row + 1}: {error}") from None
+            raise _RowError(item, str(error)) from None
 
     def _seen_ids(self, item: Item, view: View) -> tuple[int, ...]:
         try:
             return tuple(self._eyes.ids(view))
         except UsageError as error:
-            raise UsageError(f"row {item.row + 1}: {error}") from None
+            raise _RowError(item, str(error)) from None
 
     @property
     def _eyes(self) -> Sight:
@@ -194,16 +211,13 @@ class Encoder:
     def _must_fit(self, item: Item, tokens: int) -> None:
         """Images cannot be cut, so what does not fit is refused."""
         if tokens > self._max_length:
-            raise UsageError(
-                f"row {item.row + 1} with its images is {tokens} tokens long, the model reads {self._max_length}."
-            )
+            raise _RowError(item, f"with its images it is {tokens} tokens long, the model reads {self._max_length}.")
 
     def _cut(self, item: ChoiceItem, pair: Request) -> Request:
         room = self._max_length + 1 - len(pair.continuation)
         if room < 1:
-            raise UsageError(
-                f"a choice of row {item.row + 1} is {len(pair.continuation)} tokens long, "
-                f"the model reads {self._max_length}."
+            raise _RowError(
+                item, f"a choice is {len(pair.continuation)} tokens long, the model reads {self._max_length}."
             )
         return Request(pair.context[-room:], pair.continuation)
 

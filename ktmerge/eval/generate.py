@@ -7,9 +7,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from ktmerge.errors import KtmergeError
+from ktmerge.eval.finite import NotFiniteError
 from ktmerge.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -36,6 +43,7 @@ def generate(
     ``views`` has the images of each prompt, or None, and ``sight`` prepares them.
 
     Raises:
+        NotFiniteError: the model gives NaN or infinite logits; with the number of a prompt.
         KtmergeError: the device's memory doesn't suffice.
     """
     stops = [text for text in stop if text]
@@ -51,7 +59,10 @@ def generate(
                 inputs = sight.inputs(asked, tokens, "left", model.dtype)
             else:
                 inputs = _left_padded(tokens, pad)
-            new = _continue(model, tokenizer, inputs, ends, pad, max_new_tokens, stops)
+            try:
+                new = _continue(model, tokenizer, inputs, ends, pad, max_new_tokens, stops)
+            except NotFiniteError as error:
+                raise NotFiniteError(chosen[error.number]) from None
             for i, said in zip(chosen, new, strict=True):
                 answers[i] = cut_at(_decode(tokenizer, _before(said, ends)), stops)
             step.advance(len(chosen))
@@ -115,12 +126,23 @@ def _continue(
         output = model.generate(
             **{name: value.to(model.device) for name, value in inputs.items()},
             generation_config=config,
+            logits_processor=LogitsProcessorList([_Finite()]),
             stopping_criteria=StoppingCriteriaList([_Stop(tokenizer, stops, longest)] if stops else []),
         )
     except torch.OutOfMemoryError as error:
         raise KtmergeError(f"out of memory on {model.device}; choose a smaller batch size.") from error
     new: list[list[int]] = output[:, longest:].tolist()
     return new
+
+
+class _Finite(LogitsProcessor):
+    """Refuses logits of which an argmax would make words without meaning; leaves all others as they are."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        good = torch.isfinite(scores.amax(dim=-1))  # NaN is the largest of whatever it is among
+        if not good.all():
+            raise NotFiniteError(int((~good).nonzero()[0]))
+        return scores
 
 
 class _Stop(StoppingCriteria):

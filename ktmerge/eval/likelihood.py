@@ -14,6 +14,7 @@ import torch
 from ktmerge.errors import KtmergeError
 from ktmerge.eval.batching import limits, out_of_memory
 from ktmerge.eval.encode import Request
+from ktmerge.eval.finite import NotFiniteError
 from ktmerge.eval.passes import Pass, batches, plan_passes
 from ktmerge.eval.prefixes import COST, Group, share_prefixes
 from ktmerge.eval.sight import Sight
@@ -77,7 +78,8 @@ class LikelihoodScorer:
             items: how many items the requests belong to, for progress; by default each is one.
 
         Raises:
-            KtmergeError: the model gives NaN or infinite logits, or the device's memory doesn't suffice.
+            NotFiniteError: the model gives NaN or infinite logits; with the number of a request.
+            KtmergeError: the device's memory doesn't suffice.
         """
         groups = self._groups(requests)
         logprob = np.zeros(len(requests))
@@ -92,8 +94,6 @@ class LikelihoodScorer:
                 for batch in batches(group.passes, sequences, bounds.tokens, bounds.logits):
                     self._score_batch(batch, kept, requests, logprob, correct)
                     step.advance(share * sum(len(one.targets) for one in batch))
-        if not np.isfinite(logprob).all():
-            raise KtmergeError("the model's logits are not finite numbers; its weights are broken.")
         return Likelihoods(logprob, correct)
 
     def _groups(self, requests: Sequence[Request]) -> list[Group]:
@@ -159,6 +159,9 @@ class LikelihoodScorer:
         logits = self._logits(batch, kept, torch.tensor(list(places)))
         device = logits.device
         values, hits = _log_softmax_at(logits, torch.tensor(asked, device=device), torch.tensor(tokens, device=device))
+        finite = torch.isfinite(values).cpu().numpy()
+        if not finite.all():
+            raise NotFiniteError(min(owner for owner, good in zip(owners, finite, strict=True) if not good))
         np.add.at(logprob, owners, values.cpu().numpy().astype(np.float64))
         np.add.at(correct, owners, hits.cpu().numpy().astype(np.int64))
 
@@ -196,6 +199,7 @@ class LikelihoodScorer:
         positions = torch.arange(longest).repeat(len(batch), 1)
         seen = torch.ones(longest, longest, dtype=torch.bool).tril().repeat(len(batch), 1, 1)
         for row, one in enumerate(batch):
+            positions[row, len(one.tokens) :] = 0  # padding beside packed rows may be past the last position there is
             for start, stop in one.branches:
                 prefix = one.branches[0][0]
                 positions[row, start:stop] = torch.arange(prefix, prefix + stop - start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.eval import metrics
 from ktmerge.eval.batching import answers_at_once
 from ktmerge.eval.encode import Encoded
+from ktmerge.eval.finite import NotFiniteError
 from ktmerge.eval.generate import generate
 from ktmerge.eval.harness import score_harness
 from ktmerge.eval.items import ChoiceItem
@@ -101,6 +103,10 @@ class _Job:
             return self._choices(one.task, one, encoded, title)
         except UsageError:
             raise
+        except NotFiniteError as error:
+            raise KtmergeError(
+                f"{label}, task '{one.task.name}'{_place(one, encoded, error.number)}: {error}"
+            ) from error
         except KtmergeError as error:
             raise KtmergeError(f"{label}, task '{one.task.name}': {error}") from error
 
@@ -146,3 +152,12 @@ class _Job:
             "bytes": list(encoded.bytes), "words": list(encoded.words),
         }  # fmt: skip
         return TaskScore(np.array(scores), details)
+
+
+def _place(one: TaskSet, encoded: Encoded, number: int) -> str:
+    """Where the row of a request or prompt stands, and which item it is; lm_eval's tasks do not say."""
+    if one.harness is not None:
+        return ""
+    item = bisect_right(encoded.offsets, number) - 1 if encoded.offsets else number
+    row = encoded.rows[item]
+    return f", {one.places.get(row, f'row {row + 1}')}, item {item + 1}"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,9 @@ from ktmerge.errors import UsageError
 from ktmerge.eval.encode import Encoded, Encoder
 from ktmerge.eval.examples import worked_rows
 from ktmerge.eval.images import row_images
-from ktmerge.eval.items import Item, make_items
+from ktmerge.eval.items import Item
 from ktmerge.eval.overlap import require
+from ktmerge.eval.rendering import make_items
 from ktmerge.eval.rows import Part, part_named, read_rows, whole
 from ktmerge.recipes.harness import HarnessTask
 from ktmerge.recipes.rows import Row
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 SCORING_VERSION = 4  # raise when the same task on the same data would score differently
 _PLACES = ("data", "shots_from", "images")  # where data lie does not change a score
-_OPTIONAL = ("image", "each", "join", "where", "shots_by", "shot", "intro")
+_OPTIONAL = ("image", "choice_images", "each", "join", "where", "shots_by", "shot", "intro")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class TaskSet:
         digest: sha256 over all of the task that changes its scores: its settings, its data, how ktmerge scores. Where
             the data lie does not count.
         harness: its rows and prompts if it is lm_eval's, and then no items.
+        places: file and line (or row) of each row, by its number.
     """
 
     task: AnyTask | HarnessTask
@@ -47,6 +49,7 @@ class TaskSet:
     data_digest: str
     digest: str
     harness: HarnessSet | None = None
+    places: Mapping[int, str] = field(default_factory=dict)
 
 
 def read_sets(suite: Suite, part: str | None = None) -> list[TaskSet]:
@@ -87,12 +90,12 @@ def _read(task: AnyTask | HarnessTask, suite: Suite, part: Part) -> TaskSet:
     written = [SCORING_VERSION, side, settings, separator, rows.digest, pool_digest, kept]
     written += [images.digest] if images.digest else []
     digest = hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()
-    items = make_items(task, rows.rows, pool, images.of)
+    items = make_items(task, rows.rows, pool, images)
     try:
         require(task.metric, len(items))
     except UsageError as error:
         raise UsageError(f"task '{task.name}': {error}") from None
-    return TaskSet(task, side, items, rows.digest, digest)
+    return TaskSet(task, side, items, rows.digest, digest, places={row.number: row.where for row in rows.rows})
 
 
 def _settings(task: AnyTask) -> dict[str, Any]:
@@ -142,4 +145,4 @@ def encode_sets(
 def _encoded(encoder: Encoder, one: TaskSet) -> Encoded:
     if isinstance(one.task, HarnessTask):  # lm_eval encodes its own
         return Encoded(list(range(len(one.harness.prompts if one.harness is not None else ()))))
-    return encoder.task(one.task, one.items)
+    return encoder.task(one.task, one.items, one.places)

@@ -65,15 +65,26 @@ def subject(reference: Reference, base: Reference) -> Subject:
     """What a reference means, beside the base of a run.
 
     Raises:
-        UsageError: it is neither a checkpoint nor an adapter.
+        UsageError: it is neither a checkpoint nor an adapter, or cannot be scored.
     """
     if isinstance(reference, tuple):
-        return Subject(Checkpoint.open(reference[0]), reference[1])
+        return Subject(_opened(reference[0]), reference[1])
     if not is_adapter(Path(reference)):
-        return Subject(Checkpoint.open(Path(reference)))
+        return Subject(_opened(Path(reference)))
     if reference == base:
         raise UsageError(f"{reference}: is an adapter, which cannot be the base; give the model it was trained on.")
     below = subject(base, base)
     if below.adapter is not None:
         raise UsageError(f"{reference}: is an adapter, and the base has one already; give it as model+adapter.")
     return Subject(below.checkpoint, Path(reference))
+
+
+def _opened(folder: Path) -> Checkpoint:
+    checkpoint = Checkpoint.open(folder)
+    if checkpoint.config.get("is_encoder_decoder"):
+        kind = checkpoint.config.get("model_type", "unknown")
+        raise UsageError(
+            f"{folder}: is an encoder-decoder ({kind}); only models that go on with a text are scored here. Score it "
+            "elsewhere, and join the results with 'ktmerge eval import'."
+        )
+    return checkpoint

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.errors import UsageError
+from ktmerge.eval.finite import NotFiniteError
 from ktmerge.eval.normalisation import NORMALISATIONS
 from ktmerge.progress import SILENT, Progress
 
@@ -41,7 +42,7 @@ def divergence(
 
     Raises:
         UsageError: a text has nothing to predict, or the vocabularies differ in size.
-        KtmergeError: a model gives logits that are not finite.
+        NotFiniteError: a model gives logits that are not finite; with the number of a text.
     """
     first = list(starts) if starts is not None else [1] * len(texts)
     for i, (text, start) in enumerate(zip(texts, first, strict=True)):
@@ -55,7 +56,7 @@ def divergence(
             found[chosen] = _batch(teacher, student, [texts[i] for i in chosen], [first[i] for i in chosen])
             step.advance(len(chosen))
     if not np.isfinite(found).all():
-        raise KtmergeError("the models' logits are not finite numbers; their weights are broken.")
+        raise NotFiniteError(int(np.flatnonzero(~np.isfinite(found))[0]))
     return found
 
 

@@ -56,7 +56,7 @@ class TaskBase(BaseModel):
 
     @model_validator(mode="after")
     def _images_are_named(self) -> TaskBase:
-        if self.images is not None and self.image is None:
+        if self.images is not None and self.image is None and getattr(self, "choice_images", None) is None:
             raise ValueError("images is the folder of images; say with 'image' which column names them")
         return self
 
@@ -83,20 +83,42 @@ class PromptTask(TaskBase):
         return self
 
 
-class ChoiceTask(PromptTask):
+class ChosenTask(PromptTask):
+    """A task whose items have choices of their own: texts, or images that the prompt shows behind letters."""
+
+    choices: list[str] | str | None = Field(
+        None, description="list of templates; or a column (or one {{ expression }}) that holds a list"
+    )
+    choice_images: list[str] | str | None = Field(
+        None,
+        description="column (or one {{ expression }}) with a list of images, or a list of such, one each: "
+        "the choices; {{ lettered }} shows them, and the answer is a letter; 'choices' may name them",
+    )
+
+    @model_validator(mode="after")
+    def _has_choices(self) -> ChosenTask:
+        if self.choices is None and self.choice_images is None:
+            raise ValueError("there are no choices: give 'choices' (texts), or 'choice_images' (images)")
+        return self
+
+
+class ChoiceTask(ChosenTask):
     """Multiple choice by log-likelihood: argmax over choices of sum log p(choice | prompt).
 
-    ``answer`` gives the right choice: a number is its index, a text the choice.
+    ``answer`` gives the right choice: a number is its index, a text the choice. Of images the letters are compared.
     """
 
     kind: Literal["choice"]
-    choices: list[str] | str = Field(
-        description="list of templates; or a column (or one {{ expression }}) that holds a list"
-    )
     separator: str = Field(
         " ", description="between prompt and choice; unless written, none in chat or if the choices start with a space"
     )
     metric: Literal["acc", "acc_norm"] = "acc"
+
+    @model_validator(mode="after")
+    def _images_are_shown(self) -> ChoiceTask:
+        if self.choice_images is not None and "lettered" not in self.prompt:
+            raise ValueError("the prompt must show the images to choose from: put {{ lettered }} into it")
+        return self
 
 
 class ClassifyTask(PromptTask):
@@ -108,14 +130,11 @@ class ClassifyTask(PromptTask):
     metric: Literal["acc"] = "acc"
 
 
-class LetterTask(PromptTask):
+class LetterTask(ChosenTask):
     """Multiple choice by the letter the model writes; what cannot be read is wrong; its share is shown beside."""
 
     kind: Literal["letter"]
     prompt: str = Field(description="template of the question; {{ lettered }} is the choices, one a line: 'A. first'")
-    choices: list[str] | str = Field(
-        description="list of templates; or a column (or one {{ expression }}) that holds a list"
-    )
     max_new_tokens: int = Field(16, ge=1, le=4096)
     stop: list[str] = Field(default_factory=list, description="the answer ends before the first of these")
     metric: Literal["acc"] = "acc"

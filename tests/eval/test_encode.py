@@ -8,7 +8,7 @@ from ktmerge.errors import UsageError
 from ktmerge.eval.chunks import even_chunks
 from ktmerge.eval.encode import Encoder, Request
 from ktmerge.eval.fingerprints import fingerprint
-from ktmerge.eval.items import make_items
+from ktmerge.eval.rendering import make_items
 from ktmerge.recipes.rows import Row
 from ktmerge.recipes.suites import ChoiceTask, GenerateTask, TextTask
 
@@ -108,7 +108,7 @@ def test_long_prompts_are_cut_from_the_left_and_counted(tokenizer: Any) -> None:
         assert after.continuation == before.continuation
         assert before.context[-len(after.context) :] == after.context
         assert len(after.context) + len(after.continuation) - 1 <= room
-    with pytest.raises(UsageError, match=r"a choice of row 1 is .* tokens long, the model reads 2"):
+    with pytest.raises(UsageError, match=r"row 1: a choice is .* tokens long, the model reads 2"):
         encoded_choice(tokenizer, 2, choices=["yes", "The quick brown fox"])
 
 
@@ -133,7 +133,7 @@ def test_a_chat_template_that_fails_is_named(tokenizer: Any, monkeypatch: pytest
 
 
 def test_a_choice_without_tokens_is_named(tokenizer: Any) -> None:
-    with pytest.raises(UsageError, match=r"task 'c': the choice '<\|im_start\|>' has no tokens"):
+    with pytest.raises(UsageError, match=r"task 'c': row 1: the choice '<\|im_start\|>' has no tokens"):
         encoded_choice(tokenizer, prompt="", choices=["<|im_start|>", "dog"], separator="")
 
 

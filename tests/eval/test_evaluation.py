@@ -204,7 +204,15 @@ def test_weights_that_are_not_there_are_refused(tiny_llama: Path, suite: Suite, 
         evaluate({"base": strange}, suite, device="cpu")
 
 
-def test_broken_weights_name_model_and_task(tiny_llama: Path, suite: Suite, tmp_path: Path) -> None:
+KINDS = {
+    "facts": r"facts\.jsonl:\d+, item \d+",
+    "prose": r"prose\.jsonl:[123], item \d+",
+    "say": r"facts\.jsonl:\d+, item \d+",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_broken_weights_name_model_task_and_row(tiny_llama: Path, suite: Suite, tmp_path: Path, kind: str) -> None:
     from safetensors.torch import load_file, save_file
 
     broken = tmp_path / "broken"
@@ -212,9 +220,42 @@ def test_broken_weights_name_model_and_task(tiny_llama: Path, suite: Suite, tmp_
     weights = load_file(broken / "model.safetensors")
     weights["model.norm.weight"][0] = float("inf")
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(KtmergeError, match="broken, task 'facts': the model's logits are not finite") as caught:
-        evaluate({"base": tiny_llama, "broken": broken}, suite, device="cpu")
+    alone = Suite(upstream=[one for one in suite.tasks() if one.name == kind], folder=suite.folder)
+    said = rf"^broken, task '{kind}', .*{KINDS[kind]}: the model's logits are not finite"
+    with pytest.raises(KtmergeError, match=said) as caught:
+        evaluate({"base": tiny_llama, "broken": broken}, alone, device="cpu")
     assert not isinstance(caught.value, UsageError)
+
+
+def test_the_row_that_breaks_a_model_is_named(llama: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """A weight that only one row's token reaches."""
+    import copy
+
+    rows = ["The fox", "The dog", "Paris", "The fox"]
+    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({"q": row}) for row in rows))
+    broken = copy.deepcopy(llama)
+    broken.get_input_embeddings().weight = torch.nn.Parameter(broken.get_input_embeddings().weight.clone())
+    (token, *_) = set(tokenizer.encode("Paris")) - {one for row in rows[:2] for one in tokenizer.encode(row)}
+    broken.get_input_embeddings().weight.data[token] = float("nan")
+    asked = {"data": "x.jsonl", "prompt": "{{ q }}", "answer": "0"}
+    for task in ({"kind": "choice", "choices": ["a", "b"]}, {"kind": "generate", "max_new_tokens": 3}):
+        one = Suite(upstream=[{"name": "t", **asked, **task}], folder=tmp_path)
+        for batch_size in (None, 1):
+            with pytest.raises(KtmergeError, match=r"task 't', .*x\.jsonl:3, item 3: the model's logits"):
+                score_model(broken, tokenizer, one, batch_size=batch_size)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_an_encoder_decoder_is_refused(tiny_llama: Path, suite: Suite, tmp_path: Path, family: str) -> None:
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+    size = {"vocab_size": 400, "d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2,
+            "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16,
+            "encoder_attention_heads": 2, "decoder_attention_heads": 2}  # fmt: skip
+    AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(family, **size)).save_pretrained(tmp_path / family)
+    for models in ({"base": tmp_path / family}, {"base": tiny_llama, "other": tmp_path / family}):
+        with pytest.raises(UsageError, match=rf"{family}: is an encoder-decoder \({family}\); only models that go on"):
+            evaluate(models, suite, device="cpu")
 
 
 def test_another_chat_template_is_used_and_warned_of(tiny_llama: Path, suite: Suite, tmp_path: Path) -> None:

@@ -190,8 +190,85 @@ def test_several_images_stand_in_their_places(models: Callable[[str], Seeing], f
     assert found[0] == pytest.approx(seeing.logprob("Is <image> like <image>", images, " yes"), abs=1e-3)
     assert abs(found[0] - seeing.logprob("Is <image> like <image>", images[::-1], " yes")) > 1e-6
     assert parts("x", 2) == [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "x"}]
-    with pytest.raises(UsageError, match=r"row 1: the prompt has places .* for 2 images, the row has 1"):
+    with pytest.raises(UsageError, match=r"two\.jsonl:1: the prompt has places .* for 2 images, the row has 1"):
         seeing.score(Suite(upstream=[{**task, "image": "a"}], folder=folder))
+
+
+PICKED = {"data": "pick.jsonl", "images": "pictures", "image": "im", "choice_images": "options",
+          "prompt": "{{ q }}\n{{ lettered }}\nWhich", "answer": "{{ g }}"}  # fmt: skip
+
+
+def picking(folder: Path, *tasks: dict[str, Any], rows: list[dict[str, Any]] | None = None) -> Suite:
+    write(folder / "pick.jsonl", rows or [{"q": "The dog", "im": "3.png", "options": ["1.png", "2.png"], "g": 1}])
+    return Suite(upstream=[{"name": "t", **PICKED, **task} for task in tasks], folder=folder)
+
+
+def test_choices_that_are_images_are_compared_by_their_letters(models: Callable[[str], Seeing], folder: Path) -> None:
+    from PIL import Image
+
+    seeing = models("llava")
+    text = "<image>The dog\nA. <image>\nB. <image>\nWhich"
+    images = [Image.open(folder / "pictures" / name) for name in ("3.png", "1.png", "2.png")]
+    wanted = [seeing.logprob(text, images, f" {letter}") for letter in "AB"]
+    found = seeing.score(picking(folder, {"kind": "choice"}))["t"]
+    assert found.details["logprobs"][0] == pytest.approx(wanted, abs=1e-3)
+    assert found.scores[0] == float(wanted[1] > wanted[0])
+    swapped = [{"q": "The dog", "im": "3.png", "options": ["2.png", "1.png"], "g": 1}]
+    other = seeing.score(picking(folder, {"kind": "choice"}, rows=swapped))["t"].details["logprobs"][0]
+    assert not np.allclose(other, wanted, atol=1e-6), "the model sees which image is which"
+
+
+def test_choices_that_are_images_are_asked_for_by_letter(models: Callable[[str], Seeing], folder: Path) -> None:
+    columns = [{"q": "Which", "im": None, "x": "1.png", "y": "2.png", "z": None, "n": "a.png,b.png", "g": answer}
+               for answer in (1, "1", "b.png", "B", " B")]  # fmt: skip
+    task = {"kind": "letter", "choice_images": ["x", "y", "z"], "choices": "{{ n.split(',') }}", "max_new_tokens": 3}
+    shown = [{"q": "Like this", "im": "0.png", "x": "1.png", "y": "3.png", "z": "2.png", "n": "a,b,c", "g": "c"}]
+    write(folder / "shown.jsonl", shown)
+    suite = picking(folder, {**task, "name": "a", "shots": 1, "shots_from": "shown.jsonl"}, rows=columns)
+    (one,) = read_sets(suite)
+    assert [item.answer for item in one.items] == [1] * 5
+    first = one.items[0]
+    assert first.prompt == "Which\nA. <image>\nB. <image>\nWhich"
+    assert [image.path.name for image in first.images] == ["1.png", "2.png"]
+    assert [image.path.name for image in first.shots[0].images] == ["0.png", "1.png", "3.png", "2.png"]
+    assert first.shots[0].prompt.count("<image>") == 4
+    assert first.shots[0].answer == " C"
+    for chat in (False, True):
+        own = Suite(upstream=[suite.upstream[0].model_copy(update={"chat": chat})], folder=folder)
+        same(models("llava").score(own, batch_size=2), models("llava").score(own, batch_size=1))
+    changed = picking(folder, {**task, "name": "a", "shots": 1, "shots_from": "shown.jsonl"}, rows=columns)
+    picture(folder / "pictures" / "2.png", SHAPES[2], 77)
+    assert read_sets(changed)[0].digest != one.digest
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"options": ["1.png"]}, r"choice_images: .*pick\.jsonl:1 has 1, at least 2"),
+        ({"options": []}, r"choice_images: none of its 1 rows has an image"),
+        ({"options": ["1.png", None, "2.png"]}, r"pick\.jsonl:1: choice 2 has 0 images, exactly one"),
+        ({"options": ["1.png", ["2.png", "3.png"]]}, r"pick\.jsonl:1: choice 2 has 2 images, exactly one"),
+        ({"options": ["1.png", "9.png"]}, r"pick\.jsonl:1: .*9\.png: no such image"),
+        ({"options": ["1.png", 5]}, r"pick\.jsonl:1: an image is a path, bytes or base64, not int"),
+        ({"g": 2}, r"answer: .*pick\.jsonl:1 gives index 2; its 2 choices count from 0"),
+        ({"g": "C"}, r"answer: .*pick\.jsonl:1 gives 'C', which is none of its choices \['image 1', 'image 2'\]"),
+    ],
+)
+def test_choices_that_are_no_images_are_named(folder: Path, change: dict[str, Any], said: str) -> None:
+    row = {"q": "The dog", "im": "3.png", "options": ["1.png", "2.png"], "g": 1} | change
+    with pytest.raises(UsageError, match=said):
+        read_sets(picking(folder, {"kind": "letter"}, rows=[row]))
+
+
+def test_a_task_of_images_to_choose_from_is_whole(folder: Path) -> None:
+    with pytest.raises(UsageError, match=r"pick\.jsonl:1 has 3 choices, but 2 images of choices"):
+        read_sets(picking(folder, {"kind": "choice", "choices": ["x", "y", "z"]}))
+    for change, said in (
+        ({"prompt": "{{ q }}"}, "the prompt must show the images to choose from"),
+        ({"choice_images": None, "image": "im"}, "there are no choices: give 'choices'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            picking(folder, {"kind": "choice", **change})
 
 
 def test_worked_examples_show_their_images(models: Callable[[str], Seeing], folder: Path) -> None:
@@ -254,9 +331,11 @@ def test_what_does_not_fit_is_refused(models: Callable[[str], Seeing], folder: P
     seeing = models("llava")
     sets = read_sets(Suite(upstream=[{"name": "t", "kind": "choice", "prompt": "{{ q }}", "choices": "o",
                                       "answer": "{{ g }}", **COMMON}], folder=folder))  # fmt: skip
-    with pytest.raises(UsageError, match=r"task 't': row 1 with its images is \d+ tokens long, the model reads 8"):
+    with pytest.raises(
+        UsageError, match=r"task 't': .*x\.jsonl:1: with its images it is \d+ tokens long, the model reads 8"
+    ):
         encode_sets(sets, seeing.tokenizer, 8, seeing.sight)
-    with pytest.raises(UsageError, match="task 't': row 1: shows images, but the model has no processor"):
+    with pytest.raises(UsageError, match=r"task 't': .*x\.jsonl:1: shows images, but the model has no processor"):
         encode_sets(sets, seeing.tokenizer, None)
     with pytest.raises(UsageError, match="has no processor that takes images"):
         load_sight(tiny_llama)

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from ktmerge.errors import UsageError
-from ktmerge.eval.items import ChoiceItem, GenerateItem, make_items
+from ktmerge.eval.items import ChoiceItem, GenerateItem
+from ktmerge.eval.rendering import make_items
 from ktmerge.recipes.rows import Row
 from ktmerge.recipes.suites import ChoiceTask, GenerateTask, TextTask
 

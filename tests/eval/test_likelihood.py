@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import GPT2Config
 
 from ktmerge.errors import KtmergeError
 from ktmerge.eval.encode import Request
@@ -125,7 +126,7 @@ def build(config: Any) -> Any:
 
 
 def configs() -> dict[str, Any]:
-    from transformers import BloomConfig, Gemma2Config, GPT2Config, MistralConfig, OPTConfig
+    from transformers import BloomConfig, Gemma2Config, MistralConfig, OPTConfig
 
     small = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     heads = {"num_key_value_heads": 2, "intermediate_size": 48, "head_dim": 8}
@@ -152,6 +153,15 @@ def test_other_families_equal_the_oracle(kind: str) -> None:
 def test_packing_is_refused_where_it_would_be_wrong() -> None:
     assert not allows_packing(build(configs()["bloom"]))
     assert not allows_packing(build(configs()["mistral window"]))
+
+
+def test_packed_choices_at_the_end_of_learned_positions() -> None:
+    """Side by side they are more tokens than the model has positions; beside shorter rows there is padding, too."""
+    model = build(GPT2Config(vocab_size=101, n_embd=32, n_layer=2, n_head=4, n_positions=24))
+    contexts = [tuple((5 * i + j) % 100 for j in range(length)) for i, length in enumerate((19, 18, 7, 3))]
+    requests = [Request(one, tuple((k + j) % 100 for j in range(5))) for one in contexts for k in (3, 50, 9, 77)]
+    found = LikelihoodScorer(model, pack=True).score(requests)
+    np.testing.assert_allclose(found.logprob, [oracle(model, one)[0] for one in requests], atol=1e-4, rtol=0)
 
 
 def test_broken_weights_are_an_error(llama: Any) -> None:

@@ -92,9 +92,12 @@ DATA: dict[str, list[dict[str, Any]]] = {
         {"question_id": "2", "question": "What time?", "choices": "", "answer": "4", "query_image": png(8),
          "choice_image_0": None, "choice_image_1": None, "ques_type": "fill_in_blank", "label": "l", "grade": "g",
          "skills": "s"},
-        {"question_id": "3", "question": "Which?", "choices": "choice_0.png,choice_1.png", "answer": "0",
-         "query_image": png(9), "choice_image_0": png(1), "choice_image_1": png(2), "ques_type": "choose_img",
-         "label": "l", "grade": "g", "skills": "s"},
+        {"question_id": "3", "question": "Which?", "choices": "choice_0.png,choice_1.png",
+         "answer": "choice_1.png", "query_image": png(9), "choice_image_0": png(1), "choice_image_1": png(2),
+         "ques_type": "choose_img", "label": "l", "grade": "g", "skills": "s"},
+        {"question_id": "4", "question": "Which?", "choices": "choice_0.png,choice_1.png,choice_2.png,choice_3.png",
+         "answer": "choice_3.png", "query_image": png(9), "choice_image_0": png(1), "choice_image_1": png(2),
+         "ques_type": "choose_img", "label": "l", "grade": "g", "skills": "s"},
     ],
     "lmms-lab/ai2d/test": [
         {"question": "What eats the frog?", "options": ["hawk", "grass", "sun", "moss"], "answer": "0",
@@ -205,6 +208,11 @@ def test_what_is_learned_downstream(copies: Path) -> None:
     icons = sets_of("downstream-iconqa")
     assert [(item.choices, item.answer) for item in icons["iconqa-text"].items] == [(("3", "8", "6"), 1)]
     assert [item.answers for item in icons["iconqa-blank"].items] == [("4",)]
+    (pictures,) = icons["iconqa-image"].items
+    assert [image.data for image in pictures.images] == [png(i)["bytes"] for i in (9, 1, 2)]
+    assert pictures.prompt.startswith("<image>Question: Which?\nOptions:\nA. <image>\nB. <image>\nAnswer")
+    assert pictures.answer == 1
+    assert mark(icons["iconqa-image"], ["B"]).mean == 100
     (satellite,) = sets_of("downstream-rsvqa")["rsvqa"].items
     assert (satellite.prompt, satellite.answers, len(satellite.images)) == ("Is a road present?" + PHRASE, ("yes",), 1)
     (diagram,) = sets_of("downstream-ai2d")["ai2d"].items
