@@ -23,7 +23,7 @@ _QUANTISED = re.compile(
 _BUFFER = re.compile(
     r"(^|\.)(inv_freq|original_inv_freq|cos_cached|sin_cached|freqs_cis|running_mean|running_var|num_batches_tracked|"
     r"position_ids|masked_bias|relative_position_index|relative_coords_table|attn_mask|rotary_emb\.freqs|"
-    r"(in|out)put_(min|max))$"
+    r"(in|out)put_(min|max)|layer_scalar)$"
 )
 # Owners of rows that are looked up rather than multiplied, and output heads over the vocabulary.
 _EMBED = re.compile(

@@ -221,6 +221,30 @@ FAMILIES: dict[str, tuple[Build, dict[str, int]]] = {
         ),
         {"llm": 2, "vision": 3},
     ),
+    "gemma4": (
+        lambda t: t.Gemma4ForConditionalGeneration(
+            t.Gemma4Config(
+                text_config={
+                    **TEXT,
+                    "head_dim": 8,
+                    "global_head_dim": 8,
+                    "layer_types": ["sliding_attention", "full_attention"],
+                    "hidden_size_per_layer_input": 4,
+                    "vocab_size_per_layer_input": 99,
+                    "num_kv_shared_layers": 0,
+                },
+                vision_config={**VIT, "head_dim": 8, "patch_size": 4},
+                audio_config={
+                    "hidden_size": 16,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                    "output_proj_dims": 16,
+                    "subsampling_conv_channels": [4, 4],
+                },
+            )
+        ),
+        {"llm": 2, "vision": 3, "audio": 2},
+    ),
     "internvl": (
         lambda t: t.InternVLForConditionalGeneration(
             t.InternVLConfig(
