@@ -101,8 +101,12 @@ def finetune(
         recipe, only=only or (), base=base, data=data or (), out=out, overrides=set_ or (), settings=settings
     )
     if preview:
-        for job in jobs:
-            console.print_preview(api.preview(job, preview))
+        shown = {job.name: api.preview(job, preview) for job in jobs}
+        if json_:
+            console.print_json({name: [sample.to_json() for sample in samples] for name, samples in shown.items()})
+        else:
+            for samples in shown.values():
+                console.print_preview(samples)
         return
     if estimate:
         found = [api.estimate(job, processes) for job in jobs]

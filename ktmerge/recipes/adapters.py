@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from ktmerge.errors import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ FAMILIES: dict[str, Family] = {
     "conditioned": Family(1e-4, frozenset({"rank"}), rank=64, folds=False),
     "visual-prompt": Family(1e-3, _TOKENS, tokens=1, folds=False),
 }
+MOVING = ("pissa", "milora", "olora", "corda")
+"""Those that begin at directions of the weights, and so change the weights below them."""
 LORA_PLUS = 16.0
 """How many times A's rate B's is in LoRA+ (arXiv 2402.12354)."""
 
@@ -67,15 +72,31 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _family(value: Any) -> Any:
+    """Refuse what names no family, and settings where only a name goes."""
+    if not isinstance(value, str) or value in FAMILIES:
+        return value
+    if value.lstrip().startswith("{"):
+        raise ValueError(
+            "takes the name of a family alone, e.g. lora; its settings go beside it, as --rank 8 or --set "
+            "adapter.dropout=0.1, or all together as --set 'adapter={name: lora, rank: 8}'"
+        )
+    nearest = did_you_mean(value, FAMILIES, list_all=False).strip(" ?").replace("Did", "did")
+    raise ValueError(f"should be one of {', '.join(FAMILIES)}{f' ({nearest})' if nearest else ''}")
+
+
 class Adapter(BaseModel):
     """What is trained in place of the model's own weights. ``train`` says where it is attached."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Literal[
-        "lora", "rslora", "lora+", "dora", "pissa", "milora", "olora", "corda", "adalora", "vera", "fourierft", "ia3",
-        "oft", "boft", "shira", "prompt", "p-tuning", "prefix", "llama-adapter", "xlora", "bottleneck", "conditioned",
-        "visual-prompt",
+    name: Annotated[
+        Literal[
+            "lora", "rslora", "lora+", "dora", "pissa", "milora", "olora", "corda", "adalora", "vera", "fourierft",
+            "ia3", "oft", "boft", "shira", "prompt", "p-tuning", "prefix", "llama-adapter", "xlora", "bottleneck",
+            "conditioned", "visual-prompt",
+        ],
+        BeforeValidator(_family),
     ] = Field(description="the family")  # fmt: skip
     rank: int | None = Field(None, ge=1, description="of a low-rank change, or width of a bottleneck; default 16 or 64")
     alpha: float | None = Field(
@@ -133,8 +154,7 @@ class Adapter(BaseModel):
     @property
     def used_alpha(self) -> float:
         """Alpha, default filled in; what starts from singular vectors begins at their own scale."""
-        moves_base = self.name in ("pissa", "milora", "olora", "corda")
-        return self.alpha or self.used_rank * (1.0 if moves_base else 2.0)
+        return self.alpha or self.used_rank * (1.0 if self.name in MOVING else 2.0)
 
     @property
     def used_b_rate(self) -> float:
@@ -163,6 +183,8 @@ class Adapter(BaseModel):
 
 def adapter_of(value: Any) -> Any:
     """``adapter: lora`` for ``adapter: {name: lora}``."""
+    if value is not None and not isinstance(value, (str, Mapping, Adapter)):
+        raise ValueError("takes the name of a family, or that and its settings, e.g. {name: lora, rank: 8}")
     return {"name": value} if isinstance(value, str) else value
 
 

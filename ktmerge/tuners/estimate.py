@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints import Checkpoint, Parts, tensor_class
 from ktmerge.checkpoints.limits import context_length
 from ktmerge.errors import UsageError
+from ktmerge.recipes.adapters import Adapter
 from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.tuners.adapters.size import SCALED, SCALED_INSIDE, AdapterSize, Shapes, size_of
 from ktmerge.tuners.loss import PIECE_TOKENS
 from ktmerge.tuners.machine import GRADIENT_BYTES, WEIGHT_BYTES, kept_bytes, state_bytes
 from ktmerge.tuners.processes import passes_of, require_shareable
@@ -27,6 +29,7 @@ _RUNTIME = {"cpu": 600e6, "cuda": 1200e6}
 """Bytes of the libraries themselves; on a GPU its context and workspaces, which were not measured."""
 _HIDDEN_KEPT, _INNER_KEPT = 12, 6
 """Numbers kept for the backward pass, per token and layer: vectors of the hidden and of the inner size; measured."""
+_SHORT = ("BF16", "F16")
 _LOGIT_BYTES = {"float32": 12.0, "bfloat16": 16.0}
 """Per trained token and word: logits, their logarithms, gradients."""
 
@@ -143,13 +146,12 @@ class _Tower:
 
 
 class _Model:
-    """What headers and configuration tell of a model and what is trained; of an adapter's own weights, nothing."""
+    """What headers and configuration tell of a model, and of what is trained: its own weights, or an adapter."""
 
     def __init__(self, base: Checkpoint, job: FinetuneJob) -> None:
         parts, wanted = header_matcher(base, job)
         sizes = {name: info.numel for name, info in base.tensors.items() if info.is_float}
         self.parameters = sum(sizes.values())
-        self.trained = 0 if job.adapter else sum(size for name, size in sizes.items() if wanted(name))
         blocks: dict[str, int] = defaultdict(int)
         for name, size in sizes.items():
             part = parts.of(name)
@@ -171,6 +173,28 @@ class _Model:
         self.patches = int(seen.get("spatial_merge_size") or 1) ** 2
         """Patches of an image for each of its tokens."""
         self.words = int(_first(section, "vocab_size") or 0)
+        self.adapter = AdapterSize(sum(size for name, size in sizes.items() if wanted(name)))
+        if job.adapter is not None:
+            named = [name for name in sizes if wanted(name)]
+            self.adapter = size_of(job.adapter, _shapes(job.adapter, base, parts, named, section))
+        self.trained = self.adapter.trained
+        self.splits = not seen and (job.adapter is None or job.adapter.family.aligned)
+        """Whether a CPU works on pieces of a batch: not where pixels are not rows, nor where answers are not tokens."""
+
+
+def _shapes(adapter: Adapter, base: Checkpoint, parts: Parts, named: list[str], section: Mapping[str, Any]) -> Shapes:
+    """What the adapter will find in the named tensors; of the output head nothing."""
+    maps: dict[str, tuple[int, int]] = {}
+    for name in named:
+        module, _, leaf = name.rpartition(".")
+        info = base.tensors[name]
+        is_map = leaf == "weight" and tensor_class(name, info, base.config) == "matrix" and parts.of(name) != "head"
+        wanted = not adapter.modules or any(f".{module}".endswith(f".{one}") for one in adapter.modules)
+        scaled = adapter.name != "ia3" or adapter.modules or module.rpartition(".")[2] in (*SCALED, *SCALED_INSIDE)
+        if is_map and wanted and scaled:
+            maps[module] = (info.shape[0], info.shape[1])
+    layers = {parts.of(name) for name in named if parts.of(name).startswith("llm.layers[")}
+    return Shapes(maps, len(layers), section, 2 if all(base.tensors[name].dtype in _SHORT for name in named) else 4)
 
 
 def _reckon(
@@ -178,13 +202,17 @@ def _reckon(
 ) -> tuple[dict[str, float], int, str]:
     precision = job.precision if job.precision != "auto" else "bfloat16" if device == "cuda" else "float32"
     size, _ = passes_of(job.batch_size, job.gradient_accumulation, processes)
+    if job.adapter is not None and not job.adapter.family.aligned:
+        longest += job.adapter.prompt_length
     tokens = size * longest
-    if device == "cpu" and processes == 1 and not job.optimizer_in_backward:
+    if device == "cpu" and processes == 1 and not job.optimizer_in_backward and model.splits:
         tokens = min(tokens, max(PIECE_TOKENS, longest))
     width = 2.5 if precision == "bfloat16" else 4.0
     checkpointed = job.activation_checkpointing
     activations = model.text.bytes(tokens, width, checkpointed=checkpointed)
     activations += model.vision.bytes(tokens * model.patches, width, checkpointed=checkpointed)
+    adapted = tokens * model.adapter.inner * width + model.adapter.dense
+    activations += adapted / max(1, model.text.kept) if checkpointed else adapted
     gathered = 0.0
     if processes > 1:  # the block at work and the next, and what is in no block, with their gradients
         gathered = (2 * WEIGHT_BYTES + GRADIENT_BYTES) * model.block + (WEIGHT_BYTES + GRADIENT_BYTES) * model.rest
@@ -194,6 +222,7 @@ def _reckon(
         "gradients": gradients * model.trained / processes,
         "optimizer": state_bytes(job) * model.trained / processes,
         "kept of the base, averages": kept_bytes(job) * model.trained / processes,
+        "kept beside the adapter": model.adapter.beside,
         "put together of shards": gathered,
         "activations": activations,
         "logits": tokens * model.words * _LOGIT_BYTES[precision],

@@ -36,6 +36,15 @@ class PreviewSample:
     dropped: bool
     images: tuple[str, ...] = ()
 
+    def to_json(self) -> dict[str, Any]:
+        """For scripts."""
+        return {
+            "where": self.where,
+            "tokens": [{"text": text, "trained": trained} for text, trained in self.tokens],
+            "images": list(self.images),
+            "dropped": self.dropped,
+        }
+
 
 def preview(job: FinetuneJob, base: Path, n: int, folder: Path) -> list[PreviewSample]:
     """The first ``n`` samples of ``job.data`` (relative to ``folder``) for the model in ``base``.

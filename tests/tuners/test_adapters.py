@@ -299,6 +299,9 @@ def test_everything_that_keeps_the_base_works_with_an_adapter(tiny_llama: Path, 
         ({"adapter": "prompt", "distill": 1.0}, "an untrained prompt is not the base"),
         ({"adapter": "prompt", "train": "last:1"}, "prompt has a place of its own"),
         ({"adapter": "conditioned", "packing": True}, "leave packing out"),
+        ({"adapter": "lorra"}, "should be one of lora, .* \\(did you mean 'lora'\\)"),
+        ({"adapter": '{"name": "lora"}'}, "takes the name of a family alone, e.g. lora"),
+        ({"adapter": ["lora"]}, "takes the name of a family, or that and its settings"),
     ],
 )
 def test_what_does_not_go_together_is_refused(settings: dict[str, Any], said: str) -> None:

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from ktmerge.commands import app
 from ktmerge.errors import UsageError
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners.data import ChatSample, Message, PlainSample, Sample, read_data
@@ -225,3 +227,9 @@ def test_preview_shows_text_and_flags(tmp_path: Path, tiny_llama: Path) -> None:
     assert "".join(text for text, trained in shown[0].tokens if trained) == " 日 A" + STOP
     assert [one.dropped for one in shown] == [False, True]
     assert shown[0].where == "a.jsonl:1"
+    command = ["finetune", "--base", str(tiny_llama), "--data", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "o")]
+    told = json.loads(CliRunner().invoke(app, [*command, "--preview", "2", "--json"]).stdout)
+    assert list(told) == ["o"]
+    for one, sample in zip(told["o"], shown, strict=True):
+        assert [(token["text"], token["trained"]) for token in one["tokens"]] == sample.tokens
+        assert not one["dropped"]  # max_length is what it is by default

@@ -15,14 +15,13 @@ from ktmerge.adapters.prompt import attach_prompt
 from ktmerge.adapters.visual import attach_visual_prompt
 from ktmerge.checkpoints import Checkpoint
 from ktmerge.errors import UsageError, first_line
-from ktmerge.recipes.adapters import Adapter
+from ktmerge.recipes.adapters import MOVING, Adapter
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners.adapters.budget import Budget
 from ktmerge.tuners.adapters.configs import peft_config
 from ktmerge.tuners.adapters.penalties import Penalty, penalty_of
 from ktmerge.tuners.adapters.starts import (
     ADAPTER,
-    MOVING,
     Start,
     keep_directions_of,
     start_at_minor_components,

@@ -9,8 +9,7 @@ import peft
 from transformers.pytorch_utils import Conv1D
 
 from ktmerge.errors import UsageError
-from ktmerge.recipes.adapters import Adapter
-from ktmerge.tuners.adapters.starts import MOVING
+from ktmerge.recipes.adapters import MOVING, Adapter
 from ktmerge.tuners.adapters.targets import Places
 
 _STARTS = {"pissa": "pissa", "olora": "olora", "corda": "corda"}

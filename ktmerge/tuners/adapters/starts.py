@@ -19,7 +19,6 @@ from ktmerge.tuners.origins import Origins
 
 ADAPTER = "default"
 """PEFT's name of the only adapter there is."""
-MOVING = ("pissa", "milora", "olora", "corda")
 
 
 class Start:

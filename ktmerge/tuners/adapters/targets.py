@@ -12,10 +12,7 @@ from ktmerge.checkpoints import Checkpoint, Parts
 from ktmerge.errors import UsageError, did_you_mean
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.recipes.training import TrainExpression
-
-_SCALED = ("k_proj", "v_proj", "key", "value", "query_key_value", "c_attn", "qkv_proj", "wqkv")
-_SCALED_INSIDE = ("down_proj", "fc2", "dense_4h_to_h", "w2", "wo")
-"""What IA3 (arXiv 2205.05638) scales: keys, values, and the inputs of the second map of the feed-forward."""
+from ktmerge.tuners.adapters.size import SCALED, SCALED_INSIDE
 
 
 class Places:
@@ -64,10 +61,10 @@ class Places:
         """
         names = self.linear(modules)
         if not modules:
-            names = [name for name in names if name.rpartition(".")[2] in (*_SCALED, *_SCALED_INSIDE)]
+            names = [name for name in names if name.rpartition(".")[2] in (*SCALED, *SCALED_INSIDE)]
         if not names:
             raise UsageError("ia3: no keys, values or feed-forward maps of a usual name; name them as adapter.modules.")
-        return names, [name for name in names if name.rpartition(".")[2] in _SCALED_INSIDE]
+        return names, [name for name in names if name.rpartition(".")[2] in SCALED_INSIDE]
 
     def layers(self) -> list[str]:
         """The layers of the language model.
