@@ -239,7 +239,7 @@ def _fit(base: TensorInfo, other: TensorInfo) -> bool:
 
 
 def _buffer(checkpoint: Checkpoint, name: str) -> bool:
-    return tensor_class(name, checkpoint.tensors[name], checkpoint.config) == "buffer"
+    return checkpoint.classes[name] == "buffer"
 
 
 def _rows_differ(mismatch: Mismatch) -> bool:

@@ -6,9 +6,11 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ktmerge.checkpoints.classes import TensorClass, tensor_classes
 from ktmerge.checkpoints.header import FileStamp, TensorInfo, TensorSpec, read_header
 from ktmerge.checkpoints.layout import Layout, files_beside, read_json, read_layout
 from ktmerge.checkpoints.reader import Reader, TensorReader
@@ -128,6 +130,11 @@ class Checkpoint:
     def roots(self) -> tuple[Path, ...]:
         """Every folder it is read from."""
         return (self.root,)
+
+    @cached_property
+    def classes(self) -> dict[str, TensorClass]:
+        """The class of every tensor, by name."""
+        return tensor_classes(self.tensors, self.config)
 
     @property
     def nbytes(self) -> int:

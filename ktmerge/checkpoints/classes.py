@@ -52,9 +52,18 @@ def tensor_class(name: str, info: TensorInfo, config: Mapping[str, Any]) -> Tens
         info: its header entry.
         config: the checkpoint's ``config.json``, or empty.
     """
+    return _class(name, info, config, _is_quantised(config))
+
+
+def tensor_classes(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> dict[str, TensorClass]:
+    """Class of every tensor of a checkpoint, by name."""
+    quantised = _is_quantised(config)
+    return {name: _class(name, info, config, quantised) for name, info in tensors.items()}
+
+
+def _class(name: str, info: TensorInfo, config: Mapping[str, Any], quantised: bool) -> TensorClass:
     if info.dtype in PACKED_FLOATS:
         return "quant"
-    quantised = _is_quantised(config)
     if info.dtype not in FLOATS:
         return "quant" if _is_packed(name, info, quantised) else "buffer"
     if quantised and _QUANTISED.search(name):

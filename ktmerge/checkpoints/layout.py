@@ -155,13 +155,17 @@ def _weight_map(root: Path, index: str) -> dict[str, str]:
     weight_map = document.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UsageError(f"{root / index}: has no weight_map from tensor names to files.")
+    sound: set[str] = set()
     for name, file in weight_map.items():
+        if isinstance(file, str) and file in sound:
+            continue
         said = f"{root / index}: tensor {name!r} is said to be in {file!r}"
         if not isinstance(file, str) or not file.endswith(".safetensors") or not file.isprintable() or len(file) > 255:
             raise UsageError(f"{said}, which is no safetensors file.")
         path = PurePosixPath(file)
         if path.is_absolute() or ".." in path.parts or "\\" in file:
             raise UsageError(f"{said}, outside the folder.")
+        sound.add(file)
     return weight_map
 
 

@@ -25,8 +25,9 @@ _AUDIO = re.compile(r"audio|speech|^apm$|sound", re.I)
 _TEXT = re.compile(r"language|(^|_)text|^llm$|^lm$|^llama$", re.I)
 _CONNECTOR = re.compile(
     r"projector|connector|merger|aligner|resampler|perceiver|q_?former|abstractor|newline|view_sep|multi_modal|^mm_|"
-    r"^(visual|vision|image|img|text|language|audio|speech|modality|mlp)_proj(ection)?$|^embed_(vision|audio)$|"
-    r"^vision_adapter$|^mlp1$|^query_tokens$|^t2i|^i2t|^logit_(scale|bias)$",
+    r"^(visual|vision|image|img|text|language|audio|speech|modality|mlp|image_to_text)_proj(ection)?(_up|_down)?$|"
+    r"^(up|down)_proj_for_|^embed_(vision|audio)$|^vision_embed_tokens$|^(visual_embeddings_table|vte)$|"
+    r"^vision_adapter$|^mlp1$|^query_tokens$|^t2i|^i2t|(^|_)logit_(scale|bias)$",
     re.I,
 )
 _CONTAINER = re.compile(r"^(layers?|blocks?|h|resblocks|stages?|encoder_layers|decoder_layers|transformer_blocks)$")

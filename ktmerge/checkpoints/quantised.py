@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
-from ktmerge.checkpoints.classes import tensor_class
 from ktmerge.checkpoints.derived import DerivedReader, Made, derive, shown
 from ktmerge.checkpoints.header import TensorInfo
 from ktmerge.errors import UsageError
@@ -62,7 +61,7 @@ class Packed:
 
 def scheme_of(checkpoint: Checkpoint) -> str | None:
     """What a person calls the scheme of a checkpoint's quantised tensors; None if there are none."""
-    packed = [n for n, info in checkpoint.tensors.items() if tensor_class(n, info, checkpoint.config) == "quant"]
+    packed = [name for name, kind in checkpoint.classes.items() if kind == "quant"]
     if not packed:
         return None
     method = str(_settings(checkpoint.config).get("quant_method", ""))
@@ -142,7 +141,7 @@ def _understand(checkpoint: Checkpoint, scheme: str, label: str) -> tuple[dict[s
             packed[found[0]] = found[1]
     used = {info.name for group in packed.values() for info in group.stored.values()}
     aside = {name for name in tensors if _ASIDE.search(name)} | used
-    left = [n for n, i in tensors.items() if n not in aside and tensor_class(n, i, config) == "quant"]
+    left = [name for name, kind in checkpoint.classes.items() if name not in aside and kind == "quant"]
     if left or not packed:
         raise UsageError(
             f"{label}: its weights are quantised by {scheme}; ktmerge dequantises FP8 with scales, MXFP4 and "

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
-from ktmerge.checkpoints.classes import tensor_class
 from ktmerge.checkpoints.dtypes import BITS
 
 _HEADS = ("lm_head", "embed_out", "output", "output_layer", "decoder")
@@ -68,7 +67,7 @@ def _head(checkpoint: Checkpoint) -> str | None:
     """The output head over the vocabulary, if it is stored."""
     for name, info in checkpoint.tensors.items():
         owner = name.removesuffix(".weight").rpartition(".")[2]
-        if owner in _HEADS and len(info.shape) == 2 and tensor_class(name, info, checkpoint.config) == "embed":
+        if owner in _HEADS and len(info.shape) == 2 and checkpoint.classes[name] == "embed":
             return name
     return None
 

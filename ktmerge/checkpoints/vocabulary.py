@@ -10,7 +10,6 @@ from typing import Any
 
 from ktmerge.checkpoints.alignment import align
 from ktmerge.checkpoints.checkpoint import Checkpoint
-from ktmerge.checkpoints.classes import tensor_class
 from ktmerge.checkpoints.derived import Derived, DerivedReader, Made, derive, shown
 from ktmerge.checkpoints.rows import Gathered, Run, Table, runs_of
 from ktmerge.checkpoints.tokens import read_tokens, same_tokens
@@ -63,7 +62,7 @@ def vocabulary_tables(checkpoint: Checkpoint) -> tuple[list[str], int]:
         if name.endswith(".weight")
         and len(info.shape) == 2
         and not _OTHER.search(name.rpartition(".")[0].rpartition(".")[2])
-        and tensor_class(name, info, checkpoint.config) == "embed"
+        and checkpoint.classes[name] == "embed"
     ]
     rows = {checkpoint.tensors[name].shape[0] for name in embeddings}
     if len(rows) != 1:
