@@ -5,8 +5,9 @@
 
 The worlds are those of `forgetting.py`; what is trained is trained by `ktmerge finetune`. Every way has the same steps
 and samples and is tried with the same learning rates on the first seed; the rate with the best H on the selection split
-is that of all seeds, and what is told is measured on the report split. What is trained and scored is kept in --folder,
-so that a stopped run goes on when it is started again; a table of what is there so far says what is missing.
+is that of all seeds, and what is told is measured on the report split. Orders of samples are compared where all tasks
+of the world of text are learned at once. What is trained and scored is kept in --folder, so that a stopped run goes on
+when it is started again; a table of what is there so far says what is missing.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ def main() -> None:
 
     worlds, seeds, folder = arguments.worlds.split(","), range(arguments.seeds), arguments.folder
     if arguments.only in (None, "train"):
-        places = [(world, str(seed), str(folder)) for seed in seeds for world in worlds]
         with workers(_steps, arguments.jobs) as run:
-            run([("prepare", *place) for place in places])
+            for shares in (False, True):  # the base of the world that it is part of, which is there by then
+                some = [world for world in worlds if (world == TOGETHER) == shares]
+                run([("prepare", world, str(seed), str(folder)) for seed in seeds for world in some])
             for seed in seeds:
                 for blends in (False, True):
                     parts = [place_of(world, seed, folder) for world in worlds]
@@ -66,7 +68,8 @@ def _tasks(part: Place, blends: bool) -> Iterator[Task]:
 
 def _values(first: Place, tuning: Tuning) -> list[float]:
     """What was chosen on the first seed; of the full fine-tune also the one that is blended."""
-    wanted = {chosen(first, tuning), specialist(first) if tuning.name == FULL else None}
+    blended = tuning.name == FULL and any(one.blend is not None for one in tunings(first.name))
+    wanted = {chosen(first, tuning), specialist(first) if blended else None}
     return sorted(value for value in wanted if value is not None)
 
 

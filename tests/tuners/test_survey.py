@@ -22,7 +22,7 @@ import survey
 import tuned
 from parts import keep
 from tuned import Place
-from tunings import BUDGETS, FISHER, FULL, LAMBDAS, TUNINGS, UPSTREAM, Budget, Tuning, tuning_of, tunings
+from tunings import BUDGETS, FISHER, FULL, LAMBDAS, TOGETHER, TUNINGS, UPSTREAM, Budget, Tuning, tuning_of, tunings
 from worlds.text import TEXT
 from worlds.vision import VISION
 from worlds.world import REPORT, SELECT
@@ -63,6 +63,14 @@ def test_the_base_that_sees_is_asked_and_measured_on_two_upstream_sets(tmp_path:
     found = list(tuned._taught(world).calibration("upstream"))
     assert found == [(name, at) for name in ("garments", "turns") for at in range(64)]
     assert len(list(tuned._taught(world).calibration("animals"))) == 128
+
+
+def test_all_tasks_at_once_share_the_base_of_their_world_and_nothing_else(tmp_path: Path) -> None:
+    one, all_ = (tuned.place_of(name, 0, tmp_path) for name in ("text", TOGETHER))
+    assert all_.models == one.models
+    assert (all_.file("base"), all_.runs) != (one.file("base"), one.runs)
+    assert all_.sets == (*SETS, "code", "reviews")
+    assert [way.name for way in tunings(TOGETHER)] == [FULL, "easy to hard", "common first"]
 
 
 @pytest.fixture
