@@ -26,7 +26,7 @@ _TEXT = re.compile(r"language|(^|_)text|^llm$|^lm$|^llama$", re.I)
 _CONNECTOR = re.compile(
     r"projector|connector|merger|aligner|resampler|perceiver|q_?former|abstractor|newline|view_sep|multi_modal|^mm_|"
     r"^(visual|vision|image|img|text|language|audio|speech|modality|mlp|image_to_text)_proj(ection)?(_up|_down)?$|"
-    r"^(up|down)_proj_for_|^embed_(vision|audio)$|^vision_embed_tokens$|^(visual_embeddings_table|vte)$|"
+    r"^(up|down)_proj_for_|^embed_(vision|audio)$|^(visual_embeddings_table|vte)$|"
     r"^vision_adapter$|^mlp1$|^query_tokens$|^t2i|^i2t|(^|_)logit_(scale|bias)$",
     re.I,
 )
@@ -137,8 +137,8 @@ class Parts:
         return _split_encoder(towers, blocks, bool(self._config.get("is_encoder_decoder")))
 
     def _declares_text(self) -> bool:
-        # BEiT's vocabulary is of pictures.
-        vocabulary = "vocab_size" in self._config and not _declares(self._config, _SIGHT)
+        # BEiT's vocabulary is of pictures, wav2vec's of letters that it hears.
+        vocabulary = "vocab_size" in self._config and not _declares(self._config, _SIGHT | _HEARING)
         return vocabulary or _declares(self._config, _TEXT_SECTIONS)
 
     def _lone_tower(self, kinds: set[Tower]) -> Tower:

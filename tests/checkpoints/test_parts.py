@@ -380,6 +380,12 @@ FAMILIES: dict[str, Family] = {
         {"beit.encoder.layer.1.norm1.weight": "vision.layers[1]", "classifier.weight": "vision.head"},
         {"vision": 2},
     ),
+    "wav2vec: letters that it hears": (
+        [*blocks("wav2vec2.encoder.layers", 2), "wav2vec2.encoder.layer_norm.weight", "lm_head.weight"],
+        {"feat_extract_norm": "group", "vocab_size": 32},
+        {"wav2vec2.encoder.layers.1.norm1.weight": "audio.layers[1]", "lm_head.weight": "audio"},
+        {"audio": 2},
+    ),
     "yolos: heads that are stacks": (
         [*blocks("vit.encoder.layer", 3), *blocks("bbox_predictor.layers", 2, "weight", "bias")],
         {"image_size": [512, 864], "num_channels": 3},
@@ -441,7 +447,6 @@ FAMILIES: dict[str, Family] = {
             "model.embed_tokens_extend.image_embed.img_projection_up.weight",
             "model.embed_tokens_extend.audio_embed.up_proj_for_speech.weight",
             "model.visual_embeddings_table.weight",
-            "model.vision_embed_tokens.weight",
             "text_audio_logit_scale",
         ],
         {"vision_config": {}, "text_config": {}},
@@ -450,7 +455,6 @@ FAMILIES: dict[str, Family] = {
             "model.embed_tokens_extend.image_embed.img_projection_up.weight": "connector",
             "model.embed_tokens_extend.audio_embed.up_proj_for_speech.weight": "connector",
             "model.visual_embeddings_table.weight": "connector",
-            "model.vision_embed_tokens.weight": "connector",
             "text_audio_logit_scale": "connector",
         },
         {"llm": 2, "vision": 3},
