@@ -58,7 +58,8 @@ class Parts:
     Every tensor belongs to exactly one of: ``llm.layers[i]``, ``embed``, ``head``, ``norm`` (the final one) and ``llm``
     (the rest of the language model); ``vision.layers[i]`` and ``vision``; ``audio.layers[i]`` and ``audio``;
     ``encoder.layers[i]`` and ``encoder`` (of encoder-decoder models, whose decoder counts as the language model);
-    ``connector`` (what joins two towers); ``vision.head`` (a classifier on a pure vision model); ``other``.
+    ``connector`` (what joins two towers); ``vision.head`` (a classifier on a pure vision model; ``head`` on a pure audio
+    model); ``other``.
 
     Args:
         source: a checkpoint, or its tensor names.
@@ -83,8 +84,8 @@ class Parts:
                 self._parts[name] = "embed"
             elif tower == "llm":
                 self._parts[name] = _language_rest(name, block is not None, roots, multimodal)
-            elif tower == "vision" and "llm" not in stacks and _has(_HEAD, name):
-                self._parts[name] = "vision.head"
+            elif tower in ("vision", "audio") and "llm" not in stacks and _has(_HEAD, name):
+                self._parts[name] = "vision.head" if tower == "vision" else "head"
             else:
                 self._parts[name] = tower
         self.layers: dict[str, int] = _count_layers(self._parts.values())

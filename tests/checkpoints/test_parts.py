@@ -383,7 +383,7 @@ FAMILIES: dict[str, Family] = {
     "wav2vec: letters that it hears": (
         [*blocks("wav2vec2.encoder.layers", 2), "wav2vec2.encoder.layer_norm.weight", "lm_head.weight"],
         {"feat_extract_norm": "group", "vocab_size": 32},
-        {"wav2vec2.encoder.layers.1.norm1.weight": "audio.layers[1]", "lm_head.weight": "audio"},
+        {"wav2vec2.encoder.layers.1.norm1.weight": "audio.layers[1]", "lm_head.weight": "head"},
         {"audio": 2},
     ),
     "yolos: heads that are stacks": (
