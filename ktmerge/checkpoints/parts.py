@@ -38,7 +38,7 @@ _TOKENS = re.compile(
     r"(backbone|rwkv|model|transformer)\.embeddings?)\.(weight|embedding)$"
 )
 _HEAD = re.compile(
-    r"^(lm_head|embed_out|output|output_layer|classifier|score|head|heads|cls|qa_outputs|proj_out|fc|pooler|out_proj)$|"
+    r"^(lm_heads?|embed_out|output|output_layer|classifier|score|head|heads|cls|qa_outputs|proj_out|fc|pooler|out_proj)$|"
     r"_(head|classifier)$|^(dense_)?prediction",
     re.I,
 )
@@ -58,8 +58,8 @@ class Parts:
     Every tensor belongs to exactly one of: ``llm.layers[i]``, ``embed``, ``head``, ``norm`` (the final one) and ``llm``
     (the rest of the language model); ``vision.layers[i]`` and ``vision``; ``audio.layers[i]`` and ``audio``;
     ``encoder.layers[i]`` and ``encoder`` (of encoder-decoder models, whose decoder counts as the language model);
-    ``connector`` (what joins two towers); ``vision.head`` (a classifier on a pure vision model; ``head`` on a pure audio
-    model); ``other``.
+    ``connector`` (what joins two towers); ``vision.head`` (a classifier on a pure vision model; on a pure
+    audio model ``head``); ``other``.
 
     Args:
         source: a checkpoint, or its tensor names.
