@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase, translate
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ktmerge.checkpoints.regular import read_regular
 from ktmerge.errors import UsageError
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -176,7 +177,7 @@ def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
         UsageError: unreadable, not JSON, or not an object.
     """
     try:
-        document = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_once if unique else None)
+        document = json.loads(read_regular(path).decode("utf-8"), object_pairs_hook=_once if unique else None)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}.") from None
     except RecursionError:

@@ -59,10 +59,10 @@ def vocabulary_tables(checkpoint: Checkpoint) -> tuple[list[str], int]:
     embeddings = [
         name
         for name, info in checkpoint.tensors.items()
-        if name.endswith(".weight")
+        if checkpoint.classes[name] == "embed"
+        and name.endswith(".weight")
         and len(info.shape) == 2
         and not _OTHER.search(name.rpartition(".")[0].rpartition(".")[2])
-        and checkpoint.classes[name] == "embed"
     ]
     rows = {checkpoint.tensors[name].shape[0] for name in embeddings}
     if len(rows) != 1:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-from ktmerge.checkpoints import Alignment, Checkpoint, Parts, TensorClass, TensorInfo, align, open_model, tensor_class
+from ktmerge.checkpoints import Alignment, Checkpoint, Parts, TensorClass, TensorInfo, align, open_model
 from ktmerge.checkpoints.dtypes import BITS
 from ktmerge.checkpoints.experts import fit_experts
 from ktmerge.checkpoints.matrices import MatrixLayout, matrix_layout
@@ -321,7 +321,7 @@ def _tensor_plans(
 ) -> tuple[TensorPlan, ...]:
     ordered = list(rules)
     tied = tied_head(base)
-    classes = {name: tensor_class(name, info, base.config) for name, info in base.tensors.items()}
+    classes = base.classes
     plans = []
     matched: dict[int, set[TensorClass]] = {rule.index: set() for rule in ordered}
     for name, info in base.tensors.items():

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ktmerge.checkpoints import Checkpoint
 from ktmerge.checkpoints.files import file_digest
 from ktmerge.checkpoints.header import FileStamp
 from ktmerge.checkpoints.hub import cached_as
+from ktmerge.checkpoints.regular import read_regular
 from ktmerge.errors import UsageError
 from ktmerge.merge.kernels.keys import SCHEME
 from ktmerge.merge.plan import Plan
@@ -46,7 +48,7 @@ def recorded(plan: Plan, out: Path, progress: Progress = SILENT) -> BlendReport 
         KtmergeError: a weight file cannot be read.
     """
     try:
-        document = json.loads((out / FILE).read_text(encoding="utf-8"))
+        document = json.loads(read_regular(out / FILE))
         written = (out / FILE).stat().st_mtime_ns
         same = all(document.get(key) == value for key, value in origin(plan).items())
         report = BlendReport(
@@ -103,10 +105,16 @@ def _stamps(checkpoint: Checkpoint) -> dict[str, list[int]]:
 
 def versions(plan: Plan) -> dict[str, str]:
     """What computed it; libraries are asked without being loaded."""
-    found = {"ktmerge": __version__, "torch": version("torch"), "python": platform.python_version()}
+    found = {"ktmerge": __version__, "torch": _installed("torch"), "python": platform.python_version()}
     if any(method.startswith("mergekit:") for method in _semantics(plan)):
-        found["mergekit"] = version("mergekit")
+        found["mergekit"] = _installed("mergekit")
     return found
+
+
+@cache
+def _installed(package: str) -> str:
+    """A package's version, for which its metadata are parsed."""
+    return version(package)
 
 
 def coefficients_digest(plan: Plan) -> str:
