@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from ktmerge.checkpoints.regular import read_regular
 from ktmerge.errors import UsageError
 from ktmerge.recipes import load_recipe
 from ktmerge.recipes.schema import Recipe
@@ -59,7 +60,7 @@ def failing_clearly(path: Path) -> Iterator[None]:
 
 def text_of(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_regular(path).decode("utf-8")
     except UnicodeDecodeError:
         raise UsageError(f"{path}: not a text file in UTF-8.") from None
     except OSError as error:

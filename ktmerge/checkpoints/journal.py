@@ -16,6 +16,7 @@ from typing import Any
 import xxhash
 
 from ktmerge.checkpoints.header import TensorInfo
+from ktmerge.checkpoints.regular import read_regular
 from ktmerge.checkpoints.spans import Spans
 
 FILE = ".ktmerge-journal"
@@ -114,7 +115,7 @@ def journal_room(tensors: Iterable[TensorInfo]) -> int:
 def read_journal(folder: Path) -> Remains | None:
     """What a dead run wrote down; None if it kept no journal. Torn or damaged lines are passed over."""
     try:
-        first, *rest = (folder / FILE).read_bytes().split(b"\n")
+        first, *rest = read_regular(folder / FILE).split(b"\n")
     except OSError:
         return None
     head = _parsed(first)

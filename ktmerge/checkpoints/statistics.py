@@ -20,6 +20,7 @@ from ktmerge.checkpoints.dtypes import BITS
 from ktmerge.checkpoints.files import clear_os_errors
 from ktmerge.checkpoints.header import FilePlan, TensorInfo, build_header, read_header
 from ktmerge.checkpoints.reader import TensorReader
+from ktmerge.checkpoints.regular import read_regular
 from ktmerge.errors import UsageError
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Statistics:
             UsageError: it is no such folder, or does not hold together.
         """
         try:
-            text = (root / RECORD).read_bytes()
+            text = read_regular(root / RECORD)
         except OSError:
             raise UsageError(f"{root}: holds no statistics (no {RECORD}); 'ktmerge stats' makes them.") from None
         try:

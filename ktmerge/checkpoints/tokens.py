@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ktmerge.checkpoints.regular import read_regular
+
 FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "added_tokens.json", "tokenizer_config.json")
 """What `read_tokens` reads."""
 
@@ -60,7 +62,7 @@ def mapping(value: Any) -> Mapping[str, Any]:
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if there is none."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_regular(path))
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -69,6 +71,6 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_text(path: Path) -> str:
     """A text file; empty if there is none."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return read_regular(path).decode("utf-8", errors="replace").replace("\r\n", "\n")
     except OSError:
         return ""

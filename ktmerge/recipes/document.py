@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from ktmerge.checkpoints.regular import read_regular
 from ktmerge.errors import UsageError
 
 MAX_BYTES = 1_000_000
@@ -79,7 +80,7 @@ def read_yaml(path: Path) -> Any:
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise UsageError(f"{path}: {size} bytes; a recipe or suite has at most {MAX_BYTES}.")
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path).decode("utf-8")
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file.") from None
     except UnicodeDecodeError:

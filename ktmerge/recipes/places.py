@@ -7,6 +7,8 @@ from pathlib import Path
 
 import yaml
 
+from ktmerge.checkpoints.regular import read_regular
+
 
 class Places:
     """The lines of a YAML file's keys; one that can't be read, or is read no longer as it was, has none."""
@@ -14,7 +16,7 @@ class Places:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+            self._root = yaml.compose(read_regular(path).decode("utf-8"), Loader=yaml.SafeLoader)
         except (OSError, ValueError, RecursionError, yaml.YAMLError):
             self._root = None
 
