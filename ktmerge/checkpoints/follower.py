@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import hashlib
-import os
 import threading
 from collections.abc import Mapping
 
@@ -74,14 +73,15 @@ class Follower:
         buffer = memoryview(bytearray(_BLOCK))
         while position < stop and not self._stopped:
             try:
-                count = os.preadv(self._files[file].descriptor, [buffer[: stop - position]], position)
+                with self._files[file].read(position, buffer[: stop - position]) as found:
+                    self._digests[file].update(found)
+                    count = len(found)
             except OSError as error:
                 self._failure = error
                 return False
             if not count:
                 self._failure = OSError(errno.EIO, "the file is shorter than what was written")
                 return False
-            self._digests[file].update(buffer[:count])
             position += count
         return position == stop
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import xxhash
 
+from ktmerge.checkpoints.blocks import BlockFile, Pool, write_all
 from ktmerge.checkpoints.files import clear_os_errors
 from ktmerge.checkpoints.journal import Entry
 from ktmerge.checkpoints.spans import Spans
@@ -33,12 +34,13 @@ class OutputFile:
         shown: its name in messages.
         size: bytes; the room is reserved at once.
         arrived: notified when more of the file has arrived without a gap; shared by all files of a writer.
+        pool: for what of a large file is on its way to the disk; shared likewise.
 
     Raises:
         KtmergeError: it cannot be made, or the disk is full.
     """
 
-    def __init__(self, path: Path, shown: Path, size: int, arrived: threading.Condition) -> None:
+    def __init__(self, path: Path, shown: Path, size: int, arrived: threading.Condition, pool: Pool) -> None:
         self.size = size
         self.is_rewritten = False
         self._shown = shown
@@ -52,6 +54,7 @@ class OutputFile:
                 if os.fstat(descriptor).st_size > size:
                     os.ftruncate(descriptor, size)
                 preallocate(descriptor, size)
+                self._blocks = BlockFile.open(pool, path, descriptor, size)
             except BaseException:
                 os.close(descriptor)
                 raise
@@ -62,9 +65,23 @@ class OutputFile:
         """Bytes that have arrived without a gap from the beginning; to be asked with ``arrived`` held."""
         return self._spans.prefix
 
+    @contextmanager
+    def read(self, position: int, buffer: memoryview) -> Iterator[memoryview]:
+        """Bytes from ``position`` on, which have arrived, as many as the buffer holds at most; in it or elsewhere.
+
+        Raises:
+            OSError: the file cannot be read.
+            KtmergeError: it is closed.
+        """
+        if self._blocks is None:
+            yield buffer[: os.preadv(self.descriptor, [buffer], position)]
+        else:
+            with self._blocks.read(position, buffer) as found:
+                yield found
+
     @property
     def descriptor(self) -> int:
-        """For those who read what has arrived.
+        """For the kernel.
 
         Raises:
             KtmergeError: the file is closed.
@@ -85,9 +102,10 @@ class OutputFile:
             KtmergeError: the disk is full or fails, or the file is closed.
         """
         with self._use() as descriptor:
-            done = 0
-            while done < len(data):
-                done += os.pwrite(descriptor, data[done:], position + done)
+            if self._blocks is None:
+                write_all(descriptor, data, position)
+            else:
+                self._blocks.write(data, position)
         self.mark(position, position + len(data))
 
     def copy(self, source: int, begin: int, end: int, position: int) -> bool:
@@ -142,8 +160,19 @@ class OutputFile:
             if after // NOTICE > before // NOTICE or before < after == self.size:
                 self._arrived.notify_all()
 
+    def flush(self) -> None:
+        """Leave nothing to this process: what has arrived is kept should it die.
+
+        Raises:
+            KtmergeError: the disk is full or fails, or the file is closed.
+        """
+        if self._blocks is not None:
+            with self._use():
+                self._blocks.flush()
+
     def sync(self) -> None:
         """Force everything to the disk."""
+        self.flush()
         with self._use() as descriptor:
             os.fsync(descriptor)
 
@@ -152,6 +181,8 @@ class OutputFile:
         with self._arrived:
             descriptor, self._descriptor = self._descriptor, None
             self._arrived.wait_for(lambda: self._writing == 0)
+        if self._blocks is not None:
+            self._blocks.close()
         if descriptor is not None:
             os.close(descriptor)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
 
 
 class Spans:
@@ -29,9 +30,13 @@ class Spans:
         """How many positions are there without a gap from 0 on."""
         return self._stops[0] if self._starts and self._starts[0] == 0 else 0
 
-    def count(self, start: int, stop: int) -> int:
-        """How many of the positions ``[start, stop)`` are there."""
+    def ranges(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Those of the positions ``[start, stop)`` that are there, as ranges in order."""
         first = bisect_right(self._stops, start)
         last = bisect_left(self._starts, stop)
-        pairs = zip(self._starts[first:last], self._stops[first:last], strict=True)
-        return sum(min(stop, ends) - max(start, begins) for begins, ends in pairs)
+        for begins, ends in zip(self._starts[first:last], self._stops[first:last], strict=True):
+            yield max(start, begins), min(stop, ends)
+
+    def count(self, start: int, stop: int) -> int:
+        """How many of the positions ``[start, stop)`` are there."""
+        return sum(ends - begins for begins, ends in self.ranges(start, stop))

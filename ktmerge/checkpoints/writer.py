@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from ktmerge.checkpoints.blocks import Pool
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.dtypes import BITS, tag_of
 from ktmerge.checkpoints.files import clear_os_errors, copy_files
@@ -66,6 +68,7 @@ class Writer:
         self._planned: dict[str, TensorInfo] = {}
         self._files: dict[str, OutputFile] = {}
         self._arrived = threading.Condition()
+        self._pool = Pool()
         self._follower: Follower | None = None
         self._indexes: dict[str, str] = {}  # with what the names in it leave out
 
@@ -96,8 +99,12 @@ class Writer:
             self._end(interrupted)
 
     def _end(self, interrupted: bool) -> None:
-        self._close()
         wanted = self._resume and (interrupted or self._inheritance.is_taken)
+        if wanted:
+            with suppress(KtmergeError):  # whoever resumes reads back what is there
+                for file in self._files.values():
+                    file.flush()
+        self._close()
         if wanted and (self.folder / FILE).exists():
             self._staging.leave()
         else:
@@ -167,7 +174,7 @@ class Writer:
         if index_file is not None or len(files) > 1:
             self._indexes = {index_file or "model.safetensors.index.json": ""}
         for file, (header, _) in headers.items():
-            self._files[file] = OutputFile(self.folder / file, self.out / file, sizes[file], self._arrived)
+            self._files[file] = OutputFile(self.folder / file, self.out / file, sizes[file], self._arrived, self._pool)
             self._files[file].write(memoryview(header), 0)
         self._follower = Follower(self._files, self._arrived)
 
@@ -292,6 +299,7 @@ class Writer:
     def _close(self) -> None:
         if self._follower is not None:
             self._follower.stop()
+        self._pool.stop()
         for file in self._files.values():
             file.close()
         if self._journal is not None:

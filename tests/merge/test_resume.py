@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from ktmerge.checkpoints import blocks
 from ktmerge.merge import blend
 
 TWO = {"a": ("a", 0.7), "b": ("b", 0.5)}
@@ -39,6 +40,15 @@ class Interrupting:
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+
+@pytest.fixture(autouse=True, params=["cached", "direct"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Files through the page cache, as small ones are, or past it in blocks."""
+    if request.param == "direct":
+        monkeypatch.setattr(blocks, "LEAST", 1)
+        monkeypatch.setattr(blocks, "SIZE", 8192)
+    return str(request.param)
 
 
 def files(folder: Path) -> dict[str, bytes]:

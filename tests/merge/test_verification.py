@@ -56,7 +56,9 @@ def test_models_that_lie_elsewhere_are_named(made: Path, tmp_path: Path, monkeyp
         api.verify(made / "out", base=str(made / "base"), experts=["z=a"], rebuild=True)
     with pytest.raises(UsageError, match="write name=model"):
         api.verify(made / "out", experts=["a"], rebuild=True)
-    with pytest.raises(UsageError, match=r"say where the models are, with --recipe or --base FOLDER --expert a=FOLDER\."):
+    with pytest.raises(
+        UsageError, match=r"say where the models are, with --recipe or --base FOLDER --expert a=FOLDER\."
+    ):
         api.verify(made / "out", experts=[f"b={made / 'b'}"], rebuild=True)
 
 
