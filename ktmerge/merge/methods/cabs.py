@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_BLOCK = 1 << 21
+"""Elements worked on at once."""
+
+
 class CabsParameters(Parameters):
     n: int = Field(64, ge=0, description="how many changes stay in each block")
     m: int = Field(128, ge=1, description="elements of a block, in the order of the file")
@@ -39,32 +43,49 @@ def cabs(deltas: list[Tensor], parameters: CabsParameters, context: Context) -> 
     """
     import torch
 
-    blocks = -(-deltas[0].numel() // parameters.m)
-    taken = torch.zeros(blocks, parameters.m, dtype=torch.bool, device=deltas[0].device)
+    step = max(1, _BLOCK // parameters.m) * parameters.m
+    flat, whole = [delta.reshape(-1) for delta in deltas], deltas[0].numel()
+    merged = torch.empty_like(flat[0])
+    for start in range(0, whole, step):
+        stop = min(start + step, whole)
+        merged[start:stop] = _merged([own[start:stop] for own in flat], start, parameters, context)
+    return merged.view(deltas[0].shape)
+
+
+def _merged(deltas: list[Tensor], start: int, parameters: CabsParameters, context: Context) -> Tensor:
+    """The same of flat pieces, which begin with the tensor's element ``start``, the first of a block."""
+    import torch
+    from torch.nn.functional import pad
+
+    count, m = deltas[0].numel(), parameters.m
+    blocks = -(-count // m)
+    positions = torch.arange(start, start + blocks * m, device=deltas[0].device).view(blocks, m)
+    taken = torch.zeros(blocks, m, dtype=torch.bool, device=deltas[0].device)
     kept = []
     for delta, expert in zip(deltas, context.experts, strict=True):
-        own = delta.new_zeros(blocks * parameters.m)
-        own[: delta.numel()] = delta.reshape(-1)
-        own = own.view(blocks, parameters.m)
+        own = pad(delta, (0, blocks * m - count)).view(blocks, m)
         key = stream_key(context.seed, "cabs", expert, context.tensor)
-        pruned = torch.where(_chosen(own, taken, parameters.n, key), own, 0.0)
+        pruned = torch.where(_chosen(own, taken, positions, parameters.n, key), own, 0.0)
         taken = taken | (pruned != 0)
-        kept.append(pruned.reshape(-1)[: delta.numel()].view_as(delta))
+        kept.append(pruned.reshape(-1)[:count])
     return weighted_total(kept, context.weights)
 
 
-def _chosen(values: Tensor, taken: Tensor, n: int, key: int) -> Tensor:
+def _chosen(values: Tensor, taken: Tensor, positions: Tensor, n: int, key: int) -> Tensor:
     """Mask of n elements in each block ``[blocks, m]``: those not taken first, then by magnitude, then by hash."""
     import torch
 
-    from ktmerge.merge.kernels.radix import magnitude_bits
-    from ktmerge.merge.kernels.splitmix import hashes
+    from ktmerge.merge.rows import ranks_of
 
-    positions = torch.arange(values.numel(), device=values.device).view_as(values)
-    lots = (hashes(key, positions) ^ (-1 << 63)).argsort(dim=1, descending=True)  # unsigned order
-    rank = magnitude_bits(values).long() + ((~taken).long() << 31) * (values != 0)
-    order = lots.gather(1, rank.gather(1, lots).argsort(dim=1, descending=True, stable=True))
-    return torch.zeros_like(taken).scatter_(1, order[:, :n], True)
+    m = values.shape[1]
+    if n in (0, m):
+        return torch.full_like(taken, n == m)
+    order = ranks_of(values, positions, key)
+    if bool(taken.any()):
+        order = torch.where(~taken & (values != 0), order + m, order)
+        least = order.kthvalue(m - n + 1, dim=1, keepdim=True).values
+        return order >= least
+    return order >= m - n
 
 
 _SUM = Stages(combine=("sum", {}))
