@@ -114,7 +114,7 @@ class ChoiceMaker:
         if not isinstance(values, list | tuple):
             raise UsageError(f"{where}: {row.where} gives {values!r}, a list of texts is needed.")
         for value in values:
-            if not isinstance(value, str | int | float) or isinstance(value, bool):
+            if not isinstance(value, str | int | float) or isinstance(value, bool) or value != value:
                 raise UsageError(f"{where}: {row.where} has the choice {value!r}, which is not a text.")
         return list(values)
 
@@ -125,6 +125,10 @@ class ChoiceMaker:
         """
         where = _where(self._task, "answer")
         answer = self._answer.value(row)
+        if answer is None:
+            raise UsageError(f"{where}: {row.where} has null, no answer.")
+        if isinstance(answer, bool):
+            return self._true_or_false(row, answer, choices)
         if isinstance(answer, float) and answer.is_integer():
             answer = int(answer)
         if isinstance(answer, int) and not all(isinstance(value, str) for value in values):
@@ -140,6 +144,19 @@ class ChoiceMaker:
         if not 0 <= index < len(choices):
             raise UsageError(f"{where}: {row.where} gives index {index}; its {len(choices)} choices count from 0.")
         return index
+
+    def _true_or_false(self, row: Row, answer: bool, choices: tuple[str, ...]) -> int:
+        """The choice called so, or yes or no; of two others the second is meant by true."""
+        called = [choice.strip().lower() for choice in choices]
+        for names in (("false", "true"), ("no", "yes")):
+            if called.count(names[answer]) == 1:
+                return called.index(names[answer])
+        if len(choices) == 2 and not set(called) & {"false", "true", "no", "yes"}:
+            return int(answer)
+        raise UsageError(
+            f"{_where(self._task, 'answer')}: {row.where} gives {str(answer).lower()}, which is none of its choices "
+            f"{list(choices)}; write '{{{{ ... | int }}}}' if it counts them."
+        )
 
     @staticmethod
     def _separator(task: ChoiceTask | ClassifyTask, choices: tuple[str, ...]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ktmerge.errors import UsageError
-from ktmerge.eval.rows import HUB
+from ktmerge.eval.hub import HUB
 from ktmerge.eval.templates import Template, is_template, missing_column
 from ktmerge.recipes.images import Image, ImageError, check_images, images_of
 from ktmerge.recipes.rows import Row, listing

@@ -38,21 +38,30 @@ class Instruction:
         return bool(answer.strip()) and _CHECKS[self.kind](answer, self.arguments)
 
 
-def instruction(kind: str, arguments: Mapping[str, Any]) -> Instruction:
-    """An instruction with those of ``arguments`` that are given.
+def instruction(kind: str, arguments: Any) -> Instruction:
+    """An instruction with those of ``arguments``, a mapping, that are given.
 
     Raises:
-        UsageError: no such kind, an argument is missing, or the kind needs a package that is not installed.
+        UsageError: no such kind, an argument is missing or of the wrong type, or the kind needs a package that is not
+            installed.
     """
     if kind not in _CHECKS:
         raise UsageError(f"there is no kind of instruction '{kind}'.{did_you_mean(kind, _CHECKS)}")
+    if not isinstance(arguments, Mapping):
+        raise UsageError(f"the arguments of '{kind}' are {arguments!r}; names and values are needed.")
     given = {name: value for name, value in arguments.items() if value is not None}
     missing = [name for name in _NEEDED.get(kind, ()) if name not in given]
     if missing:
         raise UsageError(f"the instruction '{kind}' needs the argument '{missing[0]}'.")
     if kind in _OF_LANGUAGE and find_spec("langdetect") is None:
         raise UsageError(f"the instruction '{kind}' needs the package langdetect; pip install 'ktmerge[metrics]'.")
-    return Instruction(kind, given)
+    made = Instruction(kind, given)
+    if kind not in _OF_LANGUAGE:
+        try:
+            made.check("A word.\n\nAnother one.")
+        except (ValueError, TypeError, AttributeError, re.error) as error:
+            raise UsageError(f"the instruction '{kind}' cannot be checked with {given}: {error}.") from None
+    return made
 
 
 def followed(answer: str, instructions: Sequence[Instruction]) -> tuple[list[bool], list[bool]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 from ktmerge.errors import UsageError
 from ktmerge.eval.choices import ChoiceMaker
@@ -12,6 +13,7 @@ from ktmerge.eval.images import RowImages
 from ktmerge.eval.instructions import Instruction, instruction
 from ktmerge.eval.items import GenerateItem, InstructionsItem, Item, ShownItem, TextItem
 from ktmerge.eval.templates import Template, missing_column
+from ktmerge.recipes.images import Image
 from ktmerge.recipes.rows import Row
 from ktmerge.recipes.suites import (
     AnyTask,
@@ -23,6 +25,8 @@ from ktmerge.recipes.suites import (
     TaskBase,
     TextTask,
 )
+
+_NO_TEXTS = (dict, list, tuple, bytes)
 
 
 def make_items(
@@ -42,16 +46,24 @@ def make_items(
             is named.
     """
     seen = images or RowImages()
+
+    def own(row: Row) -> tuple[Image, ...]:
+        return seen.of.get(row.where, ())
+
     if isinstance(task, TextTask):
         text = Template(task.text, _where(task, "text"))
-        return [TextItem(row.number, text.text(row), seen.of.get(row.where, ())) for row in rows]
+        return [_whole(task, row, TextItem(row.number, text.text(row), own(row))) for row in rows]
     if isinstance(task, InstructionsTask):
         ask = Template(task.prompt, _where(task, "prompt"))
         return [
-            InstructionsItem(row.number, ask.text(row), _instructions(task, row), images=seen.of.get(row.where, ()))
+            _whole(task, row, InstructionsItem(row.number, ask.text(row), _instructions(task, row), images=own(row)))
             for row in rows
         ]
-    make = _maker(task, seen)
+    maker = _maker(task, seen)
+
+    def make(row: Row) -> ShownItem:
+        return _whole(task, row, maker(row))
+
     intro = Template(task.intro, _where(task, "intro")) if task.intro else None
     examples = Examples(task, worked_rows(task, pool or []), make)
     return [introduced(replace(make(row), shots=examples.of(row)), intro.text(row) if intro else "") for row in rows]
@@ -59,6 +71,22 @@ def make_items(
 
 def _where(task: TaskBase, key: str) -> str:
     return f"task '{task.name}', {key}"
+
+
+AnyItem = TypeVar("AnyItem", bound=Item)
+
+
+def _whole(task: TaskBase, row: Row, item: AnyItem) -> AnyItem:
+    """The item, if all its texts are text: JSON can hold halves of characters, which no tokenizer takes."""
+    given = vars(item)
+    texts = [given.get("prompt", ""), given.get("text", ""), *given.get("choices", ()), *given.get("answers", ())]
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = ascii(text[error.start])[1:-1]
+            raise UsageError(f"task '{task.name}': {row.where} has half a character ({half}) in a text.") from None
+    return item
 
 
 def _maker(task: ChoiceTask | ClassifyTask | LetterTask | GenerateTask, seen: RowImages) -> Callable[[Row], ShownItem]:
@@ -81,7 +109,9 @@ def _instructions(task: InstructionsTask, row: Row) -> tuple[Instruction, ...]:
             f"in '{task.instructions}' and '{task.arguments}'."
         )
     try:
-        return tuple(instruction(str(kind), own or {}) for kind, own in zip(kinds, arguments, strict=True))
+        return tuple(
+            instruction(str(kind), {} if own is None else own) for kind, own in zip(kinds, arguments, strict=True)
+        )
     except UsageError as error:
         raise UsageError(f"{_where(task, 'instructions')}: {row.where}: {error}") from None
 
@@ -89,7 +119,7 @@ def _instructions(task: InstructionsTask, row: Row) -> tuple[Instruction, ...]:
 def _answers(task: GenerateTask, template: Template, row: Row) -> tuple[str, ...]:
     value = template.value(row)
     texts = isinstance(value, list | tuple)
-    odd = [one for one in value if one is None or isinstance(one, dict | list | tuple | bytes)] if texts else []
+    odd = [one for one in value if one != one or one is None or isinstance(one, _NO_TEXTS)] if texts else []
     if odd:
         raise UsageError(f"{_where(task, 'answer')}: {row.where} has {odd[0]!r} among its answers; texts are needed.")
     found = tuple(map(str, value)) if texts else (template.text(row),)

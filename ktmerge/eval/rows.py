@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from ktmerge.errors import UsageError, did_you_mean, first_line
+from ktmerge.errors import UsageError, did_you_mean
+from ktmerge.eval.hub import COPIES, HUB, by_library, from_disk, is_saved
 from ktmerge.eval.shaping import joined, kept, taken_apart
 from ktmerge.recipes import rows as files
 from ktmerge.recipes.rows import SUFFIXES, Row, Rows
@@ -16,9 +16,6 @@ from ktmerge.recipes.rows import SUFFIXES, Row, Rows
 if TYPE_CHECKING:
     from ktmerge.recipes.suites import TaskBase
 
-HUB = "hf:"
-COPIES = "KTMERGE_DATASETS"
-"""Environment variable: a folder with copies of datasets' repositories, by owner and name."""
 Part = Literal["all", "selection", "report"]
 PARTS: tuple[Part, ...] = ("all", "selection", "report")
 
@@ -99,6 +96,8 @@ def load(data: str, folder: Path, subset: str | None, split: str | None) -> Rows
     if data.startswith(HUB):
         return _dataset(data.removeprefix(HUB), subset, split)
     path = folder / data
+    if is_saved(path):
+        return from_disk(path, subset, split)
     if path.is_dir():
         return _folder(path, subset, split)
     if subset or split:
@@ -138,12 +137,16 @@ def _names(path: Path) -> list[str]:
 
 def _dataset(name: str, subset: str | None, split: str | None) -> Rows:
     """Rows of a dataset: of a copy in ``$KTMERGE_DATASETS/owner/name``, or else as the datasets library finds it."""
+    if not name.strip():
+        raise UsageError(f"{HUB}{name}: names no dataset; write {HUB}owner/name.")
+    if is_saved(Path(name)):
+        return from_disk(Path(name), subset, split)
     if split is None:
         raise UsageError(f"{HUB}{name}: say with 'split' which part of the dataset to read.")
     copies = os.environ.get(COPIES)
     if copies and (Path(copies) / name).is_dir():
         return _copy(Path(copies) / name, subset, split)
-    return _by_library(name, subset, split)
+    return by_library(name, subset, split)
 
 
 def _copy(folder: Path, subset: str | None, split: str) -> Rows:
@@ -152,60 +155,9 @@ def _copy(folder: Path, subset: str | None, split: str) -> Rows:
         return _folder(folder, subset, split)
     except UsageError as error:
         try:
-            return _by_library(str(folder), subset, split)
+            return by_library(str(folder), subset, split)
         except UsageError:
             raise error from None
-
-
-def _by_library(name: str, subset: str | None, split: str) -> Rows:
-    from datasets import load_dataset
-
-    try:
-        dataset = load_dataset(name, subset, split=split)
-        values: list[dict[str, Any]] = dataset.cast(_undecoded(dataset.features)).to_list()
-    except Exception as error:  # offline, no such dataset, no such split: whatever the library raises says which
-        raise UsageError(f"{HUB}{name}: {_why(error)}") from None
-    if not values:
-        raise UsageError(f"{HUB}{name}: there are no rows in it.")
-    rows = [Row(number, f"{name}[{split}], row {number + 1}", one) for number, one in enumerate(values)]
-    return Rows(rows, digest=content_digest(values))
-
-
-def _why(error: Exception) -> str:
-    """Why a dataset is not there, and what to do about it."""
-    said = first_line(error)
-    if isinstance(error, ConnectionError | OSError) and not isinstance(error, FileNotFoundError):
-        return (
-            f"the dataset is not on this machine and the hub cannot be reached: {said.rstrip('.')}. Download it where "
-            f"there is a network, or keep a copy of its repository as owner/name in a folder that ${COPIES} names."
-        )
-    return f"the dataset cannot be loaded: {said}"
-
-
-def _undecoded(feature: Any) -> Any:
-    """The same features with images left as the files they are."""
-    from datasets import Features, Image, LargeList, List
-
-    if isinstance(feature, Image):
-        return Image(decode=False)
-    if isinstance(feature, dict):
-        inner = {name: _undecoded(one) for name, one in feature.items()}
-        return Features(inner) if isinstance(feature, Features) else inner
-    if isinstance(feature, List):
-        return List(_undecoded(feature.feature), length=feature.length)
-    if isinstance(feature, LargeList):
-        return LargeList(_undecoded(feature.feature))
-    return feature
-
-
-def content_digest(values: Any) -> str:
-    """sha256 over plain data; bytes count by their own digest."""
-    text = json.dumps(values, sort_keys=True, ensure_ascii=True, default=_plain)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _plain(value: Any) -> str:
-    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)
 
 
 def of_part(rows: list[Row], share: float, part: Part) -> list[Row]:

@@ -18,7 +18,14 @@ class _NoTextError(ValueError):
 
 
 def _printed(value: Any) -> Any:
-    """What a template prints; null, lists and mappings are no text, and a prompt with them is a mistake in the data."""
+    """What a template prints; null, lists and mappings are no text, and a prompt with them is a mistake in the data.
+
+    So is a number that is none, as tables have it where a value is missing.
+    """
+    if isinstance(value, float) and value != value:
+        raise _NoTextError(
+            "it prints nan, a missing number, where text is needed; if that is meant, write '... | string'"
+        )
     if value is None or isinstance(value, dict | list | tuple | bytes):
         kind = "null" if value is None else "a mapping" if isinstance(value, dict) else "bytes"
         kind = "a list" if isinstance(value, list | tuple) else kind
@@ -69,6 +76,10 @@ class Template:
             raise self._undefined(row, str(error.message)) from None
         except SecurityError as error:
             raise UsageError(f"{self._where}: the template may not do this: {str(error).rstrip('.')}.") from None
+        except _NoTextError as error:
+            null = [name for name in sorted(self._columns) if name in row.values and row.values[name] is None]
+            column = f" (null stands in '{null[0]}')" if null else ""
+            raise UsageError(f"{self._where}: the template fails on {row.where}: {error}{column}.") from None
         except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise UsageError(f"{self._where}: the template fails on {row.where}: {str(error).rstrip('.')}.") from None
 

@@ -96,6 +96,8 @@ def _values(data: bytes, suffix: str, name: str) -> Iterator[tuple[str, Any]]:
         return _table(text, _DELIMITERS[suffix], name)
     if text.lstrip().startswith("["):
         values = _parse(text)
+        if isinstance(values, _Broken) and suffix in (".jsonl", ".ndjson"):
+            return _lines(text, suffix, name)
         if isinstance(values, _Broken):
             raise _FileError(f"{values}.")
         return ((f"{name}, row {number}", value) for number, value in enumerate(values, 1))

@@ -112,6 +112,17 @@ def test_words_are_split_as_nltk_splits_them() -> None:
         (["startend:end_checker"], [{"end_phrase": None}], "needs the argument 'end_phrase'"),
         (["startend:quotation"], [], "needs lists of the same length"),
         ("startend:quotation", [{}], "needs lists of the same length"),
+        (
+            ["punctuation:no_comma"],
+            ["x"],
+            "the arguments of 'punctuation:no_comma' are 'x'; names and values are needed",
+        ),
+        (
+            ["length_constraints:number_words"],
+            [{"relation": "at least", "num_words": "many"}],
+            "cannot be checked with",
+        ),
+        (["keywords:existence"], [{"keywords": ["("]}], "cannot be checked with {'keywords': ['(']}: missing )"),
     ],
 )
 def test_what_is_no_instruction_is_named(tmp_path: Path, kinds: Any, given: Any, said: str) -> None:

@@ -41,6 +41,8 @@ def test_choices_from_a_column_a_template_or_a_list_of_templates() -> None:
         (0, ["a", "b"], "{{ a }}", 0),
         (1.0, ["a", "b"], "{{ a }}", 1),
         (True, ["a", "b"], "{{ a }}", 1),
+        (True, ["True", "False"], "{{ a }}", 0),
+        (False, ["maybe", "Yes ", "no"], "{{ a }}", 2),
         ("1", ["a", "b"], "{{ a }}", 1),
         ("b", ["a", "b"], "{{ a }}", 1),
         (" b ", ["a", "b"], "{{ a }}", 1),
@@ -62,6 +64,13 @@ def test_the_answer_is_an_index_or_a_text(answer: Any, choices: list[Any], templ
     [
         ({"a": 2}, {}, "gives index 2; its 2 choices count from 0"),
         ({"a": -1}, {}, "gives index -1"),
+        ({"a": None}, {}, "task 'facts', answer: x.jsonl:5 has null, no answer"),
+        ({"a": True, "o": ["x", "y", "z"]}, {"choices": "o"}, "gives true, which is none of its choices"),
+        ({"a": True, "o": ["x", "no"]}, {"choices": "o"}, "gives true, which is none of its choices"),
+        ({"o": ["x", float("nan")]}, {"choices": "o"}, "has the choice nan, which is not a text"),
+        ({"q": float("nan")}, {}, "x.jsonl:5: it prints nan, a missing number"),
+        ({"q": "a\ud800"}, {}, r"task 'facts': x.jsonl:5 has half a character (\ud800) in a text"),
+        ({"o": ["a", "\udfff"]}, {"choices": "o"}, r"x.jsonl:5 has half a character (\udfff)"),
         ({"a": "maybe"}, {}, "gives 'maybe', which is none of its choices ['yes', 'no']"),
         ({"a": 1, "o": [1, 2]}, {"choices": "o"}, "the choices are numbers too"),
         ({"o": []}, {"choices": "o"}, "has 0, at least 2 are needed"),
@@ -108,7 +117,9 @@ def test_generate_and_text_items() -> None:
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        (None, "x.jsonl:5: it prints null where text is needed"),
+        (None, r"x.jsonl:5: it prints null where text is needed; .* \(null stands in 'a'\)"),
+        (float("nan"), "it prints nan, a missing number"),
+        (["x", float("nan")], "has nan among its answers"),
         ({"a": 1}, "it prints a mapping"),
         ([None, "x"], r"x.jsonl:5 has None among its answers"),
         ([{"answer": "x"}], "among its answers; texts are needed"),
