@@ -46,7 +46,8 @@ def _exit_code(arguments: list[str] | None) -> int:
     try:
         from ktmerge.commands import command_line  # only now: a signal while it is imported is answered like any other
 
-        result: Any = command_line()(args=arguments, standalone_mode=False)
+        given = sys.argv[1:] if arguments is None else arguments
+        result: Any = command_line()(args=[_at_home(argument) for argument in given], standalone_mode=False)
     except KtmergeError as error:
         if _stopped:
             return _interrupted()
@@ -72,6 +73,12 @@ def _exit_code(arguments: list[str] | None) -> int:
     if _stopped:
         return _interrupted()
     return result if isinstance(result, int) else 0
+
+
+def _at_home(argument: str) -> str:
+    """``--out=~/blended``: not every shell expands the tilde inside a word, and a folder named ``~`` is a trap."""
+    option, equals, value = argument.partition("=")
+    return f"{option}={os.path.expanduser(value)}" if equals and option.startswith("--") else argument
 
 
 def _is_abort(error: BaseException) -> bool:

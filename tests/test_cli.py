@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from ktmerge.cli import _exit_code
 
 COMMANDS = ["finetune", "stats", "blend", "extract-lora", "eval", "compare", "report"]
 COMMANDS += ["run", "demo", "inspect", "recommend", "doctor", "recipe"]
@@ -47,3 +50,12 @@ def test_help_lists_commands_in_the_order_of_the_work() -> None:
     names = [info.name or info.callback.__name__ for info in app.registered_commands if info.callback is not None]
     names += [group.name for group in app.registered_groups if group.name]
     assert [name for name in names if name in COMMANDS] == COMMANDS
+
+
+def test_the_home_folder_in_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yml").write_text("merge_method: ties\nbase_model: b\nmodels: [{model: a, parameters: {weight: 1}}]\n")
+    assert _exit_code(["recipe", "import", "mine.yml", "--out=~/recipe.yaml"]) == 0
+    assert (tmp_path / "recipe.yaml").is_file()
+    assert not (tmp_path / "~").exists()

@@ -32,7 +32,9 @@ def resolve(reference: str, folder: Path) -> Path:
             return path
         taken = path.exists()
     except (OSError, RuntimeError) as error:  # a name too long, a folder not to be entered, an unknown ~user
-        raise UsageError(f"{reference}: cannot be looked up: {error}.") from None
+        raise UsageError(f"{reference}: cannot be looked up: {str(error).rstrip('.')}.") from None
+    if "://" in reference and not taken:
+        raise UsageError(f"{reference}: is an address; name a folder, or a hub id such as org/name.")
     if taken:
         raise UsageError(f"{reference}: is a file; give the folder of the checkpoint.")
     match = _HUB_ID.match(reference)

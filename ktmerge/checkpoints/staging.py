@@ -73,7 +73,10 @@ class Staging:
         Raises:
             KtmergeError: fewer than ``needed`` bytes are free.
         """
-        free = shutil.disk_usage(self._out.parent).free
+        try:
+            free = shutil.disk_usage(self._out.parent).free
+        except OSError:  # some file systems do not say
+            return
         if free < needed:
             raise KtmergeError(
                 f"{self._given}: needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free on that disk."

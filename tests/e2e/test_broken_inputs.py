@@ -198,3 +198,28 @@ def test_inputs_that_change_are_named(
     monkeypatch.setattr(console, "TerminalProgress", lambda: Meddling(lambda: meddle(path), after))
     check_refused(small, small / "place" / "out", f"{SHARD}: .*({expected})", capsys, code=1)
     assert not (small / "place").exists()
+
+
+# --- what is no file --------------------------------------------------------------------------------------------------
+
+NO_FILES: dict[str, Callable[[Path], object]] = {
+    "a pipe": os.mkfifo,
+    "a folder": os.mkdir,
+    "a device without end": lambda path: os.symlink("/dev/zero", path),
+    "a link to itself": lambda path: os.symlink(path.name, path),
+}
+
+
+@pytest.mark.parametrize("file", [SHARD, INDEX, "config.json"])
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_what_is_no_file_is_named(small: Path, kind: str, file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (small / "a" / file).unlink()
+    NO_FILES[kind](small / "a" / file)
+    check_refused(small, small / "place" / "out", file, capsys, code=2)
+    assert not (small / "place").exists()
+
+
+def test_an_address_is_no_model(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = small / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("base: base", "base: https://huggingface.co/org/name"))
+    check_refused(small, small / "out", r"is an address; name a folder, or a hub id", capsys, code=2)

@@ -26,6 +26,8 @@ def locate(reference: str | Path) -> tuple[Path, bool]:
         return path, False
     if str(reference) in names():
         return _FOLDER / f"{reference}.yaml", True
+    if path.is_dir():
+        raise UsageError(f"{reference}: is a folder; name the recipe's file.")
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         raise UsageError(f"{reference}: no such recipe file.")
     raise UsageError(
