@@ -147,7 +147,7 @@ def blend_into(
     from ktmerge.merge.engine import execute
     from ktmerge.merge.sinks import LiveSink
 
-    plan = plan_blend(recipe)
+    plan = plan_blend(recipe) if sources is None else sources.plan(recipe)
     return execute(plan, LiveSink(model, plan.base), device, progress, pristine=sources)
 
 

@@ -8,18 +8,17 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from itertools import chain
 
 from ktmerge.errors import KtmergeError
 from ktmerge.merge.device import choose_device
 from ktmerge.merge.fused import Fused
+from ktmerge.merge.inplace import InPlace
 from ktmerge.merge.kernels.native import is_compiled, native
 from ktmerge.merge.plan import Plan, TensorPlan
 from ktmerge.merge.pristine import Pristine
 from ktmerge.merge.report import BlendReport, TensorReport
-from ktmerge.merge.selection import Thresholds
-from ktmerge.merge.sinks import Sink
+from ktmerge.merge.sinks import LiveSink, Sink
 from ktmerge.merge.source import Sources, changed_buffers, equal_bytes
 from ktmerge.progress import SILENT, Progress, Step
 
@@ -53,8 +52,7 @@ def execute(
     with Sources(plan, place, chunk, pristine) as sources:
         _require_tied(plan, sources)
         report.notes += _buffer_notes(plan, sources)
-        known = None if pristine is None else pristine.thresholds(plan)
-        done = _Engine(plan, sink, sources, place, progress).run(chunk, known)
+        done = _Engine(plan, sink, sources, place, progress, pristine).run(chunk)
         sources.check_unchanged()
     report.tensors = [done[tensor.name] for tensor in plan.tensors]
     report.notes += _broken_notes(report.tensors)
@@ -67,15 +65,19 @@ def execute(
 class _Engine:
     """One run over one plan."""
 
-    def __init__(self, plan: Plan, sink: Sink, sources: Sources, device: str, progress: Progress) -> None:
+    def __init__(
+        self, plan: Plan, sink: Sink, sources: Sources, device: str, progress: Progress, pristine: Pristine | None
+    ) -> None:
         self._plan = plan
         self._sink = sink
         self._sources = sources
         self._device = device
         self._progress = progress
+        self._pristine = pristine
+        self._merged = None if pristine is None else pristine.merged(plan)
         self._done: dict[str, TensorReport] = {}
 
-    def run(self, chunk: int | None, known: Thresholds | None = None) -> dict[str, TensorReport]:
+    def run(self, chunk: int | None) -> dict[str, TensorReport]:
         """Make every tensor; reports by name."""
         left = []
         for tensor in self._plan.tensors:
@@ -86,7 +88,7 @@ class _Engine:
                 self._done[tensor.name] = TensorReport(**earlier)
         copied = [tensor for tensor in left if self._is_copy(tensor)]
         blended = [tensor for tensor in left if not self._is_copy(tensor)]
-        with self._fused(blended, chunk, known) as fused:
+        with self._fused(blended, chunk) as fused:
             mine = fused.prepare(self._plan.tensors, self._progress) if fused is not None else frozenset()
             general = self._general([tensor for tensor in blended if tensor.name not in mine])
             total = sum(tensor.info.nbytes for tensor in self._plan.tensors)
@@ -120,9 +122,7 @@ class _Engine:
             result = TensorReport(tensor.name, tensor.part, tensor.method, tensor.info.numel)
             self._finish(tensor, result, step)
 
-    def _fused(
-        self, left: Sequence[TensorPlan], chunk: int | None, known: Thresholds | None
-    ) -> AbstractContextManager[Fused | None]:
+    def _fused(self, left: Sequence[TensorPlan], chunk: int | None) -> AbstractContextManager[Fused | None]:
         """The compiled way, if there is one here and something for it to do."""
         if self._device != "cpu" or not any(tensor.pipeline for tensor in left):
             return nullcontext()
@@ -131,7 +131,12 @@ class _Engine:
         kernels = native()
         if kernels is None:
             return nullcontext()
-        return Fused(self._plan, self._sources, self._sink, kernels, chunk, known)
+        if self._pristine is None or self._merged is None:
+            return Fused(self._plan, self._sources, self._sink, kernels, chunk)
+        known = self._pristine.thresholds(self._plan)
+        if not isinstance(self._sink, LiveSink):
+            return Fused(self._plan, self._sources, self._sink, kernels, chunk, known)
+        return InPlace(self._plan, self._sources, self._sink, kernels, chunk, known, self._merged)
 
     def _general(self, left: Sequence[TensorPlan]) -> Iterable[tuple[TensorPlan, TensorReport]]:
         """Take tensors through their stages as torch functions."""
@@ -139,13 +144,13 @@ class _Engine:
             return ()
         from ktmerge.merge.general import General
 
-        general = General(self._plan, self._sink, self._sources, self._device)
+        general = General(self._plan, self._sink, self._sources, self._device, self._merged)
         general.prepare(left, self._progress)
         return general.run(left)
 
     def _finish(self, tensor: TensorPlan, result: TensorReport, step: Step) -> None:
         self._done[tensor.name] = result
-        self._sink.finish(tensor.name, asdict(result))
+        self._sink.finish(tensor.name, result)
         step.advance(tensor.info.nbytes)
 
 

@@ -22,7 +22,7 @@ from ktmerge.merge.kernels.codes import FINE
 from ktmerge.merge.kernels.exact import HALF, exact_value
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.kernels.native import Native
-from ktmerge.merge.program import Cap, Clamp, Trim, program_of
+from ktmerge.merge.program import Cap, Clamp, Program, Ramp, Trim, program_of
 from ktmerge.merge.report import TensorReport
 from ktmerge.merge.selection import Found, Job, Run, Thresholds, Work, find_thresholds
 from ktmerge.merge.steps import Steps
@@ -82,6 +82,10 @@ class Fused:
         self._own = Workspace(native, experts)
         self._jobs: dict[str, Job] = {}
         self._known = {} if known is None else known
+        self._headers = {expert.name: expert.checkpoint.tensors for expert in plan.experts}
+        self._weights = {expert.name: expert.weight for expert in plan.experts}
+        self._programs: dict[int, Program | None] = {}
+        self._no_steps = Steps((), list(self._weights), plan.recipe.seed, "")
 
     def __enter__(self) -> Fused:
         return self
@@ -140,36 +144,51 @@ class Fused:
 
     def _job(self, tensor: TensorPlan) -> Job | None:
         """What the kernels need to make a tensor; None if they cannot."""
+        if len(tensor.sources) != len(self._plan.experts):
+            return None
         tag = self._sink.dtype(tensor.name, tensor.dtype)
-        infos = [self._plan.expert(name).checkpoint.tensors[source] for name, source in tensor.sources.items()]
-        tags = [info.dtype for info in (tensor.info, *infos)]
+        tags = [tensor.info.dtype, *(self._headers[name][source].dtype for name, source in tensor.sources.items())]
         stochastic = self._plan.recipe.output.rounding == "stochastic" and tag != "F32"
         if not {tag, *tags} <= KINDS.keys() or (stochastic and tag != "BF16") or not tensor.info.numel:
             return None
-        weights = {name: self._plan.expert(name).weight for name in tensor.sources}
-        program = program_of(tensor.pipeline, weights) if tensor.pipeline is not None else None
-        if program is None or len(weights) != len(self._plan.experts):
+        program = self._program(tensor)
+        if program is None:
             return None
         readers = [self._sources.base, *(self._sources.experts[name] for name in tensor.sources)]
         names = [tensor.name, *tensor.sources.values()]
         rows = [Row(reader, name, KINDS[own]) for reader, name, own in zip(readers, names, tags, strict=True)]
-        steps = Steps(program.steps, list(tensor.sources), self._plan.recipe.seed, tensor.key)
+        steps = self._no_steps
+        if program.steps:
+            steps = Steps(program.steps, list(tensor.sources), self._plan.recipe.seed, tensor.key)
         return Job(tensor, rows, steps, program, KINDS[tag], stochastic)
+
+    def _program(self, tensor: TensorPlan) -> Program | None:
+        """What the kernels are to do, if they can; tensors share pipelines."""
+        pipeline = tensor.pipeline
+        if pipeline is None:
+            return None
+        if id(pipeline) not in self._programs:
+            self._programs[id(pipeline)] = program_of(pipeline, self._weights)
+        return self._programs[id(pipeline)]
 
     def _make_alone(self, job: Job) -> TensorReport | None:
         """Make a tensor in one worker."""
         space = self._spaces.get()
         try:
-
-            def alone(jobs: Iterable[Job], work: Work) -> Iterator[Any]:
-                for one in jobs:
-                    for start in range(0, one.elements, self._piece):
-                        space.hold(one.rows, start, min(start + self._piece, one.elements))
-                        yield work(space, one)
-
-            return self._make(job, alone, space.probe)
+            return self._make(job, self._alone(space), space.probe)
         finally:
             self._spaces.put(space)
+
+    def _alone(self, space: Workspace) -> Run:
+        """Every piece one after the other."""
+
+        def run(jobs: Iterable[Job], work: Work) -> Iterator[Any]:
+            for one in jobs:
+                for start in range(0, one.elements, self._piece):
+                    space.hold(one.rows, start, min(start + self._piece, one.elements))
+                    yield work(space, one)
+
+        return run
 
     def _spread(self, jobs: Iterable[Job], work: Work) -> Iterator[Any]:
         """``work`` on every piece of every job, on all cores; results in order."""
@@ -196,15 +215,8 @@ class Fused:
         result = TensorReport(tensor.name, tensor.part, tensor.method, tensor.info.numel)
         if self._take_base(job, run, probe, result):
             return result
-        for position, step in enumerate(job.program.steps):
-            if isinstance(step, Trim) and step.scope == "tensor":
-                prefix = tensor.pipeline.prefix(position) if tensor.pipeline is not None else ""
-                found = self._thresholds((prefix, tensor.name), [job], position, run, probe)
-                if found is None:
-                    return None
-                job.steps.set_thresholds(position, found)
         totals, kept = np.zeros(4), np.zeros(len(job.rows) - 1, np.int64)
-        factor = self._factor(job, run)
+        factor = self._settle(job, run, probe)
         if factor is None:
             return None
         for piece in run([job], partial(self._blend, factor=factor)):
@@ -218,6 +230,21 @@ class Fused:
             result.kept = dict(zip(tensor.sources, kept.tolist(), strict=True))
         return result
 
+    def _settle(self, job: Job, run: Run, probe: Workspace) -> float | None:
+        """Find out what takes a look at the whole tensor: its thresholds, and what a cap on its norm leaves of it.
+
+        None if an input is not finite.
+        """
+        tensor = job.tensor
+        for position, step in enumerate(job.program.steps):
+            if isinstance(step, Trim) and step.scope == "tensor":
+                prefix = tensor.pipeline.prefix(position) if tensor.pipeline is not None else ""
+                found = self._thresholds((prefix, tensor.name), [job], position, run, probe)
+                if found is None:
+                    return None
+                job.steps.set_thresholds(position, found)
+        return self._factor(job, run)
+
     def _thresholds(
         self, key: Hashable, jobs: Sequence[Job], position: int, run: Run, probe: Workspace
     ) -> Found | None:
@@ -227,8 +254,10 @@ class Fused:
         return found
 
     def _factor(self, job: Job, run: Run) -> float | None:
-        """What a cap on its norm leaves of the merged delta; None if an input is not finite."""
+        """What a cap on its norm leaves of the merged delta, or a ramp; None if an input is not finite."""
         cap = job.program.after
+        if isinstance(cap, Ramp):
+            return cap.factor(job.tensor.part, self._plan.layers)
         if not isinstance(cap, Cap):
             return 1.0
         total = np.zeros((2, 2, 256), object)  # whole numbers without end
@@ -273,10 +302,17 @@ class Fused:
 def _pools(tensors: Iterable[TensorPlan]) -> dict[tuple[int, str], list[TensorPlan]]:
     """Tensors that share a threshold, by the position of its stage and all stages up to it."""
     pools: dict[tuple[int, str], list[TensorPlan]] = {}
+    keys: dict[int, list[tuple[int, str]]] = {}
     for tensor in tensors:
-        if tensor.pipeline is None:
+        pipeline = tensor.pipeline
+        if pipeline is None:
             continue
-        for position, use in enumerate(tensor.pipeline.transforms):
-            if any(one.scope == "global" for one in use.statistics()):
-                pools.setdefault((position, tensor.pipeline.prefix(position)), []).append(tensor)
+        if id(pipeline) not in keys:
+            keys[id(pipeline)] = [
+                (position, pipeline.prefix(position))
+                for position, use in enumerate(pipeline.transforms)
+                if any(one.scope == "global" for one in use.statistics())
+            ]
+        for key in keys[id(pipeline)]:
+            pools.setdefault(key, []).append(tensor)
     return dict(sorted(pools.items()))

@@ -20,6 +20,7 @@ from ktmerge.merge.device import cores
 from ktmerge.merge.flow import Flow
 from ktmerge.merge.kernels import kernels_for
 from ktmerge.merge.kernels.keys import stream_key
+from ktmerge.merge.merged import MergedDeltasOfPlan
 from ktmerge.merge.plan import Plan, TensorPlan
 from ktmerge.merge.report import TensorReport
 from ktmerge.merge.sinks import Sink
@@ -72,13 +73,17 @@ class General:
         sink: where they go.
         sources: the open inputs.
         device: as torch calls it.
+        merged: takes the merged deltas, for other blends of the same.
     """
 
-    def __init__(self, plan: Plan, sink: Sink, sources: Sources, device: str) -> None:
+    def __init__(
+        self, plan: Plan, sink: Sink, sources: Sources, device: str, merged: MergedDeltasOfPlan | None = None
+    ) -> None:
         self._plan = plan
         self._sink = sink
         self._sources = sources
         self._device = torch.device(device)
+        self._merged = merged if self._device.type == "cpu" else None
         self._kernels = kernels_for(self._device)
         self._flow = Flow(plan, sources, self._kernels)
 
@@ -158,6 +163,8 @@ class General:
             if tensor.pipeline is not None and tensor.pipeline.transforms:
                 for name, delta in zip(tensor.sources, transformed, strict=True):
                     result.kept[name] = result.kept.get(name, 0) + int(torch.count_nonzero(delta))
+            if self._merged is not None:
+                self._merged.add(tensor, chunk.start, merged, result.kept)
 
     def _write(self, tensor: TensorPlan, values: Tensor, start: int, tag: str) -> Tensor:
         """Round once and hand to the sink."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -200,11 +200,11 @@ def check_recipe(recipe: Recipe) -> None:
     setting = _collect(problems, lambda: blend_setting(recipe.blend))
     if setting is not None:
         if recipe.experts:
-            problems += [f"blend: {objection}" for objection in setting.objections(_weights(recipe))]
+            problems += [f"blend: {objection}" for objection in setting.objections(weights_of(recipe))]
         rules = _collect(problems, lambda: resolve_rules(recipe, setting, None)) or ()
         if recipe.base is not None:
-            problems += without_statistics(recipe, _settings(setting, rules))
-    _raise(problems)
+            problems += without_statistics(recipe, settings_of(setting, rules))
+    refuse(problems)
 
 
 def plan_blend(recipe: Recipe) -> Plan:
@@ -222,7 +222,7 @@ def plan_blend(recipe: Recipe) -> Plan:
     if not recipe.experts:
         problems.append("experts: the recipe names none; add one, or give --expert name=folder.")
     elif setting is not None:
-        problems += [f"blend: {objection}" for objection in setting.objections(_weights(recipe))]
+        problems += [f"blend: {objection}" for objection in setting.objections(weights_of(recipe))]
     base = _collect(problems, lambda: _open(recipe, "base", recipe.base)) if recipe.base is not None else None
     opened = _open_experts(recipe, base, problems)
     texts: Mapping[str, str] = {}
@@ -239,16 +239,18 @@ def plan_blend(recipe: Recipe) -> Plan:
         rules = _collect(problems, lambda: resolve_rules(recipe, setting, parts)) or ()
         if base is not None and parts is not None:
             found = [expert for expert in experts if expert is not None]
-            tensors, layers = _tensor_plans(recipe, base, found, setting, rules, parts, problems), parts.layers
-        problems += without_statistics(recipe, _settings(setting, rules))
+            tensors = decide(base, _bare(recipe, base, found, parts), setting, rules, problems)
+            layers = parts.layers
+        problems += without_statistics(recipe, settings_of(setting, rules))
     statistics = open_statistics(recipe, base, tensors, problems) if base is not None else {}
-    _raise(problems)
+    refuse(problems)
     assert base is not None
     ready = tuple(expert for expert in experts if expert is not None)
     return Plan(recipe, base, ready, tensors, layers, tuple(_notes(base, ready)), texts, statistics)
 
 
-def _settings(setting: Setting, rules: Iterable[Rule]) -> list[Setting]:
+def settings_of(setting: Setting, rules: Iterable[Rule]) -> list[Setting]:
+    """All settings that some tensors are blended by."""
     return [setting, *(rule.setting for rule in rules if rule.setting is not None)]
 
 
@@ -261,13 +263,15 @@ def _collect(problems: list[str], find: Any) -> Any:
         return None
 
 
-def _raise(problems: Iterable[str]) -> None:
+def refuse(problems: Iterable[str]) -> None:
+    """Raise UsageError with all that is wrong, if anything is."""
     lines = list(dict.fromkeys(problems))
     if lines:
         raise UsageError("\n".join(lines))
 
 
-def _weights(recipe: Recipe) -> dict[str, float]:
+def weights_of(recipe: Recipe) -> dict[str, float]:
+    """Weights of the experts by name."""
     return {name: expert.weight for name, expert in recipe.experts.items()}
 
 
@@ -310,29 +314,39 @@ def _align(
     return ExpertPlan(name, recipe.experts[name].weight, fitted, alignment)
 
 
-def _tensor_plans(
-    recipe: Recipe,
-    base: Checkpoint,
-    experts: list[ExpertPlan],
-    setting: Setting,
-    rules: Iterable[Rule],
-    parts: Parts,
-    problems: list[str],
-) -> tuple[TensorPlan, ...]:
-    ordered = list(rules)
+def _bare(recipe: Recipe, base: Checkpoint, experts: Iterable[ExpertPlan], parts: Parts) -> Iterator[TensorPlan]:
+    """Every tensor before anything is said of how to blend it."""
     tied = tied_head(base)
     classes = base.classes
-    plans = []
-    matched: dict[int, set[TensorClass]] = {rule.index: set() for rule in ordered}
+    tag = _OUTPUT_TAGS.get(recipe.output.dtype)
     for name, info in base.tensors.items():
         key = tied[1] if tied is not None and name == tied[0] else name
-        rule = next((rule for rule in ordered if rule.matches(key, classes[key])), None)
+        kind = classes[name]
+        own = base.written.get(name, info.dtype)
+        yield TensorPlan(
+            info=info,
+            part=parts.of(key),
+            tensor_class=kind,
+            action="base",
+            dtype=tag if tag is not None and info.is_float and kind not in ("buffer", "quant") else own,
+            key=key,
+            sources={one.name: one.alignment.mapping[name] for one in experts if name in one.alignment.mapping},
+            layout=matrix_layout(key, info.shape, base.config) if kind == "matrix" else None,
+        )
+
+
+def decide(
+    base: Checkpoint, tensors: Iterable[TensorPlan], setting: Setting, rules: Iterable[Rule], problems: list[str]
+) -> tuple[TensorPlan, ...]:
+    """What becomes of tensors, whatever was decided of them before; ``problems`` take what is wrong."""
+    ordered, classes = list(rules), base.classes
+    plans = []
+    matched: dict[int, set[TensorClass]] = {rule.index: set() for rule in ordered}
+    for tensor in tensors:
+        rule = next((rule for rule in ordered if rule.matches(tensor.key, classes[tensor.key])), None)
         if rule is not None:
-            matched[rule.index].add(classes[name])
-        sources = {
-            expert.name: expert.alignment.mapping[name] for expert in experts if name in expert.alignment.mapping
-        }
-        plans.append(_tensor_plan(recipe, base, info, parts.of(key), classes[name], key, sources, setting, rule))
+            matched[rule.index].add(tensor.tensor_class)
+        plans.append(_decided(tensor, setting, rule))
     for rule in ordered:
         problems += rule.unused(matched[rule.index])
     quantised = [plan.name for plan in plans if plan.tensor_class == "quant" and plan.action == "blend"]
@@ -344,38 +358,20 @@ def _tensor_plans(
     return tuple(plans)
 
 
-def _tensor_plan(
-    recipe: Recipe,
-    base: Checkpoint,
-    info: TensorInfo,
-    part: str,
-    kind: TensorClass,
-    key: str,
-    sources: Mapping[str, str],
-    setting: Setting,
-    rule: Rule | None,
-) -> TensorPlan:
-    tag = _OUTPUT_TAGS.get(recipe.output.dtype)
-    own = base.written.get(info.name, info.dtype)
-    dtype = tag if tag is not None and info.is_float and kind not in ("buffer", "quant") else own
-    common: dict[str, Any] = {
-        "info": info,
-        "part": part,
-        "tensor_class": kind,
-        "dtype": dtype,
-        "key": key,
-        "sources": sources,
-        "rule": None if rule is None else rule.index,
-        "layout": matrix_layout(key, info.shape, base.config) if kind == "matrix" else None,
-    }
+def _decided(tensor: TensorPlan, setting: Setting, rule: Rule | None) -> TensorPlan:
+    action: Action = "base"
+    expert: str | None = None
+    pipeline: Pipeline | None = None
+    lambda_ = 1.0
     keep = None if rule is None else rule.keep
-    if keep is not None and keep != "base" and keep in sources:
-        return TensorPlan(action="expert", expert=keep, **common)
-    if keep is not None or kind == "buffer":
-        return TensorPlan(action="base", **common)
-    chosen = setting if rule is None or rule.setting is None else rule.setting
-    pipeline = chosen.pipelines.get(kind)
-    return TensorPlan(action="blend", pipeline=pipeline, lambda_=chosen.lambda_of(kind), **common)
+    if keep is not None and keep != "base" and keep in tensor.sources:
+        action, expert = "expert", keep
+    elif keep is None and tensor.tensor_class != "buffer":
+        chosen = setting if rule is None or rule.setting is None else rule.setting
+        action, pipeline = "blend", chosen.pipelines.get(tensor.tensor_class)
+        lambda_ = chosen.lambda_of(tensor.tensor_class)
+    index = None if rule is None else rule.index
+    return replace(tensor, action=action, expert=expert, pipeline=pipeline, lambda_=lambda_, rule=index)
 
 
 def _notes(base: Checkpoint, experts: Iterable[ExpertPlan]) -> Iterable[str]:

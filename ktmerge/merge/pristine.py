@@ -11,6 +11,8 @@ import numpy as np
 
 from ktmerge.checkpoints import Checkpoint, Reader, TensorInfo
 from ktmerge.checkpoints.dtypes import BITS, torch_dtype
+from ktmerge.merge.merged import MergedDeltas, MergedDeltasOfPlan
+from ktmerge.merge.replanning import Planner
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,8 +20,10 @@ if TYPE_CHECKING:
 
     from ktmerge.merge.plan import Plan
     from ktmerge.merge.selection import Thresholds
+    from ktmerge.recipes.schema import Recipe
 
 _BLOCK = 8 << 20
+_LINE = 64
 
 
 class Pristine:
@@ -34,13 +38,20 @@ class Pristine:
 
     def __init__(self, device: str = "cpu") -> None:
         self._device = device
-        self._readers: dict[str, Reader] = {}
+        self._readers: dict[str, HostReader] = {}
         self._thresholds: dict[str, Thresholds] = {}
+        self._merged = MergedDeltas()
+        self._planner = Planner()
+        self._names: dict[int, tuple[Checkpoint, str]] = {}
 
-    def reader(self, plan: Plan, expert: str | None) -> Reader:
+    def plan(self, recipe: Recipe) -> Plan:
+        """The recipe's plan; the headers of models that were planned with before are not read again."""
+        return self._planner.plan(recipe)
+
+    def reader(self, plan: Plan, expert: str | None) -> HostReader:
         """Of an expert, or of the base."""
         checkpoint = plan.base if expert is None else plan.expert(expert).checkpoint
-        key = _identity(plan, expert, checkpoint)
+        key = self._identity(plan, expert, checkpoint)
         if key not in self._readers:
             with checkpoint.reader() as files:
                 copies = {name: _copy(files, info) for name, info in checkpoint.tensors.items()}
@@ -51,10 +62,24 @@ class Pristine:
 
     def thresholds(self, plan: Plan) -> Thresholds:
         """What trims of these inputs with this seed were found to keep; the finder's to read and to fill."""
-        models = [_identity(plan, None, plan.base)]
-        models += [_identity(plan, expert.name, expert.checkpoint) for expert in plan.experts]
-        names = [expert.name for expert in plan.experts]
-        return self._thresholds.setdefault(json.dumps([plan.recipe.seed, names, models]), {})
+        return self._thresholds.setdefault(json.dumps([plan.recipe.seed, self._models(plan)]), {})
+
+    def merged(self, plan: Plan) -> MergedDeltasOfPlan:
+        """Merged deltas that blends left, and are to leave."""
+        return self._merged.of(plan, self._models(plan))
+
+    def _models(self, plan: Plan) -> str:
+        """What decides the values of base and experts."""
+        models = [self._identity(plan, None, plan.base)]
+        models += [self._identity(plan, expert.name, expert.checkpoint) for expert in plan.experts]
+        return json.dumps([[expert.name for expert in plan.experts], models])
+
+    def _identity(self, plan: Plan, expert: str | None, checkpoint: Checkpoint) -> str:
+        """`_identity` of a checkpoint; plans of the same models share theirs."""
+        known = self._names.get(id(checkpoint))
+        if known is None or known[0] is not checkpoint:
+            known = self._names[id(checkpoint)] = checkpoint, _identity(plan, expert, checkpoint)
+        return known[1]
 
 
 class HostReader:
@@ -63,6 +88,7 @@ class HostReader:
     def __init__(self, tensors: Mapping[str, TensorInfo], copies: Mapping[str, NDArray[np.uint8]]) -> None:
         self._tensors = tensors
         self._copies = copies
+        self._addresses = {name: copy.ctypes.data for name, copy in copies.items()}
 
     def __enter__(self) -> HostReader:
         return self
@@ -91,6 +117,10 @@ class HostReader:
     def place(self, name: str) -> tuple[int, int, int] | None:
         return None
 
+    def address(self, name: str) -> int:
+        """Of the first byte of a tensor, which is aligned for its type."""
+        return self._addresses[name]
+
     def blocks(self, name: str) -> Iterator[memoryview]:
         data = self._copies[name].data
         for start in range(0, len(data), _BLOCK):
@@ -112,7 +142,10 @@ class DeviceReader(HostReader):
 
 
 def _copy(files: Reader, info: TensorInfo) -> NDArray[np.uint8]:
-    copy = np.empty(info.numel * BITS[info.dtype] // 8, np.uint8)
+    size = info.numel * BITS[info.dtype] // 8
+    room = np.empty(size + _LINE, np.uint8)
+    begin = -room.ctypes.data % _LINE
+    copy = room[begin : begin + size]
     if copy.size:
         files.read_into(info.name, 0, copy.data)
     return copy

@@ -6,6 +6,7 @@ A stage that can say so in these words gets the fast way without any other chang
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -79,6 +80,11 @@ class Elect:
 
 
 @dataclass(frozen=True)
+class Given:
+    """Something that was merged before, by other means."""
+
+
+@dataclass(frozen=True)
 class Clamp:
     """No element of the merged delta beyond ``limit``."""
 
@@ -97,12 +103,35 @@ class Cap:
 
 
 @dataclass(frozen=True)
+class Ramp:
+    """The merged delta times ``first`` in the first layer of a stack, ``first + rise`` in the last, even steps between.
+
+    What is in no layer is as deep as ``outside`` says, from 0 to 1; so is what is in a stack of one layer with 0.
+    """
+
+    first: float
+    rise: float = 0.0
+    outside: float = 0.0
+
+    def factor(self, part: str, layers: Mapping[str, int]) -> float:
+        """For a tensor of a part, e.g. ``llm.layers[3]``; ``layers`` are the numbers of layers of the stacks."""
+        layer = _LAYER.fullmatch(part)
+        if not layer:
+            return self.first + self.rise * self.outside
+        last = layers[layer[1]] - 1
+        return self.first + self.rise * (int(layer[2]) / last if last > 0 else 0.0)
+
+
+_LAYER = re.compile(r"(.+)\.layers\[(\d+)\]")
+
+
+@dataclass(frozen=True)
 class Program:
     """A pipeline in these words."""
 
     steps: tuple[Trim | Drop, ...]
-    combine: Sum | Largest | Elect
-    after: Clamp | Cap | None = None
+    combine: Sum | Largest | Elect | Given
+    after: Clamp | Cap | Ramp | None = None
 
 
 def program_of(pipeline: Pipeline, weights: Mapping[str, float]) -> Program | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ktmerge.checkpoints import Checkpoint, Reader, Writer, align
 from ktmerge.checkpoints.dtypes import tag_of, torch_dtype
 from ktmerge.checkpoints.live import as_checkpoint
 from ktmerge.errors import UsageError
+from ktmerge.merge.report import TensorReport
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,8 +37,8 @@ class Sink(Protocol):
     def finished(self, name: str) -> dict[str, Any] | None:
         """The report of a tensor that an interrupted run completed and that is there; it need not be made again."""
 
-    def finish(self, name: str, report: dict[str, Any]) -> None:
-        """All of a tensor was written or copied; ``report`` is what `finished` will say of it."""
+    def finish(self, name: str, report: TensorReport) -> None:
+        """All of a tensor was written or copied; `finished` will say of it what ``report`` says."""
 
 
 class FileSink:
@@ -66,8 +68,8 @@ class FileSink:
     def finished(self, name: str) -> dict[str, Any] | None:
         return self._writer.finished(name)
 
-    def finish(self, name: str, report: dict[str, Any]) -> None:
-        self._writer.finish(name, report)
+    def finish(self, name: str, report: TensorReport) -> None:
+        self._writer.finish(name, asdict(report))
 
 
 class LiveSink:
@@ -96,6 +98,15 @@ class LiveSink:
             if not target.is_contiguous():
                 raise UsageError(f"the model: '{name}' is not contiguous in memory; call .contiguous() on it first.")
         self._tags: dict[str, str] = {}
+        self._places = {
+            name: (tag_of(target.dtype), target.data_ptr())
+            for name, target in self._targets.items()
+            if target.device.type == "cpu"
+        }
+
+    def place(self, name: str) -> tuple[str, int] | None:
+        """Type and address of a tensor in this process's memory; None if it is not there."""
+        return self._places.get(name)
 
     @property
     def targets(self) -> Mapping[str, Tensor]:
@@ -133,5 +144,5 @@ class LiveSink:
     def finished(self, name: str) -> dict[str, Any] | None:
         return None
 
-    def finish(self, name: str, report: dict[str, Any]) -> None:
+    def finish(self, name: str, report: TensorReport) -> None:
         pass

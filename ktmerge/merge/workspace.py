@@ -19,13 +19,14 @@ from ktmerge.merge.kernels.codes import (
     F16,
     F32,
     FINE,
+    GIVEN,
     LARGEST,
     SUM,
     UNREADABLE,
     WINDOW,
 )
 from ktmerge.merge.kernels.search import BINS, Interval
-from ktmerge.merge.program import Elect, Largest, Sum
+from ktmerge.merge.program import Elect, Given, Largest, Sum
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -43,7 +44,7 @@ _SPARE = 8
 """How many times as many as are expected can be."""
 _LINE = 64
 _ELECTIONS = {"mean": ELECT_MEAN, "sum": ELECT_SUM, "largest": ELECT_LARGEST}
-Combine = Sum | Largest | Elect
+Combine = Sum | Largest | Elect | Given
 
 
 @dataclass(frozen=True)
@@ -321,7 +322,7 @@ class Workspace:
 
     def squares(self, steps: Steps, combine: Combine) -> NDArray[np.uint64] | None:
         """Sums of squares of base and merged delta by exponent, as the kernel says; None if one is not finite."""
-        code, counted, rates, fallback = _spelled(combine)
+        code, counted, rates, fallback = spelled(combine)
         bins, kept = np.zeros((2, 2, 256), np.uint64), np.zeros(self._number, np.int64)
         status = self._call(
             self._native.squares, self._count, self.start, *steps.arguments(len(steps)), code, counted,
@@ -345,7 +346,7 @@ class Workspace:
         if self._out.size < self._count * width:
             self._out = np.empty(self._count * width, np.uint8)
         out = self._out.ctypes.data
-        code, counted, rates, fallback = _spelled(combine)
+        code, counted, rates, fallback = spelled(combine)
         ends = np.array([fallback, factor, limit, lambda_], np.float32)
         sums, kept = np.zeros(4), np.zeros(self._number, np.int64)
         status = self._call(
@@ -360,10 +361,12 @@ class Workspace:
         return address, address, self._stride, self._kinds.ctypes.data, self._number
 
 
-def _spelled(combine: Combine) -> tuple[int, int, NDArray[np.float32], float]:
+def spelled(combine: Combine) -> tuple[int, int, NDArray[np.float32], float]:
     """Code, whether signs are counted, votes, weights and shares ``[3, N]``, and the vote where that is even."""
     if isinstance(combine, Elect):
         rates = np.array([combine.votes, combine.weights, combine.shares], np.float32)
         return _ELECTIONS[combine.aggregate], int(combine.counted), rates, combine.fallback
+    if isinstance(combine, Given):
+        return GIVEN, 0, np.zeros((3, 0), np.float32), 0.0
     code = LARGEST if isinstance(combine, Largest) else SUM
     return code, 0, np.array([combine.weights] * 3, np.float32), 0.0

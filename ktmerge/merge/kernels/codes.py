@@ -10,6 +10,8 @@ WINDOW = 32 * BLOCK
 
 NONE, TRIM, DROP = 0, 1, 2
 SUM, LARGEST, ELECT_MEAN, ELECT_SUM, ELECT_LARGEST = 0, 1, 2, 3, 4
+GIVEN = 5
+"""The merged delta is there already."""
 BF16, F16, F32 = 0, 1, 2
 FINE, INPUT_NOT_FINITE, OVERFLOW, UNREADABLE = 0, 1, 2, 3
 

@@ -33,6 +33,7 @@ from ktmerge.merge.kernels.compiler import compiled
 from ktmerge.merge.kernels.conversion import load, store
 from ktmerge.merge.kernels.counting import energy, measure, note, sample
 from ktmerge.merge.kernels.deciding import hash_noted, rank_hashes, rank_noted
+from ktmerge.merge.kernels.direct import direct
 from ktmerge.merge.kernels.files import fetch_all
 from ktmerge.merge.kernels.ordering import rank
 from ktmerge.merge.kernels.randomness import random_words, words
@@ -244,6 +245,7 @@ def squares(
 
 
 _ROWS = [CPointer(uint16), CPointer(uint32), int64, CPointer(int64), int64]
+_MEMORY = [CPointer(uint16), CPointer(uint32)]
 _FILES = [CPointer(int64), CPointer(int64)]
 _STEPS = [
     int64, CPointer(int64), CPointer(uint32), CPointer(uint64), CPointer(uint32), CPointer(uint64), CPointer(uint64),
@@ -257,6 +259,13 @@ ENTRIES: dict[str, tuple[Any, Any]] = {
         int64(
             *_ROWS, *_FILES, int64, int64, *_STEPS, *_COMBINE, CPointer(float32), int64, int64, uint64,
             CPointer(uint16), CPointer(uint32), CPointer(float64), CPointer(int64), CPointer(uint32),
+        ),
+    ),
+    "direct": (
+        direct,
+        int64(
+            *_MEMORY, CPointer(int64), CPointer(int64), int64, int64, int64, *_STEPS, *_COMBINE, CPointer(float32),
+            int64, int64, uint64, int64, int64, CPointer(float64), CPointer(int64), CPointer(uint32),
         ),
     ),
     "squares": (

@@ -21,12 +21,12 @@ from ktmerge.merge.kernels import codes
 Entry = Callable[..., int]
 
 _NAMES = (
-    "blend", "squares", "measure", "note", "sample", "rank_noted", "hash_noted", "rank_hashes", "energy", "rank",
-    "words",
+    "blend", "direct", "squares", "measure", "note", "sample", "rank_noted", "hash_noted", "rank_hashes", "energy",
+    "rank", "words",
 )  # fmt: skip
 _MODULES = (
-    "combining.py", "compiled.py", "compiler.py", "conversion.py", "counting.py", "deciding.py", "files.py",
-    "gathering.py", "ordering.py", "randomness.py", "scanning.py", "settling.py", "transforming.py",
+    "combining.py", "compiled.py", "compiler.py", "conversion.py", "counting.py", "deciding.py", "direct.py",
+    "files.py", "gathering.py", "ordering.py", "randomness.py", "scanning.py", "settling.py", "transforming.py",
 )  # fmt: skip
 _SOURCES = (Path(codes.__file__), *(Path(__file__).with_name(name) for name in _MODULES))
 # What numba's code would call to raise or to count references. The kernels do neither, but the linker wants them.
@@ -44,6 +44,7 @@ _ARGUMENTS = {
 _ROWS, _STEPS, _COMBINE = "ppipi", "ipppppppp", "iip"
 _SIGNATURES = {
     "blend": f"{_ROWS}ppii{_STEPS}{_COMBINE}piilppppp",
+    "direct": f"ppppiii{_STEPS}{_COMBINE}piiliippp",
     "squares": f"{_ROWS}ppii{_STEPS}{_COMBINE}fppp",
     "measure": f"{_ROWS}ppii{_STEPS}ippippp",
     "note": f"{_ROWS}ppii{_STEPS}ippippppp",
@@ -61,6 +62,7 @@ class Native:
     """The kernels of `ktmerge.merge.kernels.compiled`, by the same names; arrays are passed as addresses."""
 
     blend: Entry
+    direct: Entry
     squares: Entry
     measure: Entry
     note: Entry
