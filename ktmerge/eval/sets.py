@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ class TaskSet:
             the data lie does not count.
         harness: its rows and prompts if it is lm_eval's, and then no items.
         places: file and line (or row) of each row, by its number.
+        place: file and line of the task itself, if it is from a suite's file.
     """
 
     task: AnyTask | HarnessTask
@@ -50,6 +52,7 @@ class TaskSet:
     digest: str
     harness: HarnessSet | None = None
     places: Mapping[int, str] = field(default_factory=dict)
+    place: str = ""
 
 
 def read_sets(suite: Suite, part: str | None = None) -> list[TaskSet]:
@@ -65,15 +68,21 @@ def read_sets(suite: Suite, part: str | None = None) -> list[TaskSet]:
     chosen = part_named(part, suite.selection)
     sets = []
     for task in suite.tasks():
-        try:
-            sets.append(_read(task, suite, chosen))
-        except UsageError as error:
-            place = f"{suite.places[task.name]}: " if task.name in suite.places else ""
-            lines = str(error).splitlines()
-            raise UsageError(
-                "\n".join(f"{place}{line}" if line.startswith("task ") else line for line in lines)
-            ) from None
+        place = suite.places.get(task.name, "")
+        with _told_with(place):
+            sets.append(replace(_read(task, suite, chosen), place=place))
     return sets
+
+
+@contextmanager
+def _told_with(place: str) -> Iterator[None]:
+    """Begin what is said of a task with the place of the task."""
+    try:
+        yield
+    except UsageError as error:
+        lines = str(error).splitlines()
+        before = f"{place}: " if place else ""
+        raise UsageError("\n".join(f"{before}{line}" if line.startswith("task ") else line for line in lines)) from None
 
 
 def _read(task: AnyTask | HarnessTask, suite: Suite, part: Part) -> TaskSet:
@@ -139,7 +148,11 @@ def encode_sets(
         UsageError: something doesn't fit the tokenizer or the context.
     """
     encoder = Encoder(tokenizer, max_length, sight)
-    return {one.task.name: _encoded(encoder, one) for one in sets}
+    found = {}
+    for one in sets:
+        with _told_with(one.place):
+            found[one.task.name] = _encoded(encoder, one)
+    return found
 
 
 def _encoded(encoder: Encoder, one: TaskSet) -> Encoded:

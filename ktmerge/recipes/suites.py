@@ -129,6 +129,14 @@ class ClassifyTask(PromptTask):
     separator: str = Field(" ", description="between prompt and label; unless written, none in chat")
     metric: Literal["acc"] = "acc"
 
+    @field_validator("labels")
+    @classmethod
+    def _are_different(cls, value: list[str]) -> list[str]:
+        twice = [label for label in value if value.count(label) > 1]
+        if twice:
+            raise ValueError(f"the label '{twice[0]}' stands twice")
+        return value
+
 
 class LetterTask(ChosenTask):
     """Multiple choice by the letter the model writes; what cannot be read is wrong; its share is shown beside."""

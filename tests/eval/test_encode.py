@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ktmerge.errors import UsageError
+from ktmerge.eval import encode_sets, read_sets
 from ktmerge.eval.chunks import even_chunks
 from ktmerge.eval.encode import Encoder, Request
 from ktmerge.eval.fingerprints import fingerprint
 from ktmerge.eval.rendering import make_items
+from ktmerge.recipes import load_suite
 from ktmerge.recipes.rows import Row
-from ktmerge.recipes.suites import ChoiceTask, GenerateTask, TextTask
+from ktmerge.recipes.suites import ChoiceTask, ClassifyTask, GenerateTask, TextTask
 
 
 def lm_eval_rule(tokenizer: Any, context: str, continuation: str) -> Request:
@@ -207,3 +210,16 @@ def test_fingerprints_tell_tokenizers_apart(tokenizer: Any, tiny_llama: Any) -> 
     other = load_tokenizer(tiny_llama)
     other.add_tokens(["<new>"])
     assert fingerprint(other) != fingerprint(tokenizer)
+
+
+def test_what_does_not_fit_names_the_task_s_line(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "The quick brown fox"}\n')
+    (tmp_path / "s.yaml").write_text("upstream:\n\n- {name: t, kind: text, data: x.jsonl, chunk_tokens: 64}\n")
+    sets = read_sets(load_suite(tmp_path / "s.yaml"))
+    with pytest.raises(UsageError, match=r"s\.yaml:3: task 't': chunk_tokens is 64, the model reads 32 tokens"):
+        encode_sets(sets, tokenizer, 32)
+
+
+def test_labels_are_different() -> None:
+    with pytest.raises(ValueError, match="the label 'yes' stands twice"):
+        ClassifyTask(name="c", kind="classify", data="x", prompt="p", answer="a", labels=["yes", "no", "yes"])
