@@ -12,6 +12,8 @@ from torch import Tensor
 from ktmerge.merge.kernels.radix import magnitude_bits
 
 _LOW_BITS = 16
+_BLOCK = 1 << 21
+"""Elements worked on at once."""
 
 
 def quantile_rank(share: float, elements: int) -> int:
@@ -36,13 +38,14 @@ class RankedMagnitudes:
 
     def add(self, values: Tensor) -> None:
         """Take in one piece."""
-        bits = magnitude_bits(values.reshape(-1))
-        if not self._bins:
-            self._upper += torch.bincount(bits >> _LOW_BITS, minlength=self._upper.size).cpu().numpy()
-            return
-        for counts, upper in zip(self._lower, self._bins, strict=True):
-            inside = bits[(bits >> _LOW_BITS) == upper] & ((1 << _LOW_BITS) - 1)
-            counts += torch.bincount(inside, minlength=counts.size).cpu().numpy()
+        for piece in values.reshape(-1).split(_BLOCK):
+            bits = magnitude_bits(piece)
+            if not self._bins:
+                self._upper += torch.bincount(bits >> _LOW_BITS, minlength=self._upper.size).cpu().numpy()
+                continue
+            for counts, upper in zip(self._lower, self._bins, strict=True):
+                inside = bits[(bits >> _LOW_BITS) == upper] & ((1 << _LOW_BITS) - 1)
+                counts += torch.bincount(inside, minlength=counts.size).cpu().numpy()
 
     def end_pass(self) -> None:
         """All pieces have been shown once."""

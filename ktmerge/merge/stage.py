@@ -183,7 +183,7 @@ class Stage:
         compiled: the same in the words of `ktmerge.merge.program`, for the compiled kernels, or None: of a transform,
             given the parameters, a Trim or Drop; of a combine, given parameters and weights by name, a Sum, Largest or
             Elect;
-            of a guard, given the parameters, a Clamp or Cap.
+            of a guard or scale, given the parameters, a Clamp, Cap or Ramp.
     """
 
     name: str

@@ -51,6 +51,9 @@ BLENDS: list[dict[str, Any]] = [
     {"method": "nearswap", "t": 0.004},
     {"method": "clip", "rho": 0.01},
     {"stages": {"combine": "sum", "guard": [{"clip": {"rho": 0.5}}]}},
+    {"method": "lines", "alpha": 0.3, "beta": 0.9, "outside": "alpha+beta", "lambda": 1.1},
+    {"stages": {"transform": ["trim"], "combine": "elect", "scale": [{"interpolate": {"a": 0.7}}]}},
+    {"method": "lm_cocktail", "losses": {"e0": 2.0, "e1": 0.5, "e2": 3.0}},
 ]
 OUTPUTS: list[dict[str, Any]] = [
     {},

@@ -48,15 +48,16 @@ def count(delta: Tensor, key: int, start: int, interval: Interval) -> Tensor:
     """Elements in each bin of the interval, and above it last: int64 ``[bins + 1]`` on the host."""
     bits = magnitude_bits(delta)
     if not interval.hashed:
-        inside = bits.to(torch.int64) - interval.low
-        inside = inside[inside >= 0]
-        beyond = inside > interval.last
-    else:
-        tied = (bits == interval.floor).nonzero().squeeze(1) + start
-        keys = hashes(key, tied)
-        inside = keys[at_least(keys, interval.low)] - signed(interval.low)  # wraps to the unsigned difference
-        beyond = at_least(inside, interval.last + 1) if interval.last + 1 < 1 << 64 else torch.zeros_like(inside).bool()
-    digits = (inside >> interval.shift) & (_MASKS[interval.shift] if interval.hashed else _MAGNITUDE)
+        high = interval.low + interval.last
+        near = bits[(bits >= interval.low) & (bits <= high)]
+        counts = torch.bincount((near - interval.low) >> interval.shift, minlength=interval.bins + 1)
+        counts[-1] = torch.count_nonzero(bits > high)
+        return counts.cpu()
+    tied = (bits == interval.floor).nonzero().squeeze(1) + start
+    keys = hashes(key, tied)
+    inside = keys[at_least(keys, interval.low)] - signed(interval.low)  # wraps to the unsigned difference
+    beyond = at_least(inside, interval.last + 1) if interval.last + 1 < 1 << 64 else torch.zeros_like(inside).bool()
+    digits = (inside >> interval.shift) & _MASKS[interval.shift]
     return torch.bincount(torch.where(beyond, interval.bins, digits), minlength=interval.bins + 1).cpu()
 
 

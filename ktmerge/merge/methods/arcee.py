@@ -24,6 +24,7 @@ def arcee_fusion(delta: Tensor, parameters: ArceeFusionParameters, context: Cont
     A row is what goes into one output. Differs from mergekit (arcee_fusion), whose importance takes in the divergence
     of softmaxes of raw weights, which is rounding noise and negative for four in ten rows, and samples its quantiles.
     """
+    import numpy as np
     import torch
 
     from ktmerge.merge.quantiles import RankedMagnitudes, quantile_rank
@@ -37,8 +38,11 @@ def arcee_fusion(delta: Tensor, parameters: ArceeFusionParameters, context: Cont
         quartiles.add(importance)
         quartiles.end_pass()
     low, middle, high = quartiles.values
-    kept = importance.double() >= middle + parameters.k * (high - low)
-    return torch.where(kept, delta, 0.0)
+    limit = middle + parameters.k * (high - low)
+    least = np.float32(limit)  # the least fp32 number that is not below it
+    if least < limit:
+        least = np.nextafter(least, np.float32(np.inf))
+    return torch.where(importance >= float(least), delta, 0.0)
 
 
 method(

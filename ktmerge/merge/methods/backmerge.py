@@ -8,6 +8,7 @@ from pydantic import Field
 
 from ktmerge.checkpoints import TensorClass
 from ktmerge.merge.methods.wudi import positive
+from ktmerge.merge.program import Ramp
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, Need, Parameters, Promises, Stages
 
@@ -33,7 +34,11 @@ def _needs(parameters: BackParameters) -> tuple[Need, ...]:
     return NEEDS
 
 
-@stage("interpolate", "scale", TrustParameters)
+def _compiled(parameters: TrustParameters) -> Ramp:
+    return Ramp(parameters.a)
+
+
+@stage("interpolate", "scale", TrustParameters, compiled=_compiled)
 def interpolate(merged: Tensor, parameters: TrustParameters, context: Context) -> Tensor:
     """M times a: plain interpolation, with the knob of the methods that merge back."""
     import torch

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from ktmerge.merge.arithmetic import weighted_total
 from ktmerge.merge.methods.slerp import positive
+from ktmerge.merge.program import Sum
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
 
@@ -32,7 +33,11 @@ def _objection(parameters: CocktailParameters, weights: Mapping[str, float]) -> 
     return positive(weights)
 
 
-@stage("cocktail", "combine", CocktailParameters, objection=_objection)
+def _compiled(parameters: CocktailParameters, weights: Mapping[str, float]) -> Sum:
+    return Sum(_shares(parameters, tuple(weights), tuple(weights.values())))
+
+
+@stage("cocktail", "combine", CocktailParameters, objection=_objection, compiled=_compiled)
 def cocktail(deltas: list[Tensor], parameters: CocktailParameters, context: Context) -> Tensor:
     """Mean of the deltas by softmax(-loss_t / T) (arXiv:2311.13534), times the expert weights.
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from ktmerge.merge.program import Ramp
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_LAYER = re.compile(r"(.+)\.layers\[(\d+)\]")
 
 
 class LinesParameters(Parameters):
@@ -62,7 +60,16 @@ def _share(parameters: LinesParameters) -> tuple[Statistic, ...]:
     return (Statistic("alpha", "global", start),)
 
 
-@stage("lines", "scale", LinesParameters, statistics=_share)
+def _ramp(parameters: LinesParameters, alpha: float) -> Ramp:
+    beta = 1 - alpha if parameters.beta is None else parameters.beta
+    return Ramp(alpha, beta, float(parameters.outside == "alpha+beta"))
+
+
+def _compiled(parameters: LinesParameters) -> Ramp | None:
+    return None if parameters.alpha == "auto" else _ramp(parameters, parameters.alpha)
+
+
+@stage("lines", "scale", LinesParameters, statistics=_share, compiled=_compiled)
 def lines(merged: Tensor, parameters: LinesParameters, context: Context) -> Tensor:
     """Scale layer l of L by alpha + beta l / (L - 1) (arXiv:2410.17146, eq. 2), each stack of layers by its own ramp.
 
@@ -71,14 +78,7 @@ def lines(merged: Tensor, parameters: LinesParameters, context: Context) -> Tens
     Differs from the authors' code, which takes any number in a name for the layer's: here it is the block's own.
     """
     alpha = context.statistics["alpha"] if parameters.alpha == "auto" else parameters.alpha
-    beta = 1 - alpha if parameters.beta is None else parameters.beta
-    layer = _LAYER.fullmatch(context.part)
-    if layer:
-        number, last = int(layer[2]), context.layers[layer[1]] - 1
-        depth = number / last if last > 0 else 0.0
-    else:
-        depth = float(parameters.outside == "alpha+beta")
-    factor = alpha + beta * depth
+    factor = _ramp(parameters, alpha).factor(context.part, context.layers)
     return merged if factor == 1 else merged * factor
 
 
