@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from ktmerge.checkpoints.regular import read_regular
+from ktmerge.recipes.document import compose
 
 
 class Places:
@@ -16,8 +17,8 @@ class Places:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._root = yaml.compose(read_regular(path).decode("utf-8"), Loader=yaml.SafeLoader)
-        except (OSError, ValueError, RecursionError, yaml.YAMLError):
+            self._root = compose(read_regular(path).decode("utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
             self._root = None
 
     def at(self, location: Sequence[str | int]) -> str:

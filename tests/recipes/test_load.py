@@ -175,6 +175,7 @@ class TestUntrustedInput:
             "9" * 5000,
             "0x" + "f" * 9000,
             "1:" * 5000 + "1",
+            "1:" * 5000 + "1.5",
         ],
     )
     def test_values_that_are_not_what_they_look_like(self, tmp_path: Path, value: str) -> None:
@@ -187,7 +188,15 @@ class TestUntrustedInput:
         assert "at most" in refused(tmp_path, "#" * 1_000_001)
 
     def test_deep_nesting(self, tmp_path: Path) -> None:
-        assert refused(tmp_path, "[" * 5000 + "]" * 5000)
+        assert "nested too deeply" in refused(tmp_path, "[" * 5000 + "]" * 5000)
+        assert "nested too deeply" in refused(tmp_path, "? " * 5000)
+
+    def test_many_values(self, tmp_path: Path) -> None:
+        """Refused by their number, before anything is built of them."""
+        assert "more than 100000 values" in refused(tmp_path, "[" + "1," * 400_000 + "1]")
+
+    def test_two_documents(self, tmp_path: Path) -> None:
+        assert "expected a single document" in refused(tmp_path, "a: 1\n---\nb: 2\n")
 
     def test_not_text(self, tmp_path: Path) -> None:
         path = tmp_path / "r.yaml"
