@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ktmerge.checkpoints.files import clear_os_errors, file_digest
+from ktmerge.checkpoints.layout import read_json
 from ktmerge.errors import UsageError
 from ktmerge.merge.blending import blend
 from ktmerge.merge.lock import FILE as LOCK
@@ -128,16 +128,26 @@ def verify(
 
 def _record(out: Path) -> dict[str, Any]:
     path = out / FILE
-    try:
-        with clear_os_errors(path):
-            document = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError as error:
-        raise UsageError(f"{path}: is no JSON: {error}.") from None
-    if not isinstance(document, dict) or document.get("kind") != "blend":
+    document = read_json(path) if path.is_file() else {}
+    if document.get("kind") != "blend":
         raise UsageError(f"{out}: has no record of a blend ({FILE}); give a folder that 'ktmerge blend' wrote.")
-    if document.get("ktmerge") != 1 or not isinstance(document.get("output", {}).get("sha256"), dict):
+    if document.get("ktmerge") != 1:
         raise UsageError(f"{path}: is of a version this ktmerge does not know; use the one that wrote it.")
+    if not _is_whole(document):
+        raise UsageError(f"{path}: is damaged; it is no longer as 'ktmerge blend' wrote it.")
     return document
+
+
+def _is_whole(document: Mapping[str, Any]) -> bool:
+    """Whether what is looked up in a record is there, and of its kind."""
+    sections = [document.get(key) for key in ("output", "inputs", "versions", "recipe")]
+    if not all(isinstance(section, dict) for section in sections):
+        return False
+    digests, experts = document["output"].get("sha256"), document["recipe"].get("experts")
+    if not isinstance(digests, dict) or not isinstance(experts, dict):
+        return False
+    places = [document["recipe"].get("base"), *(isinstance(one, dict) and one.get("model") for one in experts.values())]
+    return all(isinstance(text, str) for text in [*digests.values(), *places])
 
 
 def _files(out: Path, digests: Mapping[str, str], progress: Progress) -> Iterator[Check]:

@@ -135,3 +135,26 @@ def test_the_command_says_so_by_its_exit_code(made: Path, capsys: pytest.Capture
     (made / "out" / WEIGHTS).unlink()
     assert _exit_code(["recipe", "verify", str(made / "out"), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["holds"] is False
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda record: record.update(output="gone"), "is damaged"),
+        (lambda record: record["output"]["sha256"].update(x=3), "is damaged"),
+        (lambda record: record.update(inputs=7), "is damaged"),
+        (lambda record: record.pop("versions"), "is damaged"),
+        (lambda record: record["recipe"].update(experts=["a"]), "is damaged"),
+        (lambda record: record["recipe"]["experts"].update(a=None), "is damaged"),
+        (lambda record: record.update(ktmerge=2), "a version this ktmerge does not know"),
+        (lambda record: record.update(kind="run"), "has no record of a blend"),
+    ],
+)
+def test_a_damaged_record_is_named(made: Path, change: Any, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = json.loads((made / "out" / "ktmerge.json").read_text())
+    change(record)
+    (made / "out" / "ktmerge.json").write_text(json.dumps(record))
+    monkeypatch.chdir(made)
+    for arguments in ({}, {"rebuild": True}):
+        with pytest.raises(UsageError, match=expected):
+            api.verify(made / "out", **arguments)
