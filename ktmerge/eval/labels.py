@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import cos, hypot, pi, sin
+from math import cos, hypot, inf, pi, sin
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,7 @@ def place(labels: Sequence[Label], obstacles: Iterable[Box], frame: Box) -> list
     placed: dict[int, Box] = {}
     order = sorted(range(len(labels)), key=lambda i: -_crowd(labels, i))
     for i in order:
-        candidates = list(_candidates(labels[i]))
-        costs = [_cost(box, far, taken, list(placed.values()), frame) for box, far in candidates]
-        placed[i] = candidates[costs.index(min(costs))][0]
+        placed[i] = _cheapest(labels[i], taken, list(placed.values()), frame)
     return [placed[i] for i in range(len(labels))]
 
 
@@ -81,6 +79,13 @@ def _candidates(label: Label) -> Iterable[tuple[Box, float]]:
             yield Box(x, y, x + label.width, y + label.height), distance
 
 
-def _cost(box: Box, distance: float, obstacles: list[Box], labels: list[Box], frame: Box) -> float:
-    covered = sum(box.overlap(other) for other in obstacles) + 8 * sum(box.overlap(other) for other in labels)
-    return 20 * box.outside(frame) + 5 * covered + distance
+def _cheapest(label: Label, obstacles: list[Box], labels: list[Box], frame: Box) -> Box:
+    """The first of the best places; one that is far or outside already is not held against what it covers."""
+    best, least = Box(0.0, 0.0, 0.0, 0.0), inf
+    for box, distance in _candidates(label):
+        cost = 20 * box.outside(frame) + distance
+        if cost < least:
+            cost += 5 * sum(map(box.overlap, obstacles)) + 40 * sum(map(box.overlap, labels))
+            if cost < least:
+                best, least = box, cost
+    return best
