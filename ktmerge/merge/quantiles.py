@@ -38,7 +38,7 @@ class RankedMagnitudes:
 
     def add(self, values: Tensor) -> None:
         """Take in one piece."""
-        for piece in values.reshape(-1).split(_BLOCK):
+        for piece in torch.split(values.reshape(-1), _BLOCK):
             bits = magnitude_bits(piece)
             if not self._bins:
                 self._upper += torch.bincount(bits >> _LOW_BITS, minlength=self._upper.size).cpu().numpy()
