@@ -22,6 +22,9 @@ MARK = "<image>"
 _BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk0", "SUkq", "TU0A")
 """How base64 of JPEG, PNG, GIF, WebP, BMP and TIFF begins."""
 
+_WITHOUT_WHITE = ("I", "F")
+"""Pillow's modes of one number a pixel, whole or not, that may be anything."""
+
 
 class ImageError(Exception):
     """What is wrong with one image, without saying which row it belongs to."""
@@ -64,6 +67,8 @@ class Image:
     def open(self) -> Picture:
         """The picture, RGB and upright as its EXIF data say, as datasets and processors decode it.
 
+        Grey of 16 bits is scaled to 8, which they cut at 255, so that nearly all of it would be white.
+
         Raises:
             ImageError: it is missing, or not an image that Pillow reads whole.
         """
@@ -71,7 +76,7 @@ class Image:
 
         picture, content = self._decoded()
         upright: Picture = ImageOps.exif_transpose(picture) if _turned(content) else picture
-        return upright.convert("RGB")
+        return _in_eight_bits(upright).convert("RGB")
 
     def check(self) -> None:
         """Read it whole, as cheaply as its format allows.
@@ -94,6 +99,8 @@ class Image:
         except (OSError, ValueError, SyntaxError, EOFError, MemoryError, image_module.DecompressionBombError) as error:
             what = "is empty" if not content else f"not an image that can be read: {_without_object(first_line(error))}"
             raise ImageError(f"{self._name}: {what.rstrip('.')}.") from None
+        if picture.mode in _WITHOUT_WHITE:
+            raise ImageError(f"{self._name}: has 32 bits a pixel, of which nothing says what is white; save it with 8.")
         return picture, content
 
     @property
@@ -157,6 +164,10 @@ def require_pillow() -> None:
         UsageError: Pillow is not installed.
     """
     _pillow()
+
+
+def _in_eight_bits(picture: Picture) -> Picture:
+    return picture.point(lambda value: value / 256).convert("L") if picture.mode.startswith("I;16") else picture
 
 
 def _wrong(image: Image) -> str:

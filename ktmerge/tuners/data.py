@@ -203,7 +203,10 @@ def _read_prompt_completion(row: Mapping[str, Any], where: str, root: Path) -> S
         before = _turns(prompt, "prompt", "role", "content", _ROLES, root)
         after = _turns(completion, "completion", "role", "content", _ROLES, root)
         return _chat(before + after, where, _images(row, root), trained_from=len(before))
-    raise _RowError("prompt and completion must both be text, or both lists of messages.")
+    raise _RowError(
+        "prompt and completion must both be text, or both lists of messages; "
+        f"here they are {_kind(prompt)} and {_kind(completion)}."
+    )
 
 
 _READERS: dict[str, Callable[[Mapping[str, Any], str, Path], Sample]] = {

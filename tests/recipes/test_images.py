@@ -5,6 +5,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ktmerge.recipes.images import Image, ImageError, check_images, images_of
@@ -94,6 +95,24 @@ def test_pictures_stand_upright_and_have_three_colours() -> None:
         held = io.BytesIO()
         PIL.new(mode, (6, 4), colour).save(held, format="TIFF")
         assert Image(data=held.getvalue()).open().mode == "RGB"
+
+
+def test_grey_of_sixteen_bits_keeps_its_shades() -> None:
+    values = np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)
+    for kind in ("PNG", "TIFF"):
+        held = io.BytesIO()
+        PIL.fromarray(values).save(held, format=kind)
+        image = Image(data=held.getvalue())
+        image.check()
+        assert np.asarray(image.open())[0].tolist() == [[shade] * 3 for shade in (0, 0, 1, 128, 255)]
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_pixels_of_which_nothing_says_what_is_white_are_refused(kind: type) -> None:
+    held = io.BytesIO()
+    PIL.fromarray(np.ones((3, 3), dtype=kind)).save(held, format="TIFF")
+    with pytest.raises(ImageError, match="save it with 8"):
+        Image(data=held.getvalue()).check()
     held = io.BytesIO()
     exif = PIL.Exif()
     exif[0x0112] = 6  # to be turned by a quarter

@@ -84,4 +84,7 @@ def _look(image: Image) -> tuple[tuple[int, int], str] | str:
 
 def _report(samples: Sequence[Sample], wrong: Mapping[Image, str], there: int) -> str:
     problems = [f"{sample.where}: {wrong[image]}" for sample in samples for image in sample.images if image in wrong]
-    return f"{len(wrong)} of {there} images cannot be used.\n{listing(problems, _SHOWN)}"
+    return (
+        f"{len(wrong)} of {there} images cannot be used.\n{listing(problems, _SHOWN)}\n"
+        "Mend them, or leave their rows out; paths start at image_root (--image-root), or where the data file is."
+    )
