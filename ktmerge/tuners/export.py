@@ -81,7 +81,7 @@ def export(
 
 
 def publish_adapter(source: Path, out: Path, *, texts: Mapping[str, str], overwrite: bool) -> None:
-    """Copy an adapter's files to ``out``, which appears by one rename.
+    """Copy an adapter's files, and what else is to go beside it, to ``out``, which appears by one rename.
 
     Args:
         source: a folder with an adapter; those of X-LoRA have others inside.
@@ -96,7 +96,7 @@ def publish_adapter(source: Path, out: Path, *, texts: Mapping[str, str], overwr
     staging.open()
     try:
         with clear_os_errors(out):
-            for file in sorted([*source.rglob(CONFIG), *source.rglob(WEIGHTS)]):
+            for file in sorted([*source.rglob(CONFIG), *source.rglob(WEIGHTS), *source.glob("ktmerge-*")]):
                 target = staging.folder / file.relative_to(source)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, target)

@@ -178,6 +178,8 @@ class TrainingRun:
         model = load_model(self._base, self._progress, sees="vision_config" in self._base.config)
         if not self._processes.is_several:
             model.to(self._machine.device)  # before anything is copied of it
+        alone = not self._processes.is_several
+        staged = self._by_curriculum(model) if alone else None  # an untrained adapter need not be the base
         self._adapted = adapted = self._attach(model)
         if adapted is None:
             trained = choose_trained(model, self._base, self._job)
@@ -212,7 +214,7 @@ class TrainingRun:
             fisher=self._fisher,
         )
         by_length = self._by_length()
-        staged = self._by_curriculum(model)
+        staged = staged if alone else self._by_curriculum(model)
         log = self._partial.log if self._processes.is_first else Path(os.devnull)
         budgets = [] if adapted is None or adapted.budget is None else [adapted.budget]
         listeners = [StepCallback(self._selection.after_step)] if self._selection is not None else []

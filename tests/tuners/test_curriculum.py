@@ -162,3 +162,12 @@ def test_a_recipe_goes_through_both_stages(tiny_llama: Path, tmp_path: Path) -> 
     assert len(set(digests.values())) == 3
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert again.stderr.count("is already what the job asks for") == 3
+
+
+@pytest.mark.slow
+def test_the_base_is_asked_before_a_prompt_stands_before_it(tiny_llama: Path, tmp_path: Path) -> None:
+    for adapter in ("prompt", "lora"):
+        tune(tiny_llama, tmp_path, adapter, adapter=adapter, curriculum="easy", max_steps=2, show_samples=0)
+    told = [(tmp_path / adapter / "ktmerge-curriculum.json").read_text() for adapter in ("prompt", "lora")]
+    assert told[0] == told[1]
+    assert (tmp_path / "prompt/ktmerge-losses.png").exists()
