@@ -31,7 +31,12 @@ def open_storage(where: str) -> BaseStorage:
             return _database(where)
         _mend(Path(where))
         return JournalStorage(JournalFileBackend(where))
-    except (OSError, ImportError, OptunaError) as error:
+    except ImportError:
+        raise UsageError(
+            "the storage of the sweep cannot be opened: the driver of its database is not installed"
+            + ("; pip install 'ktmerge[postgresql]'." if where.startswith("postgresql:") else ".")
+        ) from None
+    except (OSError, OptunaError) as error:
         raise UsageError(f"the storage of the sweep cannot be opened: {first_line(error)}") from None
     except Exception as error:  # SQLAlchemy and database drivers raise what they like
         raise UsageError(f"the storage of the sweep cannot be opened: {first_line(error)}") from None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -11,6 +12,10 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))  # the server beside these tests
+
+from postgresql_server import missing, running
 
 WORDS = ["fox", "dog", "capital", "France", "good", "bad", "yes", "no", "one", "two", "heaven", "earth", "first"]
 
@@ -48,6 +53,16 @@ def world(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     }  # fmt: skip
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return World(folder, tiny_llama, expert, folder / "recipe.yaml", folder / "suite.yaml")
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[str]:
+    """The URL of a database of a real server; tests without one are skipped, and say what is not there."""
+    pytest.importorskip("psycopg", reason="psycopg is not installed: pip install 'ktmerge[postgresql]'")
+    if (reason := missing()) is not None:
+        pytest.skip(reason)
+    with running() as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

@@ -173,9 +173,14 @@ def test_a_killed_sweep_goes_on_where_it_was(world, tmp_path: Path) -> None:  # 
     assert f"every tensor has the bits that were scored as trial {number}" in done.stdout
 
 
+PASSWORD = b"geheim"
+"""Of the database, which asks for none."""
+
+
 @pytest.mark.slow
-def test_workers_share_a_sweep_and_one_that_is_killed_is_replaced(world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    storage = f"sqlite:///{tmp_path}/shared.db"
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_workers_share_a_sweep_and_one_that_is_killed_is_replaced(world, tmp_path: Path, kind: str, request) -> None:  # type: ignore[no-untyped-def]
+    storage = f"sqlite:///{tmp_path}/shared.db" if kind == "sqlite" else request.getfixturevalue("postgresql")
     command = [
         sys.executable, "-m", "ktmerge", "sweep", str(world.recipe), *ARGUMENTS, "--trials", "12", "--storage", storage,
     ]  # fmt: skip
@@ -210,6 +215,8 @@ def test_workers_share_a_sweep_and_one_that_is_killed_is_replaced(world, tmp_pat
     assert len(counted(trials)) == 12
     results = [(tmp_path / f"w{i}" / "result.json").read_bytes() for i in (1, 2)]
     assert results[0] == results[1]
+    told = [file.read_bytes() for i in (1, 2) for file in (tmp_path / f"w{i}").iterdir()]
+    assert not any(PASSWORD in content for content in told)
 
 
 @pytest.mark.slow

@@ -1,0 +1,68 @@
+"""A PostgreSQL server of the tests' own, where its programs are installed."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_NAMES = ("initdb", "pg_ctl", "psql")
+
+
+def missing() -> str | None:
+    """Why there can be none."""
+    programs = [name for name in _NAMES if shutil.which(name) is None]
+    if programs:
+        return f"{', '.join(programs)} not installed: apt install postgresql"
+    if os.geteuid() == 0 and _owner() is None:
+        return "a server refuses to run as root, and there is no user postgres"
+    return None
+
+
+@contextmanager
+def running() -> Iterator[str]:
+    """The URL of an empty database of a server on this machine, which is gone afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="pg"))  # not below a folder that only root may enter
+    owner = _owner()
+    if os.geteuid() == 0 and owner is not None:
+        os.chown(folder, owner.pw_uid, owner.pw_gid)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    data = folder / "data"
+    try:
+        _call("initdb", "-D", str(data), "-A", "trust", "-U", "sweeper", "--no-sync")
+        options = f"-p {port} -h 127.0.0.1 -k {folder} -F"
+        _call("pg_ctl", "-D", str(data), "-l", str(folder / "log"), "-w", "-o", options, "start")
+        try:
+            _call("psql", "-h", "127.0.0.1", "-p", str(port), "-U", "sweeper", "-d", "postgres", "-c",
+                  "create database sweeps")  # fmt: skip
+            yield f"postgresql://sweeper:geheim@127.0.0.1:{port}/sweeps"
+        finally:
+            _call("pg_ctl", "-D", str(data), "-m", "immediate", "stop")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _call(*command: str) -> None:
+    owner = _owner() if os.geteuid() == 0 else None
+    # Output goes to a file: the server would hold a pipe open.
+    with tempfile.TemporaryFile() as out:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd="/", timeout=120,
+            **({} if owner is None else {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []}),
+        )  # fmt: skip
+        out.seek(0)
+        assert done.returncode == 0, out.read().decode()
+
+
+def _owner() -> pwd.struct_passwd | None:
+    with suppress(KeyError):
+        return pwd.getpwnam("postgres")
+    return None
