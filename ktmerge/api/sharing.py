@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ktmerge.api.inputs import RecipeLike, refuse_existing
+from ktmerge.checkpoints.workroom import passing_room, workroom
 from ktmerge.errors import UsageError
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes import gallery, load_recipe
@@ -63,7 +62,7 @@ def pack(
         raise UsageError(f"{target}: a bundle is called NAME{contents.SUFFIX}.")
     refuse_existing(target, overwrite)
     loaded, source = _loaded(recipe, overrides, base, experts)
-    with _room_beside(target) as folder:
+    with workroom(target) as folder:
         files = folder / "files"
         files.mkdir()
         _packed(files, loaded, source, scores, blended, with_deltas, progress)
@@ -160,8 +159,8 @@ def push(
 
     if (target is None) == (into is None):
         raise UsageError("give either a target (org/name, folder or address), or --into with the model's repository.")
-    with tempfile.TemporaryDirectory(prefix="ktmerge-push-") as folder:
-        files = Path(folder) / "files"
+    with workroom(passing_room("push")) as folder:
+        files = folder / "files"
         path = Path(recipe)
         if path.is_dir() or path.suffix == contents.SUFFIX:
             if any((*overrides, base, *experts, *scores, blended, with_deltas)):
@@ -195,15 +194,3 @@ def _packed(
         folder, recipe, source=source, scores=[Path(one) for one in scores],
         blended=None if blended is None else Path(blended), with_deltas=with_deltas, progress=progress,
     )  # fmt: skip
-
-
-@contextmanager
-def _room_beside(target: Path) -> Iterator[Path]:
-    """A folder on the same disk, so that what is made there can be renamed."""
-    from ktmerge.checkpoints.files import clear_os_errors
-
-    with (
-        clear_os_errors(target.absolute().parent),
-        tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.absolute().parent) as folder,
-    ):
-        yield Path(folder)

@@ -61,7 +61,7 @@ class Staging:
                 removed = self._take_over(wanted)
                 refuse_output(self._given, self._overwrite)  # the line above may have put an old output back
                 if self._lock is None:
-                    self._lock = _make_locked(self.folder)
+                    self._lock = make_locked(self.folder)
         except BaseException:
             self.leave()
             raise
@@ -116,7 +116,7 @@ class Staging:
     def _take_over(self, wanted: Callable[[Path], bool]) -> list[Path]:
         """Go through the temporary folders of this output that no living run holds; return the removed ones."""
         removed: list[Path] = []
-        for path, descriptor in _dead_runs(self._out):
+        for path, descriptor in dead_runs(self._out):
             free = self._lock is None and (path == self.folder or not self.folder.exists())
             if free and wanted(path):
                 self._lock = descriptor
@@ -217,7 +217,7 @@ def _make_parents(folder: Path) -> list[Path]:
     return missing
 
 
-def _make_locked(folder: Path) -> int:
+def make_locked(folder: Path) -> int:
     """Make a folder and lock it; the lock goes with the returned descriptor, or with the process."""
     while True:
         try:
@@ -259,7 +259,7 @@ def _try_lock(descriptor: int) -> None:
             raise
 
 
-def _dead_runs(out: Path) -> Iterator[tuple[Path, int]]:
+def dead_runs(out: Path) -> Iterator[tuple[Path, int]]:
     """The temporary folders of the same output that no living run holds, each with a descriptor that locks it now."""
     pattern = re.compile(re.escape(f".{out.name}.ktmerge-") + r"\d+(-old)?$")
     for name in sorted(os.listdir(out.parent)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ktmerge.checkpoints.files import clear_os_errors
 from ktmerge.checkpoints.hub import quiet_unless_watched, refusal
+from ktmerge.checkpoints.workroom import passing_room, workroom
 from ktmerge.errors import KtmergeError, UsageError, first_line
 from ktmerge.sharing import contents
 from ktmerge.sharing.retrying import retried, status_of
@@ -54,8 +54,8 @@ class HubSource:
         return own
 
     def manifest(self) -> bytes:
-        with tempfile.TemporaryDirectory(prefix="ktmerge-look-") as folder:
-            return b"".join(self.blocks(contents.MANIFEST, Path(folder)))
+        with workroom(passing_room("look")) as folder:
+            return b"".join(self.blocks(contents.MANIFEST, folder))
 
     def blocks(self, name: str, folder: Path) -> Iterator[bytes]:
         inside = f"{self._folder}/{name}" if self._folder else name

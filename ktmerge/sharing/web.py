@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import ipaddress
 import os
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ktmerge.checkpoints.files import clear_os_errors
+from ktmerge.checkpoints.workroom import passing_room, workroom
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.sharing import contents
 from ktmerge.sharing.archive import Archive
@@ -140,8 +140,8 @@ def put(address: str, write: Callable[[Path], None]) -> None:
         KtmergeError: it cannot be reached.
     """
     _require_safe(address)
-    with tempfile.TemporaryDirectory(prefix="ktmerge-push-") as folder:
-        archive = Path(folder) / f"bundle{contents.SUFFIX}"
+    with workroom(passing_room("put")) as folder:
+        archive = folder / f"bundle{contents.SUFFIX}"
         write(archive)
 
         def send() -> None:

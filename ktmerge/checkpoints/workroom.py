@@ -1,0 +1,43 @@
+"""Temporary folders that nothing outlives for long: what a killed run left is removed by the next."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ktmerge.checkpoints.files import clear_os_errors
+from ktmerge.checkpoints.staging import dead_runs, make_locked
+
+
+@contextmanager
+def workroom(target: Path) -> Iterator[Path]:
+    """An empty folder beside ``target``, on the same disk, so that what is made there can be renamed.
+
+    Nobody else may read it, and it is locked while it is in use. Folders for the same target that no living run holds are removed first.
+
+    Raises:
+        KtmergeError: the place cannot be written.
+    """
+    place = Path(os.path.realpath(target.absolute().parent)) / target.name
+    with clear_os_errors(place.parent):
+        for path, descriptor in dead_runs(place):
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(descriptor)
+        folder = place.with_name(f".{place.name}.ktmerge-{os.getpid()}{time.time_ns()}")
+        lock = make_locked(folder)
+    try:
+        folder.chmod(0o700)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def passing_room(purpose: str) -> Path:
+    """A target for a `workroom` among the temporary files of this user."""
+    return Path(tempfile.gettempdir()) / f"ktmerge-{purpose}-{os.getuid()}"
