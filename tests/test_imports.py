@@ -71,36 +71,30 @@ def test_imports_point_one_way(room: str) -> None:
     assert not {module: rooms for module, rooms in found.items() if rooms}, f"{room} must not import these"
 
 
-def loaded_by(arguments: list[str]) -> set[str]:
-    """Heavy packages in memory after a command ran in a process of its own."""
+def loaded_by(commands: list[list[str]]) -> dict[str, set[str]]:
+    """Heavy packages in memory after each command, all run one after the other in a process of their own."""
     script = (
         "import sys\nfrom ktmerge.cli import main\n"
-        f"try:\n    main({arguments!r})\nexcept SystemExit as stop:\n    code = stop.code or 0\n"
-        f"sys.stderr.write('\\nLOADED ' + ' '.join(m for m in {HEAVY!r} if m in sys.modules) + f' CODE {{code}}')"
+        f"for command in {commands!r}:\n"
+        "    try:\n        main(command)\n    except SystemExit as stop:\n        code = stop.code or 0\n"
+        f"    loaded = ' '.join(m for m in {HEAVY!r} if m in sys.modules)\n"
+        "    sys.stderr.write(f'\\nCODE {code} LOADED {loaded}\\n')"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    loaded, code = done.stderr.rsplit("LOADED ", 1)[1].split("CODE")
-    assert int(code) == 0, done.stderr + done.stdout
-    return set(loaded.split())
+    told = [line.split() for line in done.stderr.splitlines() if line.startswith("CODE ")]
+    assert [words[1] for words in told] == ["0"] * len(commands), done.stderr + done.stdout
+    return {" ".join(command): set(words[3:]) for command, words in zip(commands, told, strict=True)}
 
 
-def test_help_is_light() -> None:
-    assert loaded_by(["--help"]) == set()
-
-
-def test_recipe_check_is_light() -> None:
-    assert loaded_by(["recipe", "check", "ties"]) == set()
-
-
-def test_recipe_check_with_headers_is_light(toy_pair: tuple[Path, Path]) -> None:
-    base, tuned = toy_pair
-    assert loaded_by(["recipe", "check", "ties", "--base", str(base), "--expert", f"a={tuned}"]) == set()
-
-
-def test_suite_list_is_light() -> None:
-    assert loaded_by(["suite", "list"]) == set()
-
-
-def test_inspect_headers_is_light(toy_pair: tuple[Path, Path]) -> None:
-    base, tuned = toy_pair
-    assert loaded_by(["inspect", str(base), str(tuned), "--headers"]) == set()
+def test_light_commands_load_nothing_heavy(toy_pair: tuple[Path, Path]) -> None:
+    base, tuned = map(str, toy_pair)
+    loaded = loaded_by(
+        [
+            ["--help"],
+            ["suite", "list"],
+            ["recipe", "check", "ties"],
+            ["recipe", "check", "ties", "--base", base, "--expert", f"a={tuned}"],
+            ["inspect", base, tuned, "--headers"],
+        ]
+    )
+    assert not any(loaded.values()), loaded

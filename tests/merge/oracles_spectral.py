@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from itertools import combinations
 from typing import Any
 
@@ -93,6 +94,7 @@ def star(delta: np.ndarray, base: np.ndarray, **p: Any) -> np.ndarray:
     return (u[:, :r] * (s[:r] * s.sum() / s[:r].sum())) @ vt[:r]
 
 
+@cache
 def marchenko_pastur_median(beta: float) -> float:
     """By the trapezoid rule over the density on a fine grid that is dense at both edges."""
     low, high = (1 - np.sqrt(beta)) ** 2, (1 + np.sqrt(beta)) ** 2

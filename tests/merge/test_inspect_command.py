@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,8 +22,8 @@ def test_tables_warnings_and_a_picture(llavas: Path, tmp_path: Path, capsys: pyt
     floats = {name: values for name, values in read(llavas / "base").items() if values.is_floating_point()}
     write(tmp_path / "alien", tuned(floats, 1.0, 5))
     arguments = ["inspect", *map(str, (llavas / "base", llavas / "a", f"second={llavas / 'b'}", "alien"))]
-    command = [sys.executable, "-m", "ktmerge", *arguments, "--plot", "moved.png"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ)).stdout
+    assert cli._exit_code([*arguments, "--plot", "moved.png"]) == 0
+    printed = capsys.readouterr().out
     lines = printed.splitlines()
     assert max(len(line) for line in lines if not line.startswith("warning:")) <= 120
     (vision,) = [line.split() for line in lines if line.startswith(" vision.layers ") and "a" in line.split()]

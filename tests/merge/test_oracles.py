@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from merge_models import llava_tensors, read
+from merge_models import Tensors, llava_tensors, read
 from merge_oracles import assert_rounded, delta_arrays, merged_deltas
 
 from ktmerge.checkpoints import Checkpoint, tensor_class
@@ -107,9 +107,16 @@ def check(folder: Path, out: Path, experts: dict[str, dict[str, Any]], case: tup
         assert (stored[name].double().numpy()[untouched] == values.double().numpy()[untouched]).all(), name
 
 
+@pytest.fixture(scope="module")
+def tuned_llamas(llamas: Path) -> dict[str, Tensors]:
+    return {name: read(llamas / name) for name in "abc"}
+
+
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-def test_llama_equals_the_formulas(llamas: Path, tmp_path: Path, recipe_in: Any, case: tuple[Any, ...]) -> None:
-    experts = {name: read(llamas / name) for name in "abc"}
+def test_llama_equals_the_formulas(
+    llamas: Path, tuned_llamas: dict[str, Tensors], tmp_path: Path, recipe_in: Any, case: tuple[Any, ...]
+) -> None:
+    experts = {name: tuned_llamas[name] for name in case[2]}
     check(llamas, tmp_path / "out", experts, case, recipe_in)
 
 
