@@ -6,6 +6,8 @@
 
 Inputs are read once before each run, so both sides find them in the page cache; runs of both sides take turns, and the
 ratio is the median over the pairs. The floor is reading every input and writing one output, nothing done in between.
+ktmerge starts every run without what earlier blends of these inputs found out, but knows their sha256, which the first
+blend of new files works out; what that takes, and what a blend takes that may recall, is told in rows of their own.
 Checkpoints are made in --folder and kept for the next call.
 """
 
@@ -125,10 +127,39 @@ def run_sides(sides: dict[str, list[str]], inputs: list[Path], out: Path, runs: 
     for _ in range(runs):
         for side, command in sides.items():
             shutil.rmtree(out, ignore_errors=True)
+            forget()
             read_all(inputs)
             costs[side].append(measure(command))
     shutil.rmtree(out, ignore_errors=True)
     return costs
+
+
+def forget() -> None:
+    """Drop the thresholds and samples that earlier blends left."""
+    shutil.rmtree(Path(os.environ["KTMERGE_CACHE"]) / "thresholds", ignore_errors=True)
+
+
+def blend_with_memory(folder: Path, base: Path, experts: list[Path], runs: int) -> dict[str, Cost]:
+    """A first blend of files, which hashes them, and blends that recall what one of density 0.2 found."""
+    out = folder / "out"
+
+    def timed(blend: dict[str, object]) -> Cost:
+        shutil.rmtree(out, ignore_errors=True)
+        read_all([base, *experts])
+        return measure(ktmerge_command(folder, blend, base, experts, out))
+
+    costs: dict[str, list[Cost]] = {}
+    first = JOBS["ties"][0]
+    for _ in range(runs):
+        forget()
+        shutil.rmtree(Path(os.environ["KTMERGE_CACHE"]) / "digests", ignore_errors=True)
+        costs.setdefault("ties, first of new files", []).append(timed(first))
+        costs.setdefault("ties, then another lambda", []).append(timed(first | {"lambda": 0.7}))
+        forget()
+        timed(first)
+        costs.setdefault("ties, then another density", []).append(timed(first | {"density": 0.3}))
+    shutil.rmtree(out, ignore_errors=True)
+    return {name: median(some) for name, some in costs.items()}
 
 
 def compile_kernels(folder: Path) -> Cost:
@@ -176,6 +207,11 @@ def main() -> None:
         cost = median([measure([str(BIN / "ktmerge"), *command]) for _ in range(5)])
         print(f"{'ktmerge ' + name:32s} {describe(cost)}")
         results[name] = asdict(cost)
+
+    if arguments.only != "mergekit":
+        for name, cost in blend_with_memory(folder, base, experts, arguments.runs).items():
+            print(f"{name:32s} {describe(cost)}", flush=True)
+            results[name] = asdict(cost)
 
     for job in arguments.jobs.split(","):
         blend, method = JOBS[job]

@@ -67,6 +67,14 @@ def digest_of(path: Path, stop: threading.Event | None = None) -> FileDigest:
     return found
 
 
+def recalled(path: Path) -> FileDigest | None:
+    """Size and sha256 of a file if they are remembered; it is not read."""
+    try:
+        return _recall(path, FileStamp.of(path.stat()))
+    except OSError:
+        return None
+
+
 def remember(path: Path, sha256: str) -> None:
     """Take the digest of a file that was just written, from who wrote it."""
     with suppress(OSError):

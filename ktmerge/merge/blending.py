@@ -37,6 +37,7 @@ def blend(
     resume: bool = False,
     overwrite: bool = False,
     locked: Mapping[str, Any] | None = None,
+    afresh: bool = False,
     progress: Progress = SILENT,
 ) -> BlendReport:
     """Blend base and experts into the checkpoint folder ``out``, which appears whole or not at all.
@@ -50,6 +51,7 @@ def blend(
             ``out`` if it is this blend already.
         overwrite: replace a checkpoint that is there.
         locked: a lock: other inputs or settings than it says are refused, and so are other bytes.
+        afresh: use nothing that an earlier blend of the same inputs found out.
         progress: where to report.
 
     Raises:
@@ -57,6 +59,7 @@ def blend(
         KtmergeError: the run failed; nothing is left behind.
     """
     from ktmerge.merge.engine import execute
+    from ktmerge.merge.recollection import Recollection
     from ktmerge.merge.sinks import FileSink
 
     started = time.perf_counter()
@@ -79,7 +82,9 @@ def blend(
         for note in writer.notes:
             progress.note(note)
         writer.plan_like(plan.base, plan.dtypes)
-        report = execute(plan, FileSink(writer), device, progress)
+        recollection = None if afresh else Recollection(plan)
+        recollected = None if recollection is None else recollection.found
+        report = execute(plan, FileSink(writer), device, progress, recollected=recollected)
         report.out = writer.digests()
         for file, changed in plan.texts.items():
             writer.add_text(file, changed)
@@ -88,7 +93,10 @@ def blend(
                 writer.add_text(f"{folder}config.json", _config(plan, folder))
         if locked is not None:
             _require_locked_output(locked, report)
-        writer.add_text(LOCK, lock_text(lock(plan, inputs.result(), report)))
+        digests = inputs.result()
+        if recollection is not None:
+            recollection.keep(digests)
+        writer.add_text(LOCK, lock_text(lock(plan, digests, report)))
         writer.add_text(RECORD, record(plan, report))
         writer.add_text(CARD, card(plan, report))
         if (text := base_card(plan.base)) is not None:

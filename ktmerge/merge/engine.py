@@ -18,6 +18,7 @@ from ktmerge.merge.kernels.native import is_compiled, native
 from ktmerge.merge.plan import Plan, TensorPlan
 from ktmerge.merge.pristine import Pristine
 from ktmerge.merge.report import BlendReport, TensorReport
+from ktmerge.merge.selection import Recollected
 from ktmerge.merge.sinks import LiveSink, Sink
 from ktmerge.merge.source import Sources, changed_buffers, equal_bytes
 from ktmerge.progress import SILENT, Progress, Step
@@ -31,6 +32,7 @@ def execute(
     *,
     chunk: int | None = None,
     pristine: Pristine | None = None,
+    recollected: Recollected | None = None,
 ) -> BlendReport:
     """Carry out a plan.
 
@@ -41,6 +43,7 @@ def execute(
         progress: where to report.
         pristine: copies in memory to read instead of the files.
         chunk: elements worked on at a time; changes memory, never the result. None: what suits the machine.
+        recollected: what was found of these inputs before; what is found now is added.
 
     Raises:
         UsageError: the device is not there, or a tied head differs from its embedding.
@@ -52,7 +55,7 @@ def execute(
     with Sources(plan, place, chunk, pristine) as sources:
         _require_tied(plan, sources)
         report.notes += _buffer_notes(plan, sources)
-        done = _Engine(plan, sink, sources, place, progress, pristine).run(chunk)
+        done = _Engine(plan, sink, sources, place, progress, pristine, recollected).run(chunk)
         sources.check_unchanged()
     report.tensors = [done[tensor.name] for tensor in plan.tensors]
     report.notes += _broken_notes(report.tensors)
@@ -66,7 +69,14 @@ class _Engine:
     """One run over one plan."""
 
     def __init__(
-        self, plan: Plan, sink: Sink, sources: Sources, device: str, progress: Progress, pristine: Pristine | None
+        self,
+        plan: Plan,
+        sink: Sink,
+        sources: Sources,
+        device: str,
+        progress: Progress,
+        pristine: Pristine | None,
+        recollected: Recollected | None,
     ) -> None:
         self._plan = plan
         self._sink = sink
@@ -74,6 +84,7 @@ class _Engine:
         self._device = device
         self._progress = progress
         self._pristine = pristine
+        self._recollected = recollected
         self._merged = None if pristine is None else pristine.merged(plan)
         self._done: dict[str, TensorReport] = {}
 
@@ -132,7 +143,7 @@ class _Engine:
         if kernels is None:
             return nullcontext()
         if self._pristine is None or self._merged is None:
-            return Fused(self._plan, self._sources, self._sink, kernels, chunk)
+            return Fused(self._plan, self._sources, self._sink, kernels, chunk, recollected=self._recollected)
         known = self._pristine.thresholds(self._plan)
         if not isinstance(self._sink, LiveSink):
             return Fused(self._plan, self._sources, self._sink, kernels, chunk, known)

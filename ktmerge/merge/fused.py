@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from queue import SimpleQueue
@@ -24,7 +24,7 @@ from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.kernels.native import Native
 from ktmerge.merge.program import Cap, Clamp, Program, Ramp, Trim, program_of
 from ktmerge.merge.report import TensorReport
-from ktmerge.merge.selection import Found, Job, Run, Thresholds, Work, find_thresholds
+from ktmerge.merge.selection import Found, Job, Key, Recollected, Run, Thresholds, Work, find_thresholds
 from ktmerge.merge.steps import Steps
 from ktmerge.merge.workspace import KINDS, Blended, Row, Workspace
 
@@ -56,6 +56,7 @@ class Fused:
         native: the compiled kernels.
         chunk: elements of a piece; None for what suits the machine.
         known: thresholds of these inputs that were found before; those found now are added.
+        recollected: the same, and samples, from other processes: held against the blend before they are trusted.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Fused:
         native: Native,
         chunk: int | None = None,
         known: Thresholds | None = None,
+        recollected: Recollected | None = None,
     ) -> None:
         self._plan = plan
         self._sources = sources
@@ -82,6 +84,7 @@ class Fused:
         self._own = Workspace(native, experts)
         self._jobs: dict[str, Job] = {}
         self._known = {} if known is None else known
+        self._recollected = Recollected() if recollected is None else recollected
         self._headers = {expert.name: expert.checkpoint.tensors for expert in plan.experts}
         self._weights = {expert.name: expert.weight for expert in plan.experts}
         self._programs: dict[int, Program | None] = {}
@@ -224,6 +227,8 @@ class Fused:
                 return None
             totals += piece.sums
             kept += piece.kept
+        if not self._is_kept(job, kept.tolist()):
+            return self._make(job, run, probe)
         result.intended, result.base, result.along = (float(total) for total in totals[:3])
         result.changed = int(totals[3])
         if job.program.steps:
@@ -235,23 +240,41 @@ class Fused:
 
         None if an input is not finite.
         """
-        tensor = job.tensor
         for position, step in enumerate(job.program.steps):
             if isinstance(step, Trim) and step.scope == "tensor":
-                prefix = tensor.pipeline.prefix(position) if tensor.pipeline is not None else ""
-                found = self._thresholds((prefix, tensor.name), [job], position, run, probe)
+                found = self._thresholds(self._key(job, position), [job], position, run, probe)
                 if found is None:
                     return None
                 job.steps.set_thresholds(position, found)
         return self._factor(job, run)
 
-    def _thresholds(
-        self, key: Hashable, jobs: Sequence[Job], position: int, run: Run, probe: Workspace
-    ) -> Found | None:
-        found = self._known.get(key) or find_thresholds(jobs, position, run, probe)
-        if found is not None:
-            self._known[key] = found
+    def _thresholds(self, key: Key, jobs: Sequence[Job], position: int, run: Run, probe: Workspace) -> Found | None:
+        tellable = _is_tellable(jobs, position)
+        found = self._known.get(key) or (self._recollected.thresholds.get(key) if tellable else None)
+        if found is None:
+            found = find_thresholds(jobs, position, run, probe, self._recollected)
+            if found is not None:
+                self._known[key] = found
+                if tellable:
+                    self._recollected.add(key, found)
         return found
+
+    def _is_kept(self, job: Job, kept: Sequence[int]) -> bool:
+        """Whether so many elements are what a recalled threshold is for; if not, it is forgotten."""
+        key = self._key(job, len(job.program.steps) - 1)
+        found = self._recollected.thresholds.get(key)
+        if found is None or key in self._known or not _is_tellable([job], len(job.program.steps) - 1):
+            return True
+        pairs = zip((one for one, _ in found), kept, strict=True)
+        fits = all(count == one.kept or (one.floor == 0 and count < one.kept) for one, count in pairs)
+        if not fits:
+            del self._recollected.thresholds[key]
+        return fits
+
+    @staticmethod
+    def _key(job: Job, position: int) -> Key:
+        pipeline = job.tensor.pipeline
+        return pipeline.prefix(position) if pipeline is not None else "", job.tensor.name
 
     def _factor(self, job: Job, run: Run) -> float | None:
         """What a cap on its norm leaves of the merged delta, or a ramp; None if an input is not finite."""
@@ -297,6 +320,13 @@ class Fused:
         if job.program.steps:
             result.kept = dict.fromkeys(job.tensor.sources, 0)
         return True
+
+
+def _is_tellable(jobs: Sequence[Job], position: int) -> bool:
+    """Whether a blend counts what the trim at ``position`` keeps: one tensor's, no outliers, and nothing after it."""
+    steps = jobs[0].program.steps
+    step = steps[position] if steps else None
+    return len(jobs) == 1 and position == len(steps) - 1 and isinstance(step, Trim) and not step.outliers
 
 
 def _pools(tensors: Iterable[TensorPlan]) -> dict[tuple[int, str], list[TensorPlan]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from ktmerge.merge.program import Program, Trim
 from ktmerge.merge.workspace import WIDTHS
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from ktmerge.merge.plan import TensorPlan
     from ktmerge.merge.steps import Steps
     from ktmerge.merge.workspace import Noted, Row, Workspace
@@ -30,6 +32,8 @@ _BLOCKS = 32
 """Blocks of a sample of a million elements, spread evenly; of more elements as many more as the square root of them."""
 _MOST = 1 << 12
 """Blocks of a sample."""
+_KEPT = (1 << 9) + 1
+"""Patterns of a sample that are kept for later."""
 
 
 @dataclass(frozen=True)
@@ -91,15 +95,54 @@ class Notes:
 
 Found = list[tuple[Threshold, Threshold | None]]
 """What a trim keeps of each expert, outliers included, and which of that are outliers, if it has any."""
-Thresholds = dict[Hashable, Found]
-"""What trims keep, by stages up to the trim and by tensor, or by all tensors that share a threshold."""
+Key = tuple[str, str | tuple[str, ...]]
+"""Stages, and a tensor or all tensors that are taken together."""
+Thresholds = dict[Key, Found]
+"""What trims keep, by the stages up to the trim."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Magnitude patterns of the experts' deltas, in part.
+
+    Attributes:
+        ordered: uint32 ``[N, m]``, ascending: ``m`` of them at even distances, the least and the largest among them.
+        size: how many of each expert there were.
+    """
+
+    ordered: NDArray[np.uint32]
+    size: int
+
+
+@dataclass
+class Recollected:
+    """What was found of some inputs before, and is found now.
+
+    Attributes:
+        thresholds: not to be trusted before the blend that uses them has counted what they keep.
+        samples: by the stages before the trim.
+        is_new: something was added.
+    """
+
+    thresholds: Thresholds = field(default_factory=dict)
+    samples: dict[Key, Sample] = field(default_factory=dict)
+    is_new: bool = False
+
+    def add(self, key: Key, found: Found) -> None:
+        """Take in a threshold that was just found."""
+        self.thresholds[key] = found
+        self.is_new = True
+
+
 Work = Callable[["Workspace", Job], Any]
 """What is done with a piece that a workspace holds."""
 Run = Callable[[Iterable[Job], Work], Iterator[Any]]
 """Does some work on every piece of some tensors."""
 
 
-def find_thresholds(jobs: Sequence[Job], position: int, run: Run, probe: Workspace) -> Found | None:
+def find_thresholds(
+    jobs: Sequence[Job], position: int, run: Run, probe: Workspace, recollected: Recollected | None = None
+) -> Found | None:
     """What the trim at ``position`` keeps of each expert, in all these tensors together; None if not all are finite.
 
     Args:
@@ -107,6 +150,7 @@ def find_thresholds(jobs: Sequence[Job], position: int, run: Run, probe: Workspa
         position: of the trim among the transforms.
         run: does work on every piece.
         probe: a workspace for samples.
+        recollected: samples of these tensors that were taken before; one that is taken now is added.
     """
     step = jobs[0].program.steps[position]
     assert isinstance(step, Trim)
@@ -116,7 +160,7 @@ def find_thresholds(jobs: Sequence[Job], position: int, run: Run, probe: Workspa
     searches = [Search(count, elements) for _ in jobs[0].rows[1:] for count in counts]
     experts = [number // len(counts) for number in range(len(searches))]
     if elements >= _LARGE:
-        _hint(searches, experts, jobs, position, probe)
+        _hint(searches, experts, jobs, position, probe, Recollected() if recollected is None else recollected)
     lock = threading.Lock()
     crowded: set[int] = set()
     while wanted := [number for number, search in enumerate(searches) if not search.done]:
@@ -165,11 +209,37 @@ def _is_notable(search: Search) -> bool:
 
 
 def _hint(
-    searches: Sequence[Search], experts: Sequence[int], jobs: Sequence[Job], position: int, probe: Workspace
+    searches: Sequence[Search],
+    experts: Sequence[int],
+    jobs: Sequence[Job],
+    position: int,
+    probe: Workspace,
+    recollected: Recollected,
 ) -> None:
-    """Show the searches, each of an expert, a sample: blocks at even distances over all tensors."""
+    """Show the searches, each of an expert, a sample over all tensors."""
     if all(search.done for search in searches):
         return
+    pipeline = jobs[0].tensor.pipeline
+    names = tuple(job.tensor.name for job in jobs)
+    key = (pipeline.prefix(position - 1) if pipeline is not None else "", names if len(names) > 1 else names[0])
+    kept = recollected.samples.get(key)
+    if kept is None or kept.ordered.shape[0] != len(jobs[0].rows) - 1:
+        ordered = _sample(jobs, position, probe)
+        if ordered is None:
+            return  # the pass over everything finds the same
+        size = ordered.shape[1]
+        places = np.linspace(0, size - 1, _KEPT).round().astype(np.int64)
+        recollected.samples[key] = Sample(ordered[:, places], size)
+        recollected.is_new = True
+    else:
+        ordered, size = kept.ordered, kept.size
+    for search, expert in zip(searches, experts, strict=True):
+        if not search.done:
+            search.hint(ordered[expert], size)
+
+
+def _sample(jobs: Sequence[Job], position: int, probe: Workspace) -> NDArray[np.uint32] | None:
+    """Blocks at even distances: ``[N, elements]``, ascending; None if an input is not finite."""
     ends = np.cumsum([job.elements for job in jobs])
     places = np.linspace(0, ends[-1], _blocks(int(ends[-1])), endpoint=False).astype(np.int64)
     numbers = ends.searchsorted(places, side="right")
@@ -182,12 +252,10 @@ def _hint(
         probe.hold(job.rows, 0, size)
         sampled = probe.sample(job.steps, position, blocks.tolist())
         if sampled is None:
-            return  # the pass over everything finds the same
+            return None
         found.append(sampled)
-    sample = np.concatenate(found, axis=1)
-    for search, expert in zip(searches, experts, strict=True):
-        if not search.done:
-            search.hint(sample[expert])
+    ordered: NDArray[np.uint32] = np.sort(np.concatenate(found, axis=1), axis=1)
+    return ordered
 
 
 def _blocks(elements: int) -> int:

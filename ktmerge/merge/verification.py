@@ -214,7 +214,7 @@ def _rebuilt(out: Path, recipe: Recipe, digests: Mapping[str, str], device: str,
         clear_os_errors(out.parent),
         tempfile.TemporaryDirectory(prefix=f".{out.name}-verify-", dir=out.absolute().parent) as folder,
     ):
-        found = blend(recipe, Path(folder) / "again", device=device, progress=progress).out
+        found = blend(recipe, Path(folder) / "again", device=device, afresh=True, progress=progress).out
     for file in dict.fromkeys([*digests, *found]):
         if digests.get(file) == found.get(file):
             yield Check(file, "rebuilt", "equal")

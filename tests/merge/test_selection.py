@@ -150,7 +150,7 @@ def test_decides_as_a_sort_by_magnitude_and_hash(kernels: Native, keep: int, val
 @pytest.mark.parametrize("above", [True, False])
 def test_a_threshold_outside_what_was_noted_is_looked_for_there(kernels: Native, above: bool) -> None:
     search = Search(100, 10_000)
-    search.hint(np.full(2000, 5000, np.uint32))
+    search.hint(np.full(2000, 5000, np.uint32), 2000)
     notes = Notes(search, 0)
     low = search.interval.low
     notes.add(Noted(np.arange(3, dtype=np.uint32), np.full(3, low, np.uint32), 0, 0, 200 if above else 5))

@@ -89,19 +89,24 @@ class Search:
         """About how many elements are in the interval; as many as there are where that is not known."""
         return self._expected
 
-    def hint(self, magnitudes: NDArray[Any]) -> None:
-        """Begin where a sample of magnitude patterns says that the threshold is."""
-        size = magnitudes.size
+    def hint(self, ordered: NDArray[Any], size: int) -> None:
+        """Begin where a sample of magnitude patterns says that the threshold is.
+
+        Args:
+            ordered: ascending: the sample, or so many of it at even distances, the least and the largest among them.
+            size: of the whole sample.
+        """
         share = self._keep / max(self._elements, 1)
         reach = _LIKELY * math.sqrt(size * share * (1 - share)) + 2
-        first, last = int(size * share - reach), int(size * share + reach)  # ranks from the largest down
-        wanted = [size - 1 - rank for rank in (first, last) if 0 <= rank < size]
-        ordered = np.partition(magnitudes, wanted) if wanted else magnitudes
-        high = int(ordered[size - 1 - first]) + 1 if first >= 0 else _MAGNITUDES
-        low = int(ordered[size - 1 - last]) if last < size else 0
+        step = (ordered.size - 1) / max(size - 1, 1)
+        first = math.floor((size * (1 - share) - reach - 1) * step)
+        last = math.ceil((size * (1 - share) + reach) * step)
+        low = int(ordered[first]) if first >= 0 else 0
+        high = int(ordered[last]) + 1 if last < ordered.size else _MAGNITUDES
         self._interval = _covering(low, high, self._bins)
-        inside = np.count_nonzero(magnitudes - np.uint32(self._interval.low) <= self._interval.last)
-        self._expected = self._elements * (inside + 1) / size
+        edges = [self._interval.low, self._interval.low + self._interval.last + 1]
+        left, right = ordered.searchsorted(edges).tolist()
+        self._expected = self._elements * min(1.0, (right - left + 1) / ordered.size)
         self._start_pass()
 
     def add(self, counts: NDArray[Any], lows: NDArray[Any] | None = None) -> None:

@@ -1,0 +1,117 @@
+"""What earlier blends of the same inputs found out about their deltas, on disk: thresholds, and samples of magnitudes.
+
+Kept below the cache folder by the sha256 of the inputs. The same trim again, say with another lambda, needs no look at
+the weights before the blend; another density needs no sample. What is recalled is held against the blend that uses it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ktmerge.checkpoints.cache import cache_folder
+from ktmerge.checkpoints.digests import FileDigest, input_files, recalled
+from ktmerge.merge.kernels.search import Threshold
+from ktmerge.merge.record import inputs_of
+from ktmerge.merge.selection import Recollected, Sample
+
+if TYPE_CHECKING:
+    from ktmerge.merge.plan import Plan
+
+_VERSION = 1
+"""Of the file, and of what decides a threshold: the generator, the hash, what a trim means."""
+_MOST = 64
+"""Files that are kept."""
+
+
+class Recollection:
+    """Thresholds and samples of one set of inputs; empty if nothing is known of them.
+
+    Args:
+        plan: of the blend.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self.found = Recollected()
+        digests = {name: _recalled(checkpoint) for name, checkpoint in inputs_of(plan).items()}
+        if all(digests.values()):
+            self._read(_place(plan, digests))
+
+    def keep(self, digests: Mapping[str, Mapping[str, FileDigest]]) -> None:
+        """Leave what was found for later; a disk that does not take it costs only time.
+
+        Args:
+            digests: of the inputs' files, by input.
+        """
+        if not self.found.is_new:
+            return
+        import numpy as np
+
+        place = _place(self._plan, digests)
+        thresholds = [
+            [list(key), [[_plain(kept), outliers and _plain(outliers)] for kept, outliers in one]]
+            for key, one in self.found.thresholds.items()
+        ]
+        samples = [[list(key), one.size] for key, one in self.found.samples.items()]
+        text = np.frombuffer(json.dumps([thresholds, samples]).encode(), np.uint8)
+        orders = np.array([one.ordered for one in self.found.samples.values()], np.uint32)
+        temporary = place.with_name(f".{place.name}.{os.getpid()}")
+        with suppress(OSError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as stream:
+                np.savez(stream, text=text, samples=orders)
+            temporary.replace(place)
+            for old in sorted(place.parent.glob("*.npz"), key=lambda path: path.stat().st_mtime_ns)[:-_MOST]:
+                old.unlink()
+
+    def _read(self, place: Path) -> None:
+        if not place.exists():
+            return
+        import numpy as np
+
+        with (
+            suppress(Exception),  # whatever is wrong with it, it is only a memory
+            np.load(place, allow_pickle=False) as stored,
+        ):
+            thresholds, samples = json.loads(stored["text"].tobytes())
+            orders = stored["samples"]
+            self.found = Recollected(
+                {_key(key): [_threshold(one) for one in found] for key, found in thresholds},
+                {_key(key): Sample(orders[number], size) for number, (key, size) in enumerate(samples)},
+            )
+
+
+def _recalled(checkpoint: Any) -> dict[str, FileDigest] | None:
+    """The digests of a checkpoint's files, if all were worked out before."""
+    found = {name: recalled(path) for name, path in input_files(checkpoint).items()}
+    return {name: one for name, one in found.items() if one is not None} if all(found.values()) else None
+
+
+def _place(plan: Plan, digests: Mapping[str, Mapping[str, FileDigest] | None]) -> Path:
+    """By all that decides the values of the deltas, and the random choices."""
+    recipe = plan.recipe
+    said = {name: one.model_dump(mode="json", exclude={"weight", "model"}) for name, one in recipe.experts.items()}
+    output = recipe.output.model_dump(mode="json", exclude={"dtype", "rounding", "not_finite"})
+    files = {name: {file: one.sha256 for file, one in (found or {}).items()} for name, found in digests.items()}
+    text = json.dumps([_VERSION, recipe.seed, said, output, files], sort_keys=True)
+    return cache_folder() / "thresholds" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
+
+
+def _key(parts: list[Any]) -> tuple[str, Any]:
+    prefix, names = parts
+    return prefix, tuple(names) if isinstance(names, list) else names
+
+
+def _plain(one: Threshold) -> list[int]:
+    return [one.floor, one.least, one.kept, one.elements]
+
+
+def _threshold(pair: list[Any]) -> tuple[Threshold, Threshold | None]:
+    kept, outliers = pair
+    return Threshold(*kept), None if outliers is None else Threshold(*outliers)
