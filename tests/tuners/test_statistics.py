@@ -109,8 +109,8 @@ def test_a_sample_is_some_of_the_rows_the_same_tokens_everywhere(tiny_llama: Pat
 
 
 def test_inputs_do_not_depend_on_what_else_is_measured(tiny_llama: Path, tmp_path: Path) -> None:
-    made(tiny_llama, tmp_path, "alone", tokens=30)
-    made(tiny_llama, tmp_path, "both", tokens=30, fisher="empirical")
+    made(tiny_llama, tmp_path, "alone", tokens=30, samples=9)
+    made(tiny_llama, tmp_path, "both", tokens=30, samples=9, fisher="empirical")
     alone, both = (load_file(tmp_path / name / INPUTS) for name in ("alone", "both"))
     assert alone.keys() == both.keys()
     for name in alone:
@@ -118,7 +118,7 @@ def test_inputs_do_not_depend_on_what_else_is_measured(tiny_llama: Path, tmp_pat
 
 
 def test_rows_are_drawn_evenly_and_however_they_arrive(tmp_path: Path) -> None:
-    rows, keep, trials = 40, 10, 400
+    rows, keep, trials = 40, 10, 200
     values = torch.arange(rows, dtype=torch.float32)[:, None]
     counts = np.zeros(rows)
     for seed in range(trials):
@@ -189,7 +189,7 @@ def test_drawn_answers_are_the_models_and_the_seeds(tiny_llama: Path, tmp_path: 
 
 
 def test_rows_are_drawn_by_the_seed(tiny_llama: Path, tmp_path: Path) -> None:
-    counts = [made(tiny_llama, tmp_path, f"s{seed}", samples=5, seed=seed).record["tokens"][QUERY] for seed in range(6)]
+    counts = [made(tiny_llama, tmp_path, f"s{seed}", samples=5, seed=seed).record["tokens"][QUERY] for seed in range(4)]
     assert made(tiny_llama, tmp_path, "again", samples=5, seed=3).record["tokens"][QUERY] == counts[3]
     assert len(set(counts)) > 1
 
@@ -306,7 +306,7 @@ def test_an_adapter_is_measured_as_the_model_it_makes(tiny_llama: Path, tmp_path
     adapted.merge_and_unload().save_pretrained(str(dense))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (dense / name).write_bytes((tiny_llama / name).read_bytes())
-    settings = {"fisher": "empirical"}
+    settings = {"fisher": "empirical", "samples": 9}
     expected = made(dense, tmp_path, "expected", **settings).out
     api.measure(
         f"{tiny_llama}+{tmp_path / 'adapter'}", tmp_path / "rows.jsonl", tmp_path / "stats", device="cpu", **settings

@@ -69,12 +69,13 @@ class Reservoir:
         chosen = np.lexsort((both[:, 1], both[:, 0]))[: self._size]
         stays = np.sort(chosen[chosen < self.kept])
         comes = np.sort(chosen[chosen >= self.kept])
-        taken = both[stays, 2]
-        free = np.setdiff1d(np.arange(self._size, dtype=np.uint64), taken)[: len(comes)]
+        is_free = np.ones(self._size, dtype=np.bool_)
+        is_free[both[stays, 2].astype(np.int64)] = False
+        free = np.flatnonzero(is_free)[: len(comes)]
         both[comes, 2] = free
         if len(comes):
             found = rows[torch.from_numpy(comes - self.kept).to(rows.device)].float().cpu().numpy()
-            self._rows[free.astype(np.int64)] = found
+            self._rows[free] = found
         self._order = both[np.concatenate([stays, comes])]
 
     def sample(self) -> Tensor:
