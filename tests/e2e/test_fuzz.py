@@ -21,7 +21,7 @@ from ktmerge.checkpoints import Checkpoint
 from ktmerge.errors import KtmergeError
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-LONG = settings(max_examples=4000, deadline=None, suppress_health_check=list(HealthCheck))
+LONG = settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
 
 FILES = ["model.safetensors.index.json", "config.json", "tokenizer.json"]
 LIMIT = 2_000
