@@ -7,6 +7,9 @@ INSTALLED := $(VENV)/.installed
 .PHONY: help demo test slow lint format bench bench-tune forgetting tuners tables clean
 .DEFAULT_GOAL := help
 
+# Without bytecode each of the many processes of the tests would compile all of ktmerge, and pytest all tests.
+unexport PYTHONDONTWRITEBYTECODE
+
 help: ## say what each target does
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
