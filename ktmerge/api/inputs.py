@@ -15,8 +15,12 @@ from ktmerge.recipes.schema import Recipe
 RecipeLike = str | Path | Recipe
 
 
-def loaded_recipe(recipe: RecipeLike, overrides: Iterable[str] = ()) -> Recipe:
-    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides=overrides)
+def loaded_recipe(
+    recipe: RecipeLike, overrides: Iterable[str] = (), base: str | None = None, experts: Iterable[str] = ()
+) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    return load_recipe(recipe, overrides=overrides, base=base, experts=experts)
 
 
 def named_models(models: Sequence[str | Path] | Mapping[str, str | Path]) -> dict[str, str | Path]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ktmerge.api.inputs import RecipeLike, refuse_existing
+from ktmerge.api.inputs import RecipeLike, loaded_recipe, refuse_existing
 from ktmerge.checkpoints.files import write_whole
 from ktmerge.errors import UsageError
 from ktmerge.progress import SILENT, Progress
@@ -71,8 +71,17 @@ def check_lock(
     overrides: Iterable[str] = (),
     base: str | None = None,
     experts: Iterable[str] = (),
+    rehash: bool = False,
 ) -> list[Departure]:
     """Where a recipe with its inputs is not as a lock says.
+
+    Args:
+        recipe: file, gallery name, or loaded.
+        lock: what it is held against.
+        overrides: ``key=value`` strings.
+        base: replaces the recipe's.
+        experts: ``name=model`` or ``name=model:weight``, replace the recipe's.
+        rehash: read every input for its digest, also those that seem unchanged since they were read last.
 
     Raises:
         UsageError: wrong recipe or inputs, or no such lock.
@@ -82,10 +91,8 @@ def check_lock(
     from ktmerge.merge.plan import plan_blend
 
     locked = read_lock(Path(lock))
-    loaded = (
-        recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides=overrides, base=base, experts=experts)
-    )
-    return departures(locked, locked_now(plan_blend(loaded)))
+    plan = plan_blend(loaded_recipe(recipe, overrides, base, experts))
+    return departures(locked, locked_now(plan, rehash=rehash))
 
 
 def diff(first: str, second: str) -> Comparison:
@@ -110,6 +117,7 @@ def verify(
     base: str | None = None,
     experts: Iterable[str] = (),
     rebuild: bool = False,
+    rehash: bool = False,
     device: str = "auto",
     progress: Progress = SILENT,
 ) -> Verification:
@@ -122,6 +130,7 @@ def verify(
         base: where the base is, if not where that recipe says.
         experts: ``name=model`` where experts are.
         rebuild: blend again, into a temporary folder beside ``out``.
+        rehash: read every input for its digest, also those that seem unchanged since they were read last.
         device: auto, cpu or cuda.
         progress: where to report.
 
@@ -134,10 +143,8 @@ def verify(
 
     given = list(experts)
     if recipe is not None:
-        found: Recipe | None = (
-            load_recipe(recipe, base=base, experts=given) if not isinstance(recipe, Recipe) else recipe
-        )
-    elif rebuild or base is not None or given:
+        found: Recipe | None = loaded_recipe(recipe, (), base, given)
+    elif rebuild or rehash or base is not None or given:
         pairs = [one.partition("=") for one in given]
         for name, equals, model in pairs:
             if not equals or not model:
@@ -145,4 +152,4 @@ def verify(
         found = recorded_recipe(Path(out), base, {name: model for name, _, model in pairs})
     else:
         found = None
-    return held(Path(out), found, rebuild=rebuild, device=device, progress=progress)
+    return held(Path(out), found, rebuild=rebuild, rehash=rehash, device=device, progress=progress)

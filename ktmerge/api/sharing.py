@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ktmerge.api.inputs import RecipeLike, refuse_existing
+from ktmerge.api.inputs import RecipeLike, loaded_recipe, refuse_existing
 from ktmerge.checkpoints.workroom import passing_room, workroom
 from ktmerge.errors import UsageError
 from ktmerge.progress import SILENT, Progress
-from ktmerge.recipes import gallery, load_recipe
+from ktmerge.recipes import gallery
 from ktmerge.recipes.schema import Recipe
 
 if TYPE_CHECKING:
@@ -179,9 +179,8 @@ def _loaded(
     recipe: RecipeLike, overrides: Iterable[str], base: str | None, experts: Iterable[str]
 ) -> tuple[Recipe, Path | None]:
     """The recipe, and its file."""
-    if isinstance(recipe, Recipe):
-        return recipe, None
-    return load_recipe(recipe, overrides=overrides, base=base, experts=experts), gallery.locate(recipe)[0]
+    loaded = loaded_recipe(recipe, overrides, base, experts)
+    return loaded, None if isinstance(recipe, Recipe) else gallery.locate(recipe)[0]
 
 
 def _packed(

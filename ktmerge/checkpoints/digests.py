@@ -14,11 +14,10 @@ from pathlib import Path
 from ktmerge.checkpoints.adapter import CONFIG, WEIGHTS, is_adapter
 from ktmerge.checkpoints.cache import cache_folder
 from ktmerge.checkpoints.checkpoint import Checkpoint
-from ktmerge.checkpoints.files import clear_os_errors
+from ktmerge.checkpoints.files import clear_os_errors, file_digest
 from ktmerge.checkpoints.header import FileStamp
 from ktmerge.errors import KtmergeError
 
-_BLOCK = 1 << 20
 _SETTLED_NS = 2_000_000_000
 """A file younger than this could be written again without its time showing it: it is not remembered."""
 
@@ -41,8 +40,13 @@ class Stopped(Exception):  # noqa: N818 - not an error: the caller asked for it
     """Hashing was stopped half-way."""
 
 
-def digest_of(path: Path, stop: threading.Event | None = None) -> FileDigest:
+def digest_of(path: Path, stop: threading.Event | None = None, *, rehash: bool = False) -> FileDigest:
     """Size and sha256 of a file, from memory if it is the same file still.
+
+    Args:
+        path: of the file.
+        stop: ends the reading when it is set.
+        rehash: read the file, whatever is remembered.
 
     Raises:
         KtmergeError: it cannot be read, or changed meanwhile.
@@ -50,18 +54,18 @@ def digest_of(path: Path, stop: threading.Event | None = None) -> FileDigest:
     """
     with clear_os_errors(path):
         stamp = FileStamp.of(path.stat())
-        known = _recall(path, stamp)
+        known = None if rehash else _recall(path, stamp)
         if known is not None:
             return known
-        digest = hashlib.sha256()
-        with path.open("rb", buffering=0) as stream:
-            while block := stream.read(_BLOCK):
-                if stop is not None and stop.is_set():
-                    raise Stopped
-                digest.update(block)
+
+        def look() -> None:
+            if stop is not None and stop.is_set():
+                raise Stopped
+
+        digest = file_digest(path, look)
         if FileStamp.of(path.stat()) != stamp:
             raise KtmergeError(f"{path}: changed while it was read.")
-    found = FileDigest(stamp.size, digest.hexdigest())
+    found = FileDigest(stamp.size, digest)
     if time.time_ns() - stamp.mtime_ns > _SETTLED_NS:
         _keep(path, stamp, found)
     return found

@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -58,8 +58,12 @@ def refuse_overlap(out: Path, inputs: Iterable[Path]) -> None:
             raise UsageError(f"{out}: contains the input {given}; choose an output folder elsewhere.")
 
 
-def file_digest(path: Path) -> str:
+def file_digest(path: Path, look: Callable[[], None] = lambda: None) -> str:
     """sha256 of a file, as hexadecimal.
+
+    Args:
+        path: of the file.
+        look: called now and then; what it raises ends the reading.
 
     Raises:
         KtmergeError: it cannot be read.
@@ -67,6 +71,7 @@ def file_digest(path: Path) -> str:
     digest = hashlib.sha256()
     with clear_os_errors(path), path.open("rb", buffering=0) as stream:
         while block := stream.read(_BLOCK):
+            look()
             digest.update(block)
     return digest.hexdigest()
 

@@ -18,7 +18,8 @@ from ktmerge.checkpoints.staging import dead_runs, make_locked
 def workroom(target: Path) -> Iterator[Path]:
     """An empty folder beside ``target``, on the same disk, so that what is made there can be renamed.
 
-    Nobody else may read it, and it is locked while it is in use. Folders for the same target that no living run holds are removed first.
+    Nobody else may read it, and it is locked while it is in use. Folders for the same target that no living run
+    holds are removed first.
 
     Raises:
         KtmergeError: the place cannot be written.

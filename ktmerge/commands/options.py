@@ -20,5 +20,8 @@ ExpertOption = Annotated[
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output, in one step.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")]
+RehashOption = Annotated[
+    bool, typer.Option("--rehash", help="Read every input again, also what seems unchanged since its sha256 was taken.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Where the result goes.")]

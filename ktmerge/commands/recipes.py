@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from ktmerge.commands.options import (
     ExpertOption,
     JsonOption,
     OverwriteOption,
+    RehashOption,
     SetOption,
 )
 
@@ -32,42 +34,48 @@ def recipe_check(recipe: Annotated[str, typer.Argument(help="Recipe file or gall
 @recipes.command("new", epilog="Example: ktmerge recipe new spam.yaml --base ./base --expert spam=runs/spam")
 def recipe_new(
     out: Annotated[Path, typer.Argument(help="The recipe to write.")],
-    base: Annotated[str, typer.Option(prompt="Base model (folder or hub id)", help="Folder or hub id.")],
-    expert: Annotated[
-        str, typer.Option(prompt="Fine-tuned models (name=folder, joined by ',')", help="name=model, joined by ','.")
-    ],
+    base: Annotated[str | None, typer.Option(help="Folder or hub id.")] = None,
+    expert: Annotated[list[str] | None, typer.Option(help="name=model; several: repeat it, or join by ','.")] = None,
     statistics: Annotated[
-        bool,
-        typer.Option(
-            prompt="Are data at hand of what to keep and of what was learned",
-            help="Data of both sides are at hand to measure on.",
-        ),
-    ] = False,
-    keep: Annotated[
-        str,
-        typer.Option(
-            prompt="Parts that should stay the base's (e.g. vision; empty for none)",
-            help="Part expressions that stay the base's, joined by ','.",
-        ),
-    ] = "",
+        bool | None, typer.Option(help="Data of both sides are at hand to measure on; default: no.")
+    ] = None,
+    keep: Annotated[str | None, typer.Option(help="Part expressions that stay the base's, joined by ','.")] = None,
     lean: Annotated[
-        str,
-        typer.Option(
-            prompt="What matters most: upstream (keep), downstream (learn) or balanced",
-            help="What matters most: upstream, balanced or downstream.",
-        ),
-    ] = "balanced",
+        str | None, typer.Option(help="What matters most: upstream, balanced (default) or downstream.")
+    ] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
-    """Ask a few questions, and write a recipe with comments."""
+    """Ask a few questions, and write a recipe with comments; what options say is not asked."""
     from ktmerge import api, console
+    from ktmerge.api.inputs import refuse_existing
 
-    parts = [part.strip() for part in keep.split(",") if part.strip()]
-    models = [model.strip() for model in expert.split(",") if model.strip()]
+    refuse_existing(out, overwrite)  # before anything is asked
+    base = _ask(base, "Base model (folder or hub id)", option="--base")
+    experts = expert or [_ask(None, "Fine-tuned models (name=folder, joined by ',')", option="--expert")]
+    if statistics is None:
+        statistics = sys.stdin.isatty() and typer.confirm("Are data at hand of what to keep and of what was learned")
+    keep = _ask(keep, "Parts that should stay the base's (e.g. vision; empty for none)", "")
+    lean = _ask(lean, "What matters most: upstream (keep), downstream (learn) or balanced", "balanced")
     written = api.new_recipe(
-        out, base=base, experts=models, statistics=statistics, keep=parts, lean=lean, overwrite=overwrite
-    )
+        out, base=base, experts=_items(experts), statistics=statistics, keep=_items([keep]), lean=lean,
+        overwrite=overwrite,
+    )  # fmt: skip
     console.print_pairs({"recipe": str(written), "check it": f"ktmerge recipe check {written}"})
+
+
+def _ask(given: str | None, question: str, default: str | None = None, option: str = "") -> str:
+    """What an option says, else an answer, else (where nobody can be asked) the default."""
+    if given is not None:
+        return given
+    if sys.stdin.isatty():
+        return str(typer.prompt(question, default=default))
+    if default is None:
+        raise typer.BadParameter("needed, as there is no terminal to ask at.", param_hint=option)
+    return default
+
+
+def _items(given: Iterable[str]) -> list[str]:
+    return [item.strip() for text in given for item in text.split(",") if item.strip()]
 
 
 @recipes.command("explain", epilog="Example: ktmerge recipe explain recipe.yaml")
@@ -92,6 +100,7 @@ def recipe_lock(
     check: Annotated[
         bool, typer.Option("--check", help="Hold the lock that is there against the inputs as they are now.")
     ] = False,
+    rehash: RehashOption = False,
     set_: SetOption = None,
     base: BaseOption = None,
     expert: ExpertOption = None,
@@ -102,13 +111,16 @@ def recipe_lock(
     from dataclasses import asdict
 
     from ktmerge import api, console
+    from ktmerge.errors import UsageError
 
     given: dict[str, Any] = {"overrides": set_ or (), "base": base, "experts": expert or ()}
+    if rehash and not check:
+        raise UsageError("--rehash goes with --check.")
     if not check:
         written = {"lock": str(api.lock(recipe, out, overwrite=overwrite, **given))}
         console.print_json(written) if json_ else console.print_pairs(written)
         return
-    found = api.check_lock(recipe, out or api.lock_path(recipe), **given)
+    found = api.check_lock(recipe, out or api.lock_path(recipe), rehash=rehash, **given)
     if json_:
         console.print_json([asdict(one) for one in found])
     elif found:
@@ -131,6 +143,7 @@ def recipe_verify(
     rebuild: Annotated[
         bool, typer.Option("--rebuild", help="Blend again beside it, and compare byte for byte.")
     ] = False,
+    rehash: RehashOption = False,
     device: DeviceOption = "auto",
     json_: JsonOption = False,
 ) -> None:
@@ -138,7 +151,7 @@ def recipe_verify(
     from ktmerge import api, console
 
     found = api.verify(
-        out, recipe, base=base, experts=expert or (), rebuild=rebuild, device=device,
+        out, recipe, base=base, experts=expert or (), rebuild=rebuild, rehash=rehash, device=device,
         progress=console.TerminalProgress(),
     )  # fmt: skip
     console.print_json(found.to_json()) if json_ else console.print_table(*found.table())
@@ -202,11 +215,15 @@ def recipe_import(
     source: Annotated[Path, typer.Argument(help="A mergekit YAML file.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the recipe here; else print it.")] = None,
     overwrite: OverwriteOption = False,
+    json_: JsonOption = False,
 ) -> None:
     """Turn a mergekit YAML into a recipe, and say where the semantics differ."""
     from ktmerge import api, console
 
     text, differences = api.import_recipe(source, out, overwrite=overwrite)
+    if json_:
+        console.print_json({"recipe": text, "out": None if out is None else str(out), "notes": list(differences)})
+        return
     if out is None:
         sys.stdout.write(text)
     for difference in differences:

@@ -50,13 +50,18 @@ class Departure:
 
 
 class Digesting:
-    """The sha256 of every input file, worked out in the background while the blend reads the same pages."""
+    """The sha256 of every input file, worked out in the background while the blend reads the same pages.
 
-    def __init__(self, plan: Plan) -> None:
+    Args:
+        plan: whose inputs.
+        rehash: read every file, also what is remembered.
+    """
+
+    def __init__(self, plan: Plan, *, rehash: bool = False) -> None:
         self._stop = threading.Event()
         self._pool = ThreadPoolExecutor(_THREADS, "digest")
         self._found: dict[str, dict[str, Future[FileDigest]]] = {
-            name: {file: self._pool.submit(digest_of, path, self._stop) for file, path in files.items()}
+            name: {file: self._pool.submit(digest_of, path, self._stop, rehash=rehash) for file, path in files.items()}
             for name, files in _files(plan).items()
         }
 
@@ -75,9 +80,9 @@ class Digesting:
 
 
 @contextmanager
-def digesting(plan: Plan) -> Iterator[Digesting]:
+def digesting(plan: Plan, *, rehash: bool = False) -> Iterator[Digesting]:
     """Digest the inputs of ``plan`` in the background."""
-    found = Digesting(plan)
+    found = Digesting(plan, rehash=rehash)
     try:
         yield found
     finally:
@@ -182,13 +187,13 @@ def require_unchanged(locked: Mapping[str, Any], now: Mapping[str, Any]) -> list
     return [f"{one.what}: {one.told}" for one in found]
 
 
-def locked_now(plan: Plan) -> dict[str, Any]:
-    """The lock of ``plan``, its inputs read for it where they are not remembered.
+def locked_now(plan: Plan, *, rehash: bool = False) -> dict[str, Any]:
+    """The lock of ``plan``, its inputs read for it where they are not remembered, or all of them.
 
     Raises:
         KtmergeError: a file cannot be read.
     """
-    with digesting(plan) as background:
+    with digesting(plan, rehash=rehash) as background:
         return lock(plan, background.result())
 
 

@@ -99,7 +99,13 @@ def recorded_recipe(out: Path, base: str | None = None, experts: Mapping[str, st
 
 
 def verify(
-    out: Path, recipe: Recipe | None = None, *, rebuild: bool = False, device: str = "auto", progress: Progress = SILENT
+    out: Path,
+    recipe: Recipe | None = None,
+    *,
+    rebuild: bool = False,
+    rehash: bool = False,
+    device: str = "auto",
+    progress: Progress = SILENT,
 ) -> Verification:
     """Hold an output against its record, a recipe against the record, and if asked a new blend against both.
 
@@ -107,6 +113,7 @@ def verify(
         out: a folder that `blend` wrote; it is only read.
         recipe: what it was made by, with models that are there; needed to rebuild.
         rebuild: blend again, into a temporary folder beside ``out``, and compare bytes.
+        rehash: read every input for its digest, also those that seem unchanged since they were read last.
         device: auto, cpu or cuda.
         progress: where to report.
 
@@ -120,7 +127,7 @@ def verify(
         plan = plan_blend(recipe)
         checks += _sections(record, origin(plan))
         if (out / LOCK).exists():
-            checks += _inputs(read_lock(out), locked_now(plan))
+            checks += _inputs(read_lock(out), locked_now(plan, rehash=rehash))
         if rebuild:
             checks += _rebuilt(out, recipe, record["output"]["sha256"], device, progress)
     return Verification(out, tuple(checks))

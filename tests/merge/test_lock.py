@@ -80,6 +80,22 @@ def test_one_flipped_bit_of_an_input_is_found(made: Path, capsys: pytest.Capture
     assert f"a/{WEIGHTS}" in capsys.readouterr().out
 
 
+def test_a_change_that_hides_is_found_by_reading_again(made: Path) -> None:
+    """Size, time and inode are as they were: only the bytes tell."""
+    weights = made / "a" / WEIGHTS
+    status = weights.stat()
+    old = status.st_mtime_ns - 10**10
+    os.utime(weights, ns=(old, old))
+    path = api.lock(made / "recipe.yaml")
+    changed_in_one_bit(weights)
+    os.utime(weights, ns=(old, old))
+    assert api.check_lock(made / "recipe.yaml", path) == []
+    (found,) = api.check_lock(made / "recipe.yaml", path, rehash=True)
+    assert found.what == f"a/{WEIGHTS}"
+    checks = api.verify(made / "out", made / "recipe.yaml", rehash=True).checks
+    assert [one.what for one in checks if one.state == "differs"] == [f"a/{WEIGHTS}"]
+
+
 def test_a_locked_blend_gives_the_locked_bytes(made: Path) -> None:
     api.blend(made / "recipe.yaml", made / "again", lock=made / "out")
     assert (made / "again" / WEIGHTS).read_bytes() == (made / "out" / WEIGHTS).read_bytes()
