@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from pathlib import Path
 from typing import Any
@@ -108,3 +109,18 @@ def test_what_is_trained_is_told_as_it_is(tmp_path: Path) -> None:
     assert told[1].endswith("for 4 steps, then folded into it.")
     assert "the first of them together with the others of this curriculum" in told[2]
     assert not any("blended" in line or "weight" in line for line in lines(found, "What goes in"))
+
+
+def test_where_nobody_can_be_asked_the_defaults_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    given = ["recipe", "new", str(tmp_path / "r.yaml"), "--base", "org/base@main"]
+    assert _exit_code(given) == 2
+    assert "--expert" in capsys.readouterr().err
+    assert not (tmp_path / "r.yaml").exists()
+    assert _exit_code([*given, "--expert", "a=x,b=y", "--expert", "c=z"]) == 0
+    assert list(load_recipe(tmp_path / "r.yaml").experts) == ["a", "b", "c"]
+    capsys.readouterr()
+    assert _exit_code(given) == 2
+    assert "exists" in capsys.readouterr().err
