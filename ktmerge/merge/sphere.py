@@ -12,6 +12,8 @@ from ktmerge.merge.gram import Geometry
 
 _NEARLY_PARALLEL = 0.9995
 _NOTHING = 1e-9
+_DEPENDENT = 1e-12
+"""Eigenvalues of the cosines below this share of the largest are rounding."""
 
 
 def slerp_coefficients(geometry: Geometry, steps: Sequence[float]) -> NDArray[Any]:
@@ -43,36 +45,46 @@ def direction_coefficients(geometry: Geometry, weights: Sequence[float], iterati
     With them, the Karcher mean of the directions: repeat d <- exp_d(sum_t w_t log_d u_t). Where the directions cancel
     there is no mean direction, and the plain mean is taken. Experts that did not move have no direction and no share.
     """
-    cosines, norms = geometry.cosines, geometry.norms
+    norms = geometry.norms
     moved = norms > 0
     shares = np.where(moved, np.asarray(weights), 0.0)
     shares /= np.maximum(shares.sum(1, keepdims=True), np.finfo(float).tiny)
-    length = _lengths(shares, cosines)
+    units, back = _frame(geometry.cosines)
+    mean = np.einsum("gt,gtr->gr", shares, units)
+    length = np.linalg.norm(mean, axis=1)
     cancelled = length < _NOTHING
-    mean = shares / np.where(cancelled, 1.0, length)[:, None]
+    mean /= np.where(cancelled, 1.0, length)[:, None]
     for _ in range(iterations):
-        mean = _step(mean, shares, cosines)
+        mean = _step(mean, shares, units)
     scale = (shares * norms).sum(1, keepdims=True)
-    spherical = np.divide(scale * mean, norms, out=np.zeros_like(norms), where=moved)
+    spherical = np.divide(scale * np.einsum("gr,gtr->gt", mean, back), norms, out=np.zeros_like(norms), where=moved)
     return np.where(cancelled[:, None], shares, spherical)
 
 
-def _step(mean: NDArray[Any], shares: NDArray[Any], cosines: NDArray[Any]) -> NDArray[Any]:
-    """One step along the mean of the tangents at ``mean``, given in coefficients of the unit deltas."""
-    along = np.clip(np.einsum("gab,gb->ga", cosines, mean), -1.0, 1.0)
-    angle = np.arccos(along)
-    sine = np.sin(angle)
+def _frame(cosines: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Orthonormal coordinates of the unit deltas, and what each of these adds to a coordinate vector's coefficients.
+
+    Both ``[G, N, N]``, by delta and coordinate. Coefficients themselves are no coordinates to iterate in: where deltas
+    are dependent (opposite, or of one element) they are not unique and grow without bound.
+    """
+    values, vectors = np.linalg.eigh(cosines)
+    known = values > _DEPENDENT * values[:, -1:]
+    roots = np.sqrt(np.where(known, values, 0.0))[:, None, :]
+    inverse = np.divide(vectors, roots, out=np.zeros_like(vectors), where=np.broadcast_to(roots > 0, vectors.shape))
+    return vectors * roots, inverse
+
+
+def _step(mean: NDArray[Any], shares: NDArray[Any], units: NDArray[Any]) -> NDArray[Any]:
+    """One step along the mean of the tangents at ``mean [G, N]``."""
+    along = np.einsum("gtr,gr->gt", units, mean)
+    tangents = units - along[:, :, None] * mean[:, None, :]
+    sine = np.linalg.norm(tangents, axis=2)
+    angle = np.arctan2(sine, along)
     # A delta opposite to the mean points in no particular direction from it; near the mean angle and sine are equal.
-    ratio = np.divide(angle, sine, out=np.ones_like(sine), where=sine > _NOTHING)
-    weight = np.where((sine <= _NOTHING) & (along < 0), 0.0, shares * ratio)
-    tangent = weight - (weight * along).sum(1, keepdims=True) * mean
-    length = _lengths(tangent, cosines)[:, None]
+    ratio = np.divide(angle, sine, out=np.zeros_like(sine), where=sine > _NOTHING)
+    tangent = np.einsum("gt,gtr->gr", shares * ratio, tangents)
+    length = np.linalg.norm(tangent, axis=1, keepdims=True)
     turned = np.divide(np.sin(length), length, out=np.ones_like(length), where=length > 0) * tangent
     mean = np.cos(length) * mean + turned
-    size = _lengths(mean, cosines)[:, None]
+    size = np.linalg.norm(mean, axis=1, keepdims=True)
     return np.asarray(np.divide(mean, size, out=mean, where=size > 0))
-
-
-def _lengths(coefficients: NDArray[Any], cosines: NDArray[Any]) -> NDArray[Any]:
-    squares = np.einsum("ga,gab,gb->g", coefficients, cosines, coefficients)
-    return np.asarray(np.sqrt(np.maximum(squares, 0.0)))

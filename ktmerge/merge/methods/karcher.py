@@ -73,6 +73,7 @@ method(
         formula="(sum_t w_t |tau_t|) d, d = argmin sum_t w_t angle(d, tau_t)^2",
         cost="N^2 oi",
         promises=Promises(identical="mean", tolerance=1e-6),
+        semantics=2,
     )
 )
 method(
@@ -84,5 +85,6 @@ method(
         formula="(sum_t w_t |tau_t|) normalize(sum_t w_t tau_t / |tau_t|)",
         cost="N^2 oi",
         promises=Promises(identical="mean", tolerance=1e-6),
+        semantics=2,
     )
 )
