@@ -330,11 +330,11 @@ class RandomMeasurements:
         return 3.0
 
 
-@each(METHODS)
-def test_methods_describe_themselves(method: Method) -> None:
-    assert method.summary.endswith(".")
-    assert len(method.summary) <= 130
-    assert method.source
-    for stage in stages().values():
-        assert stage.summary
-        assert all(field.description for field in stage.parameters.model_fields.values())
+def test_methods_and_stages_describe_themselves() -> None:
+    for method in METHODS:
+        assert method.summary.endswith("."), method.name
+        assert len(method.summary) <= 130, method.name
+        assert method.source, method.name
+    for name, stage in stages().items():
+        assert stage.summary, name
+        assert all(field.description for field in stage.parameters.model_fields.values()), name

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ktmerge.errors import UsageError
-from ktmerge.recipes import gallery, load_recipe, load_suite
+from ktmerge.recipes import load_recipe, load_suite
 from ktmerge.recipes.load import parse_recipe, suite_of
 
 RECIPE = """
@@ -145,14 +145,6 @@ def test_unknown_gallery_name_gets_a_suggestion() -> None:
 def test_missing_file_is_named() -> None:
     with pytest.raises(UsageError, match=r"nowhere/r\.yaml: no such recipe file"):
         load_recipe("nowhere/r.yaml")
-
-
-@pytest.mark.parametrize("name", gallery.names())
-def test_gallery_recipes_are_valid_and_say_when(name: str) -> None:
-    recipe = load_recipe(name)
-    assert recipe.name == name
-    assert recipe.description
-    assert recipe.blend is not None
 
 
 class TestUntrustedInput:
