@@ -36,6 +36,7 @@ def sweep(
     share: float | None = None,
     finalists: int | None = None,
     seed: int = 0,
+    seeds: int = 1,
     storage: str | None = None,
     workers: int = 1,
     slurm: bool = False,
@@ -65,6 +66,8 @@ def sweep(
         share: of the selection items that are for screening, by default half.
         finalists: most candidates that are scored on everything, by default 8.
         seed: of the sampler.
+        seeds: of each candidate's random choices (DARE's masks and the like): its scores are the mean over so many,
+            each of which is blended and scored.
         storage: a database's URL, for workers on several machines; by default a journal file in ``out``.
         workers: processes that share the work.
         slurm: submit them as Slurm jobs.
@@ -95,7 +98,7 @@ def sweep(
     settings = SweepSettings(
         recipe=loaded, ranges=tuple(Range.parse(one) for one in ranges), methods=tuple(methods), suite=chosen_on,
         held_out=reported_on, parts=parts, storage=storage or journal(folder), gain=gain_share,
-        sampler=cast("Sampler", sampler), seed=seed, grace=grace, device=device, gigabytes=gigabytes,
+        sampler=cast("Sampler", sampler), seed=seed, seeds=seeds, grace=grace, device=device, gigabytes=gigabytes,
         batch_size=loaded.eval.batch_size if loaded.eval else None,
         bootstrap=loaded.eval.bootstrap if loaded.eval else 2000,
         **_asked(sampler, keep=keep_upstream, trials=trials, screen=screen, share=share, finalists=finalists),

@@ -60,6 +60,9 @@ def sweep(
         int | None, typer.Option(help="Most candidates that are scored on all selection items; by default 8.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the sampler.")] = 0,
+    seeds: Annotated[
+        int, typer.Option(help="Draws of each candidate's random masks, over which its scores are averaged.")
+    ] = 1,
     storage: Annotated[
         str | None, typer.Option(help="URL of a database that workers share; else a journal file in --out.")
     ] = None,
@@ -81,8 +84,9 @@ def sweep(
     outcome = api.sweep(
         loaded, out, ranges=range_ or (), methods=[one.strip() for one in method.split(",")] if method else (),
         suite=suite, held_out=held_out, keep_upstream=keep_upstream, gain_share=gain_share, trials=trials,
-        sampler=sampler, screen=screen, share=share, finalists=finalists, seed=seed, storage=storage, workers=workers,
-        slurm=slurm, ray=ray, device=device, resume=resume, overwrite=overwrite, progress=console.TerminalProgress(),
+        sampler=sampler, screen=screen, share=share, finalists=finalists, seed=seed, seeds=seeds, storage=storage,
+        workers=workers, slurm=slurm, ray=ray, device=device, resume=resume, overwrite=overwrite,
+        progress=console.TerminalProgress(),
     )  # fmt: skip
     if json_:
         console.print_json(outcome.to_json())

@@ -25,6 +25,7 @@ from ktmerge.merge.sinks import LiveSink
 from ktmerge.progress import Progress
 from ktmerge.recipes.schema import Recipe
 from ktmerge.sweep.rounds import ItemScores, Round, cut
+from ktmerge.sweep.seeds import drawn, mean_of
 
 if TYPE_CHECKING:
     from ktmerge.eval.sight import Sight
@@ -55,6 +56,7 @@ class LiveModel:
         self._root = root
         self._sight: Sight | None = None
         self._sources = Pristine(self._device.type)
+        self._blended: Recipe | None = None
 
     @cached_property
     def model(self) -> Any:
@@ -68,15 +70,27 @@ class LiveModel:
         return cut(sets, ends, self.tokenizer, self._length, self._sight)
 
     def blend(self, recipe: Recipe) -> None:
-        """Make the model what the recipe gives.
+        """Make the model what the recipe gives, if that is not what it is.
 
         Raises:
             KtmergeError: it cannot be blended.
         """
+        if self._blended == recipe:
+            return
+        self._blended = None
         with ExitStack() as stack:
             if self._gigabytes:
                 stack.enter_context(keeping(self._gigabytes))
             blend_into(self.model, recipe, self._sources, device=self._device.type, progress=self._progress)
+        self._blended = recipe
+
+    def score_blend(self, recipe: Recipe, one: Round, label: str, seeds: int = 1) -> ItemScores:
+        """The item scores of what the recipe gives; their mean over so many seeds, the recipe's own the first."""
+        draws = []
+        for blended in drawn(recipe, seeds):
+            self.blend(blended)
+            draws.append(self.score(one, label if seeds == 1 else f"{label}, seed {blended.seed}"))
+        return draws[0] if seeds == 1 else mean_of(draws)
 
     def score(self, one: Round, label: str) -> ItemScores:
         """The item scores of what the model is now."""
@@ -95,10 +109,11 @@ class LiveModel:
     def digest(self, recipe: Recipe) -> str | None:
         """sha256 over all tensors as on disk: what `Checkpoint.content_digest` says of the folder it blends to.
 
-        Only right after `blend` of that recipe. None: the model's types cannot hold all of the output's values.
+        None: the model's types cannot hold all of the output's values.
         """
         import torch
 
+        self.blend(recipe)
         plan = plan_blend(recipe)
         sink = LiveSink(self.model, plan.base)
         digests: dict[str, str] = {}

@@ -156,6 +156,11 @@ class Outcome:
                 "held-out items chose nothing: their numbers are free of that, and one recipe is tested on them, not "
                 "several."
             )
+        if self.settings.seeds > 1:
+            found.append(
+                f"Candidates were compared by the mean of {self.settings.seeds} draws of their random choices; what is "
+                "reported on the held-out items, and written, is the draw of the recipe's own seed."
+            )
         if self.failed:
             number, reason = next(iter(self.failed.items()))
             found.append(f"{len(self.failed)} trials could not be blended or scored, such as {number}: {reason}")

@@ -18,6 +18,7 @@ from ktmerge.sweep.divergence import Teachers
 from ktmerge.sweep.ledger import Ledger
 from ktmerge.sweep.live import LiveModel
 from ktmerge.sweep.rounds import ItemScores, Round, joined
+from ktmerge.sweep.seeds import drawn
 from ktmerge.sweep.settings import SweepSettings
 from ktmerge.sweep.space import Space, told
 from ktmerge.sweep.standing import Sides, objectives, stopped
@@ -78,23 +79,23 @@ class Screening:
                 trial.set_user_attr(STOPPED, twin.stopped)
             return twin.first, twin.second
         if self.settings.screen == "divergence":
-            teachers = self._teachers
-            self.live.blend(recipe)
-            up, down = teachers.distances(self.live.model)
+            found = [self._distances(one) for one in drawn(recipe, self.settings.seeds)]
+            up, down = (sum(values) / len(found) for values in zip(*found, strict=True))
             return -up, -down
         return objectives(joined(self._scored(trial, recipe)), self.base, self.sides)
 
+    def _distances(self, recipe: Recipe) -> tuple[float, float]:
+        teachers = self._teachers
+        self.live.blend(recipe)
+        return teachers.distances(self.live.model)
+
     def _scored(self, trial: Trial, recipe: Recipe) -> list[ItemScores]:
         """Round after round, until it is stopped."""
-        blended = False
         own: list[ItemScores] = []
         for i, one in enumerate(self.rounds):
             known = trial.user_attrs.get(f"{ROUND} {i}")  # a dead worker scored it
             if known is None:
-                if not blended:
-                    self.live.blend(recipe)
-                    blended = True
-                known = self.live.score(one, f"trial {trial.number}")
+                known = self.live.score_blend(recipe, one, f"trial {trial.number}", self.settings.seeds)
                 trial.set_user_attr(f"{ROUND} {i}", known)
             own.append(known)
             if i + 1 < len(self.rounds) and (reason := self._stops(own)) is not None:

@@ -49,6 +49,8 @@ class SweepSettings:
         share: of the selection items that the subset holds.
         finalists: most candidates that are scored on everything.
         seed: of the sampler.
+        seeds: of each candidate's random choices, over which its scores are averaged; the first is the recipe's, and
+            what is reported and written has that one.
         grace: seconds without a sign of life after which a worker elsewhere counts as dead.
         device: where models are scored and blended.
         gigabytes: most decompositions kept on disk.
@@ -69,6 +71,7 @@ class SweepSettings:
     share: float = 0.5
     finalists: int = 8
     seed: int = 0
+    seeds: int = 1
     grace: float = 60.0
     device: str = "auto"
     gigabytes: float = 8.0
@@ -92,6 +95,7 @@ class SweepSettings:
             ("trials", self.trials < 1, "1 or more"),
             ("share", not 0 < self.share <= 1, "above 0 and at most 1"),
             ("finalists", self.finalists < 1, "1 or more"),
+            ("seeds", self.seeds < 1, "1 or more"),
         ):
             if wrong:
                 raise UsageError(f"--{what}: must be {wanted}.")
@@ -129,6 +133,8 @@ class SweepSettings:
             _VERSION, document, _files(base, "base", progress), weights, list(sets), [repr(one) for one in self.ranges],
             list(self.methods), self.keep, self.sampler, self.screen, self.share, self.finalists, self.seed,
         ]  # fmt: skip
+        if self.seeds > 1:
+            written.append({"seeds": self.seeds})
         return hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()
 
 

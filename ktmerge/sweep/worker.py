@@ -185,10 +185,9 @@ class Worker:
 
     def _finish(self, one: Candidate) -> dict[str, Any]:
         recipe = self._recipe(one)
-        self._live.blend(recipe)
         label = f"final, trial {one.number}"
         left = self._rounds[len(one.rounds) :]
-        rounds = [*one.rounds, *(self._live.score(more, label) for more in left)]
+        rounds = [*one.rounds, *(self._live.score_blend(recipe, more, label, self._settings.seeds) for more in left)]
         if left:
             values = objectives(joined(rounds), self._base, self._sides)
             self._progress.note(f"{label}, {told(one.point)}: {said(values, 'full')}")
