@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,27 @@ def test_help_lists_commands_in_the_order_of_the_work() -> None:
 def test_the_home_folder_in_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.yml").write_text("merge_method: ties\nbase_model: b\nmodels: [{model: a, parameters: {weight: 1}}]\n")
+    (tmp_path / "mine.yml").write_text(
+        "merge_method: ties\nbase_model: b\nmodels: [{model: a, parameters: {weight: 1}}]\n"
+    )
     assert _exit_code(["recipe", "import", "mine.yml", "--out=~/recipe.yaml"]) == 0
     assert (tmp_path / "recipe.yaml").is_file()
     assert not (tmp_path / "~").exists()
+
+
+def test_the_shell_completes_commands_and_options() -> None:
+    for words, position, found in (("ktmerge re", "1", "recipe"), ("ktmerge blend --re", "2", "--resume")):
+        shell = {"_KTMERGE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": position}
+        command = [sys.executable, "-c", "import sys; sys.argv[0] = 'ktmerge'; from ktmerge.cli import main; main()"]
+        done = subprocess.run(command, env={**os.environ, **shell}, capture_output=True, text=True, check=False)
+        assert found in done.stdout.split(), done
+
+
+def test_a_recipe_may_be_named_without_its_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _exit_code(["blend", "mine.yaml", "--out", "out"]) == 2
+    assert "mine.yaml: no such recipe file" in capsys.readouterr().err
+    assert _exit_code(["blend", "mine.yaml", "-r", "ties", "--out", "out"]) == 2
+    assert "names another recipe beside 'mine.yaml'" in capsys.readouterr().err

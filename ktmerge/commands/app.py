@@ -19,7 +19,6 @@ app = typer.Typer(
     cls=_Group,
     name="ktmerge",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Fine-tune fully, blend back with the base, score what was learned and what was kept.",

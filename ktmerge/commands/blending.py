@@ -23,6 +23,7 @@ from ktmerge.commands.options import (
 
 @app.command(epilog="Example: ktmerge blend --recipe ties --base ./base --expert spam=runs/spam --out blended")
 def blend(
+    file: Annotated[str | None, typer.Argument(metavar="[recipe]", help="The same as --recipe.")] = None,
     recipe: RecipeOption = "",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Where the blended model goes.")] = None,
     trial: Annotated[int | None, typer.Option("--trial", help="Instead of a recipe: a trial of --study.")] = None,
@@ -45,6 +46,9 @@ def blend(
     """Blend base and experts into one ordinary checkpoint."""
     from ktmerge import api, console
 
+    if file is not None and recipe:
+        raise typer.BadParameter(f"names another recipe beside '{file}'; give one.", param_hint="--recipe")
+    recipe = recipe or file or ""
     if study is None and trial is None:
         if not recipe:
             raise typer.BadParameter("give a recipe, or a trial of a sweep (--trial, --study).", param_hint="--recipe")
