@@ -1,7 +1,7 @@
 """ktmerge: fine-tune fully, blend back with the base, score upstream and downstream.
 
 The verbs of the command line as functions: `finetune`, `blend`, `blend_into`, `evaluate`, `compare`, `report`, `run`,
-`sweep`, `inspect`, `extract_lora`, `measure`, `recommend`, `plan`, `verify`, `load_recipe`; and `Pristine`,
+`sweep`, `screen`, `inspect`, `extract_lora`, `measure`, `recommend`, `plan`, `verify`, `load_recipe`; and `Pristine`,
 what a sweep of `blend_into` reads from. Importing this loads neither torch nor transformers.
 """
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         recommend,
         report,
         run,
+        screen,
         sweep,
         verify,
     )
@@ -46,6 +47,7 @@ __all__ = [
     "recommend",
     "report",
     "run",
+    "screen",
     "sweep",
     "verify",
 ]

@@ -13,6 +13,7 @@ from ktmerge.api.measuring import measure, measure_all, measurements
 from ktmerge.api.proving import check_lock, diff, lock, lock_path, verify
 from ktmerge.api.running import run
 from ktmerge.api.scoring import backward_transfer, compare, evaluate, import_scores, report
+from ktmerge.api.screening import screen
 from ktmerge.api.sharing import default_folder, look, pack, push, unpack
 from ktmerge.api.suites import ListedSuite, list_suites, show_suite
 from ktmerge.api.sweeping import compare_with_trial, sweep, sweep_files, trial_recipe, trial_to_blend
@@ -64,6 +65,7 @@ __all__ = [
     "report",
     "run",
     "schema_text",
+    "screen",
     "show_recipe",
     "show_suite",
     "sweep",

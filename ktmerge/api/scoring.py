@@ -7,14 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktmerge.api.inputs import RecipeLike, loaded_recipe, named_models, refuse_existing, text_of
+from ktmerge.api.asked import asked, referred
+from ktmerge.api.inputs import RecipeLike, named_models, refuse_existing, text_of
 from ktmerge.errors import UsageError
 from ktmerge.progress import SILENT, Progress
-from ktmerge.recipes.load import suite_of
 
 if TYPE_CHECKING:
     from ktmerge.eval import Results
-    from ktmerge.eval.subject import Reference
     from ktmerge.eval.summary import Sequential
 
 
@@ -56,33 +55,18 @@ def evaluate(
         UsageError: no suite, no base, a name given twice, unreadable data, an existing score file.
     """
     from ktmerge import eval as evaluation
-    from ktmerge.checkpoints import resolve
     from ktmerge.eval.store import score_folder
-    from ktmerge.recipes.combining import load_suites
 
-    loaded = None if recipe is None else loaded_recipe(recipe, overrides)
-    if suite:
-        sets = load_suites([suite] if isinstance(suite, str | Path) else suite)
-    elif loaded is not None:
-        sets = suite_of(loaded)
-    else:
-        raise UsageError("nothing to score on: give --suite, or --recipe with an eval section.")
-    section = loaded.eval if loaded is not None else None
+    wanted = asked(suite, recipe, overrides, base)
     named = named_models(models)
-    if base is not None:
-        untuned = resolve(str(base), Path.cwd())
-    elif loaded is not None and loaded.base is not None:
-        untuned = resolve(loaded.base, loaded.folder)
-    else:
-        raise UsageError("the base is always scored in the same run: name it with --base.")
     if out is not None:
         refuse_existing(Path(out), overwrite)
     results = evaluation.evaluate(
-        {"base": untuned, **{name: _referred(str(path)) for name, path in named.items()}},
-        sets,
+        {"base": wanted.base, **{name: referred(str(path)) for name, path in named.items()}},
+        wanted.suite,
         batch_size=batch_size,
-        bootstrap=section.bootstrap if section else 2000,
-        seed=section.seed if section else 0,
+        bootstrap=wanted.bootstrap,
+        seed=wanted.seed,
         device=device,
         reference=reference,
         part=part,
@@ -92,14 +76,6 @@ def evaluate(
     if out is not None:
         results.save(Path(out))
     return results
-
-
-def _referred(model: str) -> Reference:
-    """The folder of a model or adapter, or both of ``model+adapter``."""
-    from ktmerge.checkpoints.opening import locate_model
-
-    path, adapter = locate_model(model, Path.cwd())
-    return path if adapter is None else (path, adapter)
 
 
 def import_scores(

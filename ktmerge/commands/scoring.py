@@ -45,6 +45,21 @@ def evaluate(
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Score everything, even what was scored before.")
     ] = False,
+    without_labels: Annotated[
+        bool,
+        typer.Option(
+            "--without-labels", help="No scores: KL to the base upstream, to --expert downstream, for choosing."
+        ),
+    ] = False,
+    expert: Annotated[
+        list[str] | None, typer.Option("--expert", help="With --without-labels: name=model to learn from. Repeatable.")
+    ] = None,
+    line: Annotated[
+        bool, typer.Option("--line", help="With --without-labels: models in a coefficient's order; compare neighbours.")
+    ] = False,
+    weight: Annotated[
+        float, typer.Option("--weight", help="With --without-labels: of the experts in J, from 0 to 1.")
+    ] = 0.5,
     set_: SetOption = None,
     overwrite: OverwriteOption = False,
     json_: JsonOption = False,
@@ -52,12 +67,34 @@ def evaluate(
     """Score base and models on upstream and downstream sets, with the same code in one go."""
     from ktmerge import api, console
 
+    if without_labels:
+        _refuse_together("--without-labels", {"--reference": reference is not None, "--no-cache": no_cache})
+        screened = api.screen(
+            models or (), suite=suite, recipe=recipe, overrides=set_ or (), base=base, experts=expert or (), line=line,
+            weight=weight, out=out, batch_size=_batch_size(batch_size), device=device, part=part, overwrite=overwrite,
+            progress=console.TerminalProgress(),
+        )  # fmt: skip
+        console.print_json(screened.to_json()) if json_ else console.stdout().print(screened.table())
+        return
+    _refuse_without("--without-labels", {"--expert": bool(expert), "--line": line, "--weight": weight != 0.5})
     results = api.evaluate(
         models or (), suite=suite, recipe=recipe, overrides=set_ or (), base=base, out=out,
         batch_size=_batch_size(batch_size), device=device, reference=reference, part=part, cache=not no_cache,
         overwrite=overwrite, progress=console.TerminalProgress(),
     )  # fmt: skip
     console.print_json(results.to_json()) if json_ else console.stdout().print(results.table())
+
+
+def _refuse_together(option: str, others: dict[str, bool]) -> None:
+    for other, given in others.items():
+        if given:
+            raise typer.BadParameter(f"means nothing with {option}; leave it out.", param_hint=other)
+
+
+def _refuse_without(option: str, others: dict[str, bool]) -> None:
+    for other, given in others.items():
+        if given:
+            raise typer.BadParameter(f"means something with {option} only; add that.", param_hint=other)
 
 
 def _batch_size(text: str) -> int | None:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from ktmerge.eval.results import Generation, PathPoint, Results, TaskScore
     from ktmerge.eval.samples import generations
     from ktmerge.eval.scorer import score_model
+    from ktmerge.eval.screened import Screened
+    from ktmerge.eval.screening import screen
     from ktmerge.eval.sets import encode_sets, read_sets
     from ktmerge.eval.unlabelled import disagreement, divergence, least_disagreeing, trade_off
 
@@ -18,6 +20,7 @@ __all__ = [
     "Generation",
     "PathPoint",
     "Results",
+    "Screened",
     "TaskScore",
     "disagreement",
     "divergence",
@@ -29,6 +32,7 @@ __all__ = [
     "read_sets",
     "report",
     "score_model",
+    "screen",
     "trade_off",
 ]
 
@@ -36,6 +40,7 @@ _HOME = {
     "Generation": "results",
     "PathPoint": "results",
     "Results": "results",
+    "Screened": "screened",
     "TaskScore": "results",
     "disagreement": "unlabelled",
     "divergence": "unlabelled",
@@ -47,6 +52,7 @@ _HOME = {
     "read_sets": "sets",
     "report": "page",
     "score_model": "scorer",
+    "screen": "screening",
     "trade_off": "unlabelled",
 }
 

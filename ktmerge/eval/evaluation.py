@@ -16,31 +16,25 @@ from typing import TYPE_CHECKING, Any
 
 from ktmerge import __version__
 from ktmerge.checkpoints import Checkpoint
-from ktmerge.checkpoints.limits import context_length
 from ktmerge.errors import UsageError, did_you_mean
-from ktmerge.eval.encode import Encoded, has_images
-from ktmerge.eval.fingerprints import fingerprint
+from ktmerge.eval.encode import Encoded
+from ktmerge.eval.encodings import Encoding, Encodings
 from ktmerge.eval.harness import NO_FILTER, HarnessSet
 from ktmerge.eval.items import AskedItem, GenerateItem, InstructionsItem, TextItem, whole_prompt
 from ktmerge.eval.loading import (
     choose_device,
     choose_dtype,
-    load_sight,
-    load_tokenizer,
-    tokenizer_files_digest,
 )
 from ktmerge.eval.results import ModelInfo, Results, TaskInfo, TaskScore
 from ktmerge.eval.rows import part_named
-from ktmerge.eval.sets import TaskSet, encode_sets, read_sets, suite_digest
+from ktmerge.eval.sets import TaskSet, read_sets, suite_digest
 from ktmerge.eval.store import ScoreStore
 from ktmerge.eval.subject import Reference, Subject, subject
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.suites import Suite
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from ktmerge.eval.sight import Sight
+    pass
 
 
 def evaluate(
@@ -87,7 +81,7 @@ def evaluate(
     sets = read_sets(suite, part)
     ordered = {base: models[base], **models}
     subjects = {name: subject(one, models[base]) for name, one in ordered.items()}
-    encodings = _Encodings(sets, {name: one.checkpoint for name, one in subjects.items()}, base)
+    encodings = Encodings(sets, {name: one.checkpoint for name, one in subjects.items()}, base)
     scores: dict[str, dict[str, TaskScore]] = {}
     infos: dict[str, ModelInfo] = {}
     run = _Run(sets, encodings, target, batch_size, ScoreStore(cache) if cache is not None else None, progress)
@@ -119,7 +113,7 @@ def require_scorable(base: Path, suite: Suite) -> None:
     Raises:
         UsageError: something is wrong with suite or data, or does not fit the base.
     """
-    _Encodings(read_sets(suite), {"base": subject(base, base).checkpoint}, "base")
+    Encodings(read_sets(suite), {"base": subject(base, base).checkpoint}, "base")
 
 
 def versions() -> dict[str, str]:
@@ -134,74 +128,11 @@ def _harness_version(sets: Sequence[TaskSet]) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class _Encoding:
-    """The sets in one tokenizer's tokens."""
-
-    tokenizer: PreTrainedTokenizerBase
-    fingerprint: str
-    tasks: dict[str, Encoded]
-    sight: Sight | None = None
-
-
-class _Encodings:
-    """The encoding of each model; made once for all models with the same tokenizer."""
-
-    def __init__(self, sets: Sequence[TaskSet], checkpoints: Mapping[str, Checkpoint], base: str) -> None:
-        lengths = [context_length(checkpoint.config) for checkpoint in checkpoints.values()]
-        max_length = min((length for length in lengths if length is not None), default=None)
-        self.max_length = max_length
-        self.warnings: list[str] = []
-        self.of: dict[str, _Encoding] = {}
-        by_files: dict[str, _Encoding] = {}
-        by_rules: dict[str, _Encoding] = {}
-        seeing = any(has_images(item) for one in sets for item in one.items)
-        for name, checkpoint in checkpoints.items():
-            files = tokenizer_files_digest(checkpoint.root)
-            if files not in by_files:
-                tokenizer = load_tokenizer(checkpoint.root)
-                sight = load_sight(checkpoint.root) if seeing else None
-                rules = fingerprint(tokenizer, sight)
-                if rules not in by_rules:
-                    encoded = encode_sets(sets, tokenizer, max_length, sight)
-                    by_rules[rules] = _Encoding(tokenizer, rules, encoded, sight)
-                by_files[files] = by_rules[rules]
-            self.of[name] = by_files[files]
-        self._warn(sets, base)
-
-    def _warn(self, sets: Sequence[TaskSet], base: str) -> None:
-        own = self.of[base]
-        for name, encoding in self.of.items():
-            if encoding.fingerprint != own.fingerprint:
-                self.warnings.append(
-                    f"'{name}' has another tokenizer or chat template than '{base}' and is scored with its own: "
-                    "prompts may differ, and next-token accuracy does not compare (perplexity per byte does)."
-                )
-        for one in sets:
-            encoded = own.tasks[one.task.name]
-            if encoded.truncated:
-                self.warnings.append(f"task '{one.task.name}': {encoded.truncated} prompts were cut to fit the model.")
-            if encoded.skipped:
-                self.warnings.append(f"task '{one.task.name}': {encoded.skipped} rows are too short to score.")
-        self._refuse_uneven(sets, base)
-
-    def _refuse_uneven(self, sets: Sequence[TaskSet], base: str) -> None:
-        """Items pair up only if every tokenizer cuts a text into as many chunks."""
-        for one in sets:
-            wanted = self.of[base].tasks[one.task.name].rows
-            for name, encoding in self.of.items():
-                if encoding.tasks[one.task.name].rows != wanted:
-                    raise UsageError(
-                        f"task '{one.task.name}': '{name}' has another tokenizer than '{base}' and cuts the texts into "
-                        "other chunks, so the two cannot be compared item by item; give it the base's tokenizer."
-                    )
-
-
-@dataclass(frozen=True)
 class _Run:
     """What is the same for all models of a run."""
 
     sets: Sequence[TaskSet]
-    encodings: _Encodings
+    encodings: Encodings
     device: Any
     batch_size: int | None
     store: ScoreStore | None
@@ -244,7 +175,7 @@ class _Run:
         }
         return {one.task.name: self.store.key(one, conditions) for one in self.sets}
 
-    def _stored(self, keys: Mapping[str, str], encoding: _Encoding) -> dict[str, TaskScore]:
+    def _stored(self, keys: Mapping[str, str], encoding: Encoding) -> dict[str, TaskScore]:
         if self.store is None:
             return {}
         found = {name: self.store.get(key) for name, key in keys.items()}
@@ -259,7 +190,7 @@ class _Run:
         name: str,
         subject: Subject,
         sets: Sequence[TaskSet],
-        encoding: _Encoding,
+        encoding: Encoding,
         dtype: Any,
         keys: Mapping[str, str],
     ) -> dict[str, TaskScore]:

@@ -75,6 +75,11 @@ class Sight:
         """Whether the processor itself ended the prompt with a line break, after which an answer starts bare."""
         return str(self._tokenizer.decode(list(ids[-1:]))).endswith("\n")
 
+    def after_images(self, ids: Sequence[int]) -> int:
+        """Where the text goes on after the last image: what stands there is the first word not given by an image."""
+        token = self._tokenizer.convert_tokens_to_ids(str(self._processor.image_token))
+        return max((place + 1 for place, one in enumerate(ids) if one == token), default=0)
+
     def inputs(
         self, views: Sequence[View], tokens: Sequence[Sequence[int]], side: Side, dtype: torch.dtype
     ) -> dict[str, Tensor]:

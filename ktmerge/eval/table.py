@@ -43,7 +43,7 @@ class ScoreTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         names, columns = list(self._results.models), score_columns(self._results)
-        yield from _fitting(console, options, names, columns, "model")
+        yield from fitting(console, options, names, columns, "model")
         yield from _extras(console, options, self._results)
         yield from _figures(console, options, self._results)
         yield from _shares(console, options, self._results)
@@ -68,7 +68,7 @@ class DifferencesTable:
             for key in COMPARED
             if all(key in numbers for numbers in compared)
         ]
-        yield from _fitting(console, options, [f"{a} - {b}" for a, b in pairs], columns, "difference")
+        yield from fitting(console, options, [f"{a} - {b}" for a, b in pairs], columns, "difference")
         yield Text("* the 95 % interval of the paired difference excludes 0", style="dim")
         yield from _mcnemar(console, options, self._results, pairs)
         if len(pairs) > 3:
@@ -122,7 +122,7 @@ def _no_minus_zero(number: float) -> float:
     return 0.0 if abs(number) < 0.05 else number
 
 
-def _fitting(
+def fitting(
     console: Console, options: ConsoleOptions, names: list[str], columns: list[Column], corner: str
 ) -> Iterator[RenderableType]:
     """The first layout that fits: models as rows, models as columns, or models as rows in several tables."""
@@ -191,7 +191,7 @@ def _extras(console: Console, options: ConsoleOptions, results: Results) -> Iter
         Column(task.name, "", [_perplexity(results, name, task.name) for name in results.models]) for task in texts
     ]
     yield Padding(Text("perplexity per byte of the text sets (lower is better)", style="dim"), (1, 0, 0, 0))
-    yield from _fitting(console, options, list(results.models), columns, "model")
+    yield from fitting(console, options, list(results.models), columns, "model")
 
 
 def _shares(console: Console, options: ConsoleOptions, results: Results) -> Iterator[RenderableType]:
@@ -204,7 +204,7 @@ def _shares(console: Console, options: ConsoleOptions, results: Results) -> Iter
     if not any(cell != NOTHING for column in columns for cell in column.cells):
         return
     yield Padding(Text(f"items that '{results.reference}' changed, or might have", style="dim"), (1, 0, 0, 0))
-    yield from _fitting(console, options, list(results.models), columns, "model")
+    yield from fitting(console, options, list(results.models), columns, "model")
     yield from (Text(line, style="dim") for line in PARTITION_FORMULAS.values())
 
 
@@ -221,7 +221,7 @@ def _figures(console: Console, options: ConsoleOptions, results: Results) -> Ite
     ]
     if columns:
         yield Padding(Text("shown beside the scores (0-100; unread: percent of answers)", style="dim"), (1, 0, 0, 0))
-        yield from _fitting(console, options, list(results.models), columns, "model")
+        yield from fitting(console, options, list(results.models), columns, "model")
 
 
 def _figure(results: Results, model: str, task: str, name: str) -> str:
@@ -246,7 +246,7 @@ def _mcnemar(
     ]  # fmt: skip
     said = f"p by McNemar's exact test on items right or wrong, adjusted (Holm) for {len(cells)} tests"
     yield Padding(Text(said, style="dim"), (1, 0, 0, 0))
-    yield from _fitting(console, options, [f"{a} - {b}" for a, b in pairs], columns, "difference")
+    yield from fitting(console, options, [f"{a} - {b}" for a, b in pairs], columns, "difference")
 
 
 def _perplexity(results: Results, model: str, task: str) -> str:

@@ -6,9 +6,9 @@ yet; both are single forward passes. Neighbour disagreement needs no second mode
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,12 @@ from ktmerge.eval.finite import NotFiniteError
 from ktmerge.eval.normalisation import NORMALISATIONS
 from ktmerge.progress import SILENT, Progress
 
+if TYPE_CHECKING:
+    from ktmerge.eval.sight import Sight, View
+
+MOST_TOKENS = 2048
+"""Of a batch: both models' logits are held whole."""
+
 
 def divergence(
     teacher: Any,
@@ -25,6 +31,8 @@ def divergence(
     texts: Sequence[Sequence[int]],
     *,
     starts: Sequence[int] | None = None,
+    views: Sequence[View | None] = (),
+    sight: Sight | None = None,
     batch_size: int = 8,
     progress: Progress = SILENT,
     label: str = "KL",
@@ -36,6 +44,8 @@ def divergence(
         student: the model to judge, of the same vocabulary.
         texts: token ids, each at least two; the last token of a text is only predicted.
         starts: of each text, the first token whose prediction counts; by default the second.
+        views: of each text, the images in it, or None.
+        sight: prepares the images, for both models alike.
         batch_size: texts in a forward pass; results do not depend on it.
         progress: where to report to.
         label: names the work there.
@@ -49,26 +59,53 @@ def divergence(
         if not 1 <= start < len(text):
             raise UsageError(f"text {i}: {len(text)} tokens, of which none from {start} on can be predicted.")
     found = np.zeros(len(texts))
-    order = sorted(range(len(texts)), key=lambda i: (-len(texts[i]), tuple(texts[i])))
+    seen = list(views) or [None] * len(texts)
     with progress.task(label, len(texts), "items") as step, torch.inference_mode():
-        for begin in range(0, len(order), batch_size):
-            chosen = order[begin : begin + batch_size]
-            found[chosen] = _batch(teacher, student, [texts[i] for i in chosen], [first[i] for i in chosen])
+        for chosen in _batches(texts, seen, batch_size):
+            own = [texts[i] for i in chosen]
+            inputs = _inputs(own, [view for i in chosen if (view := seen[i]) is not None], sight, student)
+            found[chosen] = _batch(teacher, student, inputs, own, [first[i] for i in chosen])
             step.advance(len(chosen))
     if not np.isfinite(found).all():
         raise NotFiniteError(int(np.flatnonzero(~np.isfinite(found))[0]))
     return found
 
 
-def _batch(teacher: Any, student: Any, texts: Sequence[Sequence[int]], starts: Sequence[int]) -> list[float]:
-    longest = max(map(len, texts)) - 1
-    ids = torch.zeros(len(texts), longest, dtype=torch.long)
+def _batches(texts: Sequence[Sequence[int]], views: Sequence[View | None], batch_size: int) -> Iterator[list[int]]:
+    """Numbers of texts that go together: longest first, with and without images apart."""
+    for with_images in (True, False):
+        own = [i for i, view in enumerate(views) if (view is not None) == with_images]
+        order = sorted(own, key=lambda i: (-len(texts[i]), tuple(texts[i])))
+        while order:
+            rows = max(1, min(batch_size, MOST_TOKENS // len(texts[order[0]])))
+            yield order[:rows]
+            order = order[rows:]
+
+
+def _inputs(
+    texts: Sequence[Sequence[int]], views: Sequence[View], sight: Sight | None, model: Any
+) -> dict[str, torch.Tensor]:
+    """What both models read of a batch: all tokens but the last of each text, padded on the right."""
+    read = [text[:-1] for text in texts]
+    if views and sight is not None:
+        return sight.inputs(views, read, "right", model.dtype)
+    ids = torch.zeros(len(read), max(map(len, read)), dtype=torch.long)
     mask = torch.zeros_like(ids)
-    for row, text in enumerate(texts):
-        ids[row, : len(text) - 1] = torch.tensor(text[:-1])
-        mask[row, : len(text) - 1] = 1
+    for row, text in enumerate(read):
+        ids[row, : len(text)] = torch.tensor(text)
+        mask[row, : len(text)] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _batch(
+    teacher: Any,
+    student: Any,
+    inputs: Mapping[str, torch.Tensor],
+    texts: Sequence[Sequence[int]],
+    starts: Sequence[int],
+) -> list[float]:
     logits = [
-        model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+        model(**{name: value.to(model.device) for name, value in inputs.items()}, use_cache=False).logits
         for model in (teacher, student)
     ]
     if logits[0].shape != logits[1].shape:

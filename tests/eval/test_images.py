@@ -367,3 +367,36 @@ def test_embedded_broken_images_name_their_row(tmp_path: Path) -> None:
     task = {"name": "t", "kind": "generate", "data": "x.jsonl", "prompt": "q", "answer": "x", "image": "im"}
     with pytest.raises(UsageError, match=r"task 't': .*x.jsonl:2: an embedded image: not an image that can be read"):
         read_sets(Suite(upstream=[task], folder=tmp_path))
+
+
+def test_divergence_sees_the_images(models: Callable[[str], Seeing], folder: Path) -> None:
+    """KL to another model of what follows the image, against the processor's own way and float64."""
+    import copy
+
+    import torch
+    from PIL import Image
+
+    from ktmerge.eval.sets import encode_sets
+    from ktmerge.eval.teachers import prompts
+    from ktmerge.eval.unlabelled import divergence
+
+    seeing = models("llava")
+    student = copy.deepcopy(seeing.model)
+    with torch.no_grad():
+        student.get_output_embeddings().weight.mul_(1.5)
+    task = {"name": "t", "kind": "generate", "prompt": "{{ q }}", "answer": "x", **COMMON}
+    sets = read_sets(Suite(upstream=[task], folder=folder))
+    texts = prompts(encode_sets(sets, seeing.tokenizer, None, seeing.sight)["t"], seeing.sight)
+    assert [view is None for view in texts.views] == [False] * 5 + [True]
+    found = [
+        divergence(seeing.model, student, texts.ids, starts=texts.starts, views=texts.views, sight=seeing.sight,
+                   batch_size=size) for size in (1, 4)
+    ]  # fmt: skip
+    np.testing.assert_allclose(*found, rtol=1e-3)
+    image = Image.open(folder / "pictures" / "1.png")
+    inputs = seeing.sight._processor(text=["<image>The dog 1 is"], images=[image], return_tensors="pt",
+                                     add_special_tokens=False)  # fmt: skip
+    words = len(seeing.tokenizer.encode("The dog 1 is", add_special_tokens=False))
+    with torch.inference_mode():
+        p, q = (one(**inputs).logits[0, -words - 1 :].double().log_softmax(-1) for one in (seeing.model, student))
+    assert found[0][1] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
