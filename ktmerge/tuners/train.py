@@ -15,6 +15,7 @@ from ktmerge.checkpoints.statistics import Statistics
 from ktmerge.errors import KtmergeError, ToldElsewhereError, UsageError
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.tuners.assignment import Assignment
 from ktmerge.tuners.data import DataSet, read_data
 from ktmerge.tuners.encode import EncodedSet, Encoder, encode_all
 from ktmerge.tuners.export import export, publish_adapter
@@ -24,7 +25,8 @@ from ktmerge.tuners.optimizers import require_optimizer
 from ktmerge.tuners.partial import LOG, Partial, differences, read_object
 from ktmerge.tuners.processes import Processes, require_shareable
 from ktmerge.tuners.report import RECORD, FinetuneReport, inputs_of, record_of
-from ktmerge.tuners.run import FACTS, TrainingRun
+from ktmerge.tuners.result import FACTS
+from ktmerge.tuners.run import train
 from ktmerge.tuners.trained import require_trainable
 
 
@@ -90,20 +92,20 @@ def finetune(
     with Partial(out, inputs, processes) as partial:
         saved = partial.open(resume=resume, overwrite=overwrite)
         if saved is None or saved.path != partial.final:
-            run = TrainingRun(
-                job,
-                checkpoint,
-                encoder,
-                encoded,
-                partial,
-                out.name,
-                progress,
-                fisher,
-                processes,
-                folder,
-                data["train"].sizes,
+            given = Assignment(
+                job=job,
+                base=checkpoint,
+                encoder=encoder,
+                encoded=encoded,
+                partial=partial,
+                name=out.name,
+                progress=progress,
+                fisher=fisher,
+                processes=processes,
+                folder=folder,
+                sizes=data["train"].sizes,
             )
-            run.train(saved)
+            train(given, saved)
 
         def publish() -> dict[str, Any]:
             facts = read_object(partial.final / FACTS)

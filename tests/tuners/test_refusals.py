@@ -71,7 +71,7 @@ def test_a_diverging_run_says_so(tiny_llama: Path, tmp_path: Path, monkeypatch: 
         return plain(model, inputs) * float("nan")
 
     monkeypatch.setattr(trainer, "answer_loss", diverging)
-    monkeypatch.setattr("ktmerge.tuners.run.projects_faithfully", lambda *_: True)
+    monkeypatch.setattr("ktmerge.tuners.assembly.projects_faithfully", lambda *_: True)
     with pytest.raises(KtmergeError, match="training diverged: loss is nan at step 1"):
         tune(tiny_llama, tmp_path)
     assert not (tmp_path / "out").exists()
@@ -99,7 +99,7 @@ def test_a_machine_at_its_limits_is_answered(
         raise error
 
     monkeypatch.setattr(trainer, "answer_loss", failing)
-    monkeypatch.setattr("ktmerge.tuners.run.projects_faithfully", lambda *_: True)
+    monkeypatch.setattr("ktmerge.tuners.assembly.projects_faithfully", lambda *_: True)
     with pytest.raises(KtmergeError, match=expected) as caught:
         tune(tiny_llama, tmp_path)
     assert caught.value.exit_code == 1
@@ -116,7 +116,7 @@ def test_too_little_memory_is_said_beforehand(
 
 
 def test_too_little_disk_is_said_beforehand(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ktmerge.tuners.run.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr("ktmerge.tuners.announcement.shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     monkeypatch.setattr("ktmerge.checkpoints.staging.Staging.require_space", lambda *_: None)
     listener = Listener()
     tune(tiny_llama, tmp_path, max_steps=1, progress=listener)
