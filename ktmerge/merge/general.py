@@ -152,7 +152,15 @@ class General:
 
     def _blend(self, tensor: TensorPlan, result: TensorReport) -> None:
         tag = self._sink.dtype(tensor.name, tensor.dtype)
-        for chunk, transformed, merged in self._flow.merged(tensor):
+        for whole, transformed, found in self._flow.merged(tensor):
+            if tensor.pipeline is not None and tensor.pipeline.transforms:
+                for name, delta in zip(tensor.sources, transformed, strict=True):
+                    result.kept[name] = result.kept.get(name, 0) + int(torch.count_nonzero(delta))
+            self._store(tensor, result, whole, found, tag)
+
+    def _store(self, tensor: TensorPlan, result: TensorReport, whole: Chunk, found: Tensor, tag: str) -> None:
+        """Scale, settle, round and write a merged delta, some elements at a time: no further copy of a whole tensor."""
+        for chunk, merged in _pieces(whole, found):
             scaled = merged if tensor.lambda_ == 1 else merged * tensor.lambda_
             values = settle(chunk, scaled)
             _refuse_overflow(tensor, values, torch_dtype(tag))
@@ -160,9 +168,6 @@ class General:
                 values = torch.where(chunk.broken, chunk.kept, values)
                 result.broken += int(torch.count_nonzero(chunk.broken))
             _measure(result, chunk, scaled, self._write(tensor, values, chunk.start, tag))
-            if tensor.pipeline is not None and tensor.pipeline.transforms:
-                for name, delta in zip(tensor.sources, transformed, strict=True):
-                    result.kept[name] = result.kept.get(name, 0) + int(torch.count_nonzero(delta))
             if self._merged is not None:
                 self._merged.add(tensor, chunk.start, merged, result.kept)
 
@@ -177,6 +182,26 @@ class General:
             rounded = values.to(dtype)
         self._sink.write(tensor.name, rounded, start)
         return rounded
+
+
+def _pieces(whole: Chunk, merged: Tensor) -> Iterator[tuple[Chunk, Tensor]]:
+    """A chunk and its merged delta, at most `CHUNK` elements at a time."""
+    if whole.base.numel() <= CHUNK:
+        yield whole, merged
+        return
+    for start in range(0, whole.base.numel(), CHUNK):
+        part = slice(start, start + CHUNK)
+        yield (
+            Chunk(
+                whole.start + start,
+                whole.base[part],
+                tuple(expert[part] for expert in whole.experts),
+                tuple(delta[part] for delta in whole.deltas),
+                None if whole.broken is None else whole.broken[part],
+                None if whole.kept is None else whole.kept[part],
+            ),
+            merged[part],
+        )
 
 
 def settle(chunk: Chunk, merged: Tensor) -> Tensor:

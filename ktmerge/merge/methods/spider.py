@@ -30,17 +30,16 @@ def spider(delta: Tensor, parameters: SpiderParameters, context: Context) -> Ten
     from ktmerge.merge.rows import pieces
 
     pretrained, tuned = _Importance(context.base), _Importance(delta)
-    total, chosen, shares = ExactSum(1), 0, []
-    for weights, changes in zip(pieces(context.base), pieces(delta), strict=True):
+    total, chosen, kept_part = ExactSum(1), 0, torch.empty_like(delta)
+    for weights, changes, share in zip(*map(pieces, (context.base, delta, kept_part)), strict=True):
         before, after = pretrained.of(weights), tuned.of(changes)
         kept = (after > before + parameters.kappa) & (changes != 0)
-        shares.append(torch.where(kept, after / (before + after), 0).float())
-        total.add(shares[-1])
+        share.copy_(torch.where(kept, after / (before + after), 0))
+        total.add(share)
         chosen += int(kept.count_nonzero())
     if not chosen:
         return torch.zeros_like(delta)
-    share = torch.cat(shares).view(delta.shape) / float(total.value() / chosen)
-    return delta * share.clamp_(max=1)
+    return kept_part.div_(float(total.value() / chosen)).clamp_(max=1).mul_(delta)
 
 
 class _Importance:
