@@ -32,7 +32,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 class Parameters(BaseModel):
     """Parameters of a stage: typed, with ranges, defaults and descriptions. Nothing is coerced, nothing is extra."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class HarnessTask(BaseModel):
     """A task, group or tag of lm_eval by name, asked and marked by lm_eval itself; needs ``ktmerge[lm-eval]``."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="unique in the suite; by default lm_eval's")
     kind: Literal["lm_eval"] = "lm_eval"

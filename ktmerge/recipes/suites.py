@@ -17,7 +17,7 @@ Side = Literal["upstream", "downstream"]
 class Join(BaseModel):
     """Other data that have something of every row: its image or its answer, under a common name."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     data: str = Field(description="file, folder or dataset, as a task's data")
     subset: str | None = None
@@ -29,7 +29,7 @@ class Join(BaseModel):
 class TaskBase(BaseModel):
     """What every task has. Data are rows of JSONL, JSON, CSV or parquet; templates are sandboxed Jinja over a row."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="unique in the suite; stands in every table")
     data: str = Field(
@@ -219,7 +219,7 @@ SUITE_VERSION = 1
 class Suite(BaseModel):
     """Upstream and downstream tasks that are always scored together, with the same code, for every model."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     ktmerge_suite: Literal[1] = Field(1, description="schema version")
     name: str = "suite"
