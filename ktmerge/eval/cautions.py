@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ktmerge.eval.summary import Estimate
 
 MANY = 4  # candidates from which on the luck of the best is spoken of
+FEWEST = 10  # items of a set from which on a bootstrap says something
 _WIDTH = 2 * 1.959964  # standard errors inside a 95 % interval
 
 
@@ -20,6 +21,11 @@ def cautions(results: Results) -> list[str]:
     said = [*_power(results, others), *_many(results, others)]
     if results.part == "selection":
         said.append("These rows are kept for choosing; report the chosen model on the other part (--part report).")
+    few = [task.name for task in results.paired() if len(task.rows) < FEWEST]
+    if others and few:
+        said.append(
+            f"Fewer than {FEWEST} items ({', '.join(few)}): a bootstrap of so few gives intervals that are too narrow."
+        )
     wide = [task.name for task in results.tasks if task.metric == "cider"]
     if wide and len(results.tasks) > len(wide):
         said.append(

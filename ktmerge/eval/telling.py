@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 MOST = 60
 """Items shown of one set: the first forty and, of what is left, the last, where gains are."""
 _FIRST = 40
+LONGEST = 2000
+"""Characters shown of a text: of a prompt the last, where the question is, of an answer the first."""
 
 Change = Literal["lost", "gained", "mixed"]
 
@@ -68,8 +70,8 @@ def telling(results: Results, task: TaskInfo) -> list[Item]:
     return [
         Item(
             i + 1,
-            task.prompts[i],
-            _reference(task, i),
+            _end(task.prompts[i]),
+            _start(_reference(task, i)),
             {name: _answer(task, score, i) for name, score in columns.items()},
             _change(others[:, i] - base[i]),
         )
@@ -98,7 +100,17 @@ def _reference(task: TaskInfo, i: int) -> str:
 
 def _answer(task: TaskInfo, score: TaskScore, i: int) -> Answer:
     value = float(score.scores[i])
-    return Answer(_said(task, score, i), value, value > 0.5)
+    return Answer(_start(_said(task, score, i)), value, value > 0.5)
+
+
+def _start(text: str) -> str:
+    rest = len(text) - LONGEST
+    return text if rest <= 0 else f"{text[:LONGEST]} … ({rest:,} more characters)"
+
+
+def _end(text: str) -> str:
+    rest = len(text) - LONGEST
+    return text if rest <= 0 else f"({rest:,} more characters) … {text[-LONGEST:]}"
 
 
 def _said(task: TaskInfo, score: TaskScore, i: int) -> str:

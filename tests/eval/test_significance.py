@@ -117,3 +117,10 @@ def test_backward_transfer(make_results: Callable[..., Results]) -> None:
         results.sequence({"s0": "donw0", "s1": "down1"})
     with pytest.raises(UsageError, match="at least two stages"):
         results.sequence({"s0": "down0"})
+
+
+def test_few_items_are_warned_of(make_results: Callable[..., Results]) -> None:
+    made = make_results({name: {"up_few": [1, 0, 1], "down_many": [1, 0] * 5} for name in ("base", "tuned")})
+    assert any("Fewer than 10 items (up_few): a bootstrap of so few" in one for one in made.cautions)
+    alone = make_results({"base": {"up_few": [1, 0, 1]}})
+    assert not any("Fewer" in one for one in alone.cautions)

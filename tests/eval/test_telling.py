@@ -153,3 +153,17 @@ def test_sets_without_items_are_left_out(make_results: Make) -> None:
     results.scores["a"]["up"] = TaskScore(np.array([0.0, 1.0]), {})
     results.tasks[0].prompts.clear()
     assert telling(results, results.tasks[0]) == []
+
+
+def test_long_texts_are_cut_where_it_hurts_least(make_results: Callable[..., Results]) -> None:
+    from ktmerge.eval.telling import LONGEST
+
+    results = make_results({"base": {"up_a": [1]}, "tuned": {"up_a": [0]}})
+    results.tasks[0].prompts[0] = "before " + "x" * LONGEST + " question?"
+    for name in results.scores:
+        results.scores[name]["up_a"].details["outputs"] = ["Answer " + "y" * 3000]
+    (item,) = telling(results, results.tasks[0])
+    assert item.prompt.startswith("(17 more characters) … xxx")
+    assert item.prompt.endswith("x question?")
+    assert item.answers["tuned"].text.startswith("Answer yyy")
+    assert item.answers["tuned"].text.endswith(f"… ({3007 - LONGEST:,} more characters)")
