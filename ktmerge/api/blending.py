@@ -24,7 +24,7 @@ def plan(recipe: RecipeLike) -> Plan:
     Raises:
         UsageError: everything that is wrong with the recipe or its inputs, one per line.
     """
-    from ktmerge.merge.plan import plan_blend
+    from ktmerge.merge.planning import plan_blend
 
     return plan_blend(loaded_recipe(recipe))
 

@@ -57,7 +57,7 @@ def check(
     Raises:
         UsageError: everything that is wrong, one per line.
     """
-    from ktmerge.merge.plan import plan_blend
+    from ktmerge.merge.planning import plan_blend
 
     recipe = load_recipe(reference, overrides=overrides, base=base, experts=experts)
     suite, problems = _read(recipe)
@@ -82,7 +82,7 @@ def require_ready(recipe: Recipe) -> None:
 
 def _read(recipe: Recipe) -> tuple[Suite | None, list[str]]:
     """The suite, and what is wrong with sections, data and fine-tunes whatever experts are there."""
-    from ktmerge.merge.plan import check_recipe
+    from ktmerge.merge.planning import check_recipe
 
     problems: list[str] = []
     suite: Suite | None = None

@@ -48,7 +48,7 @@ def lock(
         KtmergeError: an input cannot be read.
     """
     from ktmerge.merge.lock import lock_text, locked_now
-    from ktmerge.merge.plan import plan_blend
+    from ktmerge.merge.planning import plan_blend
 
     target = lock_path(recipe) if out is None else Path(out)
     loaded = load_recipe(recipe, overrides=overrides, base=base, experts=experts)
@@ -88,7 +88,7 @@ def check_lock(
         KtmergeError: an input cannot be read.
     """
     from ktmerge.merge.lock import departures, locked_now, read_lock
-    from ktmerge.merge.plan import plan_blend
+    from ktmerge.merge.planning import plan_blend
 
     locked = read_lock(Path(lock))
     plan = plan_blend(loaded_recipe(recipe, overrides, base, experts))

@@ -10,7 +10,7 @@ from ktmerge.errors import UsageError
 from ktmerge.merge.difference import Difference, Effect, Side, differences
 from ktmerge.merge.lock import FILE as LOCK
 from ktmerge.merge.lock import read_lock
-from ktmerge.merge.plan import plan_blend
+from ktmerge.merge.planning import plan_blend
 from ktmerge.recipes import load_recipe
 from ktmerge.recipes.load import parse_recipe
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ktmerge.errors import UsageError
-from ktmerge.merge.plan import Plan, TensorPlan, check_recipe, plan_blend
+from ktmerge.merge.plan import Plan, TensorPlan
+from ktmerge.merge.planning import check_recipe, plan_blend
 from ktmerge.merge.settings import FLOAT_CLASSES, Setting, blend_setting, rule_setting
 from ktmerge.merge.stage import Pipeline, StageUse
 from ktmerge.recipes.load import suite_of

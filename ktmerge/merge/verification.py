@@ -14,7 +14,7 @@ from ktmerge.errors import UsageError
 from ktmerge.merge.blending import blend
 from ktmerge.merge.lock import FILE as LOCK
 from ktmerge.merge.lock import departures, locked_now, read_lock, told
-from ktmerge.merge.plan import plan_blend
+from ktmerge.merge.planning import plan_blend
 from ktmerge.merge.record import FILE, origin
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.load import parse_recipe

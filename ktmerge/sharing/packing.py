@@ -17,7 +17,8 @@ from ktmerge.errors import UsageError
 from ktmerge.merge.card import FILE as MODEL_CARD
 from ktmerge.merge.card import licence
 from ktmerge.merge.lock import lock_text, locked_now, read_lock, require_unchanged
-from ktmerge.merge.plan import Plan, plan_blend
+from ktmerge.merge.plan import Plan
+from ktmerge.merge.planning import plan_blend
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes import load_suite, ready
 from ktmerge.recipes.document import read_yaml

@@ -19,7 +19,7 @@ from ktmerge.eval.scorer import score_model
 from ktmerge.eval.sets import TaskSet
 from ktmerge.merge import blend_into
 from ktmerge.merge.decompositions import keeping
-from ktmerge.merge.plan import plan_blend
+from ktmerge.merge.planning import plan_blend
 from ktmerge.merge.pristine import Pristine
 from ktmerge.merge.sinks import LiveSink
 from ktmerge.progress import Progress

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ktmerge.errors import KtmergeError, UsageError, did_you_mean
-from ktmerge.merge.plan import plan_blend
+from ktmerge.merge.planning import plan_blend
 from ktmerge.merge.settings import blend_setting, parameter_names
 from ktmerge.recipes.document import parse_yaml
 from ktmerge.recipes.load import FIXED_BLEND_KEYS, parse_recipe

@@ -16,7 +16,7 @@ from torch import Tensor
 from ktmerge.checkpoints import Reader
 from ktmerge.checkpoints.dtypes import torch_dtype
 from ktmerge.merge.engine import execute
-from ktmerge.merge.plan import plan_blend
+from ktmerge.merge.planning import plan_blend
 from ktmerge.merge.report import BlendReport
 from ktmerge.recipes.load import parse_recipe
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.merge import blend
-from ktmerge.merge.plan import plan_blend
+from ktmerge.merge.planning import plan_blend
 
 WHOLE = {"method": "linear", "lambda": 1}
 

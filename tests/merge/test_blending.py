@@ -19,7 +19,7 @@ from merge_models import llama_tensors, read, same_bytes, tuned, write
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.merge import blend
 from ktmerge.merge.engine import execute
-from ktmerge.merge.plan import plan_blend
+from ktmerge.merge.planning import plan_blend
 from ktmerge.merge.sinks import FileSink
 
 ONE = {"a": ("a", 1.0)}

@@ -202,7 +202,7 @@ from pathlib import Path
 from ktmerge.merge import inspect
 from ktmerge.merge.importer import import_mergekit
 from ktmerge.merge.needs import needs_of
-from ktmerge.merge.plan import plan_blend
+from ktmerge.merge.planning import plan_blend
 from ktmerge.merge.registry import methods
 from ktmerge.merge.settings import blend_setting
 from ktmerge.recipes.load import parse_recipe

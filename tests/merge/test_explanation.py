@@ -14,7 +14,7 @@ from ktmerge import api
 from ktmerge.cli import _exit_code
 from ktmerge.errors import UsageError
 from ktmerge.merge.drafting import LEANS
-from ktmerge.merge.plan import check_recipe, plan_blend
+from ktmerge.merge.planning import check_recipe, plan_blend
 from ktmerge.recipes import gallery, load_recipe
 
 

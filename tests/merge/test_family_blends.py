@@ -16,7 +16,7 @@ from test_families import FAMILIES, MOE, TEXT, VIT, save_under_memory_names
 
 from ktmerge.checkpoints import verify_loadable
 from ktmerge.merge import blend
-from ktmerge.merge.plan import plan_blend
+from ktmerge.merge.planning import plan_blend
 
 WHOLE = {"method": "linear", "lambda": 1}
 CONVERTED: dict[str, Any] = {

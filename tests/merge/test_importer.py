@@ -13,7 +13,7 @@ from merge_models import llama_tensors, tuned, write
 
 from ktmerge.errors import UsageError
 from ktmerge.merge.importer import import_mergekit
-from ktmerge.merge.plan import plan_blend
+from ktmerge.merge.planning import plan_blend
 from ktmerge.recipes.load import parse_recipe
 
 TWO = [{"model": "org/a@v1", "parameters": {"weight": 1.0}}, {"model": "runs/b", "parameters": {"weight": 0.5}}]

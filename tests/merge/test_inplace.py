@@ -14,7 +14,7 @@ from torch import nn
 from ktmerge.merge import blend, blend_into
 from ktmerge.merge.flow import Flow
 from ktmerge.merge.merged import MergedDeltas
-from ktmerge.merge.plan import plan_blend
+from ktmerge.merge.planning import plan_blend
 from ktmerge.merge.pristine import Pristine
 from ktmerge.merge.replanning import Planner
 

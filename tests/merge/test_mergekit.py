@@ -11,7 +11,7 @@ from merge_memory import MATRIX, Workbench, noise
 from merge_models import Tensors, same_bytes
 
 from ktmerge.errors import KtmergeError, UsageError
-from ktmerge.merge.plan import plan_blend
+from ktmerge.merge.planning import plan_blend
 
 WEIGHTS = {"a": 1.0, "b": 0.25, "c": 0.5}
 

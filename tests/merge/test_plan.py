@@ -13,7 +13,8 @@ from merge_models import llama_tensors, read, same_bytes, tuned, write
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.merge import blend
 from ktmerge.merge.needs import needs_of
-from ktmerge.merge.plan import Plan, check_recipe, plan_blend
+from ktmerge.merge.plan import Plan
+from ktmerge.merge.planning import check_recipe, plan_blend
 from ktmerge.merge.settings import blend_setting
 from ktmerge.recipes import gallery, load_recipe
 from ktmerge.recipes.load import parse_recipe

@@ -12,7 +12,7 @@ from merge_models import Tensors, llama_tensors, read, same_bytes, write
 
 from ktmerge.errors import UsageError
 from ktmerge.merge import blend
-from ktmerge.merge.plan import plan_blend
+from ktmerge.merge.planning import plan_blend
 
 WHOLE = {"method": "linear", "lambda": 1}
 CONFIG = {"model_type": "llama", "tie_word_embeddings": True, "vocab_size": 48, "dtype": "bfloat16"}

@@ -12,7 +12,7 @@ import pytest
 
 from ktmerge.merge import blend, recollection, selection
 from ktmerge.merge.kernels.native import native
-from ktmerge.merge.plan import plan_blend
+from ktmerge.merge.planning import plan_blend
 from ktmerge.merge.recollection import Recollection
 from ktmerge.merge.workspace import Workspace
 

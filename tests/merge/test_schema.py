@@ -11,7 +11,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from ktmerge.errors import UsageError
-from ktmerge.merge.plan import check_recipe
+from ktmerge.merge.planning import check_recipe
 from ktmerge.merge.registry import methods
 from ktmerge.merge.schema import FOLDER, SCHEMAS, recipe_schema, text
 from ktmerge.recipes import gallery

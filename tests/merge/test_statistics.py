@@ -16,7 +16,7 @@ from merge_statistics import measure, random
 
 from ktmerge.errors import UsageError
 from ktmerge.merge import registry
-from ktmerge.merge.plan import check_recipe, plan_blend
+from ktmerge.merge.planning import check_recipe, plan_blend
 from ktmerge.merge.record import pin
 from ktmerge.merge.source import Sources
 from ktmerge.merge.stage import Context, Method, Need, Parameters, Promises, Stages

@@ -13,7 +13,7 @@ from merge_models import Tensors, llama_tensors, read, same_bytes, tuned, write
 from ktmerge.checkpoints import Checkpoint, verify_loadable
 from ktmerge.errors import UsageError
 from ktmerge.merge import blend
-from ktmerge.merge.plan import plan_blend
+from ktmerge.merge.planning import plan_blend
 
 WHOLE = {"method": "linear", "lambda": 1}
 

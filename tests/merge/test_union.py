@@ -13,7 +13,7 @@ from test_vocabularies import BASE, EMBEDDING, WHOLE, model, table
 
 from ktmerge.errors import UsageError
 from ktmerge.merge import blend
-from ktmerge.merge.plan import plan_blend
+from ktmerge.merge.planning import plan_blend
 
 UNION = {"vocabulary": "union"}
 

@@ -12,7 +12,7 @@ from merge_models import llama_tensors, read, same_bytes, tuned, write
 
 from ktmerge.errors import UsageError
 from ktmerge.merge import blend
-from ktmerge.merge.plan import plan_blend
+from ktmerge.merge.planning import plan_blend
 
 EMBEDDING = "model.embed_tokens.weight"
 CONFIG = {"model_type": "llama", "tie_word_embeddings": True}

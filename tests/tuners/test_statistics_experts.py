@@ -14,7 +14,7 @@ from tuning import ROWS, write
 from ktmerge.checkpoints import Checkpoint
 from ktmerge.checkpoints.statistics import FISHER, INPUTS, Statistics
 from ktmerge.merge import blend
-from ktmerge.merge.plan import plan_blend
+from ktmerge.merge.planning import plan_blend
 from ktmerge.recipes.load import parse_recipe
 from ktmerge.recipes.schema import Statistics as Job
 from ktmerge.tuners.data import read_data

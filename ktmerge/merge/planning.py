@@ -1,0 +1,227 @@
+"""From a recipe and headers to a plan: every tensor resolved, every mistake found, nothing read. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from ktmerge.checkpoints import Checkpoint, Parts, TensorClass, align, open_model
+from ktmerge.checkpoints.experts import fit_experts
+from ktmerge.checkpoints.matrices import matrix_layout
+from ktmerge.checkpoints.quantised import scheme_of
+from ktmerge.checkpoints.tying import claimed_tie, tied_head
+from ktmerge.checkpoints.union import join_vocabularies
+from ktmerge.checkpoints.vocabulary import fit_vocabulary
+from ktmerge.errors import UsageError
+from ktmerge.merge.needs import open_statistics, without_statistics
+from ktmerge.merge.plan import Action, ExpertPlan, Plan, TensorPlan
+from ktmerge.merge.rules import Rule, resolve_rules
+from ktmerge.merge.settings import Setting, blend_setting
+from ktmerge.merge.stage import Pipeline
+from ktmerge.recipes.schema import Recipe
+
+_OUTPUT_TAGS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_WAY_OUT = "Give the unquantised model, or write 'dequantise: true'"
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Find every mistake in a recipe's blend section that shows without its checkpoints.
+
+    Raises:
+        UsageError: everything found, one per line.
+    """
+    problems: list[str] = []
+    if recipe.blend is None:
+        return
+    setting = _collect(problems, lambda: blend_setting(recipe.blend))
+    if setting is not None:
+        if recipe.experts:
+            problems += [f"blend: {objection}" for objection in setting.objections(weights_of(recipe))]
+        rules = _collect(problems, lambda: resolve_rules(recipe, setting, None)) or ()
+        if recipe.base is not None:
+            problems += without_statistics(recipe, settings_of(setting, rules))
+    refuse(problems)
+
+
+def plan_blend(recipe: Recipe) -> Plan:
+    """Resolve what happens to every tensor, from headers alone.
+
+    Raises:
+        UsageError: everything that is wrong with the recipe or its inputs, one per line.
+    """
+    if recipe.blend is None:
+        raise UsageError(f"the recipe '{recipe.name}' has no blend section.")
+    problems: list[str] = []
+    setting = _collect(problems, lambda: blend_setting(recipe.blend))
+    if recipe.base is None:
+        problems.append("base: the recipe names none; add it, or give --base.")
+    if not recipe.experts:
+        problems.append("experts: the recipe names none; add one, or give --expert name=folder.")
+    elif setting is not None:
+        problems += [f"blend: {objection}" for objection in setting.objections(weights_of(recipe))]
+    base = _collect(problems, lambda: _open(recipe, "base", recipe.base)) if recipe.base is not None else None
+    opened = _open_experts(recipe, base, problems)
+    texts: Mapping[str, str] = {}
+    if base is not None and recipe.output.vocabulary == "union" and not problems:
+        union = _collect(problems, partial(join_vocabularies, base, opened))
+        base, texts = (base, {}) if union is None else (union.base, union.texts)
+    experts = [
+        _align(recipe, base, name, one, bool(texts), problems) for name, one in opened.items() if base is not None
+    ]
+    tensors: tuple[TensorPlan, ...] = ()
+    layers: Mapping[str, int] = {}
+    if setting is not None:
+        parts = Parts(base) if base is not None else None
+        rules = _collect(problems, lambda: resolve_rules(recipe, setting, parts)) or ()
+        if base is not None and parts is not None:
+            found = [expert for expert in experts if expert is not None]
+            tensors = decide(base, _bare(recipe, base, found, parts), setting, rules, problems)
+            layers = parts.layers
+        problems += without_statistics(recipe, settings_of(setting, rules))
+    statistics = open_statistics(recipe, base, tensors, problems) if base is not None else {}
+    refuse(problems)
+    assert base is not None
+    ready = tuple(expert for expert in experts if expert is not None)
+    return Plan(recipe, base, ready, tensors, layers, tuple(_notes(base, ready)), texts, statistics)
+
+
+def settings_of(setting: Setting, rules: Iterable[Rule]) -> list[Setting]:
+    """All settings that some tensors are blended by."""
+    return [setting, *(rule.setting for rule in rules if rule.setting is not None)]
+
+
+def _collect(problems: list[str], find: Any) -> Any:
+    """Call ``find``; keep what it complains about for later."""
+    try:
+        return find()
+    except UsageError as error:
+        problems += str(error).splitlines()
+        return None
+
+
+def refuse(problems: Iterable[str]) -> None:
+    """Raise UsageError with all that is wrong, if anything is."""
+    lines = list(dict.fromkeys(problems))
+    if lines:
+        raise UsageError("\n".join(lines))
+
+
+def weights_of(recipe: Recipe) -> dict[str, float]:
+    """Weights of the experts by name."""
+    return {name: expert.weight for name, expert in recipe.experts.items()}
+
+
+def _open(recipe: Recipe, role: str, reference: str | None, base: Checkpoint | None = None) -> Checkpoint:
+    try:
+        return open_model(str(reference), recipe.folder, base, dequantised=recipe.dequantise)
+    except UsageError as error:
+        raise UsageError("\n".join(f"{role}: {line}" for line in str(error).splitlines())) from None
+
+
+def _open_experts(recipe: Recipe, base: Checkpoint | None, problems: list[str]) -> dict[str, Checkpoint]:
+    """The experts that can be opened, sorted by name, their tensors named as the base names its."""
+    opened = {}
+    for name in sorted(recipe.experts):
+        where = f"experts.{name}.model"
+        model = recipe.experts[name].model
+        checkpoint = _collect(problems, partial(_open, recipe, where, model, base))
+        tuned = recipe.finetune is not None and name in recipe.finetune.experts
+        if checkpoint is None and tuned and not (recipe.folder / model).exists():
+            problems[-1] += " The recipe says how to make it: run 'ktmerge finetune --recipe' or 'ktmerge run' first."
+        scheme = None if checkpoint is None else scheme_of(checkpoint)
+        if checkpoint is None or base is None:
+            continue
+        if scheme is not None and scheme_of(base) is None:
+            problems.append(f"experts.{name}: its weights are quantised by {scheme}, the base's are not. {_WAY_OUT}.")
+            continue
+        opened[name] = fit_experts(base, checkpoint)
+    return opened
+
+
+def _align(
+    recipe: Recipe, base: Checkpoint, name: str, checkpoint: Checkpoint, grown: bool, problems: list[str]
+) -> ExpertPlan | None:
+    label = f"experts.{name}"
+    fitted = _collect(problems, lambda: fit_vocabulary(base, checkpoint, label, grown=grown))
+    if fitted is None:
+        return None
+    alignment = align(base, fitted, label)
+    _collect(problems, alignment.require_complete)
+    return ExpertPlan(name, recipe.experts[name].weight, fitted, alignment)
+
+
+def _bare(recipe: Recipe, base: Checkpoint, experts: Iterable[ExpertPlan], parts: Parts) -> Iterator[TensorPlan]:
+    """Every tensor before anything is said of how to blend it."""
+    tied = tied_head(base)
+    classes = base.classes
+    tag = _OUTPUT_TAGS.get(recipe.output.dtype)
+    for name, info in base.tensors.items():
+        key = tied[1] if tied is not None and name == tied[0] else name
+        kind = classes[name]
+        own = base.written.get(name, info.dtype)
+        yield TensorPlan(
+            info=info,
+            part=parts.of(key),
+            tensor_class=kind,
+            action="base",
+            dtype=tag if tag is not None and info.is_float and kind not in ("buffer", "quant") else own,
+            key=key,
+            sources={one.name: one.alignment.mapping[name] for one in experts if name in one.alignment.mapping},
+            layout=matrix_layout(key, info.shape, base.config) if kind == "matrix" else None,
+        )
+
+
+def decide(
+    base: Checkpoint, tensors: Iterable[TensorPlan], setting: Setting, rules: Iterable[Rule], problems: list[str]
+) -> tuple[TensorPlan, ...]:
+    """What becomes of tensors, whatever was decided of them before; ``problems`` take what is wrong."""
+    ordered, classes = list(rules), base.classes
+    plans = []
+    matched: dict[int, set[TensorClass]] = {rule.index: set() for rule in ordered}
+    for tensor in tensors:
+        rule = next((rule for rule in ordered if rule.matches(tensor.key, classes[tensor.key])), None)
+        if rule is not None:
+            matched[rule.index].add(tensor.tensor_class)
+        plans.append(_decided(tensor, setting, rule))
+    for rule in ordered:
+        problems += rule.unused(matched[rule.index])
+    quantised = [plan.name for plan in plans if plan.tensor_class == "quant" and plan.action == "blend"]
+    if quantised:
+        problems.append(
+            f"base: {len(quantised)} tensors are quantised by {scheme_of(base)} ({', '.join(quantised[:3])}...): sums "
+            f"of packed codes mean nothing. {_WAY_OUT}, or keep these tensors with a where rule."
+        )
+    return tuple(plans)
+
+
+def _decided(tensor: TensorPlan, setting: Setting, rule: Rule | None) -> TensorPlan:
+    action: Action = "base"
+    expert: str | None = None
+    pipeline: Pipeline | None = None
+    lambda_ = 1.0
+    keep = None if rule is None else rule.keep
+    if keep is not None and keep != "base" and keep in tensor.sources:
+        action, expert = "expert", keep
+    elif keep is None and tensor.tensor_class != "buffer":
+        chosen = setting if rule is None or rule.setting is None else rule.setting
+        action, pipeline = "blend", chosen.pipelines.get(tensor.tensor_class)
+        lambda_ = chosen.lambda_of(tensor.tensor_class)
+    index = None if rule is None else rule.index
+    return replace(tensor, action=action, expert=expert, pipeline=pipeline, lambda_=lambda_, rule=index)
+
+
+def _notes(base: Checkpoint, experts: Iterable[ExpertPlan]) -> Iterable[str]:
+    yield from (f"base: {note}" for note in base.notes)
+    for expert in experts:
+        yield from (f"{expert.name}: {note}" for note in expert.checkpoint.notes)
+        renamed = expert.alignment.renamed
+        if renamed:
+            first = next(iter(renamed.items()))
+            yield f"{expert.name}: {len(renamed)} tensors go by other names there ({first[1]} is {first[0]})."
+    claimed = claimed_tie(base)
+    if claimed is not None and tied_head(base) is not None:
+        yield f"the base stores '{claimed[0]}' beside '{claimed[1]}', which its config ties to it; both get the same."
+    elif claimed is not None:
+        yield f"the base's '{claimed[0]}' is not its '{claimed[1]}', though its config ties them; they stay two."
