@@ -1,4 +1,4 @@
-"""A plan: what becomes of every tensor, as data that can be shown. `ktmerge.merge.planning` makes it. Loads no torch."""
+"""A plan: what becomes of every tensor, as data that can be shown. `planning` makes it. Loads no torch."""
 
 from __future__ import annotations
 
