@@ -1,4 +1,4 @@
-"""sha256 of files, remembered by size, time and inode: a file that has not changed is read for it once."""
+"""sha256 of files, remembered by size, times and inode: a file that has not changed is read for it once."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import os
 import threading
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from ktmerge.checkpoints.adapter import CONFIG, WEIGHTS, is_adapter
 from ktmerge.checkpoints.cache import cache_folder
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.files import clear_os_errors, file_digest
-from ktmerge.checkpoints.header import FileStamp
 from ktmerge.errors import KtmergeError
 
 _SETTLED_NS = 2_000_000_000
@@ -36,6 +35,23 @@ class FileDigest:
     sha256: str
 
 
+@dataclass(frozen=True)
+class _Stamp:
+    """What tells that it is the same file still: also the time of its last change in any way, which nobody can set. A
+    copy that keeps times may get size, time and inode of the file it replaces.
+    """
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path) -> _Stamp:
+        status = path.stat()
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
 class Stopped(Exception):  # noqa: N818 - not an error: the caller asked for it
     """Hashing was stopped half-way."""
 
@@ -53,7 +69,7 @@ def digest_of(path: Path, stop: threading.Event | None = None, *, rehash: bool =
         Stopped: ``stop`` was set.
     """
     with clear_os_errors(path):
-        stamp = FileStamp.of(path.stat())
+        stamp = _Stamp.of(path)
         known = None if rehash else _recall(path, stamp)
         if known is not None:
             return known
@@ -63,7 +79,7 @@ def digest_of(path: Path, stop: threading.Event | None = None, *, rehash: bool =
                 raise Stopped
 
         digest = file_digest(path, look)
-        if FileStamp.of(path.stat()) != stamp:
+        if _Stamp.of(path) != stamp:
             raise KtmergeError(f"{path}: changed while it was read.")
     found = FileDigest(stamp.size, digest)
     if time.time_ns() - stamp.mtime_ns > _SETTLED_NS:
@@ -74,7 +90,7 @@ def digest_of(path: Path, stop: threading.Event | None = None, *, rehash: bool =
 def recalled(path: Path) -> FileDigest | None:
     """Size and sha256 of a file if they are remembered; it is not read."""
     try:
-        return _recall(path, FileStamp.of(path.stat()))
+        return _recall(path, _Stamp.of(path))
     except OSError:
         return None
 
@@ -82,7 +98,7 @@ def recalled(path: Path) -> FileDigest | None:
 def remember(path: Path, sha256: str) -> None:
     """Take the digest of a file that was just written, from who wrote it."""
     with suppress(OSError):
-        stamp = FileStamp.of(path.stat())
+        stamp = _Stamp.of(path)
         _keep(path, stamp, FileDigest(stamp.size, sha256))
 
 
@@ -122,19 +138,19 @@ def _place(path: Path) -> Path:
     return cache_folder() / "digests" / name[:2] / f"{name}.json"
 
 
-def _recall(path: Path, stamp: FileStamp) -> FileDigest | None:
+def _recall(path: Path, stamp: _Stamp) -> FileDigest | None:
     try:
         kept = json.loads(_place(path).read_text(encoding="ascii"))
-        return FileDigest(stamp.size, str(kept["sha256"])) if kept["stamp"] == asdict(stamp) else None
+        return FileDigest(stamp.size, str(kept["sha256"])) if kept["stamp"] == vars(stamp) else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
-def _keep(path: Path, stamp: FileStamp, found: FileDigest) -> None:
+def _keep(path: Path, stamp: _Stamp, found: FileDigest) -> None:
     """Whole or not at all; a memory that cannot be written costs only time."""
     place = _place(path)
     temporary = place.with_name(f"{place.name}.{os.getpid()}.{threading.get_ident()}")
     with suppress(OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"stamp": asdict(stamp), "sha256": found.sha256}), encoding="ascii")
+        temporary.write_text(json.dumps({"stamp": vars(stamp), "sha256": found.sha256}), encoding="ascii")
         temporary.replace(place)
