@@ -11,7 +11,13 @@ import typer
 RecipeOption = Annotated[
     str, typer.Option("--recipe", "-r", help="A recipe file, or a gallery name (ktmerge recipe list).")
 ]
-SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a key, e.g. --set blend.lambda=0.8.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a key of the recipe, e.g. blend.lambda=0.8. Repeatable.")
+]
+JobSetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a key: max_length=512; with --recipe one of the recipe's. Repeatable."),
+]
 BaseOption = Annotated[str | None, typer.Option("--base", help="Base model: folder or hub id; replaces the recipe's.")]
 ExpertOption = Annotated[
     list[str] | None,

@@ -11,10 +11,10 @@ from ktmerge.commands.app import app
 from ktmerge.commands.options import (
     BaseOption,
     DeviceOption,
+    JobSetOption,
     JsonOption,
     OverwriteOption,
     ResumeOption,
-    SetOption,
 )
 
 
@@ -68,7 +68,7 @@ def finetune(
         str | None, typer.Option("--curriculum", help="easy, common or shared first; none (default): shuffled.")
     ] = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write event files for TensorBoard, too.")] = False,
-    set_: SetOption = None,
+    set_: JobSetOption = None,
     preview: Annotated[
         int, typer.Option("--preview", min=0, help="Show N samples with the trained tokens marked, and stop.")
     ] = 0,
@@ -142,7 +142,7 @@ def stats(
     only: Annotated[
         list[str] | None, typer.Option("--only", help="With --recipe: just those of 'base' or an expert. Repeatable.")
     ] = None,
-    set_: SetOption = None,
+    set_: JobSetOption = None,
     device: DeviceOption = "auto",
     resume: ResumeOption = False,
     overwrite: OverwriteOption = False,
