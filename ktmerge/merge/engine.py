@@ -137,7 +137,7 @@ class _Engine:
         """The compiled way, if there is one here and something for it to do."""
         if self._device != "cpu" or not any(tensor.pipeline for tensor in left):
             return nullcontext()
-        if not is_compiled():
+        if not is_compiled("blend", "thresholds"):
             self._progress.note("compiling the kernels for this processor, once; it takes about twenty seconds")
         kernels = native()
         if kernels is None:

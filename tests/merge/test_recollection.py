@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ktmerge.checkpoints.cache import cache_folder
 from ktmerge.merge import blend, recollection, selection
 from ktmerge.merge.kernels.native import native
 from ktmerge.merge.planning import plan_blend
@@ -25,12 +26,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where things are kept; a test's tensors are large enough for samples."""
     if native() is None:
         pytest.skip("there are no compiled kernels here")
-    from ktmerge.merge.kernels.native import _path
-
-    code = _path()
+    kernels = cache_folder() / "kernels"
     monkeypatch.setenv("KTMERGE_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "cache" / "kernels").mkdir(parents=True)
-    (tmp_path / "cache" / "kernels" / code.name).symlink_to(code)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "kernels").symlink_to(kernels)
     monkeypatch.setattr(selection, "_LARGE", 512)
     return tmp_path / "cache" / "thresholds"
 

@@ -9,9 +9,11 @@ import ctypes
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,15 @@ from ktmerge.merge.kernels import codes
 
 Entry = Callable[..., int]
 
-_NAMES = (
-    "blend", "direct", "squares", "measure", "note", "sample", "rank_noted", "hash_noted", "rank_hashes", "energy",
-    "rank", "words",
-)  # fmt: skip
+GROUPS = {
+    "blend": ("blend", "energy"),
+    "thresholds": ("measure", "note", "sample", "rank_noted", "hash_noted", "rank_hashes"),
+    "norms": ("squares",),
+    "memory": ("direct",),
+    "choices": ("rank", "words"),
+}
+"""What is compiled together, when the first of it is asked for: a first blend need not wait for all."""
+_GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 _MODULES = (
     "combining.py", "compiled.py", "compiler.py", "conversion.py", "counting.py", "deciding.py", "direct.py",
     "files.py", "gathering.py", "ordering.py", "randomness.py", "scanning.py", "settling.py", "transforming.py",
@@ -74,23 +81,36 @@ class Native:
     rank: Entry
     words: Entry
 
-    def __init__(self, code: bytes) -> None:
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._nothing = ctypes.CFUNCTYPE(None)(_never)
+        self._engines: list[Any] = []  # as long as the code that is in them
+
+    def __getattr__(self, name: str) -> Entry:
+        if name not in _GROUP_OF:
+            raise AttributeError(name)
+        with self._lock:
+            if name not in self.__dict__:
+                self._load(_GROUP_OF[name])
+            entry: Entry = self.__dict__[name]
+            return entry
+
+    def _load(self, group: str) -> None:
         llvm = _llvm()
-        nothing = ctypes.CFUNCTYPE(None)(_never)
         for name in _UNUSED:
-            llvm.add_symbol(name, ctypes.cast(nothing, ctypes.c_void_p).value)
+            llvm.add_symbol(name, ctypes.cast(self._nothing, ctypes.c_void_p).value)
         machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
-        self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
-        self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
-        self._engine.finalize_object()
-        self._kept = nothing  # as long as the code that might call it
-        for name in _NAMES:
+        engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+        engine.add_object_file(llvm.ObjectFileRef.from_data(_code(group)))
+        engine.finalize_object()
+        self._engines.append(engine)
+        for name in GROUPS[group]:
             kind = ctypes.CFUNCTYPE(ctypes.c_int64, *(_ARGUMENTS[letter] for letter in _SIGNATURES[name]))
-            setattr(self, name, kind(self._engine.get_function_address(_symbol(name))))
+            self.__dict__[name] = kind(engine.get_function_address(_symbol(name)))
 
 
 def native() -> Native | None:
-    """The kernels, compiled first if this machine has not done so yet; None without numba or with
+    """The kernels, each compiled first if this machine has not done so yet; None without numba or with
     ``KTMERGE_KERNELS=reference`` in the environment.
     """
     return None if os.environ.get("KTMERGE_KERNELS") == "reference" else _loaded()
@@ -98,30 +118,30 @@ def native() -> Native | None:
 
 @cache
 def _loaded() -> Native | None:
-    try:
-        path = _path()
-        code = _kept(path)
-        if code is None:
-            code = _compile()
-            _keep(path, code)
-    except ModuleNotFoundError as error:
-        if error.name not in ("numba", "llvmlite"):
-            raise
-        return None
-    return Native(code)
+    found = {name for name in ("numba", "llvmlite") if find_spec(name) is not None}
+    return Native() if "numba" in found or ("llvmlite" in found and is_compiled(*GROUPS)) else None
 
 
-def is_compiled() -> bool:
-    """Whether `native` will not have to compile."""
+def is_compiled(*groups: str) -> bool:
+    """Whether nothing of these will have to be compiled."""
     try:
-        return _path().exists()
+        return all(_path(group).exists() for group in groups)
     except ModuleNotFoundError:
         return True
 
 
-def _path() -> Path:
+def _code(group: str) -> bytes:
+    path = _path(group)
+    code = _kept(path)
+    if code is None:
+        code = _compile(GROUPS[group])
+        _keep(path, code)
+    return code
+
+
+def _path(group: str) -> Path:
     """Where the code for this source, these compilers and this processor is."""
-    return cache_folder() / "kernels" / f"{_identity()}.o"
+    return cache_folder() / "kernels" / f"{_identity()}-{group}.o"
 
 
 @cache
@@ -155,15 +175,16 @@ def _keep(path: Path, code: bytes) -> None:
         pass
 
 
-def _compile() -> bytes:
-    """Machine code of all entry points for this processor."""
+def _compile(names: Iterable[str]) -> bytes:
+    """Machine code of some entry points for this processor."""
     from numba import cfunc
 
     from ktmerge.merge.kernels.compiled import ENTRIES
 
     llvm = _llvm()
     module: Any = None
-    for name, (function, signature) in ENTRIES.items():
+    for name in names:
+        function, signature = ENTRIES[name]
         compiled = cfunc(signature, error_model="numpy")(function)
         part = llvm.parse_assembly(compiled.inspect_llvm())
         part.get_function(compiled.native_name).name = _symbol(name)
