@@ -125,9 +125,10 @@ def ask(endpoint: str, home: Path, *references: str, offline: bool = False) -> l
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1" if offline else "0"}
+    environment |= {"HF_HUB_ETAG_TIMEOUT": "600", "HF_HUB_DOWNLOAD_TIMEOUT": "600"}  # the machine may be busy
     environment |= {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     command = [sys.executable, "-c", script, *references]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=1200)
     assert done.stderr == "", "nothing is drawn where there is no terminal"
     lines = done.stdout.splitlines()
     assert len(lines) == len(references), done.stdout + done.stderr

@@ -208,7 +208,7 @@ def test_processes_share_it_and_may_be_killed(tmp_path: Path) -> None:
         process.kill()
         process.communicate()
     for process in steady:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=1200)
         assert process.returncode == 0, errors.decode()
     left = entries(tmp_path)
     assert left

@@ -60,7 +60,7 @@ def machine(home: Path, address: str) -> Callable[..., subprocess.CompletedProce
     def run(code: int, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "ktmerge", *arguments]
         done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, check=False,
-                              stdin=subprocess.DEVNULL, timeout=120)  # fmt: skip
+                              stdin=subprocess.DEVNULL, timeout=1200)  # fmt: skip
         assert done.returncode == code, f"{arguments}: {done.returncode}\n{done.stdout}{done.stderr}"
         assert "Traceback" not in done.stderr
         return done

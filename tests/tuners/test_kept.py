@@ -176,12 +176,12 @@ def test_a_killed_run_with_everything_resumes_to_the_same_bytes(tiny_llama: Path
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, json.dumps(settings), tiny_llama, tmp_path, moment], stderr=subprocess.DEVNULL
     )
-    log, deadline = tmp_path / "out.partial/log.jsonl", time.monotonic() + 120
+    log, deadline = tmp_path / "out.partial/log.jsonl", time.monotonic() + 1200
     while moment == "any time" and process.poll() is None and time.monotonic() < deadline:
         if log.exists() and log.read_text().count('"loss"') >= 5:
             process.kill()
         time.sleep(0.002)
-    assert process.wait(120) == -signal.SIGKILL
+    assert process.wait(1200) == -signal.SIGKILL
     tune(tiny_llama, tmp_path, **settings, resume=True)
     for name in ("out", "out-last"):
         shutil.move(tmp_path / name, tmp_path / f"resumed-{name}")

@@ -113,13 +113,13 @@ def stop_after(step: int, command: list[str], folder: Path) -> subprocess.Comple
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
     )
     log = folder / "out.partial/log.jsonl"
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 1200
     while process.poll() is None and time.monotonic() < deadline:
         if log.exists() and log.read_text().count('"loss"') >= step:
             process.send_signal(signal.SIGINT)
             break
         time.sleep(0.005)
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=1200)
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
