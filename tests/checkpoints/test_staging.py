@@ -32,7 +32,7 @@ base, out, stop_at = Checkpoint.open(Path(sys.argv[1])), Path(sys.argv[2]), sys.
 def step(name):
     if stop_at == name:
         print("stopped", flush=True)
-        time.sleep(60)
+        time.sleep(86400)
 
 def stopping(name):
     whole = getattr(staging.Staging, name)
