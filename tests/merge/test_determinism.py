@@ -104,6 +104,7 @@ def test_threads_and_pieces_do_not_show(
         monkeypatch.setattr(fused, "cores", lambda count=cores: count)
         monkeypatch.setattr(general, "cores", lambda count=cores: count)
         monkeypatch.setattr(fused, "PIECE", piece)
+        monkeypatch.setattr(general, "CHUNK", piece)
         monkeypatch.setattr(fused, "HELD", held)
         assert digest(models, tmp_path / "out", document) == alone, (cores, piece, held)
 
