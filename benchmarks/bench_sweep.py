@@ -2,10 +2,11 @@
 
     python benchmarks/bench_sweep.py --base demo/base --expert verdicts=demo/experts/verdicts --json sweep.json
 
-All sides take turns, as often as ``--runs`` says, each time at another lambda. What they begin with, and need only once
-a sweep, is not counted: processes started, kernels compiled, base and experts read, a model built.
+All sides take turns, as often as ``--runs`` says, each time at another lambda (``ties_density``: at another density).
+What they begin with, and need only once a sweep, is not counted: processes started, kernels compiled, base and experts
+read, a model built, and what the methods keep from one lambda to the next: thresholds, decompositions, merged deltas.
 
-* write: the parameters copied from a second model in memory to the first, which no candidate can do without
+* write: every parameter copied once from a ready copy in memory to the model, by torch on all cores
 * in place: ktmerge, into the loaded model (what ``ktmerge sweep`` does)
 * disk: ktmerge, to a folder, which is then loaded
 * mergekit: what mergekit-evolve does with ``--in-memory``: plan, execute, copy each tensor into the loaded model; it
@@ -39,8 +40,11 @@ BLENDS: dict[str, dict[str, Any]] = {
     "linear": {"method": "linear"},
     "task_arithmetic": {"method": "task_arithmetic"},
     "ties": {"method": "ties", "density": 0.3},
+    "ties_density": {"method": "ties"},
     "dg_hard": {"method": "dg_hard"},
 }
+TURNED = {"ties_density": "density"}
+"""What is turned where that is not lambda."""
 MERGEKIT: dict[str, Callable[[float, int], dict[str, Any]]] = {
     "task_arithmetic": lambda value, experts: {"merge_method": "task_arithmetic", "parameters": {"lambda": value}},
     "ties": lambda value, experts: {
@@ -50,12 +54,12 @@ MERGEKIT: dict[str, Callable[[float, int], dict[str, Any]]] = {
 """Where both mean the same work; a lone ``linear`` is two models' average there."""
 
 
-def recipe_of(base: Path, experts: dict[str, Path], blend: dict[str, Any], value: float) -> Recipe:
+def recipe_of(base: Path, experts: dict[str, Path], name: str, value: float) -> Recipe:
     document = {
         "ktmerge": 1,
         "base": str(base),
         "experts": {name: {"model": str(path)} for name, path in experts.items()},
-        "blend": {**blend, "lambda": value},
+        "blend": {**BLENDS[name], TURNED.get(name, "lambda"): value},
     }
     return parse_recipe(document, "benchmark", Path.cwd())
 
@@ -111,11 +115,10 @@ class InMemory:
 def sides_of(
     name: str, base: Path, experts: dict[str, Path], live: Live, folder: Path
 ) -> dict[str, Callable[[float], None]]:
-    blend = BLENDS[name]
     found: dict[str, Callable[[float], None]] = {
         "write": lambda value: live.write(),
-        "in place": lambda value: live.blend(recipe_of(base, experts, blend, value)),
-        "disk": lambda value: through_disk(recipe_of(base, experts, blend, value), folder),
+        "in place": lambda value: live.blend(recipe_of(base, experts, name, value)),
+        "disk": lambda value: through_disk(recipe_of(base, experts, name, value), folder),
     }
     if name in MERGEKIT:
         other = InMemory(base, experts)
@@ -128,12 +131,14 @@ class Live:
 
     def __init__(self, base: Path) -> None:
         self._model = load_model(base, CPU, torch.float32)
-        self._other = {name: values.clone() for name, values in self._model.state_dict().items()}
+        self._own = dict(self._model.named_parameters())  # tied ones once
+        self._other = {name: values.detach().clone() for name, values in self._own.items()}
         self._sources = ktmerge.Pristine()
 
     def write(self) -> None:
-        for name, values in self._model.state_dict().items():
-            values.copy_(self._other[name])
+        with torch.no_grad():
+            for name, values in self._own.items():
+                values.copy_(self._other[name])
 
     def blend(self, recipe: Recipe) -> None:
         ktmerge.blend_into(self._model, recipe, self._sources)
