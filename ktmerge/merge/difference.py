@@ -240,10 +240,6 @@ def _model(recipe: Recipe, name: str) -> str | None:
     return recipe.base if name == "base" else recipe.experts[name].model if name in recipe.experts else None
 
 
-def _section(section: Any) -> str | None:
-    return None if section is None else "there"
-
-
 def _document(section: Any) -> Any:
     return None if section is None else section.model_dump(mode="json", by_alias=True, exclude_none=True)
 
