@@ -9,14 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ktmerge.errors import UsageError
 from ktmerge.recipes.images import Image, ImageError, images_of
 from ktmerge.recipes.rows import Row, listing, read_rows
-from ktmerge.tuners.images.places import MARK, Place, Placed, PlaceError, Segments, fill, joined
-
-Role = Literal["system", "user", "assistant"]
+from ktmerge.tuners.images.places import MARK, Placed, PlaceError, fill, joined
+from ktmerge.tuners.turns import (
+    ROLES,
+    SHAREGPT_ROLES,
+    Role,
+    RowError,
+    Turn,
+    kind_of,
+    system_of,
+    text_of,
+    turns_of,
+    whole_characters,
+)
 
 FORMATS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -30,14 +40,6 @@ _HELP = (
     "Known formats: messages (role, content), ShareGPT (conversations: from, value), "
     "alpaca (instruction, input, output), prompt-completion (prompt, completion)."
 )
-_SHAREGPT_ROLES: dict[str, Role] = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-}
-_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
 _IMAGE_COLUMNS = ("images", "image")
 
 
@@ -100,10 +102,6 @@ class DataSet:
     sizes: tuple[int, ...] = ()
 
 
-class _RowError(Exception):
-    """What is wrong with one row, without saying where."""
-
-
 def read_data(files: Sequence[str], folder: Path, format: str = "auto", image_root: Path | None = None) -> DataSet:
     """Read data files given relative to ``folder``, and the names of their images, relative to ``image_root``.
 
@@ -153,7 +151,7 @@ def _samples(rows: Sequence[Row], name: str, root: Path, problems: list[str]) ->
         try:
             _require_columns(row.values, name)
             samples.append(_READERS[name](row.values, row.where, root))
-        except (_RowError, ImageError, PlaceError) as error:
+        except (RowError, ImageError, PlaceError) as error:
             problems.append(f"{row.where}: {error}")
     return samples
 
@@ -161,33 +159,26 @@ def _samples(rows: Sequence[Row], name: str, root: Path, problems: list[str]) ->
 def _require_columns(row: Mapping[str, Any], name: str) -> None:
     missing = [column for column in FORMATS[name] if column not in row]
     if missing:
-        raise _RowError(f"{' and '.join(missing)} missing; the file is {name} by its first row, and all rows must be.")
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """A turn as it was read: texts, images, and places of images that the row names elsewhere."""
-
-    role: Role
-    segments: Segments
+        raise RowError(f"{' and '.join(missing)} missing; the file is {name} by its first row, and all rows must be.")
 
 
 def _read_messages(row: Mapping[str, Any], where: str, root: Path) -> Sample:
-    turns = _turns(row.get("messages"), "messages", "role", "content", _ROLES, root)
+    turns = turns_of(row.get("messages"), "messages", "role", "content", ROLES, root)
     return _chat(turns, where, _images(row, root))
 
 
 def _read_sharegpt(row: Mapping[str, Any], where: str, root: Path) -> Sample:
-    turns = _turns(row.get("conversations"), "conversations", "from", "value", _SHAREGPT_ROLES, root)
-    return _chat(_system(row) + turns, where, _images(row, root))
+    turns = turns_of(row.get("conversations"), "conversations", "from", "value", SHAREGPT_ROLES, root)
+    return _chat(system_of(row) + turns, where, _images(row, root))
 
 
 def _read_alpaca(row: Mapping[str, Any], where: str, root: Path) -> Sample:
-    instruction, given, output = _text(row, "instruction"), _text(row, "input", optional=True), _text(row, "output")
+    instruction, output = text_of(row, "instruction"), text_of(row, "output")
+    given = text_of(row, "input", optional=True)
     question = f"{instruction}\n\n{given}" if given.strip() else instruction
     if not question.strip():
-        raise _RowError("the instruction is empty.")
-    turns = [*_system(row), _Turn("user", [question]), _Turn("assistant", [output])]
+        raise RowError("the instruction is empty.")
+    turns = [*system_of(row), Turn("user", [question]), Turn("assistant", [output])]
     return _chat(turns, where, _images(row, root))
 
 
@@ -195,17 +186,17 @@ def _read_prompt_completion(row: Mapping[str, Any], where: str, root: Path) -> S
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
         if not completion.strip():
-            raise _RowError("the completion is empty.")
-        (segments,) = fill([[_whole_characters(prompt)]], _images(row, root))
+            raise RowError("the completion is empty.")
+        (segments,) = fill([[whole_characters(prompt)]], _images(row, root))
         text, placed = joined(segments, trim=False)
-        return PlainSample(text, _whole_characters(completion), where, placed)
+        return PlainSample(text, whole_characters(completion), where, placed)
     if isinstance(prompt, list) and isinstance(completion, list):
-        before = _turns(prompt, "prompt", "role", "content", _ROLES, root)
-        after = _turns(completion, "completion", "role", "content", _ROLES, root)
+        before = turns_of(prompt, "prompt", "role", "content", ROLES, root)
+        after = turns_of(completion, "completion", "role", "content", ROLES, root)
         return _chat(before + after, where, _images(row, root), trained_from=len(before))
-    raise _RowError(
+    raise RowError(
         "prompt and completion must both be text, or both lists of messages; "
-        f"here they are {_kind(prompt)} and {_kind(completion)}."
+        f"here they are {kind_of(prompt)} and {kind_of(completion)}."
     )
 
 
@@ -217,22 +208,22 @@ _READERS: dict[str, Callable[[Mapping[str, Any], str, Path], Sample]] = {
 }
 
 
-def _chat(turns: Sequence[_Turn], where: str, images: Sequence[Image], trained_from: int = 0) -> ChatSample:
+def _chat(turns: Sequence[Turn], where: str, images: Sequence[Image], trained_from: int = 0) -> ChatSample:
     asked = [number for number, turn in enumerate(turns) if turn.role == "user"]
     if images and not asked:
-        raise _RowError("names images, but has no user turn that they could belong to.")
+        raise RowError("names images, but has no user turn that they could belong to.")
     filled = dict(zip(asked, fill([turns[number].segments for number in asked], images), strict=True))
     messages = []
     for number, turn in enumerate(turns):
         segments = filled.get(number, turn.segments)
         if turn.role != "user" and not all(_is_text(segment, marks=bool(images)) for segment in segments):
-            raise _RowError(f"the {turn.role} turn {number + 1} has an image; only user turns may have any.")
+            raise RowError(f"the {turn.role} turn {number + 1} has an image; only user turns may have any.")
         messages.append(Message(turn.role, *joined(segments, trim=True)))
     answers = [message for message in messages[trained_from:] if message.role == "assistant"]
     if not answers:
-        raise _RowError("there is no assistant turn to learn.")
+        raise RowError("there is no assistant turn to learn.")
     if not all(answer.content.strip() for answer in answers):
-        raise _RowError("an assistant turn is empty.")
+        raise RowError("an assistant turn is empty.")
     return ChatSample(tuple(messages), where, trained_from)
 
 
@@ -241,83 +232,7 @@ def _is_text(segment: Any, *, marks: bool) -> bool:
     return isinstance(segment, str) and not (marks and MARK in segment)
 
 
-def _system(row: Mapping[str, Any]) -> list[_Turn]:
-    text = _text(row, "system", optional=True)
-    return [_Turn("system", [text])] if text.strip() else []
-
-
 def _images(row: Mapping[str, Any], root: Path) -> list[Image]:
     """Those that a row names beside its texts."""
     named = next((row[column] for column in _IMAGE_COLUMNS if row.get(column) is not None), None)
     return images_of(named, root)
-
-
-def _text(row: Mapping[str, Any], column: str, *, optional: bool = False) -> str:
-    value = row.get(column)
-    if value is None and optional:
-        return ""
-    if not isinstance(value, str):
-        raise _RowError(f"{column} is {_kind(value)}; it must be text.")
-    return _whole_characters(value)
-
-
-def _turns(value: Any, column: str, role_key: str, text_key: str, roles: Mapping[str, Role], root: Path) -> list[_Turn]:
-    if not isinstance(value, list) or not value:
-        raise _RowError(f"{column} is {'empty' if value == [] else _kind(value)}; it must be a list of turns.")
-    turns = []
-    for number, turn in enumerate(value, 1):
-        if not isinstance(turn, Mapping) or role_key not in turn or text_key not in turn:
-            raise _RowError(f"turn {number} of {column} has no {role_key} and {text_key}.")
-        role = roles.get(turn[role_key]) if isinstance(turn[role_key], str) else None
-        if role is None:
-            raise _RowError(
-                f"turn {number} of {column} has the unknown {role_key} {turn[role_key]!r}; known: {', '.join(roles)}."
-            )
-        turns.append(_Turn(role, _content(turn[text_key], number, column, root)))
-    return turns
-
-
-def _content(value: Any, number: int, column: str, root: Path) -> Segments:
-    """Text, given as such or as a list of parts, some of which may be images."""
-    if isinstance(value, str):
-        return [_whole_characters(value)]
-    if isinstance(value, list) and value and all(isinstance(part, Mapping) for part in value):
-        return [segment for part in value for segment in _part(part, number, column, root)]
-    raise _RowError(f"the content of turn {number} of {column} is not text, nor a list of parts.")
-
-
-def _part(part: Mapping[str, Any], number: int, column: str, root: Path) -> Segments:
-    """One part of a message; tables fill the keys that a part does not have with null."""
-    kind = part.get("type")
-    if kind == "text" and isinstance(part.get("text"), str):
-        return [_whole_characters(part["text"])]
-    if kind not in ("image", "image_url"):
-        raise _RowError(f"the content of turn {number} of {column} is not text or an image, but {kind or 'nameless'}.")
-    found = images_of(_source(part), root)
-    return [*found] if found else [Place()]
-
-
-def _source(part: Mapping[str, Any]) -> Any:
-    """What a part of a message says of its image; nothing if the row does elsewhere."""
-    source = part.get("source")
-    if isinstance(source, Mapping):
-        return {"bytes": source["data"]} if isinstance(source.get("data"), str) else source.get("url")
-    if isinstance(part.get("base64"), str):
-        return {"bytes": part["base64"]}
-    if part.get("bytes") is not None:
-        return part["bytes"]
-    return next((part[key] for key in ("image", "image_url", "path", "url") if part.get(key) is not None), None)
-
-
-def _whole_characters(text: str) -> str:
-    """Refuse what JSON can escape but no tokenizer can read: one half of a surrogate pair."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise _RowError(f"the text has half a character ({text[error.start]!r}) in it.") from None
-    return text
-
-
-def _kind(value: Any) -> str:
-    names = {type(None): "missing", list: "a list", dict: "an object", str: "text", bool: "true or false"}
-    return names.get(type(value), "a number")

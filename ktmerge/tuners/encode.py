@@ -20,6 +20,7 @@ from ktmerge.recipes.images import Image
 from ktmerge.recipes.rows import listing
 from ktmerge.tuners.data import ChatSample, PlainSample, Sample
 from ktmerge.tuners.images.places import split
+from ktmerge.tuners.stops import Stops, stop_ids
 from ktmerge.tuners.tokens import Run, Tokens, runs_of
 
 if TYPE_CHECKING:
@@ -124,10 +125,8 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, stop_ids: Sequence[int], vocabulary: int | None = None) -> None:
         self.tokenizer = tokenizer
-        self._stops = tuple(stop_ids)
-        self._added = frozenset(tokenizer.get_added_vocab().values())
+        self._ends = Stops(tokenizer, stop_ids)
         self._vocabulary = vocabulary
-        self._blank: dict[int, bool] = {}
         template = self._template()
         self.has_template = template is not None
         self._asks = template is not None and "add_generation_prompt" in template
@@ -158,7 +157,7 @@ class Encoder:
     @property
     def stops(self) -> tuple[int, ...]:
         """The tokens that end a text."""
-        return self._stops
+        return self._ends.ids
 
     @property
     def extras(self) -> Extras | None:
@@ -215,8 +214,8 @@ class Encoder:
         tokens = Tokens(self.tokenizer, prompt + sample.completion, add_special_tokens=True)
         first = tokens.before(len(prompt))
         ids = list(tokens.ids)
-        if ids[-1] not in self._stops:
-            ids.append(self._stops[0])
+        if ids[-1] not in self.stops:
+            ids.append(self.stops[0])
         return ids, [number >= first for number in range(len(ids))]
 
     def _chat(self, sample: ChatSample) -> tuple[list[int], list[bool]]:
@@ -224,8 +223,8 @@ class Encoder:
         if self._marks_answers and not earlier:
             marked = self._marked(sample)
             if marked is not None:
-                return self._with_stops(*marked)
-        return self._with_stops(*self._located(sample))
+                return self._ends.mark(*marked)
+        return self._ends.mark(*self._located(sample))
 
     def _marked(self, sample: ChatSample) -> tuple[list[int], list[Run]] | None:
         """Answers as the template's own marks give them; None where the tokenizer cannot follow them."""
@@ -316,54 +315,6 @@ class Encoder:
         """The tokens of a rendered conversation."""
         return Tokens(self.tokenizer, text, add_special_tokens=False)
 
-    def _with_stops(self, ids: list[int], runs: list[Run]) -> tuple[list[int], list[bool]]:
-        """Mark the answers; end each with the stop token that follows, or with one of our own if the text just ends."""
-        # what opens every turn is an added token too, but ends nothing
-        stops = {*self._stops, *(self._added - set(ids[:2]))}
-        trained = [False] * len(ids)
-        for run in runs:
-            end = self._stop_after(ids, run, stops)
-            if end is None:
-                end = len(ids)
-                while end > run.content_end and self._is_blank(ids[end - 1]):
-                    end -= 1
-                ids, trained = [*ids[:end], self._stops[0]], [*trained[:end], True]
-            trained[run.first : end] = [True] * (end - run.first)
-        return ids, trained
-
-    def _stop_after(self, ids: list[int], run: Run, stops: set[int]) -> int | None:
-        """One past the last token to train; None where the text ends without a stop."""
-        marked = self._marked_stop(ids, run, stops) if run.content_end == run.end else None
-        if marked is not None:
-            return marked
-        for number in range(run.content_end, run.end):
-            if ids[number] in stops:
-                return self._last_of_several(ids, number, run.end, stops) + 1
-        number = run.end
-        while number < len(ids) and ids[number] not in stops and self._is_blank(ids[number]):
-            number += 1
-        if number == len(ids):
-            return None
-        return number + 1 if ids[number] in stops else run.end
-
-    def _last_of_several(self, ids: list[int], number: int, end: int, stops: set[int]) -> int:
-        """Some templates close the answer and then the turn, with one token each."""
-        while ids[number] not in self._stops and number + 1 < end and ids[number + 1] in stops:
-            number += 1
-        return number
-
-    def _marked_stop(self, ids: list[int], run: Run, stops: set[int]) -> int | None:
-        """One past the stop token that the template's own marks include, if any; a line end after it is no answer."""
-        last = run.end - 1
-        while last > run.first and self._is_blank(ids[last]):
-            last -= 1
-        return last + 1 if ids[last] in stops else None
-
-    def _is_blank(self, token: int) -> bool:
-        if token not in self._blank:
-            self._blank[token] = not self.tokenizer.decode([token]).strip()
-        return self._blank[token]
-
 
 def _shown(content: str, text: str, position: int) -> str | None:
     """The part of an answer that stands in ``text``: all of it, or what follows its thoughts, which templates drop."""
@@ -379,12 +330,3 @@ def _after(text: str, content: str, position: int) -> int:
 
 def _refusal(error: Exception) -> SampleError:
     return SampleError(f"the chat template refuses it: {first_line(error)}")
-
-
-def stop_ids(tokenizer: Any, base: Path, config: dict[str, Any]) -> tuple[int, ...]:
-    """What ends a text, by the tokenizer, then the files of the checkpoint folder ``base``."""
-    generation = read_json(base / "generation_config.json") if (base / "generation_config.json").exists() else {}
-    found: list[int] = []
-    for named in (tokenizer.eos_token_id, generation.get("eos_token_id"), config.get("eos_token_id")):
-        found += [named] if isinstance(named, int) else [one for one in named or () if isinstance(one, int)]
-    return tuple(dict.fromkeys(found))

@@ -19,10 +19,11 @@ from ktmerge.checkpoints.processor import load_processor
 from ktmerge.errors import UsageError, first_line
 from ktmerge.recipes.images import Image
 from ktmerge.tuners.data import ChatSample, PlainSample, Sample
-from ktmerge.tuners.encode import Encoded, Encoder, Extras, SampleError, Turns, stop_ids
+from ktmerge.tuners.encode import Encoded, Encoder, Extras, SampleError, Turns
 from ktmerge.tuners.images.check import Seen
 from ktmerge.tuners.images.pixels import Pixels
 from ktmerge.tuners.images.places import MARK, Placed, split
+from ktmerge.tuners.stops import stop_ids
 from ktmerge.tuners.tokens import Run, Tokens
 
 Size = tuple[int, int]
@@ -118,7 +119,7 @@ class SeeingEncoder(Encoder):
         before, _, after = probe.partition(_QUESTION)
         with suppress(SampleError):
             before = self._expanded(before, self._ask((NOMINAL,)))
-        self._added -= set(self._ids(before)) - set(self._ids(after)) - set(self._stops)
+        self._ends.added -= set(self._ids(before)) - set(self._ids(after)) - set(self.stops)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
