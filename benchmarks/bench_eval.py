@@ -2,11 +2,14 @@
 
     python benchmarks/bench_eval.py                  # every set, three turns
     python benchmarks/bench_eval.py --items 40 --sets capitals,shots --runs 1 --json results.json
+    python benchmarks/bench_eval.py --only whole --items 40 --json whole.json          # the two commands alone
 
 Two things are timed, each in processes of its own that take turns: *scoring* (model loaded; from texts to scores) and
-the *whole process* of both commands as a user types them. lm_eval computes in fp32, as ktmerge does on a processor, and
-is given every batch size of --batch-sizes. No item occurs twice in a set, and every item has to score the same on both
-sides. Needs ktmerge[demo,lm-eval]; the model and the texts are fetched once.
+the *whole process* of both commands as a user types them, after one run of each that is not counted, in an order that
+turns round. lm_eval computes in fp32, as ktmerge does on a processor, and is given every batch size of --batch-sizes;
+whole, the last of them or the fastest, if scoring was timed. No item occurs twice in a set, and every item has to score
+the same on both sides, in both measurements. The machine's load is printed: figures of a busy one say little. Needs
+ktmerge[demo,lm-eval]; the model and the texts are fetched once.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import sys
 import tempfile
@@ -181,8 +185,8 @@ def scoring(model: Path, folder: Path, name: str, batches: list[str], runs: int)
     return {"items": len(ours["items"]), "seconds": found, "largest difference": apart}
 
 
-def whole(model: Path, folder: Path, names: list[str], batch: str, runs: int) -> dict[str, Cost]:
-    """Median cost of both commands on all sets, in turns."""
+def whole(model: Path, folder: Path, names: list[str], batch: str, runs: int) -> dict[str, list[Cost]]:
+    """Costs of both commands on all sets, in turns, after a run of each that does not count; refuses unequal scores."""
     suite, tasks = write_tasks(folder, names)
     out = folder / "out"
     commands = {
@@ -192,12 +196,28 @@ def whole(model: Path, folder: Path, names: list[str], batch: str, runs: int) ->
                     "--include_path", str(tasks), "--tasks", ",".join(f"bench_{name}" for name in names),
                     "--device", "cpu", "--batch_size", batch, "--output_path", str(out), "--log_samples"],
     }  # fmt: skip
-    out.mkdir(exist_ok=True)
     costs: dict[str, list[Cost]] = {side: [] for side in commands}
-    for _ in range(runs):
-        for side, command in commands.items():
-            costs[side].append(measure(command))
-    return {side: median(own) for side, own in costs.items()}
+    for turn in range(runs + 1):
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        for side in sorted(commands, reverse=bool(turn % 2)):
+            cost = measure(commands[side])
+            if turn:
+                costs[side].append(cost)
+            print(f"  {'turn ' + str(turn) if turn else 'not counted'}: {side:8s} {describe(cost)}", flush=True)
+        _compare_whole(out, names)
+    return costs
+
+
+def _compare_whole(out: Path, names: list[str]) -> None:
+    """Every item's ``acc`` in ktmerge's score file and in lm_eval's samples."""
+    ours = json.loads((out / "scores.json").read_text(encoding="utf-8"))["models"]["base"]["tasks"]
+    for name in names:
+        (samples,) = out.rglob(f"samples_bench_{name}_*.jsonl")
+        rows = [json.loads(line) for line in samples.read_text(encoding="utf-8").splitlines()]
+        theirs = [row["acc"] for row in sorted(rows, key=lambda row: int(row["doc_id"]))]
+        if ours[name]["scores"] != theirs:
+            sys.exit(f"{name}: the two commands give items different scores")
 
 
 def main() -> None:
@@ -210,6 +230,7 @@ def main() -> None:
     parser.add_argument("--sets", default=",".join(SETS))
     parser.add_argument("--batch-sizes", default="1,16", help="of lm_eval; 1 is its default")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--only", choices=("scoring", "whole"), help="time only this")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "ktmerge-bench-eval")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -221,11 +242,24 @@ def main() -> None:
     folder, names, batches = arguments.folder, arguments.sets.split(","), arguments.batch_sizes.split(",")
     model = base_model(cache_folder())
     write_sets(folder, arguments.items)
-    print(f"{platform.machine()}, {os.cpu_count()} cores; {NAME}; fp32")
+    print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} before; {NAME}; fp32")
+    results: dict[str, Any] = {"load": os.getloadavg()[0]}
+    batch = batches[-1]
+    if arguments.only != "whole":
+        results |= time_scoring(model, folder, names, batches, arguments.runs)
+        batch = min(batches, key=lambda one: results["all"][f"lm_eval, batch {one}"][0])
+    if arguments.only != "scoring":
+        results["whole process"] = time_whole(model, folder, names, batch, arguments.runs)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2))
+
+
+def time_scoring(model: Path, folder: Path, names: list[str], batches: list[str], runs: int) -> dict[str, Any]:
+    """Print and return both sides' seconds from texts to scores, by set and in all."""
     results: dict[str, Any] = {}
     total: dict[str, list[float]] = {}
     for name in names:
-        found = results[name] = scoring(model, folder, name, batches, arguments.runs)
+        found = results[name] = scoring(model, folder, name, batches, runs)
         ours = found["seconds"]["ktmerge"]
         print(f"{name}: {SETS[name]}; {found['items']} items, equal scores, "
               f"log-likelihoods within {found['largest difference']:.0e}")  # fmt: skip
@@ -238,16 +272,23 @@ def main() -> None:
     for label, (wall, cpu) in total.items():
         print(f"  {label:20s} {wall:7.2f} s wall {cpu:7.2f} s CPU"
               f"  {wall / total['ktmerge'][0]:5.1f} x wall {cpu / total['ktmerge'][1]:5.1f} x CPU")  # fmt: skip
-    results["all"] = total
-    fastest = min(batches, key=lambda batch: total[f"lm_eval, batch {batch}"][0])
-    costs = whole(model, folder, names, fastest, arguments.runs)
-    for side, cost in costs.items():
-        print(f"whole process, {side:8s} {describe(cost)}")
-    print(f"lm_eval / ktmerge: {costs['lm_eval'].wall / costs['ktmerge'].wall:.1f} x wall, "
-          f"{costs['lm_eval'].cpu / costs['ktmerge'].cpu:.1f} x CPU")  # fmt: skip
-    results["whole process"] = {side: asdict(cost) for side, cost in costs.items()}
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=2))
+    return {**results, "all": total}
+
+
+def time_whole(model: Path, folder: Path, names: list[str], batch: str, runs: int) -> dict[str, Any]:
+    """Print and return what both commands cost, the median and every turn."""
+    print(f"whole process on {', '.join(names)}; lm_eval in batches of {batch}")
+    costs = whole(model, folder, names, batch, runs)
+    middle = {side: median(own) for side, own in costs.items()}
+    for side, cost in middle.items():
+        spread = max(one.wall for one in costs[side]) - min(one.wall for one in costs[side])
+        print(f"whole process, {side:8s} {describe(cost)}, median of {runs}, spread {spread:.1f} s wall")
+    print(f"lm_eval / ktmerge: {middle['lm_eval'].wall / middle['ktmerge'].wall:.1f} x wall, "
+          f"{middle['lm_eval'].cpu / middle['ktmerge'].cpu:.1f} x CPU; equal scores; "
+          f"load {os.getloadavg()[0]:.1f} after")  # fmt: skip
+    return {
+        side: {"median": asdict(middle[side]), "turns": [asdict(one) for one in own]} for side, own in costs.items()
+    }
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ if TYPE_CHECKING:
     from ktmerge.eval.comparison import merge_results
     from ktmerge.eval.evaluation import evaluate
     from ktmerge.eval.page import report
-    from ktmerge.eval.results import Generation, PathPoint, Results, TaskScore
+    from ktmerge.eval.results import Generation, PathPoint, Results
     from ktmerge.eval.samples import generations
     from ktmerge.eval.scorer import score_model
+    from ktmerge.eval.scores import TaskScore
     from ktmerge.eval.screened import Screened
     from ktmerge.eval.screening import screen
     from ktmerge.eval.sets import encode_sets, read_sets
@@ -41,7 +42,7 @@ _HOME = {
     "PathPoint": "results",
     "Results": "results",
     "Screened": "screened",
-    "TaskScore": "results",
+    "TaskScore": "scores",
     "disagreement": "unlabelled",
     "divergence": "unlabelled",
     "encode_sets": "sets",

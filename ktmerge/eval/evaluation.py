@@ -25,8 +25,9 @@ from ktmerge.eval.loading import (
     choose_device,
     choose_dtype,
 )
-from ktmerge.eval.results import ModelInfo, Results, TaskInfo, TaskScore
+from ktmerge.eval.results import Results
 from ktmerge.eval.rows import part_named
+from ktmerge.eval.scores import ModelInfo, TaskInfo, TaskScore
 from ktmerge.eval.sets import TaskSet, read_sets, suite_digest
 from ktmerge.eval.store import ScoreStore
 from ktmerge.eval.subject import Reference, Subject, subject

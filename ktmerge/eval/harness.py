@@ -17,8 +17,8 @@ import numpy as np
 from ktmerge.errors import KtmergeError, UsageError, did_you_mean, first_line
 from ktmerge.eval.hub import content_digest
 from ktmerge.eval.quiet import quiet_harness
-from ktmerge.eval.results import TaskScore
 from ktmerge.eval.rows import Part, of_part
+from ktmerge.eval.scores import TaskScore
 from ktmerge.eval.task_files import refuse_code
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.harness import HarnessTask

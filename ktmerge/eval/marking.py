@@ -13,7 +13,7 @@ from ktmerge.eval.instructions import followed
 from ktmerge.eval.items import GenerateItem, InstructionsItem, LetterItem
 from ktmerge.eval.letters import read_letter
 from ktmerge.eval.overlap import OVERLAP, overlap
-from ktmerge.eval.results import TaskScore
+from ktmerge.eval.scores import TaskScore
 from ktmerge.eval.sets import TaskSet
 from ktmerge.recipes.suites import GenerateTask, InstructionsTask
 

@@ -16,7 +16,8 @@ from ktmerge.checkpoints.files import write_whole
 from ktmerge.drawing import styles
 from ktmerge.eval.picture import loss_picture, score_picture, tradeoff
 from ktmerge.eval.provenance import provenance
-from ktmerge.eval.results import Generation, PathPoint, TaskInfo
+from ktmerge.eval.results import Generation, PathPoint
+from ktmerge.eval.scores import TaskInfo
 from ktmerge.eval.summary import FORMULAS
 from ktmerge.eval.table import plain, with_interval, worst
 from ktmerge.eval.telling import telling

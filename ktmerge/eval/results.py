@@ -3,132 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import combinations
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ktmerge.checkpoints.files import write_whole
 from ktmerge.errors import UsageError, did_you_mean
-from ktmerge.eval import statistics
-from ktmerge.eval.metrics import bits_per_byte, perplexity_per_byte, perplexity_per_token, perplexity_per_word
 from ktmerge.eval.partition import FORMULAS as PARTITION_FORMULAS
 from ktmerge.eval.partition import Partition, Triple, partition
+from ktmerge.eval.score_files import check, parse
+from ktmerge.eval.scores import ModelInfo, TaskInfo, TaskScore
 from ktmerge.eval.significance import McNemar, mcnemar
 from ktmerge.eval.summary import FORMULAS, Comparison, Sequential, Summary, summarise
 from ktmerge.recipes.suites import Side
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from ktmerge.eval.table import DifferencesTable, ScoreTable
 
 SCHEMA_VERSION = 1
 RIGHT_OR_WRONG = ("acc", "acc_norm", "exact_match", "relaxed_accuracy")  # metrics with nothing between
-LARGEST = {"cider": 10.0}  # item score of metrics that go beyond 1
-
-
-@dataclass(frozen=True)
-class TaskInfo:
-    """One set of the suite, as it was scored.
-
-    Attributes:
-        rows: the data file's row (from 0) of each item; a row of text may give several.
-        prompts: of each item, as written in the suite (not for text tasks).
-        references: index of the right choice, or the reference answer (not for text tasks).
-        truncated: items whose prompt was cut to fit the model; skipped: rows too short to score.
-    """
-
-    name: str
-    side: Side
-    kind: str
-    metric: str
-    digest: str
-    data_digest: str
-    rows: list[int]
-    prompts: list[str] = field(default_factory=list)
-    references: list[Any] = field(default_factory=list)
-    truncated: int = 0
-    skipped: int = 0
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """One scored model; ``digest`` is that of its weights, None when it was scored from memory."""
-
-    path: str
-    digest: str | None
-    tokenizer: str
-    device: str
-    dtype: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """A model's scores on a task: per item in [0, 1], and what they were made from.
-
-    Attributes:
-        scores: of each item, in [0, 1]; CIDEr's go to 10.
-        details: columns by name, one entry an item. choice: ``logprobs``; classify: ``predicted``, too; generate:
-            ``outputs``, ``answers`` (where one was extracted); letter: ``outputs``, ``predicted`` (None: unread);
-            text: ``correct``, ``tokens``, ``nll`` (nats), ``bytes``, ``words``.
-        figures: numbers of the whole set shown beside the score, such as ``unread`` (percent) or ``bleu``.
-        signature: of the package and settings that scored it, if any.
-        total: of an imported set without item scores, its score and standard error on 0-100; ``scores`` is empty.
-    """
-
-    scores: NDArray[np.float64]
-    details: dict[str, list[Any]]
-    figures: dict[str, float] = field(default_factory=dict)
-    signature: str = ""
-    total: tuple[float, float] | None = None
-
-    @property
-    def mean(self) -> float:
-        """On 0-100."""
-        if self.total is not None:
-            return self.total[0]
-        return statistics.mean(self.scores)
-
-    @property
-    def stderr(self) -> float | None:
-        """On 0-100; None for a single item."""
-        if self.total is not None:
-            return self.total[1]
-        return statistics.standard_error(self.scores)
-
-    def extras(self) -> dict[str, float]:
-        """Figures shown beside the score; of a text task perplexity per token, word and byte, and bits per byte."""
-        if "nll" not in self.details:
-            return self.figures
-        nll = sum(self.details["nll"])
-        size, tokens, words = (sum(self.details.get(unit, ())) for unit in ("bytes", "tokens", "words"))
-        found = {"perplexity_per_token": perplexity_per_token(nll, tokens)} if tokens else {}
-        if words:
-            found["perplexity_per_word"] = perplexity_per_word(nll, words)
-        if size:
-            found |= {"perplexity_per_byte": perplexity_per_byte(nll, size), "bits_per_byte": bits_per_byte(nll, size)}
-        return {**self.figures, **{name: value for name, value in found.items() if isfinite(value)}}
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "score": self.mean, "stderr": self.stderr, **self.extras(), "signature": self.signature,
-            "figures": self.figures, "scores": self.scores.tolist(), "details": self.details,
-            **({} if self.total is None else {"total": list(self.total)}),
-        }  # fmt: skip
-
-    @classmethod
-    def from_json(cls, one: dict[str, Any]) -> TaskScore:
-        return cls(
-            np.array(one["scores"], dtype=float), dict(one["details"]),
-            dict(one.get("figures", {})), str(one.get("signature", "")), _total(one.get("total")),
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -326,10 +222,10 @@ class Results:
         if version != SCHEMA_VERSION:
             raise UsageError(f"{where}: score file version {version!r}; this ktmerge reads {SCHEMA_VERSION}.")
         try:
-            results = cls(**_parse(document), source=where)
+            results = cls(**parse(document), source=where)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UsageError(f"{where}: a damaged score file: {type(error).__name__}: {error}.") from None
-        results._check(where)
+        check(results, where)
         return results
 
     def _model_json(self, name: str) -> dict[str, Any]:
@@ -343,21 +239,6 @@ class Results:
     def _known(self, name: str) -> None:
         if name not in self.models:
             raise UsageError(f"no model called '{name}' was scored.{did_you_mean(name, self.models)}")
-
-    def _check(self, where: str) -> None:
-        names = [task.name for task in self.tasks]
-        if self.base not in self.models or not names:
-            raise UsageError(f"{where}: a damaged score file: no base, or no tasks.")
-        for model, tasks in self.scores.items():
-            if list(tasks) != names:
-                raise UsageError(f"{where}: a damaged score file: the tasks of '{model}' are not the suite's.")
-            for task in self.tasks:
-                scores = tasks[task.name].scores
-                within = bool(((scores >= 0) & (scores <= LARGEST.get(task.metric, 1.0))).all())
-                whole = tasks[task.name].total is not None
-                good = scores.shape == (len(task.rows),) and within and whole != bool(len(scores))
-                if not good:
-                    raise UsageError(f"{where}: a damaged score file: scores of '{model}' on '{task.name}'.")
 
 
 @dataclass(frozen=True)
@@ -376,31 +257,3 @@ class Generation:
     prompt: str
     outputs: dict[str, str]
     note: str = ""
-
-
-def _parse(document: dict[str, Any]) -> dict[str, Any]:
-    models = document["models"]
-    return {
-        "suite": str(document["suite"]["name"]),
-        "suite_digest": str(document["suite"]["digest"]),
-        "tasks": [TaskInfo(**task) for task in document["suite"]["tasks"]],
-        "models": {name: ModelInfo(**{key: one[key] for key in _keys(ModelInfo)}) for name, one in models.items()},
-        "scores": {name: _scores(one["tasks"]) for name, one in models.items()},
-        "created": str(document["created"]),
-        "versions": dict(document["versions"]),
-        "warnings": list(document["warnings"]),
-        **{key: document["settings"][key] for key in ("base", "reference", "bootstrap", "seed")},
-        "part": str(document["settings"].get("part", "all")),
-    }
-
-
-def _total(value: Any) -> tuple[float, float] | None:
-    return None if value is None else (float(value[0]), float(value[1]))
-
-
-def _scores(tasks: dict[str, Any]) -> dict[str, TaskScore]:
-    return {name: TaskScore.from_json(one) for name, one in tasks.items()}
-
-
-def _keys(model: type[ModelInfo]) -> Sequence[str]:
-    return [one.name for one in fields(model)]

@@ -20,7 +20,7 @@ from ktmerge.eval.harness import score_harness
 from ktmerge.eval.items import ChoiceItem
 from ktmerge.eval.likelihood import LikelihoodScorer
 from ktmerge.eval.marking import mark
-from ktmerge.eval.results import TaskScore
+from ktmerge.eval.scores import TaskScore
 from ktmerge.eval.sets import TaskSet, encode_sets, read_sets
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.harness import HarnessTask

@@ -15,8 +15,8 @@ from ktmerge.eval.evaluation import free_memory
 from ktmerge.eval.finite import NotFiniteError
 from ktmerge.eval.loading import choose_device, choose_dtype
 from ktmerge.eval.normalisation import NORMALISATIONS
-from ktmerge.eval.results import TaskScore
 from ktmerge.eval.scorer import score_model
+from ktmerge.eval.scores import TaskScore
 from ktmerge.eval.screened import Screened, ScreenedSet
 from ktmerge.eval.sets import TaskSet, read_sets, suite_digest
 from ktmerge.eval.subject import Reference, Subject, subject

@@ -13,7 +13,7 @@ from ktmerge.checkpoints.cache import cache_folder
 from ktmerge.checkpoints.files import write_whole
 from ktmerge.errors import KtmergeError
 from ktmerge.eval.overlap import OVERLAP, package
-from ktmerge.eval.results import TaskScore
+from ktmerge.eval.scores import TaskScore
 
 if TYPE_CHECKING:
     from ktmerge.eval.sets import TaskSet

@@ -11,7 +11,8 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ktmerge.eval.results import Results, TaskInfo, TaskScore
+    from ktmerge.eval.results import Results
+    from ktmerge.eval.scores import TaskInfo, TaskScore
 
 MOST = 60
 """Items shown of one set: the first forty and, of what is left, the last, where gains are."""

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from ktmerge.eval import evaluate
-from ktmerge.eval.results import ModelInfo, Results, TaskInfo, TaskScore
+from ktmerge.eval.results import Results
+from ktmerge.eval.scores import ModelInfo, TaskInfo, TaskScore
 from ktmerge.recipes.suites import Suite
 
 

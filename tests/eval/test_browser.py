@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from ktmerge.eval.page import render
-from ktmerge.eval.results import Generation, Results, TaskInfo, TaskScore
+from ktmerge.eval.results import Generation, Results
+from ktmerge.eval.scores import TaskInfo, TaskScore
 
 pytestmark = pytest.mark.slow
 

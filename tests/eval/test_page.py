@@ -15,7 +15,8 @@ from ktmerge import api
 from ktmerge.errors import KtmergeError
 from ktmerge.eval import Generation, PathPoint, report
 from ktmerge.eval.page import render
-from ktmerge.eval.results import Results, TaskInfo, TaskScore
+from ktmerge.eval.results import Results
+from ktmerge.eval.scores import TaskInfo, TaskScore
 
 Make = Callable[..., Results]
 EVIL = "</pre><script>alert(1)</script><img src=http://x.example/y onerror=alert(2)>&amp;'\""

@@ -10,7 +10,8 @@ import pytest
 
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.eval import merge_results
-from ktmerge.eval.results import PathPoint, Results, TaskScore
+from ktmerge.eval.results import PathPoint, Results
+from ktmerge.eval.scores import TaskScore
 
 Make = Callable[..., Results]
 SCORES = {

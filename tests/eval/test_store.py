@@ -18,7 +18,8 @@ import pytest
 import yaml
 
 from ktmerge.eval import evaluate
-from ktmerge.eval.results import Results, TaskScore
+from ktmerge.eval.results import Results
+from ktmerge.eval.scores import TaskScore
 from ktmerge.eval.store import ScoreStore
 from ktmerge.progress import Unit
 from ktmerge.recipes.suites import Suite

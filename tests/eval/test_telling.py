@@ -17,7 +17,8 @@ from ktmerge.cli import _exit_code
 from ktmerge.errors import UsageError
 from ktmerge.eval.listing import comma_separated, markdown
 from ktmerge.eval.page import render
-from ktmerge.eval.results import ModelInfo, Results, TaskScore
+from ktmerge.eval.results import Results
+from ktmerge.eval.scores import ModelInfo, TaskScore
 from ktmerge.eval.telling import MOST, telling
 
 Make = Callable[..., Results]

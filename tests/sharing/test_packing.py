@@ -120,7 +120,8 @@ def test_a_suite_that_needs_no_change_is_kept_to_the_letter(place: Path) -> None
 def test_scores_are_put_in(place: Path) -> None:
     import numpy as np
 
-    from ktmerge.eval.results import ModelInfo, Results, TaskInfo, TaskScore
+    from ktmerge.eval.results import Results
+    from ktmerge.eval.scores import ModelInfo, TaskInfo, TaskScore
 
     task = TaskInfo("sums", "downstream", "choice", "acc", "d", "e", rows=[0, 1], prompts=["a", "b"], references=[0, 1])
     score = TaskScore(np.array([1.0, 0.0]), {"logprobs": [[-1.0, -2.0], [-1.0, -2.0]]})

@@ -16,7 +16,8 @@ from ktmerge import __version__
 from ktmerge.errors import UsageError, did_you_mean
 from ktmerge.eval.imports import harness_files, vlmevalkit
 from ktmerge.eval.imports.found import FoundSet, Items, Total
-from ktmerge.eval.results import ModelInfo, Results, TaskInfo, TaskScore
+from ktmerge.eval.results import Results
+from ktmerge.eval.scores import ModelInfo, TaskInfo, TaskScore
 from ktmerge.recipes.suites import Side
 
 Sets = dict[str, FoundSet]
