@@ -145,12 +145,22 @@ def _sentence(model: type[BaseModel], problem: Any) -> str:
         return f"{key}.kind: there is no kind '{tag}'.{did_you_mean(tag, sorted(_KINDS - {'lm_eval'}))}"
     if problem["type"] == "string_pattern_mismatch" and location[-1] == "name":
         return f"{key}: letters, digits and _ . - make a name, a letter or digit first, not {problem['input']!r}."
+    if key and problem["type"] in _SHAPES:
+        return f"{key}: must be {_SHAPES[problem['type']]}, not {_shape(problem['input'])}."
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if not key:
         return f"{message}."
     given = "" if isinstance(problem["input"], (dict, list)) else f", not {problem['input']!r}"
     return f"{key}: {message}{given}."
+
+
+_SHAPES = {"model_type": "keys with values", "dict_type": "keys with values", "list_type": "a list"}
+"""What pydantic says of a value of another shape, in a reader's words."""
+
+
+def _shape(value: Any) -> str:
+    return "a list" if isinstance(value, list) else "keys with values" if isinstance(value, dict) else repr(value)
 
 
 def _keys(model: type[BaseModel]) -> list[str]:

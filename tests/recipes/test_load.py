@@ -66,6 +66,16 @@ def test_reads_everything(tmp_path: Path) -> None:
         ("ktmerge: 1\n", "", "the key 'ktmerge' is missing"),
         ("name: two", "name: two\nname: three", "the key 'name' stands twice (line 4"),
         ("seed: 42", "seed: [", "not valid YAML"),
+        (
+            "output: {dtype: bfloat16, rounding: nearest}",
+            "output: [bfloat16]",
+            "output: must be keys with values, not a list.",
+        ),
+        (
+            "output: {dtype: bfloat16, rounding: nearest}",
+            "output: bfloat16",
+            "output: must be keys with values, not 'bfloat16'.",
+        ),
         ("spam: {", "base: {", "'base' cannot name an expert"),
         ("lambda: 1.0", "lambda: .nan", "blend.lambda"),
         ("part: connector, keep: base", "keep: base", "a rule needs one of part, match, class"),
