@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -50,11 +51,13 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 @pytest.fixture
-def models(llamas: Path) -> Path:
+def models(llamas: Path, tmp_path: Path) -> Path:
     """Old enough that their digests are remembered."""
-    for path in llamas.rglob("*"):
+    folder = tmp_path / "models"
+    shutil.copytree(llamas, folder)
+    for path in folder.rglob("*"):
         os.utime(path, (1e9, 1e9))
-    return llamas
+    return folder
 
 
 def ties(**parameters: Any) -> dict[str, Any]:

@@ -6,21 +6,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from ktmerge.merge.kernels.codes import ELECT_LARGEST, ELECT_MEAN
-from ktmerge.merge.kernels.compiler import compiled
+from ktmerge.merge.kernels.codes import ELECT_LARGEST, ELECT_MEAN, LARGEST, SUM
+from ktmerge.merge.kernels.compiler import compiled, inlined
 
 _F32 = np.float32
 _ZERO = np.float32(0)
 
 
 @compiled
-def scale_into(delta, weight, total):
+def _scale_into(delta, weight, total):
     for i in range(total.size):
         total[i] = delta[i] * weight
 
 
 @compiled
-def add_into(delta, weight, total):
+def _add_into(delta, weight, total):
     for i in range(total.size):
         total[i] += delta[i] * weight
 
@@ -68,14 +68,14 @@ def copy(values, out):
 
 
 @compiled
-def extend(delta, high, low):
+def _extend(delta, high, low):
     for i in range(high.size):
         high[i] = max(high[i], delta[i])
         low[i] = min(low[i], delta[i])
 
 
 @compiled
-def pick(high, low, total):
+def _pick(high, low, total):
     """Of the highest and the lowest the larger in magnitude, into the highest; the sign of the total between equals."""
     for i in range(high.size):
         up, down, mass = high[i], low[i], total[i]
@@ -103,7 +103,7 @@ def _divide(total, share):
 
 
 @compiled
-def elect(combine, counted, votes, weights, shares, fallback, delta, vote, share, merged):
+def _elect(combine, counted, votes, weights, shares, fallback, delta, vote, share, merged):
     """The experts' deltas that have the elected sign: their weighted mean or sum, or the largest of them."""
     n = merged.size
     for t in range(votes.size):
@@ -112,9 +112,9 @@ def elect(combine, counted, votes, weights, shares, fallback, delta, vote, share
             _sign_into(d, share)
             d = share
         if t == 0:
-            scale_into(d, votes[0], vote)
+            _scale_into(d, votes[0], vote)
         else:
-            add_into(d, votes[t], vote)
+            _add_into(d, votes[t], vote)
     if fallback != _ZERO:
         _break_ties(vote, fallback)
     if combine == ELECT_LARGEST:
@@ -127,3 +127,31 @@ def elect(combine, counted, votes, weights, shares, fallback, delta, vote, share
         _agree_next(delta[t][:n], vote, weights[t], shares[t], merged, share)
     if combine == ELECT_MEAN:
         _divide(merged, share)
+
+
+@inlined
+def take_in(combine, t, d, weight, vote, share, merged):
+    """What expert ``t`` adds to a sum or to the largest; an election needs all deltas first."""
+    if combine == LARGEST:
+        shrink(d, weight)
+        if t == 0:
+            copy(d, merged)
+            copy(d, share)
+            copy(d, vote)
+        else:
+            _extend(d, merged, share)
+            _add_into(d, _F32(1), vote)
+    elif combine == SUM:
+        if t == 0:
+            _scale_into(d, weight, merged)
+        else:
+            _add_into(d, weight, merged)
+
+
+@inlined
+def conclude(combine, counted, rates, fallback, delta, vote, share, merged):
+    """The merged delta, when all experts were taken in; ``rates`` are votes, weights and shares."""
+    if combine == LARGEST:
+        _pick(merged, share, vote)
+    elif combine != SUM:
+        _elect(combine, counted, rates[0], rates[1], rates[2], fallback, delta, vote, share, merged)

@@ -27,8 +27,16 @@ import numpy as np
 from numba import carray
 from numba.types import CPointer, float32, float64, int64, uint16, uint32, uint64
 
-from ktmerge.merge.kernels.codes import BLOCK, F32, FINE, INPUT_NOT_FINITE, LARGEST, OVERFLOW, SUM, UNREADABLE, WINDOW
-from ktmerge.merge.kernels.combining import add_into, clamp, copy, elect, extend, pick, scale_into, shrink
+from ktmerge.merge.kernels.codes import (
+    BLOCK,
+    F32,
+    FINE,
+    INPUT_NOT_FINITE,
+    OVERFLOW,
+    UNREADABLE,
+    WINDOW,
+)
+from ktmerge.merge.kernels.combining import clamp, conclude, shrink, take_in
 from ktmerge.merge.kernels.compiler import compiled
 from ktmerge.merge.kernels.conversion import load, store
 from ktmerge.merge.kernels.counting import energy, measure, note, sample
@@ -57,35 +65,15 @@ def _merge(
     if load(kinds[0], raw16[0], raw32[0], first - origin, own):
         return True
     for t in range(kept.size):
-        d, other, weight = delta[t][:n], theta[t + 1][:n], rates[1][t]
+        d, other = delta[t][:n], theta[t + 1][:n]
         if load(kinds[t + 1], raw16[t + 1], raw32[t + 1], first - origin, other):
             return True
         subtract(other.view(np.float32), own.view(np.float32), d)
-        for s in range(steps.size):
-            transform(
-                steps[s], d, start + first, floors[s][t], leasts[s][t], spans[s][t], tops[s][t], keys[s][t], cuts[s][t],
-                factors[s][t], lanes, words,
-            )  # fmt: skip
+        transform(steps, d, start + first, t, floors, leasts, spans, tops, keys, cuts, factors, lanes, words)
         if steps.size:
             kept[t] += count_kept(d.view(np.uint32))
-        if combine == LARGEST:
-            shrink(d, weight)
-            if t == 0:
-                copy(d, m)
-                copy(d, share)
-                copy(d, v)
-            else:
-                extend(d, m, share)
-                add_into(d, _F32(1), v)
-        elif combine == SUM:
-            if t == 0:
-                scale_into(d, weight, m)
-            else:
-                add_into(d, weight, m)
-    if combine == LARGEST:
-        pick(m, share, v)
-    elif combine != SUM:
-        elect(combine, counted, rates[0], rates[1], rates[2], fallback, delta, v, share, m)
+        take_in(combine, t, d, rates[1][t], v, share, m)
+    conclude(combine, counted, rates, fallback, delta, v, share, m)
     return False
 
 

@@ -80,21 +80,7 @@ def _delta(
     if load(kinds[row], raw16[row], raw32[row], first, other[: d.size]):
         return True
     subtract(other[: d.size].view(np.float32), own[: d.size].view(np.float32), d)
-    for s in range(steps.size):
-        transform(
-            steps[s],
-            d,
-            start + first,
-            floors[s][t],
-            leasts[s][t],
-            spans[s][t],
-            tops[s][t],
-            keys[s][t],
-            cuts[s][t],
-            factors[s][t],
-            lanes,
-            words,
-        )
+    transform(steps, d, start + first, t, floors, leasts, spans, tops, keys, cuts, factors, lanes, words)
     return False
 
 

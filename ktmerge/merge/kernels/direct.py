@@ -13,18 +13,17 @@ import numpy as np
 from numba import carray
 from numba.types import int64
 
-from ktmerge.merge.kernels.codes import BLOCK, F32, FINE, GIVEN, INPUT_NOT_FINITE, LARGEST, OVERFLOW, SUM
-from ktmerge.merge.kernels.combining import add_into, clamp, copy, elect, extend, pick, scale_into, shrink
-from ktmerge.merge.kernels.compiler import compiled, compiled_sums
+from ktmerge.merge.kernels.codes import BLOCK, F32, FINE, GIVEN, INPUT_NOT_FINITE, OVERFLOW, SUM
+from ktmerge.merge.kernels.combining import clamp, conclude, copy, shrink, take_in
+from ktmerge.merge.kernels.compiler import compiled
 from ktmerge.merge.kernels.conversion import load, store
 from ktmerge.merge.kernels.randomness import random_words
 from ktmerge.merge.kernels.settling import scale_and_add, settle_base, settle_expert, sum_up
 from ktmerge.merge.kernels.transforming import count_kept, subtract, transform
 
-_U32, _U64, _F32, _F64 = np.uint32, np.uint64, np.float32, np.float64
+_U32, _F32 = np.uint32, np.float32
 _EXPONENT = np.uint32(0x7F800000)
 _INFINITY = np.float32(np.inf)
-_LARGE, _SMALL = np.float32(1e30), np.float32(1e-30)
 _ALL = 1 << 60
 """Elements of an array that is all memory: addresses are its indices."""
 
@@ -63,32 +62,6 @@ def _one_delta(base, expert, weight, lambda_, merged, out):
         out[i] = own if scaled == _F32(0) else value
 
 
-@compiled_sums
-def _sums_of_block(base, merged, stored):
-    intended, own, along, changed = _F32(0), _F32(0), _F32(0), _U32(0)
-    for i in range(base.size):
-        moved = stored[i] - base[i]
-        intended += merged[i] * merged[i]
-        own += base[i] * base[i]
-        along += moved * merged[i]
-        changed += _U32(1) if moved != _F32(0) else _U32(0)
-    return intended, own, along, changed
-
-
-@compiled
-def _add_sums(base, merged, stored, sums):
-    """As `sum_up`, a block's sums in fp32 if they have a middling size."""
-    intended, own, along, changed = _sums_of_block(base, merged, stored)
-    small = intended < _SMALL and (intended != _F32(0) or changed != _U32(0))
-    if small or not max(intended, own) < _LARGE:
-        sum_up(base, merged, stored, sums)
-        return
-    sums[0] += _F64(intended)
-    sums[1] += _F64(own)
-    sums[2] += _F64(along)
-    sums[3] += _F64(changed)
-
-
 @compiled
 def _merge(
     memory16, memory32, kinds, places, start, first, steps, floors, leasts, spans, tops, keys, cuts, factors,
@@ -97,39 +70,20 @@ def _merge(
     """The merged delta of the elements of the piece from ``first`` on into ``m``; whether an input is not finite."""
     n = m.size
     for t in range(kept.size):
-        d, weight = delta[t][:n], rates[1][t]
+        d = delta[t][:n]
         other = _row(kinds[t + 1], memory32, places[t + 1] + first, theta[t + 1][:n])
         if _load(kinds[t + 1], memory16, memory32, places[t + 1] + first, other):
             return True
         subtract(other.view(np.float32), own, d)
-        for s in range(steps.size):
-            transform(
-                steps[s], d, start + first, floors[s][t], leasts[s][t], spans[s][t], tops[s][t], keys[s][t], cuts[s][t],
-                factors[s][t], lanes, words,
-            )  # fmt: skip
+        transform(steps, d, start + first, t, floors, leasts, spans, tops, keys, cuts, factors, lanes, words)
         if steps.size:
             kept[t] += count_kept(d.view(np.uint32))
-        if combine == LARGEST:
-            shrink(d, weight)
-            if t == 0:
-                copy(d, m)
-                copy(d, share)
-                copy(d, v)
-            else:
-                extend(d, m, share)
-                add_into(d, _F32(1), v)
-        elif combine == SUM:
-            if t == 0:
-                scale_into(d, weight, m)
-            else:
-                add_into(d, weight, m)
+        take_in(combine, t, d, rates[1][t], v, share, m)
     if combine == GIVEN:
         place = places[kept.size + 1] + first
         copy(memory32[place : place + n].view(np.float32), m)
-    elif combine == LARGEST:
-        pick(m, share, v)
-    elif combine != SUM:
-        elect(combine, counted, rates[0], rates[1], rates[2], fallback, delta, v, share, m)
+    else:
+        conclude(combine, counted, rates, fallback, delta, v, share, m)
     return False
 
 
@@ -178,7 +132,7 @@ def _direct(
         if plain:
             if _worst(patterns) == _EXPONENT:
                 status = int64(OVERFLOW)
-            _add_sums(theta0, m, r, sums)
+            sum_up(theta0, m, r, sums)
             continue
         if stochastic:
             random_words(round_key, start + first, lanes, words[: (n + 3) // 4 * 4])
@@ -187,7 +141,7 @@ def _direct(
         to16 = memory16[out + first : out + first + n] if narrow else halves[:n]
         if store(kind, stochastic, patterns, words[:n], to16, stored, stored):
             status = int64(OVERFLOW)
-        _add_sums(theta0, m, stored.view(np.float32), sums)
+        sum_up(theta0, m, stored.view(np.float32), sums)
     return status
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numba.types import int64
 
 from ktmerge.merge.kernels.codes import DROP, TRIM
-from ktmerge.merge.kernels.compiler import compiled
+from ktmerge.merge.kernels.compiler import compiled, inlined
 from ktmerge.merge.kernels.gathering import collect
 from ktmerge.merge.kernels.randomness import hash_of, random_words
 
@@ -56,7 +56,7 @@ def _drop(delta, words, cut, factor):
 
 
 @compiled
-def transform(step, d, start, floor, least, span, top, key, cut, factor, lanes, words):
+def _apply(step, d, start, floor, least, span, top, key, cut, factor, lanes, words):
     if step == TRIM:
         _keep_within(d, floor, span)
         if least != _U64(0):
@@ -77,3 +77,13 @@ def count_kept(patterns):
     for i in range(patterns.size):
         count = _U32(count + (_ONE if _U32(patterns[i] & _MAGNITUDE) != _U32(0) else _U32(0)))
     return int64(count)
+
+
+@inlined
+def transform(steps, d, start, t, floors, leasts, spans, tops, keys, cuts, factors, lanes, words):
+    """Take the delta of expert ``t``, whose first element is ``start``, through all transforms."""
+    for s in range(steps.size):
+        _apply(
+            steps[s], d, start, floors[s][t], leasts[s][t], spans[s][t], tops[s][t], keys[s][t], cuts[s][t],
+            factors[s][t], lanes, words,
+        )  # fmt: skip
