@@ -26,6 +26,7 @@ from ktmerge.tuners.adapters.folding import fold
 from ktmerge.tuners.collate import Collator
 from ktmerge.tuners.data import read_data
 from ktmerge.tuners.encode import Encoded, Encoder
+from ktmerge.tuners.estimate import estimate
 from ktmerge.tuners.images.opening import open_encoder
 from ktmerge.tuners.loss import for_model
 from ktmerge.tuners.model import load_model
@@ -210,3 +211,19 @@ def greedy(model: Any, batch: dict[str, torch.Tensor], count: int) -> list[int]:
         for name in batch.keys() & following.keys():
             batch = {**batch, name: torch.nn.functional.pad(batch[name], (0, 1), value=following[name])}
     return said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "internvl"])
+def test_what_an_adapter_trains_is_reckoned_from_headers(
+    models: Path, tiny_llama: Path, tmp_path: Path, family: str
+) -> None:
+    path = tiny_llama if family == "llama" else models / family
+    base = Checkpoint.open(path)
+    absent = {"xlora", "corda", "visual-prompt" if family == "llama" else "llama-adapter"}
+    for name in FAMILIES.keys() - absent:
+        job = FinetuneJob.model_validate({"data": "x", "adapter": adapter_of(name)})
+        model = load_model(base, SILENT, sees=family != "llama")
+        adapted = attach(model, base, job, Surroundings(10, [], None, tmp_path))
+        count = sum(one.numel() for one in adapted.model.parameters() if one.requires_grad)
+        assert estimate(job, base, device="cpu", longest=8).parts["gradients"] == 4 * count, name
