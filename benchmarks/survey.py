@@ -123,32 +123,34 @@ def to_csv(tables: Sequence[Table]) -> str:
 
 
 def picture(tables: Sequence[Table], kind: str) -> bytes:
-    """E over F of every way and value on the first seed, one panel a world, the chosen values filled."""
+    """E over F of every way and value on the first seed, one panel for each of two tables, chosen values filled."""
     with drawn():
-        figure = new_figure(760, 420)
-        for axes, table in zip(figure.subplots(1, 2).flat, tables, strict=False):
+        figure = new_figure(900, 420)
+        panels = list(zip(figure.subplots(1, 2).flat, tables, strict=False))
+        ways = {row.tuning.name: row.tuning for _, table in panels for row in table.rows if row.tuning is not None}
+        looks, labels = styles(ways, BASE), {}
+        for axes, table in panels:
             part = table.parts[0]
             sides = sides_of(part, REPORT)
-            ways = [row.tuning for row in table.rows if row.tuning is not None]
-            looks = styles([way.name for way in ways], BASE)
-            for way in ways:
-                points = [one["points"][0] for one in trials(part, way, way.values(part.world.name))]
+            for name in (row.tuning.name for row in table.rows if row.tuning is not None):
+                points = [one["points"][0] for one in trials(part, ways[name], ways[name].values(part.world.name))]
                 places = [sides.gains(point[REPORT]) for point in points]
-                look, value = looks[way.name], chosen(part, way)
+                look, value = looks[name], chosen(part, ways[name])
                 at = next(number for number, point in enumerate(points) if point["value"] == value)
                 axes.plot(
                     [place["F"][0] for place in places], [place["E"][0] for place in places], color=look.colour,
                     linewidth=0.7, marker=look.marker, markersize=5, markerfacecolor="none", markeredgewidth=0.7,
                 )  # fmt: skip
-                axes.plot(
-                    places[at]["F"][0], places[at]["E"][0], look.marker, color=look.colour, markersize=5, label=way.name
+                (labels[name],) = axes.plot(
+                    places[at]["F"][0], places[at]["E"][0], look.marker, color=look.colour, markersize=5
                 )
-            axes.plot(0, 0, "+", color=GREY, label=BASE)
-            axes.set_title(part.world.name)
+            (mark,) = axes.plot(0, 0, "+", color=GREY)
+            axes.set_title(part.name)
             axes.set_xlabel("F: upstream, points above the base")
             axes.set_ylabel("E: downstream, points above the base")
-            axes.legend(fontsize=6, ncols=2)
-        figure.tight_layout()
+        labels[BASE] = mark
+        figure.legend(list(labels.values()), list(labels), loc="center right", fontsize=7)
+        figure.tight_layout(rect=(0, 0, 0.85, 1))
         return to_file(figure, kind)
 
 
