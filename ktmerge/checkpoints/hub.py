@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ def resolve(reference: str, folder: Path) -> Path:
     try:
         path = Path(folder) / Path(reference).expanduser()
         if path.is_dir():
+            if not os.access(path, os.R_OK | os.X_OK):
+                raise UsageError(f"{reference}: no permission to read this folder.")
             return path
         taken = path.exists()
     except (OSError, RuntimeError) as error:  # a name too long, a folder not to be entered, an unknown ~user

@@ -223,3 +223,11 @@ def test_an_address_is_no_model(small: Path, capsys: pytest.CaptureFixture[str])
     recipe = small / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("base: base", "base: https://huggingface.co/org/name"))
     check_refused(small, small / "out", r"is an address; name a folder, or a hub id", capsys, code=2)
+
+
+def test_a_folder_that_may_not_be_entered(
+    small: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "a" and allowed(path, mode))
+    check_refused(small, small / "out", r"experts\.a\.model: a: no permission to read this folder", capsys, code=2)
