@@ -223,3 +223,36 @@ def test_what_does_not_fit_names_the_task_s_line(tokenizer: Any, tmp_path: Path)
 def test_labels_are_different() -> None:
     with pytest.raises(ValueError, match="the label 'yes' stands twice"):
         ClassifyTask(name="c", kind="classify", data="x", prompt="p", answer="a", labels=["yes", "no", "yes"])
+
+
+def other_tokenizer(space: str, bos: bool) -> Any:
+    """One that writes spaces as SentencePiece does, or before the first word, and may begin every text with BOS."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    if space == "bytes":
+        made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
+    else:
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=space)
+        made.decoder = decoders.Metaspace(prepend_scheme=space)
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    made.train_from_iterator(
+        ["The quick brown fox jumps over the lazy dog.", "Is this review good? yes Answer: A"] * 3, trainer
+    )
+    if bos:
+        made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize(("space", "bos"), [("always", True), ("always", False), ("first", True), ("bytes", True)])
+def test_pairs_are_lm_evals_whatever_a_tokenizer_does_to_spaces(space: str, bos: bool) -> None:
+    tokenizer = other_tokenizer(space, bos)
+    encoder = Encoder(tokenizer, None)
+    contexts = ["The quick", "Question: one two\nAnswer:", "Is this review good? ", "The\n\n", "x"]
+    for context in contexts:
+        for continuation in (" yes", "yes", " the lazy dog", "\nno", "  x", " A"):
+            wanted = lm_eval_rule(tokenizer, context, continuation)
+            assert encoder.pair(context, continuation) == wanted, (context, continuation)
+    bare = tokenizer.encode(" yes", add_special_tokens=False)
+    assert encoder.pair("", " yes") == Request((1,), tuple(bare)), "nothing before it: BOS stands there"
