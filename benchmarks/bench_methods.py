@@ -5,7 +5,7 @@
     python benchmarks/bench_methods.py --methods ties,tsv_m
 
 Methods that take one expert get one. What methods need measured is drawn at random: it costs them as much as if it were
-true. Checkpoints and statistics are made in --folder and kept for the next call. Rows are written to --csv as they come;
+true. Checkpoints and statistics are made in --folder and kept for the next call. Rows go to --csv as they come;
 what has a row there is not measured again, so that a stopped run goes on where it was.
 """
 
