@@ -66,11 +66,9 @@ class Together(Place):
 
 def place_of(name: str, seed: int, folder: Path) -> Place:
     """The place of that name."""
-    return (
-        Together(WORLDS["text"], KIND, seed, folder)
-        if name == TOGETHER
-        else Place(TAUGHT_WORLDS[name], KIND, seed, folder)
-    )
+    if name == TOGETHER:
+        return Together(WORLDS["text"], KIND, seed, folder)
+    return Place(TAUGHT_WORLDS[name], KIND, seed, folder)
 
 
 def _taught(world: World) -> World:
