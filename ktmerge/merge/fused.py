@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from ktmerge.merge.source import Sources
     from ktmerge.progress import Progress
 
-PIECE = 1 << 19
+PIECE = 1 << 21
 """Most elements of a piece; a multiple of 4, as random words come in fours."""
 HELD = 128 << 20
 """Bytes of all workers' buffers together, at most."""
-_LARGE = 16
+_LARGE = 4
 """Pieces above which a tensor is shared among workers."""
 _PROBE = 2048
 """Elements compared before a whole tensor is."""
