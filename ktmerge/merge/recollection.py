@@ -21,6 +21,7 @@ from ktmerge.merge.record import inputs_of
 from ktmerge.merge.selection import Recollected, Sample
 
 if TYPE_CHECKING:
+    from ktmerge.checkpoints import Checkpoint
     from ktmerge.merge.plan import Plan
 
 _VERSION = 1
@@ -87,7 +88,7 @@ class Recollection:
             )
 
 
-def _recalled(checkpoint: Any) -> dict[str, FileDigest] | None:
+def _recalled(checkpoint: Checkpoint) -> dict[str, FileDigest] | None:
     """The digests of a checkpoint's files, if all were worked out before."""
     found = {name: recalled(path) for name, path in input_files(checkpoint).items()}
     return {name: one for name, one in found.items() if one is not None} if all(found.values()) else None
