@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
+import threading
 from types import FrameType
 from typing import Any
 
@@ -13,6 +15,9 @@ from ktmerge.errors import KtmergeError, ToldElsewhereError
 __all__ = ["main"]
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+SPARED_SECONDS = 1.0
+"""Before, while modules are loaded, there is no garbage, and to look for it would take a tenth of a short command."""
 
 _stopped: list[int] = []
 """Signals that asked this process to stop."""
@@ -28,6 +33,7 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    _spare_collections()
     for number in STOPPING:
         signal.signal(number, _stop)
     if _is_one_of_several():
@@ -40,6 +46,14 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         code = _interrupted()
     sys.exit(code)
+
+
+def _spare_collections() -> None:
+    """Look for garbage only in commands that take longer."""
+    gc.disable()
+    later = threading.Timer(SPARED_SECONDS, gc.enable)
+    later.daemon = True
+    later.start()
 
 
 def _exit_code(arguments: list[str] | None) -> int:

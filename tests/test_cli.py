@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from ktmerge import cli
 from ktmerge.cli import _exit_code
 
 COMMANDS = ["finetune", "stats", "blend", "extract-lora", "eval", "compare", "report"]
 COMMANDS += ["run", "demo", "inspect", "recommend", "doctor", "recipe"]
+
+
+def test_garbage_is_looked_for_again_once_a_command_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "SPARED_SECONDS", 0.05)
+    cli._spare_collections()
+    assert not gc.isenabled()
+    stop = time.monotonic() + 60
+    while not gc.isenabled() and time.monotonic() < stop:
+        time.sleep(0.01)
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
