@@ -107,11 +107,11 @@ def test_distillation_starts_at_nothing_and_holds_the_base(tiny_llama: Path, tmp
 def test_a_model_without_positions_to_keep_is_distilled_alike(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ktmerge.tuners import run
+    from ktmerge.tuners import assembly
 
     settings: dict[str, Any] = {"max_steps": 3, "distill": 2.0, "learning_rate": 1e-4}
     tune(tiny_llama, tmp_path, "lean", **settings)
-    monkeypatch.setattr(run, "projects_faithfully", lambda *_: False)
+    monkeypatch.setattr(assembly, "projects_faithfully", lambda *_: False)
     tune(tiny_llama, tmp_path, "plain", **settings)
     for lean, plain in zip(log_of(tmp_path / "lean"), log_of(tmp_path / "plain"), strict=True):
         assert plain["loss"] == pytest.approx(lean["loss"], rel=1e-4)
