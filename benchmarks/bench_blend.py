@@ -165,7 +165,7 @@ def blend_with_memory(folder: Path, base: Path, experts: list[Path], runs: int) 
 def compile_kernels(folder: Path) -> Cost:
     """A small blend that finds no compiled kernels; they are kept for the runs to come."""
     base, experts = make(folder / "tiny-1", "tiny", 1)
-    command = ktmerge_command(folder, {"method": "linear"}, base, experts, folder / "tiny-out")
+    command = ktmerge_command(folder, JOBS["ties"][0], base, experts, folder / "tiny-out")
     shutil.rmtree(folder / "cache", ignore_errors=True)
     os.environ["KTMERGE_CACHE"] = str(folder / "cache")
     try:
