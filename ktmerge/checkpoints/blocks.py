@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ktmerge.checkpoints.files import write_all
 from ktmerge.checkpoints.spans import Spans
 
 LEAST = 64 << 20
@@ -278,17 +279,6 @@ class BlockFile:
             while self._direct is not None and done < block.length and done % _ALIGNED == 0:
                 done += os.pwrite(self._direct, block.memory[done : block.length], block.start + done)
         return done
-
-
-def write_all(descriptor: int, data: memoryview, position: int) -> None:
-    """Write all of ``data`` from ``position`` on.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    done = 0
-    while done < len(data):
-        done += os.pwrite(descriptor, data[done:], position + done)
 
 
 @contextmanager

@@ -58,6 +58,17 @@ def refuse_overlap(out: Path, inputs: Iterable[Path]) -> None:
             raise UsageError(f"{out}: contains the input {given}; choose an output folder elsewhere.")
 
 
+def write_all(descriptor: int, data: memoryview | bytes, position: int) -> None:
+    """Write all of ``data`` from ``position`` on.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], position + done)
+
+
 def file_digest(path: Path, look: Callable[[], None] = lambda: None) -> str:
     """sha256 of a file, as hexadecimal.
 

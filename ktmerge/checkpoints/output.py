@@ -11,8 +11,8 @@ from pathlib import Path
 
 import xxhash
 
-from ktmerge.checkpoints.blocks import BlockFile, Pool, write_all
-from ktmerge.checkpoints.files import clear_os_errors
+from ktmerge.checkpoints.blocks import BlockFile, Pool
+from ktmerge.checkpoints.files import clear_os_errors, write_all
 from ktmerge.checkpoints.journal import Entry
 from ktmerge.checkpoints.spans import Spans
 from ktmerge.checkpoints.staging import preallocate

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ktmerge.checkpoints import Checkpoint, Reader, refuse_overlap
 from ktmerge.checkpoints.digests import digest_of
-from ktmerge.checkpoints.files import clear_os_errors
+from ktmerge.checkpoints.files import clear_os_errors, write_all
 from ktmerge.checkpoints.staging import Staging, sync_tree
 from ktmerge.deltas.coding import unpacked
 from ktmerge.deltas.export import read_bits
@@ -165,7 +165,7 @@ def _tensor(name: str, tensor: Tensor, base: Checkpoint, reader: Reader, blobs: 
         raw = bits.tobytes()
         digest.update(raw)
         with clear_os_errors(base.root):
-            _all(descriptor, raw, position)
+            write_all(descriptor, raw, position)
         start, position = stop, position + len(raw)
     if twin is not None and base_digest.hexdigest() != tensor.base:
         raise UsageError(
@@ -173,13 +173,6 @@ def _tensor(name: str, tensor: Tensor, base: Checkpoint, reader: Reader, blobs: 
         )
     if digest.hexdigest() != tensor.sha256 or position != tensor.end:
         raise KtmergeError(f"tensor '{name}' does not come out as it went in; the delta is broken.")
-
-
-def _all(descriptor: int, raw: bytes, position: int) -> None:
-    view = memoryview(raw)
-    while view:
-        count = os.pwrite(descriptor, view, position)
-        view, position = view[count:], position + count
 
 
 def _other(path: Path, file: str, other: Other, base: Checkpoint, blobs: _Blobs) -> None:

@@ -135,7 +135,7 @@ class Fused:
         running: deque[tuple[TensorPlan, Future[TensorReport | None]]] = deque()
         for tensor in tensors:
             job = self._jobs[tensor.name]
-            if job.elements > _LARGE * self._piece:
+            if self._is_shared(job):
                 yield tensor, self._make(job, self._spread, self._own)
                 continue
             running.append((tensor, self._pool.submit(self._make_alone, job)))
@@ -173,6 +173,10 @@ class Fused:
         if id(pipeline) not in self._programs:
             self._programs[id(pipeline)] = program_of(pipeline, self._weights)
         return self._programs[id(pipeline)]
+
+    def _is_shared(self, job: Job) -> bool:
+        """Whether all workers are to be at a tensor together."""
+        return job.elements > _LARGE * self._piece
 
     def _make_alone(self, job: Job) -> TensorReport | None:
         """Make a tensor in one worker."""

@@ -158,7 +158,7 @@ class InPlace(Fused):
             )
             if not looks:
                 found.append(self._factor(job, self._spread))
-            elif job.elements > 16 * self._piece:
+            elif self._is_shared(job):
                 found.append(self._settle(job, self._spread, self._own))
             else:
                 found.append(self._pool.submit(self._settle_alone, job))

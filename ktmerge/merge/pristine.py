@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ktmerge.checkpoints import Checkpoint, Reader, TensorInfo
 from ktmerge.checkpoints.dtypes import BITS, torch_dtype
 from ktmerge.merge.merged import MergedDeltas, MergedDeltasOfPlan
+from ktmerge.merge.record import said_of_inputs
 from ktmerge.merge.replanning import Planner
 
 if TYPE_CHECKING:
@@ -154,7 +155,7 @@ def _copy(files: Reader, info: TensorInfo) -> NDArray[np.uint8]:
 def _identity(plan: Plan, expert: str | None, checkpoint: Checkpoint) -> str:
     """What decides the values that a checkpoint shows: the reference, what the recipe says of it, its files."""
     recipe = plan.recipe
-    own: Any = None if expert is None else recipe.experts[expert].model_dump(mode="json", exclude={"weight"})
-    output = recipe.output.model_dump(mode="json", exclude={"dtype", "rounding", "not_finite"})
+    experts, output = said_of_inputs(recipe)
+    own = None if expert is None else [recipe.experts[expert].model, experts[expert]]
     stamps = {file: str(stamp) for file, stamp in checkpoint.stamps.items()}
     return json.dumps([str(recipe.folder), recipe.base, own, output, stamps, checkpoint.header_digest()])

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ktmerge.checkpoints.cache import cache_folder
 from ktmerge.checkpoints.digests import FileDigest, input_files, recalled
 from ktmerge.merge.kernels.search import Threshold
-from ktmerge.merge.record import inputs_of
+from ktmerge.merge.record import inputs_of, said_of_inputs
 from ktmerge.merge.selection import Recollected, Sample
 
 if TYPE_CHECKING:
@@ -96,11 +96,9 @@ def _recalled(checkpoint: Checkpoint) -> dict[str, FileDigest] | None:
 
 def _place(plan: Plan, digests: Mapping[str, Mapping[str, FileDigest] | None]) -> Path:
     """By all that decides the values of the deltas, and the random choices."""
-    recipe = plan.recipe
-    said = {name: one.model_dump(mode="json", exclude={"weight", "model"}) for name, one in recipe.experts.items()}
-    output = recipe.output.model_dump(mode="json", exclude={"dtype", "rounding", "not_finite"})
+    said, output = said_of_inputs(plan.recipe)
     files = {name: {file: one.sha256 for file, one in (found or {}).items()} for name, found in digests.items()}
-    text = json.dumps([_VERSION, recipe.seed, said, output, files], sort_keys=True)
+    text = json.dumps([_VERSION, plan.recipe.seed, said, output, files], sort_keys=True)
     return cache_folder() / "thresholds" / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
 
 

@@ -24,6 +24,7 @@ from ktmerge.merge.plan import Plan
 from ktmerge.merge.registry import methods
 from ktmerge.merge.report import BlendReport
 from ktmerge.progress import SILENT, Progress
+from ktmerge.recipes.schema import Recipe
 
 FILE = "ktmerge.json"
 
@@ -92,6 +93,12 @@ def origin(plan: Plan) -> dict[str, Any]:
 def inputs_of(plan: Plan) -> dict[str, Checkpoint]:
     """The base, and the experts by name."""
     return {"base": plan.base, **{expert.name: expert.checkpoint for expert in plan.experts}}
+
+
+def said_of_inputs(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a recipe says that decides how inputs are read: of each expert, but not which model; and of the output."""
+    experts = {name: one.model_dump(mode="json", exclude={"weight", "model"}) for name, one in recipe.experts.items()}
+    return experts, recipe.output.model_dump(mode="json", exclude={"dtype", "rounding", "not_finite"})
 
 
 def _stamps(checkpoint: Checkpoint) -> dict[str, list[int]]:
