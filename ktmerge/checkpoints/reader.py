@@ -6,7 +6,6 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 from ktmerge.checkpoints.dtypes import BITS, torch_dtype
@@ -27,9 +26,7 @@ class Reader(Protocol):
     """
 
     def __enter__(self) -> Reader: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
     def close(self) -> None: ...
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor: ...
     def read_into(self, name: str, start: int, target: memoryview) -> None: ...
@@ -53,9 +50,7 @@ class TensorReader:
     def __enter__(self) -> TensorReader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ktmerge.checkpoints.blocks import Pool
@@ -85,12 +84,10 @@ class Writer:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         interrupted = isinstance(error, KeyboardInterrupt)
         try:
-            if kind is None:
+            if error is None:
                 self._commit()
         except KeyboardInterrupt:
             interrupted = True

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import zip_longest
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from ktmerge.checkpoints import Reader
@@ -83,9 +82,7 @@ class Sources:
             self._stack.enter_context(measured.reader)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._held = _Held()
         self._stack.close()
 

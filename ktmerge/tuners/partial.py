@@ -13,7 +13,6 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from ktmerge.checkpoints.files import clear_os_errors, file_digest
@@ -108,9 +107,7 @@ class Partial:
     def __enter__(self) -> Partial:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._lock is None:
             return
         if self._done or (self._opened and not self.has_state):
