@@ -18,17 +18,21 @@ from ktmerge.checkpoints.dtypes import tag_of, torch_dtype
 from ktmerge.errors import KtmergeError
 from ktmerge.merge.device import cores
 from ktmerge.merge.flow import Flow
+from ktmerge.merge.given import Target, settle_given
 from ktmerge.merge.kernels import kernels_for
+from ktmerge.merge.kernels.codes import FINE
 from ktmerge.merge.kernels.keys import stream_key
+from ktmerge.merge.kernels.native import native
 from ktmerge.merge.merged import MergedDeltasOfPlan
 from ktmerge.merge.plan import Plan, TensorPlan
 from ktmerge.merge.report import TensorReport
 from ktmerge.merge.sinks import Sink
 from ktmerge.merge.source import CHUNK, Chunk, Sources
+from ktmerge.merge.workspace import KINDS, WIDTHS
 from ktmerge.progress import Progress
 
-_ROOM = 2 << 30
-"""Bytes that whole tensors under work may take together; one that is larger is worked on alone."""
+_ROOM = 1 << 28
+"""Bytes a core that whole tensors under work may take together; one that is larger is worked on alone."""
 
 
 class _Room:
@@ -85,6 +89,7 @@ class General:
         self._device = torch.device(device)
         self._merged = merged if self._device.type == "cpu" else None
         self._kernels = kernels_for(self._device)
+        self._native = native() if self._device.type == "cpu" else None
         self._flow = Flow(plan, sources, self._kernels)
 
     def prepare(self, tensors: Sequence[TensorPlan], progress: Progress) -> None:
@@ -110,7 +115,7 @@ class General:
                 for tensor in tensors:
                     yield tensor, self._make(tensor)
             return
-        room = _Room(_ROOM)
+        room = _Room(_ROOM * workers)
         with _one_thread_each(self._device), ThreadPoolExecutor(workers, "blend") as pool:
             running: deque[tuple[TensorPlan, Future[TensorReport]]] = deque()
             try:
@@ -161,15 +166,42 @@ class General:
     def _store(self, tensor: TensorPlan, result: TensorReport, whole: Chunk, found: Tensor, tag: str) -> None:
         """Scale, settle, round and write a merged delta, some elements at a time: no further copy of a whole tensor."""
         for chunk, merged in _pieces(whole, found):
-            scaled = merged if tensor.lambda_ == 1 else merged * tensor.lambda_
-            values = settle(chunk, scaled)
-            _refuse_overflow(tensor, values, torch_dtype(tag))
-            if chunk.broken is not None and chunk.kept is not None:
-                values = torch.where(chunk.broken, chunk.kept, values)
-                result.broken += int(torch.count_nonzero(chunk.broken))
-            _measure(result, chunk, scaled, self._write(tensor, values, chunk.start, tag))
+            if not self._store_compiled(tensor, result, chunk, merged, tag):
+                scaled = merged if tensor.lambda_ == 1 else merged * tensor.lambda_
+                values = settle(chunk, scaled)
+                _refuse_overflow(tensor, values, torch_dtype(tag))
+                if chunk.broken is not None:
+                    values = torch.where(chunk.broken, chunk.own.to(values.dtype), values)
+                    result.broken += int(torch.count_nonzero(chunk.broken))
+                _measure(result, chunk, scaled, self._write(tensor, values, chunk.start, tag))
             if self._merged is not None:
                 self._merged.add(tensor, chunk.start, merged, result.kept)
+
+    def _store_compiled(self, tensor: TensorPlan, result: TensorReport, chunk: Chunk, merged: Tensor, tag: str) -> bool:
+        """The same of a chunk in one pass; False if it was not done, because the kernels do not cover it or refuse."""
+        rows = (chunk.own, *chunk.experts)
+        tags = [tag_of(row.dtype) for row in rows]
+        stochastic = self._plan.recipe.output.rounding == "stochastic" and tag != "F32"
+        if self._native is None or chunk.broken is not None or not {tag, *tags} <= KINDS.keys():
+            return False
+        if stochastic and (tag != "BF16" or chunk.start % 4):
+            return False
+        key = stream_key(self._plan.recipe.seed, "round", "", tensor.key)
+        target = Target(KINDS[tag], stochastic, key, tensor.lambda_)
+        merged = merged.contiguous()
+        done = settle_given(
+            self._native, [KINDS[one] for one in tags], [row.data_ptr() for row in rows], merged.data_ptr(),
+            merged.numel(), chunk.start, target,
+        )  # fmt: skip
+        if done.status != FINE:
+            return False
+        self._sink.write_bytes(tensor.name, done.data, chunk.start * WIDTHS[target.kind])
+        intended, base, along, changed = done.sums.tolist()
+        result.intended += intended
+        result.base += base
+        result.along += along
+        result.changed += int(changed)
+        return True
 
     def _write(self, tensor: TensorPlan, values: Tensor, start: int, tag: str) -> Tensor:
         """Round once and hand to the sink."""
@@ -186,22 +218,8 @@ class General:
 
 def _pieces(whole: Chunk, merged: Tensor) -> Iterator[tuple[Chunk, Tensor]]:
     """A chunk and its merged delta, at most `CHUNK` elements at a time."""
-    if whole.base.numel() <= CHUNK:
-        yield whole, merged
-        return
     for start in range(0, whole.base.numel(), CHUNK):
-        part = slice(start, start + CHUNK)
-        yield (
-            Chunk(
-                whole.start + start,
-                whole.base[part],
-                tuple(expert[part] for expert in whole.experts),
-                tuple(delta[part] for delta in whole.deltas),
-                None if whole.broken is None else whole.broken[part],
-                None if whole.kept is None else whole.kept[part],
-            ),
-            merged[part],
-        )
+        yield whole.part(start, start + CHUNK), merged[start : start + CHUNK]
 
 
 def settle(chunk: Chunk, merged: Tensor) -> Tensor:
@@ -212,7 +230,7 @@ def settle(chunk: Chunk, merged: Tensor) -> Tensor:
     """
     values = chunk.base + merged
     for expert, delta in reversed(list(zip(chunk.experts, chunk.deltas, strict=True))):
-        values = torch.where(merged == delta, expert, values)
+        values = torch.where(merged == delta, expert.to(values.dtype), values)
     return torch.where(merged == 0, chunk.base, values)
 
 

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
     from ktmerge.merge.pristine import Pristine
 
-CHUNK = 1 << 20
-"""Elements of a piece: 4 MB in fp32."""
+CHUNK = 1 << 17
+"""Elements of a piece on the CPU: what is computed on the way stays in the cache."""
+_DEVICE_CHUNK = 1 << 20
+"""The same on another device, which takes a while to begin with each."""
 HELD = 128 << 20
 """Tensors of up to this many bytes, base and experts together, are read once and held while they are worked on."""
 
@@ -35,19 +37,32 @@ class Chunk:
     """Elements ``start .. start + len(base)`` of one tensor, flat; experts in the plan's order.
 
     Attributes:
-        base: theta_0.
-        experts: theta_t.
+        base: theta_0, fp32, or fp64 if one of them is.
+        own: theta_0 in its own type.
+        experts: theta_t, each in its own type.
         deltas: tau_t = theta_t - theta_0.
-        broken: where one of them is not finite, if that is allowed and there are any; deltas are 0 there.
-        kept: theta_0 as it is, in those places too.
+        broken: where one of them is not finite, if that is allowed and there are any; deltas are 0 there, and experts
+            the base.
     """
 
     start: int
     base: Tensor
+    own: Tensor
     experts: tuple[Tensor, ...]
     deltas: tuple[Tensor, ...]
     broken: Tensor | None = None
-    kept: Tensor | None = None
+
+    def part(self, start: int, stop: int) -> Chunk:
+        """Some of its elements, by their indices in the chunk."""
+        some = slice(start, stop)
+        return Chunk(
+            self.start + start,
+            self.base[some],
+            self.own[some],
+            tuple(expert[some] for expert in self.experts),
+            tuple(delta[some] for delta in self.deltas),
+            None if self.broken is None else self.broken[some],
+        )
 
 
 class _Held(threading.local):
@@ -62,7 +77,7 @@ class Sources:
 
     def __init__(self, plan: Plan, device: str, chunk: int | None = None, pristine: Pristine | None = None) -> None:
         self._device = device
-        self._chunk = chunk or CHUNK
+        self._chunk = chunk or (CHUNK if device == "cpu" else _DEVICE_CHUNK)
         self._keep_base = plan.recipe.output.not_finite == "keep_base"
         self._stack = ExitStack()
         if pristine is None:
@@ -134,16 +149,17 @@ class Sources:
 
         # A difference of fp64 weights is taken in fp64: in fp32 small changes would vanish before they are seen.
         wide = torch.float64 if any(raw.dtype == torch.float64 for raw in native) else torch.float32
-        base, *experts = (raw.to(wide) for raw in native)
-        deltas = tuple((expert - base).to(torch.float32) for expert in experts)
+        own, *experts = native
+        base = own.to(wide)
+        deltas = tuple(_difference(expert, base) for expert in experts)
         if (tensor.name, start) not in self._checked:
             for delta in deltas:
                 if not math.isfinite(float(torch.stack(torch.aminmax(delta)).sum())):
                     if self._keep_base:
-                        return _without_broken(start, base, experts, deltas)
+                        return _without_broken(start, base, own, experts, deltas)
                     self._refuse_not_finite(tensor)
             self._checked.add((tensor.name, start))
-        return Chunk(start, base, tuple(experts), deltas)
+        return Chunk(start, base, own, tuple(experts), deltas)
 
     def _native(self, tensor: TensorPlan, start: int, stop: int) -> Sequence[Tensor]:
         """The same elements of base and experts, in their own types."""
@@ -176,16 +192,30 @@ class Sources:
                 raise KtmergeError(f"{found}; blending would spread them: {hint}.")
 
 
-def _without_broken(start: int, base: Tensor, experts: Sequence[Tensor], deltas: Sequence[Tensor]) -> Chunk:
+def _difference(expert: Tensor, base: Tensor) -> Tensor:
+    """Expert less base, fp32, with no further copy of a whole tensor."""
+    import torch
+
+    found = torch.empty_like(base, dtype=torch.float32)
+    step = CHUNK if base.device.type == "cpu" else max(1, base.numel())
+    for start in range(0, base.numel(), step):
+        part = slice(start, start + step)
+        torch.sub(expert[part].to(base.dtype), base[part], out=found[part])
+    return found
+
+
+def _without_broken(
+    start: int, base: Tensor, own: Tensor, experts: Sequence[Tensor], deltas: Sequence[Tensor]
+) -> Chunk:
     """A piece in which nobody moved where a value is not finite; a base that itself is not finite is 0 there."""
     import torch
 
     broken = ~torch.isfinite(base)
     for values in (*experts, *deltas):
         broken |= ~torch.isfinite(values)
-    own = torch.where(torch.isfinite(base), base, 0.0)
-    theirs = tuple(torch.where(broken, own, expert) for expert in experts)
-    return Chunk(start, own, theirs, tuple(torch.where(broken, 0.0, delta) for delta in deltas), broken, base)
+    sound = torch.where(torch.isfinite(base), base, 0.0)
+    theirs = tuple(torch.where(broken, sound, expert.to(base.dtype)) for expert in experts)
+    return Chunk(start, sound, own, theirs, tuple(torch.where(broken, 0.0, delta) for delta in deltas), broken)
 
 
 def equal_bytes(first: Reader, name: str, second: Reader, other: str) -> bool:
