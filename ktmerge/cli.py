@@ -60,8 +60,8 @@ def _exit_code(arguments: list[str] | None) -> int:
     try:
         from ktmerge.commands import command_line  # only now: a signal while it is imported is answered like any other
 
-        given = sys.argv[1:] if arguments is None else arguments
-        result: Any = command_line()(args=[_at_home(argument) for argument in given], standalone_mode=False)
+        given = [_at_home(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
+        result: Any = command_line(given)(args=given, standalone_mode=False)
     except KtmergeError as error:
         if _stopped:
             return _interrupted()

@@ -98,3 +98,15 @@ def test_light_commands_load_nothing_heavy(toy_pair: tuple[Path, Path]) -> None:
         ]
     )
     assert not any(loaded.values()), loaded
+
+
+def test_a_method_is_found_without_loading_the_others() -> None:
+    script = (
+        "import sys\nfrom ktmerge.merge.registry import find_method, find_stage, methods\n"
+        "found = [find_method(name) for name in ('ties', 'dare_ties', 'task_arithmetic', 'linear')]\n"
+        "assert [one.name for one in found] == ['ties', 'dare_ties', 'task_arithmetic', 'linear']\n"
+        "assert [find_stage(*one).kind for one in [('elect', 'combine'), ('trim', 'transform')]] == ['combine', 'transform']\n"
+        "assert not {'wudi', 'patch', 'mergekit'} & {name.rpartition('.')[2] for name in sys.modules}\n"
+        "assert find_method('swudi').name == 'swudi' and 'karcher' in methods()"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 import typer.core
 
 
-class _Group(typer.core.TyperGroup):
+def meant(words: Sequence[str]) -> list[str]:
     """``eval import`` is a command of its own, though ``eval`` takes models; a folder called so is ``./import``."""
+    return ["import-scores", *words[2:]] if list(words[:2]) == ["eval", "import"] else list(words)
 
+
+class _Group(typer.core.TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        return super().resolve_command(ctx, ["import-scores", *args[2:]] if args[:2] == ["eval", "import"] else args)
+        return super().resolve_command(ctx, meant(args))
 
 
 app = typer.Typer(

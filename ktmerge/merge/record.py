@@ -21,7 +21,6 @@ from ktmerge.checkpoints.regular import read_regular
 from ktmerge.errors import UsageError
 from ktmerge.merge.kernels.keys import SCHEME
 from ktmerge.merge.plan import Plan
-from ktmerge.merge.registry import methods
 from ktmerge.merge.report import BlendReport
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.schema import Recipe
@@ -177,6 +176,5 @@ def _below(path: Path) -> str:
 
 
 def _semantics(plan: Plan) -> dict[str, int]:
-    known = methods()
-    used = {tensor.pipeline.method for tensor in plan.tensors if tensor.pipeline is not None}
-    return {name: known[name].semantics if name in known else 1 for name in sorted(used)}
+    used = {tensor.pipeline.method: tensor.pipeline.semantics for tensor in plan.tensors if tensor.pipeline is not None}
+    return dict(sorted(used.items()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, TypeVar
 
@@ -24,7 +24,9 @@ from ktmerge.merge.stage import (
 
 Apply = TypeVar("Apply", bound=Callable[..., Any])
 Provider = Callable[[str], Method]
+Found = TypeVar("Found", Method, Stage)
 
+_FOLDER = "ktmerge.merge.methods"
 _STAGES: dict[str, Stage] = {}
 _METHODS: dict[str, Method] = {}
 _PROVIDERS: dict[str, Provider] = {}
@@ -103,9 +105,9 @@ def find_method(name: str) -> Method:
     Raises:
         UsageError: there is none.
     """
-    _discover()
-    if name in _METHODS:
-        return _METHODS[name]
+    found = _found(name, _METHODS)
+    if found is not None:
+        return found
     prefix, colon, rest = name.partition(":")
     if colon and prefix in _PROVIDERS:
         return _PROVIDERS[prefix](rest)
@@ -119,8 +121,7 @@ def find_stage(name: str, kind: Kind) -> Stage:
     Raises:
         UsageError: there is none, or it is of another kind.
     """
-    _discover()
-    found = _STAGES.get(name)
+    found = _found(name, _STAGES)
     if found is None:
         same = [stage.name for stage in _STAGES.values() if stage.kind == kind]
         raise UsageError(f"there is no {kind} stage '{name}'.{did_you_mean(name, same)}")
@@ -129,9 +130,25 @@ def find_stage(name: str, kind: Kind) -> Stage:
     return found
 
 
+def _found(name: str, registered: Mapping[str, Found]) -> Found | None:
+    """What is registered under a name. Its file is called as it begins, as a rule: all files are read if not."""
+    if name not in registered:
+        words = name.split("_")
+        files = ["_".join(words[:count]) for count in range(len(words), 0, -1)]
+        for file in [file for file in files if file in _files()][:1]:
+            importlib.import_module(f"{_FOLDER}.{file}")
+    if name not in registered:
+        _discover()
+    return registered.get(name)
+
+
 @cache
 def _discover() -> None:
-    from ktmerge.merge import methods as folder
+    for file in _files():
+        importlib.import_module(f"{_FOLDER}.{file}")
 
-    for module in pkgutil.iter_modules(folder.__path__, folder.__name__ + "."):
-        importlib.import_module(module.name)
+
+@cache
+def _files() -> tuple[str, ...]:
+    folder = importlib.import_module(_FOLDER)
+    return tuple(module.name for module in pkgutil.iter_modules(folder.__path__))

@@ -226,6 +226,7 @@ def _pipeline(method: Method, uses: Sequence[tuple[Kind, StageUse]]) -> Pipeline
         transforms=tuple(use for kind, use in uses if kind == "transform"),
         combine=next(use for kind, use in uses if kind == "combine"),
         after=tuple(use for kind, use in uses if kind not in ("transform", "combine")),
+        semantics=method.semantics,
     )
 
 

@@ -245,6 +245,7 @@ class Pipeline:
     transforms: tuple[StageUse, ...]
     combine: StageUse
     after: tuple[StageUse, ...] = ()
+    semantics: int = 1
 
     @property
     def uses(self) -> tuple[StageUse, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from ktmerge.merge.kernels.keys import stream_key
-from ktmerge.merge.methods.ties import ElectParameters, elect
+from ktmerge.merge.methods.elect import ElectParameters, elect
 from ktmerge.merge.methods.wudi import MEANS, positive
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages

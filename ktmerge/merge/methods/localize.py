@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ktmerge.merge.arithmetic import weighted_total
+from ktmerge.merge.methods.elect import relative
 from ktmerge.merge.methods.slerp import positive
-from ktmerge.merge.methods.ties import relative
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from ktmerge.merge.arithmetic import weighted_total
 from ktmerge.merge.program import Sum
-from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
+from ktmerge.merge.registry import stage
+from ktmerge.merge.stage import Context, Parameters
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,15 +33,3 @@ def _compiled(parameters: Parameters, weights: Mapping[str, float]) -> Sum:
 def mean(deltas: list[Tensor], parameters: Parameters, context: Context) -> Tensor:
     """Weighted mean of the deltas: M = sum_t w_t tau_t / sum_t w_t."""
     return weighted_total(deltas, _shares(context.weights))
-
-
-method(
-    Method(
-        name="linear",
-        summary="Go back towards the base by one number (WiSE-FT), or average several experts; the first thing to try.",
-        formula="sum_t w_t tau_t / sum_t w_t",
-        source="Wortsman et al., CVPR 2022, arXiv:2109.01903; Model soups, ICML 2022, arXiv:2203.05482",
-        stages=Stages(combine=("mean", {})),
-        promises=Promises(identical="mean"),
-    )
-)

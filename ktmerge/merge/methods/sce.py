@@ -9,8 +9,8 @@ from pydantic import Field
 
 from ktmerge.merge.arithmetic import weighted_total
 from ktmerge.merge.kernels.keys import stream_key
+from ktmerge.merge.methods.elect import disjoint, relative
 from ktmerge.merge.methods.slerp import positive
-from ktmerge.merge.methods.ties import disjoint, relative
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from ktmerge.merge.arithmetic import weighted_total
-from ktmerge.merge.methods.ties import disjoint, relative
+from ktmerge.merge.methods.elect import disjoint, relative
 from ktmerge.merge.methods.wudi import positive
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, Need, Parameters, Promises, Stages
