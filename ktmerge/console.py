@@ -28,14 +28,14 @@ def stdout() -> Console:
     from rich.console import Console
 
     terminal = sys.stdout.isatty()
-    return Console(soft_wrap=not terminal, width=None if terminal or "COLUMNS" in os.environ else WIDTH)
+    return Console(soft_wrap=not terminal, width=None if terminal or "COLUMNS" in os.environ else WIDTH, emoji=False)
 
 
 def stderr() -> Console:
     """Where progress, notes and errors go, so that results can be piped."""
     from rich.console import Console
 
-    return Console(stderr=True, soft_wrap=True, highlight=False)
+    return Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 
 class TerminalProgress:

@@ -37,6 +37,15 @@ def test_errors_keep_brackets_and_stand_one_a_line(capsys: pytest.CaptureFixture
     assert capsys.readouterr().err.splitlines() == ["error: blend.where[0]: no such part", "error: seed: too small"]
 
 
+def test_names_with_colons_are_no_emoji(capsys: pytest.CaptureFixture[str]) -> None:
+    console.fail("e1:x: no such folder")
+    console.TerminalProgress().note("a :bug: b")
+    console.print_table(["name"], [["runs:fire:"]])
+    captured = capsys.readouterr()
+    assert captured.err.splitlines() == ["error: e1:x: no such folder", "a :bug: b"]
+    assert "runs:fire:" in captured.out
+
+
 def test_trained_tokens_are_marked(capsys: pytest.CaptureFixture[str]) -> None:
     from ktmerge.tuners import PreviewSample
 
