@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import types
 import typing
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,6 +52,9 @@ def load_recipe(
     if base is not None:
         document["base"] = _from_here(base)
     chosen = [_expert(text) for text in experts]
+    twice = [name for name, count in Counter(name for name, _ in chosen).items() if count > 1]
+    if twice:
+        raise UsageError(f"--expert: '{twice[0]}' is given more than once; give each expert a name of its own.")
     if chosen:
         document["experts"] = dict(chosen)
     apply_overrides(document, overrides)
@@ -218,7 +222,7 @@ def _expert(text: str) -> tuple[str, dict[str, Any]]:
     if not equals or not name or not model:
         raise UsageError(f"--expert {text}: write name=model or name=model:weight.")
     head, colon, tail = model.rpartition(":")
-    if colon and head:
+    if colon and head and not Path(model).exists():
         try:
             return name, {"model": _from_here(head), "weight": float(tail)}
         except ValueError:

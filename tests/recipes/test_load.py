@@ -137,6 +137,18 @@ def test_wrong_overrides_are_refused(tmp_path: Path, override: str, expected: st
         assert expected in refused(tmp_path, RECIPE, overrides=[override])
 
 
+def test_an_expert_named_twice_on_the_command_line_is_refused() -> None:
+    with pytest.raises(UsageError, match="--expert: 'a' is given more than once"):
+        load_recipe("ties", base="org/base", experts=["a=org/one", "b=org/two", "a=org/three"])
+
+
+def test_an_existing_folder_with_a_colon_is_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run:1").mkdir()
+    expert = load_recipe("ties", base="org/base", experts=["a=run:1"]).experts["a"]
+    assert (expert.model, expert.weight) == (str(tmp_path / "run:1"), 1.0)
+
+
 def test_base_and_experts_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tuned").mkdir()
