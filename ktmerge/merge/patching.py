@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-_ROOM = 1 << 24
-"""Numbers that the systems solved at a time may hold together."""
+_ROOM = 1 << 21
+"""Numbers that the systems solved at a time may hold together: few enough for the processor's cache."""
+_PIECE = 128
+"""Rows of a system that are gathered at a time, as far as its diagonal."""
 
 
 def fitted(target: Tensor, moment: Tensor, mask: Tensor) -> Tensor:
@@ -48,15 +50,30 @@ def _solved(target: Tensor, moment: Tensor, mask: Tensor) -> Tensor:
     """The same of a few rows, each with entries; systems are filled up with ones to the largest one's size."""
     import torch
 
-    wide = int(mask.sum(1).max())
+    sizes = mask.sum(1)
+    wide = int(sizes.max())
     places = torch.argsort(mask.to(torch.uint8), dim=1, descending=True, stable=True)[:, :wide]
-    real = mask.gather(1, places)
-    both = real.unsqueeze(2) & real.unsqueeze(1)
-    systems = torch.where(both, moment[places.unsqueeze(2), places.unsqueeze(1)], 0.0)
-    systems.diagonal(dim1=1, dim2=2).add_((~real).to(moment.dtype))
-    right = torch.where(real, target.gather(1, places), 0.0).unsqueeze(2)
-    found = torch.cholesky_solve(right, torch.linalg.cholesky(systems)).squeeze(2)
-    return torch.zeros_like(target).scatter_(1, places, torch.where(real, found, 0.0))
+    systems, right = _lower(moment, places), target.gather(1, places)
+    if int(sizes.min()) < wide:
+        real = mask.gather(1, places)
+        systems.mul_(real.unsqueeze(2) & real.unsqueeze(1))
+        systems.diagonal(dim1=1, dim2=2).add_((~real).to(moment.dtype))
+        right = torch.where(real, right, 0.0)
+    factors = torch.linalg.cholesky(systems)
+    # two triangular solves: cholesky_solve copies every factor first
+    half = torch.linalg.solve_triangular(factors, right.unsqueeze(2), upper=False)
+    found = torch.linalg.solve_triangular(factors.mT, half, upper=True).squeeze(2)
+    return torch.zeros_like(target).scatter_(1, places, found)
+
+
+def _lower(moment: Tensor, places: Tensor) -> Tensor:
+    """The submatrices ``[n, s, s]`` of H at ``places [n, s]``; not all above the diagonal, which nobody reads."""
+    count, wide = places.shape
+    found = moment.new_zeros(count, wide, wide)
+    for start in range(0, wide, _PIECE):
+        stop = min(start + _PIECE, wide)
+        found[:, start:stop, :stop] = moment[places[:, start:stop].unsqueeze(2), places[:, :stop].unsqueeze(1)]
+    return found
 
 
 def inverse_factor(moment: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The largest of a tensor's scores, exactly so many, whatever ties."""
+"""The largest of a tensor's scores, or of each row's, exactly so many, whatever ties."""
 
 from __future__ import annotations
 
@@ -30,3 +30,22 @@ def largest(scores: Tensor, count: int, key: int) -> Tensor:
     unsigned = hashes(key, tied) ^ torch.iinfo(torch.int64).min  # signed order of these is the hashes' own
     kept[tied[unsigned.topk(count - int(kept.sum())).indices]] = True
     return kept.reshape(scores.shape)
+
+
+def largest_of_rows(scores: Tensor, count: int, key: int) -> Tensor:
+    """Mask ``[o, i]`` of the ``count`` largest of each row, ties as in `largest` with the key ``key + number``.
+
+    Args:
+        scores: ``[o, i]``, finite.
+        count: from 0 to i.
+        key: of the hash.
+    """
+    import torch
+
+    wide = scores.shape[1]
+    if count <= 0 or count >= wide or not scores.numel():
+        return torch.full_like(scores, count > 0, dtype=torch.bool)
+    kept = scores >= scores.kthvalue(wide - count + 1, dim=1, keepdim=True).values
+    for number in (kept.sum(1) > count).nonzero().squeeze(1).tolist():
+        kept[number] = largest(scores[number], count, key + number)
+    return kept

@@ -6,13 +6,18 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ktmerge.merge.patching import inverse_factor
+from ktmerge.merge.compensation import factor_of
 from ktmerge.merge.ranking import largest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ktmerge.merge.covariance import Covariance
+
 Score = Literal["wanda", "delta_obs", "mag", "up_aware", "paper"]
+
+_STEP = 16
+"""Columns that errors are passed on between one at a time; beyond them, so many at once."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,7 @@ class Tailor:
 
     Attributes:
         base: theta_0 ``[o, i]``.
-        moment: H ``[i, i]``, positive definite.
+        inputs: H, positive definite.
         felt: sqrt(C_jj) of the tuned model's inputs, ``[i]``.
         upstream: kappa + sqrt(C_jj) of the base's inputs, ``[i]``; only for score ``up_aware``.
         score: what is kept.
@@ -31,7 +36,7 @@ class Tailor:
     """
 
     base: Tensor
-    moment: Tensor
+    inputs: Covariance
     felt: Tensor
     upstream: Tensor | None
     score: Score
@@ -43,33 +48,33 @@ class Tailor:
         """What stays of ``delta [o, i]`` when nothing is passed on."""
         import torch
 
-        factor = inverse_factor(self.moment) if self.score in ("delta_obs", "paper") else self.moment
-        return torch.cat([self._kept(delta[:, part], part, factor) for part in self._blocks()], 1)
+        blocks, pivots = self._blocks(), self.felt
+        if self.score in ("delta_obs", "paper"):
+            pivots = factor_of(self.inputs, blocks).pivots
+        return torch.cat([self._kept(delta[:, part], part, pivots) for part in blocks], 1)
 
     def swept(self, delta: Tensor, sign: int) -> Tensor:
         """Column by column: those not kept become 0, and later ones get ``sign`` times their error R_jk / R_jj."""
         import torch
 
-        left, factor = delta.clone(), inverse_factor(self.moment)
-        for part in self._blocks():
-            kept = self._kept(left[:, part], part, factor)
-            errors = torch.zeros_like(left[:, part])
-            for column in range(part.start, part.stop):
-                values, stays = left[:, column].clone(), kept[:, column - part.start]
-                error = torch.where(stays, 0.0, values) / factor[column, column]
-                left[:, column] = torch.where(stays, values, 0.0)
-                left[:, column + 1 : part.stop] += sign * error.unsqueeze(1) * factor[column, column + 1 : part.stop]
-                errors[:, column - part.start] = error
-            left[:, part.stop :] += sign * errors @ factor[part, part.stop :]
-        return left
+        blocks = self._blocks()
+        left, factor = delta.T.contiguous(), factor_of(self.inputs, blocks)
+        for part in blocks:
+            factor.settle(left, part)
+            own, pivots = left[part], factor.pivots[part].unsqueeze(1)
+            kept = self._kept(own.T, part, factor.pivots).T
+            errors = _passed(own, factor.within(part), torch.where(kept, 0.0, sign / pivots))
+            own.masked_fill_(~kept, 0.0)
+            factor.hand_on(left, part, errors)
+        return left.T
 
     def _blocks(self) -> list[slice]:
         inputs = self.base.shape[1]
         return [slice(start, min(start + self.block, inputs)) for start in range(0, inputs, self.block)]
 
-    def _kept(self, delta: Tensor, part: slice, factor: Tensor) -> Tensor:
+    def _kept(self, delta: Tensor, part: slice, pivots: Tensor) -> Tensor:
         """Mask of a block's entries, given the delta there; R's diagonal is used by the scores that need it."""
-        scores = self._scores(delta, part, factor.diagonal()[part])
+        scores = self._scores(delta, part, pivots[part])
         return largest(scores, math.floor(self.density * scores.numel()), self.key + part.start)
 
     def _scores(self, delta: Tensor, part: slice, pivots: Tensor) -> Tensor:
@@ -82,6 +87,26 @@ class Tailor:
             return _standard(size) / 2 + _standard(((self.base[:, part] + delta) / pivots) ** 2) / 2
         felt = size * self.felt[part]
         return felt if self.upstream is None else felt / self.upstream[part]
+
+
+def _passed(left: Tensor, factor: Tensor, rates: Tensor) -> Tensor:
+    """Errors ``[b, o]`` of a block's columns, its rows of ``left [b, o]`` changed by those before them.
+
+    Args:
+        left: what is there; changed in place.
+        factor: R between them, ``[b, b]``.
+        rates: error over what is there, ``[b, o]``; 0 of what stays.
+    """
+    import torch
+
+    errors, wide = torch.empty_like(left), left.shape[0]
+    for start in range(0, wide, _STEP):
+        stop = min(start + _STEP, wide)
+        for column in range(start, stop):
+            torch.mul(left[column], rates[column], out=errors[column])
+            left[column + 1 : stop].addr_(factor[column, column + 1 : stop], errors[column])
+        left[stop:].addmm_(factor[start:stop, stop:].T, errors[start:stop])
+    return errors
 
 
 def _standard(values: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ktmerge.checkpoints.matrices import MatrixLayout
 from ktmerge.merge.kernels import kernels_for
 from ktmerge.merge.patching import fitted, inverse_factor
+from ktmerge.merge.ranking import largest, largest_of_rows
 from ktmerge.merge.registry import find_stage
 from ktmerge.merge.stage import Context
 
@@ -61,13 +62,13 @@ def close(found: Tensor, expected: Any, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
 
 
-def moment(name: str = "a") -> np.ndarray:
-    x = FOUND.inputs(name).double().numpy()
+def moment(name: str = "a", found: Measured = FOUND) -> np.ndarray:
+    x = found.inputs(name).double().numpy()
     return x.T @ x / x.shape[0]
 
 
-def damped(by: float) -> np.ndarray:
-    c = moment()
+def damped(by: float, found: Measured = FOUND) -> np.ndarray:
+    c = moment("a", found)
     return c + by * np.trace(c) / 12 * np.eye(12)
 
 
@@ -86,9 +87,18 @@ def test_the_factor_of_the_inverse_is_upper_triangular() -> None:
     assert not r.tril(-1).any()
 
 
+def test_rows_are_ranked_each_for_itself() -> None:
+    scores = random(6, 9).round(decimals=0).abs()  # many are equal
+    for count in (0, 1, 4, 9):
+        alone = [largest(row, count, 5 + number) for number, row in enumerate(scores)]
+        assert largest_of_rows(scores, count, 5).equal(torch.stack(alone))
+    assert largest_of_rows(torch.zeros(0, 9), 3, 5).shape == (0, 9)
+
+
 @pytest.mark.parametrize("case", ["rows", "shared", "empty rows", "full"])
 def test_fitted_patches_are_least_squares(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ktmerge.merge.patching._ROOM", 40)  # several batches
+    monkeypatch.setattr("ktmerge.merge.patching._PIECE", 2)
     h, target = torch.as_tensor(damped(0.1)), random(*SHAPE).double()
     mask = torch.rand(SHAPE, generator=torch.Generator().manual_seed(2)) < 0.4
     if case == "shared":
@@ -116,11 +126,13 @@ def standard(values: np.ndarray) -> np.ndarray:
     return (values - values.mean(1, keepdims=True)) / values.std(1, keepdims=True)
 
 
-def tailored(score: str, decoration: str, density: float, block: int, damp: float) -> np.ndarray:
+def tailored(
+    score: str, decoration: str, density: float, block: int, damp: float, found: Measured = FOUND
+) -> np.ndarray:
     """The paper's sweep, with its R from the inverse itself."""
-    h, base, tau = damped(damp), BASE.double().numpy(), DELTA.double().numpy()
+    h, base, tau = damped(damp, found), BASE.double().numpy(), DELTA.double().numpy()
     r = np.linalg.cholesky(np.linalg.inv(h)).T
-    felt, up = np.sqrt(np.diag(moment())), np.sqrt(np.diag(moment("base")))
+    felt, up = np.sqrt(np.diag(moment("a", found))), np.sqrt(np.diag(moment("base", found)))
     sequential = decoration in ("obs", "paper")
     left, mask = tau.copy(), np.zeros(SHAPE, bool)
     for start in range(0, 12, block):
@@ -160,6 +172,22 @@ def test_model_tailor_is_its_formula(score: str, decoration: str) -> None:
     close(patch, tailored(score, decoration, 0.3, 7, 0.05))
     counts = [(patch[:, columns] != 0).sum() for columns in (slice(0, 7), slice(7, 12))]
     assert counts == [16, 12]
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+@pytest.mark.parametrize("block", [2, 5, 12])
+def test_few_samples_give_the_same_sweep(tokens: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With at most i / 2 of them H is never written out."""
+    monkeypatch.setattr("ktmerge.merge.tailoring._STEP", 2)
+    monkeypatch.setattr("ktmerge.merge.compensation._Dense", None)
+    few = Measured(base=correlated(60, 5), a=correlated(60, 7)[:tokens])
+    if not tokens:
+        assert run("model_tailor", few, density=0.3).isfinite().all()
+        return
+    for score in ("wanda", "delta_obs"):
+        for decoration in ("obs", "paper"):
+            patch = run("model_tailor", few, score=score, decoration=decoration, density=0.3, block=block, damp=0.05)
+            close(patch, tailored(score, decoration, 0.3, block, 0.05, few))
 
 
 @pytest.mark.parametrize("score", ["mag", "wanda", "delta_obs", "up_aware"])

@@ -61,8 +61,8 @@ def exact_patch(delta: Tensor, parameters: PatchParameters, context: Context) ->
         own = sampled.covariance(context.expert, number, wide)
         key = stream_key(context.seed, "exact_patch", context.expert, f"{context.tensor}#{number}")
         mask = _support(values, own, parameters, key)
-        moment = own.ridged(parameters.ridge * (own.trace() / wide or 1.0)).dense()
-        target = values @ moment
+        ridged = own.ridged(parameters.ridge * (own.trace() / wide or 1.0))
+        moment, target = ridged.dense(), ridged.times(values)
         if parameters.kappa:
             moment = moment + parameters.kappa * sampled.covariance("", number, wide).dense()
         return fitted(target, moment, mask).float()
@@ -72,15 +72,12 @@ def exact_patch(delta: Tensor, parameters: PatchParameters, context: Context) ->
 
 def _support(delta: Tensor, own: Covariance, parameters: PatchParameters, key: int) -> Tensor:
     """Mask ``[o, i]`` of the entries that may move."""
-    import torch
-
-    from ktmerge.merge.ranking import largest
+    from ktmerge.merge.ranking import largest, largest_of_rows
 
     felt, count = own.variances().sqrt(), math.floor(parameters.density * delta.shape[1])
     if parameters.support == "shared":
         return largest(delta.norm(dim=0) * felt, count, key).expand_as(delta)
-    scores = delta.abs() * felt
-    return torch.stack([largest(row, count, key + number) for number, row in enumerate(scores)])
+    return largest_of_rows(delta.abs() * felt, count, key)
 
 
 method(

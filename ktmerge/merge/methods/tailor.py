@@ -74,10 +74,10 @@ def model_tailor(delta: Tensor, parameters: TailorParameters, context: Context) 
         if parameters.score == "up_aware":
             upstream = sampled.covariance("", number, base.shape[1]).variances().sqrt()
             upstream = upstream + parameters.kappa * (float(upstream.mean()) or 1.0)
-        raised = own.ridged(parameters.damp * mean).dense() + torch.where(variances > 0, 0.0, mean).diag()
+        dead = torch.where(variances > 0, 0.0, mean)
         found = Tailor(
             base=base.double(),
-            moment=raised,
+            inputs=replace(own, diagonal=own.diagonal + parameters.damp * mean + dead),
             felt=variances.sqrt(),
             upstream=upstream,
             score=parameters.score,
@@ -100,10 +100,11 @@ def _patch(delta: Tensor, tailor: Tailor, decoration: str) -> Tensor:
         return tailor.swept(delta, -1 if decoration == "obs" else 1)
     mask = tailor.mask(delta)
     if decoration == "exact":
-        return fitted(delta @ tailor.moment, tailor.moment, mask)
+        moment = tailor.inputs.dense()
+        return fitted(delta @ moment, moment, mask)
     kept = torch.where(mask, delta, 0.0)
     if decoration == "scalar":
-        felt = kept @ tailor.moment
+        felt = tailor.inputs.times(kept)
         size = float((felt * kept).sum())
         return kept * (float((felt * delta).sum()) / size) if size else kept
     return kept
