@@ -62,6 +62,8 @@ def understand(
     whole: dict[str, TensorInfo] = {}
     for name, info in stored.items():
         match = _FACTOR.match(name)
+        if _is_second_copy(name, stored):
+            continue
         if info.dtype not in FLOATS:
             raise UsageError(f"{folder}: the adapter's '{name}' is of type {info.dtype}; save it unquantised.")
         if match is not None:
@@ -72,7 +74,7 @@ def understand(
                 f"{folder}: the adapter's tensor '{name}' is no part of LoRA or DoRA; it cannot be folded."
             )
         else:
-            whole[name.replace(".base_layer.", ".")] = info
+            whole[_bare(name)] = info
     if not factors and not whole:
         raise UsageError(f"{folder}: the adapter has no tensors.")
     targets = [f"{module}.weight" for module in factors]
@@ -97,6 +99,20 @@ def understand(
         if bias is not None:
             modules.append(AdaptedModule(places[f"{module}.bias"], {"lora_B.bias": bias}, scale, True))
     return modules, replaced
+
+
+def _is_second_copy(name: str, stored: Mapping[str, TensorInfo]) -> bool:
+    """Whether PEFT wrote the tensor beside the one that counts, as it does with the tables of a grown vocabulary.
+
+    A module of ``modules_to_save`` is then stored three times: under its own name and as ``modules_to_save`` as it was
+    trained, and as ``original_module`` as it was before.
+    """
+    return ".original_module." in name or (".modules_to_save." in name and _bare(name) in stored)
+
+
+def _bare(name: str) -> str:
+    """A tensor's name without the wrappers that PEFT puts around its module."""
+    return name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
 
 
 def _scale(folder: Path, config: Mapping[str, Any], module: str, factors: Mapping[str, TensorInfo]) -> float:

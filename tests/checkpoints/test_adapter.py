@@ -117,6 +117,32 @@ def test_folded_weights_are_pefts(adapted: tuple[Path, dict[str, torch.Tensor]])
     assert changed
 
 
+def test_tables_that_peft_wrote_three_times_are_the_trained_ones(tmp_path: Path) -> None:
+    """As it saves a module of modules_to_save once the vocabulary has grown."""
+    import peft
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = _build("llama")
+        model.save_pretrained(tmp_path / "model")
+        model.resize_token_embeddings(56)
+        settings = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+        wrapped = peft.get_peft_model(model, settings)
+        for name, parameter in wrapped.named_parameters():
+            if "modules_to_save" in name:
+                parameter.data += torch.randn(parameter.shape)
+    wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    assert any(".original_module." in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    merged = wrapped.merge_and_unload()
+    folded = open_model("model+adapter", tmp_path)
+    assert set(folded.tensors) == set(Checkpoint.open(tmp_path / "model").tensors)
+    with folded.reader() as reader:
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            trained = merged.get_parameter(name).detach()
+            assert trained.shape == (56, 16)
+            assert reader.read(name).view(trained.shape).equal(trained)
+
+
 @pytest.mark.parametrize("case", ["plain", "dora", "conv1d dora", "embedding"])
 def test_any_piece_has_the_bits_of_the_whole(case: str, tmp_path: Path) -> None:
     kind, settings = CASES[case]
