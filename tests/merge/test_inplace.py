@@ -45,8 +45,15 @@ class Model(nn.Module):
         return {name.replace("/", "."): values for name, values in super().state_dict().items()}
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("dtype", "rounding"),
+    [
+        (torch.bfloat16, "stochastic"),
+        pytest.param(torch.bfloat16, "nearest", marks=pytest.mark.slow),
+        pytest.param(torch.float32, "stochastic", marks=pytest.mark.slow),
+        pytest.param(torch.float32, "nearest", marks=pytest.mark.slow),
+    ],
+)
 def test_any_number_of_candidates_equal_the_files(
     dtype: torch.dtype, rounding: str, llamas: Path, tmp_path: Path, recipe_in: Any
 ) -> None:

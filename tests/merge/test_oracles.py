@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,16 @@ def tuned_llamas(llamas: Path) -> dict[str, Tensors]:
     return {name: read(llamas / name) for name in "abc"}
 
 
-@pytest.mark.parametrize("case", CASES, ids=IDS)
+def first_of(kind: Callable[[str], str]) -> Iterator[Any]:
+    """All cases; the first of each kind of method is a unit test, the others are slow."""
+    seen: set[str] = set()
+    for case, name in zip(CASES, IDS, strict=True):
+        marks = [pytest.mark.slow] if kind(case[0]) in seen else []
+        yield pytest.param(case, id=name, marks=marks)
+        seen.add(kind(case[0]))
+
+
+@pytest.mark.parametrize("case", first_of(str))
 def test_llama_equals_the_formulas(
     llamas: Path, tuned_llamas: dict[str, Tensors], tmp_path: Path, recipe_in: Any, case: tuple[Any, ...]
 ) -> None:
@@ -120,16 +129,7 @@ def test_llama_equals_the_formulas(
     check(llamas, tmp_path / "out", experts, case, recipe_in)
 
 
-def once_a_family() -> Iterator[Any]:
-    """All cases; of each family of methods the first is a unit test, the others are slow."""
-    seen: set[str] = set()
-    for case, name in zip(CASES, IDS, strict=True):
-        family = getattr(OWNERS.get(case[0]), "__name__", "")
-        yield pytest.param(case, id=name, marks=[pytest.mark.slow] if family in seen else [])
-        seen.add(family)
-
-
-@pytest.mark.parametrize("case", once_a_family())
+@pytest.mark.parametrize("case", first_of(lambda method: getattr(OWNERS.get(method), "__name__", "")))
 def test_llava_equals_the_formulas_whatever_the_names(
     llavas: Path, tmp_path: Path, recipe_in: Any, case: tuple[Any, ...]
 ) -> None:
