@@ -131,10 +131,14 @@ def spectral_regmean(
     target = torch.stack([one.times(delta) for one, delta in zip(covariances, weighted, strict=True)]).sum(0)
     ridge = filter.strength * mean if filter.shape == "tikhonov" else 0.0
     least = float(common.diagonal.min()) + ridge
-    if filter.rank == "all" and filter.shape != "exp" and least > _DEFINITE * mean:
-        return start + common.ridged(ridge).solve(target - common.times(start))
-    frame = common.frame()
     unit = sum(alpha * one.trace() for one, alpha in zip(covariances, alphas, strict=True)) / sum(alphas)
+    if filter.rank == "all" and filter.shape != "exp":
+        if least > _DEFINITE * mean:
+            return start + common.ridged(ridge).solve(target - common.times(start))
+        found = None if ridge else common.towards(target, start, _FLOOR * unit)
+        if found is not None:
+            return found
+    frame = common.frame()
     passed = filter.of(frame.eigenvalues, unit, mean, common.inputs)
     return start + step(frame, passed, start, target)
 

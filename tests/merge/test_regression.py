@@ -85,6 +85,21 @@ def test_the_dual_equals_the_primal(outputs: int, inputs: int) -> None:
         close(spectral_regmean(deltas, rows, filter, init), spectral_regmean(deltas, whole, filter, init), 1e-8)
 
 
+@pytest.mark.parametrize("shape", [(7, 30), (30, 7), (9, 9)])
+def test_what_has_no_weak_direction_needs_no_decomposition(shape: tuple[int, int]) -> None:
+    rows, target, start = random(*shape), random(4, shape[1], seed=1), random(4, shape[1], seed=2)
+    dense = rows.T @ rows
+    expected = start + (target - start @ dense) @ torch.linalg.pinv(dense, rcond=1e-10, hermitian=True)
+    found = of_rows(rows).towards(target, start, 0.0)
+    assert found is not None
+    close(found, expected, 1e-8)
+    least = float(torch.linalg.svdvals(rows)[-1]) ** 2
+    assert of_rows(rows).towards(target, start, 0.99 * least) is not None
+    assert of_rows(rows).towards(target, start, 1.01 * least) is None
+    double = torch.cat([rows[:5], rows[:5] * (1 + 1e-9)])
+    assert of_rows(double).towards(target, start, 0.0) is None
+
+
 def test_the_answer_is_where_the_objective_is_flat() -> None:
     deltas = [random(6, 10, seed=t) for t in range(3)]
     covariances = [of_inputs(random(25, 10, seed=t + 5), eta=0.9) for t in range(3)]
