@@ -20,7 +20,15 @@ from ktmerge.errors import UsageError, did_you_mean
 from ktmerge.eval.encode import Encoded
 from ktmerge.eval.encodings import Encoding, Encodings
 from ktmerge.eval.harness import NO_FILTER, HarnessSet
-from ktmerge.eval.items import AskedItem, GenerateItem, InstructionsItem, TextItem, whole_prompt
+from ktmerge.eval.items import (
+    AskedItem,
+    ChoiceItem,
+    GenerateItem,
+    InstructionsItem,
+    LetterItem,
+    TextItem,
+    whole_prompt,
+)
 from ktmerge.eval.loading import (
     choose_device,
     choose_dtype,
@@ -245,6 +253,7 @@ def _task_info(one: TaskSet, encoded: Encoded) -> TaskInfo:
         rows=encoded.rows,
         prompts=[whole_prompt(item) for item in items],
         references=[_reference(item) for item in items],
+        choices=[list(item.choices) for item in items if isinstance(item, ChoiceItem | LetterItem)],
         truncated=encoded.truncated,
         skipped=encoded.skipped,
     )
@@ -255,7 +264,7 @@ def _harness_info(one: TaskSet, made: HarnessSet, encoded: Encoded) -> TaskInfo:
     return TaskInfo(
         name=one.task.name, side=one.side, kind=one.task.kind, digest=one.digest, data_digest=one.data_digest,
         metric=metric if by == NO_FILTER else f"{metric},{by}",
-        rows=encoded.rows, prompts=made.prompts, references=made.references,
+        rows=encoded.rows, prompts=made.prompts, references=made.references, choices=made.choices,
     )  # fmt: skip
 
 

@@ -44,6 +44,7 @@ class HarnessSet:
         others: metrics with a value for each item that are shown beside it.
         prompts: of each item, without chat template.
         references: of each item, the index of the right choice or the answer.
+        choices: of each item, if all tasks have such.
         data_digest: sha256 over the rows.
         digest: sha256 over all that is asked, and by which lm_eval.
     """
@@ -55,6 +56,7 @@ class HarnessSet:
     others: list[tuple[str, str]]
     prompts: list[str]
     references: list[Any]
+    choices: list[list[str]]
     data_digest: str
     digest: str
     signature: str
@@ -181,6 +183,7 @@ def _made(task: HarnessTask, manager: Any, loaded: Any, rows: dict[str, list[int
     chosen = _chosen(task, metrics)
     prompts: list[str] = []
     references: list[Any] = []
+    choices: list[list[str]] = []
     asked: list[Any] = []
     docs: list[Any] = []
     for name, one in tasks.items():
@@ -193,6 +196,8 @@ def _made(task: HarnessTask, manager: Any, loaded: Any, rows: dict[str, list[int
         for instance in first.values():
             prompts.append(str(instance.args[0]))
             references.append(_plain(one.doc_to_target(instance.doc)))
+            if one.OUTPUT_TYPE == "multiple_choice":
+                choices.append([str(choice) for choice in one.doc_to_choice(instance.doc)])
             docs.append(instance.doc)
     versions = {name: str(one.VERSION) for name, one in tasks.items()}
     settings = task.model_dump(mode="json", exclude={"include_path", "metric"})
@@ -201,6 +206,7 @@ def _made(task: HarnessTask, manager: Any, loaded: Any, rows: dict[str, list[int
     return HarnessSet(
         parts=_top(task.lm_eval, loaded), manager=manager, rows=rows, metric=chosen,
         others=[pair for pair in metrics if pair != chosen], prompts=prompts, references=references,
+        choices=choices if len(choices) == len(prompts) else [],
         data_digest=content_digest(docs), digest=hashlib.sha256(json.dumps(written).encode()).hexdigest(),
         signature=f"lm_eval {version('lm_eval')}, {task.lm_eval}, {said}, {','.join(chosen)}",
     )  # fmt: skip

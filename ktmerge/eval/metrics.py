@@ -12,22 +12,22 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 
-def acc(logprobs: ArrayLike, choices: Sequence[str], answer: int) -> float:
-    """1 if the right choice has the highest sum of log p(choice given prompt); the first wins a tie."""
-    return float(int(np.argmax(logprobs)) == answer)
+def likeliest(logprobs: ArrayLike, choices: Sequence[str]) -> int:
+    """The choice with the highest sum of log p(choice given prompt); the first wins a tie."""
+    return int(np.argmax(logprobs))
 
 
-def acc_norm(logprobs: ArrayLike, choices: Sequence[str], answer: int) -> float:
+def likeliest_by_length(logprobs: ArrayLike, choices: Sequence[str]) -> int:
     """The same with each sum divided by the choice's length in characters, as lm_eval 0.4.13 defines ``acc_norm``.
 
     (Its documentation says bytes; they differ outside ASCII.) The separator before a choice does not count.
     """
     lengths = np.array([len(choice) for choice in choices], dtype=float)
-    return float(int(np.argmax(np.asarray(logprobs) / lengths)) == answer)
+    return int(np.argmax(np.asarray(logprobs) / lengths))
 
 
-ChoiceMetric = Callable[["ArrayLike", Sequence[str], int], float]
-CHOICE: dict[str, ChoiceMetric] = {"acc": acc, "acc_norm": acc_norm}
+CHOICE: dict[str, Callable[[ArrayLike, Sequence[str]], int]] = {"acc": likeliest, "acc_norm": likeliest_by_length}
+"""Which choice a metric takes for the model's; the item scores 1 if it is the right one."""
 
 
 def macro_f1(predicted: Sequence[int], wanted: Sequence[int], classes: int) -> float:

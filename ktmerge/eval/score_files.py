@@ -45,6 +45,9 @@ def check(results: Results, where: str) -> None:
     names = [task.name for task in results.tasks]
     if results.base not in results.models or not names:
         raise UsageError(f"{where}: a damaged score file: no base, or no tasks.")
+    for task in results.tasks:
+        if any(len(column) not in (0, len(task.rows)) for column in (task.prompts, task.references, task.choices)):
+            raise UsageError(f"{where}: a damaged score file: the items of '{task.name}'.")
     for model, tasks in results.scores.items():
         if list(tasks) != names:
             raise UsageError(f"{where}: a damaged score file: the tasks of '{model}' are not the suite's.")

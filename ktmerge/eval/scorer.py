@@ -121,15 +121,15 @@ class _Job:
     def _choices(self, task: ChoiceTask | ClassifyTask, one: TaskSet, encoded: Encoded, title: str) -> TaskScore:
         sums = self.likelihood.score(encoded.requests, self.progress, title, len(one.items)).logprob
         by_item = [sums[a:b] for a, b in zip(encoded.offsets, encoded.offsets[1:], strict=False)]
-        metric = metrics.CHOICE[task.metric]
+        taken = metrics.CHOICE[task.metric]
         items = [item for item in one.items if isinstance(item, ChoiceItem)]
-        scores = [metric(own, item.choices, item.answer) for own, item in zip(by_item, items, strict=True)]
-        details: dict[str, list[Any]] = {"logprobs": [np.round(own, 6).tolist() for own in by_item]}
+        predicted = [taken(own, item.choices) for own, item in zip(by_item, items, strict=True)]
+        scores = [float(found == item.answer) for found, item in zip(predicted, items, strict=True)]
+        logprobs = [np.round(own, 6).tolist() for own in by_item]
+        details: dict[str, list[Any]] = {"logprobs": logprobs, "predicted": predicted}
         figures = {}
         if isinstance(task, ClassifyTask):
-            predicted, wanted = [int(np.argmax(own)) for own in by_item], [item.answer for item in items]
-            classes = len(task.labels)
-            details["predicted"] = predicted
+            wanted, classes = [item.answer for item in items], len(task.labels)
             figures["macro_f1"] = 100 * metrics.macro_f1(predicted, wanted, classes)
             figures["balanced_accuracy"] = 100 * metrics.balanced_accuracy(predicted, wanted, classes)
         return TaskScore(np.array(scores), details, figures)

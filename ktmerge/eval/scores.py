@@ -24,6 +24,7 @@ class TaskInfo:
         rows: the data file's row (from 0) of each item; a row of text may give several.
         prompts: of each item, as written in the suite (not for text tasks).
         references: index of the right choice, or the reference answer (not for text tasks).
+        choices: of each item, where there are such.
         truncated: items whose prompt was cut to fit the model; skipped: rows too short to score.
     """
 
@@ -36,6 +37,7 @@ class TaskInfo:
     rows: list[int]
     prompts: list[str] = field(default_factory=list)
     references: list[Any] = field(default_factory=list)
+    choices: list[list[str]] = field(default_factory=list)
     truncated: int = 0
     skipped: int = 0
 
@@ -58,7 +60,7 @@ class TaskScore:
 
     Attributes:
         scores: of each item, in [0, 1]; CIDEr's go to 10.
-        details: columns by name, one entry an item. choice: ``logprobs``; classify: ``predicted``, too; generate:
+        details: columns by name, one entry an item. choice, classify: ``logprobs``, ``predicted``; generate:
             ``outputs``, ``answers`` (where one was extracted); letter: ``outputs``, ``predicted`` (None: unread);
             text: ``correct``, ``tokens``, ``nll`` (nats), ``bytes``, ``words``.
         figures: numbers of the whole set shown beside the score, such as ``unread`` (percent) or ``bleu``.

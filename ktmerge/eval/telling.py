@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from ktmerge.eval.letters import LETTERS
+from ktmerge.eval.metrics import CHOICE, likeliest
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -92,11 +95,19 @@ def _change(differences: NDArray[np.float64]) -> Change:
 
 def _reference(task: TaskInfo, i: int) -> str:
     reference = task.references[i] if i < len(task.references) else ""
-    if task.kind in ("choice", "classify") and isinstance(reference, int):
-        return f"choice {reference + 1}"
     if isinstance(reference, list):
-        return " | ".join(dict.fromkeys(map(str, reference)))
-    return str(reference)
+        return " | ".join(dict.fromkeys(_choice(task, i, one) for one in reference))
+    return _choice(task, i, reference)
+
+
+def _choice(task: TaskInfo, i: int, number: object) -> str:
+    """What a choice of item ``i`` says, a letter task's behind its letter; what is no choice's number, as it is."""
+    if not isinstance(number, int) or not (task.choices or task.kind in ("choice", "classify")):
+        return str(number)
+    if not (task.choices and 0 <= number < len(task.choices[i])):
+        return f"choice {number + 1}"
+    said = task.choices[i][number].strip()
+    return f"{LETTERS[number]}. {said}" if task.kind == "letter" else said
 
 
 def _answer(task: TaskInfo, score: TaskScore, i: int) -> Answer:
@@ -118,11 +129,15 @@ def _said(task: TaskInfo, score: TaskScore, i: int) -> str:
     if "outputs" in score.details:
         return str(score.details["outputs"][i])
     if "predicted" in score.details:
-        return f"choice {_numbered(score.details['predicted'][i])}"
+        return _choice(task, i, score.details["predicted"][i])
     if "logprobs" in score.details:
-        return f"choice {int(np.argmax(score.details['logprobs'][i])) + 1}"
+        return _choice(task, i, _taken(task, score.details["logprobs"][i], i))
     return ""
 
 
-def _numbered(predicted: object) -> str:
-    return str(predicted + 1) if isinstance(predicted, int) else str(predicted)
+def _taken(task: TaskInfo, logprobs: Sequence[float], i: int) -> int:
+    """The choice that the metric takes for a model's: lm_eval's tasks don't store which."""
+    if not task.choices:
+        return likeliest(logprobs, ())
+    choices = task.choices[i]
+    return CHOICE.get(task.metric.partition(",")[0], likeliest)(logprobs[: len(choices)], choices)

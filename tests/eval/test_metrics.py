@@ -8,19 +8,17 @@ from pydantic import BaseModel
 from ktmerge.eval import metrics
 
 
-def test_acc_is_the_argmax_and_the_first_wins_a_tie() -> None:
-    assert metrics.acc([-3.0, -1.0, -2.0], ["a", "b", "c"], 1) == 1.0
-    assert metrics.acc([-3.0, -1.0, -2.0], ["a", "b", "c"], 0) == 0.0
-    assert metrics.acc([-1.0, -1.0], ["a", "b"], 0) == 1.0
-    assert metrics.acc([-1.0, -1.0], ["a", "b"], 1) == 0.0
+def test_acc_takes_the_argmax_and_the_first_wins_a_tie() -> None:
+    assert metrics.likeliest([-3.0, -1.0, -2.0], ["a", "b", "c"]) == 1
+    assert metrics.likeliest([-2.0, -1.0, -1.0], ["a", "b", "c"]) == 1
 
 
 def test_acc_norm_divides_by_characters() -> None:
     # -4 / 8 > -3 / 2, so the longer one wins; by acc the shorter.
-    assert metrics.acc_norm([-3.0, -4.0], ["ab", "abcdefgh"], 1) == 1.0
-    assert metrics.acc([-3.0, -4.0], ["ab", "abcdefgh"], 0) == 1.0
+    assert metrics.likeliest_by_length([-3.0, -4.0], ["ab", "abcdefgh"]) == 1
+    assert metrics.likeliest([-3.0, -4.0], ["ab", "abcdefgh"]) == 0
     # 4 characters are 8 bytes here: -5 / 4 < -6 / 5 in characters, -5 / 8 > -6 / 5 in bytes.
-    assert metrics.acc_norm([-5.0, -6.0], ["éééé", "abcde"], 1) == 1.0
+    assert metrics.likeliest_by_length([-5.0, -6.0], ["éééé", "abcde"]) == 1
 
 
 def test_every_metric_and_normalisation_of_the_schema_is_known() -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,36 @@ def test_what_was_said_is_shown_by_kind(make_results: Make) -> None:
     assert {name: answer.text for name, answer in item.answers.items()} == {"base": "choice 3", "a": "choice 1"}
     assert item.answers["base"].right
     assert not item.answers["a"].right
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric", "said"),
+    [
+        ("choice", "acc", {"reference": "Minsk", "base": "Minsk", "a": "no such place as this"}),
+        ("lm_eval", "acc_norm,none", {"reference": "Minsk", "base": "Minsk", "a": "no such place as this"}),
+        ("lm_eval", "acc,none", {"reference": "Minsk", "base": "Minsk", "a": "Minsk"}),
+    ],
+)
+def test_choices_are_shown_by_what_they_say(make_results: Make, kind: str, metric: str, said: dict[str, str]) -> None:
+    results = make_results({"base": {"up": [1, 1]}, "a": {"up": [0, 1]}})
+    choices = [["Minsk", "no such place as this"]] * 2
+    results.tasks[0] = replace(results.tasks[0], kind=kind, metric=metric, choices=choices)
+    for name, logprobs in (("base", [[-1.0, -30.0]] * 2), ("a", [[-5.0, -6.0]] * 2)):
+        details = {"logprobs": logprobs} | ({"predicted": [int(name == "a"), 0]} if kind == "choice" else {})
+        results.scores[name]["up"] = TaskScore(results.scores[name]["up"].scores, details)
+    (item,) = telling(results, results.tasks[0])
+    assert {"reference": item.reference} | {name: one.text for name, one in item.answers.items()} == said
+
+
+def test_a_letter_is_expected_with_its_choice(make_results: Make) -> None:
+    results = make_results({"base": {"up": [1]}, "a": {"up": [0]}})
+    results.tasks[0] = replace(results.tasks[0], kind="letter", choices=[["Lima", "Minsk"]], references=[1])
+    for name, output in (("base", "(B)"), ("a", "A.")):
+        found = results.scores[name]["up"]
+        results.scores[name]["up"] = TaskScore(found.scores, {"outputs": [output], "predicted": [0]})
+    (item,) = telling(results, results.tasks[0])
+    assert item.reference == "B. Minsk"
+    assert [one.text for one in item.answers.values()] == ["(B)", "A."]
 
 
 def test_many_items_keep_both_ends(make_results: Make) -> None:
