@@ -10,7 +10,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-from ktmerge.errors import KtmergeError, ToldElsewhereError
+from ktmerge.errors import KtmergeError, ToldElsewhereError, UsageError
 
 __all__ = ["main"]
 
@@ -61,6 +61,7 @@ def _exit_code(arguments: list[str] | None) -> int:
         from ktmerge.commands import command_line  # only now: a signal while it is imported is answered like any other
 
         given = [_at_home(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
+        _require_names(given)
         result: Any = command_line(given)(args=given, standalone_mode=False)
     except KtmergeError as error:
         if _stopped:
@@ -87,6 +88,20 @@ def _exit_code(arguments: list[str] | None) -> int:
     if _stopped:
         return _interrupted()
     return result if isinstance(result, int) else 0
+
+
+def _require_names(arguments: list[str]) -> None:
+    """Refuse what has no name that could be written down, before any work is done."""
+    for argument in arguments:
+        if any("\ud800" <= character <= "\udfff" for character in argument):
+            raise UsageError(
+                f"{ascii(argument)[1:-1]}: is no text in this locale's encoding ({sys.getfilesystemencoding()}); set a "
+                "UTF-8 locale (LC_ALL=C.UTF-8), or rename it."
+            )
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UsageError("the current folder was deleted; go to one that is there.") from None
 
 
 def _at_home(argument: str) -> str:

@@ -93,3 +93,18 @@ def test_a_recipe_may_be_named_without_its_option(
     assert "mine.yaml: no such recipe file" in capsys.readouterr().err
     assert _exit_code(["blend", "mine.yaml", "-r", "ties", "--out", "out"]) == 2
     assert "names another recipe beside 'mine.yaml'" in capsys.readouterr().err
+
+
+def test_an_argument_that_is_no_text_is_refused_before_any_work(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _exit_code(["blend", "-r", "wise-ft", "--base", os.fsdecode(b"caf\xe9"), "--out", "out"]) == 2
+    assert r"caf\udce9: is no text in this locale's encoding" in capsys.readouterr().err
+
+
+def test_a_current_folder_that_was_deleted_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert _exit_code(["blend", "-r", "wise-ft", "--out", "out"]) == 2
+    assert "the current folder was deleted" in capsys.readouterr().err
