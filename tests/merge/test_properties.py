@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ktmerge.checkpoints.matrices import MatrixLayout
 from ktmerge.errors import UsageError
+from ktmerge.merge import general
 from ktmerge.merge.kernels import kernels_for
 from ktmerge.merge.registry import find_stage, methods, stages
 from ktmerge.merge.settings import blend_setting
@@ -20,11 +24,32 @@ from ktmerge.merge.stage import KINDS, Context, Domain, Method, Stage
 from ktmerge.recipes.schema import Blend
 
 METHODS = list(methods().values())
-SEVERAL = [method for method in METHODS if method.experts[1] is None]
 
 
-def each(chosen: list[Method]) -> Any:
-    return pytest.mark.parametrize("method", chosen, ids=[method.name for method in chosen])
+Promise = Callable[[Workbench, Method], None]
+PROMISES: list[tuple[Callable[[Method], Any], Promise]] = []
+"""For which methods each promise is made, and what checks it."""
+
+
+def promise(made: Callable[[Method], Any] = lambda method: True) -> Callable[[Promise], Promise]:
+    """Check this of every method for which ``made`` is true."""
+
+    def register(check: Promise) -> Promise:
+        PROMISES.append((made, check))
+        return check
+
+    return register
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_every_promise_is_kept(bench: Workbench, method: Method) -> None:
+    """One test a method: the functions below, each named as what it checks."""
+    for made, check in PROMISES:
+        if made(method):
+            try:
+                check(bench, method)
+            except AssertionError as error:
+                raise AssertionError(f"{check.__name__}: {error}") from error
 
 
 def parameters_of(method: Method) -> set[str]:
@@ -58,13 +83,9 @@ def assert_same(first: Tensors, second: Tensors, tolerance: float = 0.0) -> None
             assert same_bytes(first[name], second[name]), name
 
 
-KINDS_OF_FILES = [(torch.bfloat16, "stochastic"), (torch.float32, "nearest"), (torch.float64, "nearest")]
-
-
-@pytest.mark.parametrize(("dtype", "rounding"), KINDS_OF_FILES, ids=["bfloat16", "float32", "float64"])
-@each([method for method in METHODS if method.promises.neutral is not None])
-def test_keeping_everything_of_one_expert_is_the_expert(
-    bench: Workbench, method: Method, rounding: str, dtype: torch.dtype
+@promise(lambda method: method.promises.neutral is not None)
+def keeping_everything_of_one_expert_is_the_expert(
+    bench: Workbench, method: Method, dtype: torch.dtype = torch.bfloat16, rounding: str = "stochastic"
 ) -> None:
     base = {name: values.to(dtype) for name, values in noise(0, 1.0).items()}
     expert = {name: values.to(dtype) for name, values in noise(1, 0.7).items()}
@@ -75,8 +96,16 @@ def test_keeping_everything_of_one_expert_is_the_expert(
     assert_same(dict(sorted(expert.items())), stored, method.promises.tolerance and method.promises.tolerance + step)
 
 
-@each(METHODS)
-def test_keeping_nothing_is_the_base(bench: Workbench, method: Method) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_keeping_everything_in_other_types(bench: Workbench, method: Method, dtype: torch.dtype) -> None:
+    if method.promises.neutral is not None:
+        keeping_everything_of_one_expert_is_the_expert(bench, method, dtype, "nearest")
+
+
+@promise()
+def keeping_nothing_is_the_base(bench: Workbench, method: Method) -> None:
     dtype = torch.bfloat16
     base = {name: values.to(dtype) for name, values in noise(0, 1.0).items()}
     base[MATRIX][0, 0], base[NORM][0] = -0.0, -0.0
@@ -91,8 +120,8 @@ def test_keeping_nothing_is_the_base(bench: Workbench, method: Method) -> None:
         assert_same(stored, dict(sorted(base.items())))
 
 
-@each(SEVERAL)
-def test_identical_experts(bench: Workbench, method: Method) -> None:
+@promise(lambda method: method.experts[1] is None)
+def identical_experts(bench: Workbench, method: Method) -> None:
     delta = noise(3)
     blend = {"method": method.name, **(method.promises.neutral or {})}
     merged = bench.merged({"a": delta, "b": delta, "c": delta}, blend)
@@ -107,8 +136,8 @@ def test_identical_experts(bench: Workbench, method: Method) -> None:
             assert merged[name].isfinite().all()
 
 
-@each(METHODS)
-def test_experts_that_changed_nothing(bench: Workbench, method: Method) -> None:
+@promise()
+def experts_that_changed_nothing(bench: Workbench, method: Method) -> None:
     base = noise(0, 1.0)
     experts = several(method)
     same = bench.blend(base, dict.fromkeys(experts, base), {"method": method.name})
@@ -119,8 +148,8 @@ def test_experts_that_changed_nothing(bench: Workbench, method: Method) -> None:
         assert all(values.isfinite().all() for values in bench.blend(base, experts, {"method": method.name}).values())
 
 
-@each([method for method in SEVERAL if method.promises.experts])
-def test_order_of_experts_changes_nothing(bench: Workbench, method: Method) -> None:
+@promise(lambda method: method.experts[1] is None and method.promises.experts)
+def order_of_experts_changes_nothing(bench: Workbench, method: Method) -> None:
     deltas, weights = several(method), {"a": 1.0, "b": 0.3, "c": 0.7}
     if blend_setting(Blend(method=method.name)).objections(weights):
         weights = dict.fromkeys(weights, 1.0)
@@ -129,8 +158,8 @@ def test_order_of_experts_changes_nothing(bench: Workbench, method: Method) -> N
     assert_same(first, bench.merged(turned, {"method": method.name}, weights=weights))
 
 
-@each([method for method in METHODS if method.promises.scale])
-def test_larger_deltas_give_as_much_larger_a_merge(bench: Workbench, method: Method) -> None:
+@promise(lambda method: method.promises.scale)
+def larger_deltas_give_as_much_larger_a_merge(bench: Workbench, method: Method) -> None:
     deltas = several(method)
     scaled = {name: {key: 4 * values for key, values in tensors.items()} for name, tensors in deltas.items()}
     first = bench.merged(deltas, {"method": method.name})
@@ -138,8 +167,8 @@ def test_larger_deltas_give_as_much_larger_a_merge(bench: Workbench, method: Met
     assert_same(expected, bench.merged(scaled, {"method": method.name}), method.promises.tolerance)
 
 
-@each([method for method in METHODS if method.promises.sign])
-def test_negated_deltas_give_the_negated_merge(bench: Workbench, method: Method) -> None:
+@promise(lambda method: method.promises.sign)
+def negated_deltas_give_the_negated_merge(bench: Workbench, method: Method) -> None:
     deltas = several(method)
     deltas["a"][MATRIX][:2] = -deltas.get("b", deltas["a"])[MATRIX][:2]  # even votes too
     negated = {name: {key: -values for key, values in tensors.items()} for name, tensors in deltas.items()}
@@ -158,8 +187,8 @@ def orthogonal(size: int, seed: int) -> torch.Tensor:
     return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
 
 
-@each([method for method in METHODS if method.promises.rotations])
-def test_turned_matrices_give_the_turned_merge(bench: Workbench, method: Method) -> None:
+@promise(lambda method: method.promises.rotations)
+def turned_matrices_give_the_turned_merge(bench: Workbench, method: Method) -> None:
     deltas = {name: {MATRIX: tensors[MATRIX]} for name, tensors in several(method).items()}
     left, right = orthogonal(12, 1), orthogonal(10, 2)
 
@@ -172,8 +201,8 @@ def test_turned_matrices_give_the_turned_merge(bench: Workbench, method: Method)
     torch.testing.assert_close(first, second, rtol=0, atol=1e-5 * float(first.abs().max()))
 
 
-@each([method for method in METHODS if method.promises.elements])
-def test_shuffled_elements_give_the_shuffled_merge(bench: Workbench, method: Method) -> None:
+@promise(lambda method: method.promises.elements)
+def shuffled_elements_give_the_shuffled_merge(bench: Workbench, method: Method) -> None:
     deltas = several(method)
     order = torch.randperm(deltas["a"][MATRIX].numel(), generator=torch.Generator().manual_seed(0))
     shuffled = {
@@ -185,8 +214,8 @@ def test_shuffled_elements_give_the_shuffled_merge(bench: Workbench, method: Met
     assert first.view(-1)[order].view_as(first).equal(second)
 
 
-@each([method for method in METHODS if "scope" in parameters_of(method)])
-def test_one_tensor_is_the_whole_model(bench: Workbench, method: Method) -> None:
+@promise(lambda method: "scope" in parameters_of(method))
+def one_tensor_is_the_whole_model(bench: Workbench, method: Method) -> None:
     deltas = {name: {MATRIX: tensors[MATRIX]} for name, tensors in several(method).items()}
     local = bench.merged(deltas, {"method": method.name, "scope": "tensor"})
     assert_same(local, bench.merged(deltas, {"method": method.name, "scope": "global"}))
@@ -200,12 +229,18 @@ def takes(method: Method, parameters: dict[str, Any]) -> bool:
     return True
 
 
-VARIATIONS: list[dict[str, Any]] = [{}, {"scope": "global"}, {"tie": "majority"}, {"rescale": "l2"}]
+VARIATIONS: list[dict[str, str]] = [{"scope": "global"}, {"tie": "majority"}, {"rescale": "l2"}]
 VARIED = [(method, one) for method in METHODS for one in VARIATIONS if takes(method, one)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "variation"), VARIED, ids=[f"{m.name}-{'-'.join(v.values())}" for m, v in VARIED])
-def test_size_of_pieces_changes_nothing(bench: Workbench, method: Method, variation: dict[str, Any]) -> None:
+def test_size_of_pieces_changes_no_variation(bench: Workbench, method: Method, variation: dict[str, Any]) -> None:
+    size_of_pieces_changes_nothing(bench, method, **variation)
+
+
+@promise()
+def size_of_pieces_changes_nothing(bench: Workbench, method: Method, **variation: str) -> None:
     """Pieces shorter than a row, and of several rows, with a shorter one at the end."""
     shapes = {MATRIX: (7, 8), EMBED: (4, 5)}
     base = {name: values.bfloat16() for name, values in noise(0, 1.0, **shapes).items()}
@@ -219,8 +254,8 @@ def test_size_of_pieces_changes_nothing(bench: Workbench, method: Method, variat
         assert_same(whole, bench.blend(base, experts, blend, output=output, chunk=chunk))
 
 
-@each([method for method in METHODS if method.promises.unbiased])
-def test_expectation_is_that_of_keeping_everything(bench: Workbench, method: Method) -> None:
+@promise(lambda method: method.promises.unbiased)
+def expectation_is_that_of_keeping_everything(bench: Workbench, method: Method) -> None:
     deltas = {name: {MATRIX: tensors[MATRIX]} for name, tensors in several(method).items()}
     exact = bench.merged(deltas, {"method": method.name, **(method.promises.neutral or {})})[MATRIX].double()
     draws = torch.stack(
@@ -230,13 +265,12 @@ def test_expectation_is_that_of_keeping_everything(bench: Workbench, method: Met
     assert ((draws.mean(0) - exact).abs() <= 5 * error + 1e-12).all()
 
 
-@each([method for method in METHODS if "trim" in dict(method.stages.transform) and not method.stages.calibrate])
-@pytest.mark.parametrize("scope", ["tensor", "global"])
-def test_exactly_as_many_stay_however_many_tie(bench: Workbench, method: Method, scope: str) -> None:
+@promise(lambda method: "trim" in dict(method.stages.transform) and not method.stages.calibrate)
+def exactly_as_many_stay_however_many_tie(bench: Workbench, method: Method) -> None:
     generator = torch.Generator().manual_seed(2)
     ulp = 2.0**-20
     names = {MATRIX: (40, 25), NORM: (33,), EMBED: (16, 16)}
-    for density in (0.05, 0.2, 0.5, 0.9):
+    for density, scope in product((0.05, 0.2, 0.5, 0.9), ("tensor", "global")):
         values = {name: ulp * torch.randint(-2, 3, shape, generator=generator).float() for name, shape in names.items()}
         merged = bench.merged({"a": values}, {"method": method.name, "density": density, "scope": scope})
         groups = [[name] for name in names] if scope == "tensor" else [list(names)]
@@ -247,8 +281,8 @@ def test_exactly_as_many_stay_however_many_tie(bench: Workbench, method: Method,
             assert kept == min(int(density * total), changed)
 
 
-@each(METHODS)
-def test_odd_tensors_pass(bench: Workbench, method: Method) -> None:
+@promise()
+def odd_tensors_pass(bench: Workbench, method: Method) -> None:
     odd: Tensors = {
         "model.layers.0.gate": torch.tensor(0.5),
         "model.layers.0.empty": torch.empty(0),
@@ -279,11 +313,12 @@ class HalfPrecisionSpy(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-@each(METHODS)
-def test_nothing_is_computed_in_half_precision(bench: Workbench, method: Method) -> None:
+@promise()
+def nothing_is_computed_in_half_precision(bench: Workbench, method: Method) -> None:
+    """On one core, since the spy sees its own thread only."""
     base = {name: values.bfloat16() for name, values in noise(0, 1.0).items()}
     experts = {name: {k: v.bfloat16() for k, v in tensors.items()} for name, tensors in several(method).items()}
-    with HalfPrecisionSpy():
+    with HalfPrecisionSpy(), patch.object(general, "cores", lambda: 1):
         bench.blend(base, experts, {"method": method.name})
 
 
