@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from ktmerge.merge.covariance import gram
 from ktmerge.merge.decompositions import eigh
 from ktmerge.merge.kernels.keys import stream_key
-from ktmerge.merge.matrices import changed
+from ktmerge.merge.matrices import by_map, changed
 from ktmerge.merge.regression import leading
 from ktmerge.merge.weights import relative
 
@@ -80,6 +80,10 @@ class OneSided:
     def filtered(self, factors: Tensor) -> Tensor:
         """U diag(g s) V^T for factors g ``[k]`` of the k largest values, 0 for the others."""
         own = self.vectors[:, : factors.numel()]
+        (short, count), wide = own.shape, max(self.whole.shape)
+        if short * (count + wide) < 2 * count * wide:
+            projector = (own * factors) @ own.T
+            return projector @ self.whole if self.is_left else self.whole @ projector
         if self.is_left:
             return (own * factors) @ (own.T @ self.whole)
         return (self.whole @ own * factors) @ own.T
@@ -214,6 +218,34 @@ def draws(context: Context) -> Callable[[int], Tensor]:
 def has_maps(context: Context) -> bool:
     """Whether the tensor is made of linear maps; stages spelled out in a recipe get to see all others, too."""
     return context.tensor_class == "matrix"
+
+
+def transformed(delta: Tensor, context: Context, change: Callable[[Tensor, Tensor], Tensor], *, fused: bool) -> Tensor:
+    """One expert's delta, with ``change(tau [o, i], base [o, i])`` for each map that it changed; the rest as it is."""
+    if not has_maps(context):
+        return delta
+
+    def one(maps: list[Tensor], base: Tensor, number: int) -> Tensor:
+        return change(maps[0], base) if changed(maps, base) else maps[0]
+
+    return by_map([delta], context, one, fused=fused)
+
+
+def combined(deltas: list[Tensor], context: Context, merge: Callable[[list[Tensor]], Tensor], *, fused: bool) -> Tensor:
+    """Each map ``merge(members)``, zero where it has none; tensors that are no linear maps are averaged."""
+    import torch
+
+    from ktmerge.merge.methods.mean import mean
+    from ktmerge.merge.stage import Parameters
+
+    if not has_maps(context):
+        return mean(deltas, Parameters(), context)
+
+    def one(maps: list[Tensor], base: Tensor, number: int) -> Tensor:
+        own = members(maps, base, context)
+        return merge(own).float() if own else torch.zeros_like(base)
+
+    return by_map(deltas, context, one, fused=fused)
 
 
 def members(maps: Sequence[Tensor], base: Tensor, context: Context) -> list[Tensor]:
