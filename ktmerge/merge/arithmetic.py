@@ -9,6 +9,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+VECTORS = 64
+"""Elements that exponentials are taken of together: torch computes what is left over of a vector in another way, which
+must not depend on where a piece ends."""
+
+
 def weighted_total(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """``sum_t w_t x_t``, left to right, every product and sum rounded by itself.
 

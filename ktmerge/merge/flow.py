@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ktmerge.merge.kernels import Kernels
 from ktmerge.merge.plan import Plan, TensorPlan
 from ktmerge.merge.source import Chunk, Sources
-from ktmerge.merge.stage import Context, Domain, Observer, Pipeline, Scope, StageUse
+from ktmerge.merge.stage import Context, Domain, Observer, Pipeline, Place, Scope, StageUse
 from ktmerge.progress import Progress
 
 if TYPE_CHECKING:
@@ -61,11 +61,15 @@ class Flow:
         """For each piece: what was read, the transformed deltas, and the merged delta before lambda; all flat."""
         pipeline = _pipeline(tensor)
         self._gather_local(tensor, len(pipeline.uses))
-        whole = pipeline.reach == "tensor"
-        for chunk in self._sources.chunks(tensor, whole=whole):
+        for chunk in self._chunks(tensor):
             transformed = self._run(tensor, chunk, len(pipeline.transforms))
             merged = self._finish(tensor, chunk, transformed, len(pipeline.uses))
             yield chunk, tuple(delta.reshape(-1) for delta in transformed), merged.reshape(-1)
+
+    def _chunks(self, tensor: TensorPlan) -> Iterator[Chunk]:
+        pipeline = _pipeline(tensor)
+        grain = pipeline.grain(Place(tensor.tensor_class, tensor.info.shape, tensor.layout))
+        return self._sources.chunks(tensor, whole=pipeline.reach == "tensor", grain=grain)
 
     def _gather_pools(self, pools: Mapping[str, list[TensorPlan]], position: int, progress: Progress) -> None:
         observers = {
@@ -114,7 +118,7 @@ class Flow:
         """Show the observers every piece of a tensor, as the stage at ``position`` will get it."""
         pipeline = _pipeline(tensor)
         count = len(pipeline.transforms)
-        for chunk in self._sources.chunks(tensor, whole=pipeline.reach == "tensor"):
+        for chunk in self._chunks(tensor):
             deltas = self._run(tensor, chunk, min(position, count))
             merged = self._finish(tensor, chunk, deltas, position) if position > count else None
             use = pipeline.uses[position]

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ktmerge.merge.arithmetic import weighted_total
+from ktmerge.merge.kernels.codes import BLOCK
+from ktmerge.merge.kernels.native import Native, native
 from ktmerge.merge.stage import Context
 
 Granularity = Literal["tensor", "row", "column"]
@@ -75,6 +77,11 @@ class GramObserver:
         if not vectors[0].numel():
             return
         _, groups = element_groups(context, self._granularity, 0)
+        grid = _grid(context, self._granularity)
+        compiled = native() if vectors[0].device.type == "cpu" and (grid is None or grid.by_row) else None
+        if compiled is not None:
+            self._observe_compiled(compiled, vectors, context.start, None if grid is None else grid.columns, groups)
+            return
         for first, block in _blocks(vectors, context, self._granularity):
             if self._exponents is None:
                 self._observe_largest(first, block, groups)
@@ -100,6 +107,31 @@ class GramObserver:
         products = np.ldexp(total, exponents[:, :, None] + exponents[:, None, :])
         return Geometry(products[:, :-1, :-1], products[:, -1, -1])
 
+    def _observe_compiled(
+        self, kernels: Native, vectors: Sequence[Tensor], start: int, wide: int | None, groups: int
+    ) -> None:
+        """The same of rows of ``wide`` elements, or of all in one group."""
+        count, size = len(vectors), vectors[0].numel()
+        vectors = [one.contiguous() for one in vectors]
+        for first, begin, rows, each in _rows(start, size, wide):
+            own = slice(first, first + rows)
+            if self._exponents is None:
+                if self._largest is None:
+                    self._largest = torch.zeros(count, groups)
+                for largest, one in zip(self._largest, vectors, strict=True):
+                    low, high = torch.aminmax(one[begin : begin + rows * each].view(rows, each), dim=1)
+                    largest[own] = torch.maximum(largest[own], torch.maximum(high, -low))
+                continue
+            if self._sums is None:
+                self._sums = torch.zeros(groups, 2 * count, 2 * count, dtype=torch.int64)
+            units = np.ldexp(1.0, 2 * _HALF - 1 - self._exponents[:, own].T.contiguous().numpy())
+            places = np.array([one.data_ptr() // 4 + begin for one in vectors], np.int64)
+            scratch = np.empty((2, count, BLOCK))
+            kernels.products(
+                0, places.ctypes.data, count, rows, each, units.ctypes.data, self._sums[own].data_ptr(),
+                scratch.ctypes.data,
+            )  # fmt: skip
+
     def _observe_largest(self, first: int, block: Tensor, groups: int) -> None:
         if self._largest is None:
             self._largest = block.new_zeros(block.shape[0], groups)
@@ -116,6 +148,21 @@ class GramObserver:
         high = (integers * 2.0**-_HALF).round_()
         halves = torch.cat([high, integers - high * 2.0**_HALF]).transpose(0, 1)
         self._sums[own] += (halves @ halves.transpose(1, 2)).to(torch.int64)
+
+
+def _rows(start: int, size: int, wide: int | None) -> Iterator[tuple[int, int, int, int]]:
+    """Rows in a piece that begins with element ``start``: the first's number, its first element in the piece, how many
+    there are, and how many elements of each; those cut off at either end by themselves."""
+    if wide is None:
+        yield 0, 0, 1, size
+        return
+    begin = 0
+    while begin < size:
+        row, within = divmod(start + begin, wide)
+        rows = (size - begin) // wide if not within else 0
+        each = wide if rows else min(wide - within, size - begin)
+        yield row, begin, max(rows, 1), each
+        begin += max(rows, 1) * each
 
 
 def _blocks(vectors: list[Tensor], context: Context, granularity: Granularity) -> Iterator[tuple[int, Tensor]]:

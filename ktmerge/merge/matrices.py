@@ -11,7 +11,7 @@ from ktmerge.checkpoints.matrices import MatrixLayout
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ktmerge.merge.stage import Context
+    from ktmerge.merge.stage import Context, Place
 
 
 def split(values: Tensor, context: Context, *, fused: bool = True) -> list[Tensor]:
@@ -54,6 +54,46 @@ def by_map(
     base = split(context.base, context, fused=fused)
     own = [split(delta, context, fused=fused) for delta in deltas]
     return join([merge(list(maps), base[n], n) for n, maps in enumerate(zip(*own, strict=True))], context, fused=fused)
+
+
+def row_size(place: Place) -> int:
+    """How many elements go into one output of a linear map or convolution, or are an entry of an embedding or a vector.
+
+    Of maps stored inputs first, those of all outputs, which lie among one another.
+    """
+    shape = place.shape
+    if len(shape) < 2:
+        return max(1, math.prod(shape))
+    if place.tensor_class == "conv":
+        return max(1, math.prod(shape[1:]))
+    return max(1, shape[-1] * shape[-2] if _is_transposed(place) else shape[-1])
+
+
+def _is_transposed(place: Place) -> bool:
+    return place.tensor_class == "matrix" and place.layout is not None and place.layout.transposed
+
+
+def row_views(values: Tensor, place: Place) -> list[Tensor]:
+    """A piece of a tensor that begins and ends with a row as matrices ``[r, i]``; none if it is empty.
+
+    A row is what `row_size` says, however it is stored; of maps stored inputs first there is a matrix for each.
+    """
+    if not values.numel():
+        return []
+    if len(place.shape) > 1 and _is_transposed(place):
+        return list(values.reshape(-1, *place.shape[-2:]).transpose(1, 2))
+    return [values.reshape(-1, row_size(place))]
+
+
+def join_rows(rows: Sequence[Tensor], like: Tensor, place: Place) -> Tensor:
+    """The inverse of `row_views`, shaped like ``like``."""
+    import torch
+
+    if not rows:
+        return like
+    if len(place.shape) > 1 and _is_transposed(place):
+        return torch.stack([one.T for one in rows]).reshape(like.shape)
+    return rows[0].reshape(like.shape)
 
 
 def changed(deltas: Sequence[Tensor], base: Tensor) -> list[int]:

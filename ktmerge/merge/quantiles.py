@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ktmerge.merge.kernels.native import Native, native
 from ktmerge.merge.kernels.radix import magnitude_bits
 
 _LOW_BITS = 16
@@ -38,6 +39,10 @@ class RankedMagnitudes:
 
     def add(self, values: Tensor) -> None:
         """Take in one piece."""
+        compiled = native() if values.device.type == "cpu" and values.numel() else None
+        if compiled is not None:
+            self._add_compiled(compiled, values.reshape(-1))
+            return
         for piece in torch.split(values.reshape(-1), _BLOCK):
             bits = magnitude_bits(piece)
             if not self._bins:
@@ -46,6 +51,16 @@ class RankedMagnitudes:
             for counts, upper in zip(self._lower, self._bins, strict=True):
                 inside = bits[(bits >> _LOW_BITS) == upper] & ((1 << _LOW_BITS) - 1)
                 counts += torch.bincount(inside, minlength=counts.size).cpu().numpy()
+
+    def _add_compiled(self, kernels: Native, values: Tensor) -> None:
+        intervals = [(upper << _LOW_BITS, 0, counts) for upper, counts in zip(self._bins, self._lower, strict=False)]
+        for low, shift, counts in intervals or [(0, _LOW_BITS, self._upper)]:
+            found = np.zeros(counts.size + 1, np.int64)
+            kernels.tally(
+                values.data_ptr(), values.numel(), low, (counts.size << shift) - 1, shift, counts.size,
+                found.ctypes.data,
+            )  # fmt: skip
+            counts += found[:-1]
 
     def end_pass(self) -> None:
         """All pieces have been shown once."""

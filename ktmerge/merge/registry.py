@@ -13,8 +13,10 @@ from ktmerge.merge.stage import (
     Kind,
     Method,
     Parameters,
+    Place,
     Reach,
     Stage,
+    _each_alone,
     _never,
     _no_needs,
     _no_objection,
@@ -43,11 +45,12 @@ def stage(
     compiled: Callable[..., Any] = _not_compiled,
     needs: Callable[[Any], Any] = _no_needs,
     whole: Callable[[Any], bool] = _never,
+    grain: Callable[[Any, Place], int] = _each_alone,
 ) -> Callable[[Apply], Apply]:
     """Register the decorated function as a stage; see `Stage` for what it must be like."""
 
     def register(apply: Apply) -> Apply:
-        add_stage(Stage(name, kind, parameters, apply, reach, statistics, objection, compiled, needs, whole))
+        add_stage(Stage(name, kind, parameters, apply, reach, statistics, objection, compiled, needs, whole, grain))
         return apply
 
     return register

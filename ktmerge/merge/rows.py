@@ -12,7 +12,7 @@ from ktmerge.merge.kernels.codes import DIGIT, DIGITS
 from ktmerge.merge.kernels.native import native
 from ktmerge.merge.kernels.radix import magnitude_bits
 from ktmerge.merge.kernels.splitmix import hashes
-from ktmerge.merge.matrices import join, split
+from ktmerge.merge.matrices import join_rows, row_views
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,53 +31,28 @@ def by_row(delta: Tensor, context: Context, key: int, choose: Choose) -> Tensor:
     """Put ``choose(rows [r, i], ranks [r, i], elements [r, i])`` in place of some rows at a time.
 
     Args:
-        delta: the whole tensor, shaped.
+        delta: whole rows of a tensor, of any shape.
         context: of the stage.
         key: of the hashes that decide between equal magnitudes.
         choose: gives new rows, by ranks (0 the smallest magnitude) and indices into the flattened tensor.
     """
-    elements = torch.arange(delta.numel(), device=delta.device).view(delta.shape)
-    pairs = zip(row_views(delta, context), row_views(elements, context), strict=True)
-    return _joined([_in_blocks(values, where, key, choose) for values, where in pairs], delta, context)
+    place = context.place
+    elements = torch.arange(context.start, context.start + delta.numel(), device=delta.device)
+    pairs = zip(row_views(delta, place), row_views(elements, place), strict=True)
+    return join_rows([_in_blocks(values, where, key, choose) for values, where in pairs], delta, place)
 
 
 def map_rows(delta: Tensor, context: Context, change: Callable[[Tensor], Tensor]) -> Tensor:
     """Put ``change(rows [r, i])`` in place of some rows at a time."""
-    views = row_views(delta, context)
+    views = row_views(delta, context.place)
     changed = [torch.cat([change(rows[block]) for block in _blocks(rows)]) for rows in views]
-    return _joined(changed, delta, context)
-
-
-def row_views(values: Tensor, context: Context) -> list[Tensor]:
-    """The whole tensor as matrices ``[r, i]``; none if it is empty.
-
-    A row is what goes into one output of a linear map or convolution (whichever way it is stored), an entry of an
-    embedding, or a whole vector.
-    """
-    if not values.numel():
-        return []
-    if _has_maps(values, context):
-        return split(values, context, fused=False)
-    wide = values.numel() if values.dim() < 2 else values.shape[-1]
-    if context.tensor_class == "conv":
-        wide = values.numel() // values.shape[0]
-    return [values.reshape(-1, wide)]
+    return join_rows(changed, delta, context.place)
 
 
 def pieces(values: Tensor) -> list[Tensor]:
     """The flattened tensor, some elements at a time: what is computed in float64 need not be held as a whole."""
     flat = values.reshape(-1)
     return [flat[start : start + _BLOCK] for start in range(0, flat.numel(), _BLOCK)]
-
-
-def _joined(parts: list[Tensor], delta: Tensor, context: Context) -> Tensor:
-    if not parts:
-        return delta
-    return join(parts, context, fused=False) if _has_maps(delta, context) else parts[0].view(delta.shape)
-
-
-def _has_maps(values: Tensor, context: Context) -> bool:
-    return context.tensor_class == "matrix" and values.dim() > 1
 
 
 def ranks_of(rows: Tensor, elements: Tensor, key: int) -> Tensor:

@@ -116,14 +116,14 @@ class Sources:
         """What was measured of the elements of a tensor from ``start`` on that ``piece`` holds, shaped like it."""
         return TensorMeasurements(self._statistics, tensor, start, tuple(piece.shape), piece.device)
 
-    def chunks(self, tensor: TensorPlan, *, whole: bool = False) -> Iterator[Chunk]:
-        """The tensor piece by piece, or in one piece.
+    def chunks(self, tensor: TensorPlan, *, whole: bool = False, grain: int = 1) -> Iterator[Chunk]:
+        """The tensor piece by piece, or in one piece; all but the last are of multiples of ``grain`` elements.
 
         Raises:
             KtmergeError: an input is not finite somewhere; tensor, model and count are named.
         """
         total = tensor.info.numel
-        step = max(total, 1) if whole else self._chunk
+        step = max(total, 1) if whole else max(1, self._chunk // grain) * grain
         pieces = [(start, min(start + step, total)) for start in range(0, total, step)]
         if len(pieces) < 2:
             for piece in pieces:

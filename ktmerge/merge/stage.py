@@ -6,6 +6,7 @@ Knows types and declarations only; importing it loads no torch. Stages live in `
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
@@ -104,6 +105,11 @@ class Context:
     measured: Measurements | None = None
     deltas: tuple[Tensor, ...] = ()
 
+    @property
+    def place(self) -> Place:
+        """The tensor's."""
+        return Place(self.tensor_class, self.shape, self.layout)
+
 
 @dataclass(frozen=True)
 class Domain:
@@ -141,6 +147,15 @@ class Statistic:
     observer: Callable[[Domain], Observer]
 
 
+@dataclass(frozen=True)
+class Place:
+    """What kind of tensor a piece is of; as in `Context`."""
+
+    tensor_class: TensorClass
+    shape: tuple[int, ...]
+    layout: MatrixLayout | None = None
+
+
 def _no_statistics(parameters: Any) -> Sequence[Statistic]:
     return ()
 
@@ -161,6 +176,10 @@ def _never(parameters: Any) -> bool:
     return False
 
 
+def _each_alone(parameters: Any, place: Place) -> int:
+    return 1
+
+
 @dataclass(frozen=True)
 class Stage:
     """One registered stage.
@@ -172,13 +191,15 @@ class Stage:
     * calibrate, guard: ``(merged, deltas, parameters, context) -> merged``, ``deltas`` as they came from the experts
     * scale: ``(merged, parameters, context) -> merged``
 
-    With reach ``element`` the tensors are flat pieces of any size and position; with reach ``tensor`` they are whole
-    and shaped. Inputs are never changed in place.
+    With reach ``element`` the tensors are flat pieces of any size and position, but for what ``grain`` says; with reach
+    ``tensor`` they are whole and shaped. Inputs are never changed in place.
 
     Attributes:
         statistics: what has to be known first, given the parameters.
         needs: what has to be measured on data before, given the parameters.
         whole: parameters with which a stage of reach ``element`` works as one of reach ``tensor``.
+        grain: how many elements a stage of reach ``element`` wants to see together, as a row's: pieces begin and end at
+            multiples of it.
         objection: why these parameters cannot go with these experts and weights, if they cannot; asked while planning.
         compiled: the same in the words of `ktmerge.merge.program`, for the compiled kernels, or None: of a transform,
             given the parameters, a Trim or Drop; of a combine, given parameters and weights by name, a Sum, Largest or
@@ -196,6 +217,7 @@ class Stage:
     compiled: Callable[..., Any] = _not_compiled
     needs: Callable[[Any], Sequence[Need]] = _no_needs
     whole: Callable[[Any], bool] = _never
+    grain: Callable[[Any, Place], int] = _each_alone
 
     @property
     def on_maps(self) -> bool:
@@ -256,6 +278,10 @@ class Pipeline:
     def reach(self) -> Reach:
         """``tensor`` if any stage has to see tensors whole."""
         return "tensor" if any(use.reach == "tensor" for use in self.uses) else "element"
+
+    def grain(self, place: Place) -> int:
+        """How many elements of a tensor have to be in one piece, for the sake of all stages."""
+        return math.lcm(*(max(1, use.stage.grain(use.parameters, place)) for use in self.uses))
 
     def spec(self) -> list[dict[str, Any]]:
         """Every stage and parameter as plain data."""

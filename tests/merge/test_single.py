@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from ktmerge.merge.kernels import kernels_for
 from ktmerge.merge.methods.half_reset import is_kept
 from ktmerge.merge.registry import find_stage
 from ktmerge.merge.rows import by_row
-from ktmerge.merge.stage import Context, Kind
+from ktmerge.merge.stage import Context, Domain, Kind
 
 ULP = 2.0**-20
 
@@ -45,9 +46,17 @@ def context(shape: tuple[int, ...] = (12, 10), **changes: Any) -> Context:
 
 
 def apply(name: str, kind: Kind, values: Any, where: Context, **parameters: Any) -> Tensor:
-    """A stage without statistics."""
+    """A stage, of a tensor in one piece."""
     stage = find_stage(name, kind)
-    return stage.apply(values, stage.parameters(**parameters), where)
+    chosen = stage.parameters(**parameters)
+    found = dict(where.statistics)
+    for statistic in stage.statistics(chosen):
+        observer = statistic.observer(Domain(where.base.numel()))
+        while not observer.done:
+            observer.observe(values, where)
+            observer.end_pass()
+        found.setdefault(statistic.name, observer.result())
+    return stage.apply(values, chosen, replace(where, statistics=found))
 
 
 class TestLines:

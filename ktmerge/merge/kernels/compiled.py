@@ -27,6 +27,7 @@ import numpy as np
 from numba import carray
 from numba.types import CPointer, float32, float64, int64, uint16, uint32, uint64
 
+from ktmerge.merge.kernels.arrays import add_squares, add_up, products, select, spread, tally, tally_hashes
 from ktmerge.merge.kernels.codes import (
     BLOCK,
     F32,
@@ -48,8 +49,7 @@ from ktmerge.merge.kernels.randomness import random_words, words
 from ktmerge.merge.kernels.settling import scale_and_add, settle_base, settle_expert, sum_up
 from ktmerge.merge.kernels.transforming import count_kept, subtract, transform
 
-_U32, _U64, _F32 = np.uint32, np.uint64, np.float32
-_ONE = np.uint32(1)
+_U32, _F32 = np.uint32, np.float32
 _INFINITY = np.float32(np.inf)
 
 
@@ -164,18 +164,6 @@ def blend(
 
 
 @compiled
-def _add_squares(patterns, high, low):
-    """Squares of 24-bit mantissas by exponent, in two halves of 24 bits, so that sums are exact."""
-    for i in range(patterns.size):
-        exponent = _U32(_U32(patterns[i] >> _U32(23)) & _U32(0xFF))
-        mantissa = _U64(patterns[i] & _U32(0x7FFFFF)) + (_U64(1 << 23) if exponent else _U64(0))
-        square = mantissa * mantissa
-        place = max(exponent, _ONE)
-        high[place] += square >> _U64(24)
-        low[place] += square & _U64(0xFFFFFF)
-
-
-@compiled
 def _squares(
     raw16, raw32, kinds, start, begin, end, origin, steps, floors, leasts, spans, tops, keys, cuts, factors,
     combine, counted, rates, fallback, bins, kept, theta, delta, lanes, words, vote, share, merged,
@@ -188,8 +176,8 @@ def _squares(
             combine, counted, rates, fallback, kept, theta, delta, lanes, words, vote[:n], share[:n], m,
         ):  # fmt: skip
             return int64(INPUT_NOT_FINITE)
-        _add_squares(theta[0][:n], bins[0][0], bins[0][1])
-        _add_squares(m.view(np.uint32), bins[1][0], bins[1][1])
+        add_squares(theta[0][:n], bins[0][0], bins[0][1])
+        add_squares(m.view(np.uint32), bins[1][0], bins[1][1])
     return int64(FINE)
 
 
@@ -300,6 +288,27 @@ ENTRIES: dict[str, tuple[Any, Any]] = {
         int64(
             CPointer(uint32), CPointer(int64), uint64, int64, int64, CPointer(int64), CPointer(uint64),
             CPointer(uint32), CPointer(uint32),
+        ),
+    ),
+    "spread": (
+        spread,
+        int64(
+            *_MEMORY, CPointer(int64), CPointer(int64), int64, int64, int64, *_STEPS, CPointer(float32),
+            CPointer(int64), CPointer(uint32),
+        ),
+    ),
+    "add_up": (add_up, int64(CPointer(uint32), int64, int64, CPointer(uint64))),
+    "tally": (tally, int64(CPointer(uint32), int64, uint32, uint32, uint32, int64, CPointer(int64))),
+    "tally_hashes": (
+        tally_hashes,
+        int64(CPointer(uint32), int64, int64, uint32, uint64, uint64, uint64, uint32, int64, CPointer(int64)),
+    ),
+    "select": (select, int64(CPointer(uint32), int64, int64, uint32, uint64, uint64, CPointer(uint32))),
+    "products": (
+        products,
+        int64(
+            CPointer(uint32), CPointer(int64), int64, int64, int64, CPointer(float64), CPointer(int64),
+            CPointer(float64),
         ),
     ),
     "words": (words, int64(uint64, int64, int64, CPointer(int64), CPointer(uint32))),

@@ -28,12 +28,14 @@ GROUPS = {
     "norms": ("squares",),
     "memory": ("direct",),
     "choices": ("rank", "words"),
+    "arrays": ("spread", "add_up", "tally", "tally_hashes", "select", "products"),
 }
 """What is compiled together, when the first of it is asked for: a first blend need not wait for all."""
 _GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 _MODULES = (
-    "combining.py", "compiled.py", "compiler.py", "conversion.py", "counting.py", "deciding.py", "direct.py",
-    "files.py", "gathering.py", "ordering.py", "randomness.py", "scanning.py", "settling.py", "transforming.py",
+    "arrays.py", "combining.py", "compiled.py", "compiler.py", "conversion.py", "counting.py", "deciding.py",
+    "direct.py", "files.py", "gathering.py", "ordering.py", "randomness.py", "scanning.py", "settling.py",
+    "transforming.py",
 )  # fmt: skip
 _SOURCES = (Path(codes.__file__), *(Path(__file__).with_name(name) for name in _MODULES))
 # What numba's code would call to raise or to count references. The kernels do neither, but the linker wants them.
@@ -62,6 +64,12 @@ _SIGNATURES = {
     "energy": "ppiipp",
     "rank": "ppliipppp",
     "words": "liipp",
+    "spread": f"ppppiii{_STEPS}ppp",
+    "add_up": "piip",
+    "tally": "piwwwip",
+    "tally_hashes": "piiwlllwip",
+    "select": "piiwllp",
+    "products": "ppiiippp",
 }
 
 
@@ -80,6 +88,12 @@ class Native:
     energy: Entry
     rank: Entry
     words: Entry
+    spread: Entry
+    add_up: Entry
+    tally: Entry
+    tally_hashes: Entry
+    select: Entry
+    products: Entry
 
     def __init__(self) -> None:
         self._lock = threading.RLock()

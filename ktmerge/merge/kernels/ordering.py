@@ -13,6 +13,8 @@ from ktmerge.merge.kernels.compiler import compiled
 from ktmerge.merge.kernels.randomness import hash_of
 
 _U32, _U64 = np.uint32, np.uint64
+_FEW = 256
+"""Elements of a row that are compared with each other."""
 _MAGNITUDE, _LAST = np.uint32(0x7FFFFFFF), np.uint64((1 << DIGIT) - 1)
 
 
@@ -47,6 +49,30 @@ def _sort_by(digit, keys, counts, order, sorted):
 
 
 @compiled
+def _count_smaller(keys, own):
+    count = int64(0)
+    for j in range(keys.size):
+        count += int64(1) if keys[j] < own else int64(0)
+    return count
+
+
+@compiled
+def _rank_few(patterns, elements, key, out, keys):
+    """Compare each with each: what a radix sort sets up takes longer for so few."""
+    total = int64(0)
+    for i in range(keys.size):
+        hashed = hash_of(key, _U64(elements[i])) >> _U64(32)
+        keys[i] = int64((_U64(_U32(patterns[i] & _MAGNITUDE)) << _U64(32)) | hashed)
+    for i in range(keys.size):
+        out[i] = _count_smaller(keys, keys[i])
+        total += out[i]
+    if total != keys.size * (keys.size - 1) // 2:  # equal keys: in the order of the row
+        for i in range(keys.size):
+            for j in range(i):
+                out[i] += int64(1) if keys[j] == keys[i] else int64(0)
+
+
+@compiled
 def _rank(patterns, elements, key, out, keys, counts, order, other):
     _keys(patterns, elements, key, keys, counts)
     for i in range(order.size):
@@ -72,6 +98,9 @@ def rank(values, elements, key, rows, wide, out, keys, orders, counts):
     patterns, indices, ranks = carray(values, shape), carray(elements, shape), carray(out, shape)
     own_orders = carray(orders, (2, wide))
     for row in range(rows):
+        if wide <= _FEW:
+            _rank_few(patterns[row], indices[row], key, ranks[row], carray(keys, (wide,)).view(np.int64))
+            continue
         _rank(
             patterns[row], indices[row], key, ranks[row], carray(keys, (wide,)),
             carray(counts, (DIGITS, 1 << DIGIT)), own_orders[0], own_orders[1],

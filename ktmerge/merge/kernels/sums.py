@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ktmerge.merge.kernels.exact import exact_value
+from ktmerge.merge.kernels.exact import HALF, exact_value
+from ktmerge.merge.kernels.native import Native, native
 
 _EXPONENTS = 256
 _HALF = 12
@@ -26,6 +28,10 @@ class ExactSum:
 
     def add(self, values: Tensor) -> None:
         """Take in up to 2**27 values of any shape."""
+        compiled = native() if values.device.type == "cpu" and values.numel() else None
+        if compiled is not None:
+            self._add_compiled(compiled, values.reshape(-1))
+            return
         bits = values.reshape(-1).view(torch.int32)
         exponent = (bits >> 23) & 0xFF
         mantissa = (bits & 0x7FFFFF) | torch.where(exponent > 0, 1 << 23, 0)
@@ -41,6 +47,12 @@ class ExactSum:
     def value(self) -> Fraction:
         """The sum so far."""
         return exact_value(self._bins, self._power)
+
+    def _add_compiled(self, kernels: Native, values: Tensor) -> None:
+        bins = np.zeros((2, _EXPONENTS), np.uint64)
+        kernels.add_up(values.data_ptr(), values.numel(), self._power, bins.ctypes.data)
+        for index in np.flatnonzero(bins.any(axis=0)).tolist():
+            self._bins[index] += (int(bins[0, index]) << HALF) + int(bins[1, index])
 
     def _take(self, exponent: Tensor, amount: Tensor, shift: int) -> None:
         sums = torch.bincount(exponent, weights=amount.double(), minlength=_EXPONENTS)

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from ktmerge.merge.matrices import row_size
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
+from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Place, Promises, Stages, Statistic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,32 +18,62 @@ class ArceeFusionParameters(Parameters):
     k: float = Field(1.5, ge=0, description="how many interquartile ranges above the median an importance has to be")
 
 
-@stage("arcee_fusion", "transform", ArceeFusionParameters, reach="tensor")
+class _Limit:
+    """Observer of the least importance that is kept, fp32, from exact quartiles."""
+
+    def __init__(self, k: float, elements: int) -> None:
+        from ktmerge.merge.quantiles import RankedMagnitudes, quantile_rank
+
+        self._k = k
+        self._quartiles = RankedMagnitudes([quantile_rank(share, elements) for share in (0.25, 0.5, 0.75)])
+
+    @property
+    def done(self) -> bool:
+        return self._quartiles.done
+
+    def observe(self, values: Tensor, context: Context) -> None:
+        self._quartiles.add(_importance(values, context))
+
+    def end_pass(self) -> None:
+        self._quartiles.end_pass()
+
+    def result(self) -> float:
+        import numpy as np
+
+        low, middle, high = self._quartiles.values
+        limit = middle + self._k * (high - low)
+        least = np.float32(limit)  # the least fp32 number that is not below it
+        return float(least if least >= limit else np.nextafter(least, np.float32(np.inf)))
+
+
+def _limit(parameters: ArceeFusionParameters) -> tuple[Statistic, ...]:
+    def start(domain: Domain) -> Observer:
+        return _Limit(parameters.k, domain.elements)
+
+    return (Statistic("limit", "tensor", start),)
+
+
+def _rows(parameters: ArceeFusionParameters, place: Place) -> int:
+    return row_size(place)
+
+
+@stage("arcee_fusion", "transform", ArceeFusionParameters, statistics=_limit, grain=_rows)
 def arcee_fusion(delta: Tensor, parameters: ArceeFusionParameters, context: Context) -> Tensor:
     """Keep elements of importance |tau_j| ||tau_row|| >= median + k (third - first quartile), quartiles exact.
 
     A row is what goes into one output. Differs from mergekit (arcee_fusion), whose importance takes in the divergence
     of softmaxes of raw weights, which is rounding noise and negative for four in ten rows, and samples its quantiles.
     """
-    import numpy as np
     import torch
 
-    from ktmerge.merge.quantiles import RankedMagnitudes, quantile_rank
+    return torch.where(_importance(delta, context) >= context.statistics["limit"], delta, 0.0)
+
+
+def _importance(delta: Tensor, context: Context) -> Tensor:
+    """Of whole rows."""
     from ktmerge.merge.rows import map_rows
 
-    if not delta.numel():
-        return delta
-    importance = map_rows(delta, context, lambda rows: rows.abs() * rows.double().norm(dim=1, keepdim=True).float())
-    quartiles = RankedMagnitudes([quantile_rank(share, delta.numel()) for share in (0.25, 0.5, 0.75)])
-    while not quartiles.done:
-        quartiles.add(importance)
-        quartiles.end_pass()
-    low, middle, high = quartiles.values
-    limit = middle + parameters.k * (high - low)
-    least = np.float32(limit)  # the least fp32 number that is not below it
-    if least < limit:
-        least = np.nextafter(least, np.float32(np.inf))
-    return torch.where(importance >= float(least), delta, 0.0)
+    return map_rows(delta, context, lambda rows: rows.abs() * rows.double().norm(dim=1, keepdim=True).float())
 
 
 method(

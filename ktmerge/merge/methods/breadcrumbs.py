@@ -42,7 +42,7 @@ def _thresholds(parameters: BreadcrumbsParameters) -> tuple[Statistic, ...]:
     )
 
 
-@stage("breadcrumbs", "transform", BreadcrumbsParameters, statistics=_thresholds, compiled=_compiled, whole=by_rows)
+@stage("breadcrumbs", "transform", BreadcrumbsParameters, statistics=_thresholds, compiled=_compiled, grain=by_rows)
 def breadcrumbs(delta: Tensor, parameters: BreadcrumbsParameters, context: Context) -> Tensor:
     """Take out the floor(gamma n) largest magnitudes and keep the floor(density n) next ones (arXiv:2312.06795, 3).
 

@@ -10,14 +10,10 @@ from pydantic import Field
 from ktmerge.merge.arithmetic import weighted_total
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
+from ktmerge.merge.stage import Context, Method, Parameters, Place, Promises, Stages
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-_BLOCK = 1 << 21
-"""Elements worked on at once."""
 
 
 class CabsParameters(Parameters):
@@ -31,7 +27,11 @@ def _objection(parameters: CabsParameters, weights: Mapping[str, float]) -> str 
     return None
 
 
-@stage("cabs", "combine", CabsParameters, reach="tensor", objection=_objection)
+def _blocks(parameters: CabsParameters, place: Place) -> int:
+    return parameters.m
+
+
+@stage("cabs", "combine", CabsParameters, objection=_objection, grain=_blocks)
 def cabs(deltas: list[Tensor], parameters: CabsParameters, context: Context) -> Tensor:
     """Sum of n:m pruned deltas that avoid one another as far as they can (arXiv:2503.01874).
 
@@ -42,24 +42,11 @@ def cabs(deltas: list[Tensor], parameters: CabsParameters, context: Context) -> 
     knows two experts.
     """
     import torch
-
-    step = max(1, _BLOCK // parameters.m) * parameters.m
-    flat, whole = [delta.reshape(-1) for delta in deltas], deltas[0].numel()
-    merged = torch.empty_like(flat[0])
-    for start in range(0, whole, step):
-        stop = min(start + step, whole)
-        merged[start:stop] = _merged([own[start:stop] for own in flat], start, parameters, context)
-    return merged.view(deltas[0].shape)
-
-
-def _merged(deltas: list[Tensor], start: int, parameters: CabsParameters, context: Context) -> Tensor:
-    """The same of flat pieces, which begin with the tensor's element ``start``, the first of a block."""
-    import torch
     from torch.nn.functional import pad
 
     count, m = deltas[0].numel(), parameters.m
     blocks = -(-count // m)
-    positions = torch.arange(start, start + blocks * m, device=deltas[0].device).view(blocks, m)
+    positions = torch.arange(context.start, context.start + blocks * m, device=deltas[0].device).view(blocks, m)
     taken = torch.zeros(blocks, m, dtype=torch.bool, device=deltas[0].device)
     kept = []
     for delta, expert in zip(deltas, context.experts, strict=True):

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from ktmerge.merge.kernels.keys import stream_key
+from ktmerge.merge.matrices import row_size
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
+from ktmerge.merge.stage import Context, Method, Parameters, Place, Promises, Stages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +36,15 @@ def _objection(parameters: MagpruneParameters, weights: Mapping[str, float]) -> 
     return None
 
 
-@stage("magprune", "transform", MagpruneParameters, reach="tensor", objection=_objection)
+def _by_scalar(parameters: MagpruneParameters) -> bool:
+    return parameters.rescale == "scalar"
+
+
+def _rows(parameters: MagpruneParameters, place: Place) -> int:
+    return row_size(place)
+
+
+@stage("magprune", "transform", MagpruneParameters, objection=_objection, whole=_by_scalar, grain=_rows)
 def magprune(delta: Tensor, parameters: MagpruneParameters, context: Context) -> Tensor:
     """Keep elements with a chance that grows with their rank, and divide by it (MagPrune, arXiv:2406.11617, 3.1).
 
@@ -51,14 +60,14 @@ def magprune(delta: Tensor, parameters: MagpruneParameters, context: Context) ->
     if parameters.density in (0, 1):
         return delta if parameters.density else torch.zeros_like(delta)
     words = context.kernels.words(
-        stream_key(context.seed, "dare", context.expert, context.tensor), 0, delta.numel(), delta.device
+        stream_key(context.seed, "dare", context.expert, context.tensor), context.start, delta.numel(), delta.device
     )
 
     def choose(rows: Tensor, ranks: Tensor, elements: Tensor) -> Tensor:
         last = rows.shape[1] - 1
         r = ranks.double() / last if last else torch.full_like(ranks, 0.5, dtype=torch.float64)
         chances = (parameters.density - parameters.epsilon) + 2 * parameters.epsilon * r
-        kept = torch.where(words[elements] < (chances * 2**32).round(), rows, 0.0)
+        kept = torch.where(words[elements - context.start] < (chances * 2**32).round(), rows, 0.0)
         return kept * (1 / chances).float() if parameters.rescale == "elementwise" else kept
 
     pruned = by_row(delta, context, stream_key(context.seed, "magprune", context.expert, context.tensor), choose)

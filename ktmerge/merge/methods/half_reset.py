@@ -11,7 +11,7 @@ from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.methods.dare import drop
 from ktmerge.merge.projections import ATTENTION, FEED_FORWARD, is_gated, kinds_in, module_of
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
+from ktmerge.merge.stage import Context, Method, Parameters, Place, Promises, Stages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,8 +26,10 @@ class HalfResetParameters(Parameters):
     )
 
 
-def _by_projection(parameters: HalfResetParameters) -> bool:
-    return parameters.mode == "projections"
+def _maps(parameters: HalfResetParameters, place: Place) -> int:
+    """The elements of all projections that share a tensor."""
+    fused = place.layout is not None and len(place.layout.outputs) > 1
+    return place.shape[-1] * place.shape[-2] if parameters.mode == "projections" and fused else 1
 
 
 def is_kept(seed: int, name: str, kind: str) -> bool | None:
@@ -57,7 +59,7 @@ def is_kept(seed: int, name: str, kind: str) -> bool | None:
     return kind in order[:count]
 
 
-@stage("half_reset", "transform", HalfResetParameters, whole=_by_projection)
+@stage("half_reset", "transform", HalfResetParameters, grain=_maps)
 def half_reset(delta: Tensor, parameters: HalfResetParameters, context: Context) -> Tensor:
     """Keep the change of a random half of {q, k, v, o} and of {gate, up, down} of each module (after arXiv:2404.18466).
 
@@ -74,12 +76,13 @@ def half_reset(delta: Tensor, parameters: HalfResetParameters, context: Context)
     if all(kept) or not any(kept):
         return delta if all(kept) else torch.zeros_like(delta)
 
-    from ktmerge.merge.matrices import join, split
+    from ktmerge.merge.matrices import split
 
-    maps = [
-        one if kept[number % len(kept)] else torch.zeros_like(one) for number, one in enumerate(split(delta, context))
-    ]
-    return join(maps, context)
+    reset = delta.clone()
+    for number, one in enumerate(split(reset.view(-1, *context.shape[-2:]), context)):
+        if not kept[number % len(kept)]:
+            one.zero_()
+    return reset
 
 
 method(

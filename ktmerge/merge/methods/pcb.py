@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from ktmerge.merge.arithmetic import VECTORS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Place, Promises, Stages, Statistic
 from ktmerge.merge.weights import relative
 
 if TYPE_CHECKING:
@@ -87,7 +88,11 @@ def _objection(parameters: PcbParameters, weights: Mapping[str, float]) -> str |
     return None if any(weights.values()) else "all expert weights are 0; nothing would be merged"
 
 
-@stage("balance", "combine", PcbParameters, statistics=_levels, objection=_objection)
+def _vectors(parameters: PcbParameters, place: Place) -> int:
+    return VECTORS
+
+
+@stage("balance", "combine", PcbParameters, statistics=_levels, objection=_objection, grain=_vectors)
 def balance(deltas: list[Tensor], parameters: PcbParameters, context: Context) -> Tensor:
     """Mean of the deltas by how much each matters and how little others object (arXiv:2410.02396).
 

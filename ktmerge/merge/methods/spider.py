@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from ktmerge.merge.arithmetic import VECTORS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
+from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Place, Promises, Stages, Statistic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,45 +18,25 @@ class SpiderParameters(Parameters):
     kappa: float = Field(0.0, ge=-1, le=1, description="how much more a change has to stand out to be kept")
 
 
-@stage("spider", "transform", SpiderParameters, reach="tensor")
-def spider(delta: Tensor, parameters: SpiderParameters, context: Context) -> Tensor:
-    """Keep tau times c = r_t / (r_0 + r_t) where r_t > r_0 + kappa (arXiv:2411.10928, eq. 4-7, with tau as the update).
-
-    r_0 = sigmoid(z(|theta_0|)), r_t = sigmoid(z(|tau|)), z standardised over the tensor (0 if all are equal); c is
-    divided by the mean of its values that are not 0, and capped at 1. Untouched elements stay the base's.
-    """
-    import torch
-
-    from ktmerge.merge.kernels.sums import ExactSum
-    from ktmerge.merge.rows import pieces
-
-    pretrained, tuned = _Importance(context.base), _Importance(delta)
-    total, chosen, kept_part = ExactSum(1), 0, torch.empty_like(delta)
-    for weights, changes, share in zip(*map(pieces, (context.base, delta, kept_part)), strict=True):
-        before, after = pretrained.of(weights), tuned.of(changes)
-        kept = (after > before + parameters.kappa) & (changes != 0)
-        share.copy_(torch.where(kept, after / (before + after), 0))
-        total.add(share)
-        chosen += int(kept.count_nonzero())
-    if not chosen:
-        return torch.zeros_like(delta)
-    return kept_part.div_(float(total.value() / chosen)).clamp_(max=1).mul_(delta)
-
-
 class _Importance:
-    """sigmoid((|x| - mean) / standard deviation) with those of a whole tensor, from exact sums."""
+    """sigmoid((|x| - mean) / standard deviation), with those of a whole tensor from exact sums."""
 
-    def __init__(self, values: Tensor) -> None:
+    def __init__(self, elements: int) -> None:
         from ktmerge.merge.kernels.sums import ExactSum
-        from ktmerge.merge.rows import pieces
 
-        first, second = ExactSum(1), ExactSum(2)
-        for piece in pieces(values):
-            first.add(piece)
-            second.add(piece)
-        mean = first.value() / max(1, values.numel())
-        variance = second.value() / max(1, values.numel()) - mean * mean
-        self._mean, self._deviation = float(mean), float(variance) ** 0.5
+        self._first, self._second = ExactSum(1), ExactSum(2)
+        self._elements = max(1, elements)
+        self._mean = self._deviation = 0.0
+
+    def add(self, values: Tensor) -> None:
+        self._first.add(values)
+        self._second.add(values)
+
+    def end(self) -> None:
+        """All values were added."""
+        mean = self._first.value() / self._elements
+        self._mean = float(mean)
+        self._deviation = float(self._second.value() / self._elements - mean * mean) ** 0.5
 
     def of(self, values: Tensor) -> Tensor:
         """Of some of the values, float64; 1/2 where all magnitudes are equal."""
@@ -65,6 +46,72 @@ class _Importance:
         if not self._deviation:
             return torch.full_like(magnitudes, 0.5)
         return torch.sigmoid((magnitudes - self._mean) / self._deviation)
+
+
+class _Shares:
+    """What each element of a tensor keeps: an observer of what that takes to know."""
+
+    def __init__(self, parameters: SpiderParameters, elements: int) -> None:
+        from ktmerge.merge.kernels.sums import ExactSum
+
+        self._kappa = parameters.kappa
+        self._pretrained, self._tuned = _Importance(elements), _Importance(elements)
+        self._total, self._chosen = ExactSum(1), 0
+        self._ranked = self.done = False
+
+    def observe(self, values: Tensor, context: Context) -> None:
+        if not self._ranked:
+            self._pretrained.add(context.base)
+            self._tuned.add(values)
+            return
+        shares = self._shares(values, context.base)
+        self._total.add(shares)
+        self._chosen += int(shares.count_nonzero())
+
+    def end_pass(self) -> None:
+        if self._ranked:
+            self.done = True
+            return
+        self._pretrained.end()
+        self._tuned.end()
+        self._ranked = True
+
+    def result(self) -> _Shares:
+        return self
+
+    def of(self, delta: Tensor, base: Tensor) -> Tensor:
+        """Of some of the elements, relative to the mean of those that keep any, fp32, at most 1."""
+        shares = self._shares(delta, base)
+        return shares.div_(float(self._total.value() / self._chosen)).clamp_(max=1) if self._chosen else shares
+
+    def _shares(self, delta: Tensor, base: Tensor) -> Tensor:
+        import torch
+
+        before, after = self._pretrained.of(base), self._tuned.of(delta)
+        kept = (after > before + self._kappa) & (delta != 0)
+        return torch.where(kept, after / (before + after), 0).float()
+
+
+def _statistics(parameters: SpiderParameters) -> tuple[Statistic, ...]:
+    def start(domain: Domain) -> Observer:
+        return _Shares(parameters, domain.elements)
+
+    return (Statistic("shares", "tensor", start),)
+
+
+def _vectors(parameters: SpiderParameters, place: Place) -> int:
+    return VECTORS
+
+
+@stage("spider", "transform", SpiderParameters, statistics=_statistics, grain=_vectors)
+def spider(delta: Tensor, parameters: SpiderParameters, context: Context) -> Tensor:
+    """Keep tau times c = r_t / (r_0 + r_t) where r_t > r_0 + kappa (arXiv:2411.10928, eq. 4-7, with tau as the update).
+
+    r_0 = sigmoid(z(|theta_0|)), r_t = sigmoid(z(|tau|)), z standardised over the tensor (0 if all are equal); c is
+    divided by the mean of its values that are not 0, and capped at 1. Untouched elements stay the base's.
+    """
+    shares: _Shares = context.statistics["shares"]
+    return shares.of(delta, context.base) * delta
 
 
 method(

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from ktmerge.merge.kernels.keys import stream_key
+from ktmerge.merge.matrices import row_size
 from ktmerge.merge.program import Trim
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Place, Promises, Stages, Statistic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,9 +29,9 @@ def hash_key(context: Context) -> int:
     return stream_key(context.seed, "trim", context.expert, context.tensor)
 
 
-def by_rows(parameters: TrimParameters) -> bool:
-    """Whether elements are ranked within rows."""
-    return parameters.scope == "row"
+def by_rows(parameters: TrimParameters, place: Place) -> int:
+    """The elements of a row, if they are ranked within rows."""
+    return row_size(place) if parameters.scope == "row" else 1
 
 
 def _threshold(parameters: TrimParameters) -> tuple[Statistic, ...]:
@@ -51,7 +52,7 @@ def _compiled(parameters: TrimParameters) -> Trim | None:
     return Trim(parameters.density, parameters.scope, "trim")
 
 
-@stage("trim", "transform", TrimParameters, statistics=_threshold, compiled=_compiled, whole=by_rows)
+@stage("trim", "transform", TrimParameters, statistics=_threshold, compiled=_compiled, grain=by_rows)
 def trim(delta: Tensor, parameters: TrimParameters, context: Context) -> Tensor:
     """Keep the k = floor(density n) elements of largest magnitude (arXiv:2306.01708, 4.1).
 
