@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
@@ -11,45 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
-sys.path.insert(0, str(Path(__file__).parent))  # the servers beside these tests
+sys.path.insert(0, str(Path(__file__).parent))  # the helpers beside these tests
 
+from bundle_models import RECIPE, SUITE, write_model
 from hub_server import TOKEN, Handler, State, served
 
 from ktmerge import api
-
-SUITE = """# what to keep, what to learn
-ktmerge_suite: 1
-name: two-sides
-upstream:
-  - {name: general, kind: text, data: data/general.jsonl}
-downstream:
-  - {name: sums, kind: generate, data: data/sums.jsonl, prompt: "{{ q }}", answer: "{{ a }}"}
-"""
-RECIPE = """# half of what spam learned
-ktmerge: 1
-name: half-of-spam
-description: half of it
-base: base
-experts:
-  spam: {model: spam, weight: 0.5}
-blend: {method: linear}
-eval: {suite: suite.yaml}
-"""
-
-
-def write_model(folder: Path, seed: int) -> None:
-    """A Llama of three tensors."""
-    numbers = np.random.default_rng(seed)
-    shapes = {"model.embed_tokens.weight": (32, 8), "model.layers.0.self_attn.q_proj.weight": (8, 8)}
-    shapes["model.norm.weight"] = (8,)  # type: ignore[assignment]
-    folder.mkdir(parents=True)
-    tensors = {key: numbers.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": True}))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import RECIPE, SUITE, write_model
+from bundle_models import RECIPE, SUITE, write_model
 from hub_server import TOKEN, Handler, Repository, State, served
 
 
