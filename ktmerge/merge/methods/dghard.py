@@ -33,15 +33,13 @@ def dg_hard(delta: Tensor, parameters: DgHardParameters, context: Context) -> Te
     import torch
 
     from ktmerge.merge.decompositions import singular_values
-    from ktmerge.merge.matrices import by_map, changed
-    from ktmerge.merge.spectra import has_maps, one_sided, threshold
+    from ktmerge.merge.spectra import one_sided, threshold, transformed
 
-    if not has_maps(context) or parameters.scale == 0:
+    if parameters.scale == 0:
         return delta
 
-    def denoise(maps: list[Tensor], base: Tensor, number: int) -> Tensor:
-        own = maps[0]
-        if own.numel() < parameters.min_numel or not changed(maps, base):
+    def denoise(own: Tensor, base: Tensor) -> Tensor:
+        if own.numel() < parameters.min_numel:
             return own
         values = singular_values(own)
         edge = parameters.scale * threshold(values, (own.shape[0], own.shape[1]))
@@ -50,7 +48,7 @@ def dg_hard(delta: Tensor, parameters: DgHardParameters, context: Context) -> Te
             return own if rank else torch.zeros_like(own)
         return one_sided(own).filtered(values.new_ones(rank).double()).float()
 
-    return by_map([delta], context, denoise, fused=parameters.split_fused)
+    return transformed(delta, context, denoise, fused=parameters.split_fused)
 
 
 method(

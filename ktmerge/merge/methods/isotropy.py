@@ -41,24 +41,12 @@ def isotropy(deltas: list[Tensor], parameters: IsotropyParameters, context: Cont
 
     Differs from the paper's code: directions whose singular value is rounding stay out, as their vectors are arbitrary.
     """
-    import torch
+    from ktmerge.merge.spectra import combined, total
 
-    from ktmerge.merge.matrices import by_map
-    from ktmerge.merge.methods.mean import mean
-    from ktmerge.merge.spectra import has_maps, members, total
+    def merge(own: list[Tensor]) -> Tensor:
+        return total(own) if parameters.power == 1 else _evened(total(own), parameters)
 
-    if not has_maps(context):
-        return mean(deltas, Parameters(), context)
-
-    def merge(maps: list[Tensor], base: Tensor, number: int) -> Tensor:
-        own = members(maps, base, context)
-        if not own:
-            return torch.zeros_like(base)
-        if parameters.power == 1:
-            return own[0] if len(own) == 1 else total(own).float()
-        return _evened(total(own), parameters).float()
-
-    return by_map(deltas, context, merge, fused=parameters.split_fused)
+    return combined(deltas, context, merge, fused=parameters.split_fused)
 
 
 def _evened(added: Tensor, parameters: IsotropyParameters) -> Tensor:
@@ -91,20 +79,11 @@ def iso_cts(deltas: list[Tensor], parameters: IsoCtsParameters, context: Context
 
     Differs from the paper's code: directions whose singular value is rounding stay out, as their vectors are arbitrary.
     """
-    import torch
+    from ktmerge.merge.spectra import combined
 
-    from ktmerge.merge.matrices import by_map
-    from ktmerge.merge.methods.mean import mean
-    from ktmerge.merge.spectra import has_maps, members
-
-    if not has_maps(context):
-        return mean(deltas, Parameters(), context)
-
-    def merge(maps: list[Tensor], base: Tensor, number: int) -> Tensor:
-        own = members(maps, base, context)
-        return _common_and_specific(own, parameters.common).float() if own else torch.zeros_like(base)
-
-    return by_map(deltas, context, merge, fused=parameters.split_fused)
+    return combined(
+        deltas, context, lambda own: _common_and_specific(own, parameters.common), fused=parameters.split_fused
+    )
 
 
 def _common_and_specific(own: list[Tensor], common: float) -> Tensor:

@@ -40,17 +40,11 @@ def resmerge(deltas: list[Tensor], parameters: ResmergeParameters, context: Cont
     """
     import torch
 
-    from ktmerge.merge.matrices import by_map
-    from ktmerge.merge.methods.mean import mean
-    from ktmerge.merge.spectra import draws, has_maps, members, top
+    from ktmerge.merge.spectra import combined, draws, top
 
-    if not has_maps(context):
-        return mean(deltas, Parameters(), context)
-
-    def merge(maps: list[Tensor], base: Tensor, number: int) -> Tensor:
-        own = members(maps, base, context)
-        if len(own) < 2:
-            return own[0] if own else torch.zeros_like(base)
+    def merge(own: list[Tensor]) -> Tensor:
+        if len(own) == 1:
+            return own[0]
         heads = [top(one, parameters.rank, draws(context)).matrix() for one in own]
         rests = [one.double() - head for one, head in zip(own, heads, strict=True)]
         # of a delta that is all head only rounding is left
@@ -60,9 +54,9 @@ def resmerge(deltas: list[Tensor], parameters: ResmergeParameters, context: Cont
         length = parameters.head * sum(agreement) / len(agreement) * float(merged.norm())
         common = torch.stack(heads).mean(0)
         size = float(common.norm())
-        return (merged + common * (length / size) if size > 0 else merged).float()
+        return merged + common * (length / size) if size > 0 else merged
 
-    return by_map(deltas, context, merge, fused=parameters.split_fused)
+    return combined(deltas, context, merge, fused=parameters.split_fused)
 
 
 def _unless_rounding(rest: Tensor, delta: Tensor) -> Tensor:

@@ -27,23 +27,19 @@ def star(delta: Tensor, parameters: StarParameters, context: Context) -> Tensor:
     """
     import torch
 
-    from ktmerge.merge.matrices import by_map, changed
-    from ktmerge.merge.spectra import has_maps, one_sided, rank_of
+    from ktmerge.merge.spectra import one_sided, rank_of, transformed
 
-    if not has_maps(context) or parameters.eta == 1:
+    if parameters.eta == 1:
         return delta
 
-    def rescale(maps: list[Tensor], base: Tensor, number: int) -> Tensor:
-        own = maps[0]
-        if not changed(maps, base):
-            return own
+    def rescale(own: Tensor, base: Tensor) -> Tensor:
         found = one_sided(own)
         kept = found.values[: rank_of(found.values, "nuclear", 0, parameters.eta)]
         if not kept.numel():
             return torch.zeros_like(own)
         return found.filtered((found.values.sum() / kept.sum()).expand(kept.shape)).float()
 
-    return by_map([delta], context, rescale, fused=parameters.split_fused)
+    return transformed(delta, context, rescale, fused=parameters.split_fused)
 
 
 method(

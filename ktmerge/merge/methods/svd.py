@@ -35,17 +35,11 @@ def svd_truncate(delta: Tensor, parameters: SvdTruncateParameters, context: Cont
     """
     import torch
 
-    from ktmerge.merge.matrices import by_map, changed
-    from ktmerge.merge.spectra import draws, has_maps, one_sided, rank_of, top
+    from ktmerge.merge.spectra import draws, one_sided, rank_of, top, transformed
 
-    if not has_maps(context):
-        return delta
     rule, head = parameters.rule, parameters.keep == "head"
 
-    def truncate(maps: list[Tensor], base: Tensor, number: int) -> Tensor:
-        own = maps[0]
-        if not changed(maps, base):
-            return own
+    def truncate(own: Tensor, base: Tensor) -> Tensor:
         if rule == "rank":
             rank, whole = parameters.rank, parameters.rank >= min(own.shape)
         elif parameters.share in (0, 1) and rule in ("fraction", "energy", "nuclear"):
@@ -60,7 +54,7 @@ def svd_truncate(delta: Tensor, parameters: SvdTruncateParameters, context: Cont
         kept = top(own, rank, draws(context)).matrix()
         return (kept if head else own.double() - kept).float()
 
-    return by_map([delta], context, truncate, fused=parameters.split_fused)
+    return transformed(delta, context, truncate, fused=parameters.split_fused)
 
 
 method(

@@ -36,27 +36,21 @@ def tsv_m(deltas: list[Tensor], parameters: TsvParameters, context: Context) -> 
     """
     import torch
 
-    from ktmerge.merge.matrices import by_map
-    from ktmerge.merge.methods.mean import mean
-    from ktmerge.merge.spectra import draws, has_maps, members, polar, top
+    from ktmerge.merge.spectra import combined, draws, polar, top
 
-    if not has_maps(context):
-        return mean(deltas, Parameters(), context)
-
-    def merge(maps: list[Tensor], base: Tensor, number: int) -> Tensor:
-        own = members(maps, base, context)
-        if len(own) < 2:
-            return own[0] if own else torch.zeros_like(base)
-        size = min(base.shape)
+    def merge(own: list[Tensor]) -> Tensor:
+        if len(own) == 1:
+            return own[0]
+        size = min(own[0].shape)
         share = 1 / len(own) if parameters.fraction is None else parameters.fraction
         count = max(1, size // len(own) if parameters.fraction is None else int(size * share))
         found = [top(one, count, draws(context)) for one in own]
         left, right = (
             polar(torch.cat(sides, dim=1)) for sides in zip(*((f.left, f.right) for f in found), strict=True)
         )
-        return ((left * torch.cat([one.values for one in found])) @ right.T).float()
+        return (left * torch.cat([one.values for one in found])) @ right.T
 
-    return by_map(deltas, context, merge, fused=parameters.split_fused)
+    return combined(deltas, context, merge, fused=parameters.split_fused)
 
 
 method(

@@ -39,18 +39,14 @@ def wiener(delta: Tensor, parameters: WienerParameters, context: Context) -> Ten
 
     from ktmerge.merge.covariance import of_delta
     from ktmerge.merge.decompositions import singular_values
-    from ktmerge.merge.matrices import by_map, changed
     from ktmerge.merge.regression import Filter, spectral_regmean
-    from ktmerge.merge.spectra import has_maps, noise, one_sided
+    from ktmerge.merge.spectra import noise, one_sided, transformed
 
     a, by_noise = parameters.a, parameters.level == "noise" and parameters.prior == "identity"
-    if not has_maps(context) or (a == 1 and not by_noise):
+    if a == 1 and not by_noise:
         return delta
 
-    def shrink(maps: list[Tensor], base: Tensor, number: int) -> Tensor:
-        own = maps[0]
-        if not changed(maps, base):
-            return own
+    def shrink(own: Tensor, base: Tensor) -> Tensor:
         if a == 0 and not by_noise:
             return torch.zeros_like(own)
         if parameters.prior == "weights":
@@ -66,7 +62,7 @@ def wiener(delta: Tensor, parameters: WienerParameters, context: Context) -> Ten
         squares = found.values[found.values > 0] ** 2
         return found.filtered(squares / (squares + nu2)).float()
 
-    return by_map([delta], context, shrink, fused=parameters.split_fused)
+    return transformed(delta, context, shrink, fused=parameters.split_fused)
 
 
 method(
