@@ -88,11 +88,30 @@ class OneSided:
             return (own * factors) @ (own.T @ self.whole)
         return (self.whole @ own * factors) @ own.T
 
+    def above(self, floor: float = NOISE) -> int:
+        """How many values are above ``floor`` times the largest."""
+        return int((self.values > floor * self.values[:1]).sum())
+
+    def inner(self, other: Tensor, count: int) -> Tensor:
+        """U^T other V of the first triplets, ``[count, count]``, for another ``[o, i]``."""
+        own, values = self.vectors[:, :count], self.values[:count]
+        if self.is_left:
+            return own.T @ (other @ self.whole.T) @ own / values
+        return (own.T @ (self.whole.T @ other) @ own) / values.unsqueeze(1)
+
+    def outer(self, core: Tensor) -> Tensor:
+        """U core V^T of the first triplets ``[o, i]``, as many as ``core [count, count]`` is of."""
+        count = core.shape[0]
+        own, values = self.vectors[:, :count], self.values[:count]
+        if self.is_left:
+            return (own @ (core / values) @ own.T) @ self.whole
+        return self.whole @ (own @ (core / values.unsqueeze(1)) @ own.T)
+
     def top(self, count: int, floor: float = NOISE) -> Spectrum:
         """The triplets of the ``count`` largest values above ``floor`` times the largest."""
         if not self.values.numel():
             return Spectrum(self.whole[:, :0], self.values, self.whole.T[:, :0])
-        count = min(count, int((self.values > floor * self.values[0]).sum()))
+        count = min(count, self.above(floor))
         own, values = self.vectors[:, :count], self.values[:count]
         if self.is_left:
             return Spectrum(own, values, self.whole.T @ own / values)

@@ -415,3 +415,18 @@ def test_few_directions_of_a_large_matrix_are_found_by_sampling(monkeypatch: pyt
     assert asked == [150 * 20] * 2 + [200 * 20] * 2
     assert spectra.top(matrix, 100, draw).values.numel() == 100  # many directions are decomposed
     assert len(asked) == 4
+
+
+@pytest.mark.parametrize("shape", [(7, 12), (12, 7), (5, 5)])
+def test_what_is_done_in_a_frame_is_done_without_its_long_side(shape: tuple[int, int]) -> None:
+    whole, other = normal(*shape, seed=1).double(), normal(*shape, seed=2).double()
+    left, values, right = torch.linalg.svd(whole, full_matrices=False)
+    found = spectra.one_sided(whole)
+    for count in (0, 2, 5):
+        core = torch.diag(torch.arange(1.0, count + 1, dtype=torch.float64))
+        around = (left[:, :count] @ core) @ right[:count]
+        torch.testing.assert_close(found.outer(core), around, rtol=0, atol=1e-10)
+        torch.testing.assert_close(found.filtered(core.diagonal() / values[:count]), around, rtol=0, atol=1e-10)
+        across = left[:, :count].T @ other @ right[:count].T
+        torch.testing.assert_close(found.inner(other, count).abs(), across.abs(), rtol=0, atol=1e-10)
+    assert found.above(float(values[2] / values[0]) * 0.999) == 3

@@ -113,12 +113,13 @@ def _added_maps(maps: list[Tensor], base: Tensor, alpha: float) -> Tensor:
         return own[0] if own else torch.zeros_like(base)
     merged = own[0].double()
     for delta in own[1:]:
-        frame = one_sided(merged).top(min(merged.shape))
-        held = frame.left.T @ delta.double() @ frame.right
-        rank = int((frame.values.cumsum(0) < alpha * frame.values.sum()).sum()) + 1 if alpha > 0 else 0
-        closed = torch.eye(held.shape[0], dtype=torch.bool, device=held.device)
+        found = one_sided(merged)
+        values = found.values[: found.above()]
+        held = found.inner(delta.double(), values.numel())
+        rank = int((values.cumsum(0) < alpha * values.sum()).sum()) + 1 if alpha > 0 else 0
+        closed = torch.eye(values.numel(), dtype=torch.bool, device=held.device)
         closed[:rank, :rank] = True
-        merged = merged + delta - frame.left @ torch.where(closed, held, 0.0) @ frame.right.T
+        merged = merged + delta - found.outer(torch.where(closed, held, 0.0))
     return merged.float()
 
 
