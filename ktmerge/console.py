@@ -24,11 +24,12 @@ WIDTH = 120
 
 
 def stdout() -> Console:
-    """Where results go."""
+    """Where results go; words are never looked at for colours, which takes minutes with a stranger's endless word."""
     from rich.console import Console
 
     terminal = sys.stdout.isatty()
-    return Console(soft_wrap=not terminal, width=None if terminal or "COLUMNS" in os.environ else WIDTH, emoji=False)
+    width = None if terminal or "COLUMNS" in os.environ else WIDTH
+    return Console(soft_wrap=not terminal, width=width, highlight=False, emoji=False)
 
 
 def stderr() -> Console:

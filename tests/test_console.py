@@ -46,6 +46,15 @@ def test_names_with_colons_are_no_emoji(capsys: pytest.CaptureFixture[str]) -> N
     assert "runs:fire:" in captured.out
 
 
+def test_words_are_not_searched_for_colours(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The patterns of that search take minutes on one word of a stranger's that fills a recipe."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    console.print_pairs({"recipe": "12 'b' True"})
+    assert capsys.readouterr().out == "recipe  12 'b' True\n"
+
+
 def test_trained_tokens_are_marked(capsys: pytest.CaptureFixture[str]) -> None:
     from ktmerge.tuners import PreviewSample
 

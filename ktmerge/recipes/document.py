@@ -36,21 +36,25 @@ class _StrictLoader(_SafeLoader):  # type: ignore[misc]
         return mapping
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        _refuse_long(node)  # Python itself refuses to show such numbers
+        _require_plain(node)
         number: int = super().construct_yaml_int(node)
         return number
 
     def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
-        _refuse_long(node)
+        _require_plain(node)
         number: float = super().construct_yaml_float(node)
         return number
 
 
-def _refuse_long(node: yaml.ScalarNode) -> None:
+def _require_plain(node: yaml.ScalarNode) -> None:
+    """Refuse numbers that Python would not show, and those that YAML 1.1 reads to base 60 (``1:30``) or 8 (``010``)."""
     if len(node.value) > _MAX_DIGITS:
-        raise yaml.constructor.ConstructorError(
-            None, None, f"a number of more than {_MAX_DIGITS} digits", node.start_mark
-        )
+        problem = f"a number of more than {_MAX_DIGITS} digits"
+    elif ":" in node.value or re.fullmatch(r"[-+]?0[0-9_]+", node.value):
+        problem = f"{node.value} is not the number it looks like in YAML; write it out, or put it in quotes"
+    else:
+        return
+    raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)

@@ -137,6 +137,13 @@ def test_wrong_overrides_are_refused(tmp_path: Path, override: str, expected: st
         assert expected in refused(tmp_path, RECIPE, overrides=[override])
 
 
+@pytest.mark.parametrize("number", ["1:30", "0:10.5", "010", "-00"])
+def test_numbers_to_other_bases_are_refused(tmp_path: Path, number: str) -> None:
+    assert f"{number} is not the number it looks like" in refused(
+        tmp_path, RECIPE.replace("weight: 0.5", f"weight: {number}")
+    )
+
+
 def test_an_expert_named_twice_on_the_command_line_is_refused() -> None:
     with pytest.raises(UsageError, match="--expert: 'a' is given more than once"):
         load_recipe("ties", base="org/base", experts=["a=org/one", "b=org/two", "a=org/three"])
