@@ -9,18 +9,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ktmerge.errors import UsageError, did_you_mean
+from ktmerge.errors import UsageError
+from ktmerge.measurement import measurements_of
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.load import suite_of
-from ktmerge.recipes.schema import FinetuneJob, Recipe, Statistics
-from ktmerge.staging import NamedJob, only_named, staged
+from ktmerge.recipes.schema import Recipe
+from ktmerge.staging import jobs_of
 
 if TYPE_CHECKING:
     from ktmerge.eval import Results
@@ -31,23 +32,6 @@ Located = Path | tuple[Path, Path]
 BLENDED = "blended"
 SCORES = "scores.json"
 REPORT = "report.html"
-
-
-@dataclass(frozen=True)
-class NamedMeasurement:
-    """Statistics to be made: of which model (``base`` or the expert's name), into which folder.
-
-    Attributes:
-        folder: where the job's relative paths start.
-        adapter: to be folded into the model first.
-    """
-
-    name: str
-    job: Statistics
-    model: Path
-    out: Path
-    folder: Path
-    adapter: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -160,37 +144,6 @@ def _remove_old(out: Path, *, keep_blend: bool) -> None:
         shutil.rmtree(out / BLENDED, ignore_errors=True)
 
 
-def jobs_of(
-    recipe: Recipe, only: Iterable[str] = (), change: Callable[[FinetuneJob], FinetuneJob] = lambda job: job
-) -> list[NamedJob]:
-    """The fine-tunes of a recipe in order, restricted to the experts named by ``only`` if any and what they start from.
-
-    Args:
-        recipe: has a finetune section.
-        only: names of experts.
-        change: what to do to every job first.
-
-    Raises:
-        UsageError: the recipe has no finetune section, no base, or no such expert; or a curriculum does not fit.
-    """
-    from ktmerge.checkpoints import resolve
-
-    if recipe.finetune is None:
-        raise UsageError(f"the recipe '{recipe.name}' has no finetune section.")
-    if recipe.base is None:
-        raise UsageError(f"the recipe '{recipe.name}' names no base; add one, or give --base.")
-    wanted = list(only) or list(recipe.finetune.experts)
-    for name in wanted:
-        if name not in recipe.finetune.experts:
-            raise UsageError(f"--only {name}: no such fine-tune.{did_you_mean(name, recipe.finetune.experts)}")
-    base = resolve(recipe.base, recipe.folder)
-    jobs = [
-        NamedJob(name, change(job), base, recipe.folder / recipe.experts[name].model, recipe.folder)
-        for name, job in recipe.finetune.experts.items()
-    ]
-    return only_named(staged(jobs), wanted)
-
-
 def make_experts(
     recipe: Recipe, *, resume: bool = False, overwrite: bool = False, progress: Progress = SILENT
 ) -> dict[str, Located]:
@@ -202,57 +155,17 @@ def make_experts(
         UsageError: a folder holds something else and ``overwrite`` is not set, or a job's inputs are wrong.
         KtmergeError: a fine-tune failed.
     """
-    from ktmerge import tuners
     from ktmerge.checkpoints.opening import locate_model
 
     made: dict[str, Path] = {}
     for job in jobs_of(recipe) if recipe.finetune is not None else ():
-        if job.note:
-            progress.note(job.note)
-        tuners.finetune(
-            job.job,
-            job.base,
-            job.out,
-            folder=job.folder,
-            overwrite=overwrite,
-            resume=resume or (job.out.exists() and not overwrite),
-            progress=progress,
-        )
+        kept = job.out.exists() and not overwrite
+        job.run(resume=resume or kept, overwrite=overwrite, progress=progress)
         made[job.name] = job.out
     found: dict[str, Located] = {}
     for name, expert in recipe.experts.items():
         model, adapter = (made[name], None) if name in made else locate_model(expert.model, recipe.folder)
         found[name] = model if adapter is None else (model, adapter)
-    return found
-
-
-def measurements_of(recipe: Recipe, only: Iterable[str] = ()) -> list[NamedMeasurement]:
-    """The statistics a recipe says how to make, restricted to ``only`` (``base`` or experts' names) if any.
-
-    An expert is measured on what it was tuned on, unless its job says otherwise.
-
-    Raises:
-        UsageError: the recipe has no such job, or a model is not there.
-    """
-    from ktmerge.checkpoints import resolve
-    from ktmerge.checkpoints.adapter import is_adapter
-    from ktmerge.checkpoints.opening import locate_model
-
-    known = {"base": recipe.base, **{name: expert.model for name, expert in recipe.experts.items()}}
-    jobs = {name: job for name in known if (job := recipe.statistics_job(name)) is not None and job.is_job}
-    wanted = list(only) or list(jobs)
-    for name in wanted:
-        if name not in jobs:
-            raise UsageError(f"--only {name}: the recipe makes no such statistics.{did_you_mean(name, jobs)}")
-    found = []
-    for name in wanted:
-        job, model, out = jobs[name], known[name], recipe.statistics_folder(name)
-        if model is None or out is None:
-            raise UsageError(f"the recipe '{recipe.name}' names no base; add one, or give --base.")
-        path, adapter = locate_model(model, recipe.folder)
-        if adapter is None and name != "base" and recipe.base is not None and is_adapter(path):
-            path, adapter = resolve(recipe.base, recipe.folder), path
-        found.append(NamedMeasurement(name, job, path, out, recipe.folder, adapter))
     return found
 
 
@@ -272,21 +185,10 @@ def make_statistics(
         UsageError: a folder holds something else and ``overwrite`` is not set, or a job's inputs are wrong.
         KtmergeError: a measurement failed.
     """
-    from ktmerge.tuners import statistics
-
     made = {}
     for one in measurements_of(recipe):
-        statistics.measure(
-            one.job,
-            one.model,
-            one.out,
-            folder=one.folder,
-            adapter=one.adapter,
-            device=device,
-            overwrite=overwrite,
-            resume=resume or (one.out.exists() and not overwrite),
-            progress=progress,
-        )
+        kept = one.out.exists() and not overwrite
+        one.run(device=device, resume=resume or kept, overwrite=overwrite, progress=progress)
         made[one.name] = one.out
     return made
 

@@ -1,13 +1,18 @@
-"""Common first, then specific: a stage that several fine-tunes share, and what is left of each of them."""
+"""The fine-tunes of a recipe in order: common first, in a stage that several share, then what is left of each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ktmerge.errors import UsageError
-from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.errors import UsageError, did_you_mean
+from ktmerge.progress import Progress
+from ktmerge.recipes.schema import FinetuneJob, Recipe
+
+if TYPE_CHECKING:
+    from ktmerge.tuners import FinetuneReport
 
 SHARED = "shared"
 """Name of the stage that all share, and of its folder, beside the first of its experts'."""
@@ -38,6 +43,47 @@ class NamedJob:
     def shape(self) -> Path:
         """A model of the same shape and tokenizer that is there before any stage has run."""
         return self.origin or self.base
+
+    def run(self, *, resume: bool, overwrite: bool, progress: Progress) -> FinetuneReport:
+        """Tell the note, and fine-tune; raises what `ktmerge.tuners.finetune` raises."""
+        from ktmerge import tuners
+
+        if self.note:
+            progress.note(self.note)
+        return tuners.finetune(
+            self.job, self.base, self.out, folder=self.folder, resume=resume, overwrite=overwrite, progress=progress
+        )
+
+
+def jobs_of(
+    recipe: Recipe, only: Iterable[str] = (), change: Callable[[FinetuneJob], FinetuneJob] = lambda job: job
+) -> list[NamedJob]:
+    """The fine-tunes of a recipe in order, restricted to the experts named by ``only`` if any and what they start from.
+
+    Args:
+        recipe: has a finetune section.
+        only: names of experts.
+        change: what to do to every job first.
+
+    Raises:
+        UsageError: the recipe has no finetune section, no base, or no such expert; or a curriculum does not fit.
+    """
+    from ktmerge.checkpoints import resolve
+
+    if recipe.finetune is None:
+        raise UsageError(f"the recipe '{recipe.name}' has no finetune section.")
+    if recipe.base is None:
+        raise UsageError(f"the recipe '{recipe.name}' names no base; add one, or give --base.")
+    wanted = list(only) or list(recipe.finetune.experts)
+    for name in wanted:
+        if name not in recipe.finetune.experts:
+            raise UsageError(f"--only {name}: no such fine-tune.{did_you_mean(name, recipe.finetune.experts)}")
+    base = resolve(recipe.base, recipe.folder)
+    jobs = [
+        NamedJob(name, change(job), base, recipe.folder / recipe.experts[name].model, recipe.folder)
+        for name, job in recipe.finetune.experts.items()
+    ]
+    return _only_named(staged(jobs), wanted)
 
 
 def staged(jobs: Sequence[NamedJob]) -> list[NamedJob]:
@@ -96,7 +142,7 @@ def staged(jobs: Sequence[NamedJob]) -> list[NamedJob]:
     return found
 
 
-def only_named(jobs: Iterable[NamedJob], wanted: Iterable[str]) -> list[NamedJob]:
+def _only_named(jobs: Iterable[NamedJob], wanted: Iterable[str]) -> list[NamedJob]:
     """Those that are wanted, and what has to run before them."""
     names = set(wanted)
     chosen = [job for job in jobs if job.name in names]

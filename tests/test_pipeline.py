@@ -10,6 +10,7 @@ import pytest
 
 from ktmerge import api, pipeline
 from ktmerge.errors import UsageError
+from ktmerge.measurement import measurements_of
 from ktmerge.recipes.load import parse_recipe
 from ktmerge.recipes.schema import Recipe
 
@@ -52,7 +53,7 @@ def test_an_expert_is_measured_on_the_images_it_was_tuned_on(
     alone = whole.without_tuning()
     document = alone.model_dump(mode="json", by_alias=True, exclude={"finetune"})
     assert parse_recipe(document, "ktmerge.json", workshop) == alone  # a record says what its experts were measured on
-    (one,) = pipeline.measurements_of(whole)
+    (one,) = measurements_of(whole)
     assert (one.job.data, one.job.images) == (["train.jsonl"], expected)
     assert (one.model, one.adapter) == (workshop / "base", workshop / "lora")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ktmerge.api.inputs import RecipeLike, loaded_recipe
 from ktmerge.errors import UsageError
-from ktmerge.pipeline import NamedMeasurement, measurements_of
+from ktmerge.measurement import NamedMeasurement, measurements_of
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.load import validate
 from ktmerge.recipes.overrides import apply_overrides
@@ -94,12 +94,4 @@ def measure_all(
     progress: Progress = SILENT,
 ) -> list[StatisticsReport]:
     """Make statistics one after the other."""
-    from ktmerge.tuners import statistics
-
-    return [
-        statistics.measure(
-            job.job, job.model, job.out, folder=job.folder, adapter=job.adapter, device=device, resume=resume,
-            overwrite=overwrite, progress=progress,
-        )
-        for job in jobs
-    ]  # fmt: skip
+    return [job.run(device=device, resume=resume, overwrite=overwrite, progress=progress) for job in jobs]

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from ktmerge.api.inputs import RecipeLike
 from ktmerge.errors import UsageError
-from ktmerge.pipeline import jobs_of
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes import load_recipe
 from ktmerge.recipes.load import validate
 from ktmerge.recipes.overrides import apply_overrides
 from ktmerge.recipes.schema import FinetuneJob, Recipe
-from ktmerge.staging import NamedJob, staged
+from ktmerge.staging import NamedJob, jobs_of, staged
 
 if TYPE_CHECKING:
     from ktmerge.tuners import Estimate, FinetuneReport, PreviewSample
@@ -113,18 +112,7 @@ def finetune_all(
     jobs: Iterable[NamedJob], *, resume: bool = False, overwrite: bool = False, progress: Progress = SILENT
 ) -> list[FinetuneReport]:
     """Run fine-tunes one after the other."""
-    from ktmerge import tuners
-
-    reports = []
-    for job in jobs:
-        if job.note:
-            progress.note(job.note)
-        reports.append(
-            tuners.finetune(
-                job.job, job.base, job.out, folder=job.folder, resume=resume, overwrite=overwrite, progress=progress
-            )
-        )
-    return reports
+    return [job.run(resume=resume, overwrite=overwrite, progress=progress) for job in jobs]
 
 
 def estimate(job: NamedJob, processes: int = 1) -> Estimate:

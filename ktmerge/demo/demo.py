@@ -172,14 +172,12 @@ def _write_recipes(out: Path) -> dict[str, str]:
 
 
 def _make_experts(out: Path, size: _Size, progress: Progress) -> dict[str, Path]:
-    from ktmerge.pipeline import jobs_of
-    from ktmerge.tuners import finetune
+    from ktmerge.staging import jobs_of
 
-    recipe = load_recipe(out / "recipes" / f"{WHOLE}.yaml", overrides=size.overrides)
-    jobs = jobs_of(recipe)
-    for one in jobs:
-        finetune(one.job, one.base, one.out, folder=one.folder, resume=True, overwrite=True, progress=progress)
-    return {one.name: one.out for one in jobs}
+    jobs = jobs_of(load_recipe(out / "recipes" / f"{WHOLE}.yaml", overrides=size.overrides))
+    for job in jobs:
+        job.run(resume=True, overwrite=True, progress=progress)
+    return {job.name: job.out for job in jobs}
 
 
 def _suite(out: Path, split: str, size: _Size) -> Suite:
