@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ktmerge.merge.covariance import Frame, of_delta, total
+from ktmerge.merge.covariance import Covariance, Frame, of_delta, total
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,11 +55,23 @@ class Shared:
 def shared(deltas: Sequence[Tensor]) -> Shared:
     """Deltas ``[o, i]``, none of them zero, in their shared frame; float64."""
     own = [delta.double() for delta in deltas]
-    frame = total([of_delta(one) for one in own], [1.0] * len(own)).frame()
-    frame, responses = _settled(frame, [frame.onto(one) for one in own])
+    told = [of_delta(one) for one in own]
+    frame = total(told, [1.0] * len(own)).frame()
+    frame, responses = _settled(frame, _responses(frame, own, told))
     energies = sum((one**2).sum(0) for one in responses[1:]) + (responses[0] ** 2).sum(0)
     added = sum(responses[1:], responses[0])
     return Shared(frame, responses, energies, (added**2).sum(0) / (len(own) * energies))
+
+
+def _responses(frame: Frame, deltas: Sequence[Tensor], told: Sequence[Covariance]) -> list[Tensor]:
+    """tau_t V of each; of a frame of their own rows it is there already."""
+    if frame.rows is None:
+        return [frame.onto(one) for one in deltas]
+    outputs = deltas[0].shape[0]
+    return [
+        frame.of_rows(slice(number * outputs, (number + 1) * outputs)) / (one.scale or 1.0)
+        for number, one in enumerate(told)
+    ]
 
 
 def _settled(frame: Frame, responses: list[Tensor]) -> tuple[Frame, tuple[Tensor, ...]]:

@@ -44,6 +44,10 @@ class Frame:
         """Coordinates ``[o, r]`` of the rows of ``values [o, i]``: values V."""
         return (values if self.rows is None else values @ self.rows.T) @ self.turn
 
+    def of_rows(self, part: slice) -> Tensor:
+        """Coordinates F V = U sqrt(lambda) of some of the rows themselves: nothing is to be multiplied."""
+        return self.turn[part] * self.eigenvalues
+
     def back(self, coordinates: Tensor) -> Tensor:
         """The rows ``[o, i]`` that have these coordinates ``[o, r]``: coordinates V^T."""
         turned = coordinates @ self.turn.T
@@ -57,10 +61,12 @@ class Covariance:
     Attributes:
         factor: ``[r, i]`` float64; r may be larger or smaller than i, or 0.
         diagonal: ``[i]`` float64, of 0 or more.
+        scale: s, if ``factor`` is s times the delta that tells of these inputs.
     """
 
     factor: Tensor
     diagonal: Tensor
+    scale: float | None = None
 
     @property
     def inputs(self) -> int:
@@ -220,7 +226,8 @@ def of_delta(delta: Tensor, norm: Normalisation = "fro2", power: float = 1.0) ->
     """
     whole = of_rows(delta)
     if power == 1 and norm != "spectral":
-        return whole if norm == "none" else whole.scaled(1 / whole.trace())
+        scale = 1.0 if norm == "none" else whole.trace() ** -0.5
+        return Covariance(whole.factor * scale if scale != 1 else whole.factor, whole.diagonal, scale)
     frame = whole.frame()
     values = frame.eigenvalues
     size = {"fro2": float(values.sum()), "spectral": float(values[0])}.get(norm, 1.0)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ktmerge.merge.covariance import Covariance, Frame, total
+from ktmerge.merge.covariance import Covariance, Frame, gram, total
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,16 +123,17 @@ def spectral_regmean(
     deltas = [member.double() for member in members]
     weighted = [delta * alpha for delta, alpha in zip(deltas, alphas, strict=True)]
     added = torch.stack(weighted).sum(0)
-    start = {"sum": 1.0, "mean": 1 / sum(alphas), "zero": 0.0}[init] * added
+    share = {"sum": 1.0, "mean": 1 / sum(alphas), "zero": 0.0}[init]
+    start = share * added
     common = total([*covariances, *([base] if base else [])], [*alphas, *([1.0] if base else [])])
     mean = common.trace() / common.inputs
     if not mean > 0:
         return start
-    target = torch.stack([one.times(delta) for one, delta in zip(covariances, weighted, strict=True)]).sum(0)
     ridge = filter.strength * mean if filter.shape == "tikhonov" else 0.0
     least = float(common.diagonal.min()) + ridge
     unit = sum(alpha * one.trace() for one, alpha in zip(covariances, alphas, strict=True)) / sum(alphas)
     if filter.rank == "all" and filter.shape != "exp":
+        target = _target(weighted, covariances)
         if least > _DEFINITE * mean:
             return start + common.ridged(ridge).solve(target - common.times(start))
         found = None if ridge else common.towards(target, start, _FLOOR * unit)
@@ -140,10 +141,35 @@ def spectral_regmean(
             return found
     frame = common.frame()
     passed = filter.of(frame.eigenvalues, unit, mean, common.inputs)
-    return start + step(frame, passed, start, target)
+    if frame.rows is not None and all(one.scale for one in covariances):
+        begun, aimed = _by_rows(frame, covariances, alphas)
+        begun *= share
+    else:
+        begun, aimed = frame.onto(start), frame.onto(_target(weighted, covariances))
+    return start + frame.back(aimed * (passed / frame.eigenvalues) - begun * passed)
 
 
-def step(frame: Frame, passed: Tensor, start: Tensor, target: Tensor) -> Tensor:
-    """[(D V)(f / lambda) - (M_0 V) f] V^T."""
-    moved = frame.onto(target) * (passed / frame.eigenvalues) - frame.onto(start) * passed
-    return frame.back(moved)
+def _target(weighted: Sequence[Tensor], covariances: Sequence[Covariance]) -> Tensor:
+    """D = sum_t alpha_t tau_t C_t, ``[o, i]``."""
+    target = covariances[0].times(weighted[0])
+    for delta, one in zip(weighted[1:], covariances[1:], strict=True):
+        target = target + one.times(delta)
+    return target
+
+
+def _by_rows(frame: Frame, covariances: Sequence[Covariance], alphas: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """sum_t alpha_t tau_t V and D V ``[o, r]`` of a frame whose rows are all s_t sqrt(alpha_t) tau_t, one by one.
+
+    tau_t V = F_t V / s_t, and D V = sum_t alpha_t / s_t (F_t F_t^T) F_t V.
+    """
+    outputs, start = covariances[0].factor.shape[0], 0
+    begun = frame.turn.new_zeros(outputs, frame.eigenvalues.numel())
+    aimed = begun.clone()
+    for one, alpha in zip(covariances, alphas, strict=True):
+        if one.scale is None or not alpha:
+            continue
+        own = frame.of_rows(slice(start, start + outputs)) * (alpha**0.5 / one.scale)
+        begun += own
+        aimed += gram(one.factor.T) @ own
+        start += outputs
+    return begun, aimed

@@ -83,6 +83,12 @@ def test_the_dual_equals_the_primal(outputs: int, inputs: int) -> None:
     whole = [Covariance(torch.cat([one.factor, nothing]), one.diagonal) for one in rows]
     for filter, init in product(FILTERS, ("mean", "sum", "zero")):
         close(spectral_regmean(deltas, rows, filter, init), spectral_regmean(deltas, whole, filter, init), 1e-8)
+    weights, base = [0.5, 0.0, 2.0], of_delta(random(outputs, inputs, seed=9))
+    for filter in FILTERS:
+        dual, primal = (
+            spectral_regmean(deltas, told, filter, "mean", weights=weights, base=base) for told in (rows, whole)
+        )
+        close(dual, primal, 1e-8)
 
 
 @pytest.mark.parametrize("shape", [(7, 30), (30, 7), (9, 9)])
@@ -133,6 +139,12 @@ def test_covariances_say_what_their_matrix_says(eta: float) -> None:
         close(one.solve(values), torch.linalg.solve(matrix, values.T).T)
         assert one.trace() == pytest.approx(float(matrix.trace()))
         close(total([one, one.scaled(2)], [1.0, 0.25]).dense(), 1.5 * matrix)
+
+
+def test_a_frame_has_its_own_rows_already() -> None:
+    rows = random(5, 12)
+    frame = of_rows(rows).frame()
+    close(frame.of_rows(slice(1, 4)), frame.onto(rows[1:4]))
 
 
 def test_frames_hold_the_eigenvectors() -> None:
