@@ -137,7 +137,7 @@ class _Engine:
         """The compiled way, if there is one here and something for it to do."""
         if self._device != "cpu" or not any(tensor.pipeline for tensor in left):
             return nullcontext()
-        if not is_compiled("blend", "thresholds"):
+        if not is_compiled(*_groups(left)):
             self._progress.note("compiling the kernels for this processor, once; it takes about twenty seconds")
         kernels = native()
         if kernels is None:
@@ -200,3 +200,10 @@ def _broken_notes(tensors: Iterable[TensorReport]) -> list[str]:
     count = sum(tensor.broken for tensor in broken)
     names = ", ".join(tensor.name for tensor in broken[:3])
     return [f"{count} elements are NaN or infinite in an input and keep the base's value (in {names})."]
+
+
+def _groups(tensors: Iterable[TensorPlan]) -> list[str]:
+    """The kernels that a blend of these tensors begins with."""
+    pipelines = {id(tensor.pipeline): tensor.pipeline for tensor in tensors if tensor.pipeline is not None}
+    searched = any(use.statistics() for pipeline in pipelines.values() for use in pipeline.uses)
+    return ["blend", "thresholds"] if searched else ["blend"]

@@ -98,7 +98,10 @@ def read_yaml(path: Path) -> Any:
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise UsageError(f"{path}: {size} bytes; a recipe or suite has at most {MAX_BYTES}.")
-        text = read_regular(path).decode("utf-8")
+        content = read_regular(path)
+        if content.startswith(b"PK\x03\x04"):
+            raise UsageError(f"{path}: is a bundle; 'ktmerge recipe unpack {path} --out FOLDER' gives its recipe.")
+        text = content.decode("utf-8")
     except FileNotFoundError:
         raise UsageError(f"{path}: no such file.") from None
     except UnicodeDecodeError:

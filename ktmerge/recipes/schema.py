@@ -176,7 +176,7 @@ class Recipe(Section):
     """base + experts + blend -> one checkpoint; optionally how the experts were made and what is scored."""
 
     ktmerge: Literal[1] = Field(description="schema version")
-    name: str = Field("recipe", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: str = Field("recipe", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=200)
     description: str = Field("", description="one line: when to use it")
     base: str | None = Field(None, description="a folder (relative to the recipe) or a hub id, `org/name@revision`")
     experts: dict[str, Expert] = Field(default_factory=dict)

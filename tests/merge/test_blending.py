@@ -17,7 +17,7 @@ import torch
 from merge_models import llama_tensors, read, same_bytes, tuned, write
 
 from ktmerge.errors import KtmergeError, UsageError
-from ktmerge.merge import blend
+from ktmerge.merge import blend, engine
 from ktmerge.merge.engine import execute
 from ktmerge.merge.planning import plan_blend
 from ktmerge.merge.sinks import FileSink
@@ -39,6 +39,17 @@ def test_endpoints_are_the_same_file_bytes(
     blend(recipe, tmp_path / "out", device="cpu")
     stored = (tmp_path / "out/model.safetensors").read_bytes()
     assert stored == (llamas / same_as / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("method", "searches"), [("linear", False), ("dare", False), ("ties", True)])
+def test_only_kernels_that_are_needed_are_waited_for(
+    llamas: Path, tmp_path: Path, recipe_in: Any, monkeypatch: pytest.MonkeyPatch, method: str, searches: bool
+) -> None:
+    """Where a linear blend compiled its kernels before, the next one does not say that it compiles."""
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(engine, "is_compiled", lambda *groups: bool(asked.append(groups)) or True)
+    blend(recipe_in(llamas, TWO, {"method": method}), tmp_path / "out", device="cpu")
+    assert asked == [("blend", "thresholds") if searches else ("blend",)]
 
 
 def test_blending_back_composes(llamas: Path, tmp_path: Path, recipe_in: Any) -> None:

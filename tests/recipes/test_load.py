@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -142,6 +144,17 @@ def test_numbers_to_other_bases_are_refused(tmp_path: Path, number: str) -> None
     assert f"{number} is not the number it looks like" in refused(
         tmp_path, RECIPE.replace("weight: 0.5", f"weight: {number}")
     )
+
+
+def test_a_bundle_is_told_from_a_recipe(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "r.ktr", "w") as bundle:
+        bundle.writestr("recipe.yaml", RECIPE)
+    with pytest.raises(UsageError, match=r"r.ktr: is a bundle; 'ktmerge recipe unpack .*r.ktr --out FOLDER'"):
+        load_recipe(tmp_path / "r.ktr")
+
+
+def test_a_name_is_no_longer_than_a_bundle_takes(tmp_path: Path) -> None:
+    assert "at most 200 characters" in refused(tmp_path, re.sub(r"(?m)^name: .*$", f"name: {'x' * 201}", RECIPE))
 
 
 def test_an_expert_named_twice_on_the_command_line_is_refused() -> None:
