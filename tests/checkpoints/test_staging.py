@@ -132,6 +132,7 @@ def test_killed_at_any_step(
     assert os.listdir(out.parent) == ["out"]
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(
     old_and_new: tuple[Path, Path], copyist: Callable[..., subprocess.Popen[str]]
 ) -> None:
@@ -189,6 +190,7 @@ def test_overwrite_replaces_everything(old_and_new: tuple[Path, Path]) -> None:
     assert not (old / "stale.json").exists()
 
 
+@pytest.mark.slow
 def test_readers_never_find_a_gap(
     old_and_new: tuple[Path, Path], copyist: Callable[..., subprocess.Popen[str]]
 ) -> None:

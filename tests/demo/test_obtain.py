@@ -102,6 +102,7 @@ def test_other_bytes_than_the_pinned_ones_are_refused(index: Path, tmp_path: Pat
     assert list((tmp_path / "cache" / "downloads").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_source_package_is_not_run_before_its_digest_is_checked(index: Path, tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     data = source(marker)

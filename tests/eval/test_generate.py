@@ -32,7 +32,9 @@ def prompts(tokenizer: Any) -> list[list[int]]:
     return [tokenizer.encode(prompt) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize(
+    "batch_size", [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(16, marks=pytest.mark.slow)]
+)
 def test_equals_plain_greedy_search_at_every_batch_size(
     llama: Any, tokenizer: Any, prompts: list[list[int]], batch_size: int
 ) -> None:

@@ -84,7 +84,9 @@ def test_this_model_reads_shared_contexts_once(llama: Any, asked: Any) -> None:
     assert packed < 0.75 * sum(read)
 
 
-@pytest.mark.parametrize("batch_size", [None, 1, 3])
+@pytest.mark.parametrize(
+    "batch_size", [None, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_what_all_contexts_begin_with_is_read_once(llama: Any, asked: Any, batch_size: int | None) -> None:
     source = random.Random(5)
     shots = tuple(source.randrange(llama.config.vocab_size) for _ in range(70))

@@ -94,14 +94,18 @@ def everything(results: Results) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def html(results: Results) -> str:
-    """The page with everything in it."""
-    return render(results, **everything(results))
+def written(results: Results, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page with everything in it, in a folder of its own."""
+    return report(results, tmp_path_factory.mktemp("page") / "report.html", **everything(results))
 
 
-def test_everything_is_in_it(results: Results, tmp_path: Path) -> None:
-    out = report(results, tmp_path / "report.html", **everything(results))
-    page = Page(out.read_text(encoding="utf-8"))
+@pytest.fixture(scope="module")
+def html(written: Path) -> str:
+    return written.read_text(encoding="utf-8")
+
+
+def test_everything_is_in_it(written: Path, html: str) -> None:
+    page = Page(html)
     for words in (
         "The blend 'half' gains", "Gain against forgetting", "The numbers that decide", "Raw scores", "Side by side",
         "While tuning", "How it was measured", "O = E + F", "200 resamples", "fine-tune", "untuned",
@@ -109,7 +113,7 @@ def test_everything_is_in_it(results: Results, tmp_path: Path) -> None:
     ):  # fmt: skip
         assert words in page.text, words
     assert page.tags.count("svg") == 3
-    assert list(tmp_path.iterdir()) == [out]
+    assert list(written.parent.iterdir()) == [written]
 
 
 def test_it_needs_nothing_from_outside_and_runs_only_its_search(html: str) -> None:

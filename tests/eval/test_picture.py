@@ -16,7 +16,7 @@ Make = Callable[..., Results]
 SVG = "{http://www.w3.org/2000/svg}"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def results(make_results: Make) -> Results:
     share = {"base": (8, 2), "tuned": (5, 9), "half": (7, 8), "<&>": (7, 6)}
     return make_results(
@@ -25,6 +25,14 @@ def results(make_results: Make) -> Results:
             for name, (up, down) in share.items()
         }
     )
+
+
+@pytest.fixture(scope="module")
+def pictures(results: Results) -> tuple[str, str]:
+    """The trade-off and the scores, drawn once."""
+    drawn = tradeoff(results)
+    assert drawn is not None
+    return drawn, score_picture(results)
 
 
 def texts(svg: str) -> list[str]:
@@ -55,19 +63,17 @@ def test_one_side_has_no_tradeoff(make_results: Make) -> None:
     assert tradeoff(make_results({"base": {"up_a": [1.0]}, "m": {"up_a": [0.0]}})) is None
 
 
-def test_pictures_are_the_same_bytes_whatever_the_users_settings(results: Results) -> None:
+def test_pictures_are_the_same_bytes_whatever_the_users_settings(results: Results, pictures: tuple[str, str]) -> None:
     import matplotlib as mpl
 
-    before = (tradeoff(results), score_picture(results))
     with mpl.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.fonttype": "path"}):
-        assert (tradeoff(results), score_picture(results)) == before
+        assert (tradeoff(results), score_picture(results)) == pictures
         assert mpl.rcParams["font.size"] == 30
-    assert "20" not in str(before[0]).partition("<defs>")[0].partition("viewBox")[0]  # no date
+    assert "20" not in pictures[0].partition("<defs>")[0].partition("viewBox")[0]  # no date
 
 
-def test_pictures_scale_and_take_the_pages_colour(results: Results) -> None:
-    for svg in (tradeoff(results), score_picture(results)):
-        assert svg is not None
+def test_pictures_scale_and_take_the_pages_colour(pictures: tuple[str, str]) -> None:
+    for svg in pictures:
         root = ET.fromstring(svg)
         assert root.get("viewBox")
         assert root.get("width") is None
@@ -77,17 +83,15 @@ def test_pictures_scale_and_take_the_pages_colour(results: Results) -> None:
         assert "<metadata" not in svg
 
 
-def test_ids_of_two_pictures_do_not_clash(results: Results) -> None:
-    def ids(svg: str | None) -> set[str]:
-        assert svg is not None
+def test_ids_of_two_pictures_do_not_clash(pictures: tuple[str, str]) -> None:
+    def ids(svg: str) -> set[str]:
         return {node.get("id", "") for node in ET.fromstring(svg).iter() if node.get("id")}
 
-    assert not ids(tradeoff(results)) & ids(score_picture(results))
+    assert not ids(pictures[0]) & ids(pictures[1])
 
 
-def test_references_inside_a_picture_resolve(results: Results) -> None:
-    for svg in (tradeoff(results), score_picture(results)):
-        assert svg is not None
+def test_references_inside_a_picture_resolve(pictures: tuple[str, str]) -> None:
+    for svg in pictures:
         ids = set(re.findall(r'id="([^"]+)"', svg))
         used = set(re.findall(r"url\(#([^)]+)\)", svg)) | set(re.findall(r'href="#([^"]+)"', svg))
         assert used
@@ -102,11 +106,11 @@ def test_odd_names_are_drawn_as_they_are_and_without_remarks(
     monkeypatch.setattr(logging.root, "handlers", [listener])
     names = ["base", "cost $x$ and $y$", "_hidden", "世界 🦊", "a" * 60, "<&>"]
     results = make_results({name: {"up_a": [1.0, 0.0], "down_b": [0.0, 1.0]} for name in names})
-    for svg in (tradeoff(results), score_picture(results), loss_picture({"$a$": [{"step": 1, "loss": 1.0}]})):
-        assert svg is not None
-        assert ET.fromstring(svg) is not None
-    assert set(names) <= {text.strip() for text in texts(score_picture(results))}
-    assert set(names) <= set(texts(tradeoff(results) or ""))
+    way, scores = tradeoff(results), score_picture(results)
+    assert way is not None
+    assert texts(loss_picture({"$a$": [{"step": 1, "loss": 1.0}]}) or "")
+    assert set(names) <= {text.strip() for text in texts(scores)}
+    assert set(names) <= set(texts(way))
     assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
     assert not said
 

@@ -141,6 +141,7 @@ def test_kernels_order_and_shards_do_not_show(
     assert digest(other, tmp_path / "out", recipe(BLENDS[kind])) == alone
 
 
+@pytest.mark.slow
 def test_another_process_on_one_core_writes_the_same_files(models: Path, tmp_path: Path) -> None:
     """Nor do the hash seed of the process, its folder or its environment show in any file."""
     path = models / "recipe.yaml"

@@ -55,7 +55,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-@pytest.mark.parametrize("after", [1, 4, 8])
+@pytest.mark.parametrize("after", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("models", ["llamas", "llavas"])
 def test_the_same_bytes_and_record(
     models: str, after: int, tmp_path: Path, recipe_in: Any, request: pytest.FixtureRequest

@@ -136,6 +136,7 @@ class Stopping:
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_soup_is_made_stopped_gone_on_with_and_rebuilt(soup_recipe: Path, tmp_path: Path) -> None:
     from ktmerge import api
     from ktmerge.checkpoints import Checkpoint

@@ -38,6 +38,7 @@ def test_scores_are_the_mean_of_the_draws_item_by_item(world, tmp_path: Path) ->
     assert live.digest(recipe) == Checkpoint.open(tmp_path / "own").content_digest()
 
 
+@pytest.mark.slow
 def test_a_sweep_over_draws_says_so_and_is_a_study_of_its_own(world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     asked = {"ranges": ["lambda=0.4:1"], "trials": 2, "sampler": "grid", "finalists": 1, "keep_upstream": 0.3}
     recipe = load_recipe(world.recipe, overrides=DARE)

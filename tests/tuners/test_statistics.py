@@ -163,6 +163,7 @@ def test_fisher_is_the_mean_of_each_examples_squared_gradient(tiny_llama: Path, 
     assert report.record["fisher"]["examples"] == len(ROWS)
 
 
+@pytest.mark.slow
 def test_drawn_answers_are_the_models_and_the_seeds(tiny_llama: Path, tmp_path: Path) -> None:
     for out, seed in (("one", 1), ("again", 1), ("two", 2)):
         made(tiny_llama, tmp_path, out, fisher="sampled", seed=seed, samples=len(ROWS))
