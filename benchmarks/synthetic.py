@@ -10,10 +10,11 @@ import numpy as np
 
 CHUNK = 1 << 22
 
-# Qwen2.5-0.5B's shape, the same with fewer and more layers, one three times as large with larger tensors, and two
-# small ones.
+# Qwen2.5-0.5B's shape, the same with fewer and more layers (two of them tell what one takes), one three times as large
+# with larger tensors, and two small ones.
 _HALF = {"hidden": 896, "layers": 24, "mlp": 4864, "heads": 14, "kv_heads": 2, "vocabulary": 151936}
 SHAPES = {
+    "0.17b": _HALF | {"layers": 2},
     "0.25b": _HALF | {"layers": 8},
     "0.5b": _HALF,
     "1b": _HALF | {"layers": 58},
