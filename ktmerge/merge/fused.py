@@ -11,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -22,11 +23,12 @@ from ktmerge.merge.kernels.codes import FINE
 from ktmerge.merge.kernels.exact import HALF, exact_value
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.kernels.native import Native
-from ktmerge.merge.program import Cap, Clamp, Program, Ramp, Trim, program_of
+from ktmerge.merge.measuring import energies_of, weights_of
+from ktmerge.merge.program import Budget, Cap, Chosen, Clamp, Measured, Program, Ramp, Sum, Trim, program_of
 from ktmerge.merge.report import TensorReport
 from ktmerge.merge.selection import Found, Job, Key, Recollected, Run, Thresholds, Work, find_thresholds
 from ktmerge.merge.steps import Steps
-from ktmerge.merge.workspace import KINDS, Blended, Row, Workspace
+from ktmerge.merge.workspace import KINDS, Blended, Combine, Row, Workspace
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -88,6 +90,7 @@ class Fused:
         self._headers = {expert.name: expert.checkpoint.tensors for expert in plan.experts}
         self._weights = {expert.name: expert.weight for expert in plan.experts}
         self._programs: dict[int, Program | None] = {}
+        self._sums: dict[str, Sum] = {}
         self._no_steps = Steps((), list(self._weights), plan.recipe.seed, "")
 
     def __enter__(self) -> Fused:
@@ -115,20 +118,31 @@ class Fused:
                 self._jobs[tensor.name] = job
         for (position, prefix), members in _pools(tensors).items():
             jobs = [self._jobs[tensor.name] for tensor in members if tensor.name in self._jobs]
-            found = None
+            found = False
             if len(jobs) == len(members):
                 with progress.task("measure", len(jobs), "items") as step:
-                    counted = [job for job in jobs if not job.tensor.is_alias]
-                    names = tuple(job.tensor.name for job in counted)
-                    found = self._thresholds((prefix, names), counted, position, self._spread, self._own)
+                    found = self._settle_pool(jobs, position, prefix)
                     step.advance(len(jobs))
-            if found is not None:
-                for job in jobs:
-                    job.steps.set_thresholds(position, found)
-            else:
+            if not found:
                 for tensor in members:
                     self._jobs.pop(tensor.name, None)
         return frozenset(self._jobs)
+
+    def _settle_pool(self, jobs: Sequence[Job], position: int, prefix: str) -> bool:
+        """Find out what the stage at ``position`` has to know of all these tensors; whether that is possible."""
+        counted = [job for job in jobs if not job.tensor.is_alias]
+        combine = jobs[0].program.combine
+        if position == len(jobs[0].steps) and isinstance(combine, Measured):
+            weights = weights_of(combine, counted, self._spread)
+            if weights is not None:
+                self._sums |= {job.tensor.name: Sum(weights) for job in jobs}
+            return weights is not None
+        names = tuple(job.tensor.name for job in counted)
+        found = self._thresholds((prefix, names), counted, position, self._spread, self._own)
+        if found is not None:
+            for job in jobs:
+                job.steps.set_thresholds(position, found)
+        return found is not None
 
     def run(self, tensors: Iterable[TensorPlan]) -> Iterator[tuple[TensorPlan, TensorReport | None]]:
         """Make the tensors and hand them to the sink; None where an input is not finite or a value overflows."""
@@ -160,9 +174,15 @@ class Fused:
         readers = [self._sources.base, *(self._sources.experts[name] for name in tensor.sources)]
         names = [tensor.name, *tensor.sources.values()]
         rows = [Row(reader, name, KINDS[own]) for reader, name, own in zip(readers, names, tags, strict=True)]
-        steps = self._no_steps
-        if program.steps:
-            steps = Steps(program.steps, list(tensor.sources), self._plan.recipe.seed, tensor.key)
+        seed = self._plan.recipe.seed
+        chosen = [
+            one.drop(seed, tensor.key, tensor.layout) if isinstance(one, Chosen) else one for one in program.steps
+        ]
+        taken = [one for one in chosen if one is not None]
+        if len(taken) < len(chosen):
+            return None
+        program = replace(program, steps=tuple(taken)) if taken else program
+        steps = Steps(taken, list(tensor.sources), seed, tensor.key) if taken else self._no_steps
         return Job(tensor, rows, steps, program, KINDS[tag], stochastic)
 
     def _program(self, tensor: TensorPlan) -> Program | None:
@@ -223,10 +243,11 @@ class Fused:
         if self._take_base(job, run, probe, result):
             return result
         totals, kept = np.zeros(4), np.zeros(len(job.rows) - 1, np.int64)
-        factor = self._settle(job, run, probe)
-        if factor is None:
+        settled = self._settle(job, run, probe)
+        if settled is None:
             return None
-        for piece in run([job], partial(self._blend, factor=factor)):
+        combine, factor = settled
+        for piece in run([job], partial(self._blend, combine=combine, factor=factor)):
             if piece is None:
                 return None
             totals += piece.sums
@@ -239,8 +260,8 @@ class Fused:
             result.kept = dict(zip(tensor.sources, kept.tolist(), strict=True))
         return result
 
-    def _settle(self, job: Job, run: Run, probe: Workspace) -> float | None:
-        """Find out what takes a look at the whole tensor: its thresholds, and what a cap on its norm leaves of it.
+    def _settle(self, job: Job, run: Run, probe: Workspace) -> tuple[Combine, float] | None:
+        """Find out what takes a look at the whole tensor: its thresholds, how it is combined, and a factor on that.
 
         None if an input is not finite.
         """
@@ -250,7 +271,19 @@ class Fused:
                 if found is None:
                     return None
                 job.steps.set_thresholds(position, found)
-        return self._factor(job, run)
+        combine = self._combine(job, run)
+        factor = None if combine is None else self._factor(job, run, combine)
+        return None if combine is None or factor is None else (combine, factor)
+
+    def _combine(self, job: Job, run: Run) -> Combine | None:
+        """How the deltas are combined, once they are measured; None if an input is not finite."""
+        combine = job.program.combine
+        if not isinstance(combine, Measured):
+            return combine
+        if combine.scope == "global":
+            return self._sums[job.tensor.name]
+        weights = weights_of(combine, [job], run)
+        return None if weights is None else Sum(weights)
 
     def _thresholds(self, key: Key, jobs: Sequence[Job], position: int, run: Run, probe: Workspace) -> Found | None:
         tellable = _is_tellable(jobs, position)
@@ -280,28 +313,29 @@ class Fused:
         pipeline = job.tensor.pipeline
         return pipeline.prefix(position) if pipeline is not None else "", job.tensor.name
 
-    def _factor(self, job: Job, run: Run) -> float | None:
-        """What a cap on its norm leaves of the merged delta, or a ramp; None if an input is not finite."""
-        cap = job.program.after
-        if isinstance(cap, Ramp):
-            return cap.factor(job.tensor.part, self._plan.layers)
-        if not isinstance(cap, Cap):
+    def _factor(self, job: Job, run: Run, combine: Combine) -> float | None:
+        """What a ramp, a cap or a budget makes of the merged delta's length; None if an input is not finite."""
+        after = job.program.after
+        if isinstance(after, Ramp):
+            return after.factor(job.tensor.part, self._plan.layers)
+        if not isinstance(after, Cap | Budget):
             return 1.0
         total = np.zeros((2, 2, 256), object)  # whole numbers without end
-        for bins in run([job], lambda space, one: space.squares(one.steps, one.program.combine)):
+        for bins in run([job], lambda space, one: space.squares(one.steps, combine)):
             if bins is None:
                 return None
             total += bins.astype(object)
         base, merged = (exact_value(((high << HALF) + low for high, low in zip(*one, strict=True)), 2) for one in total)
-        return min(1.0, cap.limit(base, merged))
+        if isinstance(after, Cap):
+            return min(1.0, after.limit(base, merged))
+        energies = energies_of([replace(job, steps=self._no_steps)], run)
+        return None if energies is None else after.factor(energies, merged, list(self._weights.values()))
 
-    def _blend(self, space: Workspace, job: Job, factor: float) -> Blended | None:
+    def _blend(self, space: Workspace, job: Job, combine: Combine, factor: float) -> Blended | None:
         tensor, after = job.tensor, job.program.after
         key = stream_key(self._plan.recipe.seed, "round", "", tensor.key)
         limit = after.limit if isinstance(after, Clamp) else math.inf
-        piece = space.blend(
-            job.steps, job.program.combine, tensor.lambda_, job.kind, job.stochastic, key, factor, limit
-        )
+        piece = space.blend(job.steps, combine, tensor.lambda_, job.kind, job.stochastic, key, factor, limit)
         if piece.status != FINE:
             return None  # the general way finds the same and says where
         self._sink.write_bytes(tensor.name, piece.data, space.start * job.width)
@@ -344,7 +378,7 @@ def _pools(tensors: Iterable[TensorPlan]) -> dict[tuple[int, str], list[TensorPl
         if id(pipeline) not in keys:
             keys[id(pipeline)] = [
                 (position, pipeline.prefix(position))
-                for position, use in enumerate(pipeline.transforms)
+                for position, use in enumerate((*pipeline.transforms, pipeline.combine))
                 if any(one.scope == "global" for one in use.statistics())
             ]
         for key in keys[id(pipeline)]:

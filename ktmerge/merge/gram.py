@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -19,43 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ktmerge.merge.arithmetic import weighted_total
+from ktmerge.merge.geometry import HALF, Geometry, geometry_of, units
 from ktmerge.merge.kernels.codes import BLOCK
 from ktmerge.merge.kernels.native import Native, native
 from ktmerge.merge.stage import Context
 
 Granularity = Literal["tensor", "row", "column"]
-_FROZEN = 1e-12
-_HALF = 17
-"""Bits of half an integer: products of halves add up exactly, 2**20 of them in fp64 and 2**30 in int64."""
 _BLOCK = 1 << 15
 """Elements of a vector that are worked on at once: they stay in the cache."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Inner products of N deltas in each of G groups of elements.
-
-    Attributes:
-        products: ``[G, N, N]`` fp64, <tau_a, tau_b>.
-        base: ``[G]`` fp64, ||theta_0||^2.
-    """
-
-    products: NDArray[Any]
-    base: NDArray[Any]
-
-    @cached_property
-    def norms(self) -> NDArray[Any]:
-        """``[G, N]``: ||tau_t||; exactly 0 for experts that did not move, that is up to 1e-12 ||theta_0||."""
-        norms = np.sqrt(np.diagonal(self.products, axis1=1, axis2=2))
-        return np.asarray(np.where(norms > _FROZEN * np.sqrt(self.base)[:, None], norms, 0.0))
-
-    @cached_property
-    def cosines(self) -> NDArray[Any]:
-        """``[G, N, N]``; 0 for experts that did not move."""
-        lengths = self.norms[:, :, None] * self.norms[:, None, :]
-        return np.asarray(
-            np.clip(np.divide(self.products, lengths, out=np.zeros_like(lengths), where=lengths > 0), -1.0, 1.0)
-        )
 
 
 class GramObserver:
@@ -98,14 +68,7 @@ class GramObserver:
         """None of an empty tensor."""
         if self._sums is None or self._exponents is None:
             return None
-        count = self._exponents.shape[0]
-        halves = self._sums.cpu().numpy().astype(np.float64)
-        high, low = slice(None, count), slice(count, None)
-        mixed = halves[:, high, low] + halves[:, low, high]
-        total = np.ldexp(halves[:, high, high], 2 * _HALF) + np.ldexp(mixed, _HALF) + halves[:, low, low]
-        exponents = self._exponents.cpu().numpy().T - (2 * _HALF - 1)  # [G, N + 1]
-        products = np.ldexp(total, exponents[:, :, None] + exponents[:, None, :])
-        return Geometry(products[:, :-1, :-1], products[:, -1, -1])
+        return geometry_of(self._sums.cpu().numpy(), self._exponents.cpu().numpy().T)
 
     def _observe_compiled(
         self, kernels: Native, vectors: Sequence[Tensor], start: int, wide: int | None, groups: int
@@ -124,11 +87,11 @@ class GramObserver:
                 continue
             if self._sums is None:
                 self._sums = torch.zeros(groups, 2 * count, 2 * count, dtype=torch.int64)
-            units = np.ldexp(1.0, 2 * _HALF - 1 - self._exponents[:, own].T.contiguous().numpy())
+            unit = units(self._exponents[:, own].T.contiguous().numpy())
             places = np.array([one.data_ptr() // 4 + begin for one in vectors], np.int64)
             scratch = np.empty((2, count, BLOCK))
             kernels.products(
-                0, places.ctypes.data, count, rows, each, units.ctypes.data, self._sums[own].data_ptr(),
+                0, places.ctypes.data, count, rows, each, unit.ctypes.data, self._sums[own].data_ptr(),
                 scratch.ctypes.data,
             )  # fmt: skip
 
@@ -143,10 +106,10 @@ class GramObserver:
         if self._sums is None:
             self._sums = torch.zeros(groups, 2 * count, 2 * count, dtype=torch.int64, device=block.device)
         own = slice(first, first + block.shape[1])
-        unit = _powers_of_two(2 * _HALF - 1 - exponents[:, own])
+        unit = _powers_of_two(2 * HALF - 1 - exponents[:, own])
         integers = (block.double() * unit[..., None]).round_()
-        high = (integers * 2.0**-_HALF).round_()
-        halves = torch.cat([high, integers - high * 2.0**_HALF]).transpose(0, 1)
+        high = (integers * 2.0**-HALF).round_()
+        halves = torch.cat([high, integers - high * 2.0**HALF]).transpose(0, 1)
         self._sums[own] += (halves @ halves.transpose(1, 2)).to(torch.int64)
 
 

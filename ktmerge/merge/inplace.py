@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,9 @@ from ktmerge.merge.kernels.codes import BLOCK, F32, FINE
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.kernels.native import Native
 from ktmerge.merge.pristine import HostReader
-from ktmerge.merge.program import Cap, Clamp, Given, Program, Trim
+from ktmerge.merge.program import Budget, Cap, Clamp, Given, Measured, Program, Trim
 from ktmerge.merge.report import TensorReport
-from ktmerge.merge.workspace import KINDS, WIDTHS, spelled
+from ktmerge.merge.workspace import KINDS, WIDTHS, Combine, spelled
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -102,8 +103,8 @@ class InPlace(Fused):
 
     def _program(self, tensor: TensorPlan) -> Program | None:
         found = super()._program(tensor)
-        if found is not None:
-            return found
+        if found is not None and not isinstance(found.combine, Measured) and not isinstance(found.after, Budget):
+            return found  # what has to be measured first is kept once it is merged
         held = self._merged.get(tensor)
         if held is None or not self._is_here(tensor, KINDS[self._model.dtype(tensor.name, tensor.dtype)]):
             return None
@@ -156,15 +157,14 @@ class InPlace(Fused):
             looks = isinstance(job.program.after, Cap) or any(
                 isinstance(step, Trim) and step.scope == "tensor" for step in job.program.steps
             )
-            if not looks:
-                found.append(self._factor(job, self._spread))
-            elif self._is_shared(job):
+            if not looks or self._is_shared(job):
                 found.append(self._settle(job, self._spread, self._own))
             else:
                 found.append(self._pool.submit(self._settle_alone, job))
-        return [one if one is None or isinstance(one, float) else one.result() for one in found]
+        settled = [one.result() if isinstance(one, Future) else one for one in found]
+        return [None if one is None else one[1] for one in settled]
 
-    def _settle_alone(self, job: Job) -> float | None:
+    def _settle_alone(self, job: Job) -> tuple[Combine, float] | None:
         space = self._spaces.get()
         try:
             return self._settle(job, self._alone(space), space.probe)
@@ -173,6 +173,7 @@ class InPlace(Fused):
 
     def _held_arguments(self, job: Job, factor: float | None) -> _Arguments:
         tensor, program = job.tensor, job.program
+        assert not isinstance(program.combine, Measured)  # `_program` lets none through
         if id(program) not in self._rates:
             self._rates[id(program)] = spelled(program.combine)
         code, counted, rates, fallback = self._rates[id(program)]

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from ktmerge.checkpoints.matrices import MatrixLayout
     from ktmerge.merge.stage import Pipeline, Scope
 
 
@@ -85,6 +86,57 @@ class Given:
 
 
 @dataclass(frozen=True)
+class Energies:
+    """Squared norms over a tensor or over all: of the base, of each delta, and of the experts if they are wanted."""
+
+    base: Fraction
+    deltas: Sequence[Fraction]
+    experts: Sequence[Fraction] = ()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """``sum_t w_t tau_t`` with weights that depend on the deltas as a whole.
+
+    Attributes:
+        measure: on their inner products (a `Geometry` of one group), on their norms, or on the experts' norms too.
+        scope: of each tensor, or of all.
+        weights: w_t, of a `Geometry` or of `Energies`.
+    """
+
+    measure: Literal["geometry", "deltas", "experts"]
+    scope: Scope
+    weights: Callable[[Any], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """All of a delta or nothing, by the tensor's name.
+
+    Attributes:
+        kept: given seed, name and where the maps are; None where only some of them stay.
+    """
+
+    kept: Callable[[int, str, MatrixLayout | None], bool | None]
+
+    def drop(self, seed: int, name: str, layout: MatrixLayout | None) -> Drop | None:
+        """The same in other words; None if there are none."""
+        kept = self.kept(seed, name, layout)
+        return None if kept is None else Drop(float(kept), 1.0, "chosen")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The merged delta of a tensor as long as the experts' on average.
+
+    Attributes:
+        factor: of the squared norms of base and deltas, of that of the merged delta, and of the experts' weights.
+    """
+
+    factor: Callable[[Energies, Fraction, Sequence[float]], float]
+
+
+@dataclass(frozen=True)
 class Clamp:
     """No element of the merged delta beyond ``limit``."""
 
@@ -129,9 +181,9 @@ _LAYER = re.compile(r"(.+)\.layers\[(\d+)\]")
 class Program:
     """A pipeline in these words."""
 
-    steps: tuple[Trim | Drop, ...]
-    combine: Sum | Largest | Elect | Given
-    after: Clamp | Cap | Ramp | None = None
+    steps: tuple[Trim | Drop | Chosen, ...]
+    combine: Sum | Largest | Elect | Given | Measured
+    after: Clamp | Cap | Ramp | Budget | None = None
 
 
 def program_of(pipeline: Pipeline, weights: Mapping[str, float]) -> Program | None:
@@ -143,4 +195,7 @@ def program_of(pipeline: Pipeline, weights: Mapping[str, float]) -> Program | No
     after = [use.stage.compiled(use.parameters) for use in pipeline.after]
     if combine is None or any(step is None for step in (*steps, *after)):
         return None
+    pooled = isinstance(combine, Measured) and combine.scope == "global"
+    if pooled and any(isinstance(step, Trim) and step.scope == "tensor" for step in steps):
+        return None  # thresholds of one tensor are found when its turn comes
     return Program(tuple(steps), combine, *after)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ktmerge.merge.gram import Geometry
+from ktmerge.merge.geometry import Geometry
 
 _NEARLY_PARALLEL = 0.9995
 _NOTHING = 1e-9

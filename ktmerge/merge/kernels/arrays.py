@@ -171,12 +171,11 @@ def _product(first, second):
 
 
 @compiled
-def _add_pair(a, b, vectors, halves, sums):
+def _add_pair(a, b, n, vectors, highs, lows, sums):
     """The four products of the halves of two vectors, where a matrix product of all halves would have them."""
-    highs, lows = halves[0], halves[1]
-    outer = _product(highs[a], highs[b])
-    inner = _product(lows[a], lows[b])
-    mixed, other = _product(highs[a], lows[b]), _product(lows[a], highs[b])
+    outer = _product(highs[a][:n], highs[b][:n])
+    inner = _product(lows[a][:n], lows[b][:n])
+    mixed, other = _product(highs[a][:n], lows[b][:n]), _product(lows[a][:n], highs[b][:n])
     sums[a][b] += outer
     sums[vectors + a][vectors + b] += inner
     sums[a][vectors + b] += mixed
@@ -211,9 +210,8 @@ def products(memory32, places, vectors, rows, wide, units, sums, scratch):
                 begin = own_places[v] + row * wide + first
                 own = values[begin : begin + n].view(np.float32)
                 _split(own, own_units[row][v], work[0][v][:n], work[1][v][:n])
-            halves = work[:, :, :n]
             for a in range(vectors - 1):
                 for b in range(a, vectors - 1):
-                    _add_pair(a, b, vectors, halves, totals[row])
-            _add_pair(vectors - 1, vectors - 1, vectors, halves, totals[row])
+                    _add_pair(a, b, n, vectors, work[0], work[1], totals[row])
+            _add_pair(vectors - 1, vectors - 1, n, vectors, work[0], work[1], totals[row])
     return int64(FINE)

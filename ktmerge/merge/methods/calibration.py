@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from ktmerge.merge.methods.wudi import MEANS
+from ktmerge.merge.program import Budget, Energies
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
+from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.weights import relative
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _SKIPPED = 1e-7
 """Singular values below this share of the largest become zero."""
+_FROZEN = Fraction(1, 10**24)
+"""Share of ||theta_0||^2 up to which ||tau_t||^2 is no change."""
 _NO_RESPONSE = 1e-12
 """Share of ||tau_t||^2 below which ||u^T tau_t||^2 is the rounding of float32 deltas."""
 
@@ -74,21 +81,65 @@ def svc(merged: Tensor, deltas: list[Tensor], parameters: SvcParameters, context
     return by_map([merged, *deltas], context, calibrate, fused=parameters.split_fused)
 
 
-@stage("norm_budget", "calibrate", reach="tensor")
+class _Lengths:
+    """Observer of the factor of norm_budget, from exact sums."""
+
+    def __init__(self) -> None:
+        from ktmerge.merge.kernels.sums import ExactSum
+
+        self._base, self._merged = ExactSum(2), ExactSum(2)
+        self._deltas: list[ExactSum] = []
+        self._weights: Sequence[float] = ()
+        self.done = False
+
+    def observe(self, values: Tensor, context: Context) -> None:
+        from ktmerge.merge.kernels.sums import ExactSum
+
+        self._weights = context.weights
+        self._deltas = self._deltas or [ExactSum(2) for _ in context.deltas]
+        self._base.add(context.base)
+        self._merged.add(values)
+        for total, delta in zip(self._deltas, context.deltas, strict=True):
+            total.add(delta)
+
+    def end_pass(self) -> None:
+        self.done = True
+
+    def result(self) -> float:
+        energies = Energies(self._base.value(), [one.value() for one in self._deltas])
+        return _factor(energies, self._merged.value(), self._weights)
+
+
+def _factor(energies: Energies, merged: Fraction, weights: Sequence[float]) -> float:
+    """mean_t ||w_t tau_t|| / ||M|| over the experts that changed the tensor; 1 if nobody did, or nothing was merged."""
+    pairs = zip(energies.deltas, weights, strict=True)
+    own = [(delta, abs(weight)) for delta, weight in pairs if weight and delta > _FROZEN * energies.base]
+    if not own or not merged:
+        return 1.0
+    shares = relative([weight for _, weight in own])
+    return sum(math.sqrt(delta / merged) * share for (delta, _), share in zip(own, shares, strict=True)) / len(own)
+
+
+def _lengths(parameters: Parameters) -> tuple[Statistic, ...]:
+    def start(domain: Domain) -> Observer:
+        return _Lengths()
+
+    return (Statistic("factor", "tensor", start),)
+
+
+def _budget(parameters: Parameters) -> Budget:
+    return Budget(_factor)
+
+
+@stage("norm_budget", "calibrate", statistics=_lengths, compiled=_budget)
 def norm_budget(merged: Tensor, deltas: list[Tensor], parameters: Parameters, context: Context) -> Tensor:
     """Give the merged delta of each tensor the mean length of the experts': M' = M mean_t ||tau_t|| / ||M||.
 
     Makes lambda 1 comparable between rules. Only experts that changed the tensor count; each delta is multiplied by its
     weight over the mean of their magnitudes. A merged delta of zero stays zero.
     """
-    from ktmerge.merge.spectra import members
-
-    length = float(merged.double().norm())
-    own = members(deltas, context.base, context)
-    if not own or not length > 0 or (len(own) == 1 and merged.equal(own[0])):
-        return merged
-    budget = sum(float(delta.double().norm()) for delta in own) / len(own)
-    return (merged.double() * (budget / length)).float()
+    factor: float = context.statistics["factor"]
+    return merged if factor == 1 else merged * factor
 
 
 _SVC = (("svc", dict[str, Any]()),)
@@ -159,5 +210,6 @@ method(
         formula="mean_t ||tau_t|| M / ||M||, M = mean_t tau_t",
         cost="N oi",
         promises=Promises(identical="mean", elements=False, rotations=True, tolerance=1e-6),
+        semantics=2,
     )
 )

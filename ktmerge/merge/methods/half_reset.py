@@ -9,12 +9,15 @@ from pydantic import Field
 
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.methods.dare import drop
+from ktmerge.merge.program import Chosen, Drop
 from ktmerge.merge.projections import ATTENTION, FEED_FORWARD, is_gated, kinds_in, module_of
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, Parameters, Place, Promises, Stages
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ktmerge.checkpoints.matrices import MatrixLayout
 
 
 class HalfResetParameters(Parameters):
@@ -59,7 +62,24 @@ def is_kept(seed: int, name: str, kind: str) -> bool | None:
     return kind in order[:count]
 
 
-@stage("half_reset", "transform", HalfResetParameters, grain=_maps)
+def _compiled(parameters: HalfResetParameters) -> Chosen | Drop:
+    if parameters.mode == "element":
+        return Drop(0.5, 1.0, "dare")
+
+    def kept(seed: int, name: str, layout: MatrixLayout | None) -> bool | None:
+        found = _kept(parameters, seed, name, layout)
+        return found[0] if len(set(found)) == 1 else None
+
+    return Chosen(kept)
+
+
+def _kept(parameters: HalfResetParameters, seed: int, name: str, layout: MatrixLayout | None) -> list[bool]:
+    """Whether each of the maps that share a tensor stays the expert's."""
+    found = [is_kept(seed, name, kind) for kind in kinds_in(name, layout)]
+    return [parameters.others == "expert" if one is None else one for one in found]
+
+
+@stage("half_reset", "transform", HalfResetParameters, grain=_maps, compiled=_compiled)
 def half_reset(delta: Tensor, parameters: HalfResetParameters, context: Context) -> Tensor:
     """Keep the change of a random half of {q, k, v, o} and of {gate, up, down} of each module (after arXiv:2404.18466).
 
@@ -70,9 +90,7 @@ def half_reset(delta: Tensor, parameters: HalfResetParameters, context: Context)
 
     if parameters.mode == "element":
         return drop(delta, 0.5, context)
-    kinds = kinds_in(context.tensor, context.layout)
-    found = [is_kept(context.seed, context.tensor, kind) for kind in kinds]
-    kept = [parameters.others == "expert" if one is None else one for one in found]
+    kept = _kept(parameters, context.seed, context.tensor, context.layout)
     if all(kept) or not any(kept):
         return delta if all(kept) else torch.zeros_like(delta)
 

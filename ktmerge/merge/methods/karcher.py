@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from ktmerge.merge.methods.slerp import positive
+from ktmerge.merge.program import Measured
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
 
@@ -28,11 +29,28 @@ def _geometry(parameters: Parameters) -> tuple[Statistic, ...]:
     return (Statistic("geometry", "tensor", start),)
 
 
+def _measured(iterations: int, weights: Mapping[str, float]) -> Measured:
+    from ktmerge.merge.sphere import direction_coefficients
+
+    own = list(weights.values())
+    return Measured(
+        "geometry", "tensor", lambda geometry: direction_coefficients(geometry, own, iterations)[0].tolist()
+    )
+
+
+def _compiled_karcher(parameters: KarcherParameters, weights: Mapping[str, float]) -> Measured:
+    return _measured(parameters.iterations, weights)
+
+
+def _compiled_nmean(parameters: Parameters, weights: Mapping[str, float]) -> Measured:
+    return _measured(0, weights)
+
+
 def _objection(parameters: Parameters, weights: Mapping[str, float]) -> str | None:
     return positive(weights)
 
 
-@stage("karcher", "combine", KarcherParameters, statistics=_geometry, objection=_objection)
+@stage("karcher", "combine", KarcherParameters, statistics=_geometry, objection=_objection, compiled=_compiled_karcher)
 def karcher(deltas: list[Tensor], parameters: KarcherParameters, context: Context) -> Tensor:
     """Mean length along the mean direction on the sphere (Karcher, 1977): d <- exp_d(sum_t w_t log_d(tau_t/|tau_t|)).
 
@@ -44,7 +62,7 @@ def karcher(deltas: list[Tensor], parameters: KarcherParameters, context: Contex
     return _along_mean_direction(deltas, parameters.iterations, context)
 
 
-@stage("nmean", "combine", statistics=_geometry, objection=_objection)
+@stage("nmean", "combine", statistics=_geometry, objection=_objection, compiled=_compiled_nmean)
 def nmean(deltas: list[Tensor], parameters: Parameters, context: Context) -> Tensor:
     """Mean length along the mean of the directions: (sum_t w_t |tau_t|) normalize(sum_t w_t tau_t / |tau_t|).
 

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from ktmerge.merge.arithmetic import weighted_total
 from ktmerge.merge.methods.slerp import positive
+from ktmerge.merge.program import Energies, Measured
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
 
@@ -51,14 +52,17 @@ class _Shares:
         self.done = True
 
     def result(self) -> list[float]:
-        moved = [one.value() for one in self._deltas]
-        if self._rule == "metagpt":
-            total = sum(moved, Fraction(0))
-            return [float(one / total) if total else 0.0 for one in moved]
-        norms = [one.value() for one in self._weights]
-        # relative to the largest, so that neither root nor quotient leaves the range of a float
-        largest = max(norms, default=Fraction(0))
-        return [float(largest / own) ** 0.5 if delta and own else 0.0 for delta, own in zip(moved, norms, strict=True)]
+        return _shares(self._rule, [one.value() for one in self._deltas], [one.value() for one in self._weights])
+
+
+def _shares(rule: str, moved: Sequence[Fraction], norms: Sequence[Fraction]) -> list[float]:
+    """Each expert's, from the squared norms of the deltas, and of the experts for the rule ``nan``."""
+    if rule == "metagpt":
+        total = sum(moved, Fraction(0))
+        return [float(one / total) if total else 0.0 for one in moved]
+    # relative to the largest, so that neither root nor quotient leaves the range of a float
+    largest = max(norms, default=Fraction(0))
+    return [float(largest / own) ** 0.5 if delta and own else 0.0 for delta, own in zip(moved, norms, strict=True)]
 
 
 def _statistics(parameters: NormShareParameters) -> tuple[Statistic, ...]:
@@ -72,7 +76,15 @@ def _objection(parameters: NormShareParameters, weights: Mapping[str, float]) ->
     return positive(weights)
 
 
-@stage("norm_share", "combine", NormShareParameters, statistics=_statistics, objection=_objection)
+def _compiled(parameters: NormShareParameters, weights: Mapping[str, float]) -> Measured:
+    def shared(found: Energies) -> list[float]:
+        shares = _normalised(_shares(parameters.rule, found.deltas, found.experts), list(weights.values()))
+        return shares or [0.0] * len(weights)
+
+    return Measured("experts" if parameters.rule == "nan" else "deltas", parameters.scope, shared)
+
+
+@stage("norm_share", "combine", NormShareParameters, statistics=_statistics, objection=_objection, compiled=_compiled)
 def norm_share(deltas: list[Tensor], parameters: NormShareParameters, context: Context) -> Tensor:
     """Mean of the deltas by shares from norms: |tau_t|^2 (arXiv:2406.11385) or 1/|theta_t| (arXiv:2505.16148).
 

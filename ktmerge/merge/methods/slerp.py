@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from ktmerge.merge.program import Measured
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
+
+    from ktmerge.merge.geometry import Geometry
 
 
 class SlerpParameters(Parameters):
@@ -45,7 +49,22 @@ def _geometry(parameters: SlerpParameters) -> tuple[Statistic, ...]:
     return (Statistic("geometry", "tensor", start),)
 
 
-@stage("slerp", "combine", SlerpParameters, statistics=_geometry, objection=_objection)
+def _coefficients(geometry: Geometry, parameters: SlerpParameters, weights: Sequence[float]) -> NDArray[Any]:
+    """``[G, N]``."""
+    from ktmerge.merge.sphere import slerp_coefficients
+
+    steps = [weights[n] / (sum(weights[: n + 1]) or 1.0) for n in range(1, len(weights))]
+    return slerp_coefficients(geometry, steps if parameters.t is None else [parameters.t])
+
+
+def _compiled(parameters: SlerpParameters, weights: Mapping[str, float]) -> Measured | None:
+    if parameters.granularity != "tensor":
+        return None
+    own = list(weights.values())
+    return Measured("geometry", "tensor", lambda geometry: _coefficients(geometry, parameters, own)[0].tolist())
+
+
+@stage("slerp", "combine", SlerpParameters, statistics=_geometry, objection=_objection, compiled=_compiled)
 def slerp(deltas: list[Tensor], parameters: SlerpParameters, context: Context) -> Tensor:
     """Go along the great circle from delta to delta: sin((1-t)W)/sin(W) a + sin(tW)/sin(W) b (Shoemake, 1985).
 
@@ -57,16 +76,11 @@ def slerp(deltas: list[Tensor], parameters: SlerpParameters, context: Context) -
     what is a column here.
     """
     from ktmerge.merge.gram import combined
-    from ktmerge.merge.sphere import slerp_coefficients
 
     geometry = context.statistics["geometry"]
     if geometry is None:
         return deltas[0].clone()
-    weights = context.weights
-    steps = [weights[n] / (sum(weights[: n + 1]) or 1.0) for n in range(1, len(weights))]
-    if parameters.t is not None:
-        steps = [parameters.t]
-    return combined(deltas, slerp_coefficients(geometry, steps), parameters.granularity, context)
+    return combined(deltas, _coefficients(geometry, parameters, context.weights), parameters.granularity, context)
 
 
 method(

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from ktmerge.merge.methods.slerp import positive
+from ktmerge.merge.program import Measured
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ktmerge.merge.gram import Geometry
+    from ktmerge.merge.geometry import Geometry
 
 
 class StockParameters(Parameters):
@@ -36,7 +37,14 @@ def _objection(parameters: StockParameters, weights: Mapping[str, float]) -> str
     return positive(weights)
 
 
-@stage("stock", "combine", StockParameters, statistics=_geometry, objection=_objection)
+def _compiled(parameters: StockParameters, weights: Mapping[str, float]) -> Measured | None:
+    if parameters.granularity != "tensor":
+        return None
+    own = tuple(weights.values())
+    return Measured("geometry", "tensor", lambda geometry: _coefficients(geometry, own)[0].tolist())
+
+
+@stage("stock", "combine", StockParameters, statistics=_geometry, objection=_objection, compiled=_compiled)
 def stock(deltas: list[Tensor], parameters: StockParameters, context: Context) -> Tensor:
     """M = t mean_t tau_t with t = N c / (1 + (N - 1) c), c the mean cosine of pairs (arXiv:2403.19522).
 
