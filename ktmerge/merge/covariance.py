@@ -107,16 +107,20 @@ class Covariance:
         rows = self.factor.shape[0]
         return 2 * outputs * rows > (outputs + rows) * self.inputs
 
-    def product(self, first: Tensor, second: Tensor) -> Tensor:
-        """<first, second>_C of each row: the diagonal of first C second^T, ``[o]``."""
-        if self._is_long(first.shape[0]):
-            return ((first @ self.dense()) * second).sum(1)
-        inner = ((first @ self.factor.T) * (second @ self.factor.T)).sum(1)
-        return inner + (first * second * self.diagonal).sum(1)
+    def products(self, firsts: Sequence[Tensor], second: Tensor) -> list[Tensor]:
+        """<first, second>_C of each row, the diagonal of first C second^T, ``[o]`` of each of the firsts."""
+        if self._is_long(second.shape[0]):
+            felt = second @ self.dense()
+            return [(one * felt).sum(1) for one in firsts]
+        answers, felt = second @ self.factor.T, second * self.diagonal
+        return [
+            ((answers if one is second else one @ self.factor.T) * answers).sum(1) + (one * felt).sum(1)
+            for one in firsts
+        ]
 
     def energy(self, values: Tensor) -> Tensor:
         """Mean square of each output, the diagonal of values C values^T, ``[o]``."""
-        return self.product(values, values)
+        return self.products([values], values)[0]
 
     def dense(self) -> Tensor:
         """C itself, ``[i, i]``."""

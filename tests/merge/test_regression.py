@@ -135,7 +135,10 @@ def test_covariances_say_what_their_matrix_says(eta: float) -> None:
         close(one.variances(), matrix.diag())
         close(one.times(values), values @ matrix)
         close(one.energy(values), (values @ matrix @ values.T).diag())
-        close(one.product(values, 2 - values), (values @ matrix @ (2 - values).T).diag())
+        other = 2 - values
+        found = one.products([other, values], values)
+        close(found[0], (other @ matrix @ values.T).diag())
+        close(found[1], (values @ matrix @ values.T).diag())
         close(one.solve(values), torch.linalg.solve(matrix, values.T).T)
         assert one.trace() == pytest.approx(float(matrix.trace()))
         close(total([one, one.scaled(2)], [1.0, 0.25]).dense(), 1.5 * matrix)

@@ -117,10 +117,11 @@ def _ratios(
 
     wanted, felt = torch.zeros_like(merged[:, 0]), torch.zeros_like(merged[:, 0])
     for share, one, delta in zip(shares, covariances[1:], deltas, strict=True):
-        wanted += a * share * one.product(delta, merged)
-        felt += a * share * one.product(merged, merged)
+        shared, whole = one.products([delta, merged], merged)
+        wanted += a * share * shared
+        felt += a * share * whole
     if a < 1:
-        felt += (1 - a) * covariances[0].product(merged, merged)
+        felt += (1 - a) * covariances[0].energy(merged)
     wanted, felt = (one.reshape(-1, group).sum(1) for one in (wanted, felt))
     ratios = torch.where(felt > 0, wanted / felt, a)
     return ratios.repeat_interleave(group).unsqueeze(1)
