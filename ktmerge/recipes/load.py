@@ -59,7 +59,9 @@ def load_recipe(
         document["experts"] = dict(chosen)
     apply_overrides(document, overrides)
     file = path if document == written else None  # with other keys than the file has, its lines say nothing
-    return parse_recipe(document, str(path), Path.cwd() if from_gallery else path.resolve().parent, file)
+    if from_gallery:
+        return parse_recipe(document, str(reference), Path.cwd(), file)
+    return parse_recipe(document, str(path), path.resolve().parent, file)
 
 
 def parse_recipe(document: dict[str, Any], where: str, folder: Path, file: Path | None = None) -> Recipe:

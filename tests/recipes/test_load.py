@@ -146,6 +146,11 @@ def test_numbers_to_other_bases_are_refused(tmp_path: Path, number: str) -> None
     )
 
 
+def test_a_recipe_of_the_gallery_is_called_by_its_name() -> None:
+    with pytest.raises(UsageError, match=r"^ties: blend\.lambda: "):
+        load_recipe("ties", overrides=["blend.lambda=much"])
+
+
 def test_a_bundle_is_told_from_a_recipe(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "r.ktr", "w") as bundle:
         bundle.writestr("recipe.yaml", RECIPE)
