@@ -113,13 +113,17 @@ MEANS: Mapping[TensorClass, Stages] = {"embed": MEAN, "vector": MEAN, "conv": ME
 _SOURCE = "Wei et al., 2026, arXiv:2606.07289, after Cheng et al., ICML 2025, arXiv:2503.08099"
 _PROMISES = Promises(identical="mean", elements=False, rotations=True, tolerance=1e-5)
 
-for _name, _summary, _source, _formula, _parameters in (
+_EIGH = "eigh min(i, N o)^3 + N oi min(i, N o)"
+_CHOLESKY = "N oi min(i, N o) + min(i, N o)^3 / 3; with weak directions eigh min(i, N o)^3"
+
+for _name, _summary, _source, _formula, _parameters, _cost in (
     (
         "wudi_cf",
         "Several experts: what WUDI seeks by gradient steps, solved exactly; swudi_a damps its weak directions.",
         "Cheng et al., ICML 2025, arXiv:2503.08099, solved in closed form",
         "(sum_t tau_t C_t)(sum_t C_t)^+, C_t = tau_t^T tau_t / ||tau_t||^2",
         {"filter": "none", "rank": "all"},
+        _CHOLESKY,
     ),
     (
         "actmat",
@@ -127,6 +131,7 @@ for _name, _summary, _source, _formula, _parameters in (
         "arXiv:2604.01329",
         "(sum_t tau_t C_t)(sum_t C_t)^+, C_t = tau_t^T tau_t",
         {"filter": "none", "rank": "all", "cov_norm": "none"},
+        _CHOLESKY,
     ),
     (
         "swudi",
@@ -134,6 +139,7 @@ for _name, _summary, _source, _formula, _parameters in (
         _SOURCE,
         "M_0 + [(D V)(f / l) - (M_0 V) f] V^T, f = 1 - exp(-l T) on the first keep * i directions, M_0 the mean",
         {"filter": "exp", "rank": "fraction"},
+        _EIGH,
     ),
     (
         "swudi_a",
@@ -141,6 +147,7 @@ for _name, _summary, _source, _formula, _parameters in (
         _SOURCE,
         "M_0 + (D V / l - M_0 V) V^T on the first (sum sqrt(l))^2 / sum(l) directions V, M_0 the mean",
         {"filter": "none", "rank": "participation"},
+        _EIGH,
     ),
 ):
     method(
@@ -152,7 +159,7 @@ for _name, _summary, _source, _formula, _parameters in (
             otherwise=MEANS,
             capped=True,
             formula=_formula,
-            cost="eigh min(i, N o)^3 + N oi min(i, N o)",
+            cost=_cost,
             promises=_PROMISES,
         )
     )
