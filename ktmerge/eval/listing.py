@@ -12,7 +12,7 @@ from ktmerge.markdown import line, table
 if TYPE_CHECKING:
     from ktmerge.eval.results import Results
 
-_HEADINGS = {"E": "E gain", "F": "F upstream", "O": "O overall", "H": "H", "retention": "kept %"}
+_HEADINGS = {"E": "E gain", "F": "F upstream", "O": "O overall", "avg": "Avg", "H": "H", "retention": "kept %"}
 
 
 def markdown(results: Results) -> str:
@@ -26,7 +26,7 @@ def markdown(results: Results) -> str:
     raw = [["model", *(f"{task.name} ({task.side})" for task in results.tasks)]]
     for name in order:
         raw.append([name, *(_score(results, name, task.name) for task in results.tasks)])
-    used = [f"* {FORMULAS[key]}" for key in keys if key in FORMULAS]
+    used = [f"* {FORMULAS[key]}" for key in (*keys, "means") if key != "means" or "H" in keys]
     items = sum(len(task.rows) for task in results.tasks)
     measured = (
         f"Suite {line(results.suite)}, sha256 `{results.suite_digest[:16]}`, {items} items; brackets are 95 % "

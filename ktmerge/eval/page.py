@@ -14,12 +14,13 @@ from markupsafe import Markup, escape
 
 from ktmerge.checkpoints.files import write_whole
 from ktmerge.drawing import styles
-from ktmerge.eval.picture import loss_picture, score_picture, tradeoff
+from ktmerge.eval.partition import FORMULAS as PARTITION_FORMULAS
+from ktmerge.eval.picture import loss_picture, score_pictures, tradeoff
 from ktmerge.eval.provenance import provenance
 from ktmerge.eval.results import Generation, PathPoint
 from ktmerge.eval.scores import TaskInfo
 from ktmerge.eval.summary import FORMULAS
-from ktmerge.eval.table import plain, with_interval, worst
+from ktmerge.eval.table import of_total, plain, with_interval, worst
 from ktmerge.eval.telling import telling
 from ktmerge.eval.verdict import verdict
 
@@ -89,6 +90,7 @@ def render(
     origins = provenance(results)
     anchors = {name: f"model-{number}" for number, name in enumerate(results.models)}
     links = {name: anchors[name] for name in origins}
+    columns = _number_columns(results)
     return template.render(
         title=title or f"{results.suite}: what was learned, what was kept",
         results=results,
@@ -101,20 +103,21 @@ def render(
         anchors=anchors,
         layers={name: _drawing(svg, f"layers-{i}-") for i, (name, svg) in enumerate((layers or {}).items())},
         commands=commands,
-        scores=_inline(score_picture(results)),
+        scores=[_inline(one) for one in score_pictures(results)],
         losses=_inline(loss_picture(training or {})),
         rows=[_row(results, name, looks[name].colour, name in full) for name in results.models],
-        columns=_number_columns(results),
+        columns=columns,
         comparisons=[(a, b, results.difference(a, b).numbers) for a, b in results.pairs()],
         with_interval=with_interval,
         colours={name: look.colour for name, look in looks.items()},
         recipes=recipes or {},
         generations=generations,
         answers=[(task, shown) for task in results.tasks if (shown := telling(results, task))],
-        formulas=[FORMULAS[key] for key in _number_columns(results) if key in FORMULAS],
+        formulas=[FORMULAS[key] for key in (*columns, "means") if key != "means" or "H" in columns],
+        shares=_shares(results),
+        share_formulas=PARTITION_FORMULAS,
         notes=[*notes, *results.cautions],
         has_paths=any((paths or {}).values()),
-        candidates=len(results.models) - 1 - len(full),
     )
 
 
@@ -137,6 +140,7 @@ def _row(results: Results, name: str, colour: str, is_tuned: bool) -> _Row:
     estimates = {"E": summary.E, "F": summary.F, "O": summary.O}
     numbers = {key: "0" if is_base else with_interval(one) for key, one in estimates.items()}
     numbers |= {
+        "avg": plain(summary.avg),
         "H": with_interval(summary.H, signed=False),
         "retention": plain(summary.retention),
         "gain_share": "–" if is_base else plain(summary.gain_share),
@@ -163,10 +167,20 @@ def _score(results: Results, model: str, task: TaskInfo) -> tuple[str, list[str]
 
 def _number_columns(results: Results) -> dict[str, str]:
     """Keys and headings of the numbers that at least one model has."""
-    headings = {"E": "E gain", "F": "F upstream", "O": "O overall", "H": "H", "retention": "kept %"}
-    headings |= {"gain_share": "gain share %", "worst": "worst upstream set"}
+    headings = {"E": "E gain", "F": "F upstream", "O": "O overall", "avg": "Avg", "H": "H"}
+    headings |= {"retention": "kept %", "gain_share": "gain share %", "worst": "worst upstream set"}
     summaries = results.summary.models.values()
     return {key: text for key, text in headings.items() if any(getattr(one, key) is not None for one in summaries)}
+
+
+def _shares(results: Results) -> dict[str, list[str]]:
+    """What became of the items that the reference changed, per model; empty without a reference."""
+    found = {name: results.partition(name) for name in results.models}
+    return {
+        name: [of_total(getattr(one, key)) for key in PARTITION_FORMULAS]
+        for name, one in found.items()
+        if one is not None
+    }
 
 
 def _intervals(sentence: str) -> Markup:

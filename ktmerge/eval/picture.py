@@ -12,6 +12,7 @@ from ktmerge.eval.labels import Box, Label, along, place, square
 
 if TYPE_CHECKING:
     from ktmerge.eval.results import PathPoint, Results
+    from ktmerge.eval.scores import TaskInfo
     from ktmerge.eval.summary import Estimate
 
 
@@ -90,48 +91,78 @@ def _closing(svg: str, begin: int) -> int:
     raise ValueError("a group is left open")
 
 
-def score_picture(results: Results) -> str:
-    """Every model's score on every set, with standard errors; sets as rows, upstream above downstream."""
-    looks = styles(results.models, results.base)
-    names = list(results.models)
+def score_pictures(results: Results) -> list[str]:
+    """Every model's score on every set, with standard errors; sets as rows, upstream above downstream.
+
+    As many pictures as it takes for each to fit on a page of paper, all on one scale.
+    """
+    names, tasks = list(results.models), results.tasks
     columns = max(1, min(len(names), int(WIDTH / (max(_size(name, FONT)[0] for name in names) + 28))))
-    headings = [text for task in results.tasks for text in (task.name, task.side)]
+    headings = [text for task in tasks for text in (task.name, task.side)]
     left = min(0.4, (max(_size(text, FONT)[0] for text in headings) + 14) / WIDTH)
-    step, gap, legend = 9.0, 13.0, 15.0 * -(-len(names) // columns)
-    block = step * len(names) + gap
-    height = 44 + legend + block * len(results.tasks)
+    legend = 15.0 * -(-len(names) // columns)
+    fitting = max(1, int((TALLEST - _MARGINS - legend) / _block(names)))
+    pictures = -(-len(tasks) // fitting)
+    each = -(-len(tasks) // pictures)
+    parts = [tasks[start : start + each] for start in range(0, len(tasks), each)]
     with drawn():
-        figure = new_figure(WIDTH, height)
-        axes: Any = figure.add_axes((left, 34 / height, 0.97 - left, 1 - (44 + legend) / height))
-        handles: list[Any] = []
-        for i, task in enumerate(results.tasks):
-            top = -i * block
-            if i % 2 == 0:
-                axes.axhspan(top - block, top, color=GREY, alpha=0.09, linewidth=0)
-            axes.text(
-                -0.02, top - block / 2, f"{task.name}\n{task.side}", transform=axes.get_yaxis_transform(),
-                ha="right", va="center",
-            )  # fmt: skip
-            base = results.scores[results.base][task.name].mean
-            axes.plot([base, base], [top - block + 3, top - 3], color=GREY, linewidth=0.8, linestyle=(0, (2, 2)))
-            for j, name in enumerate(names):
-                score = results.scores[name][task.name]
-                bar = axes.errorbar(
-                    score.mean, top - gap / 2 - (j + 0.5) * step, xerr=score.stderr or 0.0, color=looks[name].colour,
-                    marker=looks[name].marker, markersize=5, linewidth=1.1,
-                )  # fmt: skip
-                handles += [bar[0]] if i == 0 else []
-        axes.set_ylim(-block * len(results.tasks), 0)
-        axes.set_yticks([])
-        axes.grid(axis="x")
-        axes.spines[["left", "right", "top"]].set_visible(False)
-        axes.set_xlabel("score, 0-100; bars: one standard error; dashed: the base")
-        labels = [f" {name}" if name.startswith("_") else name for name in names]  # matplotlib hides those with _
-        figure.legend(
-            handles, labels, loc="upper center", ncols=columns, fontsize=FONT,
-            handletextpad=0.2, columnspacing=1.2, borderaxespad=0,
+        return [_scores(results, part, number, columns, left, legend) for number, part in enumerate(parts)]
+
+
+TALLEST = 560.0
+"""Points: what fits on a page of paper below a heading."""
+_STEP, _GAP, _MARGINS = 9.0, 13.0, 44.0
+
+
+def _block(names: Sequence[str]) -> float:
+    """Height of a set's row in points."""
+    return _STEP * len(names) + _GAP
+
+
+def _scores(results: Results, tasks: Sequence[TaskInfo], number: int, columns: int, left: float, legend: float) -> str:
+    names, looks, block = list(results.models), styles(results.models, results.base), _block(list(results.models))
+    height = _MARGINS + legend + block * len(tasks)
+    figure = new_figure(WIDTH, height)
+    axes: Any = figure.add_axes((left, 34 / height, 0.97 - left, 1 - (_MARGINS + legend) / height))
+    handles: list[Any] = []
+    for i, task in enumerate(tasks):
+        top = -i * block
+        if i % 2 == 0:
+            axes.axhspan(top - block, top, color=GREY, alpha=0.09, linewidth=0)
+        axes.text(
+            -0.02, top - block / 2, f"{task.name}\n{task.side}", transform=axes.get_yaxis_transform(),
+            ha="right", va="center",
         )  # fmt: skip
-        return to_svg(figure, "scores", f"Scores of {', '.join(names)} on every set")
+        base = results.scores[results.base][task.name].mean
+        axes.plot([base, base], [top - block + 3, top - 3], color=GREY, linewidth=0.8, linestyle=(0, (2, 2)))
+        for j, name in enumerate(names):
+            score = results.scores[name][task.name]
+            bar = axes.errorbar(
+                score.mean, top - _GAP / 2 - (j + 0.5) * _STEP, xerr=score.stderr or 0.0, color=looks[name].colour,
+                marker=looks[name].marker, markersize=5, linewidth=1.1,
+            )  # fmt: skip
+            handles += [bar[0]] if i == 0 else []
+    axes.set_ylim(-block * len(tasks), 0)
+    axes.set_xlim(_reach(results))
+    axes.set_yticks([])
+    axes.grid(axis="x")
+    axes.spines[["left", "right", "top"]].set_visible(False)
+    axes.set_xlabel("score, 0-100; bars: one standard error; dashed: the base")
+    labels = [f" {name}" if name.startswith("_") else name for name in names]  # matplotlib hides those with _
+    figure.legend(
+        handles, labels, loc="upper center", ncols=columns, fontsize=FONT,
+        handletextpad=0.2, columnspacing=1.2, borderaxespad=0,
+    )  # fmt: skip
+    said = f"Scores of {', '.join(names)} on {', '.join(task.name for task in tasks)}"
+    return to_svg(figure, f"scores-{number}", said)
+
+
+def _reach(results: Results) -> tuple[float, float]:
+    """From the lowest to the highest score with its standard error, and a little beyond."""
+    scores = [own[task.name] for own in results.scores.values() for task in results.tasks]
+    ends = [one.mean + sign * (one.stderr or 0.0) for one in scores for sign in (-1, 1)]
+    room = 0.045 * max(max(ends) - min(ends), 1.0)
+    return min(ends) - room, max(ends) + room
 
 
 def loss_picture(training: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:

@@ -20,11 +20,12 @@ FORMULAS: dict[str, str] = {
     "E": "E = mean over downstream sets of (score - base score)",
     "F": "F = mean over upstream sets of (score - base score); below 0: forgotten",
     "O": "O = E + F",
-    "avg": "Avg = (d + u) / 2; d, u: mean score over downstream, upstream sets",
+    "avg": "Avg = (d + u) / 2",
     "H": "H = 2 d u / (d + u)",
     "retention": "kept = 100 u / u of the base",
     "gain_share": "gain share = 100 (d - d of the base) / (d of the reference - d of the base)",
     "worst": "worst = smallest of (score - base score) over upstream sets",
+    "means": "d, u: mean score over downstream, upstream sets",
 }
 COMPARED = ("E", "F", "O", "H")
 

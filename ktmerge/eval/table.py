@@ -198,7 +198,7 @@ def _shares(console: Console, options: ConsoleOptions, results: Results) -> Iter
     """What became of the items that the reference changed, if there is one."""
     found = [results.partition(name) for name in results.models]
     columns = [
-        Column(f"{key} %", "", [NOTHING if one is None else _of_total(getattr(one, key)) for one in found])
+        Column(f"{key} %", "", [NOTHING if one is None else of_total(getattr(one, key)) for one in found])
         for key in PARTITION_FORMULAS
     ]
     if not any(cell != NOTHING for column in columns for cell in column.cells):
@@ -208,7 +208,7 @@ def _shares(console: Console, options: ConsoleOptions, results: Results) -> Iter
     yield from (Text(line, style="dim") for line in PARTITION_FORMULAS.values())
 
 
-def _of_total(share: Share) -> str:
+def of_total(share: Share) -> str:
     return NOTHING if share.percent is None else f"{share.percent:.1f} of {share.total}"
 
 
@@ -260,7 +260,7 @@ def _footer(results: Results, columns: Sequence[Column]) -> list[str]:
     keys["worst"] = "worst upstream"
     lines = [FORMULAS[key] for key, heading in keys.items() if heading in shown]
     if "H" in shown:
-        lines.append("d, u: mean score over downstream, upstream sets. All scores are on 0-100.")
+        lines.append(f"{FORMULAS['means']}. All scores are on 0-100.")
     items = ", ".join(f"{task.name} {len(task.rows) or 'totals only'}" for task in results.tasks)
     lines.append(f"[95 % interval]: paired bootstrap over items, {results.bootstrap} resamples, seed {results.seed}.")
     lines.append(f"items: {items}")

@@ -105,3 +105,34 @@ def test_search_finds(page: str, tmp_path: Path) -> None:
     assert not found["hidden"]
     assert found["wide"], "the page scrolls sideways on a telephone"
     assert complaints == ""
+
+
+@needs_browser
+def test_on_paper(make_results: Callable[..., Results], tmp_path: Path) -> None:
+    """The rules for paper, seen on a screen as wide as a page of it."""
+    sets = {f"up_with_quite_a_long_name_{i}": [1.0, 0.0, 1.0] for i in range(12)} | {"down": [0.0, 1.0, 0.0]}
+    names = ("base", "tuned", "half", "quarter")
+    made = make_results({name: {task: [*own[i % 3 :], *own[: i % 3]] for task, own in sets.items()}
+                         for i, name in enumerate(names)})  # fmt: skip
+    on_paper = render(made).replace("@media print", "@media all")
+    assert "@media all" in on_paper
+    found, _ = opened(
+        on_paper,
+        """
+        const shown = (node) => node.getBoundingClientRect().height > 0;
+        const height = (node) => node.getBoundingClientRect().height;
+        report({
+            controls: [...document.querySelectorAll("nav, form.search")].filter(shown).length,
+            paired: shown(document.querySelector("details.paired table")),
+            tallest: Math.max(...[...document.querySelectorAll("figure")].map(height)),
+            over: [...document.querySelectorAll("table")].map((node) => node.scrollWidth - innerWidth),
+            paper: getComputedStyle(document.body).backgroundColor, width: innerWidth});
+        """,
+        tmp_path,
+        "--window-size=718,1000",
+        "--blink-settings=preferredColorScheme=0",
+    )
+    assert found["width"] == 718
+    assert (found["controls"], found["paired"], found["paper"]) == (0, True, "rgb(255, 255, 255)")
+    assert found["tallest"] < 950, "a figure is taller than a page"
+    assert max(found["over"]) <= 0, "a table is cut off"

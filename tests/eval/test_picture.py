@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ktmerge.drawing import styles
-from ktmerge.eval.picture import loss_picture, score_picture, tradeoff
+from ktmerge.eval.picture import TALLEST, loss_picture, score_pictures, tradeoff
 from ktmerge.eval.results import PathPoint, Results
 
 Make = Callable[..., Results]
@@ -32,7 +32,8 @@ def pictures(results: Results) -> tuple[str, str]:
     """The trade-off and the scores, drawn once."""
     drawn = tradeoff(results)
     assert drawn is not None
-    return drawn, score_picture(results)
+    (scores,) = score_pictures(results)
+    return drawn, scores
 
 
 def texts(svg: str) -> list[str]:
@@ -67,7 +68,7 @@ def test_pictures_are_the_same_bytes_whatever_the_users_settings(results: Result
     import matplotlib as mpl
 
     with mpl.rc_context({"font.size": 30, "axes.facecolor": "red", "svg.fonttype": "path"}):
-        assert (tradeoff(results), score_picture(results)) == pictures
+        assert (tradeoff(results), *score_pictures(results)) == pictures
         assert mpl.rcParams["font.size"] == 30
     assert "20" not in pictures[0].partition("<defs>")[0].partition("viewBox")[0]  # no date
 
@@ -106,13 +107,28 @@ def test_odd_names_are_drawn_as_they_are_and_without_remarks(
     monkeypatch.setattr(logging.root, "handlers", [listener])
     names = ["base", "cost $x$ and $y$", "_hidden", "世界 🦊", "a" * 60, "<&>"]
     results = make_results({name: {"up_a": [1.0, 0.0], "down_b": [0.0, 1.0]} for name in names})
-    way, scores = tradeoff(results), score_picture(results)
+    way, (scores,) = tradeoff(results), score_pictures(results)
     assert way is not None
     assert texts(loss_picture({"$a$": [{"step": 1, "loss": 1.0}]}) or "")
     assert set(names) <= {text.strip() for text in texts(scores)}
     assert set(names) <= set(texts(way))
     assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
     assert not said
+
+
+def test_many_sets_take_as_many_pictures_as_fit_on_pages(make_results: Make) -> None:
+    sets = {f"up_{i}": [1.0, i / 30] for i in range(15)} | {f"down_{i}": [0.0, i / 30] for i in range(15)}
+    pictures = score_pictures(make_results({f"model {i}" if i else "base": sets for i in range(6)}))
+    assert len(pictures) > 1
+    found = [texts(svg) for svg in pictures]
+    shown = [line for one in found for text in one for line in text.split() if line in sets]
+    assert sorted(shown) == sorted(sets)
+    heights = [float(ET.fromstring(svg).get("viewBox", "").split()[3]) for svg in pictures]
+    assert max(heights) <= TALLEST
+    scales = {tuple(text for text in one if re.fullmatch(r"-?\d+", text)) for one in found}
+    assert len(scales) == 1, "all on one scale"
+    ids = [set(re.findall(r'id="([^"]+)"', svg)) for svg in pictures]
+    assert not ids[0] & ids[1]
 
 
 def test_losses(results: Results) -> None:
