@@ -243,18 +243,20 @@ def _sample(jobs: Sequence[Job], position: int, probe: Workspace) -> NDArray[np.
     ends = np.cumsum([job.elements for job in jobs])
     places = np.linspace(0, ends[-1], _blocks(int(ends[-1])), endpoint=False).astype(np.int64)
     numbers = ends.searchsorted(places, side="right")
-    found = []
+    sizes = [min(BLOCK, job.elements) for job in jobs]
+    ordered = np.empty((len(jobs[0].rows) - 1, sum(sizes[number] for number in numbers)), np.uint32)
+    rest = ordered
     for number in np.unique(numbers):
-        job = jobs[number]
-        size = min(BLOCK, job.elements)
+        job, size = jobs[number], sizes[number]
         first = ends[number] - job.elements
         blocks = np.minimum(places[numbers == number] - first, job.elements - size) // 4 * 4
         probe.hold(job.rows, 0, size)
         sampled = probe.sample(job.steps, position, blocks.tolist())
         if sampled is None:
             return None
-        found.append(sampled)
-    ordered: NDArray[np.uint32] = np.sort(np.concatenate(found, axis=1), axis=1)
+        rest[:, : blocks.size * size].reshape(sampled.shape)[:] = sampled  # in place: no second copy
+        rest = rest[:, blocks.size * size :]
+    ordered.sort(axis=1)
     return ordered
 
 

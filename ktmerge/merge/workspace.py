@@ -342,7 +342,7 @@ class Workspace:
             blocks: their first elements, counted from what is held; that is a `BLOCK` at most, the first of them.
 
         Returns:
-            ``[N, elements]``; None if an input is not finite.
+            ``[N, blocks, elements]``; None if an input is not finite.
         """
         out = np.empty((len(blocks), self._number, self._count), np.uint32)
         if self._files[0] >= 0:
@@ -354,7 +354,7 @@ class Workspace:
                 self.hold(rows, block, block + count)
                 self._read()
                 fine = fine and self._sample(steps, position, [0], out[number : number + 1])
-        return out.swapaxes(0, 1).reshape(self._number, -1) if fine else None
+        return out.swapaxes(0, 1) if fine else None
 
     def _sample(self, steps: Steps, position: int, blocks: Sequence[int], out: NDArray[np.uint32]) -> bool:
         firsts = np.array(blocks, np.int64)

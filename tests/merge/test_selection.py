@@ -119,7 +119,7 @@ def test_samples_are_the_deltas_of_all_experts(kernels: Native, pair: tuple[np.n
     found = space.sample(steps, 0, [8, 4000])
     assert found is not None
     wanted = magnitudes(base, expert)
-    assert np.array_equal(found[0], np.concatenate([wanted[8:1008], wanted[4000:5000]]))
+    assert np.array_equal(found[0], [wanted[8:1008], wanted[4000:5000]])
     assert not found[1].any()
 
 
