@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import signal
 import sys
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from ktmerge.errors import KtmergeError, ToldElsewhereError, UsageError
 
 __all__ = ["main"]
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What standard output answers if it goes into a file that can't grow; failures of other files name them."""
 
 SPARED_SECONDS = 1.0
 """Before, while modules are loaded, there is no garbage, and to look for it would take a tenth of a short command."""
@@ -36,8 +40,10 @@ def main(arguments: list[str] | None = None) -> None:
     _spare_collections()
     for number in STOPPING:
         signal.signal(number, _stop)
-    if _is_one_of_several():
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the process ends
+    if sys.stdout is None or _is_one_of_several():
+        sys.stdout = _nowhere()
+    if sys.stderr is None:
+        sys.stderr = _nowhere()
     try:
         code = _exit_code(arguments)
         # Whatever the command did is done. Python, shutting down, would put back the default: die of the signal.
@@ -46,6 +52,10 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         code = _interrupted()
     sys.exit(code)
+
+
+def _nowhere() -> TextIO:
+    return open(os.devnull, "w", encoding="utf-8")
 
 
 def _spare_collections() -> None:
@@ -63,6 +73,7 @@ def _exit_code(arguments: list[str] | None) -> int:
         given = [_at_home(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
         _require_names(given)
         result: Any = command_line(given)(args=given, standalone_mode=False)
+        sys.stdout.flush()
     except KtmergeError as error:
         if _stopped:
             return _interrupted()
@@ -74,7 +85,15 @@ def _exit_code(arguments: list[str] | None) -> int:
     except KeyboardInterrupt:
         return _interrupted()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_on_stdout()
+        return 1
+    except OSError as error:
+        if error.filename is not None or error.errno not in UNWRITABLE:
+            raise
+        from ktmerge import console
+
+        console.fail(f"output cannot be written: {error.strerror}.")
+        _give_up_on_stdout()
         return 1
     except (Exception, SystemExit) as error:
         # typer leaves by itself, and some libraries fail oddly when stopped while they are imported
@@ -88,6 +107,11 @@ def _exit_code(arguments: list[str] | None) -> int:
     if _stopped:
         return _interrupted()
     return result if isinstance(result, int) else 0
+
+
+def _give_up_on_stdout() -> None:
+    """Python, shutting down, would try once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _require_names(arguments: list[str]) -> None:

@@ -108,3 +108,19 @@ def test_a_current_folder_that_was_deleted_is_named(
     (tmp_path / "gone").rmdir()
     assert _exit_code(["blend", "-r", "wise-ft", "--out", "out"]) == 2
     assert "the current folder was deleted" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+@pytest.mark.parametrize("command", [["recipe", "show", "ties"], ["recipe", "list", "--json"], ["recipe", "list"]])
+def test_output_on_a_full_disk_is_an_error_in_a_sentence(command: list[str]) -> None:
+    code = f"from ktmerge.cli import main; main({command})"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr.splitlines()) == (
+        1, ["error: output cannot be written: No space left on device."],
+    )  # fmt: skip
+
+
+def test_streams_that_are_closed_are_not_asked() -> None:
+    code = f'exec {sys.executable} -c \'from ktmerge.cli import main; main(["recipe", "list"])\' >&- 2>&-'
+    assert subprocess.run(["sh", "-c", code], check=False).returncode == 0
