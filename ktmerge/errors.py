@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class KtmergeError(Exception):
@@ -29,6 +30,31 @@ class ToldElsewhereError(KtmergeError):
     def __init__(self, exit_code: int) -> None:
         super().__init__("another process of the run failed.")
         self.exit_code = exit_code
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Put ``where`` before each line of what the block complains about."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from None
+
+
+@contextmanager
+def collected(problems: list[str]) -> Iterator[None]:
+    """Keep what the block complains about for later, line by line; see `refuse`."""
+    try:
+        yield
+    except UsageError as error:
+        problems += str(error).splitlines()
+
+
+def refuse(problems: Iterable[str]) -> None:
+    """Raise UsageError with all that is wrong, each thing once, if anything is."""
+    lines = list(dict.fromkeys(problems))
+    if lines:
+        raise UsageError("\n".join(lines))
 
 
 def did_you_mean(wrong: str, valid: Iterable[str], *, list_all: bool = True) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktmerge.errors import UsageError
+from ktmerge.errors import UsageError, collected, refuse
 from ktmerge.recipes import load_recipe
 from ktmerge.recipes.harness import HarnessTask
 from ktmerge.recipes.load import suite_of
@@ -62,12 +62,10 @@ def check(
     recipe = load_recipe(reference, overrides=overrides, base=base, experts=experts)
     suite, problems = _read(recipe)
     planned: Plan | None = None
-    try:
+    with collected(problems):
         if recipe.blend is not None and recipe.base is not None and recipe.experts and not _to_be_made(recipe):
             planned = plan_blend(recipe)
-    except UsageError as error:
-        problems += str(error).splitlines()
-    _raise(problems)
+    refuse(problems)
     return Checked(recipe, planned, suite)
 
 
@@ -77,7 +75,7 @@ def require_ready(recipe: Recipe) -> None:
     Raises:
         UsageError: everything that is wrong, one per line.
     """
-    _raise(_read(recipe)[1])
+    refuse(_read(recipe)[1])
 
 
 def _read(recipe: Recipe) -> tuple[Suite | None, list[str]]:
@@ -86,20 +84,11 @@ def _read(recipe: Recipe) -> tuple[Suite | None, list[str]]:
 
     problems: list[str] = []
     suite: Suite | None = None
-    try:
+    with collected(problems):
         check_recipe(recipe)
-    except UsageError as error:
-        problems += str(error).splitlines()
-    try:
+    with collected(problems):
         suite = suite_of(recipe) if recipe.eval is not None else None
-    except UsageError as error:
-        problems += str(error).splitlines()
     return suite, [*problems, *_missing_data(recipe, suite), *_not_trainable(recipe)]
-
-
-def _raise(problems: list[str]) -> None:
-    if problems:
-        raise UsageError("\n".join(dict.fromkeys(problems)))
 
 
 def _to_be_made(recipe: Recipe) -> bool:

@@ -18,7 +18,7 @@ import yaml
 
 from ktmerge.checkpoints import Checkpoint
 from ktmerge.checkpoints.digests import FileDigest, digest_of, input_files
-from ktmerge.errors import UsageError
+from ktmerge.errors import UsageError, refuse
 from ktmerge.merge.card import licence
 from ktmerge.merge.plan import Plan
 from ktmerge.merge.record import inputs_of, origin
@@ -184,8 +184,7 @@ def require_unchanged(locked: Mapping[str, Any], now: Mapping[str, Any]) -> list
     """
     found = departures(locked, now)
     problems = [f"{one.what}: {one.told}; this is not what was locked." for one in found if one.decides]
-    if problems:
-        raise UsageError("\n".join(problems))
+    refuse(problems)
     return [f"{one.what}: {one.told}" for one in found]
 
 

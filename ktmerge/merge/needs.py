@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ktmerge.checkpoints import Checkpoint, open_model
 from ktmerge.checkpoints.statistics import SAMPLE, Statistics
-from ktmerge.errors import UsageError
+from ktmerge.errors import UsageError, collected, located
 from ktmerge.merge.settings import Setting
 from ktmerge.merge.stage import Measure, Need, Pipeline
 from ktmerge.recipes.schema import Recipe
@@ -59,12 +59,10 @@ def open_statistics(
     for owner, by_measure in sorted(wanted.items()):
         if recipe.statistics_of(owner) is None:
             continue
-        try:
+        with collected(problems):
             found[owner] = _open(recipe, base, owner, set(by_measure))
             for measure, concerned in sorted(by_measure.items()):
                 problems += _gaps(found[owner], owner, measure, concerned)
-        except UsageError as error:
-            problems += str(error).splitlines()
     return found
 
 
@@ -96,12 +94,10 @@ def _open(recipe: Recipe, base: Checkpoint, owner: str, measures: set[Measure]) 
             if way
             else f"{where}: no such folder: {folder}. {_command(recipe, owner, measures)}"
         )
-    try:
+    with located(where):
         statistics = Statistics.open(folder)
         model = recipe.base if owner == BASE else recipe.experts[owner].model
         measured = open_model(str(model), recipe.folder, None if owner == BASE else base)
-    except UsageError as error:
-        raise UsageError("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from None
     if not statistics.is_of(measured):
         raise UsageError(
             f"{where}: {folder} was measured in another model than {_model(owner)}, {model}. "

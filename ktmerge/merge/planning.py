@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 from ktmerge.checkpoints import Checkpoint, Parts, TensorClass, align, open_model
 from ktmerge.checkpoints.experts import fit_experts
@@ -14,7 +14,7 @@ from ktmerge.checkpoints.quantised import scheme_of
 from ktmerge.checkpoints.tying import claimed_tie, tied_head
 from ktmerge.checkpoints.union import join_vocabularies
 from ktmerge.checkpoints.vocabulary import fit_vocabulary
-from ktmerge.errors import UsageError
+from ktmerge.errors import UsageError, collected, located, refuse
 from ktmerge.merge.needs import open_statistics, without_statistics
 from ktmerge.merge.plan import Action, ExpertPlan, Plan, TensorPlan
 from ktmerge.merge.rules import Rule, resolve_rules
@@ -23,6 +23,7 @@ from ktmerge.merge.stage import Pipeline
 from ktmerge.recipes.schema import Recipe
 
 _OUTPUT_TAGS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+Found = TypeVar("Found")
 _WAY_OUT = "Give the unquantised model, or write 'dequantise: true'"
 
 
@@ -35,7 +36,7 @@ def check_recipe(recipe: Recipe) -> None:
     problems: list[str] = []
     if recipe.blend is None:
         return
-    setting = _collect(problems, lambda: blend_setting(recipe.blend))
+    setting = _collect(problems, partial(blend_setting, recipe.blend))
     if setting is not None:
         if recipe.experts:
             problems += [f"blend: {objection}" for objection in setting.objections(weights_of(recipe))]
@@ -54,7 +55,7 @@ def plan_blend(recipe: Recipe) -> Plan:
     if recipe.blend is None:
         raise UsageError(f"the recipe '{recipe.name}' has no blend section.")
     problems: list[str] = []
-    setting = _collect(problems, lambda: blend_setting(recipe.blend))
+    setting = _collect(problems, partial(blend_setting, recipe.blend))
     if recipe.base is None:
         problems.append("base: the recipe names none; add it, or give --base.")
     if not recipe.experts:
@@ -92,20 +93,11 @@ def settings_of(setting: Setting, rules: Iterable[Rule]) -> list[Setting]:
     return [setting, *(rule.setting for rule in rules if rule.setting is not None)]
 
 
-def _collect(problems: list[str], find: Any) -> Any:
-    """Call ``find``; keep what it complains about for later."""
-    try:
+def _collect(problems: list[str], find: Callable[[], Found]) -> Found | None:
+    """What ``find`` gives; what it complains about is kept for later."""
+    with collected(problems):
         return find()
-    except UsageError as error:
-        problems += str(error).splitlines()
-        return None
-
-
-def refuse(problems: Iterable[str]) -> None:
-    """Raise UsageError with all that is wrong, if anything is."""
-    lines = list(dict.fromkeys(problems))
-    if lines:
-        raise UsageError("\n".join(lines))
+    return None
 
 
 def weights_of(recipe: Recipe) -> dict[str, float]:
@@ -114,10 +106,8 @@ def weights_of(recipe: Recipe) -> dict[str, float]:
 
 
 def _open(recipe: Recipe, role: str, reference: str | None, base: Checkpoint | None = None) -> Checkpoint:
-    try:
+    with located(role):
         return open_model(str(reference), recipe.folder, base, dequantised=recipe.dequantise)
-    except UsageError as error:
-        raise UsageError("\n".join(f"{role}: {line}" for line in str(error).splitlines())) from None
 
 
 def _open_experts(recipe: Recipe, base: Checkpoint | None, problems: list[str]) -> dict[str, Checkpoint]:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from ktmerge.checkpoints import Parts
 from ktmerge.checkpoints.header import FileStamp
-from ktmerge.errors import UsageError
+from ktmerge.errors import UsageError, refuse
 from ktmerge.merge.needs import open_statistics, without_statistics
 from ktmerge.merge.plan import ExpertPlan, Plan, TensorPlan
-from ktmerge.merge.planning import decide, plan_blend, refuse, settings_of, weights_of
+from ktmerge.merge.planning import decide, plan_blend, settings_of, weights_of
 from ktmerge.merge.rules import Rule, resolve_rules
 from ktmerge.merge.settings import blend_setting
 from ktmerge.recipes.schema import Recipe

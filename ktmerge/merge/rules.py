@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from ktmerge.checkpoints import PartExpression, Parts, TensorClass
-from ktmerge.errors import UsageError
+from ktmerge.errors import collected, located, refuse
 from ktmerge.merge.settings import FLOAT_CLASSES, Setting, parameter_names, rule_setting
 from ktmerge.recipes.schema import Recipe, WhereRule
 
@@ -71,19 +71,14 @@ def resolve_rules(recipe: Recipe, setting: Setting, parts: Parts | None) -> tupl
         where = f"blend.where[{index}]"
         own: Setting | None = None
         matcher: Callable[[str], bool] | None = None
-        try:
-            if rule.keep is None and blend is not None:
+        if rule.keep is None and blend is not None:
+            with collected(problems):
                 own = rule_setting(rule, where, blend, setting)
                 problems += [f"{where}: {one}" for one in own.objections(weights)] if weights else []
-        except UsageError as error:
-            problems += str(error).splitlines()
-        try:
+        with collected(problems), located(where):
             matcher = _matcher(rule, parts)
-        except UsageError as error:
-            problems += [f"{where}: {line}" for line in str(error).splitlines()]
         found.append(Rule(index, rule, rule.keep, own, matcher))
-    if problems:
-        raise UsageError("\n".join(problems))
+    refuse(problems)
     return tuple(found)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 
 from ktmerge.checkpoints import TensorClass
-from ktmerge.errors import UsageError, did_you_mean
+from ktmerge.errors import UsageError, collected, did_you_mean, located, refuse
 from ktmerge.merge.registry import find_method, find_stage
 from ktmerge.merge.stage import KINDS, Kind, Method, Parameters, Pipeline, Promises, Stage, Stages, StageUse
 from ktmerge.recipes.load import FIXED_BLEND_KEYS, FIXED_RULE_KEYS
@@ -68,10 +68,10 @@ def rule_setting(rule: WhereRule, where: str, blend: Blend, outer: Setting) -> S
     Raises:
         UsageError: everything that is wrong with it, one per line.
     """
-    if rule.method is None:
-        method, inherited = outer.method, blend.parameters
-    else:
-        method, inherited = _at(f"{where}.method", lambda: find_method(str(rule.method))), {}
+    method, inherited = outer.method, blend.parameters
+    if rule.method is not None:
+        with located(f"{where}.method"):
+            method, inherited = find_method(rule.method), {}
     pipelines = _pipelines(method, {**inherited, **rule.parameters}, where, FIXED_RULE_KEYS)
     lambda_ = next((one for one in (rule.lambda_, blend.lambda_) if one is not None), method.lambda_)
     return Setting(method, pipelines, lambda_)
@@ -82,18 +82,10 @@ def parameter_names(pipeline: Pipeline) -> set[str]:
     return {name for use in pipeline.uses for name in type(use.parameters).model_fields}
 
 
-def _at(where: str, find: Any) -> Any:
-    """Call ``find`` and put ``where`` before each line of what it complains about."""
-    try:
-        return find()
-    except UsageError as error:
-        raise UsageError("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from None
-
-
 def _method_of(blend: Blend) -> Method:
     if blend.method is not None:
-        name = blend.method
-        return cast(Method, _at("blend.method", lambda: find_method(name)))
+        with located("blend.method"):
+            return find_method(blend.method)
     stages = _spelled_out(blend.stages or {})
     return Method(
         name=_SPELLED_OUT,
@@ -117,15 +109,12 @@ def _spelled_out(document: Mapping[str, Any]) -> Stages:
         if kind == "combine" and len(entries) != 1:
             problems.append(f"{where}: exactly one stage combines the deltas, not {len(entries)}.")
             continue
-        try:
+        with collected(problems):
             uses = tuple(
                 _entry(entry, f"{where}[{i}]" if len(entries) > 1 else where) for i, entry in enumerate(entries)
             )
             found[kind] = uses[0] if kind == "combine" else uses
-        except UsageError as error:
-            problems.append(str(error))
-    if problems:
-        raise UsageError("\n".join(problems))
+    refuse(problems)
     return Stages(**found)
 
 
@@ -182,14 +171,11 @@ def _pipelines(
         uses: list[tuple[Kind, StageUse]] = []
         for kind, stage, own in draft:
             given = own | {key: value for key, value in flat.items() if key in stage.parameters.model_fields}
-            try:
+            with collected(problems):
                 uses.append((kind, StageUse(stage, _validated(stage, given, where))))
-            except UsageError as error:
-                problems += str(error).splitlines()
         if len(uses) == len(draft):
             built.update(dict.fromkeys(classes, _pipeline(method, uses)))
-    if problems:
-        raise UsageError("\n".join(dict.fromkeys(problems)))
+    refuse(problems)
     return built
 
 
@@ -215,8 +201,8 @@ def _draft(method: Method, stages: Stages, where: str) -> list[tuple[Kind, Stage
         entries: Sequence[Any] = [stages.combine] if kind == "combine" else getattr(stages, kind)
         for name, parameters in entries:
             place = f"{where}.stages.{kind}" if spelled else where
-            stage = own.get(name) or _at(place, lambda name=name, kind=kind: find_stage(name, kind))
-            draft.append((kind, stage, dict(parameters)))
+            with located(place):
+                draft.append((kind, own.get(name) or find_stage(name, kind), dict(parameters)))
     return draft
 
 

@@ -12,7 +12,7 @@ from ktmerge.checkpoints import Checkpoint, refuse_overlap, tensor_class
 from ktmerge.checkpoints.limits import context_length
 from ktmerge.checkpoints.staging import refuse_output
 from ktmerge.checkpoints.statistics import Statistics
-from ktmerge.errors import KtmergeError, ToldElsewhereError, UsageError
+from ktmerge.errors import KtmergeError, ToldElsewhereError, UsageError, collected, refuse
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners.assignment import Assignment
@@ -190,12 +190,9 @@ def _read(job: FinetuneJob, folder: Path) -> dict[str, DataSet]:
         given = [file for file in files if file is not None]
         if not given:
             continue
-        try:
+        with collected(problems):
             found[name] = read_data(given, folder, job.format if name == "train" else "auto", images)
-        except UsageError as error:
-            problems.append(str(error))
-    if problems:
-        raise UsageError("\n".join(problems))
+    refuse(problems)
     return found
 
 
