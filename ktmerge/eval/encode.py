@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,15 @@ class _RowError(Exception):
     def __init__(self, item: Item, message: str) -> None:
         super().__init__(message)
         self.row = item.row
+
+
+@contextmanager
+def _told_of(item: Item) -> Iterator[None]:
+    """Say of which row it is that the block complains."""
+    try:
+        yield
+    except UsageError as error:
+        raise _RowError(item, str(error)) from None
 
 
 class Encoder:
@@ -150,10 +160,8 @@ class Encoder:
         return Request(tuple(given), tuple(scored))
 
     def _pair_of(self, item: Item, context: str, continuation: str) -> Request:
-        try:
+        with _told_of(item):
             return self.pair(context, continuation)
-        except UsageError as error:
-            raise _RowError(item, str(error)) from None
 
     def _choices(self, task: ChoiceTask | ClassifyTask, items: list[ChoiceItem]) -> Encoded:
         requests: list[Request] = []
@@ -189,18 +197,14 @@ class Encoder:
 
     def _view(self, item: Item, chat: bool) -> View:
         """What the model sees of an item with images; of a text item, the images alone."""
-        try:
+        with _told_of(item):
             if isinstance(item, TextItem):
                 return self._eyes.view((), "", item.images, False)
             return self._eyes.view(item.shots, item.prompt, item.images, chat)
-        except UsageError as error:
-            raise _RowError(item, str(error)) from None
 
     def _seen_ids(self, item: Item, view: View) -> tuple[int, ...]:
-        try:
+        with _told_of(item):
             return tuple(self._eyes.ids(view))
-        except UsageError as error:
-            raise _RowError(item, str(error)) from None
 
     @property
     def _eyes(self) -> Sight:
