@@ -12,7 +12,7 @@ from typing import Any
 
 from ktmerge.checkpoints.classes import TensorClass, tensor_classes
 from ktmerge.checkpoints.header import FileStamp, TensorInfo, TensorSpec, read_header
-from ktmerge.checkpoints.layout import Layout, files_beside, read_json, read_layout
+from ktmerge.checkpoints.layout import Layout, files_beside, read_config, read_layout
 from ktmerge.checkpoints.reader import Reader, TensorReader
 from ktmerge.checkpoints.tree import find_branches, tree_config
 from ktmerge.errors import UsageError, did_you_mean
@@ -77,7 +77,7 @@ class Checkpoint:
         _check_index(root, layout, tensors)
         if not tensors:
             raise UsageError(f"{root}: the checkpoint has no tensors.")
-        config = read_json(root / "config.json") if (root / "config.json").exists() else {}
+        config = read_config(root)
         return cls(
             root=root,
             tensors=tensors,
@@ -96,7 +96,7 @@ class Checkpoint:
             return {f"{folder}/{file}": value for file, value in files.items()}
 
         carried, left_behind = files_beside(root, {f"{f}/{file}" for f, one in branches.items() for file in one.stamps})
-        config = read_json(root / "config.json") if (root / "config.json").exists() else {}
+        config = read_config(root)
         return cls(
             root=root,
             tensors={

@@ -170,6 +170,11 @@ def _weight_map(root: Path, index: str) -> dict[str, str]:
     return weight_map
 
 
+def read_config(root: Path, name: str = "config.json") -> dict[str, Any]:
+    """What a configuration file of a checkpoint folder holds; nothing if there is none. Raises as `read_json` does."""
+    return read_json(root / name) if (root / name).exists() else {}
+
+
 def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
     """Read a JSON file that must hold an object; ``unique``: in which no key may stand twice.
 

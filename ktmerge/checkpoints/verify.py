@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.header import TensorInfo
-from ktmerge.checkpoints.layout import read_json
+from ktmerge.checkpoints.layout import read_config
 from ktmerge.checkpoints.quiet import quiet_transformers
 from ktmerge.errors import KtmergeError, UsageError
 
@@ -33,7 +33,7 @@ def verify_loadable(path: Path) -> Loadable:
     Raises:
         KtmergeError: transformers finds missing, unexpected or mismatched tensors, or refuses the checkpoint.
     """
-    config = read_json(path / "config.json") if (path / "config.json").exists() else {}
+    config = read_config(path)
     architecture = next(iter(config.get("architectures") or []), None)
     if not isinstance(architecture, str):
         return Loadable("unknown", "config.json names no architecture")

@@ -8,7 +8,6 @@ Imports torch; import it only where it is needed.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,8 @@ from ktmerge.progress import Progress
 from ktmerge.tuners.collate import IGNORED
 from ktmerge.tuners.encode import Encoded
 from ktmerge.tuners.loss import following
+from ktmerge.tuners.mode import evaluating
+from ktmerge.tuners.partial import read_object, write_object
 
 _ENERGY = 0.9
 """Share of a task's variation that its own subspace holds."""
@@ -59,12 +60,10 @@ def ordered(scores: Callable[[], Tensor], path: Path) -> Ordered:
         path: of the file.
     """
     if path.exists():
-        return Ordered(json.loads(path.read_text(encoding="utf-8"))["order"])
+        return Ordered(read_object(path)["order"])
     found = [round(score, _DECIMALS) for score in scores().tolist()]
     order = sorted(range(len(found)), key=lambda place: (found[place], place))
-    passing = path.with_name(path.name + ".new")
-    passing.write_text(json.dumps({"order": order, "scores": found}) + "\n", encoding="utf-8")
-    passing.replace(path)
+    write_object(path, {"order": order, "scores": found})
     return Ordered(order)
 
 
@@ -166,15 +165,12 @@ def _of_each(
     """What is measured of every sample, in batches of like length, in the order of the samples."""
     order = sorted(range(len(samples)), key=lambda place: len(samples[place]))
     found: list[Tensor] = []
-    was_training = model.training
-    model.eval()
-    with torch.no_grad(), progress.task(what, len(samples), "items") as step:
+    with evaluating(model), torch.no_grad(), progress.task(what, len(samples), "items") as step:
         for first in range(0, len(order), size):
             batch = [samples[place] for place in order[first : first + size]]
             inputs = {name: value.to(model.device) for name, value in collate(batch).items()}
             found.append(measure(inputs).cpu())
             step.advance(len(batch))
-    model.train(was_training)
     joined = torch.cat(found)
     return torch.empty_like(joined).index_copy_(0, torch.tensor(order), joined)
 

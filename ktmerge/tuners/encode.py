@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktmerge.checkpoints.layout import read_json
+from ktmerge.checkpoints.layout import read_config
 from ktmerge.checkpoints.quiet import quiet_transformers
 from ktmerge.errors import UsageError, first_line
 from ktmerge.progress import SILENT, Progress
@@ -147,10 +147,8 @@ class Encoder:
                 tokenizer = loader.from_pretrained(base, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise UsageError(f"{base}: its tokenizer cannot be loaded: {first_line(error)}") from None
-        config = read_json(base / "config.json") if (base / "config.json").exists() else {}
+        config = read_config(base)
         stops = stop_ids(tokenizer, base, config)
-        if not stops:
-            raise UsageError(f"{base}: neither tokenizer nor configuration names the token that ends a text (eos).")
         rows = config.get("vocab_size")
         return cls(tokenizer, stops, rows if isinstance(rows, int) else None)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ktmerge.tuners.collate import IGNORED, TAUGHT
+from ktmerge.tuners.mode import evaluating
 
 if TYPE_CHECKING:
     import torch
@@ -95,16 +96,12 @@ def tried(
     """
     import torch
 
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             own = float(expected({name: value.to(model.device) for name, value in plain.items()}))
             found = float(answer_loss(model, {name: value.to(model.device) for name, value in other.items()}))
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
         return False
-    finally:
-        model.train(was_training)
     items = count_trained(plain)
     return abs(own - found) <= tolerance * max(float(items), abs(own))
 

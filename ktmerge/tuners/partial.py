@@ -101,7 +101,7 @@ class Partial:
             self._opened = True
             for path in self.folder.iterdir():
                 _remove(path)
-            _write(self.folder / _STARTED, self._inputs)
+            write_object(self.folder / _STARTED, self._inputs)
         return None
 
     def __enter__(self) -> Partial:
@@ -142,7 +142,7 @@ class Partial:
             return
         written = [one for one in sorted(path.rglob("*")) if one.is_file() and one.name != _SEAL]
         files = {one.relative_to(path).as_posix(): file_digest(one) for one in written}
-        _write(path / _SEAL, {"step": step, "seconds": round(seconds, 2), "files": files})
+        write_object(path / _SEAL, {"step": step, "seconds": round(seconds, 2), "files": files})
 
     def drop_checkpoints(self) -> None:
         """Remove all but the final state."""
@@ -218,6 +218,16 @@ def read_object(path: Path) -> dict[str, Any]:
     return document if isinstance(document, dict) else {}
 
 
+def write_object(path: Path, document: dict[str, Any]) -> None:
+    """Write a JSON file so that it is there whole or not at all."""
+    passing = path.with_name(path.name + ".new")
+    with passing.open("w", encoding="utf-8") as stream:
+        json.dump(document, stream, indent=2)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(passing, path)
+
+
 def _opened(path: Path) -> Saved | None:
     seal = read_object(path / _SEAL)
     files = seal.get("files")
@@ -249,16 +259,6 @@ def _trim_log(path: Path, step: int) -> None:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
     path.write_text("".join(kept), encoding="utf-8")
-
-
-def _write(path: Path, document: dict[str, Any]) -> None:
-    """Write a JSON file so that it is there whole or not at all."""
-    passing = path.with_name(path.name + ".new")
-    with passing.open("w", encoding="utf-8") as stream:
-        json.dump(document, stream, indent=2)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(passing, path)
 
 
 def _remove(path: Path) -> None:

@@ -10,6 +10,7 @@ from ktmerge.progress import Progress
 from ktmerge.tuners.collate import Collator
 from ktmerge.tuners.encode import Encoded, Encoder
 from ktmerge.tuners.loss import for_model
+from ktmerge.tuners.mode import evaluating
 
 if TYPE_CHECKING:
     import torch
@@ -41,10 +42,6 @@ def with_gradient(loss: torch.Tensor) -> torch.Tensor:
 
 def _reaches(model: Any, encoder: Encoder, sample: Encoded) -> bool:
     batch = for_model(Collator(0, extras=encoder.extras)([sample]))
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         logits = model(**{name: value.to(model.device) for name, value in batch.items()}, use_cache=False).logits
-    finally:
-        model.train(was_training)
     return bool(logits.requires_grad)

@@ -14,18 +14,17 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import SeedableRandomSampler
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, RandomSampler
 
-from ktmerge.errors import KtmergeError
 from ktmerge.tuners.encode import Encoded
 from ktmerge.tuners.loss import count_trained
 from ktmerge.tuners.processes import Processes
 from ktmerge.tuners.sharding import add_up, gather, is_writer, like, own, put_together, require_sharded, rows
 from ktmerge.tuners.sharing import Share, SharedBatches, muted
-from ktmerge.tuners.trainer import WEIGHTS, AnswerTrainer, trained_tensors
+from ktmerge.tuners.trainer import AnswerTrainer, trained_tensors
 
 _OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
 """As the Trainer of one process calls them."""
@@ -99,24 +98,13 @@ class ShardedTrainer(AnswerTrainer):
         """What failed in one process cannot be saved by the others."""
         return False
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(str(output_dir or self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
+    def _save_weights(self, file: Path) -> None:
         found = put_together(trained_tensors(self._network))
         if is_writer():
-            save_file(found, folder / WEIGHTS)
-        self._save_states(folder)
+            save_file(found, file)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        stored = load_file(folder / WEIGHTS)
-        tensors = trained_tensors(self._network)
-        if stored.keys() != tensors.keys():
-            raise KtmergeError(f"{folder}: holds other tensors than the model; start with --overwrite.")
-        for name, tensor in tensors.items():
-            own(tensor).copy_(stored[name][rows(tensor)] if tensor.dim() else stored[name])
-        for keeper in self._keepers:
-            keeper.load(folder)
+    def _set(self, tensor: Tensor, whole: Tensor) -> None:
+        own(tensor).copy_(whole[rows(tensor)] if tensor.dim() else whole)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         optimizer: Any = self.optimizer

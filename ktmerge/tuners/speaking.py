@@ -20,6 +20,7 @@ from ktmerge.recipes.images import Image
 from ktmerge.tuners.collate import Collator
 from ktmerge.tuners.encode import Encoded, Extras
 from ktmerge.tuners.loss import for_model
+from ktmerge.tuners.mode import evaluating
 from ktmerge.tuners.report import SAMPLES
 
 _MOST_TOKENS, _BEYOND = 64, 8
@@ -103,13 +104,8 @@ class Speaker(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     def answers(self, model: Any) -> list[list[int]]:
         """The tokens that the model says after each prompt, one prompt at a time."""
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                return [self._answer(model, prompt) for prompt in self._prompts]
-        finally:
-            model.train(was_training)
+        with evaluating(model), torch.no_grad():
+            return [self._answer(model, prompt) for prompt in self._prompts]
 
     def _answer(self, model: Any, prompt: Prompt) -> list[int]:
         plain: Callable[..., Any] = GenerationConfig

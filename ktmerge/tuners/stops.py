@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ktmerge.checkpoints.layout import read_json
+from ktmerge.checkpoints.layout import read_config
+from ktmerge.errors import UsageError
 from ktmerge.tuners.tokens import Run
 
 
@@ -77,9 +78,15 @@ class Stops:
 
 
 def stop_ids(tokenizer: Any, base: Path, config: dict[str, Any]) -> tuple[int, ...]:
-    """What ends a text, by the tokenizer, then the files of the checkpoint folder ``base``."""
-    generation = read_json(base / "generation_config.json") if (base / "generation_config.json").exists() else {}
+    """What ends a text, by the tokenizer, then the files of the checkpoint folder ``base``.
+
+    Raises:
+        UsageError: neither says.
+    """
+    generation = read_config(base, "generation_config.json")
     found: list[int] = []
     for named in (tokenizer.eos_token_id, generation.get("eos_token_id"), config.get("eos_token_id")):
         found += [named] if isinstance(named, int) else [one for one in named or () if isinstance(one, int)]
+    if not found:
+        raise UsageError(f"{base}: neither tokenizer nor configuration names the token that ends a text (eos).")
     return tuple(dict.fromkeys(found))

@@ -293,14 +293,14 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(trained_tensors(self._network), folder / WEIGHTS)
-        self._save_states(folder)
-
-    def _save_states(self, folder: Path) -> None:
+        self._save_weights(folder / WEIGHTS)
         if self._selection is not None:
             self._selection.save(folder)
         for keeper in self._keepers:
             keeper.save(folder)
+
+    def _save_weights(self, file: Path) -> None:
+        save_file(trained_tensors(self._network), file)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         stored = load_file(Path(resume_from_checkpoint) / WEIGHTS)
@@ -309,9 +309,12 @@ class AnswerTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             raise KtmergeError(f"{resume_from_checkpoint}: holds other tensors than the model; start with --overwrite.")
         with torch.no_grad():
             for name, tensor in own.items():
-                tensor.copy_(stored[name])
+                self._set(tensor, stored[name])
         for keeper in self._keepers:
             keeper.load(Path(resume_from_checkpoint))
+
+    def _set(self, tensor: torch.Tensor, whole: torch.Tensor) -> None:
+        tensor.copy_(whole)
 
 
 def _given(inputs: Mapping[str, Any]) -> dict[str, Any]:

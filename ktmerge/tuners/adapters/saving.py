@@ -78,6 +78,16 @@ def save_adapter(adapted: Adapted, folder: Path) -> None:
         card.unlink()
     if adapted.start is not None:
         _convert(folder, adapted.layers, adapted.start)
+    _order_names(folder)
+
+
+def _order_names(folder: Path) -> None:
+    """The same run writes the same bytes: PEFT keeps names as sets, whose order is another in every process."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(key), list):
+            config[key].sort()
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _save_router(peft_model: Any, folder: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from ktmerge.errors import UsageError, first_line
 from ktmerge.tuners.collate import Collator
 from ktmerge.tuners.encode import Encoded, EncodedSet, Encoder
+from ktmerge.tuners.mode import evaluating
 
 
 def shows_images(sets: Iterable[EncodedSet]) -> bool:
@@ -43,17 +44,13 @@ def require_agreement(model: Any, encoder: Encoder, samples: Sequence[Encoded]) 
 
     seeing = sorted((sample for sample in samples if sample.images), key=len)
     collate = Collator(0, extras=encoder.extras)
-    was_training = model.training
-    model.eval()
     try:
-        for sample in [*seeing[:1], *seeing[1:][-1:]]:
-            batch = {name: value.to(model.device) for name, value in collate([sample]).items() if name != "labels"}
-            with torch.no_grad():
+        with evaluating(model), torch.no_grad():
+            for sample in [*seeing[:1], *seeing[1:][-1:]]:
+                batch = {name: value.to(model.device) for name, value in collate([sample]).items() if name != "labels"}
                 model(**batch, use_cache=False)
     except (ValueError, IndexError) as error:
         raise UsageError(
             "the processor writes other tokens for an image than the model makes features of it; it is not the "
             f"model's own: {first_line(error)}"
         ) from None
-    finally:
-        model.train(was_training)

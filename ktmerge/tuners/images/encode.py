@@ -68,8 +68,6 @@ class SeeingEncoder(Encoder):
         processor = load_processor(base)
         config = read_json(base / "config.json")
         stops = stop_ids(processor.tokenizer, base, config)
-        if not stops:
-            raise UsageError(f"{base}: neither tokenizer nor configuration names the token that ends a text (eos).")
         rows = (config.get("text_config") or {}).get("vocab_size", config.get("vocab_size"))
         kind = SuffixEncoder if takes_suffix(processor) else cls
         return kind(processor, stops, rows if isinstance(rows, int) else None, seen)

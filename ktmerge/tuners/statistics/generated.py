@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ktmerge.checkpoints.files import clear_os_errors
+from ktmerge.checkpoints.files import write_whole
 from ktmerge.progress import Progress
 from ktmerge.recipes.schema import Statistics
 from ktmerge.tuners.encode import Encoded, Encoder
@@ -41,10 +41,7 @@ def generated(job: Statistics, model: Any, encoder: Encoder, kept: Path, progres
         for number in range(wanted):
             texts.append(_written(job.seed, number, model, encoder, longest))
             step.advance()
-    passing = kept.with_name(kept.name + ".new")
-    with clear_os_errors(kept):
-        passing.write_text(json.dumps(texts), encoding="utf-8")
-        passing.replace(kept)
+    write_whole(kept, json.dumps(texts))
     return [_encoded(ids) for ids in texts]
 
 
