@@ -9,9 +9,9 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from ktmerge.checkpoints import TensorClass
 from ktmerge.checkpoints.matrices import MatrixLayout
@@ -34,6 +34,10 @@ class Parameters(BaseModel):
     """Parameters of a stage: typed, with ranges, defaults and descriptions. Nothing is coerced, nothing is extra."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
+
+
+SplitFused = Annotated[bool, Field(description="take maps that share a tensor (query, key and value) apart")]
+"""Of a parameter ``split_fused``."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pydantic import Field
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.program import Budget, Energies
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, SplitFused, Stages, Statistic
 from ktmerge.merge.weights import relative
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class SvcParameters(Parameters):
         description="least response that each expert counts with in every direction; 1 / N if not given, right after a "
         "mean; 1 after a sum",
     )
-    split_fused: bool = Field(True, description="take maps that share a tensor (query, key and value) apart")
+    split_fused: SplitFused = True
 
 
 @stage("svc", "calibrate", SvcParameters, reach="tensor")

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ktmerge.merge.methods.wudi import MEANS, positive
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
+from ktmerge.merge.stage import Context, Method, Parameters, Promises, SplitFused, Stages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,7 @@ class CartParameters(Parameters):
         0.06, ge=0, le=1, description="of the smaller dimension: directions kept of each difference"
     )
     mu: float = Field(1.0, ge=0, description="weight of the specific part; 0 leaves the average")
-    split_fused: bool = Field(True, description="take maps that share a tensor (query, key and value) apart")
+    split_fused: SplitFused = True
 
 
 @stage("cart", "combine", CartParameters, reach="tensor", objection=positive)

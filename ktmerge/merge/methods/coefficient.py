@@ -10,7 +10,7 @@ from pydantic import Field
 from ktmerge.merge.methods.backmerge import NEEDS, TRUSTED, TrustParameters
 from ktmerge.merge.methods.wudi import positive
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Need, Promises, Stages
+from ktmerge.merge.stage import Context, Method, Need, Promises, SplitFused, Stages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,7 @@ class CoefficientParameters(TrustParameters):
     covariance: Literal["inputs", "weights"] = Field(
         "inputs", description="what the inputs are like: as measured, or as the deltas and the base's weights tell"
     )
-    split_fused: bool = Field(True, description="take maps that share a tensor (query, key and value) apart")
+    split_fused: SplitFused = True
 
 
 def _needs(parameters: CoefficientParameters) -> tuple[Need, ...]:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
+from ktmerge.merge.stage import Context, Method, Parameters, Promises, SplitFused, Stages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +24,7 @@ class CtsParameters(Parameters):
         "sum, their sum over sqrt(N), their mean",
     )
     mu: float = Field(1.0, ge=0, le=2, description="weight of the specific part; 0 leaves only what is common")
-    split_fused: bool = Field(True, description="take maps that share a tensor (query, key and value) apart")
+    split_fused: SplitFused = True
 
 
 @stage("cts", "combine", CtsParameters, reach="tensor")

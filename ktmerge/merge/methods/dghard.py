@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
+from ktmerge.merge.stage import Context, Method, Parameters, Promises, SplitFused, Stages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class DgHardParameters(Parameters):
     scale: float = Field(1.0, ge=0, description="times the noise threshold; 0 keeps everything, larger keeps less")
     min_numel: int = Field(1024, ge=0, description="maps with fewer elements pass: too few to tell noise by")
-    split_fused: bool = Field(True, description="take maps that share a tensor (query, key and value) apart")
+    split_fused: SplitFused = True
 
 
 @stage("dg_hard", "transform", DgHardParameters, reach="tensor")

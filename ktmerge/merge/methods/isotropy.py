@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
+from ktmerge.merge.stage import Context, Method, Parameters, Promises, SplitFused, Stages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,12 +21,12 @@ class IsotropyParameters(Parameters):
     preserve: Literal["nuclear", "frobenius"] = Field(
         "nuclear", description="what stays the same: the mean singular value, as published, or the Frobenius norm"
     )
-    split_fused: bool = Field(True, description="take maps that share a tensor (query, key and value) apart")
+    split_fused: SplitFused = True
 
 
 class IsoCtsParameters(Parameters):
     common: float = Field(0.8, ge=0, le=1, description="share of the directions that all experts have together")
-    split_fused: bool = Field(True, description="take maps that share a tensor (query, key and value) apart")
+    split_fused: SplitFused = True
 
 
 @stage("isotropy", "combine", IsotropyParameters, reach="tensor")

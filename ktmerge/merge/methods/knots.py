@@ -13,7 +13,7 @@ from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.methods.elect import ElectParameters, elect
 from ktmerge.merge.methods.wudi import MEANS, positive
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
+from ktmerge.merge.stage import Context, Method, Parameters, Promises, SplitFused, Stages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ class KnotsParameters(Parameters):
     tolerance: float = Field(
         1e-6, ge=0, lt=1, description="basis vectors below this share of the strongest are dropped"
     )
-    split_fused: bool = Field(True, description="take maps that share a tensor (query, key and value) apart")
+    split_fused: SplitFused = True
 
 
 def _objection(parameters: KnotsParameters, weights: Mapping[str, float]) -> str | None:

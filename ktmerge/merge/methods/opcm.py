@@ -10,7 +10,7 @@ from pydantic import Field
 
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, SplitFused, Stages, Statistic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ class OpcmParameters(Parameters):
     scope: Literal["tensor", "global"] = Field(
         "global", description="bring each tensor, or all of them together, to the experts' mean norm"
     )
-    split_fused: bool = Field(True, description="take maps that share a tensor (query, key and value) apart")
+    split_fused: SplitFused = True
 
 
 class _NormRatio:

@@ -11,7 +11,7 @@ from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.methods.backmerge import NEEDS
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Need, Parameters, Promises, Stages
+from ktmerge.merge.stage import Context, Method, Need, Parameters, Promises, SplitFused, Stages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ class PatchParameters(Parameters):
         "row", description="which entries move is chosen for every row, or columns for all rows: one solve, not o"
     )
     ridge: float = Field(1e-3, ge=1e-9, le=1, description="added to the inputs' variances, relative to their mean")
-    split_fused: bool = Field(True, description="take maps that share a tensor (query, key and value) apart")
+    split_fused: SplitFused = True
 
 
 def _needs(parameters: PatchParameters) -> tuple[Need, ...]:

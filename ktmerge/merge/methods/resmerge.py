@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
+from ktmerge.merge.stage import Context, Method, Parameters, Promises, SplitFused, Stages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ class ResmergeParameters(Parameters):
     head: float = Field(
         0.2, ge=0, description="length of the merged head, relative to the merged rest, at full agreement"
     )
-    split_fused: bool = Field(True, description="take maps that share a tensor (query, key and value) apart")
+    split_fused: SplitFused = True
 
 
 @stage("resmerge", "combine", ResmergeParameters, reach="tensor")

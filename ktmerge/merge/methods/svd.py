@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
+from ktmerge.merge.stage import Context, Method, Parameters, Promises, SplitFused, Stages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ class SvdTruncateParameters(Parameters):
     rank: int = Field(16, ge=0, description="of the rule rank")
     share: float = Field(0.9, ge=0, le=1, description="the fraction or share of the rules that have one")
     keep: Literal["head", "tail"] = Field("head", description="keep the large directions, or everything but them")
-    split_fused: bool = Field(True, description="take maps that share a tensor (query, key and value) apart")
+    split_fused: SplitFused = True
 
 
 @stage("svd_truncate", "transform", SvdTruncateParameters, reach="tensor")

@@ -11,7 +11,7 @@ from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.methods.backmerge import NEEDS
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Need, Parameters, Promises, Stages
+from ktmerge.merge.stage import Context, Method, Need, Parameters, Promises, SplitFused, Stages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +34,7 @@ class TailorParameters(Parameters):
     kappa: float = Field(0.1, gt=0, description="of score up_aware: added to what upstream feels, over its mean")
     block: int = Field(128, ge=1, description="columns that are ranked together")
     damp: float = Field(0.01, ge=1e-9, le=1, description="added to the inputs' variances, relative to their mean")
-    split_fused: bool = Field(True, description="take maps that share a tensor (query, key and value) apart")
+    split_fused: SplitFused = True
 
 
 def _needs(parameters: TailorParameters) -> tuple[Need, ...]:

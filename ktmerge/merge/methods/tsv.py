@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
+from ktmerge.merge.stage import Context, Method, Parameters, Promises, SplitFused, Stages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,7 @@ class TsvParameters(Parameters):
     fraction: float | None = Field(
         None, gt=0, le=1, description="share of the smaller dimension that each expert gets; 1 / N if not given"
     )
-    split_fused: bool = Field(True, description="take maps that share a tensor (query, key and value) apart")
+    split_fused: SplitFused = True
 
 
 @stage("tsv_m", "combine", TsvParameters, reach="tensor")

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ktmerge.checkpoints import TensorClass
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
+from ktmerge.merge.stage import Context, Method, Parameters, Promises, SplitFused, Stages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +39,7 @@ class SpectralRegmeanParameters(Parameters):
     base_cov: Literal["weights", "identity"] = Field(
         "weights", description="what the base's inputs look like: its weights' theta_0^T theta_0, or all the same"
     )
-    split_fused: bool = Field(True, description="take maps that share a tensor (query, key and value) apart")
+    split_fused: SplitFused = True
 
 
 def positive(parameters: Any, weights: Mapping[str, float]) -> str | None:
