@@ -85,6 +85,9 @@ def test_a_lora_is_folded_and_kept(tiny_llama: Path, tmp_path: Path) -> None:
     assert any("lora in llm.layers[1:2]" in note for note in listener.notes)
     config = json.loads((tmp_path / "out-adapter/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == tiny_llama.name
+    targets = config["target_modules"]  # a set in PEFT: without being sorted, in another order in every process
+    assert len(targets) == 7
+    assert targets == sorted(targets)
 
 
 @pytest.mark.slow
