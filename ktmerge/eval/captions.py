@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 from ktmerge.eval.treebank import treebank_words
 
@@ -29,8 +30,7 @@ def caption_words(text: str) -> str:
     Addresses, emoticons and marks inside words are not told apart as there.
     """
     words = treebank_words(_OPENING.sub("", text.lower().translate(_SAME)))
-    after = [*words[1:], ""]
-    found = (_without_stop(word, following) for word, following in zip(words, after, strict=True))
+    found = (_without_stop(word, after) for word, after in pairwise([*words, ""]))
     return " ".join(word for word in found if word and word not in _LEFT_OUT and not _DASHES.fullmatch(word))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextvars import ContextVar
 from typing import Any
 
 from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, UndefinedError, meta
@@ -33,9 +34,44 @@ def _printed(value: Any) -> Any:
     return value
 
 
-_ENVIRONMENT = ImmutableSandboxedEnvironment(
-    undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False, finalize=_printed
-)
+MOST_STEPS = 100_000
+"""How far the ranges of one template may count together over a row: nested loops end."""
+MOST_LETTERS = 10_000_000
+"""Length of what a template may make by multiplying."""
+_steps: ContextVar[int] = ContextVar("steps", default=0)
+
+
+def _range(*arguments: int) -> range:
+    counted = range(*arguments)
+    _steps.set(_steps.get() + len(counted))
+    if _steps.get() > MOST_STEPS:
+        raise OverflowError(f"its ranges count further than {MOST_STEPS:,} in all")
+    return counted
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """A sandbox that ends: no endless ranges, no powers and products that fill the memory."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if _size_of(operator, left, right) > MOST_LETTERS:
+            raise OverflowError(f"'{operator}' makes something too large")
+        return super().call_binop(context, operator, left, right)
+
+
+def _size_of(operator: str, left: Any, right: Any) -> int:
+    """Length of a repeated text or list, or bits of a whole number; 0 for what cannot grow."""
+    if isinstance(left, int) and isinstance(right, int):
+        return left.bit_length() * max(right, 0) if operator == "**" else left.bit_length() + right.bit_length()
+    times, repeated = (left, right) if isinstance(left, int) else (right, left)
+    if operator == "*" and isinstance(times, int) and isinstance(repeated, str | bytes | list | tuple):
+        return len(repeated) * max(times, 0)
+    return 0
+
+
+_ENVIRONMENT = _Sandbox(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False, finalize=_printed)
+_ENVIRONMENT.globals["range"] = _range
 
 
 class Template:
@@ -70,6 +106,7 @@ class Template:
         return value
 
     def _evaluate(self, function: Any, row: Row) -> Any:
+        _steps.set(0)
         try:
             return function(row.values)
         except UndefinedError as error:
@@ -80,6 +117,8 @@ class Template:
             null = [name for name in sorted(self._columns) if name in row.values and row.values[name] is None]
             column = f" (null stands in '{null[0]}')" if null else ""
             raise UsageError(f"{self._where}: the template fails on {row.where}: {error}{column}.") from None
+        except RecursionError:
+            raise UsageError(f"{self._where}: the template fails on {row.where}: it calls itself endlessly.") from None
         except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise UsageError(f"{self._where}: the template fails on {row.where}: {str(error).rstrip('.')}.") from None
 

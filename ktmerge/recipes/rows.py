@@ -91,7 +91,8 @@ def _values(data: bytes, suffix: str, name: str) -> Iterator[tuple[str, Any]]:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise _FileError(f"is neither parquet nor text in UTF-8 (byte {error.start}).") from None
+        line = data.count(b"\n", 0, error.start) + 1
+        raise _FileError(f"is neither parquet nor text in UTF-8 (line {line}, byte {error.start}).") from None
     if suffix in _DELIMITERS:
         return _table(text, _DELIMITERS[suffix], name)
     if text.lstrip().startswith("["):
@@ -170,7 +171,7 @@ def _parse(text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if "\n" in text else ""
+        line = f"line {error.lineno}, " if "\n" in text.rstrip() or text.lstrip().startswith("[") else ""
         return _Broken(f"not valid JSON: {error.msg} ({line}column {error.colno})")
     except (RecursionError, ValueError):
         return _Broken("not valid JSON: nested too deeply, or with a number too long")

@@ -240,6 +240,13 @@ def test_captions_lose_case_and_punctuation() -> None:
         "two dogs -lrb- brown -rrb- ca n't sit u.s. flags $ 5 & up"
     )
     assert caption_words("It cannot be!") == "it can not be"
+    assert [caption_words(text) for text in ("", " \n", ".", "a")] == ["", "", "", "a"]
+
+
+def test_an_empty_caption_scores_nothing() -> None:
+    pytest.importorskip("pycocoevalcap")
+    wanted = [["a dog runs on grass"], ["two cats sleep here"], ["a red bus on a road"]]
+    assert overlap("cider", ["a dog runs on grass", "", " ."], wanted).scores[1:] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,15 @@ def test_the_answer_is_an_index_or_a_text(answer: Any, choices: list[Any], templ
         ({}, {"prompt": "{{ q / 2 }}"}, "the template fails on x.jsonl:5"),
         ({}, {"prompt": "{{ q"}, "task 'facts', prompt: not a valid template"),
         ({}, {"prompt": "{{ q.__class__.__mro__ }}"}, "the template"),
+        (
+            {},
+            {"prompt": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"},
+            "x.jsonl:5: its ranges count further than 100,000 in all",
+        ),
+        ({}, {"prompt": "{{ range(10 ** 12) }}"}, "x.jsonl:5: its ranges count further"),
+        ({}, {"prompt": "{{ 9 ** 99999999 }}"}, "x.jsonl:5: '**' makes something too large"),
+        ({}, {"prompt": "{{ 'x' * 10 ** 10 }}"}, "x.jsonl:5: '*' makes something too large"),
+        ({}, {"prompt": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"}, "x.jsonl:5: it calls itself endlessly"),
     ],
 )
 def test_what_does_not_fit_is_named(values: dict[str, Any], settings: dict[str, Any], said: str) -> None:
@@ -101,6 +110,12 @@ def test_the_default_separator_knows_its_place() -> None:
     assert choice(chat=True).continuations() == ["yes", "no"]
     assert choice(choices=[" yes", " no"], separator=" ").continuations() == ["  yes", "  no"]
     assert choice(chat=True, separator="\n").continuations() == ["\nyes", "\nno"]
+
+
+def test_templates_count_anew_over_every_row() -> None:
+    counting = "{% for i in range(60000) %}{% endfor %}{{ 2 ** 10 * 3 }}{{ 'ab' * 2 }}{{ 1.5 * 2 }}"
+    for _ in range(3):
+        assert choice(prompt=counting).prompt == "3072abab3.0"
 
 
 def test_optional_columns_may_be_tested_for() -> None:
