@@ -6,7 +6,6 @@ stopped.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -228,10 +227,10 @@ def training_logs(recipe: Recipe, experts: Mapping[str, Located]) -> dict[str, l
 
 def training_log(expert: Path) -> list[dict[str, Any]]:
     """The losses of a fine-tune; empty for an expert that was made elsewhere."""
+    from ktmerge.tuners.report import log_lines
+
     try:
-        # split("\n"), not splitlines(): what a model says may hold other line separators of Unicode
-        lines = (expert / "log.jsonl").read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines if line]
+        return log_lines(expert / "log.jsonl")
     except (OSError, ValueError):
         return []
 

@@ -172,23 +172,24 @@ def draw_losses(log: Path, name: str) -> bytes:
     from ktmerge.drawing import drawn, loss_figure, to_file
 
     with drawn():
-        figure = loss_figure({name: _lines(log)})
+        figure = loss_figure({name: log_lines(log)})
         assert figure is not None  # the last step is always logged
         return to_file(figure, "png")
 
 
 def _samples(log: Path) -> list[dict[str, Any]]:
     """What the model wrote at every evaluation."""
-    return [{"step": line["step"], **one} for line in _lines(log) for one in line.get(SAMPLES, [])]
+    return [{"step": line["step"], **one} for line in log_lines(log) for one in line.get(SAMPLES, [])]
 
 
-def _lines(log: Path) -> list[dict[str, Any]]:
+def log_lines(log: Path) -> list[dict[str, Any]]:
+    """The records of a log, in order."""
     # split("\n"), not splitlines(): what a model says may hold other line separators of Unicode
     return [json.loads(line) for line in log.read_text(encoding="utf-8").split("\n") if line]
 
 
 def _losses(log: Path) -> dict[str, Any]:
-    lines = _lines(log)
+    lines = log_lines(log)
     training = [line["loss"] for line in lines if "loss" in line]
     evaluations = [
         {"step": line["step"], **{key[5:-5]: value for key, value in line.items() if key.startswith("eval_")}}
