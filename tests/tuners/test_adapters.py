@@ -13,8 +13,8 @@ import pytest
 import seeing
 import torch
 from pydantic import ValidationError
+from stopping import StopsAt
 from test_images_train import tune as seeing_tune
-from test_resume import StopsAt
 from tuning import JOB, Listener, tune, weights
 
 from ktmerge.adapters.bottleneck import attach_bottlenecks

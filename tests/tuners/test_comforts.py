@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_resume import StopsAt
+from stopping import StopsAt
 from tuning import Listener, sha256, tune, write
 
 from ktmerge.errors import KtmergeError, UsageError

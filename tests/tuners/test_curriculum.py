@@ -124,7 +124,7 @@ def test_experts_that_differ_cannot_share_a_stage(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_samples_come_in_order_and_a_stopped_run_goes_on(tiny_llama: Path, tmp_path: Path) -> None:
-    from test_resume import StopsAt
+    from stopping import StopsAt
 
     settings = {"data": ["train.jsonl", "chats.jsonl"], "curriculum": "common", "max_steps": 12}
     tune(tiny_llama, tmp_path, "whole", **settings)

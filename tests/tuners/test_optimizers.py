@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from test_resume import StopsAt, log_of
+from stopping import StopsAt, log_of
 from tuning import Listener, sha256, tune, weights
 
 from ktmerge.errors import UsageError

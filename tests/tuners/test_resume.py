@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -13,23 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stopping import KILLED, StopsAt, log_of
 from tuning import CHATS, JOB, ROWS, Listener, sha256, tune, write
 
 from ktmerge.errors import UsageError
-
-
-class StopsAt(Listener):
-    """Sends the process a Ctrl-C when a step is done, as a person would."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__()
-        self._step = step
-
-    def advance(self, amount: float = 1) -> None:
-        super().advance(amount)
-        if self._name.startswith("fine-tuning") and self.tasks[self._name] == self._step:
-            os.kill(os.getpid(), signal.SIGINT)
-
 
 LONG: dict[str, Any] = {"max_steps": 18, "eval_upstream": "chats.jsonl", "eval_every": 5}
 
@@ -65,11 +51,6 @@ def test_ctrl_c_saves_at_once_and_resumes_to_the_same_bytes(
     assert log_of(tmp_path / "out") == log_of(unbroken)
 
 
-def log_of(path: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
-
-
 @pytest.mark.slow
 def test_other_data_or_base_cannot_be_resumed(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
@@ -99,28 +80,6 @@ def test_resume_without_anything_to_resume_starts(tiny_llama: Path, tmp_path: Pa
     tune(tiny_llama, tmp_path, "plain", max_steps=2)
     tune(tiny_llama, tmp_path, "out", max_steps=2, resume=True)
     assert sha256(tmp_path / "out") == sha256(tmp_path / "plain")
-
-
-KILLED = """
-import json, os, signal, sys
-from pathlib import Path
-from ktmerge.recipes.schema import FinetuneJob
-from ktmerge.tuners import callbacks, finetune, partial
-
-job, base, folder, moment = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
-if moment == "while saving":
-    seal = partial.Partial.seal
-    def dying(self, path, step, seconds):
-        if step >= 8:
-            (path / "optimizer.pt").write_bytes(b"half")
-            os.kill(os.getpid(), signal.SIGKILL)
-        seal(self, path, step, seconds)
-    partial.Partial.seal = dying
-elif moment == "while publishing":
-    from ktmerge.checkpoints import Writer
-    Writer.copy_files = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-finetune(FinetuneJob.model_validate(job), base, folder / "out", folder=folder)
-"""
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_resume import KILLED, StopsAt
+from stopping import KILLED, StopsAt
 from tuning import CHATS, JOB, ROWS, Listener, sha256, tune, weights, write
 
 from ktmerge.checkpoints import Checkpoint

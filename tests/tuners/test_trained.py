@@ -71,7 +71,7 @@ def test_rates_by_part_are_the_steps_of_the_first_update(tiny_llama: Path, tmp_p
 
 @pytest.mark.slow
 def test_a_part_resumes_to_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
-    from test_resume import StopsAt
+    from stopping import StopsAt
 
     settings: dict[str, Any] = {"train": "last:1+head", "learning_rates": {"head": 2e-4}}
     tune(tiny_llama, tmp_path, "whole", **settings)
