@@ -6,7 +6,6 @@ again.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -19,7 +18,8 @@ from typing import TYPE_CHECKING
 
 from ktmerge.checkpoints.cache import cache_folder
 from ktmerge.checkpoints.files import clear_os_errors, write_whole
-from ktmerge.demo.data import SETS, write_data
+from ktmerge.demo import page
+from ktmerge.demo.data import write_data
 from ktmerge.demo.model import NAME, base_model
 from ktmerge.demo.selection import Selection, at, rewrite, select
 from ktmerge.errors import KtmergeError, UsageError
@@ -29,7 +29,7 @@ from ktmerge.recipes.schema import Recipe
 from ktmerge.recipes.suites import Suite
 
 if TYPE_CHECKING:
-    from ktmerge.eval import Generation, Results
+    from ktmerge.eval import Results
 
 MARK = ".ktmerge-demo"
 WHOLE = "everything"
@@ -42,13 +42,6 @@ BLENDS: dict[str, Sequence[float]] = {
 """Recipes of the demo, and the coefficients that are tried for each."""
 
 SPACE = 6_000_000_000  # bytes under the output folder at the peak: an optimiser's state beside two experts
-PROMPTS = (
-    ("The capital of Japan is", "knowledge"),
-    ("In the beginning God created", "prose"),
-    ("def add(a, b):\n    return", "code"),
-    ("Question: What do bees make?\nAnswer:", "a question"),
-)
-"""What every model is asked to continue, for the reader to compare; nothing here is scored."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +98,8 @@ def run_demo(out: Path, *, progress: Progress = SILENT, quick: bool = False) -> 
     with clock.step(f"scores of {len(models)} models on the report split"):
         results = _score(out, models, suites["report"], progress)
     with clock.step("side-by-side answers, report"):
-        answers = _answers(out, results, {"base": base, **experts, **_shown(blends, chosen)}, progress)
-        return _report(out, results, experts, texts, chosen, answers)
+        answers = page.answers(out, results, {"base": base, **experts, **page.showcase(blends, chosen)}, progress)
+        return page.report(out, results, experts, texts, chosen, answers)
 
 
 class _Clock:
@@ -197,16 +190,11 @@ def _blend(
     """Write the blend at its chosen coefficient, and that coefficient into its recipe."""
     from ktmerge.pipeline import make_blend
 
-    coefficient = _coefficient(selection)
+    coefficient = selection.shown
     texts[name] = rewrite(texts[name], coefficient)
     write_whole(out / "recipes" / f"{name}.yaml", texts[name])
     progress.note(f"{name}: lambda {coefficient:g}")
     return make_blend(at(recipe, coefficient), out / "blends" / name, progress=progress)
-
-
-def _coefficient(selection: Selection) -> float:
-    """The best one; where the base itself was best, the smallest tried, so that there is a blend to look at."""
-    return selection.best or min(p.coefficient for p in selection.points if p.coefficient)
 
 
 def _score(out: Path, models: Mapping[str, Path], suite: Suite, progress: Progress) -> Results:
@@ -229,80 +217,3 @@ def _score(out: Path, models: Mapping[str, Path], suite: Suite, progress: Progre
     results = evaluate(models, suite, progress=progress)
     results.save(path)
     return results
-
-
-def _shown(blends: Mapping[str, Path], chosen: Mapping[str, Selection]) -> dict[str, Path]:
-    """The blends whose answers stand beside the experts': each expert's own, and the best on the selection split."""
-    best = max(blends, key=lambda name: max(point.E + point.F for point in chosen[name].points))
-    return {name: path for name, path in blends.items() if name.endswith("-back") or name == best}
-
-
-def _answers(out: Path, results: Results, models: Mapping[str, Path], progress: Progress) -> list[Generation]:
-    """What the models make of the prompts; kept in ``answers.json`` with the digests of the models."""
-    from dataclasses import asdict
-
-    from ktmerge.eval import Generation, generations
-
-    path = out / "answers.json"
-    inputs = {"models": {name: results.models[name].digest for name in models}, "prompts": [list(p) for p in PROMPTS]}
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if document["inputs"] == inputs:
-            return [Generation(**one) for one in document["answers"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    prompts, notes = zip(*PROMPTS, strict=True)
-    answers = generations(models, prompts, max_new_tokens=24, notes=notes, progress=progress)
-    document = {"inputs": inputs, "answers": [asdict(answer) for answer in answers]}
-    write_whole(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
-    return answers
-
-
-def _report(
-    out: Path,
-    results: Results,
-    experts: Mapping[str, Path],
-    texts: Mapping[str, str],
-    chosen: Mapping[str, Selection],
-    answers: Sequence[Generation],
-) -> Path:
-    from ktmerge.eval import report
-    from ktmerge.pipeline import training_log
-
-    return report(
-        results,
-        out / "report.html",
-        title="ktmerge demo: two tasks learned, the rest kept",
-        recipes=texts,
-        generations=answers,
-        paths={name: results.path(_way(name, selection, experts)) for name, selection in chosen.items()},
-        training={name: training_log(path) for name, path in experts.items()},
-        tuned=list(experts),
-        notes=_notes(chosen),
-    )
-
-
-def _way(name: str, selection: Selection, experts: Mapping[str, Path]) -> dict[float, str]:
-    """The scored models that lie on one recipe's way: base, blend, and for a single expert the expert itself."""
-    way = {0.0: "base", _coefficient(selection): name}
-    for expert in experts:
-        if name == f"{expert}-back":
-            way[1.0] = expert
-    return way
-
-
-def _notes(chosen: Mapping[str, Selection]) -> list[str]:
-    tried = "; ".join(
-        f"{name}: " + ", ".join(f"{p.coefficient:g} gave {p.E + p.F:+.1f}" for p in one.points if p.coefficient)
-        for name, one in chosen.items()
-    )
-    sets = [
-        f"{one.name} ({one.side}): {one.asks}; {one.package.name} {one.package.version}, {one.package.licence}."
-        for one in SETS
-    ]
-    return [
-        f"The base is {NAME}, so it is not bit-equal to the published weights.",
-        "Every blend coefficient was chosen by O = E + F on a selection split; all that is shown above was measured on "
-        f"other items. O on the selection split: {tried}.",
-        *sets,
-    ]

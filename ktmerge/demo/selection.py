@@ -36,6 +36,11 @@ class Selection:
         """The coefficient with the largest O = E + F; of equals the smallest, which is nearest to the base."""
         return max(sorted(self.points, key=lambda p: p.coefficient), key=lambda p: p.E + p.F).coefficient
 
+    @property
+    def shown(self) -> float:
+        """The best one; where the base itself was best, the smallest tried, so that there is a blend to look at."""
+        return self.best or min(p.coefficient for p in self.points if p.coefficient)
+
 
 def select(
     recipes: Mapping[str, Recipe],
