@@ -19,13 +19,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ktmerge.merge.device import cores
+from ktmerge.merge.given import Target
 from ktmerge.merge.kernels.codes import FINE
 from ktmerge.merge.kernels.exact import HALF, exact_value
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.kernels.native import Native
-from ktmerge.merge.measuring import energies_of, weights_of
-from ktmerge.merge.program import Budget, Cap, Chosen, Clamp, Measured, Program, Ramp, Sum, Trim, program_of
+from ktmerge.merge.measuring import answered, energies_of, weights_of
+from ktmerge.merge.program import Budget, Cap, Chosen, Clamp, Measured, Program, Ramp, Ruled, Sum, Trim, program_of
 from ktmerge.merge.report import TensorReport
+from ktmerge.merge.ruling import blend_ruled, informed
 from ktmerge.merge.selection import Found, Job, Key, Recollected, Run, Thresholds, Work, find_thresholds
 from ktmerge.merge.steps import Steps
 from ktmerge.merge.workspace import KINDS, Blended, Combine, Row, Workspace
@@ -90,7 +92,7 @@ class Fused:
         self._headers = {expert.name: expert.checkpoint.tensors for expert in plan.experts}
         self._weights = {expert.name: expert.weight for expert in plan.experts}
         self._programs: dict[int, Program | None] = {}
-        self._sums: dict[str, Sum] = {}
+        self._combines: dict[str, Combine | Ruled] = {}
         self._no_steps = Steps((), list(self._weights), plan.recipe.seed, "")
 
     def __enter__(self) -> Fused:
@@ -131,12 +133,11 @@ class Fused:
     def _settle_pool(self, jobs: Sequence[Job], position: int, prefix: str) -> bool:
         """Find out what the stage at ``position`` has to know of all these tensors; whether that is possible."""
         counted = [job for job in jobs if not job.tensor.is_alias]
-        combine = jobs[0].program.combine
-        if position == len(jobs[0].steps) and isinstance(combine, Measured):
-            weights = weights_of(combine, counted, self._spread)
-            if weights is not None:
-                self._sums |= {job.tensor.name: Sum(weights) for job in jobs}
-            return weights is not None
+        if position == len(jobs[0].steps):
+            combine = self._measured(jobs[0].program.combine, counted, self._spread)
+            if combine is not None:
+                self._combines |= {job.tensor.name: combine for job in jobs}
+            return combine is not None
         names = tuple(job.tensor.name for job in counted)
         found = self._thresholds((prefix, names), counted, position, self._spread, self._own)
         if found is not None:
@@ -260,7 +261,7 @@ class Fused:
             result.kept = dict(zip(tensor.sources, kept.tolist(), strict=True))
         return result
 
-    def _settle(self, job: Job, run: Run, probe: Workspace) -> tuple[Combine, float] | None:
+    def _settle(self, job: Job, run: Run, probe: Workspace) -> tuple[Combine | Ruled, float] | None:
         """Find out what takes a look at the whole tensor: its thresholds, how it is combined, and a factor on that.
 
         None if an input is not finite.
@@ -275,15 +276,24 @@ class Fused:
         factor = None if combine is None else self._factor(job, run, combine)
         return None if combine is None or factor is None else (combine, factor)
 
-    def _combine(self, job: Job, run: Run) -> Combine | None:
-        """How the deltas are combined, once they are measured; None if an input is not finite."""
+    def _combine(self, job: Job, run: Run) -> Combine | Ruled | None:
+        """How the deltas are combined, once they are measured; None if that cannot be."""
+        if job.tensor.name in self._combines:
+            return self._combines[job.tensor.name]
         combine = job.program.combine
-        if not isinstance(combine, Measured):
-            return combine
-        if combine.scope == "global":
-            return self._sums[job.tensor.name]
-        weights = weights_of(combine, [job], run)
-        return None if weights is None else Sum(weights)
+        if isinstance(combine, Ruled) and combine.asks == "information":
+            return informed(combine, self._sources.stored_fisher(job.tensor, with_base=combine.numbers[1] != 0))
+        return self._measured(combine, [job], run)
+
+    @staticmethod
+    def _measured(combine: Combine | Measured | Ruled, jobs: Sequence[Job], run: Run) -> Combine | Ruled | None:
+        """The same of some tensors together, or of one."""
+        if isinstance(combine, Measured):
+            weights = weights_of(combine, jobs, run)
+            return None if weights is None else Sum(weights)
+        if isinstance(combine, Ruled) and combine.asks != "nothing":
+            return answered(combine, jobs, run)
+        return combine
 
     def _thresholds(self, key: Key, jobs: Sequence[Job], position: int, run: Run, probe: Workspace) -> Found | None:
         tellable = _is_tellable(jobs, position)
@@ -313,12 +323,12 @@ class Fused:
         pipeline = job.tensor.pipeline
         return pipeline.prefix(position) if pipeline is not None else "", job.tensor.name
 
-    def _factor(self, job: Job, run: Run, combine: Combine) -> float | None:
+    def _factor(self, job: Job, run: Run, combine: Combine | Ruled) -> float | None:
         """What a ramp, a cap or a budget makes of the merged delta's length; None if an input is not finite."""
         after = job.program.after
         if isinstance(after, Ramp):
             return after.factor(job.tensor.part, self._plan.layers)
-        if not isinstance(after, Cap | Budget):
+        if not isinstance(after, Cap | Budget) or isinstance(combine, Ruled):
             return 1.0
         total = np.zeros((2, 2, 256), object)  # whole numbers without end
         for bins in run([job], lambda space, one: space.squares(one.steps, combine)):
@@ -331,11 +341,15 @@ class Fused:
         energies = energies_of([replace(job, steps=self._no_steps)], run)
         return None if energies is None else after.factor(energies, merged, list(self._weights.values()))
 
-    def _blend(self, space: Workspace, job: Job, combine: Combine, factor: float) -> Blended | None:
+    def _blend(self, space: Workspace, job: Job, combine: Combine | Ruled, factor: float) -> Blended | None:
         tensor, after = job.tensor, job.program.after
         key = stream_key(self._plan.recipe.seed, "round", "", tensor.key)
         limit = after.limit if isinstance(after, Clamp) else math.inf
-        piece = space.blend(job.steps, combine, tensor.lambda_, job.kind, job.stochastic, key, factor, limit)
+        if isinstance(combine, Ruled):
+            target = Target(job.kind, job.stochastic, key, tensor.lambda_, factor, limit)
+            piece = blend_ruled(space, job.steps, combine, target)
+        else:
+            piece = space.blend(job.steps, combine, tensor.lambda_, job.kind, job.stochastic, key, factor, limit)
         if piece.status != FINE:
             return None  # the general way finds the same and says where
         self._sink.write_bytes(tensor.name, piece.data, space.start * job.width)

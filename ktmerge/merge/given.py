@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,17 +16,29 @@ from ktmerge.merge.kernels.codes import BLOCK, GIVEN
 from ktmerge.merge.workspace import WIDTHS, Blended
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from ktmerge.merge.kernels.native import Native
 
 
 @dataclass(frozen=True)
 class Target:
-    """How a tensor is stored: ``kind`` is the code of its type, ``key`` that of its stochastic rounding."""
+    """How a tensor is stored.
+
+    Attributes:
+        kind: the code of its type.
+        stochastic: whether values are rounded by chance, of the stream ``key``.
+        lambda_: last factor of the merged delta.
+        factor: what it is multiplied by before that.
+        limit: its largest magnitude in between.
+    """
 
     kind: int
     stochastic: bool
     key: int
     lambda_: float
+    factor: float = 1.0
+    limit: float = inf
 
 
 def settle_given(
@@ -36,6 +49,7 @@ def settle_given(
     count: int,
     start: int,
     target: Target,
+    room: NDArray[np.uint8] | None = None,
 ) -> Blended:
     """Blend ``count`` elements, the first of which is ``start`` in its tensor, given their merged delta before lambda.
 
@@ -47,12 +61,13 @@ def settle_given(
         count: how many elements.
         start: a multiple of 4 for stochastic rounding.
         target: how they are stored.
+        room: where to put what is made; if not given, in memory of its own.
     """
     experts = len(kinds) - 1
     places = [address // WIDTHS[kind] for address, kind in zip(addresses, kinds, strict=True)]
     codes, firsts = np.array(kinds, np.int64), np.array([*places, merged // 4], np.int64)
-    out = np.empty(count * WIDTHS[target.kind], np.uint8)
-    ends = np.array([0.0, 1.0, np.inf, target.lambda_], np.float32)
+    out = np.empty(count * WIDTHS[target.kind], np.uint8) if room is None else room
+    ends = np.array([0.0, target.factor, target.limit, target.lambda_], np.float32)
     sums, kept, rates = np.zeros(4), np.zeros(experts, np.int64), np.zeros((3, experts), np.float32)
     scratch = np.empty((2 * experts + 8) * BLOCK, np.uint32)
     no_steps = (0, *(kept.ctypes.data,) * 8)

@@ -21,7 +21,7 @@ from ktmerge.merge.kernels.codes import BLOCK, F32, FINE
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.kernels.native import Native
 from ktmerge.merge.pristine import HostReader
-from ktmerge.merge.program import Budget, Cap, Clamp, Given, Measured, Program, Trim
+from ktmerge.merge.program import Budget, Cap, Clamp, Given, Measured, Program, Ruled, Trim
 from ktmerge.merge.report import TensorReport
 from ktmerge.merge.workspace import KINDS, WIDTHS, Combine, spelled
 
@@ -103,8 +103,9 @@ class InPlace(Fused):
 
     def _program(self, tensor: TensorPlan) -> Program | None:
         found = super()._program(tensor)
-        if found is not None and not isinstance(found.combine, Measured) and not isinstance(found.after, Budget):
-            return found  # what has to be measured first is kept once it is merged
+        looks = found is not None and (isinstance(found.combine, Measured | Ruled) or isinstance(found.after, Budget))
+        if not looks and found is not None:
+            return found  # what takes a look at whole tensors first is kept once it is merged
         held = self._merged.get(tensor)
         if held is None or not self._is_here(tensor, KINDS[self._model.dtype(tensor.name, tensor.dtype)]):
             return None
@@ -164,7 +165,7 @@ class InPlace(Fused):
         settled = [one.result() if isinstance(one, Future) else one for one in found]
         return [None if one is None else one[1] for one in settled]
 
-    def _settle_alone(self, job: Job) -> tuple[Combine, float] | None:
+    def _settle_alone(self, job: Job) -> tuple[Combine | Ruled, float] | None:
         space = self._spaces.get()
         try:
             return self._settle(job, self._alone(space), space.probe)
@@ -173,7 +174,7 @@ class InPlace(Fused):
 
     def _held_arguments(self, job: Job, factor: float | None) -> _Arguments:
         tensor, program = job.tensor, job.program
-        assert not isinstance(program.combine, Measured)  # `_program` lets none through
+        assert not isinstance(program.combine, Measured | Ruled)  # `_program` lets none through
         if id(program) not in self._rates:
             self._rates[id(program)] = spelled(program.combine)
         code, counted, rates, fallback = self._rates[id(program)]

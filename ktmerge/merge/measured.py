@@ -93,3 +93,17 @@ class TensorMeasurements:
     def _not_measured(self, expert: str, what: str) -> KtmergeError:
         owner = f"expert '{expert}'" if expert else "the base"
         return KtmergeError(f"tensor '{self.tensor.name}': {what} of it was not measured in {owner}.")
+
+
+def stored_fisher(
+    models: Mapping[str, OpenStatistics], tensor: TensorPlan, owner: str
+) -> tuple[TensorReader, str, float] | None:
+    """Where a tensor's Fisher information in the base or an expert is, and its norm; None if there is none in fp32."""
+    if owner not in models or not models[owner].statistics.has_fisher:
+        return None
+    model = models[owner]
+    name = name_in(model.statistics, tensor, owner)
+    info = model.statistics.fisher_of(name)
+    if info is None or info.dtype != "F32" or info.numel != tensor.info.numel:
+        return None
+    return model.reader, f"fisher/{name}", model.statistics.fisher_norm

@@ -10,9 +10,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from ktmerge.checkpoints import TensorReader
     from ktmerge.checkpoints.matrices import MatrixLayout
     from ktmerge.merge.stage import Pipeline, Scope
 
@@ -110,6 +115,47 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Ruled:
+    """A rule of `ktmerge.merge.kernels.ruling`.
+
+    Attributes:
+        rule: its code.
+        weights: of the deltas.
+        numbers: up to four that it has.
+        factors: of each expert, further ones.
+        asks: what has to be known first: the sensitivity that ``share`` of all elements do not exceed; how many changes
+            of each expert others share, and how many they do not, both over ``scope``; or Fisher information.
+        answer: the rule, given the first, or both numbers of each expert.
+        known: where the Fisher information of base and experts is, and its norms: filled in for each tensor.
+        sizes: the latter.
+    """
+
+    rule: int
+    weights: Sequence[float]
+    numbers: Sequence[float] = ()
+    factors: Sequence[float] = ()
+    asks: Literal["nothing", "limit", "overlap", "information"] = "nothing"
+    scope: Scope = "tensor"
+    share: float = 0.0
+    answer: Callable[..., Ruled] | None = None
+    known: Sequence[tuple[TensorReader, str]] = ()
+    sizes: Sequence[float] = ()
+
+    @cached_property
+    def told(self) -> NDArray[np.float64]:
+        """All numbers as the kernel reads them."""
+        import numpy as np
+
+        count = len(self.weights)
+        found = np.zeros(5 + 3 * count)
+        found[: len(self.numbers)] = self.numbers
+        found[4 : 4 + count] = self.weights
+        found[4 + count : 4 + 2 * count] = self.factors or 1.0
+        found[4 + 2 * count : 5 + 3 * count] = self.sizes or 0.0
+        return found
+
+
+@dataclass(frozen=True)
 class Chosen:
     """All of a delta or nothing, by the tensor's name.
 
@@ -182,7 +228,7 @@ class Program:
     """A pipeline in these words."""
 
     steps: tuple[Trim | Drop | Chosen, ...]
-    combine: Sum | Largest | Elect | Given | Measured
+    combine: Sum | Largest | Elect | Given | Measured | Ruled
     after: Clamp | Cap | Ramp | Budget | None = None
 
 
@@ -195,7 +241,9 @@ def program_of(pipeline: Pipeline, weights: Mapping[str, float]) -> Program | No
     after = [use.stage.compiled(use.parameters) for use in pipeline.after]
     if combine is None or any(step is None for step in (*steps, *after)):
         return None
-    pooled = isinstance(combine, Measured) and combine.scope == "global"
+    pooled = isinstance(combine, Measured | Ruled) and combine.scope == "global"
     if pooled and any(isinstance(step, Trim) and step.scope == "tensor" for step in steps):
         return None  # thresholds of one tensor are found when its turn comes
+    if isinstance(combine, Ruled) and any(isinstance(one, Cap | Budget) for one in after):
+        return None
     return Program(tuple(steps), combine, *after)

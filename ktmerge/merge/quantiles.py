@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,15 +10,10 @@ from torch import Tensor
 
 from ktmerge.merge.kernels.native import Native, native
 from ktmerge.merge.kernels.radix import magnitude_bits
+from ktmerge.merge.ranks import LOW_BITS
 
-_LOW_BITS = 16
 _BLOCK = 1 << 21
 """Elements worked on at once."""
-
-
-def quantile_rank(share: float, elements: int) -> int:
-    """Rank, from the smallest and from 0, of the least value that ``share`` of the elements do not exceed."""
-    return max(0, math.ceil(round(share * elements, 6)) - 1)
 
 
 class RankedMagnitudes:
@@ -32,8 +26,8 @@ class RankedMagnitudes:
     def __init__(self, ranks: Sequence[int]) -> None:
         self._ranks = list(ranks)
         self._bins: list[int] = []
-        self._upper = np.zeros(1 << (31 - _LOW_BITS), np.int64)
-        self._lower = np.zeros((len(ranks), 1 << _LOW_BITS), np.int64)
+        self._upper = np.zeros(1 << (31 - LOW_BITS), np.int64)
+        self._lower = np.zeros((len(ranks), 1 << LOW_BITS), np.int64)
         self.values: list[float] = []
         self.done = False
 
@@ -46,15 +40,15 @@ class RankedMagnitudes:
         for piece in torch.split(values.reshape(-1), _BLOCK):
             bits = magnitude_bits(piece)
             if not self._bins:
-                self._upper += torch.bincount(bits >> _LOW_BITS, minlength=self._upper.size).cpu().numpy()
+                self._upper += torch.bincount(bits >> LOW_BITS, minlength=self._upper.size).cpu().numpy()
                 continue
             for counts, upper in zip(self._lower, self._bins, strict=True):
-                inside = bits[(bits >> _LOW_BITS) == upper] & ((1 << _LOW_BITS) - 1)
+                inside = bits[(bits >> LOW_BITS) == upper] & ((1 << LOW_BITS) - 1)
                 counts += torch.bincount(inside, minlength=counts.size).cpu().numpy()
 
     def _add_compiled(self, kernels: Native, values: Tensor) -> None:
-        intervals = [(upper << _LOW_BITS, 0, counts) for upper, counts in zip(self._bins, self._lower, strict=False)]
-        for low, shift, counts in intervals or [(0, _LOW_BITS, self._upper)]:
+        intervals = [(upper << LOW_BITS, 0, counts) for upper, counts in zip(self._bins, self._lower, strict=False)]
+        for low, shift, counts in intervals or [(0, LOW_BITS, self._upper)]:
             found = np.zeros(counts.size + 1, np.int64)
             kernels.tally(
                 values.data_ptr(), values.numel(), low, (counts.size << shift) - 1, shift, counts.size,
@@ -69,7 +63,7 @@ class RankedMagnitudes:
             return
         for counts, upper, rank in zip(self._lower, self._bins, self._ranks, strict=True):
             low = _bin_of(counts, rank - int(self._upper[:upper].sum()))
-            self.values.append(float(np.uint32((upper << _LOW_BITS) + low).view(np.float32)))
+            self.values.append(float(np.uint32((upper << LOW_BITS) + low).view(np.float32)))
         self.done = True
 
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from ktmerge.checkpoints import Reader
+from ktmerge.checkpoints import Reader, TensorReader
 from ktmerge.errors import KtmergeError
-from ktmerge.merge.measured import OpenStatistics, TensorMeasurements
+from ktmerge.merge.measured import OpenStatistics, TensorMeasurements, stored_fisher
+from ktmerge.merge.needs import BASE
 from ktmerge.merge.plan import Plan, TensorPlan
 
 if TYPE_CHECKING:
@@ -115,6 +116,16 @@ class Sources:
     def measurements(self, tensor: TensorPlan, start: int, piece: Tensor) -> TensorMeasurements:
         """What was measured of the elements of a tensor from ``start`` on that ``piece`` holds, shaped like it."""
         return TensorMeasurements(self._statistics, tensor, start, tuple(piece.shape), piece.device)
+
+    def stored_fisher(self, tensor: TensorPlan, *, with_base: bool) -> Sequence[tuple[TensorReader, str, float]] | None:
+        """Where the Fisher information of a tensor in base and experts is, and its norms; None unless all is fp32.
+
+        Without the base another's stands in its place.
+        """
+        found = [stored_fisher(self._statistics, tensor, owner) for owner in (BASE, *tensor.sources)]
+        found[0] = found[0] if with_base else found[1]
+        known = [one for one in found if one is not None]
+        return known if len(known) == len(found) else None
 
     def chunks(self, tensor: TensorPlan, *, whole: bool = False, grain: int = 1) -> Iterator[Chunk]:
         """The tensor piece by piece, or in one piece; all but the last are of multiples of ``grain`` elements.

@@ -26,7 +26,7 @@ from ktmerge.merge.kernels.codes import (
     WINDOW,
 )
 from ktmerge.merge.kernels.search import BINS, Interval
-from ktmerge.merge.program import Elect, Given, Largest, Sum
+from ktmerge.merge.program import Elect, Given, Largest, Ruled, Sum
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -120,7 +120,7 @@ class Workspace:
         self._noted, self._patterns = np.empty((2, most, 0), np.uint32)
         self._keys, self._digits = np.empty(0, np.uint64), np.empty(1 << 11, np.int64)
         self._arrays, self._halves = np.empty((0, 0), np.float32), np.empty(0)
-        self.is_finite = True
+        self._ruled, self.is_finite = np.empty((2, 0), np.float32), True
         self._wanted: Sequence[Row] = ()
         self._held = False
         self._number, self._count, self.start = 0, 0, 0
@@ -293,31 +293,74 @@ class Workspace:
         )  # fmt: skip
         return int(least[0])
 
-    def parts(self, steps: Steps) -> Iterator[NDArray[np.float32]]:
+    @property
+    def native(self) -> Native:
+        """The compiled kernels."""
+        return self._native
+
+    @property
+    def count(self) -> int:
+        """How many elements are held."""
+        return self._count
+
+    @property
+    def kinds(self) -> list[int]:
+        """Codes of the rows' types."""
+        return [row.kind for row in self._wanted]
+
+    def addresses(self, begin: int) -> list[int]:
+        """Of an element of every row, counted from what is held; they were read."""
+        first = self._rows.ctypes.data
+        return [first + number * self._stride + begin * row.width for number, row in enumerate(self._wanted)]
+
+    def parts(self, steps: Steps, kept: NDArray[np.int64] | None = None) -> Iterator[NDArray[np.float32]]:
         """Base and deltas after the transforms, fp32 ``[N + 1, n]``, some elements of what is held at a time.
 
-        Each is valid until the next. Where an input is not finite they end, and `is_finite` says so.
+        Each is valid until the next. Where an input is not finite they end, and `is_finite` says so. ``kept`` takes how
+        many elements of each delta the transforms leave.
         """
         self._read()
         rows = self._number + 1
         if self._arrays.shape[0] != rows:
             self._arrays = np.empty((rows, _PART), np.float32)
             self._halves = np.empty(2 * rows * BLOCK)
-        kinds = self._kinds[:rows].copy()
+            self._ruled = np.empty((2, _PART), np.float32)
         widths = [row.width for row in self._wanted]
-        address, kept, self.is_finite = self._rows.ctypes.data, np.zeros(self._number, np.int64), True
+        kept = np.zeros(self._number, np.int64) if kept is None else kept
+        self.is_finite = True
         for begin in range(0, self._count, _PART):
             size = min(_PART, self._count - begin)
-            places = np.array([(address + n * self._stride) // width + begin for n, width in enumerate(widths)])
+            pairs = zip(self.addresses(begin), widths, strict=True)
+            places = np.array([address // width for address, width in pairs], np.int64)
             part = self._arrays.reshape(-1)[: rows * size].reshape(rows, size)
             status = self._native.spread(
-                0, 0, kinds.ctypes.data, places.ctypes.data, self._number, size, self.start + begin,
+                0, 0, self._kinds.ctypes.data, places.ctypes.data, self._number, size, self.start + begin,
                 *steps.arguments(len(steps)), part.ctypes.data, kept.ctypes.data, self._scratch.ctypes.data,
             )  # fmt: skip
             if status != FINE:
                 self.is_finite = False
                 return
             yield part
+
+    def ruled(self, rule: Ruled, part: NDArray[np.float32], begin: int = 0) -> NDArray[np.float32]:
+        """What a rule makes of a part whose first element is ``begin``, counted from what is held; until the next."""
+        size = part.shape[1]
+        known = np.empty((len(rule.known), size), np.float32)
+        for (reader, name), row in zip(rule.known, known, strict=True):
+            reader.read_into(name, self.start + begin, row.view(np.uint8).data)
+        self._native.rule(
+            rule.rule, part.ctypes.data, self._number, size, rule.told.ctypes.data, len(known), known.ctypes.data,
+            self._ruled[0].ctypes.data, self._ruled[1].ctypes.data,
+        )  # fmt: skip
+        made: NDArray[np.float32] = self._ruled[1][:size]
+        return made
+
+    def tally(self, values: NDArray[np.float32], low: int, shift: int, counts: NDArray[np.int64]) -> None:
+        """How many magnitude patterns are in each of some bins of ``2**shift`` from ``low`` on, and above them."""
+        bins = counts.size - 1
+        self._native.tally(
+            values.ctypes.data, values.size, low, (bins << shift) - 1, shift, bins, counts.ctypes.data
+        )  # fmt: skip
 
     def add_squares(self, values: NDArray[np.float32], bins: NDArray[np.uint64]) -> None:
         """Squares of fp32 values by exponent, added to ``bins`` ``[2, 256]``."""

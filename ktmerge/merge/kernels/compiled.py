@@ -46,6 +46,7 @@ from ktmerge.merge.kernels.direct import direct
 from ktmerge.merge.kernels.files import fetch_all
 from ktmerge.merge.kernels.ordering import rank
 from ktmerge.merge.kernels.randomness import random_words, words
+from ktmerge.merge.kernels.ruling import rule
 from ktmerge.merge.kernels.settling import scale_and_add, settle_base, settle_expert, sum_up
 from ktmerge.merge.kernels.transforming import count_kept, subtract, transform
 
@@ -309,6 +310,13 @@ ENTRIES: dict[str, tuple[Any, Any]] = {
         int64(
             CPointer(uint32), CPointer(int64), int64, int64, int64, CPointer(float64), CPointer(int64),
             CPointer(float64),
+        ),
+    ),
+    "rule": (
+        rule,
+        int64(
+            int64, CPointer(float32), int64, int64, CPointer(float64), int64, CPointer(float32), CPointer(float32),
+            CPointer(float32),
         ),
     ),
     "words": (words, int64(uint64, int64, int64, CPointer(int64), CPointer(uint32))),

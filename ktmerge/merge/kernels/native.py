@@ -29,12 +29,13 @@ GROUPS = {
     "memory": ("direct",),
     "choices": ("rank", "words"),
     "arrays": ("spread", "add_up", "tally", "tally_hashes", "select", "products"),
+    "rules": ("rule",),
 }
 """What is compiled together, when the first of it is asked for: a first blend need not wait for all."""
 _GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 _MODULES = (
     "arrays.py", "combining.py", "compiled.py", "compiler.py", "conversion.py", "counting.py", "deciding.py",
-    "direct.py", "files.py", "gathering.py", "ordering.py", "randomness.py", "scanning.py", "settling.py",
+    "direct.py", "files.py", "gathering.py", "ordering.py", "randomness.py", "ruling.py", "scanning.py", "settling.py",
     "transforming.py",
 )  # fmt: skip
 _SOURCES = (Path(codes.__file__), *(Path(__file__).with_name(name) for name in _MODULES))
@@ -70,6 +71,7 @@ _SIGNATURES = {
     "tally_hashes": "piiwlllwip",
     "select": "piiwllp",
     "products": "ppiiippp",
+    "rule": "ipiipippp",
 }
 
 
@@ -94,6 +96,7 @@ class Native:
     tally_hashes: Entry
     select: Entry
     products: Entry
+    rule: Entry
 
     def __init__(self) -> None:
         self._lock = threading.RLock()

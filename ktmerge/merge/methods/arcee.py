@@ -22,7 +22,8 @@ class _Limit:
     """Observer of the least importance that is kept, fp32, from exact quartiles."""
 
     def __init__(self, k: float, elements: int) -> None:
-        from ktmerge.merge.quantiles import RankedMagnitudes, quantile_rank
+        from ktmerge.merge.quantiles import RankedMagnitudes
+        from ktmerge.merge.ranks import quantile_rank
 
         self._k = k
         self._quartiles = RankedMagnitudes([quantile_rank(share, elements) for share in (0.25, 0.5, 0.75)])

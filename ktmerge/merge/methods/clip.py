@@ -74,7 +74,8 @@ def _statistics(parameters: ClipParameters) -> tuple[Statistic, ...]:
     def start(domain: Domain) -> Observer:
         if parameters.cap != "quantile":
             return _Norms(parameters.rho)
-        from ktmerge.merge.quantiles import RankedMagnitudes, quantile_rank
+        from ktmerge.merge.quantiles import RankedMagnitudes
+        from ktmerge.merge.ranks import quantile_rank
 
         return _Quantile(RankedMagnitudes([quantile_rank(parameters.quantile, domain.elements)]))
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from ktmerge.merge.arithmetic import weighted_total
+from ktmerge.merge.kernels.codes import CONSENSUS
+from ktmerge.merge.program import Ruled, Sum
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
 
@@ -21,7 +24,12 @@ class ConsensusParameters(Parameters):
     agree: int = Field(2, ge=0, description="how many experts must vote; 0 is task arithmetic")
 
 
-@stage("consensus", "combine", ConsensusParameters)
+def _compiled(parameters: ConsensusParameters, weights: Mapping[str, float]) -> Sum | Ruled:
+    own = list(weights.values())
+    return Ruled(CONSENSUS, own, (parameters.selectivity, parameters.agree)) if parameters.agree else Sum(own)
+
+
+@stage("consensus", "combine", ConsensusParameters, compiled=_compiled)
 def consensus(deltas: list[Tensor], parameters: ConsensusParameters, context: Context) -> Tensor:
     """The sum where at least k experts vote: S * [sum_t m_t >= k], m_t = |tau_t| > l |S - tau_t| (arXiv:2405.07813).
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from ktmerge.merge.kernels.codes import INFORMED
 from ktmerge.merge.methods.wudi import positive
+from ktmerge.merge.program import Ruled, Sum
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, Need, Parameters, Promises, Stages
 
@@ -43,7 +45,29 @@ def _both(parameters: Parameters) -> tuple[Need, ...]:
     return BOTH
 
 
-@stage("fisher", "combine", FisherParameters, needs=_needs, objection=positive)
+def _compiled(parameters: FisherParameters, weights: Mapping[str, float]) -> Sum | Ruled:
+    if len(weights) == 1 and not parameters.base_weight:
+        return Sum([1.0])
+    return _ruled(parameters, list(weights.values()), parameters.base_weight)
+
+
+def _compiled_back(parameters: FisherBackParameters, weights: Mapping[str, float]) -> Sum | Ruled:
+    if parameters.a == 0 or (parameters.a == 1 and len(weights) == 1):
+        return Sum([parameters.a] * len(weights))
+    return _ruled(parameters, _shares(parameters.a, list(weights.values())), 1 - parameters.a)
+
+
+def _ruled(parameters: InformationParameters, weights: Sequence[float], base_weight: float) -> Ruled:
+    numbers = (parameters.floor, base_weight, float(parameters.norm == "global"))
+    return Ruled(INFORMED, weights, numbers, asks="information")
+
+
+def _shares(a: float, weights: Sequence[float]) -> list[float]:
+    whole = sum(weights)
+    return [a * weight / whole for weight in weights]
+
+
+@stage("fisher", "combine", FisherParameters, needs=_needs, objection=positive, compiled=_compiled)
 def fisher(deltas: list[Tensor], parameters: FisherParameters, context: Context) -> Tensor:
     """M = sum_t w_t F_t tau_t / (sum_t w_t F_t + w_0 F_0), element by element (arXiv:2111.09832, eq. 3).
 
@@ -57,7 +81,7 @@ def fisher(deltas: list[Tensor], parameters: FisherParameters, context: Context)
     return _merged(deltas, context, parameters, context.weights, parameters.base_weight)
 
 
-@stage("fisher_back", "combine", FisherBackParameters, needs=_both, objection=positive)
+@stage("fisher_back", "combine", FisherBackParameters, needs=_both, objection=positive, compiled=_compiled_back)
 def fisher_back(deltas: list[Tensor], parameters: FisherBackParameters, context: Context) -> Tensor:
     """M = a sum_t w_t F_t tau_t / ((1-a) F_0 + a sum_t w_t F_t), weights as shares of their sum (arXiv:2111.09832).
 
@@ -70,9 +94,7 @@ def fisher_back(deltas: list[Tensor], parameters: FisherBackParameters, context:
         return torch.zeros_like(deltas[0])
     if parameters.a == 1 and len(deltas) == 1:
         return deltas[0]
-    whole = sum(context.weights)
-    shares = [parameters.a * weight / whole for weight in context.weights]
-    return _merged(deltas, context, parameters, shares, 1 - parameters.a)
+    return _merged(deltas, context, parameters, _shares(parameters.a, context.weights), 1 - parameters.a)
 
 
 def _merged(

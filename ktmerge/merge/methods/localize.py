@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ktmerge.merge.arithmetic import weighted_total
+from ktmerge.merge.kernels.codes import STITCH
 from ktmerge.merge.methods.elect import relative
 from ktmerge.merge.methods.slerp import positive
+from ktmerge.merge.program import Ruled
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
 
@@ -19,7 +21,11 @@ def _objection(parameters: Parameters, weights: Mapping[str, float]) -> str | No
     return positive(weights)
 
 
-@stage("stitch", "combine", objection=_objection)
+def _compiled(parameters: Parameters, weights: Mapping[str, float]) -> Ruled:
+    return Ruled(STITCH, relative(list(weights.values())))
+
+
+@stage("stitch", "combine", objection=_objection, compiled=_compiled)
 def stitch(deltas: list[Tensor], parameters: Parameters, context: Context) -> Tensor:
     """Per element, the weighted mean of the deltas that are not zero (arXiv:2408.13656).
 

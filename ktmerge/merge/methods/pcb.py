@@ -68,7 +68,8 @@ class _Balance:
         return _Levels(self._magnitudes, list(zip(floors, self._largest, strict=False)))
 
     def _start(self, experts: int) -> None:
-        from ktmerge.merge.quantiles import RankedMagnitudes, quantile_rank
+        from ktmerge.merge.quantiles import RankedMagnitudes
+        from ktmerge.merge.ranks import quantile_rank
 
         tail, density = self._parameters.tail, self._parameters.density
         shares = [1 - density] if self._magnitudes else [tail, 1 - tail]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from ktmerge.merge.arithmetic import weighted_total
+from ktmerge.merge.kernels.codes import OVERLAP
+from ktmerge.merge.program import Ruled
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
 from ktmerge.merge.weights import relative
@@ -54,10 +57,14 @@ class _Overlap:
         self.done = True
 
     def result(self) -> list[float]:
-        p = self._parameters
-        # without unique changes the factor concerns nothing; the count of 1 keeps it finite
-        pairs = zip(self._shared, self._unique, strict=True)
-        return [1 + p.r * min(p.alpha, shared / max(unique, 1)) for shared, unique in pairs]
+        return _factors(self._parameters, self._shared, self._unique)
+
+
+def _factors(parameters: RamPlusParameters, shared: Sequence[int], unique: Sequence[int]) -> list[float]:
+    """1 + r clip(shared / unique, 0, alpha) of each expert."""
+    # without unique changes the factor concerns nothing; the count of 1 keeps it finite
+    pairs = zip(shared, unique, strict=True)
+    return [1 + parameters.r * min(parameters.alpha, others / max(own, 1)) for others, own in pairs]
 
 
 def _overlap(parameters: RamPlusParameters) -> tuple[Statistic, ...]:
@@ -71,7 +78,20 @@ def _objection(parameters: RamParameters, weights: Mapping[str, float]) -> str |
     return None if any(weights.values()) else "all expert weights are 0; nothing would be merged"
 
 
-@stage("overlap_mean", "combine", RamParameters, objection=_objection)
+def _ruled(parameters: RamParameters, weights: Mapping[str, float]) -> Ruled:
+    return Ruled(OVERLAP, relative(list(weights.values())), (parameters.epsilon * _BF16_STEP,))
+
+
+def _ruled_plus(parameters: RamPlusParameters, weights: Mapping[str, float]) -> Ruled:
+    plain = _ruled(parameters, weights)
+
+    def with_factors(shared: Sequence[int], unique: Sequence[int]) -> Ruled:
+        return replace(plain, factors=_factors(parameters, shared, unique))
+
+    return replace(plain, asks="overlap", scope=parameters.scope, answer=with_factors)
+
+
+@stage("overlap_mean", "combine", RamParameters, objection=_objection, compiled=_ruled)
 def overlap_mean(deltas: list[Tensor], parameters: RamParameters, context: Context) -> Tensor:
     """Per element, the mean of the experts that change it: sum_A tau_t / |A|, A = {t: |tau_t| >= e} (arXiv:2601.13572).
 
@@ -82,7 +102,7 @@ def overlap_mean(deltas: list[Tensor], parameters: RamParameters, context: Conte
     return _merged(deltas, [1.0] * len(deltas), parameters, context)
 
 
-@stage("overlap_plus", "combine", RamPlusParameters, statistics=_overlap, objection=_objection)
+@stage("overlap_plus", "combine", RamPlusParameters, statistics=_overlap, objection=_objection, compiled=_ruled_plus)
 def overlap_plus(deltas: list[Tensor], parameters: RamPlusParameters, context: Context) -> Tensor:
     """As overlap_mean, with an expert's own changes times 1 + r clip(shared / own, 0, alpha) (arXiv:2601.13572).
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from ktmerge.merge.arithmetic import weighted_total
+from ktmerge.merge.kernels.codes import TRUST
+from ktmerge.merge.program import Ruled, Sum
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
 
@@ -23,7 +26,8 @@ class _Sensitivity:
     """Observer of the quantile of `sensitivity`."""
 
     def __init__(self, quantile: float, elements: int) -> None:
-        from ktmerge.merge.quantiles import RankedMagnitudes, quantile_rank
+        from ktmerge.merge.quantiles import RankedMagnitudes
+        from ktmerge.merge.ranks import quantile_rank
 
         self._ranked = RankedMagnitudes([quantile_rank(quantile, elements)])
 
@@ -51,7 +55,17 @@ def _statistics(parameters: TrustParameters) -> tuple[Statistic, ...]:
     return (Statistic("limit", parameters.scope, start),)
 
 
-@stage("trust", "combine", TrustParameters, statistics=_statistics)
+def _compiled(parameters: TrustParameters, weights: Mapping[str, float]) -> Sum | Ruled:
+    own = list(weights.values())
+    if parameters.quantile == 1:
+        return Sum(own)
+    return Ruled(
+        TRUST, own, asks="limit", scope=parameters.scope, share=parameters.quantile,
+        answer=lambda limit: Ruled(TRUST, own, (limit,)),
+    )  # fmt: skip
+
+
+@stage("trust", "combine", TrustParameters, statistics=_statistics, compiled=_compiled)
 def trust(deltas: list[Tensor], parameters: TrustParameters, context: Context) -> Tensor:
     """The sum of deltas where sum_{a != b} |tau_a| |tau_b| is not above its .99 quantile (arXiv:2501.15065, zero-shot).
 
