@@ -48,12 +48,14 @@ class ChoiceMaker:
             return self._item_of_images(row)
         values = self._choice_values(row)
         choices = self._checked(row, values)
-        answer = self._answer_index(row, values, choices)
+        answer, *others = self._right(row, values, choices)
         own = self._images.of.get(row.where, ())
         if isinstance(self._task, LetterTask):
             return LetterItem(row.number, self._shown(row, choices), choices, answer, images=own)
         separator = self._separator(self._task, choices)
-        return ChoiceItem(row.number, self._prompt.text(row), choices, answer, separator, images=own)
+        return ChoiceItem(
+            row.number, self._prompt.text(row), choices, answer, separator, images=own, others=tuple(others)
+        )
 
     def _item_of_images(self, row: Row) -> ChoiceItem | LetterItem:
         """Every choice an image in the prompt behind its letter; the answer is a letter."""
@@ -72,13 +74,14 @@ class ChoiceMaker:
         prompt = self._shown(row, (MARK,) * len(pictures))
         if prompt.count(MARK) == len(pictures):  # the question's own stand before it, as without images of choices
             prompt = MARK * len(own) + prompt
-        answer = self._answer_index(row, names, choices, letters=True)
+        answer, *others = self._right(row, names, choices, letters=True)
         if isinstance(self._task, LetterTask):
             return LetterItem(row.number, prompt, choices, answer, images=own + pictures)
         letters = tuple(LETTERS[: len(pictures)])
         return ChoiceItem(
-            row.number, prompt, letters, answer, self._separator(self._task, letters), images=own + pictures
-        )
+            row.number, prompt, letters, answer, self._separator(self._task, letters), images=own + pictures,
+            others=tuple(others),
+        )  # fmt: skip
 
     def _shown(self, row: Row, choices: tuple[str, ...]) -> str:
         """The prompt, with the choices behind letters where it asks for them."""
@@ -118,13 +121,23 @@ class ChoiceMaker:
                 raise UsageError(f"{where}: {row.where} has the choice {value!r}, which is not a text.")
         return list(values)
 
-    def _answer_index(self, row: Row, values: list[Any], choices: tuple[str, ...], letters: bool = False) -> int:
+    def _right(self, row: Row, values: list[Any], choices: tuple[str, ...], letters: bool = False) -> list[int]:
+        """Indices of the right choices: of a choice task there may be a list of several, none twice."""
+        answer = self._answer.value(row)
+        if not (isinstance(answer, list | tuple) and isinstance(self._task, ChoiceTask)):
+            return [self._index(row, answer, values, choices, letters)]
+        if not answer:
+            raise UsageError(
+                f"{_where(self._task, 'answer')}: {row.where} gives an empty list; at least one answer is needed."
+            )
+        return list(dict.fromkeys(self._index(row, one, values, choices, letters) for one in answer))
+
+    def _index(self, row: Row, answer: Any, values: list[Any], choices: tuple[str, ...], letters: bool) -> int:
         """A number is an index, a text is looked up among the choices, and read as an index if it isn't there.
 
         With ``letters`` it may be a choice's letter, too.
         """
         where = _where(self._task, "answer")
-        answer = self._answer.value(row)
         if answer is None:
             raise UsageError(f"{where}: {row.where} has null, no answer.")
         if isinstance(answer, bool):

@@ -269,9 +269,11 @@ def _harness_info(one: TaskSet, made: HarnessSet, encoded: Encoded) -> TaskInfo:
 
 
 def _reference(item: AskedItem) -> Any:
-    """Index of the right choice; the reference answer, or all of several; the kinds of instructions."""
+    """Index of the right choice, or of all that are; the reference answer, or all of several; the kinds of instructions."""
     if isinstance(item, InstructionsItem):
         return [one.kind for one in item.instructions]
+    if isinstance(item, ChoiceItem) and item.others:
+        return list(item.right)
     if not isinstance(item, GenerateItem):
         return item.answer
     return item.answers[0] if len(item.answers) == 1 else list(item.answers)

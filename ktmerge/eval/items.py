@@ -20,7 +20,10 @@ class Shot(NamedTuple):
 
 @dataclass(frozen=True)
 class ChoiceItem:
-    """A context, the texts that may follow it, and which is right; ``separator`` stands between the two."""
+    """A context, the texts that may follow it, and which is right; ``separator`` stands between the two.
+
+    ``others`` are right, too; worked examples show ``answer``.
+    """
 
     row: int
     prompt: str
@@ -29,6 +32,11 @@ class ChoiceItem:
     separator: str
     shots: tuple[Shot, ...] = ()
     images: tuple[Image, ...] = ()
+    others: tuple[int, ...] = ()
+
+    @property
+    def right(self) -> tuple[int, ...]:
+        return (self.answer, *self.others)
 
     def continuations(self) -> list[str]:
         return [self.separator + choice for choice in self.choices]

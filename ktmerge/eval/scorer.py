@@ -124,7 +124,7 @@ class _Job:
         taken = metrics.CHOICE[task.metric]
         items = [item for item in one.items if isinstance(item, ChoiceItem)]
         predicted = [taken(own, item.choices) for own, item in zip(by_item, items, strict=True)]
-        scores = [float(found == item.answer) for found, item in zip(predicted, items, strict=True)]
+        scores = [float(found in item.right) for found, item in zip(predicted, items, strict=True)]
         logprobs = [np.round(own, 6).tolist() for own in by_item]
         details: dict[str, list[Any]] = {"logprobs": logprobs, "predicted": predicted}
         figures = {}

@@ -71,6 +71,10 @@ def test_the_answer_is_an_index_or_a_text(answer: Any, choices: list[Any], templ
         ({"q": float("nan")}, {}, "x.jsonl:5: it prints nan, a missing number"),
         ({"q": "a\ud800"}, {}, r"task 'facts': x.jsonl:5 has half a character (\ud800) in a text"),
         ({"o": ["a", "\udfff"]}, {"choices": "o"}, r"x.jsonl:5 has half a character (\udfff)"),
+        ({"a": []}, {}, "x.jsonl:5 gives an empty list; at least one answer is needed"),
+        ({"a": [0, 2]}, {}, "x.jsonl:5 gives index 2; its 2 choices count from 0"),
+        ({"a": [0, "maybe"]}, {}, "x.jsonl:5 gives 'maybe', which is none of its choices"),
+        ({"a": [[0]]}, {}, "x.jsonl:5 gives [0], which is none of its choices"),
         ({"a": "maybe"}, {}, "gives 'maybe', which is none of its choices ['yes', 'no']"),
         ({"a": 1, "o": [1, 2]}, {"choices": "o"}, "the choices are numbers too"),
         ({"o": []}, {"choices": "o"}, "has 0, at least 2 are needed"),
@@ -110,6 +114,13 @@ def test_the_default_separator_knows_its_place() -> None:
     assert choice(chat=True).continuations() == ["yes", "no"]
     assert choice(choices=[" yes", " no"], separator=" ").continuations() == ["  yes", "  no"]
     assert choice(chat=True, separator="\n").continuations() == ["\nyes", "\nno"]
+
+
+def test_several_choices_may_be_right() -> None:
+    item = choice({"a": ["no", 0, "yes"]})
+    assert (item.answer, item.right) == (1, (1, 0))
+    assert item.worked.answer == " no"
+    assert choice({"a": [1]}).right == (1,)
 
 
 def test_templates_count_anew_over_every_row() -> None:

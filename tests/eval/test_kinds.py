@@ -48,6 +48,15 @@ def test_labels_score_as_choices_do(llama: Any, tokenizer: Any, folder: Path) ->
     assert found["t0"].extras()["balanced_accuracy"] == pytest.approx(100 * np.mean(recalls))
 
 
+def test_any_of_several_right_choices_counts(llama: Any, tokenizer: Any, folder: Path) -> None:
+    several = CHOICE | {"answer": "{{ [gold, (gold + 1) % 3] }}"}
+    found = score_model(llama, tokenizer, suite(folder, CHOICE, several))
+    assert found["t1"].details == found["t0"].details
+    expected = [float((p - i) % 3 < 2) for i, p in enumerate(found["t0"].details["predicted"])]
+    assert 0 < sum(expected) < 12
+    assert found["t1"].scores.tolist() == expected
+
+
 def test_letters_are_asked_and_read(llama: Any, tokenizer: Any, folder: Path) -> None:
     (one,) = read_sets(suite(folder, LETTER))
     item = one.items[1]
