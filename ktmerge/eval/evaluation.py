@@ -269,7 +269,7 @@ def _harness_info(one: TaskSet, made: HarnessSet, encoded: Encoded) -> TaskInfo:
 
 
 def _reference(item: AskedItem) -> Any:
-    """Index of the right choice, or of all that are; the reference answer, or all of several; the kinds of instructions."""
+    """Index of the right choice, or the reference answer; all, where there are several; the kinds of instructions."""
     if isinstance(item, InstructionsItem):
         return [one.kind for one in item.instructions]
     if isinstance(item, ChoiceItem) and item.others:
