@@ -1,4 +1,4 @@
-"""Eigenvectors and singular values, kept on disk when asked: a sweep decomposes every matrix once.
+"""Eigenvectors and singular vectors, kept on disk when asked: a sweep decomposes every matrix once.
 
 Off unless ``KTMERGE_CACHE_GB`` is above 0 or `keeping` is in force. Entries are named by the content of the matrix and
 what was done to it, so that nothing ever has to be invalidated; what was not used for longest goes first.
@@ -154,15 +154,6 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return found["left"], found["values"], found["right"]
 
 
-def singular_values(matrix: Tensor) -> Tensor:
-    """Singular values ``[m]``, descending, in the matrix's type; fit for the small ones, too.
-
-    Raises:
-        UsageError: as for `eigh`.
-    """
-    return _kept(matrix, "singular values", _singular_values)["values"]
-
-
 def _kept(matrix: Tensor, operation: str, compute: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
     store = _store()
     if store is None:
@@ -202,12 +193,3 @@ def _svd(matrix: Tensor) -> dict[str, Tensor]:
         found = torch.linalg.svd(matrix.double().cpu(), full_matrices=False)
         left, values, right = (one.to(matrix) for one in found)
     return {"left": left, "values": values, "right": right}
-
-
-def _singular_values(matrix: Tensor) -> dict[str, Tensor]:
-    import torch
-
-    try:
-        return {"values": torch.linalg.svdvals(matrix)}
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        return {"values": torch.linalg.svdvals(matrix.double().cpu()).to(matrix)}

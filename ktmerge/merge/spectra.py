@@ -1,7 +1,7 @@
 """Singular values and vectors of deltas: what the spectral methods share.
 
-Vectors come from the smaller Gram matrix in float64: for float32 data as exact as an SVD in float32, and far cheaper.
-Where the small singular values themselves decide, `decompositions.singular_values` finds them without squaring.
+Both come from the smaller Gram matrix in float64: for float32 data at least as exact as an SVD in float32, the median
+that tells noise included, and far cheaper.
 No function's result depends on the signs of the vectors.
 """
 

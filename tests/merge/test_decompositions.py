@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ktmerge.errors import UsageError
 from ktmerge.merge import decompositions
-from ktmerge.merge.decompositions import Store, eigh, keeping, singular_values, svd
+from ktmerge.merge.decompositions import Store, eigh, keeping, svd
 
 
 def symmetric(seed: int, size: int = 20) -> Tensor:
@@ -43,7 +43,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return count
 
-    for name in ("_eigh", "_svd", "_singular_values"):
+    for name in ("_eigh", "_svd"):
         monkeypatch.setattr(decompositions, name, counting(name))
     return done
 
@@ -74,25 +74,25 @@ def test_the_environment_switches_it_on(tmp_path: Path, monkeypatch: pytest.Monk
 def test_what_was_kept_comes_back_bit_for_bit(tmp_path: Path, counted: list[str]) -> None:
     matrix = symmetric(0)
     wide = torch.randn(4, 9)
-    exact = (*eigh(matrix), *svd(wide), singular_values(wide))
+    exact = (*eigh(matrix), *svd(wide))
     counted.clear()
     with keeping(0.01, tmp_path):
         for _ in range(3):
-            found = (*eigh(matrix), *svd(wide), singular_values(wide))
+            found = (*eigh(matrix), *svd(wide))
             assert all(a.equal(b) and a.dtype == b.dtype for a, b in zip(found, exact, strict=True))
-    assert sorted(counted) == ["_eigh", "_singular_values", "_svd"]
+    assert sorted(counted) == ["_eigh", "_svd"]
     eigh(matrix)
-    assert len(counted) == 4  # off again
+    assert len(counted) == 3  # off again
 
 
 def test_other_matrices_shapes_and_types_are_other_entries(tmp_path: Path, counted: list[str]) -> None:
     with keeping(0.01, tmp_path):
         whole = torch.arange(36.0).reshape(6, 6)
         for one in (whole, whole.reshape(4, 9), whole.T, -whole, whole.double(), torch.zeros(6, 6), -torch.zeros(6, 6)):
-            singular_values(one)
+            svd(one)
     assert len(counted) == len(entries(tmp_path)) == 7
     with keeping(0.01, tmp_path):
-        singular_values(whole.T.contiguous())  # the same matrix, laid out otherwise
+        svd(whole.T.contiguous())  # the same matrix, laid out otherwise
     assert len(counted) == 7
 
 
@@ -222,7 +222,7 @@ def test_processes_share_it_and_may_be_killed(tmp_path: Path) -> None:
 
 def test_a_failing_driver_is_helped_out(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = torch.randn(5, 8)
-    exact = singular_values(matrix)
+    exact = svd(matrix)
     real = {name: getattr(torch.linalg, name) for name in ("svd", "svdvals")}
 
     def failing(name: str) -> Any:
@@ -235,7 +235,7 @@ def test_a_failing_driver_is_helped_out(monkeypatch: pytest.MonkeyPatch) -> None
 
     for name in real:
         monkeypatch.setattr(torch.linalg, name, failing(name))
-    torch.testing.assert_close(singular_values(matrix), exact)
+    torch.testing.assert_close(svd(matrix), exact)
     left, values, right = svd(matrix)
     torch.testing.assert_close((left * values) @ right, matrix)
     assert left.dtype == torch.float32

@@ -32,7 +32,6 @@ def dg_hard(delta: Tensor, parameters: DgHardParameters, context: Context) -> Te
     """
     import torch
 
-    from ktmerge.merge.decompositions import singular_values
     from ktmerge.merge.spectra import one_sided, threshold, transformed
 
     if parameters.scale == 0:
@@ -41,12 +40,12 @@ def dg_hard(delta: Tensor, parameters: DgHardParameters, context: Context) -> Te
     def denoise(own: Tensor, base: Tensor) -> Tensor:
         if own.numel() < parameters.min_numel:
             return own
-        values = singular_values(own)
-        edge = parameters.scale * threshold(values, (own.shape[0], own.shape[1]))
-        rank = int((values > edge).sum())
-        if rank in (0, values.numel()):
+        found = one_sided(own)
+        edge = parameters.scale * threshold(found.values, (own.shape[0], own.shape[1]))
+        rank = int((found.values > edge).sum())
+        if rank in (0, found.values.numel()):
             return own if rank else torch.zeros_like(own)
-        return one_sided(own).filtered(values.new_ones(rank).double()).float()
+        return found.filtered(found.values.new_ones(rank)).float()
 
     return transformed(delta, context, denoise, fused=parameters.split_fused)
 
@@ -59,7 +58,7 @@ method(
         stages=Stages(transform=(("dg_hard", {}),), combine=("mean", {})),
         otherwise=MEANS,
         formula="U [s > omega(b) median(s) / mu(b)] S V^T of tau = U S V^T, b = min(o, i) / max(o, i)",
-        cost="SVD values oi min(o, i) + eigh min(o, i)^3",
+        cost="eigh min(o, i)^3",
         promises=Promises(neutral={"scale": 0.0}, identical="mean", elements=False, rotations=True, tolerance=1e-5),
     )
 )

@@ -38,7 +38,6 @@ def wiener(delta: Tensor, parameters: WienerParameters, context: Context) -> Ten
     import torch
 
     from ktmerge.merge.covariance import of_delta
-    from ktmerge.merge.decompositions import singular_values
     from ktmerge.merge.regression import Filter, spectral_regmean
     from ktmerge.merge.spectra import noise, one_sided, transformed
 
@@ -56,7 +55,7 @@ def wiener(delta: Tensor, parameters: WienerParameters, context: Context) -> Ten
             return spectral_regmean([own], [of_delta(own)], Filter(), "zero", weights=[a], base=upstream).float()
         found = one_sided(own)
         if by_noise:
-            nu2 = noise(singular_values(own), (own.shape[0], own.shape[1])) ** 2
+            nu2 = noise(found.values, (own.shape[0], own.shape[1])) ** 2
         else:
             nu2 = (1 - a) / a * float((found.values**2).sum()) / own.shape[1]
         squares = found.values[found.values > 0] ** 2
