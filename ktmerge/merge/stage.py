@@ -142,6 +142,15 @@ class Observer(Protocol):
         """What the stage finds in ``context.statistics``; valid once done."""
 
 
+class OnePass:
+    """What an `Observer` is that has seen enough after one pass."""
+
+    done = False
+
+    def end_pass(self) -> None:
+        self.done = True
+
+
 @dataclass(frozen=True)
 class Statistic:
     """A number (or a few) that a stage needs to know before it can work on any element."""

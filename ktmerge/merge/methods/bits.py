@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.stage import Context, Method, OnePass, Parameters, Promises, Stages, Statistic
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class _MeanMagnitude:
+class _MeanMagnitude(OnePass):
     """Observer of mean |tau| of one tensor, from an exact sum."""
 
     def __init__(self, elements: int) -> None:
@@ -19,23 +19,16 @@ class _MeanMagnitude:
 
         self._elements = elements
         self._sum = ExactSum(1)
-        self.done = False
 
     def observe(self, values: Tensor, context: Context) -> None:
         self._sum.add(values)
-
-    def end_pass(self) -> None:
-        self.done = True
 
     def result(self) -> float:
         return float(self._sum.value() / max(1, self._elements))
 
 
 def _mean(parameters: Parameters) -> tuple[Statistic, ...]:
-    def start(domain: Domain) -> Observer:
-        return _MeanMagnitude(domain.elements)
-
-    return (Statistic("mean", "tensor", start),)
+    return (Statistic("mean", "tensor", lambda domain: _MeanMagnitude(domain.elements)),)
 
 
 @stage("bitdelta", "transform", statistics=_mean)

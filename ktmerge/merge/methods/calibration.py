@@ -12,7 +12,7 @@ from pydantic import Field
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.program import Budget, Energies
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, SplitFused, Stages, Statistic
+from ktmerge.merge.stage import Context, Method, OnePass, Parameters, Promises, SplitFused, Stages, Statistic
 from ktmerge.merge.weights import relative
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def svc(merged: Tensor, deltas: list[Tensor], parameters: SvcParameters, context
     return by_map([merged, *deltas], context, calibrate, fused=parameters.split_fused)
 
 
-class _Lengths:
+class _Lengths(OnePass):
     """Observer of the factor of norm_budget, from exact sums."""
 
     def __init__(self) -> None:
@@ -90,7 +90,6 @@ class _Lengths:
         self._base, self._merged = ExactSum(2), ExactSum(2)
         self._deltas: list[ExactSum] = []
         self._weights: Sequence[float] = ()
-        self.done = False
 
     def observe(self, values: Tensor, context: Context) -> None:
         from ktmerge.merge.kernels.sums import ExactSum
@@ -101,9 +100,6 @@ class _Lengths:
         self._merged.add(values)
         for total, delta in zip(self._deltas, context.deltas, strict=True):
             total.add(delta)
-
-    def end_pass(self) -> None:
-        self.done = True
 
     def result(self) -> float:
         energies = Energies(self._base.value(), [one.value() for one in self._deltas])
@@ -121,10 +117,7 @@ def _factor(energies: Energies, merged: Fraction, weights: Sequence[float]) -> f
 
 
 def _lengths(parameters: Parameters) -> tuple[Statistic, ...]:
-    def start(domain: Domain) -> Observer:
-        return _Lengths()
-
-    return (Statistic("factor", "tensor", start),)
+    return (Statistic("factor", "tensor", lambda domain: _Lengths()),)
 
 
 def _budget(parameters: Parameters) -> Budget:

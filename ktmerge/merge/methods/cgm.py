@@ -10,7 +10,7 @@ from pydantic import Field
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.methods.fisher import BOTH, information
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Domain, Method, Need, Observer, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.stage import Context, Method, Need, Parameters, Promises, Stages, Statistic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,10 +116,7 @@ def _key(context: Context) -> int:
 
 
 def _edge(parameters: CgmHardParameters) -> tuple[Statistic, ...]:
-    def start(domain: Domain) -> Observer:
-        return _Edge(parameters, domain.elements)
-
-    return (Statistic("edge", parameters.scope, start),)
+    return (Statistic("edge", parameters.scope, lambda domain: _Edge(parameters, domain.elements)),)
 
 
 @stage("cgm_hard", "transform", CgmHardParameters, statistics=_edge, needs=_needs)

@@ -11,7 +11,7 @@ from pydantic import Field
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.program import Drop
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Domain, Method, Need, Observer, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.stage import Context, Method, Need, OnePass, Parameters, Promises, Stages, Statistic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +49,7 @@ def _needs(parameters: DareParameters) -> tuple[Need, ...]:
     return (Need("inputs", "experts"),) if _analytic(parameters) else ()
 
 
-class _NormRatio:
+class _NormRatio(OnePass):
     """Observer of ||tau|| / ||m * tau|| over one tensor, from exact sums."""
 
     def __init__(self, parameters: DareParameters) -> None:
@@ -58,14 +58,10 @@ class _NormRatio:
         self._parameters = parameters
         self._power = 1 if parameters.rescale == "l1" else 2
         self._all, self._kept = ExactSum(self._power), ExactSum(self._power)
-        self.done = False
 
     def observe(self, values: Tensor, context: Context) -> None:
         self._all.add(values)
         self._kept.add(drop(values, self._parameters.density, context))
-
-    def end_pass(self) -> None:
-        self.done = True
 
     def result(self) -> float:
         kept = self._kept.value()
@@ -76,10 +72,7 @@ def _norms(parameters: DareParameters) -> tuple[Statistic, ...]:
     if parameters.rescale not in ("l1", "l2"):
         return ()
 
-    def start(domain: Domain) -> Observer:
-        return _NormRatio(parameters)
-
-    return (Statistic("ratio", "tensor", start),)
+    return (Statistic("ratio", "tensor", lambda domain: _NormRatio(parameters)),)
 
 
 def _compiled(parameters: DareParameters) -> Drop | None:

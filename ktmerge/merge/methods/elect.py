@@ -10,7 +10,7 @@ from pydantic import Field
 from ktmerge.merge.arithmetic import weighted_total
 from ktmerge.merge.program import Elect
 from ktmerge.merge.registry import stage
-from ktmerge.merge.stage import Context, Domain, Observer, Parameters, Statistic
+from ktmerge.merge.stage import Context, OnePass, Parameters, Scope, Statistic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,20 +44,16 @@ def _objection(parameters: ElectParameters, weights: Mapping[str, float]) -> str
     return None
 
 
-class _SignBalance:
+class _SignBalance(OnePass):
     """Observer of the sum of all elected signs; its sign is the majority."""
 
     def __init__(self, parameters: ElectParameters) -> None:
         self._parameters = parameters
         self._balance = 0
-        self.done = False
 
     def observe(self, values: list[Tensor], context: Context) -> None:
         votes = _vote(values, self._parameters, relative(context.weights))
         self._balance += int((votes > 0).sum()) - int((votes < 0).sum())
-
-    def end_pass(self) -> None:
-        self.done = True
 
     def result(self) -> int:
         return (self._balance > 0) - (self._balance < 0)
@@ -67,10 +63,8 @@ def _majority(parameters: ElectParameters) -> tuple[Statistic, ...]:
     if parameters.tie != "majority":
         return ()
 
-    def start(domain: Domain) -> Observer:
-        return _SignBalance(parameters)
-
-    return (Statistic("majority", "global" if parameters.scope == "global" else "tensor", start),)
+    scope: Scope = "global" if parameters.scope == "global" else "tensor"
+    return (Statistic("majority", scope, lambda domain: _SignBalance(parameters)),)
 
 
 def _compiled(parameters: ElectParameters, weights: Mapping[str, float]) -> Elect | None:

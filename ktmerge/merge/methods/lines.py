@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ktmerge.merge.program import Ramp
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.stage import Context, Method, OnePass, Parameters, Promises, Stages, Statistic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ class LinesParameters(Parameters):
     )
 
 
-class _Share:
+class _Share(OnePass):
     """Observer of (||sum_t tau_t||_1 / ||M||_1) / N over all tensors, from exact sums."""
 
     def __init__(self) -> None:
@@ -33,7 +33,6 @@ class _Share:
 
         self._plain, self._merged = ExactSum(1), ExactSum(1)
         self._experts = 1
-        self.done = False
 
     def observe(self, values: Tensor, context: Context) -> None:
         from ktmerge.merge.arithmetic import weighted_total
@@ -41,9 +40,6 @@ class _Share:
         self._plain.add(weighted_total(context.deltas, [1.0] * len(context.deltas)))
         self._merged.add(values)
         self._experts = len(context.experts)
-
-    def end_pass(self) -> None:
-        self.done = True
 
     def result(self) -> float:
         merged = self._merged.value()
@@ -54,10 +50,7 @@ def _share(parameters: LinesParameters) -> tuple[Statistic, ...]:
     if parameters.alpha != "auto":
         return ()
 
-    def start(domain: Domain) -> Observer:
-        return _Share()
-
-    return (Statistic("alpha", "global", start),)
+    return (Statistic("alpha", "global", lambda domain: _Share()),)
 
 
 def _ramp(parameters: LinesParameters, alpha: float) -> Ramp:

@@ -12,7 +12,7 @@ from ktmerge.merge.arithmetic import weighted_total
 from ktmerge.merge.methods.slerp import positive
 from ktmerge.merge.program import Energies, Measured
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.stage import Context, Method, OnePass, Parameters, Promises, Stages, Statistic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,14 +29,13 @@ class NormShareParameters(Parameters):
     )
 
 
-class _Shares:
+class _Shares(OnePass):
     """Observer of each expert's share before its weight, from exact sums of squares; 0 of experts that did not move."""
 
     def __init__(self, rule: str) -> None:
         self._rule = rule
         self._deltas: list[ExactSum] = []
         self._weights: list[ExactSum] = []
-        self.done = False
 
     def observe(self, values: list[Tensor], context: Context) -> None:
         from ktmerge.merge.kernels.sums import ExactSum
@@ -47,9 +46,6 @@ class _Shares:
             self._deltas[number].add(delta)
             if self._rule == "nan":
                 self._weights[number].add(context.base + delta)
-
-    def end_pass(self) -> None:
-        self.done = True
 
     def result(self) -> list[float]:
         return _shares(self._rule, [one.value() for one in self._deltas], [one.value() for one in self._weights])
@@ -66,10 +62,7 @@ def _shares(rule: str, moved: Sequence[Fraction], norms: Sequence[Fraction]) -> 
 
 
 def _statistics(parameters: NormShareParameters) -> tuple[Statistic, ...]:
-    def start(domain: Domain) -> Observer:
-        return _Shares(parameters.rule)
-
-    return (Statistic("shares", parameters.scope, start),)
+    return (Statistic("shares", parameters.scope, lambda domain: _Shares(parameters.rule)),)
 
 
 def _objection(parameters: NormShareParameters, weights: Mapping[str, float]) -> str | None:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from ktmerge.merge.projections import ATTENTION, FEED_FORWARD, kinds_in, module_of
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.stage import Context, Method, OnePass, Parameters, Promises, Stages, Statistic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,21 +31,17 @@ class NeuronFusionParameters(Parameters):
     )
 
 
-class _Energies:
+class _Energies(OnePass):
     """Observer of the squared change of every neuron; finds the factor of each."""
 
     def __init__(self, parameters: NeuronFusionParameters) -> None:
         self._parameters = parameters
         self._found: dict[Owner, dict[str, Tensor]] = {}
-        self.done = False
 
     def observe(self, values: Tensor, context: Context) -> None:
         for owner, kind, one in _maps(values, context):
             energies = one.double().square().sum(0 if kind in _COLUMNS else 1)
             self._found.setdefault(owner, {})[kind] = energies.cpu()
-
-    def end_pass(self) -> None:
-        self.done = True
 
     def result(self) -> dict[Owner, dict[str, Tensor]]:
         """Of each projection, the factor of each neuron, float32."""
@@ -98,10 +94,7 @@ def _factors(energies: Mapping[str, Tensor], count: int, parameters: NeuronFusio
 
 
 def _statistics(parameters: NeuronFusionParameters) -> tuple[Statistic, ...]:
-    def start(domain: Domain) -> Observer:
-        return _Energies(parameters)
-
-    return (Statistic("factors", "global", start),)
+    return (Statistic("factors", "global", lambda domain: _Energies(parameters)),)
 
 
 @stage("neuron_fusion", "transform", NeuronFusionParameters, reach="tensor", statistics=_statistics)

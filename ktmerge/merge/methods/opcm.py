@@ -10,7 +10,7 @@ from pydantic import Field
 
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, SplitFused, Stages, Statistic
+from ktmerge.merge.stage import Context, Method, OnePass, Parameters, Promises, SplitFused, Stages, Statistic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,7 @@ class OpcmParameters(Parameters):
     split_fused: SplitFused = True
 
 
-class _NormRatio:
+class _NormRatio(OnePass):
     """Observer of mean_t ||tau_t|| / ||M||, from exact sums of squares."""
 
     def __init__(self, parameters: OpcmParameters) -> None:
@@ -35,7 +35,6 @@ class _NormRatio:
         self._parameters = parameters
         self._merged = ExactSum(2)
         self._experts: list[ExactSum] = []
-        self.done = False
 
     def observe(self, values: list[Tensor], context: Context) -> None:
         from ktmerge.merge.kernels.sums import ExactSum
@@ -44,9 +43,6 @@ class _NormRatio:
         for square, delta in zip(self._experts, values, strict=True):
             square.add(delta)
         self._merged.add(_added(values, self._parameters, context))
-
-    def end_pass(self) -> None:
-        self.done = True
 
     def result(self) -> float:
         norms = [math.sqrt(one.value()) for one in self._experts]
@@ -58,10 +54,7 @@ class _NormRatio:
 
 
 def _ratio(parameters: OpcmParameters) -> tuple[Statistic, ...]:
-    def start(domain: Domain) -> Observer:
-        return _NormRatio(parameters)
-
-    return (Statistic("ratio", parameters.scope, start),)
+    return (Statistic("ratio", parameters.scope, lambda domain: _NormRatio(parameters)),)
 
 
 def _objection(parameters: OpcmParameters, weights: Mapping[str, float]) -> str | None:

@@ -12,7 +12,7 @@ from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.methods.elect import disjoint, relative
 from ktmerge.merge.methods.slerp import positive
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages, Statistic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,10 +73,7 @@ class _Selection:
 
 
 def _selection(parameters: SceParameters) -> tuple[Statistic, ...]:
-    def start(domain: Domain) -> Observer:
-        return _Selection(parameters.select_topk, domain.elements)
-
-    return (Statistic("selection", "tensor", start),)
+    return (Statistic("selection", "tensor", lambda domain: _Selection(parameters.select_topk, domain.elements)),)
 
 
 def _objection(parameters: SceParameters, weights: Mapping[str, float]) -> str | None:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ktmerge.merge.arithmetic import VECTORS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Place, Promises, Stages, Statistic
+from ktmerge.merge.stage import Context, Method, Parameters, Place, Promises, Stages, Statistic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,10 +93,7 @@ class _Shares:
 
 
 def _statistics(parameters: SpiderParameters) -> tuple[Statistic, ...]:
-    def start(domain: Domain) -> Observer:
-        return _Shares(parameters, domain.elements)
-
-    return (Statistic("shares", "tensor", start),)
+    return (Statistic("shares", "tensor", lambda domain: _Shares(parameters, domain.elements)),)
 
 
 def _vectors(parameters: SpiderParameters, place: Place) -> int:
