@@ -19,7 +19,7 @@ from ktmerge.errors import UsageError
 from ktmerge.measurement import measurements_of
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.load import suite_of
-from ktmerge.recipes.schema import Recipe
+from ktmerge.recipes.schema import Evaluation, Recipe
 from ktmerge.staging import jobs_of
 
 if TYPE_CHECKING:
@@ -107,30 +107,42 @@ def run(
         _remove_old(out, keep_blend=blended is not None)
     results = page = None
     if suite is not None and recipe.eval is not None:
-        from ktmerge import eval as evaluation
-        from ktmerge.eval.store import score_folder
-
         models = {"base": base, **experts, **({} if blended is None else {"blended": blended})}
-        results = evaluation.evaluate(
-            models,
-            suite,
-            batch_size=recipe.eval.batch_size,
-            bootstrap=recipe.eval.bootstrap,
-            seed=recipe.eval.seed,
-            device=device,
-            cache=score_folder(),
-            progress=progress,
-        )
+        results = _score(models, suite, recipe.eval, device, progress)
         results.save(out / SCORES)
-        page = evaluation.report(
-            results,
-            out / REPORT,
-            title=f"ktmerge: {recipe.name}",
-            recipes={recipe.name: recipe_text(recipe)},
-            training=training_logs(recipe, experts),
-            tuned=list(experts),
-        )
+        page = _report(results, out / REPORT, recipe, experts)
     return RunResult(experts, blended, results, page, statistics)
+
+
+def _score(
+    models: Mapping[str, Located], suite: Suite, section: Evaluation, device: str, progress: Progress
+) -> Results:
+    from ktmerge.eval import evaluate
+    from ktmerge.eval.store import score_folder
+
+    return evaluate(
+        models,
+        suite,
+        batch_size=section.batch_size,
+        bootstrap=section.bootstrap,
+        seed=section.seed,
+        device=device,
+        cache=score_folder(),
+        progress=progress,
+    )
+
+
+def _report(results: Results, out: Path, recipe: Recipe, experts: Mapping[str, Located]) -> Path:
+    from ktmerge.eval import report
+
+    return report(
+        results,
+        out,
+        title=f"ktmerge: {recipe.name}",
+        recipes={recipe.name: recipe_text(recipe)},
+        training=training_logs(recipe, experts),
+        tuned=list(experts),
+    )
 
 
 def _remove_old(out: Path, *, keep_blend: bool) -> None:

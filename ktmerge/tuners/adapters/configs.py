@@ -12,6 +12,7 @@ from ktmerge.errors import UsageError
 from ktmerge.recipes.adapters import MOVING, Adapter
 from ktmerge.tuners.adapters.targets import Places
 
+_TASK = {"task_type": "CAUSAL_LM"}
 _STARTS = {"pissa": "pissa", "olora": "olora", "corda": "corda"}
 _SHORTEST = 5
 """Steps under which AdaLoRA's three phases cannot be told apart."""
@@ -31,21 +32,17 @@ def peft_config(adapter: Adapter, places: Places, model: Any, *, total: int, see
         UsageError: a setting does not fit the model.
     """
     library: Any = peft
-    shared: dict[str, Any] = {"task_type": "CAUSAL_LM"}
-    tokens, hidden = adapter.used_tokens, model.config.get_text_config().hidden_size
-    if adapter.name == "prompt":
-        return library.PromptTuningConfig(num_virtual_tokens=tokens, prompt_tuning_init="SAMPLE_VOCAB", **shared)
-    if adapter.name == "p-tuning":
-        return library.PromptEncoderConfig(num_virtual_tokens=tokens, encoder_hidden_size=hidden, **shared)
-    if adapter.name == "prefix":
-        return library.PrefixTuningConfig(num_virtual_tokens=tokens, **shared)
+    if adapter.name in ("prompt", "p-tuning", "prefix"):
+        return _virtual_tokens(adapter, model)
     if adapter.name == "llama-adapter":
-        return library.AdaptionPromptConfig(adapter_len=tokens, adapter_layers=_last_layers(places, model), **shared)
+        return library.AdaptionPromptConfig(
+            adapter_len=adapter.used_tokens, adapter_layers=_last_layers(places, model), **_TASK
+        )
     if adapter.name == "ia3":
         targets, inside = places.scaled(adapter.modules)
-        return library.IA3Config(target_modules=targets, feedforward_modules=inside, **shared)
+        return library.IA3Config(target_modules=targets, feedforward_modules=inside, **_TASK)
     targets = places.linear(adapter.modules)
-    shared |= {"target_modules": targets}
+    shared: dict[str, Any] = {**_TASK, "target_modules": targets}
     if adapter.name in ("oft", "boft"):
         _require_divisible(model, targets, adapter)
         if adapter.name == "oft":
@@ -59,6 +56,24 @@ def peft_config(adapter: Adapter, places: Places, model: Any, *, total: int, see
         )
     if adapter.name == "shira":
         return library.ShiraConfig(r=adapter.used_rank, random_seed=seed, **shared)
+    return _low_rank(adapter, model, targets, total, shared)
+
+
+def _virtual_tokens(adapter: Adapter, model: Any) -> Any:
+    """Vectors before the text, or before the keys and values of every layer."""
+    library: Any = peft
+    tokens = adapter.used_tokens
+    if adapter.name == "prompt":
+        return library.PromptTuningConfig(num_virtual_tokens=tokens, prompt_tuning_init="SAMPLE_VOCAB", **_TASK)
+    if adapter.name == "prefix":
+        return library.PrefixTuningConfig(num_virtual_tokens=tokens, **_TASK)
+    hidden = model.config.get_text_config().hidden_size
+    return library.PromptEncoderConfig(num_virtual_tokens=tokens, encoder_hidden_size=hidden, **_TASK)
+
+
+def _low_rank(adapter: Adapter, model: Any, targets: list[str], total: int, shared: dict[str, Any]) -> Any:
+    """LoRA and what PEFT makes of it by another start, scale, or schedule of ranks."""
+    library: Any = peft
     shared |= {"lora_alpha": adapter.used_alpha, "lora_dropout": adapter.dropout}
     shared |= {"fan_in_fan_out": isinstance(model.get_submodule(targets[0]), Conv1D)}
     if adapter.name in MOVING:
