@@ -68,7 +68,8 @@ def evaluate(
     from ktmerge import api, console
 
     if without_labels:
-        _refuse_together("--without-labels", {"--reference": reference is not None, "--no-cache": no_cache})
+        given = {"--reference": reference is not None, "--no-cache": no_cache}
+        _refuse(given, "means nothing with --without-labels; leave it out.")
         screened = api.screen(
             models or (), suite=suite, recipe=recipe, overrides=set_ or (), base=base, experts=expert or (), line=line,
             weight=weight, out=out, batch_size=_batch_size(batch_size), device=device, part=part, overwrite=overwrite,
@@ -76,7 +77,8 @@ def evaluate(
         )  # fmt: skip
         console.print_json(screened.to_json()) if json_ else console.stdout().print(screened.table())
         return
-    _refuse_without("--without-labels", {"--expert": bool(expert), "--line": line, "--weight": weight != 0.5})
+    given = {"--expert": bool(expert), "--line": line, "--weight": weight != 0.5}
+    _refuse(given, "means something with --without-labels only; add that.")
     results = api.evaluate(
         models or (), suite=suite, recipe=recipe, overrides=set_ or (), base=base, out=out,
         batch_size=_batch_size(batch_size), device=device, reference=reference, part=part, cache=not no_cache,
@@ -85,16 +87,10 @@ def evaluate(
     console.print_json(results.to_json()) if json_ else console.stdout().print(results.table())
 
 
-def _refuse_together(option: str, others: dict[str, bool]) -> None:
-    for other, given in others.items():
+def _refuse(options: dict[str, bool], why: str) -> None:
+    for option, given in options.items():
         if given:
-            raise typer.BadParameter(f"means nothing with {option}; leave it out.", param_hint=other)
-
-
-def _refuse_without(option: str, others: dict[str, bool]) -> None:
-    for other, given in others.items():
-        if given:
-            raise typer.BadParameter(f"means something with {option} only; add that.", param_hint=other)
+            raise typer.BadParameter(why, param_hint=option)
 
 
 def _batch_size(text: str) -> int | None:

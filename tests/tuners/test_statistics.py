@@ -126,7 +126,7 @@ def test_rows_are_drawn_evenly_and_however_they_arrive(tmp_path: Path) -> None:
         for number, cuts in enumerate(((0, 40), (0, 7, 8, 31, 40))):
             one = Reservoir(tmp_path / f"{seed}-{number}", keep, 1)
             for start, stop in pairwise(cuts):
-                chances = priorities(seed, "text", 3, start, stop - start)
+                chances = priorities(seed, "text", 3, stop)[start:]
                 one.add(values[start:stop], chances, 3, np.arange(start, stop))
             kept.append(one.sample()[:, 0].tolist())
             assert one.count == rows

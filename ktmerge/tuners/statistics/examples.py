@@ -100,5 +100,5 @@ def _draw(there: int, wanted: int, seed: int) -> list[int]:
     """``wanted`` numbers below ``there``, in order."""
     from ktmerge.tuners.statistics.reservoir import priorities
 
-    chances = priorities(seed, "rows", 0, 0, there)
+    chances = priorities(seed, "rows", 0, there)
     return sorted(int(number) for number in chances.argsort(kind="stable")[:wanted])

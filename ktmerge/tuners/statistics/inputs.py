@@ -132,7 +132,7 @@ class Inputs:
     def _show(self, tensor: str, kind: Kind, rows: Tensor, places: NDArray[np.int64]) -> None:
         if not len(rows):
             return
-        chances = priorities(self._seed, kind, self._example, 0, int(places.max()) + 1)[places]
+        chances = priorities(self._seed, kind, self._example, int(places.max()) + 1)[places]
         name = tensor if kind == "text" else f"{tensor}:image"
         self._reservoir(name, rows.shape[1]).add(rows, chances, self._example, places)
 

@@ -14,16 +14,15 @@ from torch import Tensor
 Priorities = NDArray[np.uint64]
 
 
-def priorities(seed: int, kind: str, example: int, start: int, count: int) -> Priorities:
-    """Random 64-bit numbers of the rows ``start .. start + count`` of one example, uint64 ``[count]``.
+def priorities(seed: int, kind: str, example: int, count: int) -> Priorities:
+    """Random 64-bit numbers of the first ``count`` rows of one example, uint64 ``[count]``.
 
     From a counter-based generator (Philox4x64, Salmon et al., SC 2011) keyed by seed and kind, with the example in the
     counter: a row has the same number in every module and whatever else goes by.
     """
     key = int.from_bytes(hashlib.blake2b(f"{seed} {kind}".encode(), digest_size=16).digest(), "little")
     words = [key & (2**64 - 1), key >> 64]
-    found = np.random.Philox(key=words, counter=[0, 0, example, 0]).random_raw(start + count)
-    return np.asarray(found[start:], dtype=np.uint64)
+    return np.asarray(np.random.Philox(key=words, counter=[0, 0, example, 0]).random_raw(count), dtype=np.uint64)
 
 
 class Reservoir:
