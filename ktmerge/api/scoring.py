@@ -226,8 +226,14 @@ def _score_file(run: Path) -> Path:
     if not run.is_dir():
         return run
     if not (run / "scores.json").is_file():
+        blend = next((folder for folder in (run / "blended", run) if (folder / "ktmerge.lock.yaml").is_file()), None)
+        if blend is None:
+            raise UsageError(
+                f"{run}: has no scores.json; give a score file of 'ktmerge eval' or a folder of 'ktmerge run'."
+            )
         raise UsageError(
-            f"{run}: has no scores.json; give a score file of 'ktmerge eval' or a folder of 'ktmerge run'."
+            f"{run}: was blended, but not scored yet, so that there is nothing to report; go on with 'ktmerge run "
+            f"--resume', or score it: ktmerge eval {shlex.quote(str(blend))} --base BASE --suite SUITE --out scores.json"
         )
     return run / "scores.json"
 

@@ -31,8 +31,10 @@ def tradeoff(
         links: where in the page a model's point leads.
 
     Returns:
-        an ``<svg>`` element; None if the suite has only one side.
+        an ``<svg>`` element; None if the suite has only one side, or there is nothing but the base.
     """
+    if len(results.models) < 2:
+        return None
     points: list[tuple[str, Estimate, Estimate]] = []
     for name, one in results.summary.models.items():
         if one.E is None or one.F is None:
@@ -109,7 +111,7 @@ def score_pictures(results: Results) -> list[str]:
         return [_scores(results, part, number, columns, left, legend) for number, part in enumerate(parts)]
 
 
-TALLEST = 560.0
+TALLEST = 660.0
 """Points: what fits on a page of paper below a heading."""
 _STEP, _GAP, _MARGINS = 9.0, 13.0, 44.0
 

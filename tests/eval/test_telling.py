@@ -156,6 +156,10 @@ def test_several_runs_in_one_page(make_results: Make, tmp_path: Path, capsys: py
     assert not (tmp_path / "new.html").exists()
     with pytest.raises(UsageError, match=r"has no scores\.json"):
         api.report(tmp_path, tmp_path / "new.html")
+    (tmp_path / "blend only" / "blended").mkdir(parents=True)
+    (tmp_path / "blend only" / "blended" / "ktmerge.lock.yaml").touch()
+    with pytest.raises(UsageError, match=r"blended, but not scored yet.*ktmerge eval '.*/blend only/blended'"):
+        api.report(tmp_path / "blend only", tmp_path / "new.html")
     with pytest.raises(UsageError, match="--layers reads weights"):
         api.report(given[0], tmp_path / "new.html", layers=True)
     changed = json.loads((tmp_path / "b" / "scores.json").read_text())
