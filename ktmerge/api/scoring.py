@@ -231,9 +231,10 @@ def _score_file(run: Path) -> Path:
             raise UsageError(
                 f"{run}: has no scores.json; give a score file of 'ktmerge eval' or a folder of 'ktmerge run'."
             )
+        command = f"ktmerge eval {shlex.quote(str(blend))} --base BASE --suite SUITE --out scores.json"
         raise UsageError(
             f"{run}: was blended, but not scored yet, so that there is nothing to report; go on with 'ktmerge run "
-            f"--resume', or score it: ktmerge eval {shlex.quote(str(blend))} --base BASE --suite SUITE --out scores.json"
+            f"--resume', or score it: {command}"
         )
     return run / "scores.json"
 
