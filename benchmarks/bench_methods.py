@@ -31,6 +31,7 @@ from paths import takes
 from synthetic import SHAPES, count, make
 
 from ktmerge.merge.catalogue import NO_DATA, entry
+from ktmerge.merge.kernels.native import GROUPS, native
 from ktmerge.merge.needs import needs_of
 from ktmerge.merge.registry import methods
 from ktmerge.merge.settings import blend_setting
@@ -65,6 +66,7 @@ def main() -> None:
 
     names = arguments.methods.split(",") if arguments.methods else list(methods())
     compile_kernels(arguments.folder)
+    compile_groups()
     folder = arguments.folder / f"{arguments.size}-{arguments.experts}"
     base, experts = make(folder, arguments.size, arguments.experts)
     print(f"{platform.machine()}, {os.cpu_count()} cores; {arguments.size} ({count(arguments.size) / 1e6:.0f}M), bf16")
@@ -77,6 +79,13 @@ def main() -> None:
             arguments.csv.write_text(to_csv(rows), encoding="utf-8")
     if arguments.markdown:
         arguments.markdown.write_text(to_markdown(rows), encoding="utf-8")
+
+
+def compile_groups() -> None:
+    """Compile what any method asks for, so that none pays for it."""
+    kernels = native()
+    for entries in GROUPS.values() if kernels is not None else ():
+        getattr(kernels, entries[0])
 
 
 def run(name: str, folder: Path, base: Path, experts: list[Path], limit: float) -> Row:

@@ -4,7 +4,7 @@ more than a sum, a maximum or an election.
 Compiled by numba; see `ktmerge.merge.kernels.compiled`. The torch functions of the stages are the reference.
 """
 
-# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call,attr-defined,operator"
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call,attr-defined,operator,call-arg"
 
 from __future__ import annotations
 
