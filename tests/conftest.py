@@ -13,6 +13,7 @@ import pytest
 # Without bytecode each of the many processes would compile all of ktmerge, and each worker all tests.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+gc.set_threshold(50_000, 20, 20)  # neither imports nor tests leave so much that looking more often would pay
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors; several test processes share the cores
 
@@ -49,7 +50,6 @@ CORPUS = [
 @pytest.fixture(scope="module", autouse=True)
 def _what_is_loaded_stays() -> None:
     """Modules and collected tests are not searched for garbage again each time that a run tidies its memory up."""
-    gc.set_threshold(50_000, 20, 20)  # no test leaves so much that looking for it more often would pay
     gc.collect()
     gc.freeze()
 
