@@ -123,7 +123,8 @@ def fail(message: str) -> None:
 
 def print_json(value: Any) -> None:
     """Print machine-readable output: indented, keys in the order given, never wrapped."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode("utf-8"))  # halves of characters, as JSON escapes
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
@@ -145,7 +146,7 @@ def print_pairs(pairs: Mapping[str, str]) -> None:
     width = max((len(key) for key in pairs), default=0)
     console = stdout()
     for key, value in pairs.items():
-        console.print(f"{key:<{width}}  {value}", markup=False)
+        console.print(f"{key:<{width}}  {_shown(value)}", markup=False)
 
 
 def print_markdown(text: str) -> None:
@@ -188,4 +189,9 @@ def print_preview(samples: Sequence[PreviewSample]) -> None:
 def _plain(text: str) -> str:
     from rich.markup import escape
 
-    return escape(text)
+    return escape(_shown(text))
+
+
+def _shown(text: str) -> str:
+    """Text whose characters all show themselves: names of a stranger's files may steer a terminal, or be no text."""
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from ktmerge import console
@@ -53,6 +55,17 @@ def test_words_are_not_searched_for_colours(
     monkeypatch.setenv("FORCE_COLOR", "1")
     console.print_pairs({"recipe": "12 'b' True"})
     assert capsys.readouterr().out == "recipe  12 'b' True\n"
+
+
+def test_names_cannot_steer_the_terminal_or_break_it(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "a\x1b[2J\u202e\udcff"
+    console.print_table(["file"], [[name]])
+    console.print_pairs({"file": name})
+    console.print_json({"file": name})
+    printed = capsys.readouterr().out
+    assert printed.count(r"a\x1b[2J\u202e\udcff") == 2
+    assert json.loads(printed[printed.index("{") :]) == {"file": name}
+    printed.encode("utf-8")
 
 
 def test_trained_tokens_are_marked(capsys: pytest.CaptureFixture[str]) -> None:
