@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from ktmerge.merge.kernels.native import Native, native
 from ktmerge.merge.kernels.radix import magnitude_bits
-from ktmerge.merge.ranks import LOW_BITS
+from ktmerge.merge.ranks import LOW_BITS, quantile_rank
+from ktmerge.merge.stage import Context
 
 _BLOCK = 1 << 21
 """Elements worked on at once."""
@@ -65,6 +67,40 @@ class RankedMagnitudes:
             low = _bin_of(counts, rank - int(self._upper[:upper].sum()))
             self.values.append(float(np.uint32((upper << LOW_BITS) + low).view(np.float32)))
         self.done = True
+
+
+class Quantiles:
+    """Observer of quantiles of the magnitudes of what is made of each piece.
+
+    Args:
+        shares: of the elements, one for each quantile.
+        elements: of all pieces together.
+        ranked: from what the stage is given, and the context, to what is ranked.
+        result: from the quantiles to what the stage finds.
+    """
+
+    def __init__(
+        self,
+        shares: Sequence[float],
+        elements: int,
+        ranked: Callable[[Any, Context], Tensor],
+        result: Callable[..., float] = float,
+    ) -> None:
+        self._magnitudes = RankedMagnitudes([quantile_rank(share, elements) for share in shares])
+        self._ranked, self._result = ranked, result
+
+    @property
+    def done(self) -> bool:
+        return self._magnitudes.done
+
+    def observe(self, values: Any, context: Context) -> None:
+        self._magnitudes.add(self._ranked(values, context))
+
+    def end_pass(self) -> None:
+        self._magnitudes.end_pass()
+
+    def result(self) -> float:
+        return self._result(*self._magnitudes.values)
 
 
 def _bin_of(counts: np.ndarray, rank: int) -> int:

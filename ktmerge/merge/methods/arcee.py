@@ -18,38 +18,20 @@ class ArceeFusionParameters(Parameters):
     k: float = Field(1.5, ge=0, description="how many interquartile ranges above the median an importance has to be")
 
 
-class _Limit:
-    """Observer of the least importance that is kept, fp32, from exact quartiles."""
+def _limit(parameters: ArceeFusionParameters) -> tuple[Statistic, ...]:
+    """The least importance that is kept, fp32."""
 
-    def __init__(self, k: float, elements: int) -> None:
-        from ktmerge.merge.quantiles import RankedMagnitudes
-        from ktmerge.merge.ranks import quantile_rank
-
-        self._k = k
-        self._quartiles = RankedMagnitudes([quantile_rank(share, elements) for share in (0.25, 0.5, 0.75)])
-
-    @property
-    def done(self) -> bool:
-        return self._quartiles.done
-
-    def observe(self, values: Tensor, context: Context) -> None:
-        self._quartiles.add(_importance(values, context))
-
-    def end_pass(self) -> None:
-        self._quartiles.end_pass()
-
-    def result(self) -> float:
+    def least(low: float, middle: float, high: float) -> float:
         import numpy as np
 
-        low, middle, high = self._quartiles.values
-        limit = middle + self._k * (high - low)
-        least = np.float32(limit)  # the least fp32 number that is not below it
-        return float(least if least >= limit else np.nextafter(least, np.float32(np.inf)))
+        limit = middle + parameters.k * (high - low)
+        found = np.float32(limit)  # the least fp32 number that is not below it
+        return float(found if found >= limit else np.nextafter(found, np.float32(np.inf)))
 
-
-def _limit(parameters: ArceeFusionParameters) -> tuple[Statistic, ...]:
     def start(domain: Domain) -> Observer:
-        return _Limit(parameters.k, domain.elements)
+        from ktmerge.merge.quantiles import Quantiles
+
+        return Quantiles((0.25, 0.5, 0.75), domain.elements, _importance, least)
 
     return (Statistic("limit", "tensor", start),)
 

@@ -8,12 +8,10 @@ from pydantic import Field
 
 from ktmerge.merge.program import Cap, Clamp
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.stage import Context, Domain, Method, Observer, OnePass, Parameters, Promises, Stages, Statistic
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from ktmerge.merge.quantiles import RankedMagnitudes
 
 
 class ClipParameters(Parameters):
@@ -29,7 +27,7 @@ class NearswapParameters(Parameters):
     t: float = Field(1e-3, ge=0, description="the largest magnitude a change may have, in units of the weights")
 
 
-class _Norms:
+class _Norms(OnePass):
     """Observer of rho ||theta_0|| / ||M|| over one tensor, from exact sums; infinite if M is 0."""
 
     def __init__(self, rho: float) -> None:
@@ -37,47 +35,22 @@ class _Norms:
 
         self._cap = Cap(rho)
         self._base, self._merged = ExactSum(2), ExactSum(2)
-        self.done = False
 
     def observe(self, values: Tensor, context: Context) -> None:
         self._base.add(context.base)
         self._merged.add(values)
 
-    def end_pass(self) -> None:
-        self.done = True
-
     def result(self) -> float:
         return self._cap.limit(self._base.value(), self._merged.value())
-
-
-class _Quantile:
-    """Observer of one quantile of the magnitudes of a tensor."""
-
-    def __init__(self, ranked: RankedMagnitudes) -> None:
-        self._ranked = ranked
-
-    @property
-    def done(self) -> bool:
-        return self._ranked.done
-
-    def observe(self, values: Tensor, context: Context) -> None:
-        self._ranked.add(values)
-
-    def end_pass(self) -> None:
-        self._ranked.end_pass()
-
-    def result(self) -> float:
-        return self._ranked.values[0]
 
 
 def _statistics(parameters: ClipParameters) -> tuple[Statistic, ...]:
     def start(domain: Domain) -> Observer:
         if parameters.cap != "quantile":
             return _Norms(parameters.rho)
-        from ktmerge.merge.quantiles import RankedMagnitudes
-        from ktmerge.merge.ranks import quantile_rank
+        from ktmerge.merge.quantiles import Quantiles
 
-        return _Quantile(RankedMagnitudes([quantile_rank(parameters.quantile, domain.elements)]))
+        return Quantiles((parameters.quantile,), domain.elements, lambda values, _: values)
 
     return (Statistic("limit", "tensor", start),)
 

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from ktmerge.merge.arithmetic import VECTORS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Place, Promises, Stages, Statistic
+from ktmerge.merge.stage import Context, Method, Parameters, Place, Promises, Stages, Statistic
 from ktmerge.merge.weights import relative
 
 if TYPE_CHECKING:
@@ -79,10 +79,7 @@ class _Balance:
 
 
 def _levels(parameters: PcbParameters) -> tuple[Statistic, ...]:
-    def start(domain: Domain) -> Observer:
-        return _Balance(parameters, domain.elements)
-
-    return (Statistic("levels", parameters.scope, start),)
+    return (Statistic("levels", parameters.scope, lambda domain: _Balance(parameters, domain.elements)),)
 
 
 def _objection(parameters: PcbParameters, weights: Mapping[str, float]) -> str | None:

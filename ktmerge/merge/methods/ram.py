@@ -12,7 +12,7 @@ from ktmerge.merge.arithmetic import weighted_total
 from ktmerge.merge.kernels.codes import OVERLAP
 from ktmerge.merge.program import Ruled
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.stage import Context, Method, OnePass, Parameters, Promises, Stages, Statistic
 from ktmerge.merge.weights import relative
 
 if TYPE_CHECKING:
@@ -34,14 +34,13 @@ class RamPlusParameters(RamParameters):
     scope: Literal["tensor", "global"] = Field("global", description="overlap of each tensor, or of the whole model")
 
 
-class _Overlap:
+class _Overlap(OnePass):
     """Observer of each expert's factor 1 + r clip(shared / unique, 0, alpha), from counts."""
 
     def __init__(self, parameters: RamPlusParameters) -> None:
         self._parameters = parameters
         self._shared: list[int] = []
         self._unique: list[int] = []
-        self.done = False
 
     def observe(self, values: list[Tensor], context: Context) -> None:
         active = _active(values, self._parameters, context)
@@ -52,9 +51,6 @@ class _Overlap:
             unique = int((one & (number == 1)).sum())
             self._unique[expert] += unique
             self._shared[expert] += int(one.sum()) - unique
-
-    def end_pass(self) -> None:
-        self.done = True
 
     def result(self) -> list[float]:
         return _factors(self._parameters, self._shared, self._unique)
@@ -68,10 +64,7 @@ def _factors(parameters: RamPlusParameters, shared: Sequence[int], unique: Seque
 
 
 def _overlap(parameters: RamPlusParameters) -> tuple[Statistic, ...]:
-    def start(domain: Domain) -> Observer:
-        return _Overlap(parameters)
-
-    return (Statistic("factors", parameters.scope, start),)
+    return (Statistic("factors", parameters.scope, lambda domain: _Overlap(parameters)),)
 
 
 def _objection(parameters: RamParameters, weights: Mapping[str, float]) -> str | None:

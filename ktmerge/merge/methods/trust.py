@@ -22,35 +22,14 @@ class TrustParameters(Parameters):
     scope: Literal["tensor", "global"] = Field("global", description="quantile of each tensor, or of the whole model")
 
 
-class _Sensitivity:
-    """Observer of the quantile of `sensitivity`."""
-
-    def __init__(self, quantile: float, elements: int) -> None:
-        from ktmerge.merge.quantiles import RankedMagnitudes
-        from ktmerge.merge.ranks import quantile_rank
-
-        self._ranked = RankedMagnitudes([quantile_rank(quantile, elements)])
-
-    @property
-    def done(self) -> bool:
-        return self._ranked.done
-
-    def observe(self, values: list[Tensor], context: Context) -> None:
-        self._ranked.add(_sensitivity(values, context))
-
-    def end_pass(self) -> None:
-        self._ranked.end_pass()
-
-    def result(self) -> float:
-        return self._ranked.values[0]
-
-
 def _statistics(parameters: TrustParameters) -> tuple[Statistic, ...]:
     if parameters.quantile == 1:
         return ()
 
     def start(domain: Domain) -> Observer:
-        return _Sensitivity(parameters.quantile, domain.elements)
+        from ktmerge.merge.quantiles import Quantiles
+
+        return Quantiles((parameters.quantile,), domain.elements, _sensitivity)
 
     return (Statistic("limit", parameters.scope, start),)
 
