@@ -65,7 +65,12 @@ def normal_means(
 def interval(samples: NDArray[np.float64]) -> tuple[float, float]:
     """The 95 % percentile interval of bootstrap samples."""
     low, high = np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+    return without_dust(low), without_dust(high)
+
+
+def without_dust(number: float) -> float:
+    """A number without what adding and subtracting leaves in its last digits: an interval that ends at 0 holds 0."""
+    return round(float(number), 9) + 0.0
 
 
 def harmonic_mean(d: NDArray[np.float64] | float, u: NDArray[np.float64] | float) -> NDArray[np.float64]:

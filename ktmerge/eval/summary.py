@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ktmerge.eval.statistics import harmonic_mean, interval, normal_means, resampled_means
+from ktmerge.eval.statistics import harmonic_mean, interval, normal_means, resampled_means, without_dust
 from ktmerge.recipes.suites import Side
 
 if TYPE_CHECKING:
@@ -228,4 +228,4 @@ def _ratio(numerator: NDArray[np.float64], denominator: NDArray[np.float64]) -> 
 
 def _estimate(samples: NDArray[np.float64]) -> Estimate:
     low, high = interval(samples[1:])
-    return Estimate(float(samples[0]), low, high)
+    return Estimate(without_dust(samples[0]), low, high)

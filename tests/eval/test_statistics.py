@@ -63,6 +63,13 @@ def test_harmonic_mean() -> None:
     )
 
 
+def test_an_interval_that_ends_at_0_holds_0() -> None:
+    dust = 0.3 - (0.1 + 0.2)
+    assert dust < 0
+    assert statistics.interval(np.array([-2.0] * 50 + [dust] * 50)) == (-2.0, 0.0)
+    assert str(statistics.interval(np.array([dust] * 9))) == "(0.0, 0.0)"
+
+
 def test_interval_covers_as_often_as_it_says() -> None:
     source = np.random.default_rng(3)
     covered = 0
