@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ktmerge.checkpoints.blocks import Pool
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.dtypes import BITS, tag_of
-from ktmerge.checkpoints.files import clear_os_errors, copy_files
+from ktmerge.checkpoints.files import clear_os_errors, copy_files, file_digest
 from ktmerge.checkpoints.follower import Follower
 from ktmerge.checkpoints.header import FilePlan, TensorInfo, build_header
 from ktmerge.checkpoints.inheritance import Inheritance
@@ -215,6 +215,21 @@ class Writer:
             raise KtmergeError(f"{self.out}: nothing was planned, so there is nothing to hash.")
         return self._follower.digests()
 
+    def beside(self, known: Mapping[str, str], skip: Collection[str] = ()) -> dict[str, str]:
+        """sha256 of every file beside the weights that is there by now, as hexadecimal, but for those in ``skip``.
+
+        Args:
+            known: those of files that need not be read for it.
+            skip: files that are left out.
+
+        Raises:
+            KtmergeError: a file cannot be read or written.
+        """
+        self._write_indexes()
+        apart = {*self._files, *skip, FILE}
+        paths = {str(path.relative_to(self.folder)): path for path in self.folder.rglob("*") if path.is_file()}
+        return {file: known.get(file) or file_digest(path) for file, path in sorted(paths.items()) if file not in apart}
+
     def copy_files(self, checkpoint: Checkpoint, skip: Collection[str] = ()) -> list[str]:
         """Carry the non-weight files of ``checkpoint``; texts added before stay."""
         return copy_files(checkpoint, self.folder, skip)
@@ -224,7 +239,8 @@ class Writer:
         path = self.folder / file
         with clear_os_errors(self.out / file):
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            # Names of files that are no text are told with their odd bytes escaped.
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
     def finish(self, name: str, report: dict[str, Any]) -> None:
         """Say that a tensor is complete; ``report``, JSON data, is what `finished` will answer. Any thread may.
@@ -266,8 +282,7 @@ class Writer:
         if not self._planned:
             raise KtmergeError(f"{self.out}: nothing was planned, so nothing is written.")
         self._require_complete()
-        for index, prefix in self._indexes.items():
-            self.add_text(index, self._index_text(index, prefix))
+        self._write_indexes()
         for file in self._files.values():
             file.sync()
         self._close()
@@ -282,6 +297,10 @@ class Writer:
             count = self._files[info.file].count(info.begin, info.end)
             if count != info.nbytes:
                 raise KtmergeError(f"tensor '{info.name}': only {count} of its {info.nbytes} bytes were written.")
+
+    def _write_indexes(self) -> None:
+        for index, prefix in self._indexes.items():
+            self.add_text(index, self._index_text(index, prefix))
 
     def _index_text(self, index: str, prefix: str) -> str:
         listed = {name: info for name, info in sorted(self._planned.items()) if name.startswith(prefix)}

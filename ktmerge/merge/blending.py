@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ktmerge.checkpoints import Writer, refuse_overlap
 from ktmerge.checkpoints.digests import remember
+from ktmerge.checkpoints.files import file_digest
 from ktmerge.errors import KtmergeError
 from ktmerge.merge.card import BASE_FILE as BASE_CARD
 from ktmerge.merge.card import FILE as CARD
@@ -97,12 +98,15 @@ def blend(
         digests = inputs.result()
         if recollection is not None:
             recollection.keep(digests)
-        writer.add_text(LOCK, lock_text(lock(plan, digests, report)))
-        writer.add_text(RECORD, record(plan, report))
         writer.add_text(CARD, card(plan, report))
         if (text := base_card(plan.base)) is not None:
             writer.add_text(BASE_CARD, text)
-        writer.copy_files(plan.base)
+        carried = writer.copy_files(plan.base, skip=(LOCK, RECORD))
+        known = {file: digests["base"][file].sha256 for file in carried if file in digests["base"]}
+        report.beside = writer.beside(known, skip=(CARD, BASE_CARD, LOCK, RECORD))
+        writer.add_text(LOCK, lock_text(lock(plan, digests, report)))
+        report.beside[LOCK] = file_digest(writer.folder / LOCK)
+        writer.add_text(RECORD, record(plan, report))
     for file, digest in report.out.items():
         remember(out / file, digest)
     report.seconds = time.perf_counter() - started

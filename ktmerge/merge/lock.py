@@ -101,7 +101,7 @@ def lock(plan: Plan, digests: Digests, report: BlendReport | None = None) -> dic
             "model": references[name],
             **_licence(checkpoint),
             **told["inputs"][name],
-            "files": {file: asdict(one) for file, one in digests[name].items()},
+            "files": {_as_text(file): asdict(one) for file, one in digests[name].items()},
             **_tuned(checkpoint),
         }
         for name, checkpoint in inputs_of(plan).items()
@@ -118,8 +118,14 @@ def lock(plan: Plan, digests: Digests, report: BlendReport | None = None) -> dic
             "other files": "the base's",
         },
         "inputs": inputs,
-        **({} if report is None else {"output": {"sha256": report.out, "parts": report.parts()}}),
+        **({} if report is None else {"output": output_of(report)}),
     }
+
+
+def output_of(report: BlendReport) -> dict[str, Any]:
+    """What came out: files by their sha256, and how far each part moved."""
+    beside = {_as_text(file): digest for file, digest in report.beside.items()}
+    return {"sha256": report.out, "beside": beside, "parts": report.parts()}
 
 
 def lock_text(document: Mapping[str, Any]) -> str:
@@ -225,6 +231,11 @@ def _changed_files(name: str, before: Mapping[str, Any], after: Mapping[str, Any
             yield Departure(
                 f"{name}/{file}", f"sha256 {new['sha256'][:12]}..., locked {str(old.get('sha256'))[:12]}..."
             )
+
+
+def _as_text(file: str) -> str:
+    """A file's name with the bytes escaped that are no text: YAML has no way to hold them."""
+    return file.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _is_input(one: Any) -> bool:

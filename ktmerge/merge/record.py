@@ -34,7 +34,7 @@ def record(plan: Plan, report: BlendReport) -> str:
         "ktmerge": 1,
         "kind": "blend",
         **origin(plan),
-        "output": {"sha256": report.out},
+        "output": {"sha256": report.out, "beside": report.beside},
         "parts": report.parts(),
         "notes": report.notes,
     }
@@ -55,15 +55,17 @@ def recorded(plan: Plan, out: Path, progress: Progress = SILENT) -> BlendReport 
             plan.recipe.name, [], notes=list(document["notes"]), out=dict(document["output"]["sha256"])
         )
         report.recorded = list(document["parts"])
+        report.beside = dict(document["output"].get("beside", {}))
         checkpoint = Checkpoint.open(out)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, UsageError):
         return None
     newest = max(stamp.mtime_ns for one in inputs_of(plan).values() for stamp in one.stamps.values())
     if not same or newest >= written or set(checkpoint.weight_files) != set(report.out):
         return None
-    with progress.task(f"check {out.name}", len(report.out)) as step:
-        for file, digest in report.out.items():
-            if file_digest(out / file) != digest:
+    files = {**report.out, **report.beside}
+    with progress.task(f"check {out.name}", len(files)) as step:
+        for file, digest in files.items():
+            if not (out / file).is_file() or file_digest(out / file) != digest:
                 return None
             step.advance()
     return report

@@ -49,6 +49,8 @@ class BlendReport:
         written: bytes of weights.
         notes: what a person should know.
         out: sha256 of each weight file, by file; empty for a blend into a live model.
+        beside: sha256 of each file beside the weights, by file: index, config, whatever the base carries, and the
+            lock; not card and record.
         recorded: the parts as ``ktmerge.json`` has them, of an output that was there already; then nothing was read.
     """
 
@@ -60,6 +62,7 @@ class BlendReport:
     device: str = "cpu"
     notes: list[str] = field(default_factory=list)
     out: dict[str, str] = field(default_factory=dict)
+    beside: dict[str, str] = field(default_factory=dict)
     recorded: list[dict[str, Any]] | None = None
 
     def parts(self) -> list[dict[str, Any]]:

@@ -122,14 +122,15 @@ def verify(
         KtmergeError: something cannot be read, or the new blend failed.
     """
     record = _record(out)
-    checks = list(_files(out, record["output"]["sha256"], progress))
+    digests = {**record["output"]["sha256"], **record["output"].get("beside", {})}
+    checks = list(_files(out, digests, progress))
     if recipe is not None:
         plan = plan_blend(recipe)
         checks += _sections(record, origin(plan))
         if (out / LOCK).exists():
             checks += _inputs(read_lock(out), locked_now(plan, rehash=rehash))
         if rebuild:
-            checks += _rebuilt(out, recipe, record["output"]["sha256"], device, progress)
+            checks += _rebuilt(out, recipe, digests, device, progress)
     return Verification(out, tuple(checks))
 
 
@@ -150,15 +151,16 @@ def _is_whole(document: Mapping[str, Any]) -> bool:
     sections = [document.get(key) for key in ("output", "inputs", "versions", "recipe")]
     if not all(isinstance(section, dict) for section in sections):
         return False
-    digests, experts = document["output"].get("sha256"), document["recipe"].get("experts")
-    if not isinstance(digests, dict) or not isinstance(experts, dict):
+    digests, beside = document["output"].get("sha256"), document["output"].get("beside", {})
+    experts = document["recipe"].get("experts")
+    if not all(isinstance(section, dict) for section in (digests, beside, experts)):
         return False
     places = [document["recipe"].get("base"), *(isinstance(one, dict) and one.get("model") for one in experts.values())]
-    return all(isinstance(text, str) for text in [*digests.values(), *places])
+    return all(isinstance(text, str) for text in [*digests.values(), *beside.values(), *places])
 
 
 def _files(out: Path, digests: Mapping[str, str], progress: Progress) -> Iterator[Check]:
-    """Weight files against their digests."""
+    """Files against their digests."""
     with progress.task(f"check {out.name}", len(digests)) as step:
         for file, digest in digests.items():
             if not (out / file).is_file():
@@ -221,8 +223,12 @@ def _rebuilt(out: Path, recipe: Recipe, digests: Mapping[str, str], device: str,
         clear_os_errors(out.parent),
         tempfile.TemporaryDirectory(prefix=f".{out.name}-verify-", dir=out.absolute().parent) as folder,
     ):
-        found = blend(recipe, Path(folder) / "again", device=device, afresh=True, progress=progress).out
+        report = blend(recipe, Path(folder) / "again", device=device, afresh=True, progress=progress)
+    known = not digests.keys() <= report.out.keys()  # earlier versions recorded nothing but the weights
+    found = {**report.out, **report.beside} if known else report.out
     for file in dict.fromkeys([*digests, *found]):
+        if file == LOCK:  # it calls the models as the recipe does, here perhaps otherwise
+            continue
         if digests.get(file) == found.get(file):
             yield Check(file, "rebuilt", "equal")
         elif file not in found:

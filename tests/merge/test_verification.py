@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ktmerge.merge.lock import FILE as LOCK
 
 TWO = {"a": ("a", 1.0), "b": ("b", 0.5)}
 WEIGHTS = "model.safetensors"
+BESIDE = ["config.json", "tokenizer.json", "tokenizer_config.json"]
 
 
 @pytest.fixture
@@ -35,10 +37,17 @@ def states(found: Any) -> dict[tuple[str, str], str]:
     return {(check.against, check.what): check.state for check in found.checks}
 
 
+def forget_what_is_beside(out: Path) -> None:
+    """Make a record what earlier versions wrote: digests of the weights alone."""
+    record = json.loads((out / "ktmerge.json").read_text())
+    del record["output"]["beside"]
+    (out / "ktmerge.json").write_text(json.dumps(record))
+
+
 def test_an_output_is_what_its_record_says_and_can_be_made_again(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = api.verify(made / "out")
     assert alone.holds
-    assert states(alone) == {("record", WEIGHTS): "equal"}
+    assert states(alone) == {("record", file): "equal" for file in (WEIGHTS, *BESIDE, LOCK)}
     before = sorted(made.iterdir())
     monkeypatch.chdir(made)  # the record's recipe names folders, which start here
     again = api.verify(made / "out", rebuild=True)
@@ -68,8 +77,39 @@ def test_a_changed_weight_is_found(made: Path) -> None:
     save_file(tensors, made / "out" / WEIGHTS, metadata={"format": "pt"})
     found = api.verify(made / "out")
     assert not found.holds
-    assert states(found) == {("record", WEIGHTS): "differs"}
+    assert {key for key, state in states(found).items() if state != "equal"} == {("record", WEIGHTS)}
     assert "sha256" in found.checks[0].told
+
+
+@pytest.mark.parametrize("file", ["config.json", LOCK])
+def test_what_changed_beside_the_weights_is_found(made: Path, file: str, recipe_in: Any) -> None:
+    path = made / "out" / file
+    path.write_text(path.read_text().replace("1", "2"))
+    assert [(check.what, check.state) for check in api.verify(made / "out").checks if check.state != "equal"] == [
+        (file, "differs")
+    ]
+    path.unlink()
+    assert [(check.what, check.state) for check in api.verify(made / "out").checks if check.state != "equal"] == [
+        (file, "missing")
+    ]
+    recipe = recipe_in(made, TWO, {"method": "dare_ties"}, output={"rounding": "stochastic"}, seed=5)
+    with pytest.raises(UsageError, match="exists and is not empty"):  # not taken for the finished blend
+        blend(recipe, made / "out", device="cpu", resume=True)
+
+
+def test_blends_of_earlier_versions_are_held_to_their_weights(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forget_what_is_beside(made / "out")
+    monkeypatch.chdir(made)
+    found = api.verify(made / "out", rebuild=True)
+    assert found.holds
+    assert {check.what for check in found.checks if check.against == "rebuilt"} == {WEIGHTS}
+
+
+def test_a_carried_file_whose_name_is_no_text(made: Path, recipe_in: Any) -> None:
+    name = os.fsdecode(b"caf\xe9.txt")
+    (made / "base" / name).write_text("carried")
+    blend(recipe_in(made, TWO, {"method": "ties"}), made / "odd", device="cpu")
+    assert states(api.verify(made / "odd"))[("record", name)] == "equal"
 
 
 def test_another_input_of_the_same_shape_is_found(made: Path, recipe_in: Any) -> None:
@@ -79,6 +119,7 @@ def test_another_input_of_the_same_shape_is_found(made: Path, recipe_in: Any) ->
     held = states(api.verify(made / "out", recipe))
     assert [key for key, state in held.items() if state != "equal"] == [("recipe", f"a/{WEIGHTS}")]
     (made / "out" / LOCK).unlink()  # an output of a version that wrote none: only its bytes tell
+    forget_what_is_beside(made / "out")
     assert api.verify(made / "out", recipe).holds
     found = api.verify(made / "out", recipe, rebuild=True)
     assert not found.holds
