@@ -4,7 +4,8 @@
 
 All sides take turns, as often as ``--runs`` says, each time at another lambda (``ties_density``: at another density).
 What they begin with, and need only once a sweep, is not counted: processes started, kernels compiled, base and experts
-read, a model built, and what the methods keep from one lambda to the next: thresholds, decompositions, merged deltas.
+read, a model built, and what is kept from one candidate to the next: thresholds, changes in order, decompositions,
+merged deltas.
 
 * write: every parameter copied once from a ready copy in memory to the model, by torch on all cores
 * in place: ktmerge, into the loaded model (what ``ktmerge sweep`` does)
@@ -36,6 +37,7 @@ from ktmerge.recipes.schema import Recipe
 
 CPU = torch.device("cpu")
 LAMBDAS = (0.3, 0.5, 0.7, 0.9, 0.4, 0.6, 0.8)
+WARM = (1.0, 0.95, 0.85)
 BLENDS: dict[str, dict[str, Any]] = {
     "linear": {"method": "linear"},
     "task_arithmetic": {"method": "task_arithmetic"},
@@ -141,7 +143,7 @@ class Live:
                 values.copy_(self._other[name])
 
     def blend(self, recipe: Recipe) -> None:
-        ktmerge.blend_into(self._model, recipe, self._sources)
+        ktmerge.blend_into(self._model, recipe, self._sources, measured=False)
 
 
 def timed(run: Callable[[float], None], value: float) -> float:
@@ -166,7 +168,8 @@ def main() -> None:
         for name in arguments.method or BLENDS:
             sides = sides_of(name, arguments.base, experts, live, Path(folder))
             for run in sides.values():
-                run(1.0)  # what is done once a sweep
+                for value in WARM:
+                    run(value)  # what is done once a sweep
             seconds: dict[str, list[float]] = {side: [] for side in sides}
             for i in range(arguments.runs):
                 for side, run in sides.items():

@@ -79,15 +79,17 @@ def blend_into(
     sources: Pristine | None = None,
     *,
     device: str = "auto",
+    measured: bool = True,
     progress: Progress = SILENT,
 ) -> BlendReport:
     """Blend in place: write the result into the parameters of a loaded transformers model.
 
-    A sweep gives one ``Pristine()`` as ``sources`` to all its blends: every weight is then read from disk once.
+    A sweep gives one ``Pristine()`` as ``sources`` to all its blends: every weight is then read from disk once. With
+    ``measured=False`` the report says nothing of single tensors, which saves most of a candidate's time.
     """
     from ktmerge import merge
 
-    return merge.blend_into(model, loaded_recipe(recipe), sources, device=device, progress=progress)
+    return merge.blend_into(model, loaded_recipe(recipe), sources, device=device, measured=measured, progress=progress)
 
 
 def extract_lora(

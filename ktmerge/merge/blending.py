@@ -139,6 +139,7 @@ def blend_into(
     sources: Pristine | None = None,
     *,
     device: str = "auto",
+    measured: bool = True,
     progress: Progress = SILENT,
 ) -> BlendReport:
     """Blend in place: write the result into the parameters of a loaded model of the base's architecture.
@@ -151,6 +152,8 @@ def blend_into(
         recipe: names base, experts and how to blend.
         sources: copies of base and experts in memory, for a sweep: what a blend lacks is read into them once.
         device: auto, cpu or cuda: where to compute; never changes the result.
+        measured: say in the report what became of every tensor. A sweep asks for nothing: the report's ``tensors`` are
+            empty then, and a candidate costs about as much as copying the parameters.
         progress: where to report.
 
     Raises:
@@ -161,7 +164,8 @@ def blend_into(
     from ktmerge.merge.sinks import LiveSink
 
     plan = plan_blend(recipe) if sources is None else sources.plan(recipe)
-    return execute(plan, LiveSink(model, plan.base), device, progress, pristine=sources)
+    sink = LiveSink(model, plan.base) if sources is None else sources.sink(model, plan.base)
+    return execute(plan, sink, device, progress, pristine=sources, measured=measured)
 
 
 def _config(plan: Plan, folder: str) -> str:

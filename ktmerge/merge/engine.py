@@ -33,6 +33,7 @@ def execute(
     chunk: int | None = None,
     pristine: Pristine | None = None,
     recollected: Recollected | None = None,
+    measured: bool = True,
 ) -> BlendReport:
     """Carry out a plan.
 
@@ -44,6 +45,7 @@ def execute(
         pristine: copies in memory to read instead of the files.
         chunk: elements worked on at a time; changes memory, never the result. None: what suits the machine.
         recollected: what was found of these inputs before; what is found now is added.
+        measured: say in the report what became of every tensor; it costs time.
 
     Raises:
         UsageError: the device is not there, or a tied head differs from its embedding.
@@ -55,10 +57,10 @@ def execute(
     with Sources(plan, place, chunk, pristine) as sources:
         _require_tied(plan, sources)
         report.notes += _buffer_notes(plan, sources)
-        done = _Engine(plan, sink, sources, place, progress, pristine, recollected).run(chunk)
+        done = _Engine(plan, sink, sources, place, progress, pristine, recollected, measured).run(chunk)
         sources.check_unchanged()
-    report.tensors = [done[tensor.name] for tensor in plan.tensors]
-    report.notes += _broken_notes(report.tensors)
+    report.tensors = [done[tensor.name] for tensor in plan.tensors] if measured else []
+    report.notes += _broken_notes(done.values())
     report.read = plan.base.nbytes + sum(expert.checkpoint.nbytes for expert in plan.experts)
     report.written = sum(tensor.nbytes for tensor in plan.tensors)
     report.seconds = time.perf_counter() - started
@@ -77,6 +79,7 @@ class _Engine:
         progress: Progress,
         pristine: Pristine | None,
         recollected: Recollected | None,
+        measured: bool,
     ) -> None:
         self._plan = plan
         self._sink = sink
@@ -85,6 +88,7 @@ class _Engine:
         self._progress = progress
         self._pristine = pristine
         self._recollected = recollected
+        self._measured = measured
         self._merged = None if pristine is None else pristine.merged(plan)
         self._done: dict[str, TensorReport] = {}
 
@@ -99,6 +103,10 @@ class _Engine:
                 self._done[tensor.name] = TensorReport(**earlier)
         copied = [tensor for tensor in left if self._is_copy(tensor)]
         blended = [tensor for tensor in left if not self._is_copy(tensor)]
+        straight = frozenset() if self._measured else self._straight(blended)
+        for tensor in (tensor for tensor in blended if tensor.name in straight):
+            self._done[tensor.name] = TensorReport(tensor.name, tensor.part, tensor.method, tensor.info.numel)
+        blended = [tensor for tensor in blended if tensor.name not in straight]
         with self._fused(blended, chunk) as fused:
             mine = fused.prepare(self._plan.tensors, self._progress) if fused is not None else frozenset()
             general = self._general([tensor for tensor in blended if tensor.name not in mine])
@@ -132,6 +140,14 @@ class _Engine:
             self._sink.copy(tensor.name, self._sources.of(tensor.expert), self._source(tensor))
             result = TensorReport(tensor.name, tensor.part, tensor.method, tensor.info.numel)
             self._finish(tensor, result, step)
+
+    def _straight(self, left: Sequence[TensorPlan]) -> frozenset[str]:
+        """Make what takes one pass with nothing to find out or to report; the names."""
+        pristine, merged, sink, kernels = self._pristine, self._merged, self._sink, native()
+        if pristine is None or merged is None or not isinstance(sink, LiveSink) or self._device != "cpu" or not kernels:
+            return frozenset()
+        way = pristine.straight(self._plan, sink, kernels)
+        return frozenset() if way is None else way.run(self._plan, left, pristine.thresholds(self._plan), merged)
 
     def _fused(self, left: Sequence[TensorPlan], chunk: int | None) -> AbstractContextManager[Fused | None]:
         """The compiled way, if there is one here and something for it to do."""

@@ -118,7 +118,7 @@ class Fused:
             job = self._job(tensor)
             if job is not None:
                 self._jobs[tensor.name] = job
-        for (position, prefix), members in _pools(tensors).items():
+        for (position, prefix), members in pools(tensors).items():
             jobs = [self._jobs[tensor.name] for tensor in members if tensor.name in self._jobs]
             found = False
             if len(jobs) == len(members):
@@ -381,9 +381,9 @@ def _is_tellable(jobs: Sequence[Job], position: int) -> bool:
     return len(jobs) == 1 and position == len(steps) - 1 and isinstance(step, Trim) and not step.outliers
 
 
-def _pools(tensors: Iterable[TensorPlan]) -> dict[tuple[int, str], list[TensorPlan]]:
+def pools(tensors: Iterable[TensorPlan]) -> dict[tuple[int, str], list[TensorPlan]]:
     """Tensors that share a threshold, by the position of its stage and all stages up to it."""
-    pools: dict[tuple[int, str], list[TensorPlan]] = {}
+    found: dict[tuple[int, str], list[TensorPlan]] = {}
     keys: dict[int, list[tuple[int, str]]] = {}
     for tensor in tensors:
         pipeline = tensor.pipeline
@@ -396,5 +396,5 @@ def _pools(tensors: Iterable[TensorPlan]) -> dict[tuple[int, str], list[TensorPl
                 if any(one.scope == "global" for one in use.statistics())
             ]
         for key in keys[id(pipeline)]:
-            pools.setdefault(key, []).append(tensor)
-    return dict(sorted(pools.items()))
+            found.setdefault(key, []).append(tensor)
+    return dict(sorted(found.items()))

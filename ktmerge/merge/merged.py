@@ -31,11 +31,13 @@ class MergedDelta:
         values: fp32, flat.
         kept: per expert, number of non-zero elements after the transforms.
         filled: elements that are there so far.
+        is_delta: whether it is the only expert's delta as it was; None: nobody has looked.
     """
 
     values: NDArray[np.float32]
     kept: dict[str, int] = field(default_factory=dict)
     filled: int = 0
+    is_delta: bool | None = None
 
     @property
     def whole(self) -> bool:
@@ -46,7 +48,7 @@ class MergedDeltas:
     """Merged deltas by what decides them; those not used for longest make room."""
 
     def __init__(self, most: int | None = None) -> None:
-        self._most = _memory() // _SHARE if most is None else most
+        self._most = memory() // _SHARE if most is None else most
         self._held: OrderedDict[str, MergedDelta] = OrderedDict()
         self._size = 0
         self._lock = threading.Lock()
@@ -122,6 +124,6 @@ class MergedDeltasOfPlan:
         return found
 
 
-def _memory() -> int:
+def memory() -> int:
     """Bytes of this machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

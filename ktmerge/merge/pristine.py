@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -13,13 +14,16 @@ from ktmerge.checkpoints.dtypes import BITS, torch_dtype
 from ktmerge.merge.merged import MergedDeltas, MergedDeltasOfPlan
 from ktmerge.merge.record import said_of_inputs
 from ktmerge.merge.replanning import Planner
+from ktmerge.merge.straight import Straight
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from ktmerge.merge.kernels.native import Native
     from ktmerge.merge.plan import Plan
     from ktmerge.merge.selection import Thresholds
+    from ktmerge.merge.sinks import LiveSink
     from ktmerge.recipes.schema import Recipe
 
 _BLOCK = 8 << 20
@@ -43,6 +47,8 @@ class Pristine:
         self._merged = MergedDeltas()
         self._planner = Planner()
         self._names: dict[int, tuple[Checkpoint, str]] = {}
+        self._sinks: WeakKeyDictionary[Any, tuple[Checkpoint, LiveSink]] = WeakKeyDictionary()
+        self._straights: WeakKeyDictionary[LiveSink, tuple[Plan, Straight]] = WeakKeyDictionary()
 
     def plan(self, recipe: Recipe) -> Plan:
         """The recipe's plan; the headers of models that were planned with before are not read again."""
@@ -67,6 +73,26 @@ class Pristine:
     def merged(self, plan: Plan) -> MergedDeltasOfPlan:
         """Merged deltas that blends left, and are to leave."""
         return self._merged.of(plan, self._models(plan))
+
+    def sink(self, model: Any, base: Checkpoint) -> LiveSink:
+        """The way into a model: the last one, as long as the model's tensors are where they were."""
+        from ktmerge.merge.sinks import LiveSink
+
+        known = self._sinks.get(model)
+        if known is None or known[0] is not base or not known[1].is_current():
+            known = self._sinks[model] = base, LiveSink(model, base)
+        return known[1]
+
+    def straight(self, plan: Plan, sink: LiveSink, native: Native) -> Straight | None:
+        """The shortest way into a model for plans like this one; None with several experts, or copies on a device."""
+        if len(plan.experts) != 1 or self._device != "cpu":
+            return None
+        expert = plan.experts[0]
+        known = self._straights.get(sink)
+        if known is None or known[0].base is not plan.base or known[0].experts[0].checkpoint is not expert.checkpoint:
+            made = Straight(plan, self.reader(plan, None), self.reader(plan, expert.name), sink, native)
+            known = self._straights[sink] = plan, made
+        return known[1]
 
     def _models(self, plan: Plan) -> str:
         """What decides the values of base and experts."""

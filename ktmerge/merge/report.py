@@ -43,7 +43,7 @@ class BlendReport:
 
     Attributes:
         recipe: its name.
-        tensors: in file order.
+        tensors: in file order; empty if the blend was not measured.
         seconds: wall time.
         read: bytes of base and experts.
         written: bytes of weights.

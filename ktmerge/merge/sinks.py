@@ -103,6 +103,20 @@ class LiveSink:
             for name, target in self._targets.items()
             if target.device.type == "cpu"
         }
+        self._owners = [
+            (registry, name, values, values.data_ptr())
+            for module in model.modules()
+            for registry in (module._parameters, module._buffers)
+            for name, values in registry.items()
+            if values is not None
+        ]
+
+    def is_current(self) -> bool:
+        """Whether all of the model's tensors are where they were."""
+        return all(
+            registry.get(name) is values and values.data_ptr() == place
+            for registry, name, values, place in self._owners
+        )
 
     def place(self, name: str) -> tuple[str, int] | None:
         """Type and address of a tensor in this process's memory; None if it is not there."""

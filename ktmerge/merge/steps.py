@@ -48,8 +48,8 @@ class Steps:
     def set_thresholds(self, position: int, found: Sequence[tuple[Threshold, Threshold | None]]) -> None:
         """What the trim at ``position`` keeps of each expert, and which of those are outliers."""
         for expert, (kept, outliers) in enumerate(found):
-            floor, least = _edge(kept)
-            end, top = _edge(outliers) if outliers is not None else (_NEVER, 0)
+            floor, least = edge(kept)
+            end, top = edge(outliers) if outliers is not None else (_NEVER, 0)
             self._floors[position, expert], self._leasts[position, expert] = floor, least
             self._spans[position, expert] = max(0, end + (top > 0) - floor)
             self._tops[position, expert] = top
@@ -65,7 +65,7 @@ class Steps:
         return len(self._codes)
 
 
-def _edge(threshold: Threshold) -> tuple[int, int]:
+def edge(threshold: Threshold) -> tuple[int, int]:
     """Least magnitude pattern, and least hash of those that have just that."""
     if threshold.keeps_all or threshold.keeps_none:
         return (0 if threshold.keeps_all else _NEVER), 0

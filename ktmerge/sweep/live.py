@@ -81,7 +81,9 @@ class LiveModel:
         with ExitStack() as stack:
             if self._gigabytes:
                 stack.enter_context(keeping(self._gigabytes))
-            blend_into(self.model, recipe, self._sources, device=self._device.type, progress=self._progress)
+            blend_into(
+                self.model, recipe, self._sources, device=self._device.type, measured=False, progress=self._progress
+            )
         self._blended = recipe
 
     def score_blend(self, recipe: Recipe, one: Round, label: str, seeds: int = 1) -> ItemScores:
@@ -103,7 +105,7 @@ class LiveModel:
     def copy_of(self, recipe: Recipe) -> Any:
         """A second model that stays what the recipe gives."""
         model = load_model(self._root, self._device, choose_dtype(self._device))
-        blend_into(model, recipe, self._sources, device=self._device.type)
+        blend_into(model, recipe, self._sources, device=self._device.type, measured=False)
         return model
 
     def digest(self, recipe: Recipe) -> str | None:

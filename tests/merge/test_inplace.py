@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from merge_models import read, same_bytes
+from merge_models import read, same_bytes, write
 from torch import nn
 
+from ktmerge.errors import KtmergeError
 from ktmerge.merge import blend, blend_into
 from ktmerge.merge.flow import Flow
 from ktmerge.merge.merged import MergedDeltas
 from ktmerge.merge.planning import plan_blend
 from ktmerge.merge.pristine import Pristine
 from ktmerge.merge.replanning import Planner
+from ktmerge.merge.straight import Straight
 
 TWO = {"a": ("a", 0.7), "b": ("b", 0.4)}
 ONE = {"a": ("a", 1.0)}
@@ -128,3 +132,77 @@ def test_plans_are_the_same_without_reading_headers_again(llamas: Path, tmp_path
     config = folder / "base" / "config.json"
     config.write_text(config.read_text() + "\n")
     assert planner.plan(recipe_in(folder, TWO, blends[0])).base is not first
+
+
+CANDIDATES: list[dict[str, Any]] = [
+    {"method": "linear", "lambda": 0.3},
+    {"method": "task_arithmetic", "lambda": 1.0},
+    {"method": "linear", "lambda": 1.7, "where": [{"part": "norm", "keep": "a"}, {"match": "*mlp*", "lambda": 0}]},
+    *({"method": "ties", "scope": "tensor", "density": one, "lambda": 0.9} for one in (0.3, 0.5, 0.31, 0.0, 1.0)),
+    *({"method": "ties", "scope": "global", "density": density} for density in (0.3, 0.12, 0.45)),
+    {"method": "dg_hard", "lambda": 0.5},
+    {"method": "dg_hard", "lambda": 1.0, "where": [{"match": "*mlp*", "keep": "base"}]},
+    {"method": "breadcrumbs", "density": 0.5, "lambda": 0.8},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("expert", "weight", "output"),
+    [
+        ("bfloat16", 1.0, {}),
+        ("float32", 1.0, {}),
+        ("float32", 0.7, {"dtype": "float32"}),
+        ("float32", 1.0, {"rounding": "stochastic"}),
+    ],
+)
+def test_candidates_that_are_not_measured_equal_the_files(
+    expert: str, weight: float, output: dict[str, Any], llamas: Path, tmp_path: Path, recipe_in: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """In any order, so that what is kept of one never shows in another; with and without equal magnitudes."""
+    shutil.copytree(llamas, tmp_path / "models")
+    if expert == "float32":
+        draw = torch.Generator().manual_seed(5)
+        tensors = {k: v.float() + 1e-3 * torch.randn(v.shape, generator=draw) for k, v in read(llamas / "a").items()}
+        write(tmp_path / "models" / "a", tensors, json.loads((llamas / "a" / "config.json").read_text()))
+    model, sources = Model(read(llamas / "base"), torch.float32), Pristine()
+    taken, run = [], Straight.run
+
+    def counted(self: Straight, *arguments: Any) -> frozenset[str]:
+        taken.append(run(self, *arguments))
+        return taken[-1]
+
+    monkeypatch.setattr(Straight, "run", counted)
+    wanted = []
+    for number, given in enumerate(CANDIDATES):
+        recipe = recipe_in(tmp_path / "models", {"a": ("a", weight)}, given, output=output)
+        blend(recipe, tmp_path / str(number), device="cpu")
+        wanted.append((recipe, read(tmp_path / str(number))))
+    for number in random.Random(3).choices(range(len(wanted)), k=5 * len(wanted)):
+        recipe, stored = wanted[number]
+        assert not blend_into(model, recipe, sources, measured=False).tensors
+        found = model.state_dict()
+        assert all(same_bytes(found[name], values.float()) for name, values in stored.items()), CANDIDATES[number]
+    assert (sum(len(names) > 0 for names in taken) > 3 * len(wanted)) == ("rounding" not in output)
+
+
+def test_a_candidate_that_is_not_finite_is_refused(llamas: Path, tmp_path: Path, recipe_in: Any) -> None:
+    shutil.copytree(llamas, tmp_path / "models")
+    tensors = read(llamas / "a")
+    next(values for values in tensors.values() if values.ndim == 2).view(-1)[5] = float("nan")
+    write(tmp_path / "models" / "a", tensors, json.loads((llamas / "a" / "config.json").read_text()))
+    model, sources = Model(read(llamas / "base"), torch.float32), Pristine()
+    for given in ({"method": "linear"}, {"method": "linear", "lambda": 0}, {"method": "ties", "density": 0.1}):
+        with pytest.raises(KtmergeError, match="NaN or infinite"):
+            blend_into(model, recipe_in(tmp_path / "models", ONE, given), sources, measured=False)
+
+
+def test_a_model_whose_memory_changed_is_found_again(llamas: Path, recipe_in: Any) -> None:
+    model, sources = Model(read(llamas / "base"), torch.float32), Pristine()
+    recipes = [recipe_in(llamas, ONE, {"method": "linear", "lambda": lambda_}) for lambda_ in (0.5, 1.0)]
+    blend_into(model, recipes[0], sources, measured=False)
+    for values in model.parameters():
+        values.data = torch.zeros_like(values)
+    blend_into(model, recipes[1], sources, measured=False)
+    found = model.state_dict()
+    assert all(same_bytes(found[name], values.float()) for name, values in read(llamas / "a").items())

@@ -20,3 +20,9 @@ FINE, INPUT_NOT_FINITE, OVERFLOW, UNREADABLE = 0, 1, 2, 3
 
 DIGITS, DIGIT = 6, 11
 """Digits, and bits of each, of the keys by which ranks are found."""
+
+COLUMNS = 12
+"""Of a piece in the table of `ktmerge.merge.kernels.straight`: kinds of base, expert and output; their first elements,
+as addresses divided by their widths, the output's in words; how many; the index of the first in its tensor; the first
+element of a merged delta, or 0; least magnitude pattern that is kept, least hash of those that have just that, and key
+of the hash."""

@@ -48,6 +48,7 @@ from ktmerge.merge.kernels.ordering import rank
 from ktmerge.merge.kernels.randomness import random_words, words
 from ktmerge.merge.kernels.ruling import rule
 from ktmerge.merge.kernels.settling import scale_and_add, settle_base, settle_expert, sum_up
+from ktmerge.merge.kernels.straight import straight
 from ktmerge.merge.kernels.transforming import count_kept, subtract, transform
 
 _U32, _F32 = np.uint32, np.float32
@@ -243,6 +244,12 @@ ENTRIES: dict[str, tuple[Any, Any]] = {
         int64(
             *_MEMORY, CPointer(int64), CPointer(int64), int64, int64, int64, *_STEPS, *_COMBINE, CPointer(float32),
             int64, int64, uint64, int64, int64, CPointer(float64), CPointer(int64), CPointer(uint32),
+        ),
+    ),
+    "straight": (
+        straight,
+        int64(
+            *_MEMORY, CPointer(int64), CPointer(float32), int64, int64, CPointer(int64), CPointer(uint32),
         ),
     ),
     "squares": (

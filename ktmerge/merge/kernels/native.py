@@ -27,6 +27,7 @@ GROUPS = {
     "thresholds": ("measure", "note", "sample", "rank_noted", "hash_noted", "rank_hashes"),
     "norms": ("squares",),
     "memory": ("direct",),
+    "candidates": ("straight",),
     "choices": ("rank", "words"),
     "arrays": ("spread", "add_up", "tally", "tally_hashes", "select", "products"),
     "rules": ("rule",),
@@ -36,7 +37,7 @@ _GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 _MODULES = (
     "arrays.py", "combining.py", "compiled.py", "compiler.py", "conversion.py", "counting.py", "deciding.py",
     "direct.py", "files.py", "gathering.py", "ordering.py", "randomness.py", "ruling.py", "scanning.py", "settling.py",
-    "transforming.py",
+    "straight.py", "transforming.py",
 )  # fmt: skip
 _SOURCES = (Path(codes.__file__), *(Path(__file__).with_name(name) for name in _MODULES))
 # What numba's code would call to raise or to count references. The kernels do neither, but the linker wants them.
@@ -55,6 +56,7 @@ _ROWS, _STEPS, _COMBINE = "ppipi", "ipppppppp", "iip"
 _SIGNATURES = {
     "blend": f"{_ROWS}ppii{_STEPS}{_COMBINE}piilppppp",
     "direct": f"ppppiii{_STEPS}{_COMBINE}piiliippp",
+    "straight": "ppppiipp",
     "squares": f"{_ROWS}ppii{_STEPS}{_COMBINE}fppp",
     "measure": f"{_ROWS}ppii{_STEPS}ippippp",
     "note": f"{_ROWS}ppii{_STEPS}ippippppp",
@@ -80,6 +82,7 @@ class Native:
 
     blend: Entry
     direct: Entry
+    straight: Entry
     squares: Entry
     measure: Entry
     note: Entry
