@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from ktmerge.errors import KtmergeError
-from ktmerge.merge import fused
+from ktmerge.merge import fused, workspace
 from ktmerge.merge.blending import blend
 from ktmerge.merge.sinks import FileSink
 from ktmerge.recipes.load import parse_recipe
@@ -54,6 +54,27 @@ BLENDS: list[dict[str, Any]] = [
     {"method": "lines", "alpha": 0.3, "beta": 0.9, "outside": "alpha+beta", "lambda": 1.1},
     {"stages": {"transform": ["trim"], "combine": "elect", "scale": [{"interpolate": {"a": 0.7}}]}},
     {"method": "lm_cocktail", "losses": {"e0": 2.0, "e1": 0.5, "e2": 3.0}},
+    {"method": "warp"},
+    {"method": "karcher", "lambda": 0.8},
+    {"method": "nmean"},
+    {"method": "model_stock"},
+    {"method": "metagpt"},
+    {"method": "nan", "scope": "tensor"},
+    {"method": "norm_budget"},
+    {"stages": {"transform": ["half_reset", "trim"], "combine": "sum"}},
+    {"stages": {"transform": [{"half_reset": {"mode": "element"}}], "combine": "karcher"}},
+    {"method": "consensus", "agree": 1},
+    {"method": "ram"},
+    {"method": "ram_plus"},
+    {"method": "localize_stitch", "density": 0.3},
+    {"method": "tatr", "quantile": 0.8},
+    {
+        "stages": {
+            "transform": ["trim"],
+            "combine": {"trust": {"scope": "tensor"}},
+            "scale": [{"interpolate": {"a": 0.7}}],
+        }
+    },
 ]
 OUTPUTS: list[dict[str, Any]] = [
     {},
@@ -126,6 +147,7 @@ def compare(
     pairs: list[tuple[str, str]],
 ) -> None:
     monkeypatch.setattr(fused, "PIECE", 1 << 11)  # several pieces, and a last one of its own size; large tensors
+    monkeypatch.setattr(workspace, "_PART", 1 << 9)
     for base, experts in pairs:
         monkeypatch.setenv("KTMERGE_KERNELS", "auto")
         fast, numbers = blended(workshop, tmp_path / "out", blend_, base, experts, output)
