@@ -16,6 +16,7 @@ from ktmerge.checkpoints.header import TensorInfo
 from ktmerge.errors import UsageError
 
 PREFIX = "base_model.model."
+_PATTERN_SECONDS = 1.0
 _FACTOR = re.compile(
     r"^(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(\.(?P<leaf>weight|bias))?$"
@@ -138,13 +139,19 @@ def _setting(folder: Path, config: Mapping[str, Any], key: str, module: str, def
     patterns = config.get(key) or {}
     if not isinstance(patterns, Mapping):
         raise UsageError(f"{folder}: the adapter's {key} is no map from patterns to numbers.")
-    for pattern, value in patterns.items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return value
-        except re.error as error:
-            raise UsageError(f"{folder}: the adapter's {key} has the pattern {pattern!r}: {error}.") from None
-    return default
+    return next((value for pattern, value in patterns.items() if _means(folder, key, pattern, module)), default)
+
+
+def _means(folder: Path, key: str, pattern: str, module: str) -> bool:
+    """Whether a pattern of an adapter's config, which may be a stranger's, means the module, as PEFT reads it."""
+    import regex
+
+    try:
+        return regex.match(rf"(.*\.)?({pattern})$", module, timeout=_PATTERN_SECONDS) is not None
+    except regex.error as error:
+        raise UsageError(f"{folder}: the adapter's {key} has the pattern {pattern!r}: {error}.") from None
+    except TimeoutError:
+        raise UsageError(f"{folder}: the adapter's {key} has the pattern {pattern!r}, which takes for ever.") from None
 
 
 class _Orientation:

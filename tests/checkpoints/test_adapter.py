@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import regex
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -115,6 +116,20 @@ def test_folded_weights_are_pefts(adapted: tuple[Path, dict[str, torch.Tensor]])
             changed += moved
             assert (reader.place(name) is None) or not moved
     assert changed
+
+
+def test_a_strangers_pattern_cannot_take_for_ever(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = json.loads((copy / "adapter/adapter_config.json").read_text())
+    config["alpha_pattern"] = {"(.*)*x(.*)*y": 3}  # Python's own search of it would not end
+    (copy / "adapter/adapter_config.json").write_text(json.dumps(config))
+    open_model("model+adapter", copy)
+
+    def endless(pattern: str, text: str, timeout: float) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(regex, "match", endless)
+    with pytest.raises(UsageError, match=r"alpha_pattern has the pattern .*, which takes for ever"):
+        open_model("model+adapter", copy)
 
 
 def test_tables_that_peft_wrote_three_times_are_the_trained_ones(tmp_path: Path) -> None:
