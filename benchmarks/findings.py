@@ -10,12 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 from parts import BASE, Part, Point, read, sides_of
 from sweep import area, chosen, kept_front
-from tradeoff import Array, Sides, interval
+from tradeoff import Array, Sides, hypervolume, interval
 from worlds.world import REPORT, SELECT
 
 from ktmerge.drawing import GREY, drawn, new_figure, styles, to_file
 from ktmerge.merge.catalogue import NO_DATA, entries
-from ktmerge.sweep.pareto import hypervolume
 
 DRAWS = 1000
 WISE = "linear"

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 from parts import BASE, Part, Point, keep, kept, plain, sides_of
 from paths import COARSE, FINE, Way, knob_of, line
-from tradeoff import Sides, harmonic
+from tradeoff import Sides, harmonic, hypervolume
 from worlds.world import REPORT, SELECT
 
 import ktmerge
 from ktmerge.errors import KtmergeError
 from ktmerge.merge.registry import find_method
 from ktmerge.recipes.load import parse_recipe
-from ktmerge.sweep.pareto import front, hypervolume
+from ktmerge.sweep.pareto import front
 
 LAMBDA = "lambda"
 CLOSE = 0.8

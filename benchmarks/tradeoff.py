@@ -99,3 +99,12 @@ def interval(values: Array, level: float = 0.95) -> tuple[float, float, float]:
     """The estimate (first value) and the percentile interval of the resamples (the others)."""
     low, high = np.quantile(values[1:], [(1 - level) / 2, (1 + level) / 2])
     return float(values[0]), float(low), float(high)
+
+
+def hypervolume(points: Array) -> Array:
+    """Area between (0, 0) and the staircase over the points ``[n, 2, ...]``; what is below 0 counts as 0."""
+    first, second = np.maximum(points[:, 0], 0), np.maximum(points[:, 1], 0)
+    order = np.argsort(-first, axis=0, kind="stable")
+    wide, high = np.take_along_axis(first, order, 0), np.take_along_axis(second, order, 0)
+    steps = wide - np.concatenate([wide[1:], np.zeros_like(wide[:1])])
+    return np.asarray((steps * np.maximum.accumulate(high, axis=0)).sum(axis=0))

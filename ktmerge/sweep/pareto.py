@@ -1,4 +1,4 @@
-"""Points with two numbers, of both of which more is better: who is beaten, and how much a front covers."""
+"""Points with two numbers, of both of which more is better: who is beaten."""
 
 from __future__ import annotations
 
@@ -25,12 +25,3 @@ def layers(points: Array) -> list[list[int]]:
         found.append(own)
         left = [i for i in left if i not in own]
     return found
-
-
-def hypervolume(points: Array) -> Array:
-    """Area between (0, 0) and the staircase over the points ``[n, 2, ...]``; what is below 0 counts as 0."""
-    first, second = np.maximum(points[:, 0], 0), np.maximum(points[:, 1], 0)
-    order = np.argsort(-first, axis=0, kind="stable")
-    wide, high = np.take_along_axis(first, order, 0), np.take_along_axis(second, order, 0)
-    steps = wide - np.concatenate([wide[1:], np.zeros_like(wide[:1])])
-    return np.asarray((steps * np.maximum.accumulate(high, axis=0)).sum(axis=0))

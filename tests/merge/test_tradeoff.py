@@ -12,12 +12,12 @@ from ktmerge.errors import UsageError
 from ktmerge.merge.registry import methods
 from ktmerge.merge.settings import blend_setting
 from ktmerge.recipes.schema import Blend
-from ktmerge.sweep.pareto import front, hypervolume
+from ktmerge.sweep.pareto import front
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from paths import COARSE, Way, knob_of, line
-from tradeoff import Resamples, Sides, harmonic, interval
+from tradeoff import Resamples, Sides, harmonic, hypervolume, interval
 
 
 def test_hypervolume_is_the_area_under_the_staircase() -> None:
