@@ -23,7 +23,7 @@ ASKED = {"kind": "choice", "data": "rows.jsonl", "prompt": "{{ q }}", "choices":
 def sets(tmp_path: Path) -> list[TaskSet]:
     """A set of 20 rows, and one that lm_eval asks."""
     (tmp_path / "rows.jsonl").write_text("".join(f'{{"q": "Is {n} good?"}}\n' for n in range(20)))
-    made = HarnessSet([], None, {"theirs": [0, 1]}, ("acc", "none"), [], ["a", "b"], [0, 1], "d", "d", "s")
+    made = HarnessSet([], None, {"theirs": [0, 1]}, ("acc", "none"), [], ["a", "b"], [0, 1], [], "d", "d", "s")
     theirs = TaskSet(HarnessTask(name="theirs", lm_eval="theirs"), "downstream", [], "d", "d", made)
     return [*read_sets(Suite(upstream=[{"name": "ours", **ASKED}], folder=tmp_path)), theirs]
 
