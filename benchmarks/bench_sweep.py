@@ -38,6 +38,7 @@ from ktmerge.recipes.schema import Recipe
 CPU = torch.device("cpu")
 LAMBDAS = (0.3, 0.5, 0.7, 0.9, 0.4, 0.6, 0.8)
 WARM = (1.0, 0.95, 0.85)
+"""Values of candidates that are not counted."""
 BLENDS: dict[str, dict[str, Any]] = {
     "linear": {"method": "linear"},
     "task_arithmetic": {"method": "task_arithmetic"},
