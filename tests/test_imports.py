@@ -105,6 +105,7 @@ def test_light_commands_load_nothing_heavy(toy_pair: tuple[Path, Path]) -> None:
         [
             ["--help"],
             ["suite", "list"],
+            ["recipe", "list"],
             ["recipe", "check", "ties"],
             ["recipe", "check", "ties", "--base", base, "--expert", f"a={tuned}"],
             ["inspect", base, tuned, "--headers"],

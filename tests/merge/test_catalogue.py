@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -99,9 +97,3 @@ def test_the_list_of_recipes_says_what_each_needs() -> None:
     assert found["ties"].method == "ties"
     assert found["ties"].data == "none"
     assert {recipe.data != "none" for recipe in found.values()} == {True, False}
-
-
-def test_listing_recipes_loads_no_torch() -> None:
-    code = "import sys; from ktmerge import api; api.list_recipes(); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
