@@ -61,10 +61,11 @@ class Straight:
             tag = sink.dtype(tensor.name, tensor.dtype)
             if source is None or place is None or place[0] != "F32" or (stochastic and tag != "F32"):
                 continue
-            kinds = [KINDS.get(one) for one in (tensor.info.dtype, headers[source].dtype, tag)]
-            if not tensor.info.numel or any(kind not in _DIRECT for kind in kinds):
+            tags = (tensor.info.dtype, headers[source].dtype, tag)
+            if not tensor.info.numel or any(KINDS.get(one) not in _DIRECT for one in tags):
                 continue
-            widths = [WIDTHS[kind] for kind in kinds if kind is not None]
+            kinds = [KINDS[one] for one in tags]
+            widths = [WIDTHS[kind] for kind in kinds]
             firsts = base.address(tensor.name) // widths[0], expert.address(source) // widths[1], place[1] // 4
             self._numbers[tensor.name] = len(columns)
             columns.append([*kinds, *firsts, tensor.info.numel, 0, 0, 0, 0, 0])
