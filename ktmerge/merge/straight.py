@@ -55,7 +55,7 @@ class Straight:
         headers = plan.experts[0].checkpoint.tensors
         stochastic = plan.recipe.output.rounding == "stochastic"
         self._numbers: dict[str, int] = {}
-        columns = []
+        columns: list[list[int]] = []
         for tensor in plan.tensors:
             place, source = sink.place(tensor.name), tensor.sources.get(self._name)
             tag = sink.dtype(tensor.name, tensor.dtype)
