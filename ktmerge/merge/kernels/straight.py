@@ -4,7 +4,8 @@ Nothing is said of what was changed: for the candidates of a sweep, of which onl
 of `ktmerge.merge.kernels.compiled` bit for bit. They go past the caches: a line that is written whole need not be read.
 """
 
-# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call,attr-defined,operator,call-arg,var-annotated"
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call,attr-defined,operator"
+# mypy: disable-error-code="call-arg,var-annotated"
 
 from __future__ import annotations
 
