@@ -164,6 +164,7 @@ def test_candidates_that_are_not_measured_equal_the_files(
     if expert == "float32":
         draw = torch.Generator().manual_seed(5)
         tensors = {k: v.float() + 1e-3 * torch.randn(v.shape, generator=draw) for k, v in read(llamas / "a").items()}
+        shutil.rmtree(tmp_path / "models" / "a")
         write(tmp_path / "models" / "a", tensors, json.loads((llamas / "a" / "config.json").read_text()))
     model, sources = Model(read(llamas / "base"), torch.float32), Pristine()
     taken, run = [], Straight.run
@@ -190,6 +191,7 @@ def test_a_candidate_that_is_not_finite_is_refused(llamas: Path, tmp_path: Path,
     shutil.copytree(llamas, tmp_path / "models")
     tensors = read(llamas / "a")
     next(values for values in tensors.values() if values.ndim == 2).view(-1)[5] = float("nan")
+    shutil.rmtree(tmp_path / "models" / "a")
     write(tmp_path / "models" / "a", tensors, json.loads((llamas / "a" / "config.json").read_text()))
     model, sources = Model(read(llamas / "base"), torch.float32), Pristine()
     for given in ({"method": "linear"}, {"method": "linear", "lambda": 0}, {"method": "ties", "density": 0.1}):
