@@ -12,8 +12,7 @@ NONE, TRIM, DROP = 0, 1, 2
 SUM, LARGEST, ELECT_MEAN, ELECT_SUM, ELECT_LARGEST = 0, 1, 2, 3, 4
 GIVEN = 5
 """The merged delta is there already."""
-CONSENSUS, OVERLAP, STITCH, TRUST, MAJORITY, INFORMED = 0, 1, 2, 3, 4, 5
-SENSITIVITY, DEVIATION = 6, 7
+CONSENSUS, OVERLAP, STITCH, TRUST, INFORMED, SENSITIVITY = 0, 1, 2, 3, 4, 5
 """Rules, and what some of them have to know of every element first."""
 BF16, F16, F32 = 0, 1, 2
 FINE, INPUT_NOT_FINITE, OVERFLOW, UNREADABLE = 0, 1, 2, 3

@@ -15,17 +15,7 @@ from numba import carray
 from numba.extending import intrinsic
 from numba.types import float64, int64
 
-from ktmerge.merge.kernels.codes import (
-    CONSENSUS,
-    DEVIATION,
-    FINE,
-    INFORMED,
-    MAJORITY,
-    OVERLAP,
-    SENSITIVITY,
-    STITCH,
-    TRUST,
-)
+from ktmerge.merge.kernels.codes import CONSENSUS, FINE, INFORMED, OVERLAP, SENSITIVITY, STITCH, TRUST
 from ktmerge.merge.kernels.compiler import compiled
 
 _U32, _F32, _F64 = np.uint32, np.float32, np.float64
@@ -125,39 +115,6 @@ def _trust(deltas, weights, limit, work, out):
 
 
 @compiled
-def _deviation(deltas, number, out):
-    for i in range(out.size):
-        mean = _F64(0)
-        for t in range(number):
-            mean += _F64(deltas[t][i])
-        mean = mean / _F64(number)
-        squares = _F64(0)
-        for t in range(number):
-            own = _F64(deltas[t][i]) - mean
-            squares += own * own
-        out[i] = _F32(_root(squares / _F64(number)))
-
-
-@compiled
-def _majority(deltas, weights, selected, fallback, out):
-    """The weighted mean of those of the selected deltas that have the sign of their sum."""
-    for i in range(out.size):
-        kept = selected[i] != _ZERO
-        vote = _ZERO
-        for t in range(weights.size):
-            vote += deltas[t][i] if kept else _ZERO
-        vote = _F32(fallback) if vote == _ZERO else vote
-        total, share = _ZERO, _ZERO
-        for t in range(weights.size):
-            own = deltas[t][i] if kept else _ZERO
-            agrees = ((own > _ZERO) & (vote > _ZERO)) | ((own < _ZERO) & (vote < _ZERO))
-            weight = _F32(weights[t])
-            total += (own if agrees else _ZERO) * weight
-            share += weight if agrees else _ZERO
-        out[i] = total / share if share > _ZERO else _ZERO
-
-
-@compiled
 def _informed(deltas, weights, known, sizes, floor, base_weight, is_scaled, out):
     """Mean by weights and information; the base's comes first and wants no change."""
     whole = _F64(0)
@@ -212,10 +169,6 @@ def rule(code, parts, number, count, numbers, extra_rows, extra, scratch, out):
         _sensitivity(deltas, weights, merged)
     elif code == TRUST:
         _trust(deltas, weights, first, work, merged)
-    elif code == DEVIATION:
-        _deviation(deltas, number, merged)
-    elif code == MAJORITY:
-        _majority(deltas, weights, also[0], first, merged)
     elif code == INFORMED:
         _informed(deltas, weights, also, sizes, first, second, third != _F64(0), merged)
     return int64(FINE)
