@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ktmerge.checkpoints.files import write_all
+from ktmerge.checkpoints.signals import uninterrupted
 from ktmerge.checkpoints.spans import Spans
 
 LEAST = 64 << 20
@@ -77,8 +78,9 @@ class Pool:
     def make(self, file: BlockFile, index: int) -> Block | None:
         """An empty block; None if there is no room yet, which is to be waited for."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._store, name="store", daemon=True)
-            self._thread.start()
+            with uninterrupted():
+                self._thread = threading.Thread(target=self._store, name="store", daemon=True)
+                self._thread.start()
         if not self._free and self._made < HELD:
             self._made += 1
             self._free.append(memoryview(mmap.mmap(-1, SIZE)))

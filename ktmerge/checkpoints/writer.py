@@ -22,6 +22,7 @@ from ktmerge.checkpoints.header import FilePlan, TensorInfo, build_header
 from ktmerge.checkpoints.inheritance import Inheritance
 from ktmerge.checkpoints.journal import FILE, Entry, Journal, Remains, journal_room
 from ktmerge.checkpoints.output import OutputFile
+from ktmerge.checkpoints.signals import uninterrupted
 from ktmerge.checkpoints.staging import Staging, sync_tree
 from ktmerge.checkpoints.verify import verify_headers
 from ktmerge.errors import KtmergeError
@@ -173,7 +174,8 @@ class Writer:
         for file, (header, _) in headers.items():
             self._files[file] = OutputFile(self.folder / file, self.out / file, sizes[file], self._arrived, self._pool)
             self._files[file].write(memoryview(header), 0)
-        self._follower = Follower(self._files, self._arrived)
+        with uninterrupted():
+            self._follower = Follower(self._files, self._arrived)
 
     def write(self, name: str, tensor: torch.Tensor, start: int = 0) -> None:
         """Write the elements of ``tensor`` from element ``start`` of the planned tensor ``name`` on; any thread may.

@@ -18,6 +18,7 @@ import yaml
 
 from ktmerge.checkpoints import Checkpoint
 from ktmerge.checkpoints.digests import FileDigest, digest_of, input_files
+from ktmerge.checkpoints.signals import uninterrupted
 from ktmerge.errors import UsageError, refuse
 from ktmerge.merge.card import licence
 from ktmerge.merge.plan import Plan
@@ -84,7 +85,8 @@ class Digesting:
 @contextmanager
 def digesting(plan: Plan, *, rehash: bool = False) -> Iterator[Digesting]:
     """Digest the inputs of ``plan`` in the background."""
-    found = Digesting(plan, rehash=rehash)
+    with uninterrupted():
+        found = Digesting(plan, rehash=rehash)
     try:
         yield found
     finally:

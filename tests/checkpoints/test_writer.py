@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import stat
 import threading
 import time
@@ -184,6 +185,27 @@ def test_any_exception_leaves_nothing(make_checkpoint: MakeCheckpoint, error: ty
 
     with pytest.raises(error):
         attempt(base, base.root.parent / "runs" / "a" / "out", fail)
+    check_nothing_new(base.root.parent, before)
+
+
+@pytest.mark.parametrize("begun", [0, 1])
+def test_a_signal_while_a_thread_begins_leaves_nothing(
+    make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch, begun: int
+) -> None:
+    base = Checkpoint.open(make_checkpoint())
+    before, real = listing(base.root.parent), threading.Thread.start
+    threads: list[threading.Thread] = []
+
+    def start(thread: threading.Thread) -> None:
+        threads.append(thread)
+        if len(threads) == begun + 1:
+            os.kill(os.getpid(), signal.SIGINT)  # on a busy machine it comes while the thread is waited for
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(KeyboardInterrupt):
+        attempt(base, base.root.parent / "out", lambda writer: copy(base, writer))
+    assert not any(thread.is_alive() for thread in threads)
     check_nothing_new(base.root.parent, before)
 
 
