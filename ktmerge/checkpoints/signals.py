@@ -6,7 +6,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 
 @contextmanager
@@ -19,13 +18,13 @@ def uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or None in handlers.values():
         yield  # only the main thread is interrupted; None is a handler that is not Python's
         return
-    arrived: list[tuple[int, FrameType | None]] = []
+    arrived: list[int] = []
     for number in handlers:
-        signal.signal(number, lambda number, frame: arrived.append((number, frame)))
+        signal.signal(number, lambda one, frame: arrived.append(one))
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for number, _ in arrived:
-            signal.raise_signal(number)
+        for one in arrived:
+            signal.raise_signal(one)
