@@ -122,7 +122,11 @@ def score_ours(model: Path, folder: Path, name: str, batch: str) -> dict[str, An
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
     items = [
-        {"acc": score, "acc_norm": metrics.acc_norm(said, row["choices"], row["answer"]), "logprobs": said}
+        {
+            "acc": score,
+            "acc_norm": float(metrics.likeliest_by_length(said, row["choices"]) == row["answer"]),
+            "logprobs": said,
+        }
         for row, score, said in zip(rows, found.scores.tolist(), found.details["logprobs"], strict=True)
     ]
     return {"wall": wall, "cpu": cpu, "items": items}
