@@ -6,7 +6,7 @@ from copy import copy
 from typing import Any
 
 from typer import Typer
-from typer.main import get_command
+from typer.main import get_command, get_command_name
 
 from ktmerge.commands import tuning, blending, scoring, sweeping, running, looking, recipes, sharing, deltas, suites
 from ktmerge.commands.app import app, meant
@@ -33,7 +33,7 @@ def command_line(words: Sequence[str] = ()) -> Any:
     Typer reads the signatures of all that it is given, which takes longer than many a command.
 
     Args:
-        words: the arguments: where they begin with a command's name, that is all there will be. None: every command.
+        words: the arguments: where they begin with a command's name, that is all there will be; else every command.
     """
     return get_command(_named(app, meant(words)))
 
@@ -41,7 +41,7 @@ def command_line(words: Sequence[str] = ()) -> Any:
 def _named(commands: Typer, words: Sequence[str]) -> Typer:
     """Of ``commands`` the one that ``words`` begin with, or all if none is called so."""
     for command in commands.registered_commands:
-        name = command.name or getattr(command.callback, "__name__", "").replace("_", "-")
+        name = command.name or get_command_name(getattr(command.callback, "__name__", ""))
         if words and name == words[0]:
             return _with(commands, [command], [])
     for group in commands.registered_groups:

@@ -137,8 +137,9 @@ def _found(name: str, registered: Mapping[str, Found]) -> Found | None:
     """What is registered under a name. Its file is called as it begins, as a rule: all files are read if not."""
     if name not in registered:
         words = name.split("_")
-        files = ["_".join(words[:count]) for count in range(len(words), 0, -1)]
-        for file in [file for file in files if file in _files()][:1]:
+        beginnings = ("_".join(words[:count]) for count in range(len(words), 0, -1))
+        file = next((file for file in beginnings if file in _files()), None)
+        if file is not None:
             importlib.import_module(f"{_FOLDER}.{file}")
     if name not in registered:
         _discover()
