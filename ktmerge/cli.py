@@ -141,6 +141,9 @@ def _is_abort(error: BaseException) -> bool:
 
 
 def _interrupted() -> int:
+    # One that was raised inside compiled text (imports do that a lot) Python would otherwise take for never caught,
+    # and under -m it would, after all is done, die of SIGINT. Any other text makes it forget.
+    eval("None")  # noqa: S307
     if not _is_one_of_several():
         from ktmerge import console
 

@@ -43,6 +43,20 @@ def test_a_signal_after_the_work_changes_nothing(number: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_signal_inside_compiled_text_ends_as_any_other(tmp_path: Path) -> None:
+    """Python kills a process started with -m by SIGINT, at its very end, if one was raised in there, even if caught."""
+    (tmp_path / "stopped.py").write_text(
+        "import ktmerge.commands, rich.console  # any that is imported later would hide it\n"
+        "from ktmerge.cli import main\n"
+        "def stop(**_): exec('raise KeyboardInterrupt')\n"
+        "ktmerge.commands.command_line = lambda words: stop\n"
+        "main([])\n"
+    )
+    command = [sys.executable, "-m", "stopped"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "error: interrupted; nothing was left half-written.\n")
+
+
 def test_a_signal_at_the_start_is_answered_in_a_sentence() -> None:
     """Commands are still being imported then."""
     code = (

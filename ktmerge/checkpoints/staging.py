@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from ktmerge.checkpoints.files import clear_os_errors
+from ktmerge.checkpoints.signals import uninterrupted
 from ktmerge.errors import KtmergeError, UsageError
 
 _RENAME_EXCHANGE = 2
@@ -54,16 +55,21 @@ class Staging:
         Raises:
             KtmergeError: another run is writing the same output from this process, or the place cannot be written.
         """
-        with clear_os_errors(self._out.parent):
-            self._made = _make_parents(self._out.parent)
+        is_new = False
         try:
-            with clear_os_errors(self._out.parent):
+            # Cut off inside a call that makes a folder, nobody would know that it is there.
+            with uninterrupted(), clear_os_errors(self._out.parent):
+                self._made = _make_parents(self._out.parent)
                 removed = self._take_over(wanted)
                 refuse_output(self._given, self._overwrite)  # the line above may have put an old output back
                 if self._lock is None:
                     self._lock = make_locked(self.folder)
+                    is_new = True
         except BaseException:
-            self.leave()
+            if is_new:
+                self.discard()
+            else:
+                self.leave()
             raise
         return removed
 

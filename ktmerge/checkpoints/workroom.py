@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ktmerge.checkpoints.files import clear_os_errors
+from ktmerge.checkpoints.signals import uninterrupted
 from ktmerge.checkpoints.staging import dead_runs, make_locked
 
 
@@ -30,13 +31,16 @@ def workroom(target: Path) -> Iterator[Path]:
             shutil.rmtree(path, ignore_errors=True)
             os.close(descriptor)
         folder = place.with_name(f".{place.name}.ktmerge-{os.getpid()}{time.time_ns()}")
-        lock = make_locked(folder)
+    lock: int | None = None
     try:
-        folder.chmod(0o700)
+        with uninterrupted(), clear_os_errors(place.parent):  # cut off in it, nobody would know what was made
+            lock = make_locked(folder)
+            folder.chmod(0o700)
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
 
 
 def passing_room(purpose: str) -> Path:

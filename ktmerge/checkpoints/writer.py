@@ -98,15 +98,16 @@ class Writer:
 
     def _end(self, interrupted: bool) -> None:
         wanted = self._resume and (interrupted or self._inheritance.is_taken)
-        if wanted:
-            with suppress(KtmergeError):  # whoever resumes reads back what is there
-                for file in self._files.values():
-                    file.flush()
-        self._close()
-        if wanted and (self.folder / FILE).exists():
-            self._staging.leave()
-        else:
-            self._staging.discard()
+        with uninterrupted():
+            if wanted:
+                with suppress(KtmergeError):  # whoever resumes reads back what is there
+                    for file in self._files.values():
+                        file.flush()
+            self._close()
+            if wanted and (self.folder / FILE).exists():
+                self._staging.leave()
+            else:
+                self._staging.discard()
 
     @property
     def folder(self) -> Path:

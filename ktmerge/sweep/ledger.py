@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial
 
-VOID, TASK, RESULT, ERROR, QUEUED = "void", "task", "result", "error", "queued"
-"""Attributes of a trial: it does not count; what it is about; what came out; why it failed; it was set beforehand."""
+VOID, TASK, RESULT, ERROR, QUEUED, ORIGIN = "void", "task", "result", "error", "queued", "taken up from"
+"""Attributes of a trial: it does not count; what it is about; what came out; why it failed; it was set beforehand;
+the number of a dead worker's trial that it repeats."""
 
 DIRECTIONS: tuple[Literal["maximize"], ...] = ("maximize", "maximize")
 _PAUSE = 0.5
@@ -73,7 +74,16 @@ class Ledger:
             time.sleep(_PAUSE)
 
     def _counts(self, trial: Trial, most: int | None) -> bool:
-        """Of workers that asked at once, those beyond the last number, or the last in the queue, step back."""
+        """Of workers that asked at once, those beyond the last number, or the last in the queue, step back.
+
+        So do all but the first that take up the same dead worker's trial: not every database lets one declare it void.
+        """
+        origin = trial.user_attrs.get(ORIGIN)
+        if origin is not None and any(
+            one.number < trial.number and one.user_attrs.get(ORIGIN) == origin
+            for one in self.study.get_trials(deepcopy=False)
+        ):
+            return False
         if most is None:
             return QUEUED in trial.user_attrs
         return sum(one.number <= trial.number for one in self.trials()) <= most
@@ -90,7 +100,7 @@ class Ledger:
                 continue  # another worker was faster, or it was not dead
             if requeue:
                 held = {key: value for key, value in one.user_attrs.items() if key not in (WORKER, BEAT, VOID)}
-                self._enqueue(one.params, one.distributions, {**held, "taken up from": one.number})
+                self._enqueue(one.params, one.distributions, {**held, ORIGIN: one.number})
 
     def add(self, params: Mapping[str, Any], ranges: Mapping[str, BaseDistribution]) -> None:
         """Put a candidate into the queue."""

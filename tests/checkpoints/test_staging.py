@@ -169,6 +169,45 @@ def test_terminated_by_a_signal_that_raises(make_checkpoint: MakeCheckpoint) -> 
     assert os.listdir(base.parent) == before
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_folder_is_made_or_removed(
+    old_and_new: tuple[Path, Path], number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is heard when the call has done its work, and whoever made the folder knows of it."""
+    old, new = old_and_new
+    out = old.parent / "out"
+    make, remove = Path.mkdir, staging.shutil.rmtree
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def making(path: Path, *arguments: object, **keywords: object) -> None:
+        make(path, *arguments, **keywords)  # type: ignore[arg-type]
+        if path.name.startswith(".out"):
+            signal.raise_signal(number)
+
+    def removing(path: Path, **keywords: object) -> None:
+        signal.raise_signal(number)
+        remove(path, **keywords)  # type: ignore[call-overload]
+
+    def write_interrupted(*function: object) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(*function)  # type: ignore[arg-type]
+            write(new, out, overwrite=True)
+
+    write(old, out)
+    before = sorted(os.listdir(out.parent))
+    previous = signal.signal(number, interrupt)
+    try:
+        for function, found in [((Path, "mkdir", making), old), ((staging.shutil, "rmtree", removing), new)]:
+            with pytest.raises(KeyboardInterrupt):
+                write_interrupted(*function)
+            assert sorted(os.listdir(out.parent)) == before
+            assert digest(out) == digest(found)
+    finally:
+        signal.signal(number, previous)
+
+
 # --- what may be replaced ---------------------------------------------------------------------------------------------
 
 

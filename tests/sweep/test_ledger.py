@@ -58,6 +58,26 @@ def test_the_trial_of_a_dead_worker_is_taken_up_with_what_it_held(ledger: Ledger
     assert VOID in trial_numbered(open_storage(str(ledger._storage._backend._file_path)), "s", lost.number).user_attrs
 
 
+def test_a_trial_taken_up_twice_at_once_is_repeated_once(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = ledger.begin(2, RANGES)
+    assert lost is not None
+    lost.set_user_attr(WORKER, marked_elsewhere())
+    (seen,) = ledger.trials(TrialState.RUNNING)
+    ledger.take_up()
+    with monkeypatch.context() as patch:  # another worker looked before, and SQLite let it declare the same one void
+        patch.setattr(ledger, "trials", lambda *states: [seen])
+        patch.setattr(ledger._storage, "set_trial_user_attr", lambda *given: None)
+        patch.setattr(ledger._storage, "set_trial_state_values", lambda *given: True)
+        ledger.take_up()
+    assert len(ledger.trials(TrialState.WAITING)) == 2
+    for _ in range(2):
+        trial = ledger.begin(2, RANGES)
+        assert trial is not None
+        ledger.finish(trial, (1.0, 1.0))
+    assert ledger.begin(2, RANGES) is None
+    assert [one.params == lost.params for one in ledger.trials()] == [True, False]
+
+
 def test_a_living_worker_here_is_not_robbed_and_a_silent_one_elsewhere_is_after_the_grace(ledger: Ledger) -> None:
     trial = ledger.begin(1, RANGES)
     assert trial is not None
