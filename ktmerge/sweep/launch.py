@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import socket
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from ktmerge.sweep.settings import SweepSettings
 from ktmerge.sweep.worker import Worker, search
 
 Where = Literal["here", "slurm", "local jobs", "ray"]
+
+_ANSWER_SECONDS = 10.0
 
 
 def launch(settings: SweepSettings, workers: int, where: Where, jobs: Path, progress: Progress = SILENT) -> Outcome:
@@ -90,6 +93,7 @@ def _ray(settings: SweepSettings, workers: int) -> Outcome:
         raise UsageError("--ray needs ray; install it with: pip install 'ktmerge[ray]'.") from None
     ray: Any = library
     try:
+        _require_answer()
         ray.init(address="auto", log_to_driver=False)
     except ConnectionError:
         raise UsageError("--ray: no Ray cluster is running here; start one with 'ray start --head'.") from None
@@ -100,6 +104,28 @@ def _ray(settings: SweepSettings, workers: int) -> Outcome:
         return _first([lambda one=one: ray.get(one) for one in running])
     finally:
         ray.shutdown()
+
+
+def _require_answer() -> None:
+    """Refuse a cluster that has died and left its address: Ray would ask it again for a quarter of an hour.
+
+    Raises:
+        UsageError: nothing answers there.
+        ConnectionError: there is no address.
+    """
+    from ray._private import services
+
+    try:
+        address = services.canonicalize_bootstrap_address_or_die("auto")
+    except (AttributeError, ValueError):
+        return  # another version of Ray, or an address of another kind, which it knows how to reach
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_SECONDS).close()
+    except OSError:
+        raise UsageError(
+            f"--ray: no Ray cluster answers at {address}, where there was one; start one with 'ray start --head'."
+        ) from None
 
 
 def _first(results: list[Any]) -> Outcome:

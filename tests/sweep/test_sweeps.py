@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -228,6 +229,19 @@ def test_jobs_of_submitit_share_a_sweep(world, tmp_path: Path) -> None:  # type:
     outcome = launch(settings, 2, "local jobs", tmp_path / "jobs")
     assert len(outcome.candidates) == 4
     assert {one.user_attrs["worker"].split("/")[1] for one in trials_of(settings.storage)} - {str(os.getpid())}
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_that_has_died_is_not_waited_for(world, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    pytest.importorskip("ray")
+    from ktmerge.sweep.launch import launch
+
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    with pytest.raises(UsageError, match=f"no Ray cluster answers at .*:{port}, where"):
+        launch(settings_of(world, tmp_path), 2, "ray", tmp_path / "jobs")
 
 
 @pytest.mark.slow
