@@ -43,13 +43,14 @@ def direction_coefficients(geometry: Geometry, weights: Sequence[float], iterati
     """``[G, N]``: the mean length of the deltas along their mean direction; without iterations, the Euclidean mean's.
 
     With them, the Karcher mean of the directions: repeat d <- exp_d(sum_t w_t log_d u_t). Where the directions cancel
-    there is no mean direction, and the plain mean is taken. Experts that did not move have no direction and no share.
+    there is no mean direction, and the plain mean is taken. Experts that did not move have no direction and no share,
+    and those without a weight leave no trace at all.
     """
     norms = geometry.norms
-    moved = norms > 0
-    shares = np.where(moved, np.asarray(weights), 0.0)
+    shares = np.where(norms > 0, np.asarray(weights), 0.0)
+    counted = shares > 0
     shares /= np.maximum(shares.sum(1, keepdims=True), np.finfo(float).tiny)
-    units, back = _frame(geometry.cosines)
+    units, back = _frame(geometry.cosines * (counted[:, :, None] & counted[:, None, :]))
     mean = np.einsum("gt,gtr->gr", shares, units)
     length = np.linalg.norm(mean, axis=1)
     cancelled = length < _NOTHING
@@ -57,7 +58,7 @@ def direction_coefficients(geometry: Geometry, weights: Sequence[float], iterati
     for _ in range(iterations):
         mean = _step(mean, shares, units)
     scale = (shares * norms).sum(1, keepdims=True)
-    spherical = np.divide(scale * np.einsum("gr,gtr->gt", mean, back), norms, out=np.zeros_like(norms), where=moved)
+    spherical = np.divide(scale * np.einsum("gr,gtr->gt", mean, back), norms, out=np.zeros_like(norms), where=counted)
     return np.where(cancelled[:, None], shares, spherical)
 
 

@@ -42,3 +42,11 @@ def test_dependent_deltas_have_the_mean_direction_of_their_vectors(iterations: i
         found = direction_coefficients(geometry, tuple(weights), iterations)[0] @ deltas
         expected = along_mean_direction(deltas, weights, iterations)
         assert np.abs(found - expected).max() < 1e-6 * np.linalg.norm(deltas, axis=1).max()
+
+
+@pytest.mark.parametrize("iterations", [0, 10])
+def test_an_expert_without_weight_leaves_no_trace(iterations: int) -> None:
+    deltas = np.random.default_rng(1).standard_normal((3, 7))
+    geometry = Geometry((deltas @ deltas.T)[None], np.zeros(1))
+    assert direction_coefficients(geometry, (0.3, 0.0, 0.0), iterations)[0].tolist() == [1.0, 0.0, 0.0]
+    assert direction_coefficients(geometry, (1.0, 0.0, 2.0), iterations)[0][1] == 0.0
