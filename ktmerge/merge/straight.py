@@ -134,6 +134,7 @@ class Straight:
         owners = self._tensors[pieces]
         table = self._table[pieces]
         table[:, 8:] = numbers[owners]
+        table[:, 8] += np.where(table[:, 8], table[:, 7], 0)  # a merged delta goes on where its tensor does
         scales, status = rates[owners], np.zeros(len(pieces), np.int64)
         done = np.cumsum(table[:, 6])
         ends = done.searchsorted(np.linspace(0, self._elements, _SHARES * cores() + 1)[1:], side="right").tolist()

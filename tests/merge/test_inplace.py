@@ -143,6 +143,7 @@ CANDIDATES: list[dict[str, Any]] = [
     {"method": "dg_hard", "lambda": 0.5},
     {"method": "dg_hard", "lambda": 1.0, "where": [{"match": "*mlp*", "keep": "base"}]},
     {"method": "breadcrumbs", "density": 0.5, "lambda": 0.8},
+    *({"method": "bands", "lambda": lambda_} for lambda_ in (0.8, 0.4)),
 ]  # fmt: skip
 
 
@@ -159,7 +160,11 @@ def test_candidates_that_are_not_measured_equal_the_files(
     expert: str, weight: float, output: dict[str, Any], llamas: Path, tmp_path: Path, recipe_in: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """In any order, so that what is kept of one never shows in another; with and without equal magnitudes."""
+    """In any order, so that what is kept of one never shows in another; with and without equal magnitudes.
+
+    Pieces are so small that tensors take several.
+    """
+    monkeypatch.setattr("ktmerge.merge.straight.PIECE", 256)
     shutil.copytree(llamas, tmp_path / "models")
     if expert == "float32":
         draw = torch.Generator().manual_seed(5)
