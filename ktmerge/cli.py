@@ -16,6 +16,9 @@ from ktmerge.errors import KtmergeError, ToldElsewhereError, UsageError
 __all__ = ["main"]
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
+AGAIN = signal.SIGALRM
+"""Sent by this process to itself."""
+AGAIN_SECONDS = 0.02
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """What standard output answers if it goes into a file that can't grow; failures of other files name them."""
@@ -26,32 +29,53 @@ SPARED_SECONDS = 1.0
 _stopped: list[int] = []
 """Signals that asked this process to stop."""
 
+_over = False
+"""Whether all is done but to say how it went; launchers like torchrun send one signal after the other."""
+
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    _stopped.append(number)
-    raise KeyboardInterrupt
+    if not _over:
+        _stopped.append(number)
+        raise KeyboardInterrupt
+
+
+def _unheard(event: Any) -> None:
+    """Stop a little later: raised in what Python calls by itself, as imports make it do, it would be shown and lost."""
+    if not issubclass(event.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(event)
+    elif not _over:
+        signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: exit code 0 done, 1 the run failed, 2 bad input, 130 interrupted."""
+    global _over
+    _over = False
+    try:
+        for number in (*STOPPING, AGAIN):
+            signal.signal(number, _stop)
+        sys.unraisablehook = _unheard
+        _prepare()
+        code = _exit_code(arguments)
+        _over = True
+    except KeyboardInterrupt:
+        _over = True  # no signal is looked at between being here and this
+        code = _interrupted()
+    # Python, shutting down, would put back the default: die of the signal.
+    for number in (*STOPPING, AGAIN):
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(code)
+
+
+def _prepare() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     _spare_collections()
-    for number in STOPPING:
-        signal.signal(number, _stop)
     if sys.stdout is None or _is_one_of_several():
         sys.stdout = _nowhere()
     if sys.stderr is None:
         sys.stderr = _nowhere()
-    try:
-        code = _exit_code(arguments)
-        # Whatever the command did is done. Python, shutting down, would put back the default: die of the signal.
-        for number in STOPPING:
-            signal.signal(number, signal.SIG_IGN)
-    except KeyboardInterrupt:
-        code = _interrupted()
-    sys.exit(code)
 
 
 def _nowhere() -> TextIO:
@@ -82,8 +106,6 @@ def _exit_code(arguments: list[str] | None) -> int:
 
             console.fail(str(error))
         return error.exit_code
-    except KeyboardInterrupt:
-        return _interrupted()
     except BrokenPipeError:
         _give_up_on_stdout()
         return 1
@@ -141,6 +163,8 @@ def _is_abort(error: BaseException) -> bool:
 
 
 def _interrupted() -> int:
+    global _over
+    _over = True
     # One that was raised inside compiled text (imports do that a lot) Python would otherwise take for never caught,
     # and under -m it would, after all is done, die of SIGINT. Any other text makes it forget.
     eval("None")  # noqa: S307

@@ -57,6 +57,45 @@ def test_a_signal_inside_compiled_text_ends_as_any_other(tmp_path: Path) -> None
     assert (done.returncode, done.stderr) == (130, "error: interrupted; nothing was left half-written.\n")
 
 
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_signal_where_python_cannot_raise_is_heard_a_little_later(tmp_path: Path, number: str) -> None:
+    """In what it calls when something is collected, as imports do, what is raised is shown and forgotten."""
+    (tmp_path / "stopped.py").write_text(
+        "import os, signal, time, weakref, ktmerge.commands\n"
+        "from ktmerge.cli import main\n"
+        "class Thing: pass\n"
+        "def work(**_):\n"
+        "    thing = Thing()\n"
+        f"    seen = weakref.ref(thing, lambda _: os.kill(os.getpid(), signal.{number}))\n"
+        "    del thing\n"
+        "    time.sleep(60)\n"
+        "ktmerge.commands.command_line = lambda words: work\n"
+        "main([])\n"
+    )
+    command = [sys.executable, "-m", "stopped"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "error: interrupted; nothing was left half-written.\n")
+
+
+@pytest.mark.parametrize(
+    "moment", ["import ktmerge.console; ktmerge.console.fail = lambda text:", "atexit.register(lambda:"]
+)
+def test_launchers_that_send_one_signal_after_the_other(moment: str) -> None:
+    """The second comes while the first is answered, or when Python is shutting down."""
+    signals = "[os.kill(os.getpid(), one) for one in (signal.SIGINT, signal.SIGTERM)]"
+    code = (
+        "import atexit, os, signal, ktmerge.commands\n"
+        f"{moment} {signals}{')' * moment.count('(')}\n"
+        "def stop(**_): os.kill(os.getpid(), signal.SIGTERM)\n"
+        "ktmerge.commands.command_line = lambda words: stop\n"
+        "from ktmerge.cli import main\n"
+        "main([])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
+
+
 def test_a_signal_at_the_start_is_answered_in_a_sentence() -> None:
     """Commands are still being imported then."""
     code = (

@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import TracebackType
 
 
 @contextmanager
@@ -13,18 +15,43 @@ def uninterrupted() -> Iterator[None]:
     """Let SIGINT and SIGTERM wait until the end: a thread started by then belongs to somebody who will stop it.
 
     `Thread.start` waits for the thread, on a busy machine for long; interrupted, it leaves one that cannot be joined.
+    What is made inside must be written down inside, too: a signal that waited is raised by this very block.
     """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    if threading.current_thread() is not threading.main_thread() or None in handlers.values():
-        yield  # only the main thread is interrupted; None is a handler that is not Python's
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is interrupted
+        return
+    with _waiting(signal.SIGINT), _waiting(signal.SIGTERM):
+        yield
+
+
+@contextmanager
+def _waiting(number: signal.Signals) -> Iterator[None]:
+    """Let one signal wait; the handler comes back even if the other one is heard at the same time."""
+    handler = signal.getsignal(number)
+    if handler is None:
+        yield  # it is not Python's
         return
     arrived: list[int] = []
-    for number in handlers:
-        signal.signal(number, lambda one, frame: arrived.append(one))
     try:
+        signal.signal(number, lambda one, frame: arrived.append(one))
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for one in arrived:
-            signal.raise_signal(one)
+        signal.signal(number, handler)
+        if arrived:
+            signal.raise_signal(number)
+
+
+class Workers(ThreadPoolExecutor):
+    """A pool whose threads all end with it: a signal that comes while one of them begins waits for that.
+
+    Left by an exception, it does not begin what waits.
+    """
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown(cancel_futures=kind is not None)
+
+    def _adjust_thread_count(self) -> None:
+        with uninterrupted():
+            super()._adjust_thread_count()

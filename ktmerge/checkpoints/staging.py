@@ -106,9 +106,10 @@ class Staging:
 
     def discard(self) -> None:
         """Remove whatever stands under the temporary name: the unfinished output, or the replaced one."""
-        if self._lock is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        self.leave()
+        with uninterrupted():
+            if self._lock is not None:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            self.leave()
 
     def leave(self) -> None:
         """Go as a killed run does, the unfinished output staying; empty parents made for it don't."""

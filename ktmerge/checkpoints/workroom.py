@@ -39,8 +39,9 @@ def workroom(target: Path) -> Iterator[Path]:
         yield folder
     finally:
         if lock is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
+            with uninterrupted():
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)
 
 
 def passing_room(purpose: str) -> Path:

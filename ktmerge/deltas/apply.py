@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ktmerge.checkpoints import Checkpoint, Reader, refuse_overlap
 from ktmerge.checkpoints.digests import digest_of
 from ktmerge.checkpoints.files import clear_os_errors, write_all
+from ktmerge.checkpoints.signals import Workers
 from ktmerge.checkpoints.staging import Staging, sync_tree
 from ktmerge.deltas.coding import unpacked
 from ktmerge.deltas.export import read_bits
@@ -101,7 +101,7 @@ def _write(folder: Path, manifest: Manifest, base: Checkpoint, blobs: _Blobs, pr
         with (
             base.reader() as reader,
             progress.task(f"apply to {base.root.name}", total, "bytes") as step,
-            ThreadPoolExecutor(_THREADS) as pool,
+            Workers(_THREADS) as pool,
         ):
 
             def made(item: tuple[str, Tensor]) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -16,6 +16,7 @@ from ktmerge.checkpoints.digests import digest_of
 from ktmerge.checkpoints.dtypes import BITS, FLOATS
 from ktmerge.checkpoints.files import clear_os_errors
 from ktmerge.checkpoints.hub import cached_as
+from ktmerge.checkpoints.signals import Workers
 from ktmerge.checkpoints.staging import Staging, sync_tree
 from ktmerge.deltas.coding import Array, bits, packed
 from ktmerge.deltas.manifest import BLOBS, FILE, Manifest, Other, Piece, Tensor
@@ -94,7 +95,7 @@ class _Blobs:
 
 
 def _in_order(
-    pool: ThreadPoolExecutor, work: Callable[[TensorInfo], Result], infos: Iterable[TensorInfo]
+    pool: Workers, work: Callable[[TensorInfo], Result], infos: Iterable[TensorInfo]
 ) -> Iterator[tuple[TensorInfo, Result]]:
     """Results in the order of ``infos``, a few of them made ahead: the same model gives the same bytes."""
     running: deque[tuple[TensorInfo, Future[Result]]] = deque()
@@ -119,7 +120,7 @@ class _Export:
             self._base.reader() as below,
             self._model.reader() as above,
             progress.task(f"compare {self._model.root.name}", self._model.nbytes, "bytes") as step,
-            ThreadPoolExecutor(_THREADS) as pool,
+            Workers(_THREADS) as pool,
         ):
 
             def coded(info: TensorInfo) -> tuple[Tensor, list[list[bytes]]]:

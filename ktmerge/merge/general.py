@@ -8,13 +8,14 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from ktmerge.checkpoints.dtypes import tag_of, torch_dtype
+from ktmerge.checkpoints.signals import Workers
 from ktmerge.errors import KtmergeError
 from ktmerge.merge.device import cores
 from ktmerge.merge.flow import Flow
@@ -116,7 +117,7 @@ class General:
                     yield tensor, self._make(tensor)
             return
         room = _Room(_ROOM * workers)
-        with _one_thread_each(self._device), ThreadPoolExecutor(workers, "blend") as pool:
+        with _one_thread_each(self._device), Workers(workers, "blend") as pool:
             running: deque[tuple[TensorPlan, Future[TensorReport]]] = deque()
             try:
                 for tensor in tensors:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import yaml
 
 from ktmerge.checkpoints import Checkpoint
 from ktmerge.checkpoints.digests import FileDigest, digest_of, input_files
-from ktmerge.checkpoints.signals import uninterrupted
+from ktmerge.checkpoints.signals import Workers, uninterrupted
 from ktmerge.errors import UsageError, refuse
 from ktmerge.merge.card import licence
 from ktmerge.merge.plan import Plan
@@ -62,7 +62,7 @@ class Digesting:
 
     def __init__(self, plan: Plan, *, rehash: bool = False) -> None:
         self._stop = threading.Event()
-        self._pool = ThreadPoolExecutor(_THREADS, "digest")
+        self._pool = Workers(_THREADS, "digest")
         self._found: dict[str, dict[str, Future[FileDigest]]] = {
             name: {file: self._pool.submit(digest_of, path, self._stop, rehash=rehash) for file, path in files.items()}
             for name, files in _files(plan).items()
@@ -85,12 +85,14 @@ class Digesting:
 @contextmanager
 def digesting(plan: Plan, *, rehash: bool = False) -> Iterator[Digesting]:
     """Digest the inputs of ``plan`` in the background."""
-    with uninterrupted():
-        found = Digesting(plan, rehash=rehash)
+    found: Digesting | None = None
     try:
+        with uninterrupted():
+            found = Digesting(plan, rehash=rehash)
         yield found
     finally:
-        found.close()
+        if found is not None:
+            found.close()
 
 
 def lock(plan: Plan, digests: Digests, report: BlendReport | None = None) -> dict[str, Any]:

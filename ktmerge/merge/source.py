@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from ktmerge.checkpoints import Reader, TensorReader
+from ktmerge.checkpoints.signals import Workers
 from ktmerge.errors import KtmergeError
 from ktmerge.merge.measured import OpenStatistics, TensorMeasurements, stored_fisher
 from ktmerge.merge.needs import BASE
@@ -140,7 +140,7 @@ class Sources:
             for piece in pieces:
                 yield self._chunk_of(tensor, piece[0], self._load(tensor, *piece))
             return
-        with ThreadPoolExecutor(1, "read") as ahead:  # the next piece is read while this one is worked on
+        with Workers(1, "read") as ahead:  # the next piece is read while this one is worked on
             coming = ahead.submit(self._load, tensor, *pieces[0])
             for (start, _), following in zip_longest(pieces, pieces[1:]):
                 loaded = coming.result()

@@ -7,11 +7,11 @@ kernel walks along. What is not covered here goes the other ways, and every resu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ktmerge.checkpoints.signals import Workers
 from ktmerge.merge.device import cores
 from ktmerge.merge.kernels.codes import BF16, BLOCK, COLUMNS, F32, FINE
 from ktmerge.merge.kernels.keys import stream_key
@@ -145,7 +145,7 @@ class Straight:
                 0, 0, table.ctypes.data, scales.ctypes.data, first, last, status.ctypes.data, scratch.ctypes.data
             )
 
-        with ThreadPoolExecutor(cores(), "blend") as pool:
+        with Workers(cores(), "blend") as pool:
             list(pool.map(walk, [0, *ends[:-1]], ends))
         mine[owners[status != FINE]] = False  # the general way finds the same and says where
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ktmerge.checkpoints.files import clear_os_errors, file_digest
+from ktmerge.checkpoints.files import file_digest
 from ktmerge.checkpoints.layout import read_json
+from ktmerge.checkpoints.workroom import workroom
 from ktmerge.errors import UsageError
 from ktmerge.merge.blending import blend
 from ktmerge.merge.lock import FILE as LOCK
@@ -219,11 +219,8 @@ def _inputs(locked: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Check
 
 
 def _rebuilt(out: Path, recipe: Recipe, digests: Mapping[str, str], device: str, progress: Progress) -> Iterator[Check]:
-    with (
-        clear_os_errors(out.parent),
-        tempfile.TemporaryDirectory(prefix=f".{out.name}-verify-", dir=out.absolute().parent) as folder,
-    ):
-        report = blend(recipe, Path(folder) / "again", device=device, afresh=True, progress=progress)
+    with workroom(out.absolute().with_name(f"{out.absolute().name}-verify")) as folder:
+        report = blend(recipe, folder / "again", device=device, afresh=True, progress=progress)
     known = not digests.keys() <= report.out.keys()  # earlier versions recorded nothing but the weights
     found = {**report.out, **report.beside} if known else report.out
     for file in dict.fromkeys([*digests, *found]):

@@ -9,7 +9,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ktmerge.checkpoints import Checkpoint, Reader, TensorInfo
 from ktmerge.checkpoints.dtypes import BITS
+from ktmerge.checkpoints.signals import Workers
 from ktmerge.merge.diagnostics.measures import Movement, Pair, Spread
 from ktmerge.progress import Progress
 
@@ -187,7 +188,7 @@ class _Worker:
 def _in_order(worker: _Worker, found: Sequence[_Rows]) -> Iterator[tuple[_Rows, Piece]]:
     """All pieces of all tensors, worked on some way ahead of where the caller is."""
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    pool = ThreadPoolExecutor(threads, "inspect")
+    pool = Workers(threads, "inspect")
     waiting: deque[tuple[_Rows, Future[Piece]]] = deque()
     try:
         for rows in found:

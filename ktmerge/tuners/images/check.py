@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from ktmerge.checkpoints.signals import Workers
 from ktmerge.errors import UsageError
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.images import Image, ImageError, require_pillow
@@ -60,7 +60,7 @@ def look_at(samples: Sequence[Sample], progress: Progress = SILENT) -> Seen:
     wrong: dict[Image, str] = {}
     with (
         progress.task("reading images", len(images), "items") as step,
-        ThreadPoolExecutor(os.cpu_count() or 1) as pool,
+        Workers(os.cpu_count() or 1) as pool,
     ):
         for image, found in zip(images, pool.map(_look, images), strict=True):
             step.advance()
