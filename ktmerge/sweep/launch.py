@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import socket
-from contextlib import suppress
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
+from ktmerge.checkpoints.signals import uninterrupted
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.progress import SILENT, Progress
 from ktmerge.sweep.outcome import Outcome
@@ -47,17 +49,27 @@ def _here(settings: SweepSettings, workers: int, progress: Progress) -> Outcome:
     """This process is the first; that one of the others dies costs only its time."""
     context = multiprocessing.get_context("spawn")
     others = [context.Process(target=search, args=(settings,), daemon=True) for _ in range(workers - 1)]
-    for other in others:
-        other.start()
     try:
+        for other in others:
+            _start(other)
         outcome = search(settings, progress)
         for other in others:
             other.join()
         return outcome
     finally:
         for other in others:
-            with suppress(ValueError):
+            if other.pid is not None:
                 other.terminate()
+
+
+def _start(process: BaseProcess) -> None:
+    """Ctrl-C on a terminal goes to all processes; this one answers it, and ends the others."""
+    with uninterrupted():
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which processes inherit
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _jobs(settings: SweepSettings, workers: int, where: Where, folder: Path, progress: Progress) -> Outcome:

@@ -11,6 +11,8 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING
 
+from ktmerge.checkpoints.signals import uninterrupted
+
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
@@ -70,12 +72,14 @@ def beating(give: Callable[[int], None], grace: float) -> Iterator[None]:
                 give(count)
 
     thread = Thread(target=run, daemon=True)
-    thread.start()
     try:
+        with uninterrupted():
+            thread.start()
         yield
     finally:
         done.set()
-        thread.join()
+        if thread.ident is not None:
+            thread.join()
 
 
 def _place() -> str:

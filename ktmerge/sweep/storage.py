@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +17,16 @@ from ktmerge.errors import KtmergeError, UsageError, first_line
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-_PAUSE = 0.5
-"""Seconds between attempts to make a database's tables."""
+_PAUSE, _ATTEMPTS = 0.5, 5
+"""Seconds between attempts to open a database, and how many there are, not counting those of tables being made."""
+_BUSY_SECONDS = 600
+"""How long a worker waits for others that write to an SQLite file; on slow disks that takes long."""
+_MAKING = re.compile(
+    r"table .* already exists|no such table|database is locked|relation .* (already exists|does not exist)|"
+    r"duplicate key|UNIQUE constraint",
+    re.IGNORECASE,
+)
+"""What databases say to a worker while another makes the tables."""
 
 
 def open_storage(where: str) -> BaseStorage:
@@ -44,13 +53,17 @@ def open_storage(where: str) -> BaseStorage:
 
 def _database(url: str) -> BaseStorage:
     """Several workers may make the tables at once: those that come second fail, and find them made."""
-    for _ in range(5):
+    settings = {"connect_args": {"timeout": _BUSY_SECONDS}} if url.startswith("sqlite") else None
+    left = _ATTEMPTS
+    until = time.monotonic() + _BUSY_SECONDS
+    while True:
         try:
-            return RDBStorage(url)
+            return RDBStorage(url, settings)
         except Exception as error:
-            last = error
-            time.sleep(_PAUSE)
-    raise last
+            left -= not (_MAKING.search(str(error)) and time.monotonic() < until)
+            if left <= 0:
+                raise
+        time.sleep(_PAUSE)
 
 
 def _mend(path: Path) -> None:

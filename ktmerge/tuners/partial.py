@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ktmerge.checkpoints.files import clear_os_errors, file_digest
+from ktmerge.checkpoints.signals import uninterrupted
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.tuners.processes import ALONE, Processes
 
@@ -91,14 +92,17 @@ class Partial:
                 f"{self.folder}: an earlier run stopped here; "
                 "add --resume to go on with it, or --overwrite to start afresh."
             )
-        with clear_os_errors(self.folder):
+        # Cut off inside a call that makes the folder, nobody would know that it is there.
+        with uninterrupted(), clear_os_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._take()
-            if resume and (self.folder / _STARTED).exists():
+            known = resume and (self.folder / _STARTED).exists()
+            if known:
                 self._require_same()
-                self._opened = True
-                return self._clean()
             self._opened = True
+        with clear_os_errors(self.folder):
+            if known:
+                return self._clean()
             for path in self.folder.iterdir():
                 _remove(path)
             write_object(self.folder / _STARTED, self._inputs)
@@ -110,10 +114,11 @@ class Partial:
     def __exit__(self, *_: object) -> None:
         if self._lock is None:
             return
-        if self._done or (self._opened and not self.has_state):
-            shutil.rmtree(self.folder, ignore_errors=True)
-        os.close(self._lock)
-        self._lock = None
+        with uninterrupted():
+            if self._done or (self._opened and not self.has_state):
+                shutil.rmtree(self.folder, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = None
 
     @property
     def has_state(self) -> bool:

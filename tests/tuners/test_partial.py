@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,24 @@ def test_a_run_without_any_state_leaves_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError):
         failing()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_while_the_folder_is_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = Path.mkdir
+
+    def making(path: Path, *arguments: Any, **keywords: Any) -> None:
+        make(path, *arguments, **keywords)
+        signal.raise_signal(signal.SIGINT)
+
+    def stopped() -> None:
+        with Partial(tmp_path / "out", INPUTS) as partial:
+            partial.open(resume=False, overwrite=False)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", making)
+        with pytest.raises(KeyboardInterrupt):
+            stopped()
     assert list(tmp_path.iterdir()) == []
 
 
