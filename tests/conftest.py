@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from _pytest.runner import runtestprotocol
 
 # Without bytecode each of the many processes would compile all of ktmerge, and each worker all tests.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -16,6 +17,16 @@ sys.dont_write_bytecode = False
 gc.set_threshold(50_000, 20, 20)  # neither imports nor tests leave so much that looking more often would pay
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors; several test processes share the cores
+
+
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    """A worker reports one outcome a test: five messages, most of which say that nothing happened, cost more."""
+    if not hasattr(item.config, "workerinput") or item.config.getoption("durations") is not None:
+        return None
+    for report in runtestprotocol(item, log=False, nextitem=nextitem):
+        if report.when == "call" or not report.passed:
+            item.ihook.pytest_runtest_logreport(report=report)
+    return True
 
 
 def pytest_runtest_setup() -> None:
