@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,15 @@ def commands(text: str) -> list[str]:
     return [line.strip() for line in joined.split("\n") if re.match(r"(    )?ktmerge [a-z-]+", line)]
 
 
+@cache
+def whole() -> Any:
+    """Every command, built once: reading a line changes none."""
+    return command_line()
+
+
 def parse(line: str) -> None:
     """Read a command line as ``ktmerge`` does, and do nothing; click's own error if it does not understand."""
-    group: Any = command_line()
+    group: Any = whole()
     words = shlex.split(line.partition(" >")[0], comments=True)[1:]
     context = group.make_context("ktmerge", [], resilient_parsing=True)
     while hasattr(group, "resolve_command"):
@@ -49,7 +56,7 @@ def test_examples_in_help_are_understood() -> None:
         below = [line for one in getattr(group, "commands", {}).values() for line in epilogs(one)]
         return [*below, *([group.epilog] if group.epilog else [])]
 
-    examples = [text.partition(": ")[2] for text in epilogs(command_line())]
+    examples = [text.partition(": ")[2] for text in epilogs(whole())]
     assert len(examples) > 30
     for line in examples:
         parse(line)
