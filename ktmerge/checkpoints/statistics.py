@@ -49,6 +49,7 @@ class Statistics:
         tensors: header entries: of ``inputs.safetensors`` by name, of ``fisher.safetensors`` as ``fisher/<tensor>``.
         stamps: of the weight files.
         digest: sha256 of ``statistics.json``, which has those of the other files in it.
+        scales: the norms' weights of which it was measured what they scale; None if that was not done.
     """
 
     root: Path
@@ -57,6 +58,7 @@ class Statistics:
     tensors: Mapping[str, TensorInfo]
     stamps: Mapping[str, FileStamp]
     digest: str
+    scales: frozenset[str] | None = None
 
     @classmethod
     def open(cls, root: Path) -> Statistics:
@@ -77,6 +79,7 @@ class Statistics:
             files = list(document["files"])
             float((document["fisher"] or {"norm": 0.0})["norm"])
             str(document["model"]["headers"]), str(document["model"]["fingerprint"])
+            scales = None if document.get("scales") is None else frozenset(map(str, document["scales"]))
         except (ValueError, LookupError, TypeError, AttributeError):
             raise UsageError(f"{root / RECORD}: is not a record of statistics; make them again.") from None
         tensors: dict[str, TensorInfo] = {}
@@ -88,7 +91,10 @@ class Statistics:
         for name, found in samples.items():
             if not found or any(f"{SAMPLE}/{one}" not in tensors for one in found):
                 raise UsageError(f"{root}: {INPUTS} lacks the sample of '{name}'; make the statistics again.")
-        return cls(root, document, samples, tensors, stamps, hashlib.sha256(text).hexdigest())
+        for name in sorted(scales or ()):
+            if f"{MEAN_SQUARE}/{name}" not in tensors:
+                raise UsageError(f"{root}: {INPUTS} lacks what '{name}' scales; make the statistics again.")
+        return cls(root, document, samples, tensors, stamps, hashlib.sha256(text).hexdigest(), scales)
 
     def reader(self) -> TensorReader:
         """Open the numbers for reading; use as a context manager."""
@@ -103,6 +109,10 @@ class Statistics:
     def fisher_norm(self) -> float:
         """L2 norm of the diagonal Fisher information over all tensors; 0 if it was not measured."""
         return float((self.document["fisher"] or {"norm": 0.0})["norm"])
+
+    def scales_of(self, tensor: str) -> TensorInfo | None:
+        """Where the mean squares of what one of the model's norms scales are."""
+        return self.tensors[f"{MEAN_SQUARE}/{tensor}"] if tensor in (self.scales or ()) else None
 
     def fisher_of(self, tensor: str) -> TensorInfo | None:
         """Where the Fisher information of one of the model's tensors is."""

@@ -150,7 +150,7 @@ def _experts(bounds: tuple[int, int | None]) -> str:
 
 
 def _words(needs: Iterable[Need]) -> Iterator[str]:
-    names = {"inputs": "inputs", "fisher": "Fisher"}
+    names: dict[str, str] = {"fisher": "Fisher"}
     found: dict[str, list[str]] = {}
     for need in sorted(needs, key=lambda need: (need.measure, need.of)):
         found.setdefault(names.get(need.measure, need.measure), []).append(need.of)

@@ -83,6 +83,16 @@ class TensorMeasurements:
             raise self._not_measured(expert, "Fisher information")
         return model.statistics.fisher_norm
 
+    def scales(self, expert: str = "") -> Tensor | None:
+        """Mean squares of what the whole tensor multiplies, fp32, shaped like it; None if it is no scale in use.
+
+        Raises:
+            KtmergeError: nothing was measured in that model, or the file cannot be read.
+        """
+        model, name = self._model(expert)
+        info = model.statistics.scales_of(name)
+        return None if info is None else model.reader.read(info.name).float().view(info.shape).to(self.device)
+
     def _model(self, expert: str) -> tuple[OpenStatistics, str]:
         owner = expert or BASE
         if owner not in self.models:

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 BASE = "base"
 """What recipes call the statistics of the base."""
-_WORDS: dict[Measure, str] = {"inputs": "a sample of the inputs", "fisher": "the Fisher information"}
+_WORDS: dict[Measure, str] = {
+    "inputs": "a sample of the inputs",
+    "fisher": "the Fisher information",
+    "scales": "what its norms scale",
+}
 _SHOWN = 3
 
 
@@ -69,7 +73,7 @@ def open_statistics(
 def name_in(statistics: Statistics, tensor: TensorPlan, owner: str) -> str:
     """What a tensor is called in the statistics of the base or of an expert."""
     own = tensor.key if owner == BASE else tensor.sources[owner]
-    there = own in statistics.samples or statistics.fisher_of(own) is not None
+    there = own in statistics.samples or statistics.fisher_of(own) is not None or own in (statistics.scales or ())
     return own if there or owner == BASE else tensor.key
 
 
@@ -107,6 +111,10 @@ def _open(recipe: Recipe, base: Checkpoint, owner: str, measures: set[Measure]) 
         raise UsageError(
             f"{where}: {folder} has no Fisher information. {_command(recipe, owner, measures, again=True)}"
         )
+    if "scales" in measures and statistics.scales is None:
+        raise UsageError(
+            f"{where}: {folder} does not have what norms scale. {_command(recipe, owner, measures, again=True)}"
+        )
     return statistics
 
 
@@ -129,6 +137,9 @@ def _served(statistics: Statistics, owner: str, measure: Measure, tensor: Tensor
     if measure == "fisher":
         info = statistics.fisher_of(name)
         return info is not None and info.shape == tensor.info.shape
+    if measure == "scales":
+        info = statistics.scales_of(name)
+        return info is None or info.shape == tensor.info.shape
     shape, layout = tensor.info.shape, tensor.layout
     if layout is None or name not in statistics.samples:
         return False

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Kind = Literal["transform", "combine", "calibrate", "guard", "scale"]
 Reach = Literal["element", "tensor"]
 Scope = Literal["tensor", "global"]
-Measure = Literal["inputs", "fisher"]
+Measure = Literal["inputs", "fisher", "scales"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """In the order in which a tensor goes through them."""
@@ -45,7 +45,8 @@ class Need:
     """Something measured by running a model on data (``ktmerge stats``) that a stage cannot do without.
 
     Attributes:
-        measure: ``inputs``: a sample of what the linear maps were given; ``fisher``: the mean square of the gradient.
+        measure: ``inputs``: a sample of what the linear maps were given; ``fisher``: the mean square of the gradient;
+            ``scales``: the mean square of what the scale of a norm multiplies.
         of: measured in the base, on upstream data; or in each expert, on its own data.
     """
 
@@ -67,6 +68,9 @@ class Measurements(Protocol):
 
     def fisher_norm(self, expert: str = "") -> float:
         """L2 norm of the diagonal Fisher information over all of the model's tensors."""
+
+    def scales(self, expert: str = "") -> Tensor | None:
+        """Mean squares of what the whole tensor multiplies, fp32, shaped like it; None if it is no scale in use."""
 
 
 @dataclass(frozen=True)

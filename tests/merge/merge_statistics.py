@@ -15,6 +15,7 @@ from ktmerge.checkpoints.matrices import matrix_layout
 from ktmerge.checkpoints.statistics import (
     FISHER,
     INPUTS,
+    MEAN_SQUARE,
     SAMPLE,
     Entry,
     told_model,
@@ -48,13 +49,18 @@ def measure(model: Path, folder: Path, **only: Any) -> str:
     Args:
         model: a checkpoint folder.
         folder: to be made.
-        only: ``fisher=False`` or ``inputs=False`` leave one out.
+        only: ``fisher=False``, ``inputs=False`` or ``scales=False`` leave one out.
     """
     checkpoint = Checkpoint.open(model)
     folder.mkdir(parents=True)
     floats = [info for info in checkpoint.tensors.values() if info.is_float and info.numel]
     maps = [info for info in floats if tensor_class(info.name, info, checkpoint.config) == "matrix"]
     inputs = [_inputs(checkpoint, info, folder.name) for info in maps] if only.get("inputs", True) else []
+    norms = [info for info in floats if "norm" in info.name and only.get("scales", True)]
+    inputs += [
+        Entry(f"{MEAN_SQUARE}/{info.name}", "F32", info.shape, partial(random, _square(folder, info), info.shape))
+        for info in norms
+    ]
     fisher = [
         Entry(info.name, "F32", info.shape, partial(random, f"fisher {folder.name} {info.name}", info.shape))
         for info in floats
@@ -65,11 +71,16 @@ def measure(model: Path, folder: Path, **only: Any) -> str:
     write_record(
         folder,
         model=told_model(checkpoint),
-        samples={info.name: [info.name] for info in maps} if inputs else {},
+        samples={info.name: [info.name] for info in maps} if only.get("inputs", True) else {},
         fisher={"kind": "empirical", "norm": NORM} if fisher else None,
         files=files,
+        scales=dict.fromkeys((info.name for info in norms), TOKENS) if only.get("scales", True) else None,
     )
     return folder.relative_to(folder.parent.parent).as_posix()
+
+
+def _square(folder: Path, info: TensorInfo) -> str:
+    return f"fisher scales {folder.name} {info.name}"
 
 
 def random(key: str, shape: tuple[int, ...]) -> torch.Tensor:

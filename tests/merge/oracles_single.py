@@ -172,7 +172,7 @@ def spider(delta: np.ndarray, base: np.ndarray, kappa: float = 0.0) -> np.ndarra
         return 1 / (1 + np.exp(-(size - size.mean()) / size.std())) if size.std() > 0 else np.full(values.shape, 0.5)
 
     before, after = importance(base), importance(delta)
-    c = np.where((after > before + kappa) & (delta != 0), after / (before + after), 0.0)
+    c = np.where(after > before + kappa, after / (before + after), 0.0)
     return np.minimum(c / c[c > 0].mean(), 1) * delta if (c > 0).any() else 0 * delta
 
 

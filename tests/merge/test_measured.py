@@ -27,14 +27,22 @@ COMBINES = ("regmean", "regmean_back")
 class Measured:
     """Inputs and Fisher information by expert, the base's under the empty name."""
 
-    def __init__(self, inputs: dict[str, Tensor] | None = None, fisher: dict[str, Tensor] | None = None) -> None:
-        self._inputs, self._fisher = inputs or {}, fisher or {}
+    def __init__(
+        self,
+        inputs: dict[str, Tensor] | None = None,
+        fisher: dict[str, Tensor] | None = None,
+        scales: dict[str, Tensor] | None = None,
+    ) -> None:
+        self._inputs, self._fisher, self._scales = inputs or {}, fisher or {}, scales or {}
 
     def inputs(self, expert: str = "") -> Tensor:
         return self._inputs[expert]
 
     def fisher(self, expert: str = "") -> Tensor:
         return self._fisher[expert]
+
+    def scales(self, expert: str = "") -> Tensor | None:
+        return self._scales.get(expert)
 
     def fisher_norm(self, expert: str = "") -> float:
         return {"": 2.0, "a": 3.0, "b": 0.5}[expert]
@@ -70,7 +78,7 @@ def run(
         tensor=tensor, part="llm.layers[0]", layers={"llm": 2}, tensor_class="matrix", shape=shape, start=0, seed=1,
         experts=tuple("abc"[: len(deltas)]), weights=weights or (1.0,) * len(deltas),
         base=random(*shape, seed=50) if base is None else base, kernels=kernels_for(torch.device("cpu")),
-        layout=layout or MatrixLayout(False, (shape[-2],)), measured=found,
+        layout=layout or MatrixLayout(False, shape[-2:-1]), measured=found,
     )  # fmt: skip
     one = stages()[stage]
     values = (list(deltas),) if one.kind == "combine" else (deltas[0] if merged is None else merged, list(deltas))
@@ -128,6 +136,41 @@ def test_regmean_of_equal_inputs_is_the_mean_and_of_one_expert_the_expert() -> N
     close(run("regmean", deltas, found, weights=(1.0, 3.0)), (deltas[0].double() + 3 * deltas[1].double()) / 4)
     assert run("regmean", deltas[:1], found).equal(deltas[0])
     close(run("regmean", [deltas[0]] * 2, measured("ab")), deltas[0].double())
+
+
+# --- regmean_vectors --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("base_weight", [0.0, 0.4])
+def test_scales_of_norms_are_the_least_squares_fit_to_what_they_multiply(base_weight: float) -> None:
+    deltas, weights = [random(10, seed=t) for t in range(3)], (0.5, 2.0, 0.5)
+    rows = {name: correlated(30, 10, seed).double().numpy() for seed, name in enumerate(("", *"abc"), 5)}
+    for name in rows:
+        rows[name][:, 3] = 0  # a feature that nobody uses
+    squares = {name: torch.from_numpy((found**2).mean(0)).float() for name, found in rows.items()}
+    merged = run(
+        "regmean_vectors", deltas, Measured(scales=squares), weights=weights, vectors=True, base_weight=base_weight
+    )
+    own = [delta.double().numpy() for delta in deltas]
+    expected = np.empty(10)
+    for j in range(10):  # min_v sum_t w_t E (x_j v - x_j tau_j)^2, as a least-squares problem of stacked rows
+        members = [*zip("abc", own, np.array(weights), strict=True), ("", np.zeros(10), base_weight)]
+        roots = [np.sqrt(w) * rows[name][:, j] for name, _, w in members]
+        wanted = [root * tau[j] for root, (_, tau, _) in zip(roots, members, strict=True)]
+        left, right = np.concatenate(roots)[:, None], np.concatenate(wanted)
+        expected[j] = np.linalg.lstsq(left, right, rcond=None)[0][0]
+    expected[3] = sum(w * tau[3] for w, tau in zip(weights, own, strict=True)) / 3
+    close(merged, expected)
+
+
+def test_biases_are_means_and_so_are_scales_unless_asked() -> None:
+    deltas = [random(10, seed=t) for t in range(2)]
+    mean = (deltas[0].double() + 3 * deltas[1].double()) / 4
+    found = Measured(scales={"a": torch.full((10,), 9.0)})
+    close(run("regmean_vectors", deltas, Measured(), weights=(1.0, 3.0), vectors=True), mean)
+    close(run("regmean_vectors", deltas, found, weights=(1.0, 3.0)), mean)
+    close(run("regmean_vectors", deltas, found, weights=(1.0, 3.0), vectors=True), deltas[0].double())
+    assert run("regmean_vectors", deltas[:1], found, vectors=True).equal(deltas[0])
 
 
 # --- regmean_back -----------------------------------------------------------------------------------------------------

@@ -391,6 +391,15 @@ class TestSpider:
         assert counts[0] == 120
         assert counts[-1] == 0
 
+    def test_untouched_elements_count_where_their_rank_beats_the_weights(self) -> None:
+        base, delta = torch.tensor([[0.0, 4.0, 4.0, 4.0]]), torch.tensor([[0.0, 0.0, 0.0, 1.0]])
+        sizes = {"before": base.double(), "after": delta.double()}
+        rank = {k: ((v - v.mean()) / v.std(correction=0)).sigmoid() for k, v in sizes.items()}
+        share = torch.where(rank["after"] > rank["before"], rank["after"] / (rank["before"] + rank["after"]), 0.0)
+        assert share.count_nonzero() == 2  # the base's smallest weight, though it did not change, and the change
+        expected = (share / (share.sum() / 2)).clamp(max=1) * delta
+        torch.testing.assert_close(apply("spider", "transform", delta, context((1, 4), base=base)), expected.float())
+
     def test_tensors_without_spread(self) -> None:
         for shape in ((1, 1), (3, 4)):
             where = context(shape, base=torch.ones(shape))

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from merge_memory import EMBED, MATRIX, NORM, Workbench, noise
-from merge_models import write
+from merge_models import read, write
 from merge_statistics import measure, random
 
 from ktmerge.errors import UsageError
-from ktmerge.merge import registry
+from ktmerge.merge import blend, registry
 from ktmerge.merge.planning import check_recipe, plan_blend
 from ktmerge.merge.record import pin
 from ktmerge.merge.source import Sources
@@ -167,3 +167,21 @@ def test_checking_a_recipe_with_statistics_loads_no_torch(tmp_path: Path) -> Non
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "3 tensors, a into base" in done.stdout
+
+
+def test_scales_of_norms_are_fitted_to_what_was_measured(tmp_path: Path) -> None:
+    document = recipe_of(tmp_path, blend={"method": "regmean", "vectors": True})
+    write(tmp_path / "experts" / "b", noise(2))
+    document["experts"]["b"] = {"model": "experts/b"}
+    for name, expert in document["experts"].items():
+        expert["statistics"] = measure(tmp_path / "experts" / name, tmp_path / "stats" / name, scales=name == "a")
+    assert "stats/b does not have what norms scale. Make them again with 'ktmerge stats" in refusal(tmp_path, document)
+    measure(tmp_path / "experts" / "b", tmp_path / "more" / "b")
+    document["experts"]["b"]["statistics"] = "more/b"
+    blend(parse_recipe(document, "recipe", tmp_path), tmp_path / "out", device="cpu")
+    base, out = read(tmp_path / "base")[NORM].double(), read(tmp_path / "out")[NORM].double()
+    deltas = [read(tmp_path / "experts" / name)[NORM].double() - base for name in "ab"]
+    squares = [random(f"fisher scales {name} {NORM}", base.shape).double() for name in "ab"]
+    fitted = (squares[0] * deltas[0] + squares[1] * deltas[1]) / (squares[0] + squares[1])
+    torch.testing.assert_close(out, base + fitted, rtol=1e-6, atol=1e-6)
+    assert (out - base - (deltas[0] + deltas[1]) / 2).abs().max() > 1e-3

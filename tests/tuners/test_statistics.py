@@ -25,6 +25,7 @@ from ktmerge.tuners.data import read_data
 from ktmerge.tuners.encode import Encoded, Encoder
 from ktmerge.tuners.statistics import StatisticsReport, measure
 from ktmerge.tuners.statistics.reservoir import Reservoir, priorities
+from ktmerge.tuners.statistics.scales import Scales
 
 QUERY, KEY = "model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.k_proj.weight"
 GATE, DOWN = "model.layers.1.mlp.gate_proj.weight", "model.layers.1.mlp.down_proj.weight"
@@ -90,6 +91,58 @@ def test_samples_and_means_are_what_the_maps_are_given(tiny_llama: Path, tmp_pat
     assert statistics.samples[KEY] == (QUERY,)
     assert len(statistics.samples) == 14
     assert not any("norm" in name or "embed" in name for name in statistics.samples)
+
+
+def test_scales_are_measured_by_what_they_multiply(tiny_llama: Path, tmp_path: Path) -> None:
+    made(tiny_llama, tmp_path)
+    model = in_float64(tiny_llama)
+    seen: dict[str, list[torch.Tensor]] = {}
+    for path, module in model.named_modules():
+        if path.endswith("norm"):
+            module.register_forward_hook(
+                lambda one, args, out, path=path: seen.setdefault(f"{path}.weight", []).append(args[0][0])
+            )
+    for text in encoded_rows(tiny_llama, tmp_path):
+        with torch.no_grad():
+            model(torch.tensor([text.ids]))
+    found, statistics = load_file(tmp_path / "stats" / INPUTS), Statistics.open(tmp_path / "stats")
+    assert statistics.scales == set(seen)
+    assert len(seen) == 5
+    for name, rows in seen.items():
+        values = torch.cat(rows)
+        unit = values / (values.square().mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt()
+        torch.testing.assert_close(found[f"mean_square/{name}"].double(), unit.square().mean(0), rtol=1e-4, atol=1e-9)
+
+
+class _OneMore(torch.nn.Module):
+    """A norm as Gemma's: its weight is a difference from 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.linspace(-1, 1, 6))
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return (values / values.square().mean(-1, keepdim=True).sqrt()) * (1 + self.weight)
+
+
+def test_norms_of_every_kind_are_measured_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.LayerNorm(6)
+    model = torch.nn.Sequential(layer, torch.nn.Linear(6, 6), _OneMore(), torch.nn.BatchNorm1d(6)).eval()
+    torch.nn.init.normal_(layer.bias)
+    torch.nn.init.zeros_(layer.weight)
+    scales = Scales(model, {f"{number}.weight": f"stored.{number}" for number in range(4)})
+    given = torch.randn(9, 6)
+    with torch.no_grad():
+        model(given[:4]), model(given[4:])
+        scales.close()
+        after = model[1](layer(given))
+    assert scales.tokens() == {"stored.0": 9, "stored.2": 9}
+    variance = given.var(-1, keepdim=True, correction=0)
+    normed = (given - given.mean(-1, keepdim=True)) / (variance + 1e-5).sqrt()
+    torch.testing.assert_close(scales.mean_square("stored.0"), normed.square().mean(0))
+    unit = after / after.square().mean(-1, keepdim=True).sqrt()
+    torch.testing.assert_close(scales.mean_square("stored.2"), unit.square().mean(0))
 
 
 def test_a_sample_is_some_of_the_rows_the_same_tokens_everywhere(tiny_llama: Path, tmp_path: Path) -> None:

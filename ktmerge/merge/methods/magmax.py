@@ -28,7 +28,7 @@ def largest(deltas: list[Tensor], parameters: Parameters, context: Context) -> T
     """Per element, the delta of largest magnitude: tau_t*, t* = argmax_t |tau_t| (arXiv:2407.06322).
 
     Between +m and -m, equally large, the sign of the sum of all deltas decides; if that is 0, nothing changes. Weights
-    multiply the deltas, relative to the mean weight.
+    multiply the deltas, relative to the mean of their magnitudes.
     Differs from the published code, where the later expert wins, so that the order of the experts matters.
     """
     import torch

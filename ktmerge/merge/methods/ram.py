@@ -89,7 +89,7 @@ def overlap_mean(deltas: list[Tensor], parameters: RamParameters, context: Conte
     """Per element, the mean of the experts that change it: sum_A tau_t / |A|, A = {t: |tau_t| >= e} (arXiv:2601.13572).
 
     e is half a bf16 step of |theta_0| (2^-8 of its power of two), below which a change is rounding. Weights multiply
-    the deltas, relative to the mean weight.
+    the deltas, relative to the mean of their magnitudes.
     Differs from mergekit, whose e is 1e-5 whatever the size and type of the weights.
     """
     return _merged(deltas, [1.0] * len(deltas), parameters, context)

@@ -88,8 +88,7 @@ class _Shares:
         import torch
 
         before, after = self._pretrained.of(base), self._tuned.of(delta)
-        kept = (after > before + self._kappa) & (delta != 0)
-        return torch.where(kept, after / (before + after), 0).float()
+        return torch.where(after > before + self._kappa, after / (before + after), 0).float()
 
 
 def _statistics(parameters: SpiderParameters) -> tuple[Statistic, ...]:
@@ -105,7 +104,7 @@ def spider(delta: Tensor, parameters: SpiderParameters, context: Context) -> Ten
     """Keep tau times c = r_t / (r_0 + r_t) where r_t > r_0 + kappa (arXiv:2411.10928, eq. 4-7, with tau as the update).
 
     r_0 = sigmoid(z(|theta_0|)), r_t = sigmoid(z(|tau|)), z standardised over the tensor (0 if all are equal); c is
-    divided by the mean of its values that are not 0, and capped at 1. Untouched elements stay the base's.
+    divided by the mean of its values that are not 0, and capped at 1.
     """
     shares: _Shares = context.statistics["shares"]
     return shares.of(delta, context.base) * delta
@@ -120,5 +119,6 @@ method(
         experts=(1, 1),
         formula="min(1, c / mean c) tau, c = r_t / (r_0 + r_t) where r_t > r_0 + kappa, r = sigmoid(z(|.|))",
         promises=Promises(neutral=None, identical="other"),
+        semantics=2,
     )
 )

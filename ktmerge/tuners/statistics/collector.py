@@ -32,8 +32,10 @@ from ktmerge.tuners.statistics.examples import Example
 from ktmerge.tuners.statistics.fisher import Fisher, drawn, loglikelihood
 from ktmerge.tuners.statistics.inputs import Inputs, stem
 from ktmerge.tuners.statistics.places import Place, find_places, find_stacks
+from ktmerge.tuners.statistics.scales import Scales
 
 _STATE, _SUMS, _LEADERS = "reservoirs.safetensors", "sums.safetensors", "leaders.json"
+_SCALES = "scales.safetensors"
 _SEEING = ("vision", "connector")
 _HALF = float(torch.finfo(torch.float16).max)
 
@@ -51,17 +53,20 @@ class Collector:
     def __init__(self, model: Any, checkpoint: Checkpoint, job: Statistics, scratch: Path) -> None:
         self._model, self._checkpoint, self._job = model.eval(), checkpoint, job
         self._places = find_places(model, checkpoint)
-        matrices = {
-            name
+        classes = {
+            name: tensor_class(name, info, checkpoint.config)
             for name, info in checkpoint.tensors.items()
-            if name in self._places and tensor_class(name, info, checkpoint.config) == "matrix"
+            if name in self._places
         }
+        matrices = {name for name, one in classes.items() if one == "matrix"}
         maps = {self._places[name].live: name for name in matrices if len(self._places[name].shape) == 2}
         stacks = list(find_stacks(model, self._places))
         parts = Parts(checkpoint)
         self._image = _image_token(checkpoint.config)
         seeing = {name for name in matrices if self._image is not None and parts.of(name).startswith(_SEEING)}
         self._inputs = Inputs(model, maps, stacks, seeing, scratch, job.tokens, job.seed)
+        vectors = {self._places[name].live: name for name, one in classes.items() if one == "vector"}
+        self._scales = Scales(model, vectors)
         live = {place.live for place in self._places.values()}
         self._fisher = None if job.fisher == "none" else Fisher(model, live)
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -69,6 +74,7 @@ class Collector:
     def close(self) -> None:
         """Take all hooks off the model."""
         self._inputs.close()
+        self._scales.close()
         if self._fisher is not None:
             self._fisher.close()
 
@@ -103,6 +109,7 @@ class Collector:
         """Write everything to go on from, beside the scratch files, into ``folder``."""
         folder.mkdir()
         save_file(self._inputs.state() or {"none": torch.zeros(0)}, folder / _STATE)
+        save_file(self._scales.state() or {"none": torch.zeros(0)}, folder / _SCALES)
         (folder / _LEADERS).write_text(json.dumps(self._inputs.leaders), encoding="utf-8")
         if self._fisher is not None:
             save_file({**self._fisher.sums, "examples ": torch.tensor(self._fisher.examples)}, folder / _SUMS)
@@ -110,6 +117,7 @@ class Collector:
     def restore(self, folder: Path) -> None:
         """Go on from what `save` wrote."""
         state = {name: values for name, values in load_file(folder / _STATE).items() if "|" in name}
+        self._scales.restore({name: one for name, one in load_file(folder / _SCALES).items() if "|" in name})
         self._inputs.restore(state, json.loads((folder / _LEADERS).read_text(encoding="utf-8")))
         if self._fisher is not None:
             sums = load_file(folder / _SUMS)
@@ -126,6 +134,8 @@ class Collector:
         for name in sorted(reservoirs):
             groups.setdefault(stem(name), []).append(name)
         entries = [entry for name, members in groups.items() for entry in self._entries(name, members)]
+        scales = self._scales.tokens()
+        entries += [self._scale(name) for name in scales]
         files = {INPUTS: write_tensors(folder / INPUTS, entries)} if entries else {}
         fisher = None
         if self._fisher is not None:
@@ -142,7 +152,7 @@ class Collector:
         counts = {name: sum(reservoirs[one].count for one in members) for name, members in groups.items()}
         write_record(
             folder, model=told_model(self._checkpoint), samples=self._inputs.samples(), fisher=fisher, files=files,
-            tokens=counts, **facts,
+            tokens=counts, scales=scales, **facts,
         )  # fmt: skip
         images = [name for name in counts if name.endswith(":image")]
         return {"inputs": len(counts) - len(images), "maps": len(self._inputs.leaders), "fisher": fisher}
@@ -177,6 +187,13 @@ class Collector:
             Entry(f"{MEAN_SQUARE}/{name}", "F32", (*lead, width), partial(mean, "square")),
             Entry(f"{MEAN_ABSOLUTE}/{name}", "F32", (*lead, width), partial(mean, "absolute")),
         ]
+
+    def _scale(self, name: str) -> Entry:
+        """What is stored of what one norm scales."""
+        square = self._scales.mean_square(name)
+        if not bool(torch.isfinite(square).all()):
+            raise KtmergeError(f"tensor '{name}': what it scales is not finite; the model overflows on this data.")
+        return Entry(f"{MEAN_SQUARE}/{name}", "F32", tuple(square.shape), lambda: square)
 
     def _experts(self, name: str) -> int:
         return self._places[name.removesuffix(":image")].shape[0]
