@@ -38,6 +38,15 @@ def recipe_schema() -> Schema:
         definitions[definition]["additionalProperties"] = True
         definitions[definition]["allOf"] = [_only(name, fixed | set(own)) for name, own in parameters.items()]
     definitions["Blend"]["properties"]["stages"] = _stages()
+    definitions["Blend"]["allOf"] += [
+        {"oneOf": [_given("method", "string"), _given("stages", "object")]},
+        *(_only_in_rules(name, FIXED_RULE_KEYS | set(own)) for name, own in parameters.items()),
+        _only_with_stages(),
+    ]
+    definitions["WhereRule"]["allOf"] += _said_of_rules()
+    definitions["Evaluation"]["anyOf"] = [
+        _given("suite", "string"), _given("upstream", "array"), _given("downstream", "array")
+    ]  # fmt: skip
     return {"$schema": DIALECT, "title": "ktmerge recipe", **{k: v for k, v in schema.items() if k != "title"}}
 
 
@@ -106,6 +115,40 @@ def _only(name: str, keys: Iterable[str]) -> Schema:
     }
 
 
+def _only_in_rules(name: str, keys: Iterable[str]) -> Schema:
+    """With this method, these keys and no others in rules that name no other."""
+    own = {"$ref": f"#/$defs/parameters of {name}", "propertyNames": {"enum": sorted(keys)}}
+    rule = {"if": {"not": _given("method", "string")}, "then": own}
+    return {
+        "if": {"required": ["method"], "properties": {"method": {"const": name}}},
+        "then": {"properties": {"where": {"items": rule}}},
+    }
+
+
+def _only_with_stages() -> Schema:
+    """With stages spelled out, parameters that some stage has."""
+    known = {key for stage in stages().values() for key in _properties(stage.parameters)}
+    return {"if": _given("stages", "object"), "then": {"propertyNames": {"enum": sorted(FIXED_BLEND_KEYS | known)}}}
+
+
+def _said_of_rules() -> list[Schema]:
+    """A rule says where and what, and copies or blends."""
+    places = {"part": "string", "match": "string", "class": "string"}
+    actions = {"keep": "string", "method": "string", "lambda": "number"}
+    further = {"not": {"propertyNames": {"enum": sorted(FIXED_RULE_KEYS)}}}
+    nothing = {"properties": {"method": {"type": "null"}, "lambda": {"type": "null"}}}
+    return [
+        {"anyOf": [_given(key, kind) for key, kind in places.items()]},
+        {"anyOf": [*(_given(key, kind) for key, kind in actions.items()), further]},
+        {"if": _given("keep", "string"), "then": {**nothing, "propertyNames": further["not"]["propertyNames"]}},
+    ]
+
+
+def _given(key: str, kind: str) -> Schema:
+    """The key is there, and its value of this type."""
+    return {"required": [key], "properties": {key: {"type": kind}}}
+
+
 def _stages() -> Schema:
     """The stages spelled out: of each kind, a name or ``{name: parameters}``, or a list of those."""
     kinds: dict[str, Schema] = {}
@@ -146,7 +189,9 @@ def _with_shorthands(schema: Schema) -> Schema:
         job["train"] = _either(job["train"], {"type": "array", "items": {"type": ["string"]}})
     if "Statistics" in schema.get("$defs", {}):
         for owner in (schema, schema["$defs"]["Expert"]):
-            owner["properties"]["statistics"] = _either(owner["properties"]["statistics"], {"type": "string"})
+            owner["properties"]["statistics"] = _either(
+                owner["properties"]["statistics"], {"type": "string", "minLength": 1}
+            )
     return schema
 
 

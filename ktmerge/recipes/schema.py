@@ -76,7 +76,9 @@ class Expert(Section):
         description="a folder (relative to the recipe) or a hub id, `org/name@revision`; of a PEFT adapter, which is "
         "folded into the base, or into another model: `model+adapter`"
     )
-    weight: float = Field(1.0, allow_inf_nan=False, description="its share when several experts are combined")
+    weight: float = Field(
+        1.0, strict=True, allow_inf_nan=False, description="its share when several experts are combined"
+    )
     statistics: MaybeStatistics = Field(None, description="measured in it on its own data; see the top level's")
 
 
@@ -92,7 +94,7 @@ class WhereRule(BaseModel):
     tensor_class: Literal["matrix", "embed", "vector", "conv"] | None = Field(None, alias="class")
     keep: str | None = Field(None, description="'base' or an expert's name: take its tensors unchanged")
     method: str | None = Field(None, description="another method for these tensors")
-    lambda_: float | None = Field(None, alias="lambda", allow_inf_nan=False)
+    lambda_: float | None = Field(None, alias="lambda", strict=True, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _says_where_and_what(self) -> WhereRule:
@@ -120,6 +122,7 @@ class Blend(BaseModel):
     lambda_: float | None = Field(
         None,
         alias="lambda",
+        strict=True,
         allow_inf_nan=False,
         description="scale of the merged delta; the method's default if absent",
     )
