@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import optuna
@@ -24,6 +25,7 @@ VOID, TASK, RESULT, ERROR, QUEUED, ORIGIN = "void", "task", "result", "error", "
 the number of a dead worker's trial that it repeats."""
 
 DIRECTIONS: tuple[Literal["maximize"], ...] = ("maximize", "maximize")
+_DIED = "its worker died"
 _PAUSE = 0.5
 """Seconds between looks at what others do."""
 
@@ -63,42 +65,40 @@ class Ledger:
         """
         while True:
             self.take_up()
-            waiting = self.trials(TrialState.WAITING)
-            if waiting or (most is not None and len(self.trials()) < most):
+            found = self.study.get_trials(deepcopy=False)
+            states = {one.state for one in found if VOID not in one.user_attrs}
+            if TrialState.WAITING in states or (most is not None and len(set(_places(found).values())) < most):
                 trial = self._ask(ranges)
                 if self._counts(trial, most):
                     return trial
                 self.void(trial)
-            elif not self.trials(TrialState.RUNNING):
+            elif TrialState.RUNNING not in states and not _without_heir(found):
                 return None
             time.sleep(_PAUSE)
 
     def _counts(self, trial: Trial, most: int | None) -> bool:
         """Of workers that asked at once, those beyond the last number, or the last in the queue, step back.
 
-        So do all but the first that take up the same dead worker's trial: not every database lets one declare it void.
+        So do all but the first that take up the same dead worker's trial.
         """
-        origin = trial.user_attrs.get(ORIGIN)
-        if origin is not None and any(
-            one.number < trial.number and one.user_attrs.get(ORIGIN) == origin
-            for one in self.study.get_trials(deepcopy=False)
-        ):
+        found = self.study.get_trials(deepcopy=False)
+        places = _places(found)
+        own = places[trial.number]
+        if any(places.get(one.number) == own and VOID not in one.user_attrs for one in found[: trial.number]):
             return False
         if most is None:
             return QUEUED in trial.user_attrs
-        return sum(one.number <= trial.number for one in self.trials()) <= most
+        return sum(place <= own for place in set(places.values())) <= most
 
     def take_up(self, requeue: bool = True) -> None:
         """Declare dead workers' trials void and, unless told otherwise, put others with all they hold in the queue."""
         for one in self.trials(TrialState.RUNNING):
-            if not self._watch.is_lost(one):
-                continue
-            try:
-                self._storage.set_trial_user_attr(one._trial_id, VOID, "its worker died")
-                self._storage.set_trial_state_values(one._trial_id, TrialState.FAIL)
-            except UpdateFinishedTrialError:
-                continue  # another worker was faster, or it was not dead
-            if requeue:
+            if self._watch.is_lost(one):
+                with suppress(UpdateFinishedTrialError):  # another worker was faster, or it was not dead
+                    self._storage.set_trial_user_attr(one._trial_id, VOID, _DIED)
+                    self._storage.set_trial_state_values(one._trial_id, TrialState.FAIL)
+        if requeue:
+            for one in _without_heir(self.study.get_trials(deepcopy=False)):
                 held = {key: value for key, value in one.user_attrs.items() if key not in (WORKER, BEAT, VOID)}
                 self._enqueue(one.params, one.distributions, {**held, ORIGIN: one.number})
 
@@ -189,3 +189,23 @@ class Ledger:
         trial = self.study.ask(dict(ranges))
         trial.set_user_attr(WORKER, self._mark)
         return trial
+
+
+def _places(found: Sequence[FrozenTrial]) -> dict[int, int]:
+    """By number, the place among those wanted that a trial has: a dead worker's keeps it for the one that repeats it.
+
+    Args:
+        found: all trials of the study, by number; those that never counted have no place.
+    """
+    places: dict[int, int] = {}
+    for one in found:
+        if one.user_attrs.get(VOID, _DIED) == _DIED:
+            origin = one.user_attrs.get(ORIGIN, one.number)
+            places[one.number] = places.get(origin, origin)
+    return places
+
+
+def _without_heir(found: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Trials of dead workers that nobody repeats yet."""
+    heirs = {one.user_attrs.get(ORIGIN) for one in found}
+    return [one for one in found if one.user_attrs.get(VOID) == _DIED and one.number not in heirs]

@@ -62,12 +62,11 @@ def test_a_trial_taken_up_twice_at_once_is_repeated_once(ledger: Ledger, monkeyp
     lost = ledger.begin(2, RANGES)
     assert lost is not None
     lost.set_user_attr(WORKER, marked_elsewhere())
-    (seen,) = ledger.trials(TrialState.RUNNING)
+    seen = ledger.study.get_trials()
     ledger.take_up()
     with monkeypatch.context() as patch:  # another worker looked before, and SQLite let it declare the same one void
-        patch.setattr(ledger, "trials", lambda *states: [seen])
-        patch.setattr(ledger._storage, "set_trial_user_attr", lambda *given: None)
-        patch.setattr(ledger._storage, "set_trial_state_values", lambda *given: True)
+        seen[0].user_attrs[VOID] = "its worker died"
+        patch.setattr(ledger.study, "get_trials", lambda **_: seen)
         ledger.take_up()
     assert len(ledger.trials(TrialState.WAITING)) == 2
     for _ in range(2):
@@ -76,6 +75,30 @@ def test_a_trial_taken_up_twice_at_once_is_repeated_once(ledger: Ledger, monkeyp
         ledger.finish(trial, (1.0, 1.0))
     assert ledger.begin(2, RANGES) is None
     assert [one.params == lost.params for one in ledger.trials()] == [True, False]
+
+
+def test_a_dead_workers_place_is_nobody_elses(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between being declared void and being put into the queue again, no other begins, nor is all taken as done."""
+    lost = ledger.begin(1, RANGES)
+    assert lost is not None
+    lost.set_user_attr(WORKER, marked_elsewhere())
+    ledger.take_up(requeue=False)  # whoever declared it void has gone no further, and may never
+    other = Ledger(ledger._storage, "s", 60)
+    take_up, pauses = other.take_up, []
+    with monkeypatch.context() as patch:
+        patch.setattr(other, "take_up", lambda: take_up(requeue=bool(pauses)))  # it looked before that
+        patch.setattr("time.sleep", pauses.append)
+        heir = other.begin(1, RANGES)
+    assert pauses
+    assert heir is not None
+    assert heir.params == lost.params
+    heir.set_user_attr(WORKER, marked_elsewhere())  # and dies as well
+    last = ledger.begin(1, RANGES)
+    assert last is not None
+    assert last.params == lost.params
+    ledger.finish(last, (1.0, 1.0))
+    assert other.begin(1, RANGES) is None
+    assert [one.number for one in other.trials()] == [last.number]
 
 
 def test_a_living_worker_here_is_not_robbed_and_a_silent_one_elsewhere_is_after_the_grace(ledger: Ledger) -> None:
