@@ -50,6 +50,8 @@ def draft(
     advice = choose(_unmeasured(len(experts), statistics))[0]
     lines = [
         "# Check it:  ktmerge recipe check THIS_FILE      what it will do:  ktmerge recipe explain THIS_FILE",
+        "# In an editor: ktmerge recipe schema > recipe.schema.json, and as first line here:",
+        "#   # yaml-language-server: $schema=recipe.schema.json",
         "ktmerge: 1",
         f"name: {_scalar(name)}",
         f"base: {_scalar(base)}   # a folder, relative to this file, or org/name@revision",
