@@ -23,7 +23,7 @@ LEAST = 64 << 20
 """Bytes from which a file is written this way: small ones are better kept in memory for whoever reads them next."""
 SIZE = 2 << 20
 """Bytes of a block."""
-HELD = 32
+HELD = 12
 """Blocks in memory at most, for all files of a writer together."""
 _ALIGNED = 4096
 _CANNOT = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})
@@ -85,8 +85,8 @@ class Pool:
             self._made += 1
             self._free.append(memoryview(mmap.mmap(-1, SIZE)))
         idle = [block for block in self._blocks if not block.users and not block.is_queued] if not self._free else []
-        if (stored := next((block for block in idle if block.is_stored), None)) is not None:
-            self.forget(stored)
+        if stored := [block for block in idle if block.is_stored]:
+            self.forget(max(stored, key=lambda block: block.start))  # files are read back from their beginning on
         if not self._free:
             if not self._queue and idle:
                 self.queue(idle[0])
@@ -204,11 +204,10 @@ class BlockFile:
             yield block.memory[offset:end]
         finally:
             with self._pool.changed:
-                block.users -= 1
                 block.is_read |= end == block.length
+                self._leave(block)
                 if block.is_read and block.is_stored and not block.users:
                     self._pool.forget(block)
-                self._pool.changed.notify_all()
 
     def store(self, block: Block) -> None:
         """Bring a block to the disk if it is whole, or what there is of it to the page cache.
@@ -268,11 +267,15 @@ class BlockFile:
 
     def _release(self, block: Block, start: int, stop: int) -> None:
         with self._pool.changed:
-            block.users -= 1
             block.spans.add(start, stop)
-            if block.is_whole and not block.users:
-                self._pool.queue(block)
-            self._pool.changed.notify_all()
+            self._leave(block)
+
+    def _leave(self, block: Block) -> None:
+        """One user less; the last of a whole block, be it a reader, has it stored."""
+        block.users -= 1
+        if block.is_whole and not (block.users or block.is_queued or block.is_stored):
+            self._pool.queue(block)
+        self._pool.changed.notify_all()
 
     def _store_direct(self, block: Block) -> int:
         """How much of it went to the disk; the rest is for the page cache."""

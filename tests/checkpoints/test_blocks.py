@@ -131,6 +131,26 @@ def test_reads_what_is_in_memory_and_what_is_not(file: BlockFile, data: memoryvi
     assert len(found) > LENGTH - 20_000
 
 
+def test_a_block_that_is_completed_while_it_is_read_is_stored_then(
+    file: BlockFile, data: memoryview, pool: Pool
+) -> None:
+    half = SIZE // 2
+    file.write(data[:half], 0)
+    with file.read(0, memoryview(bytearray(half))):
+        file.write(data[half:SIZE], half)
+    with pool.changed:
+        assert pool.changed.wait_for(lambda: 0 in file.settled, 5)
+
+
+def test_what_is_read_back_last_makes_room(file: BlockFile, data: memoryview, pool: Pool) -> None:
+    for index in range(4):
+        file.write(data[index * SIZE : (index + 1) * SIZE], index * SIZE)
+    with pool.changed:
+        assert pool.changed.wait_for(lambda: len(file.settled) == 4, 5)
+    file.write(data[4 * SIZE : 5 * SIZE], 4 * SIZE)
+    assert set(file.blocks) == {0, 1, 2, 4}
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_a_failure_is_said_to_whoever_writes_next(
     file: BlockFile, data: memoryview, monkeypatch: pytest.MonkeyPatch, code: int
