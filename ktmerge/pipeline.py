@@ -13,11 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from ktmerge.errors import UsageError
 from ktmerge.measurement import measurements_of
 from ktmerge.progress import SILENT, Progress
+from ktmerge.recipes.document import yaml_text
 from ktmerge.recipes.load import suite_of
 from ktmerge.recipes.schema import Evaluation, Recipe
 from ktmerge.staging import jobs_of
@@ -265,4 +264,4 @@ def _spelled(expert: Located) -> str:
 def recipe_text(recipe: Recipe) -> str:
     """A recipe as YAML, without what is left at its default."""
     document = {"ktmerge": recipe.ktmerge} | recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110)
+    return yaml_text(document)

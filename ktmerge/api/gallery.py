@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from ktmerge.api.inputs import failing_clearly, named_models, refuse_existing, text_of
 from ktmerge.checkpoints.files import write_whole
 from ktmerge.errors import UsageError
 from ktmerge.pipeline import recipe_text
 from ktmerge.recipes import gallery, load_recipe
+from ktmerge.recipes.document import yaml_text
 
 if TYPE_CHECKING:
     from ktmerge.merge.explanation import Explanation
@@ -64,7 +63,7 @@ def import_recipe(source: Path, out: Path | None, *, overwrite: bool = False) ->
     if out is not None:
         refuse_existing(out, overwrite)
     document, differences = import_mergekit(text_of(source))
-    text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110)
+    text = yaml_text(document)
     if out is not None:
         with failing_clearly(out):
             out.write_text(text, encoding="utf-8")

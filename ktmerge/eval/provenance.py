@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from ktmerge.errors import UsageError
-from ktmerge.recipes.document import read_yaml
+from ktmerge.recipes.document import read_yaml, yaml_text
 
 if TYPE_CHECKING:
     from ktmerge.eval.results import Results
@@ -62,5 +60,5 @@ def _of(lock: Any, text: str) -> Provenance:
         )
         for name, given in lock["inputs"].items()
     }
-    document = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=110)
+    document = yaml_text(recipe)
     return Provenance(document, text, f"{method}{f': {knobs}' if knobs else ''}{rules}", inputs)

@@ -17,6 +17,7 @@ from ktmerge.merge.plan import Plan
 from ktmerge.merge.record import FILE as RECORD
 from ktmerge.merge.record import portable_recipe
 from ktmerge.merge.report import BlendReport
+from ktmerge.recipes.document import yaml_text
 
 FILE = "README.md"
 BASE_FILE = "BASE_README.md"
@@ -28,9 +29,9 @@ def card(plan: Plan, report: BlendReport) -> str:
     """The model card of what ``plan`` made."""
     recipe = plan.recipe
     told = portable_recipe(plan)
-    text = yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=110)
+    text = yaml_text(told)
     sections = [
-        f"{_FENCE}\n{yaml.safe_dump(_front_matter(plan, told), sort_keys=False, allow_unicode=True)}{_FENCE}",
+        f"{_FENCE}\n{yaml_text(_front_matter(plan, told))}{_FENCE}",
         f"# {recipe.name}",
         *([line(recipe.description)] if recipe.description else []),
         f"{_origin(plan)} It has the base's architecture, tensor names and inference cost.",

@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ktmerge.checkpoints import Checkpoint
 from ktmerge.checkpoints.digests import FileDigest, digest_of, input_files
 from ktmerge.checkpoints.signals import Workers, uninterrupted
@@ -24,15 +22,13 @@ from ktmerge.merge.card import licence
 from ktmerge.merge.plan import Plan
 from ktmerge.merge.record import inputs_of, origin
 from ktmerge.merge.report import BlendReport
-from ktmerge.recipes.document import read_yaml
+from ktmerge.recipes.document import read_yaml, yaml_text
 
 FILE = "ktmerge.lock.yaml"
 VERSION = 1
 TUNED = "ktmerge-run.json"
 _HEAD = "# What a blend was made of, to the last bit. Written by ktmerge; not to be edited.\n"
 _THREADS = 2
-# Several times as fast, where PyYAML was built with libyaml, as its wheels are.
-_SafeDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 Digests = Mapping[str, Mapping[str, FileDigest]]
 
@@ -135,7 +131,7 @@ def output_of(report: BlendReport) -> dict[str, Any]:
 def lock_text(document: Mapping[str, Any]) -> str:
     """A lock as YAML; the same lock gives the same text."""
     plain = json.loads(json.dumps(document))
-    return _HEAD + yaml.dump(plain, Dumper=_SafeDumper, sort_keys=False, allow_unicode=True, width=110)
+    return _HEAD + yaml_text(plain)
 
 
 def read_lock(path: Path) -> dict[str, Any]:

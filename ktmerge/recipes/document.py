@@ -1,4 +1,4 @@
-"""YAML text to plain data, safely: no code, no repeated keys, no alias bombs, no endless files."""
+"""YAML text to plain data, safely (no code, no repeated keys, no alias bombs, no endless files), and back."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ MAX_BYTES = 1_000_000
 MAX_NODES = 100_000
 MAX_DEPTH = 100
 _MAX_DIGITS = 100
-# Forty times as fast, where PyYAML was built with libyaml, as its wheels are.
+# Many times as fast, where PyYAML was built with libyaml, as its wheels are.
 _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_SafeDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 class _StrictLoader(_SafeLoader):  # type: ignore[misc]
@@ -86,6 +87,12 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UsageError(f"{where}: not valid YAML: {_first_problem(error)}") from None
     except (ValueError, TypeError, LookupError, AttributeError) as error:  # a date or number that is none, tagged wrong
         raise UsageError(f"{where}: not valid YAML: a value is not what it looks like or is tagged: {error}.") from None
+
+
+def yaml_text(document: Any) -> str:
+    """Plain data as YAML, in its own order."""
+    text: str = yaml.dump(document, Dumper=_SafeDumper, sort_keys=False, allow_unicode=True, width=110)
+    return text
 
 
 def read_yaml(path: Path) -> Any:

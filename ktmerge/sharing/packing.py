@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ktmerge import __version__
 from ktmerge.checkpoints.digests import digest_of
 from ktmerge.checkpoints.files import clear_os_errors
@@ -21,7 +19,7 @@ from ktmerge.merge.plan import Plan
 from ktmerge.merge.planning import plan_blend
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes import load_suite, ready
-from ktmerge.recipes.document import read_yaml
+from ktmerge.recipes.document import read_yaml, yaml_text
 from ktmerge.recipes.schema import Recipe
 from ktmerge.sharing import contents
 from ktmerge.sharing.card import card
@@ -146,7 +144,7 @@ def _text(document: dict[str, Any], source: Path | None) -> str:
 
 
 def _dump(document: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(document), sort_keys=False, allow_unicode=True, width=110)
+    return yaml_text(dict(document))
 
 
 def _checkpoints(plan: Plan) -> dict[str, Any]:

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-import yaml
-
 from ktmerge.checkpoints.files import write_whole
 from ktmerge.errors import UsageError
+from ktmerge.recipes.document import yaml_text
 from ktmerge.recipes.load import parse_recipe
 from ktmerge.recipes.schema import Recipe
 from ktmerge.sweep.candidates import RECIPE
@@ -138,7 +137,7 @@ def chosen_text(outcome: Outcome, out: Path) -> str:
             owner["statistics"] = _moved(owner["statistics"], recipe.folder, out)
     said = [*outcome.statement(), *outcome.cautions()]
     heading = "".join(f"# {line}\n" for line in said)
-    return heading + yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110)
+    return heading + yaml_text(document)
 
 
 def _moved(reference: str, source: Path, out: Path) -> str:
