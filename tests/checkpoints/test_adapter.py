@@ -40,6 +40,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+LIKE_OTHERS = ("rslora", "embedding dora", "conv1d", "conv1d, flag overwritten", "convolution dora")
+"""Cases whose parts are all in other cases."""
+
+
 def _build(kind: str) -> Any:
     import transformers as t
 
@@ -81,7 +85,10 @@ def make_adapter(folder: Path, kind: str, seed: int = 0, **settings: Any) -> dic
     return load_file(folder / "merged" / "model.safetensors")
 
 
-@pytest.fixture(scope="module", params=list(CASES))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(case, marks=[pytest.mark.slow] if case in LIKE_OTHERS else []) for case in CASES],
+)
 def adapted(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("adapter")
     kind, settings = CASES[request.param]
@@ -158,7 +165,9 @@ def test_tables_that_peft_wrote_three_times_are_the_trained_ones(tmp_path: Path)
             assert reader.read(name).view(trained.shape).equal(trained)
 
 
-@pytest.mark.parametrize("case", ["plain", "dora", "conv1d dora", "embedding"])
+@pytest.mark.parametrize(
+    "case", [*(pytest.param(case, marks=pytest.mark.slow) for case in ("plain", "dora")), "conv1d dora", "embedding"]
+)
 def test_any_piece_has_the_bits_of_the_whole(case: str, tmp_path: Path) -> None:
     kind, settings = CASES[case]
     make_adapter(tmp_path, kind, **settings)

@@ -115,11 +115,13 @@ def test_a_source_package_is_not_run_before_its_digest_is_checked(index: Path, t
     assert fetch(toy(data, file), tmp_path / "cache").read_bytes() == data
 
 
+@pytest.mark.slow
 def test_a_missing_package_is_told_in_a_sentence(index: Path, tmp_path: Path) -> None:
     with pytest.raises(KtmergeError, match=r"kt-toy 1\.0: cannot be fetched: .* Or put kt_toy-1\.0.*into"):
         fetch(toy(b"x"), tmp_path / "cache")
 
 
+@pytest.mark.slow
 def test_no_connection_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)

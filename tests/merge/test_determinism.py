@@ -32,6 +32,10 @@ BLENDS: dict[str, dict[str, Any]] = {
 }
 
 
+QUICK = ("ties global", "spectral", "della")  # the kernels with a threshold of all, maps, whole tensors
+KINDS = [pytest.param(kind, marks=[] if kind in QUICK else [pytest.mark.slow]) for kind in BLENDS]
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bf16, with many equal magnitudes; sizes that pieces do not divide; one tensor that nobody changed."""
@@ -95,7 +99,7 @@ def expected(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     return cache(lambda kind: digest(models, folder / "out", recipe(BLENDS[kind])))
 
 
-@pytest.mark.parametrize("kind", BLENDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_threads_and_pieces_do_not_show(
     kind: str, models: Path, expected: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,7 +113,7 @@ def test_threads_and_pieces_do_not_show(
         assert digest(models, tmp_path / "out", document) == alone, (cores, piece, held)
 
 
-@pytest.mark.parametrize("kind", ["ties", "ties global"])
+@pytest.mark.parametrize("kind", [pytest.param("ties", marks=pytest.mark.slow), "ties global"])
 def test_samples_and_noted_candidates_do_not_show(
     kind: str, models: Path, expected: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,7 +126,7 @@ def test_samples_and_noted_candidates_do_not_show(
         assert digest(models, tmp_path / "out", recipe(BLENDS[kind])) == alone, (large, few)
 
 
-@pytest.mark.parametrize("kind", BLENDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_kernels_order_and_shards_do_not_show(
     kind: str, models: Path, expected: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,9 +151,9 @@ CANDIDATES: list[dict[str, Any]] = [
     ("expert", "weight", "output"),
     [
         ("bfloat16", 1.0, {}),
-        ("float32", 1.0, {}),
+        pytest.param("float32", 1.0, {}, marks=pytest.mark.slow),
         ("float32", 0.7, {"dtype": "float32"}),
-        ("float32", 1.0, {"rounding": "stochastic"}),
+        pytest.param("float32", 1.0, {"rounding": "stochastic"}, marks=pytest.mark.slow),
     ],
 )
 def test_candidates_that_are_not_measured_equal_the_files(
