@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from ktmerge.merge.stage import Context, Place
 
 
+_NEAR = 40
+"""Powers of two within which squares, sums of squares and their roots are safe in fp32."""
+
+
 def split(values: Tensor, context: Context, *, fused: bool = True) -> list[Tensor]:
     """Views ``[o, i]`` of every linear map in ``values``: each of stacked experts, each of fused maps.
 
@@ -50,10 +54,41 @@ def by_map(
     *,
     fused: bool = True,
 ) -> Tensor:
-    """Merge map by map: ``merge(deltas [o, i] of each expert, base [o, i], number of the map)``."""
+    """Merge map by map: ``merge(deltas [o, i] of each expert, base [o, i], number of the map)``.
+
+    Squares of huge changes leave fp32's range, and those of tiny ones vanish: a map with such changes is merged at
+    another size, base and all, and brought back. The factor is a power of two, so that nothing is rounded.
+    """
     base = split(context.base, context, fused=fused)
     own = [split(delta, context, fused=fused) for delta in deltas]
-    return join([merge(list(maps), base[n], n) for n, maps in enumerate(zip(*own, strict=True))], context, fused=fused)
+
+    def one(maps: list[Tensor], number: int) -> Tensor:
+        exponent = _far(maps, base[number])
+        if not exponent:
+            return merge(maps, base[number], number)
+        near = [_times(values, -exponent) for values in maps]
+        return _times(merge(near, _times(base[number], -exponent), number), exponent)
+
+    return join([one(list(maps), n) for n, maps in enumerate(zip(*own, strict=True))], context, fused=fused)
+
+
+def _far(maps: Sequence[Tensor], base: Tensor) -> int:
+    """The power of two of the largest change where its square is no good in fp32; 0 where all is well.
+
+    It is, too, where the base is so much larger that the change is lost in it.
+    """
+    largest = max((float(values.abs().max()) for values in maps if values.numel()), default=0.0)
+    if not 0 < largest < math.inf:
+        return 0
+    exponent = math.frexp(largest)[1]
+    if abs(exponent) <= _NEAR or float(base.abs().max()) > math.ldexp(1.0, exponent + _NEAR):
+        return 0
+    return exponent
+
+
+def _times(values: Tensor, exponent: int) -> Tensor:
+    """``values`` times two to the power of ``exponent``, which may be beyond fp32's own range."""
+    return (values.double() * math.ldexp(1.0, exponent)).float()
 
 
 def row_size(place: Place) -> int:

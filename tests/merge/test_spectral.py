@@ -14,6 +14,7 @@ from ktmerge.checkpoints.matrices import MatrixLayout
 from ktmerge.merge import decompositions, matrices, spectra
 from ktmerge.merge.kernels import kernels_for
 from ktmerge.merge.methods.isotropy import specific_count
+from ktmerge.merge.registry import stages
 from ktmerge.merge.stage import Context
 
 FUSED = "model.layers.0.self_attn.qkv_proj.weight"
@@ -430,3 +431,30 @@ def test_what_is_done_in_a_frame_is_done_without_its_long_side(shape: tuple[int,
         across = left[:, :count].T @ other @ right[:count].T
         torch.testing.assert_close(found.inner(other, count).abs(), across.abs(), rtol=0, atol=1e-10)
     assert found.above(float(values[2] / values[0]) * 0.999) == 3
+
+
+@pytest.mark.parametrize(
+    "stage", ["tsv_m", "isotropy", "iso_cts", "spectral_regmean", "cts", "cart", "resmerge", "knots", "opcm"]
+)
+@pytest.mark.parametrize("power", [-130, -80, 66, 110])
+def test_huge_and_tiny_changes_are_merged_like_others(stage: str, power: int) -> None:
+    base, *deltas = ((16 * normal(6, 8, seed=seed)).round() / 16 for seed in range(3))  # exact at every power
+
+    def merge(factor: float) -> Tensor:
+        context = Context(
+            tensor="x", part="llm", layers={}, tensor_class="matrix", shape=(6, 8), start=0, seed=0, experts=("a", "b"),
+            weights=(1.0, 1.0), base=_times(base, factor), kernels=kernels_for(torch.device("cpu")),
+            layout=MatrixLayout(False, (6,)), statistics={"ratio": 1.0},
+        )  # fmt: skip
+        one = stages()[stage]
+        settings = {"scope": "tensor"} if stage == "opcm" else {}
+        found: Tensor = one.apply([_times(delta, factor) for delta in deltas], one.parameters(**settings), context)
+        return found
+
+    near, far = merge(1.0), merge(2.0**power)
+    assert near.abs().max() > 0.1
+    torch.testing.assert_close(far.double() / 2.0**power, near.double(), rtol=0, atol=1e-6 if power > -100 else 1e-4)
+
+
+def _times(tensor: Tensor, factor: float) -> Tensor:
+    return (tensor.double() * factor).float()
