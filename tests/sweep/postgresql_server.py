@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -32,18 +31,15 @@ def running() -> Iterator[str]:
     owner = _owner()
     if os.geteuid() == 0 and owner is not None:
         os.chown(folder, owner.pw_uid, owner.pw_gid)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     data = folder / "data"
     try:
         _call("initdb", "-D", str(data), "-A", "trust", "-U", "sweeper", "--no-sync")
-        options = f"-p {port} -h 127.0.0.1 -k {folder} -F"
-        _call("pg_ctl", "-D", str(data), "-l", str(folder / "log"), "-w", "-o", options, "start")
+        options = f"-h '' -k {folder} -F"  # a port might be taken by somebody else meanwhile
+        _call("pg_ctl", "-D", str(data), "-l", str(folder / "log"), "-w", "-t", "600", "-o", options, "start")
         try:
-            _call("psql", "-h", "127.0.0.1", "-p", str(port), "-U", "sweeper", "-d", "postgres", "-c",
+            _call("psql", "-h", str(folder), "-U", "sweeper", "-d", "postgres", "-c",
                   "create database sweeps")  # fmt: skip
-            yield f"postgresql://sweeper:geheim@127.0.0.1:{port}/sweeps"
+            yield f"postgresql://sweeper:geheim@/sweeps?host={folder}"
         finally:
             _call("pg_ctl", "-D", str(data), "-m", "immediate", "stop")
     finally:
@@ -55,7 +51,7 @@ def _call(*command: str) -> None:
     # Output goes to a file: the server would hold a pipe open.
     with tempfile.TemporaryFile() as out:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd="/", timeout=120,
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd="/", timeout=1200,
             **({} if owner is None else {"user": owner.pw_uid, "group": owner.pw_gid, "extra_groups": []}),
         )  # fmt: skip
         out.seek(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -174,7 +173,7 @@ def test_a_killed_greedy_sweep_is_gone_on_with_by_two_workers(soup_recipe: Path,
     journal = out / "journal.log"
     while running.poll() is None and not (journal.exists() and journal.read_text().count('"round 0"') >= 3):
         time.sleep(0.02)
-    os.kill(running.pid, signal.SIGKILL)
+    running.kill()
     assert running.wait() == -signal.SIGKILL
     done = subprocess.run([*command, "--resume", "--workers", "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
