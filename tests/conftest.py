@@ -61,8 +61,9 @@ CORPUS = [
 @pytest.fixture(scope="module", autouse=True)
 def _what_is_loaded_stays() -> None:
     """Modules and collected tests are not searched for garbage again each time that a run tidies its memory up."""
-    gc.collect()
-    gc.freeze()
+    if gc.get_count()[0] > 10_000:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")

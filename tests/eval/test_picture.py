@@ -122,7 +122,7 @@ def test_the_base_alone_has_no_tradeoff(make_results: Make) -> None:
 
 def test_many_sets_take_as_many_pictures_as_fit_on_pages(make_results: Make) -> None:
     sets = {f"up_{i}": [1.0, i / 30] for i in range(15)} | {f"down_{i}": [0.0, i / 30] for i in range(15)}
-    pictures = score_pictures(make_results({f"model {i}" if i else "base": sets for i in range(6)}))
+    pictures = score_pictures(make_results({f"model {i}" if i else "base": sets for i in range(3)}))
     assert len(pictures) > 1
     found = [texts(svg) for svg in pictures]
     shown = [line for one in found for text in one for line in text.split() if line in sets]
