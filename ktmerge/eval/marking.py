@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import regex
 
+from ktmerge.errors import UsageError
 from ktmerge.eval.answers import ANSWER
 from ktmerge.eval.instructions import followed
 from ktmerge.eval.items import GenerateItem, InstructionsItem, LetterItem
@@ -16,6 +17,8 @@ from ktmerge.eval.overlap import OVERLAP, overlap
 from ktmerge.eval.scores import TaskScore
 from ktmerge.eval.sets import TaskSet
 from ktmerge.recipes.suites import GenerateTask, InstructionsTask
+
+_SECONDS = 10
 
 
 def mark(one: TaskSet, outputs: Sequence[str]) -> TaskScore:
@@ -67,12 +70,23 @@ def _answers(task: GenerateTask, items: Sequence[GenerateItem], outputs: Sequenc
 
 
 def extracted(text: str, expression: str) -> str | None:
-    """What the first group of ``expression`` (all of it, if it has none) matches last in ``text``; None: nothing."""
-    matches = list(re.finditer(expression, text))
+    """What the first group of ``expression`` (all of it, if it has none) matches last in ``text``; None: nothing.
+
+    Raises:
+        UsageError: it does not come to an end, as expressions do that repeat what is repeated.
+    """
+    try:
+        matches = list(regex.finditer(expression, text, timeout=_SECONDS))
+    except TimeoutError:
+        raise UsageError(
+            f"extract: {expression!r} looks at one answer for more than {_SECONDS} seconds; write it without repeats "
+            "within repeats."
+        ) from None
     if not matches:
         return None
     last = matches[-1]
-    return last[1] if last.re.groups else last[0]
+    found: str | None = last[1] if last.re.groups else last[0]
+    return found
 
 
 def _percent(marks: Sequence[bool]) -> float:

@@ -11,6 +11,7 @@ from ktmerge.checkpoints.digests import digest_of
 from ktmerge.checkpoints.files import clear_os_errors
 from ktmerge.errors import UsageError
 from ktmerge.merge.lock import read_lock
+from ktmerge.merge.planning import check_recipe
 from ktmerge.recipes import load_recipe, load_suite
 from ktmerge.recipes.schema import Recipe
 from ktmerge.sharing import contents
@@ -40,6 +41,8 @@ def require_bundle(folder: Path, manifest: Manifest, where: str) -> Recipe:
     with _told_of(folder, where):
         recipe = load_recipe(folder / contents.RECIPE)
         locked = read_lock(folder / contents.LOCK)
+        if not _is_foreign(recipe):
+            check_recipe(recipe)
     _require_locked(manifest, locked, recipe, where)
     require_pinned(recipe, manifest.inputs, manifest.statistics, where)
     if recipe.eval is not None:
@@ -57,6 +60,12 @@ def require_bundle(folder: Path, manifest: Manifest, where: str) -> Recipe:
     if contents.DELTA_FILES[0] in manifest.files:
         _require_delta(folder / contents.DELTA, locked, where)
     return recipe
+
+
+def _is_foreign(recipe: Recipe) -> bool:
+    """Whether it names methods of another package, which is not imported for a file that nobody has let in."""
+    said = [] if recipe.blend is None else [recipe.blend.method, *(rule.method for rule in recipe.blend.where)]
+    return any(":" in method for method in said if method is not None)
 
 
 @contextmanager

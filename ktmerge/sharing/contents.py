@@ -36,6 +36,8 @@ _LIMITS = {
     DELTA_FILES[1]: 1 << 42,
 }
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}"
+_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))}
+"""What Windows takes for a device, whatever comes after the first dot."""
 _NUMBERED = {
     re.compile(rf"{SUITES}/{_NAME}\.yaml", re.ASCII): MAX_BYTES,
     re.compile(rf"{SCORES}/{_NAME}\.json", re.ASCII): _MAX_SCORES,
@@ -46,6 +48,8 @@ def limit(name: str) -> int | None:
     """The most bytes that a file of this name may have; None if a bundle holds no file of this name."""
     if name in _LIMITS:
         return _LIMITS[name]
+    if name.rpartition("/")[2].partition(".")[0].casefold() in _DEVICES:
+        return None
     return next((most for pattern, most in _NUMBERED.items() if pattern.fullmatch(name)), None)
 
 

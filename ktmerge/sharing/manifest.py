@@ -88,6 +88,14 @@ class Manifest(_Strict):
         return {name: one.size for name, one in self.files.items()}
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping whose keys stand once: of two, other programs might believe the other."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice")
+    return found
+
+
 def read_manifest(raw: bytes, where: str) -> Manifest:
     """A manifest from its bytes.
 
@@ -95,9 +103,11 @@ def read_manifest(raw: bytes, where: str) -> Manifest:
         UsageError: it is none, a newer ktmerge wrote it, or what it names is no bundle.
     """
     try:
-        document: Any = json.loads(raw.decode("utf-8"))
+        document: Any = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
     except (ValueError, RecursionError):
-        raise UsageError(f"{where}: its {contents.MANIFEST} is no JSON; the bundle is broken.") from None
+        raise UsageError(
+            f"{where}: its {contents.MANIFEST} is no JSON, or has a key twice; the bundle is broken."
+        ) from None
     version = document.get("ktmerge_bundle") if isinstance(document, dict) else None
     if not isinstance(version, int) or isinstance(version, bool):
         raise UsageError(f"{where}: its {contents.MANIFEST} is no manifest of a bundle.")

@@ -160,5 +160,6 @@ def _is_inside(place: str) -> bool:
         and not plain.startswith(("/", "~"))
         and ".." not in parts
         and "\\" not in plain
+        and "://" not in plain
         and not _DRIVE.match(plain)
     )

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import ipaddress
 import os
+import socket
+import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +27,8 @@ from ktmerge.sharing.source import ArchiveSource
 
 _BLOCK = 1 << 20
 _SECONDS = 60
+_SLOWEST, _PATIENCE = 1000, 60
+"""Bytes a second that a server has to send on average, once it has had so many seconds."""
 _PIECE = 1 << 16
 _NO_HEAD = (403, 405, 501)
 """What servers say that answer no HEAD; addresses that are signed are signed for one method."""
@@ -89,7 +94,7 @@ class UrlSource:
                 target.truncate(start)
                 target.seek(start)
                 count = start
-                while block := answer.read(_BLOCK):
+                for block in _received(answer, self.where):
                     count += len(block)
                     if count > (_MOST_UNTOLD if size is None else size):
                         raise UsageError(f"{self.where}: is larger than its server told; nothing was unpacked.")
@@ -183,8 +188,7 @@ class _Pieces(io.RawIOBase):
             with _opened(self._address, {"Range": span}) as answer:
                 if answer.status != 206:
                     raise KtmergeError("the server gave pieces before, and now does not.")
-                raw: bytes = answer.read(wanted)
-                return raw
+                return b"".join(_received(answer, _without_query(self._address), wanted))
 
         found = self._asked(piece)
         buffer[: len(found)] = found
@@ -206,6 +210,20 @@ def _opened(address: str, headers: Mapping[str, str] | None = None, *, method: s
         request.add_header(name, value)
     answer: HTTPResponse = urllib.request.build_opener(_SafeRedirects).open(request, timeout=_SECONDS)
     return answer
+
+
+def _received(answer: HTTPResponse, where: str, most: int = sys.maxsize) -> Iterator[bytes]:
+    """What a server sends, unless it takes so long that it might never end.
+
+    Raises:
+        KtmergeError: likewise.
+    """
+    began, count = time.monotonic(), 0
+    while count < most and (block := answer.read1(min(_BLOCK, most - count))):
+        count += len(block)
+        yield block
+        if (passed := time.monotonic() - began) > _PATIENCE and count < _SLOWEST * passed:
+            raise KtmergeError(f"{where}: sends less than {_SLOWEST} bytes a second; given up.")
 
 
 def _gives_pieces(address: str) -> bool:
@@ -248,8 +266,10 @@ def _require_safe(address: str, redirected_by: str | None = None) -> None:
         )
     if not host:
         raise UsageError(f"{address}: names no server.")
-    if redirected_by and local and not _is_local(urlsplit(redirected_by).hostname or ""):
-        raise UsageError(f"{by}{_without_query(address)}, which is on this machine; that is not followed.")
+    if redirected_by and _is_inner(host) and not _is_inner(urlsplit(redirected_by).hostname or ""):
+        raise UsageError(
+            f"{by}{_without_query(address)}, which is on this machine or in a network of its own; that is not followed."
+        )
 
 
 def _is_local(host: str) -> bool:
@@ -259,6 +279,15 @@ def _is_local(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _is_inner(host: str) -> bool:
+    """Whether a name stands for an address that is not of the open net: so none can be reached by way of a stranger."""
+    try:
+        found = {ipaddress.ip_address(told[4][0]) for told in socket.getaddrinfo(host, None)}
+    except (OSError, ValueError):
+        return False  # it cannot be reached either
+    return any(not (getattr(one, "ipv4_mapped", None) or one).is_global for one in found)
 
 
 def _without_query(address: str) -> str:

@@ -71,10 +71,13 @@ def test_letters_are_asked_and_read(llama: Any, tokenizer: Any, folder: Path) ->
     assert found.scores.tolist() == mark(one, found.details["outputs"]).scores.tolist(), "answers can be marked again"
 
 
-def test_the_last_match_is_the_answer(folder: Path) -> None:
+def test_the_last_match_is_the_answer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert extracted("#### 3, no #### 12", r"#### (\d+)") == "12"
     assert extracted("3 and 12", r"\d+") == "12"
     assert extracted("none", r"\d+") is None
+    monkeypatch.setattr("ktmerge.eval.marking._SECONDS", 0.01)
+    with pytest.raises(UsageError, match="repeats"):
+        extracted(",".join(map(str, range(30))), "(.*?,){15}P")
     (one,) = read_sets(suite(folder, {**SAY, "answer": "{{ gold }}", "extract": r"\d+"}))
     score = mark(one, ["it is 0"] * 6 + ["nothing"] * 6)
     assert score.scores.sum() == 2

@@ -73,7 +73,8 @@ def refused(bundle: Path, words: str = "") -> None:
         "model.safetensors", "pytorch_model.bin", "delta/../x", "suites/x.yaml\n", "suites/x\u0000.yaml",
         "suites/ü.yaml",
         "suites/\u202etxt.yaml", "suites/x.yaml/", "~/x.yaml", "suites/" + "x" * 300 + ".yaml", "inner.ktr", "r.zip",
-        "suites/x.yaml ", "suites/con:.yaml", " ", "/", "..", "suites",
+        "suites/x.yaml ", "suites/con:.yaml", " ", "/", "..", "suites", "suites/con.yaml", "suites/NUL.yaml",
+        "scores/lpt1.x.json",
     ],
 )  # fmt: skip
 def test_names_that_no_bundle_has(place: Path, name: str) -> None:
@@ -282,6 +283,8 @@ def test_yaml_bombs(place: Path, which: str, bomb: str) -> None:
         ("name: half-of-spam", "name: other", "manifest is of another recipe"),
         ("name: half-of-spam", "name: ../x", "name"),
         ("ktmerge: 1", "ktmerge: 99", "99"),
+        ("method: linear", "method: os.system", "there is no method"),
+        ("method: linear", "method: linear\n  where: [{part: 'llm.layers[x]', lambda: 1}]", "part"),
     ],
 )
 def test_recipes_that_reach_out(place: Path, old: str, new: str, words: str) -> None:
@@ -315,6 +318,7 @@ def test_models_that_are_not_pinned(place: Path, reference: str) -> None:
         "hf:../x",
         "hf:/etc",
         "x\x07",
+        "file:///etc/passwd",
         "",
     ],
 )
@@ -359,7 +363,8 @@ def test_manifests_that_lie(place: Path, change: Change) -> None:
 
 
 @pytest.mark.parametrize(
-    "raw", [b"", b"{", b"[" * 100_000, b"\xff", b"null", b'{"ktmerge_bundle": 1e999}', b"9" * 9000]
+    "raw",
+    [b"", b"{", b"[" * 100_000, b"\xff", b"null", b'{"ktmerge_bundle": 1e999}', b"9" * 9000, b'{"name": 1, "name": 2}'],
 )
 def test_manifests_that_are_none(place: Path, raw: bytes) -> None:
     refused(written({**good(place), MANIFEST: raw}, place / "bad.ktr"), "manifest|JSON|broken")

@@ -14,6 +14,7 @@ from hub_server import served
 
 from ktmerge import api
 from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.sharing.web import _require_safe
 
 Serve = Callable[..., str]
 
@@ -165,6 +166,22 @@ def test_refusals(place: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(UsageError, match="larger than its server told"):
         api.unpack(api.look(serve(tells=False, pieces=False)), "out")
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1", "169.254.169.254", "[::ffff:192.168.0.1]", "[fd00::1]", "2130706433"])
+def test_no_redirect_leads_into_a_network_of_its_own(address: str) -> None:
+    with pytest.raises(UsageError, match="that is not followed"):
+        _require_safe(f"https://{address}/r.ktr", "https://93.184.216.34/r.ktr")
+    _require_safe("https://93.184.216.35/r.ktr", "https://93.184.216.34/r.ktr")
+
+
+def test_a_server_that_might_never_end(place: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    offer = api.look(serve(pieces=False))
+    monkeypatch.setattr("ktmerge.sharing.web._SLOWEST", 1 << 40)
+    monkeypatch.setattr("ktmerge.sharing.web._PATIENCE", 0)
+    with pytest.raises(KtmergeError, match="bytes a second; given up"):
+        api.unpack(offer, "out")
+    assert sorted(path.name for path in Path().iterdir() if "out" in path.name) == []
 
 
 def test_keys_in_addresses_are_not_told(place: Path, serve: Serve) -> None:
