@@ -16,7 +16,7 @@ from torch import Tensor
 from ktmerge.checkpoints import Reader
 from ktmerge.checkpoints.dtypes import torch_dtype
 from ktmerge.merge.engine import execute
-from ktmerge.merge.planning import plan_blend
+from ktmerge.merge.replanning import Planner
 from ktmerge.merge.report import BlendReport
 from ktmerge.recipes.load import parse_recipe
 
@@ -64,6 +64,7 @@ class Workbench:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.planner = Planner()  # most blends are of models that others blended too
 
     def _write(self, name: str, tensors: Tensors, config: Mapping[str, Any] | None) -> Path:
         """The folder of a checkpoint of these tensors, below one that is its own."""
@@ -119,7 +120,8 @@ class Workbench:
             for name, expert in document["experts"].items():
                 expert["statistics"] = self._measured(models[name])
         sink = MemorySink()
-        report = execute(plan_blend(parse_recipe(document, "recipe", self.folder)), sink, "cpu", chunk=chunk)
+        plan = self.planner.plan(parse_recipe(document, "recipe", self.folder))
+        report = execute(plan, sink, "cpu", chunk=chunk)
         return dict(sorted(sink.tensors(base).items())), report
 
     def merged(
