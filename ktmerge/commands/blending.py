@@ -45,6 +45,7 @@ def blend(
 ) -> None:
     """Blend base and experts into one ordinary checkpoint."""
     from ktmerge import api, console
+    from ktmerge.allocation import share_one_heap
 
     if file is not None and recipe:
         raise typer.BadParameter(f"names another recipe beside '{file}'; give one.", param_hint="--recipe")
@@ -64,6 +65,7 @@ def blend(
         plan = api.plan(loaded)
         console.print_json(plan.to_json()) if json_ else console.print_table(*plan.table())
         return
+    share_one_heap()
     report = api.blend(
         loaded, out, device=device, resume=resume, overwrite=overwrite, lock=lock, progress=console.TerminalProgress()
     )
