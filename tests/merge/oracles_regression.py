@@ -114,7 +114,7 @@ def common_then_specific(deltas: list[np.ndarray], base: np.ndarray, weights: li
     members = [t for t, delta in enumerate(deltas) if np.linalg.norm(delta) > 1e-12 * np.linalg.norm(base)]
     if not members:
         return np.zeros_like(base)
-    mean = sum(weights[t] for t in members) / len(members)
+    mean = sum(abs(weights[t]) for t in members) / len(members)
     own = [weights[t] / mean * deltas[t] for t in members]
     n = len(own)
     if n == 1:

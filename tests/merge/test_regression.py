@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -198,6 +199,13 @@ def test_common_then_specific_of_one_and_of_equal_experts(residual: str) -> None
     delta = random(6, 10).float()
     assert stage.apply([delta], parameters, context(1, (6, 10))).equal(delta)
     close(stage.apply([delta] * 3, parameters, context(3, (6, 10))), delta, 1e-6)
+
+
+def test_weights_of_common_then_specific_may_cancel() -> None:
+    stage = find_stage("cts", "combine")
+    deltas = [one.float() for one in apart(2, 8, 12)]
+    merged = stage.apply(deltas, stage.parameters(residual="sum"), replace(context(2, (8, 12)), weights=(1.0, -1.0)))
+    close(merged, deltas[0] - deltas[1], 1e-5)
 
 
 def test_common_then_specific_adds_what_reads_different_inputs() -> None:

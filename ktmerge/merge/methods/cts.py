@@ -38,22 +38,19 @@ def cts(deltas: list[Tensor], parameters: CtsParameters, context: Context) -> Te
     decomposition serves both parts. Equal experts give the one; experts that read different inputs give, with
     ``residual: sum``, their sum. Of a single expert that changed a map the delta is returned.
 
-    The formula has no weights: each delta is multiplied by its weight over the mean weight.
+    The formula has no weights: each delta is multiplied by its weight over the mean of their magnitudes.
     """
     import torch
 
     from ktmerge.merge.common import shared
-    from ktmerge.merge.matrices import by_map, changed
-    from ktmerge.merge.methods.wudi import relative
+    from ktmerge.merge.matrices import by_map
+    from ktmerge.merge.spectra import members
 
     def merge(maps: list[Tensor], base: Tensor, number: int) -> Tensor:
-        members = [t for t in changed(maps, base) if context.weights[t] != 0]
-        if not members:
-            return torch.zeros_like(base)
-        if len(members) == 1:
-            return maps[members[0]]
-        weights = relative([context.weights[t] for t in members])
-        found = shared([maps[t].double() * weight for t, weight in zip(members, weights, strict=True)])
+        own = members(maps, base, context)
+        if len(own) < 2:
+            return own[0] if own else torch.zeros_like(base)
+        found = shared([one.double() for one in own])
         gate = found.gate()
         merged = found.mean() * gate + parameters.mu * _specific(found, gate, parameters.residual)
         return found.frame.back(merged).float()
@@ -100,5 +97,6 @@ method(
         formula="mean(a) g V^T + mu merge(tau - a g V^T), a = tau V, g = clip((k - 1/N) / (1 - 1/N), 0, 1)",
         cost="eigh min(i, N o)^3 + N oi min(i, N o)",
         promises=Promises(identical="mean", elements=False, rotations=True, tolerance=1e-5),
+        semantics=2,
     )
 )

@@ -65,7 +65,8 @@ def spectral_regmean(deltas: list[Tensor], parameters: SpectralRegmeanParameters
 
     C_t = tau_t^T tau_t / ||tau_t||^2, C = sum_t w_t C_t = V lambda V^T, D = sum_t w_t tau_t C_t, weights relative to
     their mean; M = M_0 + [(D V)(f / lambda) - (M_0 V) f] V^T. The mean where experts share inputs, the sum where they
-    don't. Experts that did not change a map, or have weight 0, are no members; of a single one the delta is returned.
+    don't. Experts that did not change a map, or have weight 0, are no members; of a single one the delta is returned,
+    but for init zero, which leaves out what takes no part.
 
     Differs from the paper's code: M_0 is the mean, not the sum, as directions left out would else keep N times the
     delta of equal experts; lambda is measured in units of C's trace over N, which makes T and the floor relative.
