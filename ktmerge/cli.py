@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 from typing import Any, TextIO
 
@@ -26,17 +27,22 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 SPARED_SECONDS = 1.0
 """Before, while modules are loaded, there is no garbage, and to look for it would take a tenth of a short command."""
 
-_stopped: list[int] = []
-"""Signals that asked this process to stop."""
+SAME_SECONDS = 0.5
+"""Signals that come so close together are one wish: launchers like torchrun pass on what a terminal sent to all."""
+
+_stopped: list[float] = []
+"""When this process was asked to stop."""
 
 _over = False
-"""Whether all is done but to say how it went; launchers like torchrun send one signal after the other."""
+"""Whether all is done but to say how it went."""
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    if not _over:
-        _stopped.append(number)
-        raise KeyboardInterrupt
+    now = time.monotonic()
+    if _over or (number != AGAIN and _stopped and now - _stopped[-1] < SAME_SECONDS):
+        return
+    _stopped.append(now)
+    raise KeyboardInterrupt
 
 
 def _unheard(event: Any) -> None:

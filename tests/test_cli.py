@@ -81,18 +81,23 @@ def test_a_signal_where_python_cannot_raise_is_heard_a_little_later(tmp_path: Pa
     "moment", ["import ktmerge.console; ktmerge.console.fail = lambda text:", "atexit.register(lambda:"]
 )
 def test_launchers_that_send_one_signal_after_the_other(moment: str) -> None:
-    """The second comes while the first is answered, or when Python is shutting down."""
+    """The second comes while what was begun is cleared away, while the first is answered, or at Python's end."""
     signals = "[os.kill(os.getpid(), one) for one in (signal.SIGINT, signal.SIGTERM)]"
     code = (
         "import atexit, os, signal, ktmerge.commands\n"
         f"{moment} {signals}{')' * moment.count('(')}\n"
-        "def stop(**_): os.kill(os.getpid(), signal.SIGTERM)\n"
+        "def stop(**_):\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    finally:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        print('cleared away')\n"
         "ktmerge.commands.command_line = lambda words: stop\n"
         "from ktmerge.cli import main\n"
         "main([])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 130
+    assert (done.returncode, done.stdout) == (130, "cleared away\n")
     assert "Traceback" not in done.stderr
 
 

@@ -23,6 +23,8 @@ from ktmerge.progress import Progress, Step
 
 _SECONDS_BETWEEN_SAVES = 300.0
 _NOTES = 10
+_SAME_SECONDS = 1.0
+"""Signals that come so close together are one wish: torchrun passes on what a terminal sent to all."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Interruption:
 
     def __init__(self, progress: Progress) -> None:
         self.requested = False
+        self._asked: float | None = None  # when; another process may have been asked before this one
         self._progress = progress
         self._before: dict[int, Any] = {}
 
@@ -59,9 +62,12 @@ class Interruption:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        now = monotonic()
+        if self._asked is not None:
+            if now - self._asked < _SAME_SECONDS:
+                return
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested, self._asked = True, now
         self._progress.note("stopping: this step is finished and saved first. Once more stops at once.")
 
 

@@ -60,18 +60,22 @@ def test_unasked_saves_are_a_fifth_of_the_run_and_five_minutes_apart(clock: Cloc
     assert due(rhythm, clock, seconds_per_step=60)["save"] == [10, 20, 30, 40]
 
 
-def test_the_first_ctrl_c_asks_and_the_second_stops() -> None:
+def test_the_first_ctrl_c_asks_and_the_second_stops(clock: Clock) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
 
-    def interrupted(*signals: int) -> Interruption:
+    def interrupted(*signals: int, apart: float = 2.0, by_others: bool = False) -> Interruption:
         with Interruption(SILENT) as asked:
+            asked.requested = by_others
             for number in signals:
                 os.kill(os.getpid(), number)
+                clock.now += apart
         return asked
 
     assert not interrupted().requested
     assert interrupted(signal.SIGINT).requested
     assert interrupted(signal.SIGTERM).requested
+    assert interrupted(signal.SIGINT, signal.SIGTERM, apart=0.1).requested  # one wish, passed on by a launcher
+    assert interrupted(signal.SIGINT, by_others=True).requested  # the same, heard by another process before
     with pytest.raises(KeyboardInterrupt):
         interrupted(signal.SIGTERM, signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
