@@ -315,7 +315,7 @@ FAMILIES: dict[str, tuple[Build, dict[str, int]]] = {
         {"llm": 2, "audio": 2},
     ),
 }
-FAST = ("llama", "llama tied", "gpt2", "t5", "llava", "qwen2.5-vl", "smolvlm", "gemma3", "clip", "resnet")
+FAST = ("llama tied", "gpt2", "t5", "llava", "qwen2.5-vl", "resnet")
 
 
 def build(family: str, folder: Path) -> Any:

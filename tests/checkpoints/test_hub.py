@@ -160,6 +160,7 @@ def test_refusals_of_the_hub_are_one_sentence(hub: str, tmp_path: Path) -> None:
         assert line.startswith("refused: org/")
 
 
+@pytest.mark.slow
 def test_without_the_hub(tmp_path: Path) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))

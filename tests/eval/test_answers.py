@@ -195,6 +195,7 @@ def test_bleu_and_chrf_are_sacrebleus() -> None:
     assert found.figures["chrf"] == pytest.approx(sacrebleu.corpus_chrf(SAID, columns).score)
 
 
+@pytest.mark.slow  # its library imports for more than a second
 def test_rouge_takes_the_best_reference() -> None:
     pytest.importorskip("rouge_score")
     said, wanted = ["the cat sat down"], [["a dog", "the cat lay down"]]

@@ -25,7 +25,7 @@ CONVERTED: dict[str, Any] = {
 }
 """Families whose experts are stacked in memory and saved one by one."""
 OTHERS: dict[str, Any] = {"vit": lambda t: t.ViTForImageClassification(t.ViTConfig(**VIT, num_labels=3))}
-FAST = ("llama tied", "llava", "qwen3-vl-moe", "whisper")
+FAST = ("llama tied", "qwen3-vl-moe")
 
 
 def families(folder: Path, build: Any) -> None:

@@ -21,7 +21,7 @@ from ktmerge.recipes.load import parse_recipe
 pytest.importorskip("numba")
 
 SHAPES = {
-    "model.embed_tokens.weight": (301, 130),
+    "model.embed_tokens.weight": (97, 130),
     "model.layers.0.mlp.up_proj.weight": (70, 129),  # its element count is no multiple of 4
     "model.layers.0.input_layernorm.weight": (7,),
     "model.norm.weight": (1,),

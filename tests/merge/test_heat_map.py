@@ -76,7 +76,10 @@ def test_joined_queries_keys_and_values_lie_under_the_three(tmp_path: Path) -> N
         assert ("v" in texts) == (name == "both")
 
 
-@pytest.mark.parametrize(("name", "start"), [("x.png", b"\x89PNG"), ("x.PDF", b"%PDF"), ("x.svg", b"<?xml")])
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [pytest.param("x.png", b"\x89PNG", marks=pytest.mark.slow), ("x.PDF", b"%PDF"), ("x.svg", b"<?xml")],
+)
 def test_the_suffix_decides_the_kind_and_the_same_data_gives_the_same_bytes(
     llamas: Path, tmp_path: Path, name: str, start: bytes
 ) -> None:

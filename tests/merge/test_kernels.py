@@ -165,16 +165,14 @@ def test_a_hint_changes_passes_but_never_the_result(
             search.hint(np.sort(shown), shown.size)
         while not search.done:
             interval = search.interval
-            chosen = keys[magnitudes == interval.floor] if interval.hashed else magnitudes
-            offsets = [int(key) - interval.low for key in chosen if int(key) >= interval.low]
+            chosen = (keys[magnitudes == interval.floor] if interval.hashed else magnitudes).astype(np.uint64)
+            offsets = chosen[chosen >= np.uint64(interval.low)] - np.uint64(interval.low)
+            inside = offsets[offsets <= np.uint64(interval.last)]
+            bins = (inside >> np.uint64(interval.shift)).astype(np.int64)
             counts, lows = np.zeros(interval.bins + 1, np.int64), np.zeros(interval.bins, np.uint32)
-            for offset in offsets:
-                if offset > interval.last:
-                    counts[-1] += 1
-                else:
-                    counts[offset >> interval.shift] += 1
-                    if not interval.hashed:
-                        lows[offset >> interval.shift] |= offset & ((1 << interval.shift) - 1)
+            counts[:-1], counts[-1] = np.bincount(bins, minlength=interval.bins), offsets.size - inside.size
+            if not interval.hashed:
+                np.bitwise_or.at(lows, bins, (inside & np.uint64((1 << interval.shift) - 1)).astype(np.uint32))
             search.add(counts, lows if hint and not interval.hashed else None)
             search.end_pass()
         found.append(search.result())

@@ -74,7 +74,7 @@ def test_the_same_bytes_and_record(
     assert {**resumed.to_json(), "seconds": 0} == {**whole.to_json(), "seconds": 0}
 
 
-@pytest.mark.parametrize("after", [2, 6])
+@pytest.mark.parametrize("after", [2, pytest.param(6, marks=pytest.mark.slow)])
 def test_methods_that_take_whole_tensors(llamas: Path, tmp_path: Path, recipe_in: Any, after: int) -> None:
     """What the compiled kernels do not cover goes by torch, and is written in other pieces."""
     recipe = recipe_in(llamas, TWO, {"method": "mergekit:della", "density": 0.5, "epsilon": 0.1}, seed=5)

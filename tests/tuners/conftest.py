@@ -14,6 +14,12 @@ from tuning import Listener, tune
 from ktmerge.tuners import FinetuneReport
 
 
+@pytest.fixture(autouse=True)
+def _losses_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than training here; the ``tuned`` fixture's picture is one, and is looked at."""
+    monkeypatch.setattr("ktmerge.tuners.result.draw_losses", lambda log, name: b"not drawn")
+
+
 @pytest.fixture(scope="session")
 def tuned(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FinetuneReport, Listener]:
     """One fine-tune with both evaluation sets, looked at by many tests."""

@@ -92,7 +92,7 @@ def says(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", [name for name in SEEING if name != "paligemma"])
-@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+@pytest.mark.parametrize("kind", ["prompt", pytest.param("prefix", marks=pytest.mark.slow)])
 def test_a_prompt_says_what_tokens_in_its_place_would(models: Path, tmp_path: Path, family: str, kind: str) -> None:
     """Vectors that are the embeddings of words, or their keys and values, are those words before the conversation."""
     prepare(tmp_path)

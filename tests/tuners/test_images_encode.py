@@ -95,6 +95,10 @@ def told_to(processor: Any, images: list[str], turns: list[str], folder: Path) -
     return dict(ProcessorMixin.apply_chat_template(processor, chat, **given))
 
 
+QUICK = ("llava", "qwen2.5-vl", "paligemma")  # a place for each image; sizes of its own; before the text
+SOME = [pytest.param(family, marks=[] if family in QUICK else [pytest.mark.slow]) for family in FAMILIES]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_labels_and_pixels_are_those_of_the_processor(family: str, model: Model, folder: Path) -> None:
     processor = load_processor(model(family))
@@ -117,7 +121,7 @@ def test_tokens_labels_and_pixels_are_those_of_the_processor(family: str, model:
         assert int((own["input_ids"] == token).sum()) > 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 def test_batches_are_those_of_the_processor(family: str, model: Model, folder: Path) -> None:
     """Several rows at once, of pictures of several sizes."""
     from PIL import Image
@@ -135,7 +139,7 @@ def test_batches_are_those_of_the_processor(family: str, model: Model, folder: P
         assert batch[name].equal(own[name]), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SOME)
 def test_text_rows_take_their_place_among_others(family: str, model: Model, folder: Path) -> None:
     """In one batch each row has the likelihood that it has alone."""
     from transformers import AutoModelForImageTextToText

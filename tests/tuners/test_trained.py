@@ -28,9 +28,9 @@ def moved(base: Path, out: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("train", "prefixes"),
     [
-        ("last:1", ("model.layers.1.",)),
+        pytest.param("last:1", ("model.layers.1.",), marks=pytest.mark.slow),
         ("top:1+norm", ("model.layers.0.", "model.norm.")),
-        ("llm.layers", ("model.layers.",)),
+        pytest.param("llm.layers", ("model.layers.",), marks=pytest.mark.slow),
         ("head", ("model.embed_tokens.",)),
     ],
 )

@@ -17,7 +17,7 @@ from ktmerge.tuners.selection import store
 @pytest.mark.parametrize(
     ("settings", "part"),
     [
-        ({"train": "last:1"}, "llm.layers[1]"),
+        pytest.param({"train": "last:1"}, "llm.layers[1]", marks=pytest.mark.slow),
         ({"train": "llm.layers[0]+vision", "select": "magnitude"}, "llm.layers[0]"),
     ],
     ids=str,
