@@ -53,7 +53,8 @@ def regmean_back(deltas: list[Tensor], parameters: BackParameters, context: Cont
     """Least squares between the base on upstream inputs and the experts on theirs (after arXiv:2212.09849, eq. 2).
 
     M = a D ((1-a) C_u + a C_d)^-1, D = sum_t w_t tau_t C_t, C_d = sum_t w_t C_t, weights as shares of their sum; every
-    covariance shrunk, C <- eta C + (1-eta) diag(C), then given (ridge + prior) m on the diagonal, m the mean variance.
+    covariance shrunk, C <- eta C + (1-eta) diag(C), then given (ridge + prior) m on the diagonal, m the mean variance
+    of upstream and downstream inputs together.
     So a = 1 with one expert is the expert, a = 0 the base, and C_u = C_d plain interpolation. Maps that share a tensor
     share their inputs too: rows are independent, and nothing is to be taken apart. An expert that did not change a map
     stays a member: it wants the base's answers on its inputs.
