@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -114,11 +115,15 @@ def _bars(console: Console) -> RichBars:
     )
 
 
+_LONG = re.compile(r"(\S{200})\S{200,}(\S{200})")
+"""A name that would fill the screen: a stranger's file may have it."""
+
+
 def fail(message: str) -> None:
     """Print an error, one ``error:`` line per problem."""
     console = stderr()
     for line in message.splitlines():
-        console.print(f"[bold red]error:[/] {_plain(line)}")
+        console.print("[bold red]error:[/] " + _plain(_LONG.sub(r"\1...\2", line)))
 
 
 def print_json(value: Any) -> None:

@@ -39,6 +39,11 @@ def test_errors_keep_brackets_and_stand_one_a_line(capsys: pytest.CaptureFixture
     assert capsys.readouterr().err.splitlines() == ["error: blend.where[0]: no such part", "error: seed: too small"]
 
 
+def test_a_name_that_would_fill_the_screen_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    console.fail(f"e1: lacks a{'x' * 100_000}z, b.")
+    assert capsys.readouterr().err.strip() == f"error: e1: lacks a{'x' * 199}...{'x' * 198}z, b."
+
+
 def test_names_with_colons_are_no_emoji(capsys: pytest.CaptureFixture[str]) -> None:
     console.fail("e1:x: no such folder")
     console.TerminalProgress().note("a :bug: b")

@@ -95,6 +95,11 @@ def understand(
     for module, found in factors.items():
         target = places[f"{module}.weight"]
         scale = _scale(folder, config, module, found)
+        if config.get("use_dora") and "lora_magnitude_vector" not in found:
+            raise UsageError(
+                f"{folder}: the adapter's config says DoRA (use_dora), but it has no lora_magnitude_vector of "
+                f"'{module}'; it is not whole."
+            )
         bias = found.pop("lora_B.bias", None)
         modules.append(AdaptedModule(target, found, scale, not sideways.of(target, found)))
         if bias is not None:

@@ -178,7 +178,10 @@ def _values(info: TensorInfo, own: Reader) -> Floats:
     own.read_into(info.name, 0, raw)
     found = widen(raw, info.dtype)
     if not np.isfinite(found).all():
-        raise KtmergeError(f"the adapter's tensor '{info.name}' has values that are NaN or infinite.")
+        raise KtmergeError(
+            f"{info.file}: the adapter's tensor '{info.name}' has values that are NaN or infinite, which would spread; "
+            "give a sound adapter."
+        )
     return found.reshape(info.shape[0], -1)
 
 

@@ -121,6 +121,8 @@ def _header_length(prefix: bytes, size: int) -> int:
     if len(prefix) < 8:
         raise _MalformedError(f"it has {size} bytes, fewer than the 8 that give the header's length")
     length = int.from_bytes(prefix, "little")
+    if length + 8 > size:
+        _refuse_other_formats(prefix)
     if length > MAX_HEADER:
         raise _MalformedError(f"its header claims {length} bytes, more than the {MAX_HEADER} allowed")
     if 8 + length > size:
@@ -128,6 +130,15 @@ def _header_length(prefix: bytes, size: int) -> int:
             f"its header claims {length} bytes, but the file has only {size}; the copy may be truncated"
         )
     return length
+
+
+def _refuse_other_formats(prefix: bytes) -> None:
+    if prefix.lstrip().startswith(b"<") and b"\0" not in prefix:
+        raise _MalformedError("it is a web page, not weights; download it again")
+    if prefix.startswith(b"PK\x03\x04"):
+        raise _MalformedError(
+            "it is a zip archive, perhaps a pickle of torch under another name; convert it where you trust it"
+        )
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -139,6 +139,16 @@ def test_a_git_lfs_pointer_is_named(tmp_path: Path) -> None:
         read_header(path, "m.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"<!DOCTYPE html><html>", "a web page"), (b"PK\x03\x04" + bytes(30), "a zip archive")]
+)
+def test_what_was_downloaded_instead_is_named(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=said):
+        read_header(path, "m.safetensors")
+
+
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for name, reason in (("pipe", "not a regular file"), (".", "not a regular file"), ("none", "No such file")):
