@@ -244,8 +244,8 @@ def _sample(jobs: Sequence[Job], position: int, probe: Workspace) -> NDArray[np.
     places = np.linspace(0, ends[-1], _blocks(int(ends[-1])), endpoint=False).astype(np.int64)
     numbers = ends.searchsorted(places, side="right")
     sizes = [min(BLOCK, job.elements) for job in jobs]
-    ordered = np.empty((len(jobs[0].rows) - 1, sum(sizes[number] for number in numbers)), np.uint32)
-    rest = ordered
+    patterns = np.empty((len(jobs[0].rows) - 1, sum(sizes[number] for number in numbers)), np.uint32)
+    rest = patterns
     for number in np.unique(numbers):
         job, size = jobs[number], sizes[number]
         first = ends[number] - job.elements
@@ -256,8 +256,7 @@ def _sample(jobs: Sequence[Job], position: int, probe: Workspace) -> NDArray[np.
             return None
         rest[:, : blocks.size * size].reshape(sampled.shape)[:] = sampled  # in place: no second copy
         rest = rest[:, blocks.size * size :]
-    ordered.sort(axis=1)
-    return ordered
+    return probe.sort(patterns)
 
 
 def _blocks(elements: int) -> int:

@@ -54,6 +54,11 @@ class Steps:
             self._spans[position, expert] = max(0, end + (top > 0) - floor)
             self._tops[position, expert] = top
 
+    @property
+    def has_outliers(self) -> bool:
+        """Whether a trim drops some of the largest, too."""
+        return bool(self._tops.any())
+
     def arguments(self, count: int) -> tuple[int, ...]:
         """The kernels' arguments for the first ``count`` transforms; valid as long as this object is."""
         arrays = (

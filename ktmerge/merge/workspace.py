@@ -21,6 +21,7 @@ from ktmerge.merge.kernels.codes import (
     FINE,
     GIVEN,
     LARGEST,
+    MOST,
     SUM,
     UNREADABLE,
     WINDOW,
@@ -42,6 +43,8 @@ _NOTED = 1 << 17
 """Elements of a piece that can always be noted."""
 _SPARE = 8
 """How many times as many as are expected can be."""
+_DIGITS = 3 << 11
+"""Words that sorts and ranks count digits in."""
 _LINE = 64
 _PART = 1 << 15
 """Elements of base and deltas that are worked on as fp32 arrays: they stay in the processor's second cache."""
@@ -118,7 +121,7 @@ class Workspace:
         most = 2 * experts  # thresholds that are looked for at once
         self._counts, self._lows = np.zeros((most, BINS + 1), np.uint32), np.zeros((most, BINS), np.uint32)
         self._noted, self._patterns = np.empty((2, most, 0), np.uint32)
-        self._keys, self._digits = np.empty(0, np.uint64), np.empty(1 << 11, np.int64)
+        self._keys, self._digits = np.empty(0, np.uint64), np.empty(_DIGITS, np.int64)
         self._arrays, self._halves = np.empty((0, 0), np.float32), np.empty(0)
         self._ruled, self.is_finite = np.empty((2, 0), np.float32), True
         self._wanted: Sequence[Row] = ()
@@ -407,6 +410,14 @@ class Workspace:
         )  # fmt: skip
         return bool(status == FINE)
 
+    def sort(self, patterns: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        """Each row in ascending order; those that are given are lost."""
+        out = np.empty_like(patterns)
+        self._native.sort(
+            patterns.ctypes.data, *patterns.shape, out.ctypes.data, self._digits.ctypes.data,
+        )  # fmt: skip
+        return out
+
     def squares(self, steps: Steps, combine: Combine) -> NDArray[np.uint64] | None:
         """Sums of squares of base and merged delta by exponent, as the kernel says; None if one is not finite."""
         code, counted, rates, fallback = spelled(combine)
@@ -436,12 +447,27 @@ class Workspace:
         code, counted, rates, fallback = spelled(combine)
         ends = np.array([fallback, factor, limit, lambda_], np.float32)
         sums, kept = np.zeros(4), np.zeros(self._number, np.int64)
+        nearest = kind == BF16 and not stochastic and factor == 1 and limit == inf
+        if nearest and self._is_plain(steps, combine):
+            status = self._call(
+                self._native.elect, self._count, self.start, *steps.arguments(1),
+                int(code == ELECT_MEAN), rates.ctypes.data, fallback, lambda_, out, sums.ctypes.data, kept.ctypes.data,
+                self._scratch.ctypes.data,
+            )  # fmt: skip
+            return Blended(status, self._out[: self._count * width].data, sums, kept)
         status = self._call(
             self._native.blend, self._count, self.start, *steps.arguments(len(steps)),
             code, counted, rates.ctypes.data, ends.ctypes.data, kind, int(stochastic), round_key,
             out, out, sums.ctypes.data, kept.ctypes.data, self._scratch.ctypes.data,
         )  # fmt: skip
         return Blended(status, self._out[: self._count * width].data, sums, kept)
+
+    def _is_plain(self, steps: Steps, combine: Combine) -> bool:
+        """Whether it is an election that has a loop of its own, up to what becomes of the merged delta."""
+        if not isinstance(combine, Elect) or combine.counted or combine.aggregate == "largest":
+            return False
+        plain = len(steps) == 1 and not steps.has_outliers and self._number <= MOST
+        return plain and all(row.kind == BF16 for row in self._wanted)
 
     def _inputs(self) -> tuple[int, ...]:
         address = self._rows.ctypes.data

@@ -10,6 +10,8 @@ WINDOW = 32 * BLOCK
 
 NONE, TRIM, DROP = 0, 1, 2
 SUM, LARGEST, ELECT_MEAN, ELECT_SUM, ELECT_LARGEST = 0, 1, 2, 3, 4
+MOST = 4
+"""Experts whose election has a loop of its own."""
 GIVEN = 5
 """The merged delta is there already."""
 CONSENSUS, OVERLAP, STITCH, TRUST, INFORMED, SENSITIVITY = 0, 1, 2, 3, 4, 5

@@ -41,8 +41,9 @@ from ktmerge.merge.kernels.combining import clamp, conclude, shrink, take_in
 from ktmerge.merge.kernels.compiler import compiled
 from ktmerge.merge.kernels.conversion import load, store
 from ktmerge.merge.kernels.counting import energy, measure, note, sample
-from ktmerge.merge.kernels.deciding import hash_noted, rank_hashes, rank_noted
+from ktmerge.merge.kernels.deciding import hash_noted, rank_hashes, rank_noted, sort
 from ktmerge.merge.kernels.direct import direct
+from ktmerge.merge.kernels.electing import elect
 from ktmerge.merge.kernels.files import fetch_all
 from ktmerge.merge.kernels.ordering import rank
 from ktmerge.merge.kernels.randomness import random_words, words
@@ -239,6 +240,13 @@ ENTRIES: dict[str, tuple[Any, Any]] = {
             CPointer(uint16), CPointer(uint32), CPointer(float64), CPointer(int64), CPointer(uint32),
         ),
     ),
+    "elect": (
+        elect,
+        int64(
+            *_ROWS, *_FILES, int64, int64, *_STEPS, int64, CPointer(float32), float32, float32, CPointer(uint16),
+            CPointer(float64), CPointer(int64), CPointer(uint32),
+        ),
+    ),
     "direct": (
         direct,
         int64(
@@ -279,6 +287,7 @@ ENTRIES: dict[str, tuple[Any, Any]] = {
             *_ROWS, *_FILES, int64, int64, *_STEPS, int64, CPointer(int64), CPointer(uint32), CPointer(uint32),
         ),
     ),
+    "sort": (sort, int64(CPointer(uint32), int64, int64, CPointer(uint32), CPointer(uint32))),
     "rank_noted": (
         rank_noted,
         int64(

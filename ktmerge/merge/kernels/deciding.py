@@ -1,5 +1,7 @@
-"""The last step of a search: the threshold among elements that were noted. Compiled by numba; see
-`ktmerge.merge.kernels.compiled`."""
+"""The first and the last step of a search: a sample in order, and the threshold among elements that were noted.
+
+Compiled by numba; see `ktmerge.merge.kernels.compiled`.
+"""
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call,attr-defined,operator"
 
@@ -14,8 +16,48 @@ from ktmerge.merge.kernels.compiler import compiled
 from ktmerge.merge.kernels.randomness import hash_of
 
 _U32, _U64 = np.uint32, np.uint64
-_DIGIT = 11
+_DIGIT, _DIGITS = 11, 3
+_ONE = np.uint32(1)
 _MASK = np.uint64((1 << _DIGIT) - 1)
+
+
+@compiled
+def _count_all_digits(patterns, counts):
+    counts[:, :] = _U32(0)
+    for i in range(patterns.size):
+        wide = _U64(patterns[i])
+        for digit in range(_DIGITS):
+            counts[digit][int64((wide >> _U64(digit * _DIGIT)) & _MASK)] += _ONE
+
+
+@compiled
+def _place(patterns, shift, counts, out):
+    """Put patterns where their digit belongs, equals in the order they have."""
+    before = _U32(0)
+    for digit in range(counts.size):
+        count = counts[digit]
+        counts[digit] = before
+        before = _U32(before + count)
+    for i in range(patterns.size):
+        digit = int64((_U64(patterns[i]) >> shift) & _MASK)
+        out[counts[digit]] = patterns[i]
+        counts[digit] = _U32(counts[digit] + _ONE)
+
+
+def sort(patterns, rows, size, out, scratch):
+    """Rows of patterns, uint32 ``[rows, size]``, in ascending order into ``out``; what they were is lost. FINE.
+
+    ``scratch`` holds ``3 * 2**11`` words.
+    """
+    counts = carray(scratch, (_DIGITS, 1 << _DIGIT))
+    given, ordered = carray(patterns, (rows, size)), carray(out, (rows, size))
+    for row in range(rows):
+        own, other = given[row], ordered[row]
+        _count_all_digits(own, counts)
+        for digit in range(_DIGITS):  # an odd number, so that it ends in the other
+            _place(own, _U64(digit * _DIGIT), counts[digit], other)
+            own, other = other, own
+    return int64(FINE)
 
 
 @compiled

@@ -23,8 +23,10 @@ from ktmerge.merge.kernels import codes
 Entry = Callable[..., int]
 
 GROUPS = {
-    "blend": ("blend", "energy"),
-    "thresholds": ("measure", "note", "sample", "rank_noted", "hash_noted", "rank_hashes"),
+    "blend": ("blend",),
+    "elections": ("elect",),
+    "energies": ("energy",),
+    "thresholds": ("measure", "note", "sample", "sort", "rank_noted", "hash_noted", "rank_hashes"),
     "norms": ("squares",),
     "memory": ("direct",),
     "candidates": ("straight",),
@@ -35,9 +37,9 @@ GROUPS = {
 """What is compiled together, when the first of it is asked for: a first blend need not wait for all."""
 _GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 _MODULES = (
-    "arrays.py", "combining.py", "compiled.py", "compiler.py", "conversion.py", "counting.py", "deciding.py",
-    "direct.py", "files.py", "gathering.py", "ordering.py", "randomness.py", "ruling.py", "scanning.py", "settling.py",
-    "straight.py", "transforming.py",
+    "arrays.py", "bits.py", "combining.py", "compiled.py", "compiler.py", "conversion.py", "counting.py", "deciding.py",
+    "direct.py", "electing.py", "files.py", "gathering.py", "ordering.py", "randomness.py", "ruling.py", "scanning.py",
+    "settling.py", "straight.py", "transforming.py",
 )  # fmt: skip
 _SOURCES = (Path(codes.__file__), *(Path(__file__).with_name(name) for name in _MODULES))
 # What numba's code would call to raise or to count references. The kernels do neither, but the linker wants them.
@@ -55,12 +57,14 @@ _ARGUMENTS = {
 _ROWS, _STEPS, _COMBINE = "ppipi", "ipppppppp", "iip"
 _SIGNATURES = {
     "blend": f"{_ROWS}ppii{_STEPS}{_COMBINE}piilppppp",
+    "elect": f"{_ROWS}ppii{_STEPS}ipffpppp",
     "direct": f"ppppiii{_STEPS}{_COMBINE}piiliippp",
     "straight": "ppppiipp",
     "squares": f"{_ROWS}ppii{_STEPS}{_COMBINE}fppp",
     "measure": f"{_ROWS}ppii{_STEPS}ippippp",
     "note": f"{_ROWS}ppii{_STEPS}ippippppp",
     "sample": f"{_ROWS}ppii{_STEPS}ippp",
+    "sort": "piipp",
     "rank_noted": "piiwippp",
     "hash_noted": "ppiwlip",
     "rank_hashes": "piipp",
@@ -81,12 +85,14 @@ class Native:
     """The kernels of `ktmerge.merge.kernels.compiled`, by the same names; arrays are passed as addresses."""
 
     blend: Entry
+    elect: Entry
     direct: Entry
     straight: Entry
     squares: Entry
     measure: Entry
     note: Entry
     sample: Entry
+    sort: Entry
     rank_noted: Entry
     hash_noted: Entry
     rank_hashes: Entry

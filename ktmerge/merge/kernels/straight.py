@@ -13,8 +13,9 @@ import numpy as np
 from llvmlite import ir
 from numba import carray
 from numba.extending import intrinsic
-from numba.types import float32, int64, uint32, void
+from numba.types import int64, void
 
+from ktmerge.merge.kernels.bits import as_bits, as_float
 from ktmerge.merge.kernels.codes import BF16, BLOCK, COLUMNS, F32, FINE, OVERFLOW
 from ktmerge.merge.kernels.compiler import compiled
 from ktmerge.merge.kernels.randomness import hash_of
@@ -27,26 +28,6 @@ _ALL = 1 << 60
 """Elements of an array that is all memory: addresses are its indices."""
 _LINE = 16
 """Words of a line of the caches."""
-
-
-@intrinsic
-def _as_float(typing, bits):
-    """The fp32 of a pattern of fp32, or of bf16."""
-    missing = 32 - bits.bitwidth
-
-    def build(context, builder, signature, arguments):
-        wide = builder.zext(arguments[0], ir.IntType(32)) if missing else arguments[0]
-        return builder.bitcast(builder.shl(wide, ir.Constant(ir.IntType(32), missing)), ir.FloatType())
-
-    return float32(bits), build
-
-
-@intrinsic
-def _as_bits(typing, value):
-    def build(context, builder, signature, arguments):
-        return builder.bitcast(arguments[0], ir.IntType(32))
-
-    return uint32(float32), build
 
 
 @intrinsic
@@ -89,7 +70,7 @@ def _stream(words, out):
 def _settled(own, theirs, delta, scaled):
     """The pattern of ``theta_0 + lambda M``, as the functions of `settling` make it step by step."""
     value = theirs if scaled == delta else own + scaled
-    return _as_bits(own if scaled == _F32(0) else value)
+    return as_bits(own if scaled == _F32(0) else value)
 
 
 @compiled
@@ -102,7 +83,7 @@ def _add_all(base, expert, weight, lambda_, half, odd_bit, mask, out):
     """All of an expert's delta onto the base; the largest magnitude before rounding, which shows broken inputs too."""
     largest = _U32(0)
     for i in range(out.size):
-        own, theirs = _as_float(base[i]), _as_float(expert[i])
+        own, theirs = as_float(base[i]), as_float(expert[i])
         delta = theirs - own
         bits = _settled(own, theirs, delta, delta * weight * lambda_)
         largest = _U32(max(largest, _U32(bits & _MAGNITUDE)))
@@ -115,7 +96,7 @@ def _add_given(base, expert, given, lambda_, half, odd_bit, mask, out):
     """The same of a delta that was merged before."""
     largest = _U32(0)
     for i in range(out.size):
-        own, theirs = _as_float(base[i]), _as_float(expert[i])
+        own, theirs = as_float(base[i]), as_float(expert[i])
         bits = _settled(own, theirs, theirs - own, given[i] * lambda_)
         largest = _U32(max(largest, _U32(bits & _MAGNITUDE)))
         out[i] = _rounded(bits, half, odd_bit, mask)
@@ -128,9 +109,9 @@ def _add_trimmed(base, expert, weight, lambda_, floor, half, odd_bit, mask, out)
     ``floor``."""
     largest, worst, tied = _U32(0), _U32(0), False
     for i in range(out.size):
-        own, theirs = _as_float(base[i]), _as_float(expert[i])
+        own, theirs = as_float(base[i]), as_float(expert[i])
         delta = theirs - own
-        magnitude = _U32(_as_bits(delta) & _MAGNITUDE)
+        magnitude = _U32(as_bits(delta) & _MAGNITUDE)
         worst, tied = _U32(max(worst, magnitude)), tied | (magnitude == floor)
         kept = delta if magnitude >= floor else _F32(0)
         bits = _settled(own, theirs, delta, kept * weight * lambda_)
@@ -143,9 +124,9 @@ def _add_trimmed(base, expert, weight, lambda_, floor, half, odd_bit, mask, out)
 def _drop_tied(base, expert, floor, least, key, start, half, odd_bit, mask, out):
     """Give back the base's value to what has just the magnitude ``floor`` and a hash below ``least``."""
     for i in range(out.size):
-        own = _as_float(base[i])
-        if _U32(_as_bits(_as_float(expert[i]) - own) & _MAGNITUDE) == floor and hash_of(key, start + _U64(i)) < least:
-            out[i] = _rounded(_as_bits(own), half, odd_bit, mask)
+        own = as_float(base[i])
+        if _U32(as_bits(as_float(expert[i]) - own) & _MAGNITUDE) == floor and hash_of(key, start + _U64(i)) < least:
+            out[i] = _rounded(as_bits(own), half, odd_bit, mask)
 
 
 @compiled

@@ -1,0 +1,241 @@
+"""An election among the deltas of a few bf16 rows after one transform, TIES and its kin: few loops over many numbers.
+
+The same arithmetic as `ktmerge.merge.kernels.compiled`, number by number; what that does in a loop each is done in
+registers here: one loop an expert up to its transformed delta, and one for all from the election to what is stored.
+
+Compiled by numba.
+"""
+
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call,attr-defined,operator"
+# mypy: disable-error-code="call-arg,var-annotated"
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import carray
+from numba.np.unsafe.ndarray import to_fixed_tuple
+from numba.types import int64, uint16
+
+from ktmerge.merge.kernels.bits import as_bits, as_float
+from ktmerge.merge.kernels.codes import BLOCK, FINE, INPUT_NOT_FINITE, MOST, OVERFLOW, TRIM, UNREADABLE, WINDOW
+from ktmerge.merge.kernels.compiler import compiled
+from ktmerge.merge.kernels.files import fetch_all
+from ktmerge.merge.kernels.gathering import collect
+from ktmerge.merge.kernels.randomness import hash_of, random_words
+from ktmerge.merge.kernels.settling import sum_up
+
+_U32, _U64, _F32 = np.uint32, np.uint64, np.float32
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
+_EXPONENT = np.uint32(0x7F800000)
+_LARGEST16 = np.uint32(0x7F7F0000)
+_SIGN = np.uint32(0x80000000)
+_ONE = np.uint32(1)
+_ZERO = np.float32(0)
+
+
+@compiled
+def _load(raw, own):
+    worst = _U32(0)
+    for i in range(own.size):
+        pattern = _U32(_U32(raw[i]) << _U32(16))
+        worst = _U32(max(worst, _U32(pattern & _EXPONENT)))
+        own[i] = pattern
+    return worst
+
+
+@compiled
+def _trim(raw, own, floor, span, theirs, delta):
+    """An expert's patterns, and those of its delta whose magnitude is in ``[floor, floor + span)``; the largest
+    exponent of the former, how many of the latter are not zero, and whether one has just the magnitude ``floor``."""
+    worst, kept, tied = _U32(0), _U32(0), False
+    for i in range(delta.size):
+        pattern = _U32(_U32(raw[i]) << _U32(16))
+        worst = _U32(max(worst, _U32(pattern & _EXPONENT)))
+        theirs[i] = pattern
+        bits = as_bits(as_float(pattern) - as_float(own[i]))
+        magnitude = _U32(bits & _MAGNITUDE)
+        inside = _U32(magnitude - floor) < span
+        delta[i] = bits if inside else _U32(0)
+        kept = _U32(kept + (_ONE if inside & (magnitude != _U32(0)) else _U32(0)))
+        tied = tied | (magnitude == floor)
+    return worst, kept, tied
+
+
+@compiled
+def _drop(raw, own, words, cut, factor, theirs, delta):
+    """The same of a delta of which numbers with a random word below ``cut`` stay, ``factor`` times as large."""
+    worst, kept = _U32(0), _U32(0)
+    for i in range(delta.size):
+        pattern = _U32(_U32(raw[i]) << _U32(16))
+        worst = _U32(max(worst, _U32(pattern & _EXPONENT)))
+        theirs[i] = pattern
+        scaled = (as_float(pattern) - as_float(own[i])) * factor
+        bits = as_bits(scaled if _U64(words[i]) < cut else _ZERO)
+        delta[i] = bits
+        kept = _U32(kept + (_ONE if _U32(bits & _MAGNITUDE) != _U32(0) else _U32(0)))
+    return worst, kept
+
+
+@compiled
+def _judge(tied, least, key, start, masks):
+    """All bits where the hash of an element is ``least`` or more, none elsewhere; how many those are."""
+    dropped = _U32(0)
+    for j in range(tied.size):
+        stays = hash_of(key, start + _U64(tied[j])) >= least
+        masks[j] = _U32(0xFFFFFFFF) if stays else _U32(0)
+        dropped = _U32(dropped + (_U32(0) if stays else _ONE))
+    return dropped
+
+
+@compiled
+def _mask(delta, tied, masks):
+    for j in range(tied.size):
+        delta[tied[j]] &= masks[j]
+
+
+def _election(number: int) -> Any:
+    """From the deltas of so many experts to what is stored; the compiler has no loop over experts left."""
+
+    @compiled
+    def elect(work, votes, weights, shares, fallback, mean, lambda_, out):
+        """Rows of ``work``: the base's patterns, the experts', their deltas', the merged delta's, what was stored. The
+        largest magnitude before rounding."""
+        largest = _U32(0)
+        for i in range(out.size):
+            at = _U64(i)
+            own = as_float(work[at])
+            vote = as_float(work[_U64((number + 1) * BLOCK) + at]) * votes[0]
+            for t in range(1, number):
+                vote += as_float(work[_U64((number + 1 + t) * BLOCK) + at]) * votes[t]
+            vote = fallback if vote == _ZERO else vote
+            sign = _U32(as_bits(vote) & _SIGN)
+            total, share = _ZERO, _ZERO
+            for t in range(number):
+                bits = work[_U64((number + 1 + t) * BLOCK) + at]
+                agrees = as_float(_U32(bits ^ sign)) > _ZERO
+                total += as_float(bits) * weights[t] if agrees else _ZERO
+                share += shares[t] if agrees else _ZERO
+            # What nobody voted for is nothing, as is what nobody has a share in.
+            voted = as_float(_U32(as_bits(vote) & _MAGNITUDE)) > _ZERO
+            share, total = (share, total) if voted else (_ZERO, _ZERO)
+            divisor = share if share > _ZERO else _F32(1)
+            average = total / divisor if share > _ZERO else _ZERO
+            scaled = (average if mean else total) * lambda_
+            value = own + scaled
+            for t in range(number, 0, -1):
+                theirs = as_float(work[_U64(t * BLOCK) + at])
+                value = theirs if scaled == theirs - own else value
+            bits = as_bits(own if scaled == _ZERO else value)
+            largest = _U32(max(largest, _U32(bits & _MAGNITUDE)))
+            odd = _U32(_U32(bits >> _U32(16)) & _ONE)
+            short = _U32(_U32(bits + _U32(_U32(0x7FFF) + odd)) >> _U32(16))
+            work[_U64((2 * number + 1) * BLOCK) + at] = as_bits(scaled)
+            work[_U64((2 * number + 2) * BLOCK) + at] = _U32(short << _U32(16))
+            out[i] = uint16(short)
+        return largest
+
+    @compiled
+    def elect_all(work, rates, fallback, mean, lambda_, out):
+        votes, weights, shares = (
+            to_fixed_tuple(rates[0], number),
+            to_fixed_tuple(rates[1], number),
+            to_fixed_tuple(rates[2], number),
+        )
+        return elect(work, votes, weights, shares, fallback, mean, lambda_, out)
+
+    return elect_all
+
+
+_elect_one, _elect_two, _elect_three, _elect_four = (_election(number) for number in range(1, MOST + 1))
+
+
+@compiled
+def _transform(step, raw, own, floor, least, span, key, cut, factor, start, theirs, delta, lanes, words):
+    """One expert's block; the largest exponent, and how many numbers of its delta are not zero afterwards."""
+    if step == TRIM:
+        worst, kept, tied = _trim(raw, own, floor, span, theirs, delta)
+        if tied and least != _U64(0):
+            near = words[: collect(delta, floor, _U32(0), words)]
+            dropped = _judge(near, least, key, start, lanes[: near.size])
+            _mask(delta, near, lanes)
+            kept = _U32(kept - (dropped if floor != _U32(0) else _U32(0)))
+        return worst, kept
+    random_words(key, start, lanes, words[: (delta.size + 3) // 4 * 4])
+    return _drop(raw, own, words, cut, factor, theirs, delta)
+
+
+@compiled
+def _elect(
+    raw16, start, begin, end, origin, steps, floors, leasts, spans, keys, cuts, factors, mean, rates, fallback, lambda_,
+    out, sums, kept, work, lanes, words,
+):  # fmt: skip
+    """The elements from ``begin`` to ``end`` of the piece; the rows begin with its element ``origin``."""
+    number = kept.size
+    status = int64(FINE)
+    for first in range(begin, end, BLOCK):
+        n = min(BLOCK, end - first)
+        at = first - origin
+        own, block = work[:n], out[first : first + n]
+        worst = _load(raw16[0][at : at + n], own)
+        for t in range(number):
+            theirs, delta = work[(t + 1) * BLOCK :][:n], work[(number + 1 + t) * BLOCK :][:n]
+            largest, count = _transform(
+                steps[0], raw16[t + 1][at : at + n], own, floors[0][t], leasts[0][t], spans[0][t], keys[0][t],
+                cuts[0][t], factors[0][t], _U64(start + first), theirs, delta, lanes, words,
+            )  # fmt: skip
+            worst = max(worst, largest)
+            kept[t] += int64(count)
+        if worst == _EXPONENT:
+            return int64(INPUT_NOT_FINITE)
+        if number == 1:
+            largest = _elect_one(work, rates, fallback, mean, lambda_, block)
+        elif number == 2:
+            largest = _elect_two(work, rates, fallback, mean, lambda_, block)
+        elif number == 3:
+            largest = _elect_three(work, rates, fallback, mean, lambda_, block)
+        else:
+            largest = _elect_four(work, rates, fallback, mean, lambda_, block)
+        if largest > _LARGEST16:
+            status = int64(OVERFLOW)
+        merged = work[(2 * number + 1) * BLOCK :][:n].view(np.float32)
+        sum_up(own.view(np.float32), merged, work[(2 * number + 2) * BLOCK :][:n].view(np.float32), sums)
+    return status
+
+
+def elect(
+    rows16, rows32, stride, kinds, number, files, places, count, start, step_count, steps, floors, leasts, spans, tops,
+    keys, cuts, factors, mean, rates, fallback, lambda_, out16, sums, kept, scratch,
+):  # fmt: skip
+    """As `compiled.blend` where rows and result are bf16, rounded to the nearest, experts ``MOST`` at most, and one
+    transform, a trim without outliers or a drop, is followed by an election: of the weighted mean if ``mean``, else of
+    the weighted sum. ``scratch`` holds ``BLOCK * (2 N + 5)`` words.
+    """
+    raw16 = carray(rows16, (number + 1, stride // 2))
+    own_kinds, own_files, own_places = (
+        carray(kinds, (number + 1,)),
+        carray(files, (number + 1,)),
+        carray(places, (number + 1,)),
+    )
+    per_step = (step_count, number)
+    work = carray(scratch, (BLOCK * (2 * number + 5),))
+    lanes, words = work[BLOCK * (2 * number + 3) :][:BLOCK], work[BLOCK * (2 * number + 4) :]
+    fetched = own_files[0] >= 0
+    window = WINDOW if fetched else count
+    worst = int64(FINE)
+    for begin in range(0, count, window):
+        end = min(begin + window, count)
+        origin = begin if fetched else 0
+        if fetched and not fetch_all(raw16, own_kinds, own_files, own_places, begin, end - begin):
+            return int64(UNREADABLE)
+        status = _elect(
+            raw16, start, begin, end, origin, carray(steps, (step_count,)), carray(floors, per_step),
+            carray(leasts, per_step), carray(spans, per_step), carray(keys, per_step), carray(cuts, per_step),
+            carray(factors, per_step), mean != 0, carray(rates, (3, number)), fallback, lambda_,
+            carray(out16, (count,)), carray(sums, (4,)), carray(kept, (number,)), work, lanes, words,
+        )  # fmt: skip
+        if status == INPUT_NOT_FINITE:
+            return status
+        worst = max(worst, status)
+    return worst
