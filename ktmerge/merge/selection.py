@@ -244,8 +244,8 @@ def _sample(jobs: Sequence[Job], position: int, probe: Workspace) -> NDArray[np.
     places = np.linspace(0, ends[-1], _blocks(int(ends[-1])), endpoint=False).astype(np.int64)
     numbers = ends.searchsorted(places, side="right")
     sizes = [min(BLOCK, job.elements) for job in jobs]
-    patterns = np.empty((len(jobs[0].rows) - 1, sum(sizes[number] for number in numbers)), np.uint32)
-    rest = patterns
+    ordered = np.empty((len(jobs[0].rows) - 1, sum(sizes[number] for number in numbers)), np.uint32)
+    rest = ordered
     for number in np.unique(numbers):
         job, size = jobs[number], sizes[number]
         first = ends[number] - job.elements
@@ -256,7 +256,8 @@ def _sample(jobs: Sequence[Job], position: int, probe: Workspace) -> NDArray[np.
             return None
         rest[:, : blocks.size * size].reshape(sampled.shape)[:] = sampled  # in place: no second copy
         rest = rest[:, blocks.size * size :]
-    return probe.sort(patterns)
+    probe.sort(ordered)
+    return ordered
 
 
 def _blocks(elements: int) -> int:

@@ -410,13 +410,12 @@ class Workspace:
         )  # fmt: skip
         return bool(status == FINE)
 
-    def sort(self, patterns: NDArray[np.uint32]) -> NDArray[np.uint32]:
-        """Each row in ascending order; those that are given are lost."""
-        out = np.empty_like(patterns)
+    def sort(self, patterns: NDArray[np.uint32]) -> None:
+        """Bring each row into ascending order."""
+        other = np.empty(patterns.shape[1], np.uint32)
         self._native.sort(
-            patterns.ctypes.data, *patterns.shape, out.ctypes.data, self._digits.ctypes.data,
+            patterns.ctypes.data, *patterns.shape, other.ctypes.data, self._digits.ctypes.data,
         )  # fmt: skip
-        return out
 
     def squares(self, steps: Steps, combine: Combine) -> NDArray[np.uint64] | None:
         """Sums of squares of base and merged delta by exponent, as the kernel says; None if one is not finite."""

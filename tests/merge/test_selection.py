@@ -123,6 +123,15 @@ def test_samples_are_the_deltas_of_all_experts(kernels: Native, pair: tuple[np.n
     assert not found[1].any()
 
 
+@pytest.mark.parametrize("size", [1, 2, 5000])
+def test_sorts_rows_of_patterns(kernels: Native, size: int) -> None:
+    generator = np.random.default_rng(size)
+    patterns = (generator.integers(0, 1 << 31, (3, size)) >> generator.integers(0, 31, (3, 1))).astype(np.uint32)
+    expected = np.sort(patterns, axis=1)
+    Workspace(kernels, 3).sort(patterns)
+    np.testing.assert_array_equal(patterns, expected)
+
+
 @pytest.mark.parametrize("keep", [1, 7, 500, 7999, 8000, 9999])
 @pytest.mark.parametrize("values", [3, 400, 1 << 30])
 def test_decides_as_a_sort_by_magnitude_and_hash(kernels: Native, keep: int, values: int) -> None:

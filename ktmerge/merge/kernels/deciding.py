@@ -44,19 +44,20 @@ def _place(patterns, shift, counts, out):
         counts[digit] = _U32(counts[digit] + _ONE)
 
 
-def sort(patterns, rows, size, out, scratch):
-    """Rows of patterns, uint32 ``[rows, size]``, in ascending order into ``out``; what they were is lost. FINE.
+def sort(patterns, rows, size, other, scratch):
+    """Bring each row of patterns, uint32 ``[rows, size]``, into ascending order; FINE.
 
-    ``scratch`` holds ``3 * 2**11`` words.
+    Scratch: ``other`` is as long as a row, ``scratch`` holds ``3 * 2**11`` words.
     """
     counts = carray(scratch, (_DIGITS, 1 << _DIGIT))
-    given, ordered = carray(patterns, (rows, size)), carray(out, (rows, size))
+    given, spare = carray(patterns, (rows, size)), carray(other, (size,))
     for row in range(rows):
-        own, other = given[row], ordered[row]
-        _count_all_digits(own, counts)
-        for digit in range(_DIGITS):  # an odd number, so that it ends in the other
-            _place(own, _U64(digit * _DIGIT), counts[digit], other)
-            own, other = other, own
+        source, target = given[row], spare
+        _count_all_digits(source, counts)
+        for digit in range(_DIGITS):
+            _place(source, _U64(digit * _DIGIT), counts[digit], target)
+            source, target = target, source
+        given[row][:] = spare  # where an odd number of passes ends
     return int64(FINE)
 
 
