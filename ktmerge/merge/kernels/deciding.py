@@ -44,6 +44,12 @@ def _place(patterns, shift, counts, out):
         counts[digit] = _U32(counts[digit] + _ONE)
 
 
+@compiled
+def _copy(patterns, out):
+    for i in range(out.size):
+        out[i] = patterns[i]
+
+
 def sort(patterns, rows, size, other, scratch):
     """Bring each row of patterns, uint32 ``[rows, size]``, into ascending order; FINE.
 
@@ -57,7 +63,7 @@ def sort(patterns, rows, size, other, scratch):
         for digit in range(_DIGITS):
             _place(source, _U64(digit * _DIGIT), counts[digit], target)
             source, target = target, source
-        given[row][:] = spare  # where an odd number of passes ends
+        _copy(spare, given[row])  # where an odd number of passes ends
     return int64(FINE)
 
 
