@@ -18,6 +18,8 @@ from ktmerge.errors import KtmergeError, UsageError
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+_LONGEST_NAME = 255 - len("..ktmerge-4194304-old")
+"""Bytes of an output's name: file systems take 255, and the temporary folder's adds to it."""
 _OURS = frozenset({"config.json", "delta.json", "ktmerge-bundle.json"})
 """What a folder holds that may be replaced if asked: a checkpoint, a delta, or a bundle."""
 _UNSUPPORTED = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
@@ -140,9 +142,11 @@ def refuse_output(out: Path, overwrite: bool) -> None:
 
     Raises:
         UsageError: ``out`` is a file, a mount point, or holds something and ``overwrite`` is not set; or it holds
-            something that is no checkpoint.
+            something that is no checkpoint; or its name leaves no room for what the temporary folder's adds.
     """
     target = Path(os.path.realpath(out))
+    if len(os.fsencode(target.name)) > _LONGEST_NAME:
+        raise UsageError(f"{out}: its name is too long; choose one of at most {_LONGEST_NAME} bytes.")
     try:
         names = os.listdir(target)
     except FileNotFoundError:

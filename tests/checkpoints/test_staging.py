@@ -264,6 +264,14 @@ def test_overwrite_replaces_only_checkpoints(make_checkpoint: MakeCheckpoint) ->
     assert (precious / "thesis.tex").read_text() == "years of work"
 
 
+def test_a_name_without_room_for_the_temporary_folders_is_refused(tmp_path: Path) -> None:
+    longest = tmp_path / ("é" * 117)
+    with pytest.raises(KtmergeError, match="nothing was planned"), Writer(longest):
+        pass
+    with pytest.raises(UsageError, match="too long; choose one of at most 234 bytes"):
+        Writer(longest.with_name(longest.name + "x"))
+
+
 def test_an_empty_folder_is_filled(make_checkpoint: MakeCheckpoint) -> None:
     base = make_checkpoint()
     out = base.parent / "out"
