@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -88,6 +89,7 @@ def sweep(
     from ktmerge.sweep.launch import launch
     from ktmerge.sweep.settings import SweepSettings, journal
     from ktmerge.sweep.space import Range
+    from ktmerge.sweep.storage import open_storage
     from ktmerge.sweep.worker import space_of, study_name
 
     loaded, folder = loaded_recipe(recipe).without_tuning(), Path(out)
@@ -105,8 +107,16 @@ def sweep(
     )  # fmt: skip
     space_of(settings)
     study = study_name(settings, progress)
-    begin(folder, settings, study, resume=resume, overwrite=overwrite)
     kind: Where = "slurm" if slurm else "ray" if ray else "here"
+    fresh = not folder.exists()
+    begin(folder, settings, study, resume=resume, overwrite=overwrite)
+    try:
+        if storage is not None and kind == "here":
+            open_storage(storage)
+    except UsageError:
+        if fresh:
+            shutil.rmtree(folder)
+        raise
     outcome = launch(settings, workers, kind, folder / "jobs", progress)
     finish(folder, outcome)
     return outcome
