@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ktmerge.checkpoints.signals import Workers
 from ktmerge.merge.device import cores
 from ktmerge.merge.given import Target
 from ktmerge.merge.kernels.codes import FINE
@@ -81,7 +82,7 @@ class Fused:
         room = HELD // workers // (4 * (experts + 2))  # for base, experts and result, should they be fp32
         self._piece = max(4, (chunk or min(PIECE, room)) // 4 * 4)
         self._ahead = 4 * workers
-        self._pool = ThreadPoolExecutor(workers, "blend")
+        self._pool = Workers(workers, "blend")
         self._spaces: SimpleQueue[Workspace] = SimpleQueue()
         for _ in range(workers):
             self._spaces.put(Workspace(native, experts))
