@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from _pytest.runner import runtestprotocol
 # Without bytecode each of the many processes would compile all of ktmerge, and each worker all tests.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+_HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
 gc.set_threshold(50_000, 20, 20)  # neither imports nor tests leave so much that looking more often would pay
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors; several test processes share the cores
@@ -30,7 +32,9 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def pytest_runtest_setup() -> None:
-    """What a test draws without a seed does not depend on the tests before it."""
+    """Nothing of a test depends on those before it: what it draws without a seed, and how it hears signals."""
+    for number, handler in _HANDLERS.items():  # a command, run in this process, hears none once it is over
+        signal.signal(number, handler)
     if "torch" in sys.modules:
         sys.modules["torch"].default_generator.manual_seed(20_261)  # torch.manual_seed would load its compiler
 
