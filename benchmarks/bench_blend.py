@@ -163,15 +163,16 @@ def blend_with_memory(folder: Path, base: Path, experts: list[Path], runs: int) 
 
 
 def compile_kernels(folder: Path) -> Cost:
-    """A small blend that finds no compiled kernels; they are kept for the runs to come."""
+    """A small TIES blend that finds no compiled kernels; those of all jobs are kept for the runs to come."""
     base, experts = make(folder / "tiny-1", "tiny", 1)
-    command = ktmerge_command(folder, JOBS["ties"][0], base, experts, folder / "tiny-out")
     shutil.rmtree(folder / "cache", ignore_errors=True)
     os.environ["KTMERGE_CACHE"] = str(folder / "cache")
-    try:
-        return measure(command)
-    finally:
-        shutil.rmtree(folder / "tiny-out", ignore_errors=True)
+    costs: dict[str, Cost] = {}
+    for name in ("ties", *JOBS):
+        command = ktmerge_command(folder, JOBS[name][0], base, experts, folder / "tiny-out")
+        costs.setdefault(name, measure(command))
+        shutil.rmtree(folder / "tiny-out")
+    return costs["ties"]
 
 
 def describe(cost: Cost) -> str:
