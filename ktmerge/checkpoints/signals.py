@@ -5,9 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from types import TracebackType
 
 
 @contextmanager
@@ -39,19 +37,3 @@ def _waiting(number: signal.Signals) -> Iterator[None]:
         signal.signal(number, handler)
         if arrived:
             signal.raise_signal(number)
-
-
-class Workers(ThreadPoolExecutor):
-    """A pool whose threads all end with it: a signal that comes while one of them begins waits for that.
-
-    Left by an exception, it does not begin what waits.
-    """
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.shutdown(cancel_futures=kind is not None)
-
-    def _adjust_thread_count(self) -> None:
-        with uninterrupted():
-            super()._adjust_thread_count()

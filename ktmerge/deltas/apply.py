@@ -9,8 +9,8 @@ from pathlib import Path
 from ktmerge.checkpoints import Checkpoint, Reader, refuse_overlap
 from ktmerge.checkpoints.digests import digest_of
 from ktmerge.checkpoints.files import clear_os_errors, write_all
-from ktmerge.checkpoints.signals import Workers
 from ktmerge.checkpoints.staging import Staging, sync_tree
+from ktmerge.checkpoints.workers import Workers
 from ktmerge.deltas.coding import unpacked
 from ktmerge.deltas.export import read_bits
 from ktmerge.deltas.manifest import BLOBS, Manifest, Other, Tensor

@@ -16,8 +16,8 @@ from ktmerge.checkpoints.digests import digest_of
 from ktmerge.checkpoints.dtypes import BITS, FLOATS
 from ktmerge.checkpoints.files import clear_os_errors
 from ktmerge.checkpoints.hub import cached_as
-from ktmerge.checkpoints.signals import Workers
 from ktmerge.checkpoints.staging import Staging, sync_tree
+from ktmerge.checkpoints.workers import Workers
 from ktmerge.deltas.coding import Array, bits, packed
 from ktmerge.deltas.manifest import BLOBS, FILE, Manifest, Other, Piece, Tensor
 from ktmerge.deltas.pieces import cast, code, code_within, relative, width

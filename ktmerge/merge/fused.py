@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ktmerge.checkpoints.signals import Workers
+from ktmerge.checkpoints.workers import Workers
 from ktmerge.merge.device import cores
 from ktmerge.merge.given import Target
 from ktmerge.merge.kernels.codes import FINE

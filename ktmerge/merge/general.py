@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ktmerge.checkpoints.dtypes import tag_of, torch_dtype
-from ktmerge.checkpoints.signals import Workers
+from ktmerge.checkpoints.workers import Workers
 from ktmerge.errors import KtmergeError
 from ktmerge.merge.device import cores
 from ktmerge.merge.flow import Flow

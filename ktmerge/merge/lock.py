@@ -16,7 +16,8 @@ from typing import Any
 
 from ktmerge.checkpoints import Checkpoint
 from ktmerge.checkpoints.digests import FileDigest, digest_of, input_files
-from ktmerge.checkpoints.signals import Workers, uninterrupted
+from ktmerge.checkpoints.signals import uninterrupted
+from ktmerge.checkpoints.workers import Workers
 from ktmerge.errors import UsageError, refuse
 from ktmerge.merge.card import licence
 from ktmerge.merge.plan import Plan

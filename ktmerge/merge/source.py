@@ -14,7 +14,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from ktmerge.checkpoints import Reader, TensorReader
-from ktmerge.checkpoints.signals import Workers
+from ktmerge.checkpoints.workers import Workers
 from ktmerge.errors import KtmergeError
 from ktmerge.merge.measured import OpenStatistics, TensorMeasurements, stored_fisher
 from ktmerge.merge.needs import BASE

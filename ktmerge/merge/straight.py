@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ktmerge.checkpoints.signals import Workers
+from ktmerge.checkpoints.workers import Workers
 from ktmerge.merge.device import cores
 from ktmerge.merge.kernels.codes import BF16, BLOCK, COLUMNS, F32, FINE
 from ktmerge.merge.kernels.keys import stream_key

@@ -13,8 +13,9 @@ from types import FrameType
 import pytest
 
 from ktmerge.checkpoints import staging
-from ktmerge.checkpoints.signals import Workers, uninterrupted
+from ktmerge.checkpoints.signals import uninterrupted
 from ktmerge.checkpoints.staging import Staging
+from ktmerge.checkpoints.workers import Workers
 from ktmerge.checkpoints.workroom import workroom
 
 BOTH = (signal.SIGINT, signal.SIGTERM)

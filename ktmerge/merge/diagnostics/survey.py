@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ktmerge.checkpoints import Checkpoint, Reader, TensorInfo
 from ktmerge.checkpoints.dtypes import BITS
-from ktmerge.checkpoints.signals import Workers
+from ktmerge.checkpoints.workers import Workers
 from ktmerge.merge.diagnostics.measures import Movement, Pair, Spread
 from ktmerge.progress import Progress
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ktmerge.checkpoints.signals import Workers
+from ktmerge.checkpoints.workers import Workers
 from ktmerge.errors import UsageError
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.images import Image, ImageError, require_pillow
