@@ -23,7 +23,8 @@ _LARGEST_HALF = np.uint32(0x477FE000)
 
 
 @compiled
-def _load_bf16(raw, out):
+def load_bf16(raw, out):
+    """Whether one is not finite."""
     worst = _U32(0)
     for i in range(out.size):
         pattern = _U32(_U32(raw[i]) << _U32(16))
@@ -60,7 +61,7 @@ def _load_f16(raw, out):
 def load(kind, raw16, raw32, first, out):
     """One row's elements from ``first`` on as fp32 patterns; whether one is not finite."""
     if kind == BF16:
-        return _load_bf16(raw16[first : first + out.size], out)
+        return load_bf16(raw16[first : first + out.size], out)
     if kind == F16:
         return _load_f16(raw16[first : first + out.size], out)
     return _load_f32(raw32[first : first + out.size], out)

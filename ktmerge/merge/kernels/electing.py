@@ -21,6 +21,7 @@ from numba.types import int64, uint16
 from ktmerge.merge.kernels.bits import as_bits, as_float
 from ktmerge.merge.kernels.codes import BLOCK, FINE, INPUT_NOT_FINITE, MOST, OVERFLOW, TRIM, UNREADABLE, WINDOW
 from ktmerge.merge.kernels.compiler import compiled
+from ktmerge.merge.kernels.conversion import load_bf16
 from ktmerge.merge.kernels.files import fetch_all
 from ktmerge.merge.kernels.gathering import collect
 from ktmerge.merge.kernels.randomness import hash_of, random_words
@@ -33,16 +34,6 @@ _LARGEST16 = np.uint32(0x7F7F0000)
 _SIGN = np.uint32(0x80000000)
 _ONE = np.uint32(1)
 _ZERO = np.float32(0)
-
-
-@compiled
-def _load(raw, own):
-    worst = _U32(0)
-    for i in range(own.size):
-        pattern = _U32(_U32(raw[i]) << _U32(16))
-        worst = _U32(max(worst, _U32(pattern & _EXPONENT)))
-        own[i] = pattern
-    return worst
 
 
 @compiled
@@ -178,7 +169,9 @@ def _elect(
         n = min(BLOCK, end - first)
         at = first - origin
         own, block = work[:n], out[first : first + n]
-        worst = _load(raw16[0][at : at + n], own)
+        if load_bf16(raw16[0][at : at + n], own):
+            return int64(INPUT_NOT_FINITE)
+        worst = _U32(0)
         for t in range(number):
             theirs, delta = work[(t + 1) * BLOCK :][:n], work[(number + 1 + t) * BLOCK :][:n]
             largest, count = _transform(
