@@ -182,7 +182,7 @@ def _with_shorthands(schema: Schema) -> Schema:
     """What the loader also takes: one file where a list of files may stand, and the like."""
     for definition in schema.get("$defs", {}).values():
         for key, one in definition.get("properties", {}).items():
-            if _is_list_of_text(one) and key not in ("choices",):
+            if _is_list_of_text(one) and key not in ("choices", "labels"):
                 definition["properties"][key] = _either(one, {"type": "string"})
     job = schema.get("$defs", {}).get("FinetuneJob", {}).get("properties", {})
     if "train" in job:

@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ktmerge.checkpoints import TensorClass
 from ktmerge.checkpoints.matrices import MatrixLayout
+from ktmerge.recipes.section import Strict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,10 +31,8 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 """In the order in which a tensor goes through them."""
 
 
-class Parameters(BaseModel):
+class Parameters(Strict):
     """Parameters of a stage: typed, with ranges, defaults and descriptions. Nothing is coerced, nothing is extra."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
 
 SplitFused = Annotated[bool, Field(description="take maps that share a tensor (query, key and value) apart")]

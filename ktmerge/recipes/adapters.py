@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from ktmerge.errors import did_you_mean
+from ktmerge.recipes.section import Strict, as_list
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,6 @@ LORA_PLUS = 16.0
 """How many times A's rate B's is in LoRA+ (arXiv 2402.12354)."""
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 def _family(value: Any) -> Any:
     """Refuse what names no family, and settings where only a name goes."""
     if not isinstance(value, str) or value in FAMILIES:
@@ -85,10 +82,8 @@ def _family(value: Any) -> Any:
     raise ValueError(f"should be one of {', '.join(FAMILIES)}{f' ({nearest})' if nearest else ''}")
 
 
-class Adapter(BaseModel):
+class Adapter(Strict):
     """What is trained in place of the model's own weights. ``train`` says where it is attached."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Annotated[
         Literal[
@@ -100,35 +95,29 @@ class Adapter(BaseModel):
     ] = Field(description="the family")  # fmt: skip
     rank: int | None = Field(None, ge=1, description="of a low-rank change, or width of a bottleneck; default 16 or 64")
     alpha: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="scale: alpha / rank; default 2 * rank, or rank where it starts "
+        None, gt=0, description="scale: alpha / rank; default 2 * rank, or rank where it starts "
         "from singular vectors"
     )  # fmt: skip
     dropout: float = Field(0.0, ge=0, lt=1, description="of what goes into the adapter")
-    b_rate: float | None = Field(
-        None, gt=0, allow_inf_nan=False, description="B's learning rate as a multiple of A's; lora+: 16"
-    )
-    modules: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+    b_rate: float | None = Field(None, gt=0, description="B's learning rate as a multiple of A's; lora+: 16")
+    modules: Annotated[list[str], BeforeValidator(as_list)] = Field(
         default_factory=list, description="names of linear maps, e.g. [q_proj, v_proj]; default: all that `train` names"
     )
     tokens: int | None = Field(None, ge=1, description="length of a prompt; default 20, llama-adapter 10, visual 1")
     coefficients: int = Field(1000, ge=1, description="fourierft: learned entries of each map's spectrum")
     block: int = Field(32, ge=2, description="oft, boft: size of an orthogonal block; must divide the maps' inputs")
-    data: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+    data: Annotated[list[str], BeforeValidator(as_list)] = Field(
         default_factory=list, description="corda: upstream samples whose directions are kept"
     )
     samples: int = Field(256, ge=1, description="corda: how many of them are used, drawn by the seed")
-    experts: Annotated[list[str], BeforeValidator(_as_list)] = Field(
+    experts: Annotated[list[str], BeforeValidator(as_list)] = Field(
         default_factory=list, description="xlora: folders of the LoRA adapters that are routed between"
     )
-    orthogonal: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="strength of the pull of A and B out of `subspace` (CLoRA)"
-    )
+    orthogonal: float = Field(0.0, ge=0, description="strength of the pull of A and B out of `subspace` (CLoRA)")
     subspace: Literal["principal", "random"] = Field(
         "principal", description="the `rank` largest singular directions of each map, or as many random ones"
     )
-    sculpt: float = Field(
-        0.0, ge=0, allow_inf_nan=False, description="strength of LoRASculpt's penalty on change where weights are large"
-    )
+    sculpt: float = Field(0.0, ge=0, description="strength of LoRASculpt's penalty on change where weights are large")
     keep: bool = Field(False, description="keep the adapter beside the folded model, as <out>-adapter")
 
     @property

@@ -56,7 +56,7 @@ class FinetuneJob(Section):
         "hard", description="soft: after every step each element goes back to the base by how little it matters"
     )
     select_samples: int = Field(64, ge=1, description="training samples whose gradients make the first selection")
-    l2_sp: float = Field(0.0, ge=0, allow_inf_nan=False, description="strength of the pull back to the base (L2-SP)")
+    l2_sp: float = Field(0.0, ge=0, description="strength of the pull back to the base (L2-SP)")
     fisher: str | None = Field(
         None, min_length=1, description="statistics of the base with Fisher information: with l2_sp, EWC"
     )
@@ -64,15 +64,14 @@ class FinetuneJob(Section):
         default_factory=list, description="upstream samples mixed into every batch; same formats as data"
     )
     replay_ratio: float = Field(0.25, gt=0, lt=1, description="their share of a batch, at least one sample")
-    distill: float = Field(0.0, ge=0, allow_inf_nan=False, description="weight of learning from the frozen base (LwF)")
+    distill: float = Field(0.0, ge=0, description="weight of learning from the frozen base (LwF)")
     distill_on: Literal["downstream", "replay", "both"] = Field(
         "both", description="whose answers the base's distributions are learned of"
     )
-    temperature: float = Field(2.0, gt=0, allow_inf_nan=False, description="of the distributions, with distill")
+    temperature: float = Field(2.0, gt=0, description="of the distributions, with distill")
     stop_upstream: float | None = Field(
         None,
         ge=0,
-        allow_inf_nan=False,
         description="stop when the loss on eval_upstream exceeds the base's by this, at the last evaluation before",
     )
     average: Literal["none", "ema", "lawa"] = Field("none", description="of the weights along the run")
@@ -121,7 +120,7 @@ class FinetuneJob(Section):
     save_dtype: Literal["float32", "bfloat16", "float16", "base"] = Field(
         "float32", description="of the expert's weights"
     )
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**32)
 
     @field_validator("train")
     @classmethod

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from ktmerge.recipes.section import Strict
 
 
-class HarnessTask(BaseModel):
+class HarnessTask(Strict):
     """A task, group or tag of lm_eval by name, asked and marked by lm_eval itself; needs ``ktmerge[lm-eval]``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="unique in the suite; by default lm_eval's")
     kind: Literal["lm_eval"] = "lm_eval"

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -76,16 +75,14 @@ class Expert(Section):
         description="a folder (relative to the recipe) or a hub id, `org/name@revision`; of a PEFT adapter, which is "
         "folded into the base, or into another model: `model+adapter`"
     )
-    weight: float = Field(
-        1.0, strict=True, allow_inf_nan=False, description="its share when several experts are combined"
-    )
+    weight: float = Field(1.0, description="its share when several experts are combined")
     statistics: MaybeStatistics = Field(None, description="measured in it on its own data; see the top level's")
 
 
-class WhereRule(BaseModel):
+class WhereRule(Section):
     """Where to do otherwise. First match wins. Further keys are parameters of the method."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True, defer_build=True)
+    model_config = ConfigDict(extra="allow")
 
     part: str | None = Field(
         None, description="part expression: vision, connector, llm, llm.layers[0:8], embed, head, norm"
@@ -94,7 +91,7 @@ class WhereRule(BaseModel):
     tensor_class: Literal["matrix", "embed", "vector", "conv"] | None = Field(None, alias="class")
     keep: str | None = Field(None, description="'base' or an expert's name: take its tensors unchanged")
     method: str | None = Field(None, description="another method for these tensors")
-    lambda_: float | None = Field(None, alias="lambda", strict=True, allow_inf_nan=False)
+    lambda_: float | None = Field(None, alias="lambda")
 
     @model_validator(mode="after")
     def _says_where_and_what(self) -> WhereRule:
@@ -112,19 +109,15 @@ class WhereRule(BaseModel):
         return dict(self.model_extra or {})
 
 
-class Blend(BaseModel):
+class Blend(Section):
     """How base and experts become one model. Keys that are not listed here are parameters of the method."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True, defer_build=True)
+    model_config = ConfigDict(extra="allow")
 
     method: str | None = Field(None, description="a preset of stages, or mergekit:<name>")
     stages: dict[str, Any] | None = Field(None, description="the stages spelled out, instead of a method")
     lambda_: float | None = Field(
-        None,
-        alias="lambda",
-        strict=True,
-        allow_inf_nan=False,
-        description="scale of the merged delta; the method's default if absent",
+        None, alias="lambda", description="scale of the merged delta; the method's default if absent"
     )
     where: list[WhereRule] = Field(default_factory=list)
 

@@ -6,18 +6,19 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from ktmerge.recipes.harness import HarnessTask, named
+from ktmerge.recipes.section import Strict, as_list
 
 Side = Literal["upstream", "downstream"]
+Texts = Annotated[list[str], BeforeValidator(as_list)]
+"""One, or a list of them."""
 
 
-class Join(BaseModel):
+class Join(Strict):
     """Other data that have something of every row: its image or its answer, under a common name."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     data: str = Field(description="file, folder or dataset, as a task's data")
     subset: str | None = None
@@ -26,10 +27,8 @@ class Join(BaseModel):
     key: str = Field(description="column there with that name; all columns there that the row lacks are added to it")
 
 
-class TaskBase(BaseModel):
+class TaskBase(Strict):
     """What every task has. Data are rows of JSONL, JSON, CSV or parquet; templates are sandboxed Jinja over a row."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="unique in the suite; stands in every table")
     data: str = Field(
@@ -144,7 +143,7 @@ class LetterTask(ChosenTask):
     kind: Literal["letter"]
     prompt: str = Field(description="template of the question; {{ lettered }} is the choices, one a line: 'A. first'")
     max_new_tokens: int = Field(16, ge=1, le=4096)
-    stop: list[str] = Field(default_factory=list, description="the answer ends before the first of these")
+    stop: Texts = Field(default_factory=list, description="the answer ends before the first of these")
     metric: Literal["acc"] = "acc"
 
     @model_validator(mode="after")
@@ -165,7 +164,7 @@ class GenerateTask(PromptTask):
 
     kind: Literal["generate"]
     max_new_tokens: int = Field(16, ge=1, le=4096)
-    stop: list[str] = Field(default_factory=lambda: ["\n"], description="the answer ends before the first of these")
+    stop: Texts = Field(default_factory=lambda: ["\n"], description="the answer ends before the first of these")
     extract: str | None = Field(
         None, description="regular expression; what its first group matches last is the answer (else: no answer)"
     )
@@ -194,7 +193,7 @@ class InstructionsTask(TaskBase):
     instructions: str = Field("instruction_id_list", description="column with the list of kinds of instructions")
     arguments: str = Field("kwargs", description="column with the arguments of each; those that are null do not count")
     max_new_tokens: int = Field(1280, ge=1, le=4096)
-    stop: list[str] = Field(default_factory=list, description="the answer ends before the first of these")
+    stop: Texts = Field(default_factory=list, description="the answer ends before the first of these")
     metric: Literal["prompt_strict", "prompt_loose"] = "prompt_strict"
 
 
@@ -216,10 +215,8 @@ Task = Annotated[AnyTask | HarnessTask, Field(discriminator="kind"), BeforeValid
 SUITE_VERSION = 1
 
 
-class Suite(BaseModel):
+class Suite(Strict):
     """Upstream and downstream tasks that are always scored together, with the same code, for every model."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     ktmerge_suite: Literal[1] = Field(1, description="schema version")
     name: str = "suite"

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
+from pydantic import BaseModel, ValidationError
 
 from ktmerge.errors import UsageError
 from ktmerge.merge.planning import check_recipe
 from ktmerge.merge.schema import FOLDER
+from ktmerge.recipes.adapters import Adapter
+from ktmerge.recipes.finetuning import FinetuneJob
+from ktmerge.recipes.harness import HarnessTask
 from ktmerge.recipes.load import parse_recipe
+from ktmerge.recipes.schema import Evaluation, Expert, Recipe, Statistics
+from ktmerge.recipes.suites import GenerateTask, Suite, TextTask
 
 SCHEMA = Draft202012Validator(json.loads((FOLDER / "recipe.schema.json").read_text()))
 METHODS = st.sampled_from(
@@ -54,3 +62,53 @@ def loads(document: dict[str, Any]) -> bool:
     except UsageError:
         return False
     return True
+
+
+JOB, ADAPTER = {"data": "d"}, {"name": "lora"}
+TEXT = {"name": "t", "kind": "text", "data": "d"}
+TASK = {**TEXT, "kind": "generate", "prompt": "p", "answer": "a"}
+SECTIONS: dict[type[BaseModel], dict[str, Any]] = {
+    Recipe: {"ktmerge": 1}, Statistics: {"data": "d"}, Expert: {"model": "m"}, Evaluation: {"suite": "s"},
+    FinetuneJob: JOB, Adapter: ADAPTER, Suite: {"ktmerge_suite": 1, "upstream": [TEXT]}, TextTask: TEXT,
+    GenerateTask: TASK, HarnessTask: {"name": "t", "kind": "lm_eval", "lm_eval": "t"},
+}  # fmt: skip
+NUMBERS = [True, False, 1, 8.0, 1e3, 0.5, "1", "0.5", "yes", [1], None]
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda one: one.__name__)
+def test_a_number_is_no_true_and_no_text(section: type[BaseModel]) -> None:
+    file = "suite" if section in (Suite, TextTask, GenerateTask, HarnessTask) else "recipe"
+    whole = json.loads((FOLDER / f"{file}.schema.json").read_text())
+    own = {**whole["$defs"][section.__name__], "$defs": whole["$defs"]} if section.__name__ in whole["$defs"] else whole
+    numeric = [
+        field.alias or name
+        for name, field in section.model_fields.items()
+        if {"int", "float", "bool"} & set(re.findall(r"\w+", str(field.annotation))) and name != "learning_rates"
+    ]
+    assert numeric
+    for key in numeric:
+        for value in NUMBERS:
+            document = {**SECTIONS[section], key: value}
+            assert Draft202012Validator(own).is_valid(document) == is_valid(section, document), (key, value)
+            if isinstance(value, str):
+                assert not is_valid(section, document), (key, value)
+
+
+def is_valid(section: type[BaseModel], document: dict[str, Any]) -> bool:
+    """Whether every value is of its kind and in its range; what keys say together is not asked."""
+    try:
+        section.model_validate(document)
+    except ValidationError as error:
+        return all(problem["type"] == "value_error" for problem in error.errors())
+    return True
+
+
+def test_a_whole_number_may_be_written_as_a_power_of_ten() -> None:
+    recipe = parse_recipe({"ktmerge": 1, "seed": 1e3, "eval": {"suite": "s", "bootstrap": 500.0}}, "x", Path())
+    assert (recipe.seed, recipe.eval and recipe.eval.bootstrap) == (1000, 500)
+    with pytest.raises(UsageError, match=r"seed: .*integer, not True"):
+        parse_recipe({"ktmerge": 1, "seed": True}, "x", Path())
+
+
+def test_one_text_stands_for_a_list_of_one() -> None:
+    assert GenerateTask.model_validate({**TASK, "stop": "."}).stop == ["."]
