@@ -147,6 +147,10 @@ class Checkpoint:
 
     def header_digest(self) -> str:
         """sha256 over the sorted (name, type, shape) of all tensors: the same however they are sharded."""
+        return self._header_digest
+
+    @cached_property
+    def _header_digest(self) -> str:
         return header_digest(self.tensors.values())
 
     def content_digest(self, progress: Progress = SILENT) -> str:

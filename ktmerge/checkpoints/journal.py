@@ -9,6 +9,7 @@ import json
 import os
 import threading
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from ktmerge.checkpoints.spans import Spans
 
 FILE = ".ktmerge-journal"
 _FORMAT = 1
+_RISKED, _SHARE = 8 << 20, 64
+"""Lines may wait for one another as long as they are of so few bytes, and one in so many, at most."""
 _PER_LINE, _PER_BYTE = 2048, 1024
 """Bytes of a line without its pieces; bytes of a tensor for each of which a line has one more (pieces of 50 kB)."""
 
@@ -58,6 +61,8 @@ class Remains:
 class Journal:
     """Written while an output is, in its folder. Lines appear whole; each bears a checksum of its own.
 
+    Lines of many small tensors wait for one another: what is lost with them is done again in no time.
+
     Args:
         folder: the unfinished output.
         remains: what was finished before, written down again.
@@ -68,6 +73,9 @@ class Journal:
 
     def __init__(self, folder: Path, remains: Remains) -> None:
         self._pieces: dict[str, list[Piece]] = {}
+        self._waiting: list[bytes] = []
+        self._risked = 0
+        self._written = 0
         self._lock = threading.Lock()
         path = folder / FILE
         fresh = path.with_name(FILE + "-new")
@@ -96,15 +104,28 @@ class Journal:
             return
         line = _entry_line(name, Entry(tuple(pieces), report))
         with self._lock:
-            if self._descriptor is not None:
-                os.write(self._descriptor, line)
+            self._waiting.append(line)
+            self._risked += nbytes
+            if self._risked >= _RISKED or len(self._waiting) * _SHARE >= self._written:
+                self._write()
+
+    def _write(self) -> None:
+        if self._descriptor is not None:
+            os.write(self._descriptor, b"".join(self._waiting))
+        self._written += len(self._waiting)
+        self._waiting, self._risked = [], 0
 
     def close(self) -> None:
-        """Write nothing more."""
+        """Write nothing more, after what waits."""
         with self._lock:
-            descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            os.close(descriptor)
+            if self._descriptor is None:
+                return
+            try:
+                with suppress(OSError):  # who resumes has less, and no more than that
+                    self._write()
+            finally:
+                descriptor, self._descriptor = self._descriptor, None
+                os.close(descriptor)
 
 
 def journal_room(tensors: Iterable[TensorInfo]) -> int:

@@ -20,5 +20,6 @@ class Workers(ThreadPoolExecutor):
         self.shutdown(cancel_futures=kind is not None)
 
     def _adjust_thread_count(self) -> None:
-        with uninterrupted():
-            super()._adjust_thread_count()
+        if len(self._threads) < self._max_workers:  # for each of many small tasks, signals would cost more than those
+            with uninterrupted():
+                super()._adjust_thread_count()

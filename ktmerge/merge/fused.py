@@ -41,12 +41,16 @@ if TYPE_CHECKING:
     from ktmerge.merge.source import Sources
     from ktmerge.progress import Progress
 
+    Made = list[tuple[TensorPlan, TensorReport | None]]
+
 PIECE = 1 << 21
 """Most elements of a piece; a multiple of 4, as random words come in fours."""
 HELD = 128 << 20
 """Bytes of all workers' buffers together, at most."""
 _LARGE = 4
 """Pieces above which a tensor is shared among workers."""
+_BATCH = 128
+"""Tensors that a worker is given at a time, at most."""
 _PROBE = 2048
 """Elements compared before a whole tensor is."""
 
@@ -148,18 +152,29 @@ class Fused:
 
     def run(self, tensors: Iterable[TensorPlan]) -> Iterator[tuple[TensorPlan, TensorReport | None]]:
         """Make the tensors and hand them to the sink; None where an input is not finite or a value overflows."""
-        running: deque[tuple[TensorPlan, Future[TensorReport | None]]] = deque()
-        for tensor in tensors:
-            job = self._jobs[tensor.name]
-            if self._is_shared(job):
-                yield tensor, self._make(job, self._spread, self._own)
+        running: deque[Future[Made]] = deque()
+        for batch in self._batches([self._jobs[tensor.name] for tensor in tensors]):
+            if self._is_shared(batch[0]):
+                yield batch[0].tensor, self._make(batch[0], self._spread, self._own)
                 continue
-            running.append((tensor, self._pool.submit(self._make_alone, job)))
+            running.append(self._pool.submit(self._make_alone, batch))
             while len(running) > self._ahead:
-                first, future = running.popleft()
-                yield first, future.result()
-        for tensor, future in running:
-            yield tensor, future.result()
+                yield from running.popleft().result()
+        for future in running:
+            yield from future.result()
+
+    def _batches(self, jobs: Iterable[Job]) -> Iterator[list[Job]]:
+        """Small tensors by the hundred: to hand each to a worker alone would cost more than to make it."""
+        batch: list[Job] = []
+        elements = 0
+        for job in jobs:
+            if batch and (len(batch) == _BATCH or elements + job.elements > self._piece // 4):
+                yield batch
+                batch, elements = [], 0
+            batch.append(job)
+            elements += job.elements
+        if batch:
+            yield batch
 
     def _job(self, tensor: TensorPlan) -> Job | None:
         """What the kernels need to make a tensor; None if they cannot."""
@@ -200,11 +215,11 @@ class Fused:
         """Whether all workers are to be at a tensor together."""
         return job.elements > _LARGE * self._piece
 
-    def _make_alone(self, job: Job) -> TensorReport | None:
-        """Make a tensor in one worker."""
+    def _make_alone(self, jobs: Sequence[Job]) -> Made:
+        """Make some tensors in one worker."""
         space = self._spaces.get()
         try:
-            return self._make(job, self._alone(space), space.probe)
+            return [(job.tensor, self._make(job, self._alone(space), space.probe)) for job in jobs]
         finally:
             self._spaces.put(space)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ktmerge.checkpoints import Checkpoint, Reader, Writer, align
@@ -69,7 +68,7 @@ class FileSink:
         return self._writer.finished(name)
 
     def finish(self, name: str, report: TensorReport) -> None:
-        self._writer.finish(name, asdict(report))
+        self._writer.finish(name, vars(report))
 
 
 class LiveSink:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from ktmerge.checkpoints import Checkpoint, Writer
-from ktmerge.checkpoints.journal import FILE, read_journal
+from ktmerge.checkpoints.journal import FILE, Journal, Remains, read_journal
 from ktmerge.errors import KtmergeError
 
 MakeCheckpoint = Callable[..., Path]
@@ -300,3 +300,37 @@ def test_the_room_for_a_resumed_run_is_what_is_missing(
     kill(base, tmp_path / "two", 3)
     go_on(base, tmp_path / "two")
     assert asked[0] - asked[1] >= Checkpoint.open(base).nbytes
+
+
+def test_lines_of_many_small_tensors_wait_for_one_another_and_none_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: calls.append(len(data)) or write(descriptor, data))
+    journal = Journal(tmp_path, Remains(PIN, {}))
+    for number in range(1, 2001):
+        journal.wrote(f"tensor.{number}", 0, memoryview(b"abcd"))
+        journal.finish(f"tensor.{number}", 4, {"norm": number})
+        left = read_journal(tmp_path) if number in (1, 10, 64, 700, 2000) else None
+        assert left is None or len(left.entries) >= number - number // 64
+    assert len(calls) < 400
+    journal.close()
+    remains = read_journal(tmp_path)
+    assert remains is not None
+    assert {name: entry.report["norm"] for name, entry in remains.entries.items()} == {
+        f"tensor.{number}": number for number in range(1, 2001)
+    }
+
+
+def test_a_large_tensor_is_written_down_at_once(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, Remains(PIN, {}))
+    for number in range(500):
+        journal.wrote(f"small.{number}", 0, memoryview(b"abcd"))
+        journal.finish(f"small.{number}", 4, {})
+    journal.wrote("large", 0, memoryview(bytes(8 << 20)))
+    journal.finish("large", 8 << 20, {})
+    remains = read_journal(tmp_path)
+    journal.close()
+    assert remains is not None
+    assert len(remains.entries) == 501
