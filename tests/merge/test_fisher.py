@@ -137,6 +137,13 @@ def test_cgm_hard_reverts_what_costs_most(density: float) -> None:
     assert merged.equal(torch.where(torch.as_tensor(kept.reshape(SHAPE)), delta, 0.0))
 
 
+def test_cgm_hard_ranks_changes_of_any_size() -> None:
+    delta, found = random(2), measured()
+    small = Measured(**{name or "_": found.fisher(name) * 2.0**-60 for name in ("", "a")})
+    kept = run("cgm_hard", [delta], found, alpha=3.0, density=0.5)
+    assert run("cgm_hard", [delta * 2.0**-60], small, alpha=3.0, density=0.5).equal(kept * 2.0**-60)
+
+
 @pytest.mark.parametrize("density", [0.1, 0.5, 0.8])
 def test_cgm_hard_decides_between_equal_scores_by_chance(density: float) -> None:
     delta, same = random(2), random(7) ** 2

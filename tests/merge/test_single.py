@@ -547,7 +547,8 @@ class TestArceeFusion:
         kept = apply("arcee_fusion", "transform", values, context())
         assert kept[3].count_nonzero() >= 8
         assert kept.count_nonzero() <= kept[3].count_nonzero() + 12
-        assert apply("arcee_fusion", "transform", 1024 * values, context()).equal(1024 * kept)
+        for scale in (1024.0, 2.0**-120, 2.0**120):
+            assert apply("arcee_fusion", "transform", scale * values, context()).equal(scale * kept)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -19,12 +20,12 @@ class ArceeFusionParameters(Parameters):
 
 
 def _limit(parameters: ArceeFusionParameters) -> tuple[Statistic, ...]:
-    """The least importance that is kept, fp32."""
+    """The root of the least importance that is kept, fp32."""
 
     def least(low: float, middle: float, high: float) -> float:
         import numpy as np
 
-        limit = middle + parameters.k * (high - low)
+        limit = math.sqrt(middle**2 + parameters.k * (high**2 - low**2))
         found = np.float32(limit)  # the least fp32 number that is not below it
         return float(found if found >= limit else np.nextafter(found, np.float32(np.inf)))
 
@@ -53,10 +54,14 @@ def arcee_fusion(delta: Tensor, parameters: ArceeFusionParameters, context: Cont
 
 
 def _importance(delta: Tensor, context: Context) -> Tensor:
-    """Of whole rows."""
+    """Its root, of whole rows: as large as the changes, it leaves the range of fp32 neither up nor down."""
     from ktmerge.merge.rows import map_rows
 
-    return map_rows(delta, context, lambda rows: rows.abs() * rows.double().norm(dim=1, keepdim=True).float())
+    def root(rows: Tensor) -> Tensor:
+        exact = rows.double()
+        return (exact.abs() * exact.norm(dim=1, keepdim=True)).sqrt().float()
+
+    return map_rows(delta, context, root)
 
 
 method(
@@ -68,5 +73,6 @@ method(
         experts=(1, 1),
         formula="tau where |tau_j| ||tau_row|| >= median + k interquartile ranges",
         promises=Promises(neutral=None, identical="other", elements=False),
+        semantics=2,
     )
 )

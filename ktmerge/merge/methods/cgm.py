@@ -102,9 +102,11 @@ class _Edge:
 
 
 def _scores(delta: Tensor, parameters: CgmHardParameters, context: Context) -> Tensor:
+    """Their roots, with their signs: products of small numbers leave the range of fp32."""
     gain = information(context, context.expert, parameters.norm, 0.0)
     loss = parameters.alpha * information(context, "", parameters.norm, 0.0)
-    return ((gain - loss) * delta.double() ** 2).float()
+    benefit = gain - loss
+    return (benefit.sign() * benefit.abs().sqrt() * delta.double().abs()).float()
 
 
 def _magnitudes(scores: Tensor, side: int) -> Tensor:
@@ -168,6 +170,7 @@ method(
         stages=Stages(transform=(("cgm_hard", {}),), combine=("mean", {})),
         formula="tau where (h_d - alpha h_u) tau^2 is among the largest density n, else 0; mean over experts",
         promises=Promises(neutral={"density": 1.0}, identical="mean", elements=False, tolerance=1e-6),
+        semantics=2,
     )
 )
 method(
