@@ -168,6 +168,7 @@ def test_a_current_folder_that_was_deleted_is_named(
     assert "the current folder was deleted" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
 def test_output_on_a_full_disk_is_an_error_in_a_sentence() -> None:
     """Each command in a process of its own, a copy of one that has imported what they need."""

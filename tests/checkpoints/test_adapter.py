@@ -108,6 +108,7 @@ def copy(plain: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(plain, tmp_path / "copy"))
 
 
+@pytest.mark.every(3)
 def test_folded_weights_are_pefts(adapted: tuple[Path, dict[str, torch.Tensor]]) -> None:
     folder, merged = adapted
     model = Checkpoint.open(folder / "model")
@@ -165,6 +166,7 @@ def test_tables_that_peft_wrote_three_times_are_the_trained_ones(tmp_path: Path)
             assert reader.read(name).view(trained.shape).equal(trained)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     "case", [*(pytest.param(case, marks=pytest.mark.slow) for case in ("plain", "dora")), "conv1d dora", "embedding"]
 )

@@ -393,6 +393,7 @@ def check_family(family: str, tmp_path: Path) -> None:
     assert verify_loadable(saved.root).status == "loads"
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("family", FAST)
 def test_usual_families(family: str, tmp_path: Path) -> None:
     check_family(family, tmp_path)
@@ -423,6 +424,7 @@ def as_published(saved: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_llava_under_both_names(llava: Path, tmp_path: Path) -> None:
     saved, published = Checkpoint.open(llava), Checkpoint.open(as_published(llava, tmp_path / "published"))
     assert "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight" in published.tensors

@@ -108,7 +108,7 @@ def hub(make_checkpoint: MakeCheckpoint) -> Iterator[str]:
     (folder / "consolidated.safetensors").write_bytes(b"the same again")
     handler = type("ServedHub", (Hub,), {"folder": folder})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()

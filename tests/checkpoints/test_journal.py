@@ -94,6 +94,7 @@ def check_equal(base: Path, out: Path) -> None:
     assert os.listdir(out.parent) == [out.name]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("count", [0, 3, 5])
 def test_goes_on_where_a_killed_run_stopped(base: Path, tmp_path: Path, count: int) -> None:
     out = tmp_path / "place" / "out"
@@ -105,6 +106,7 @@ def test_goes_on_where_a_killed_run_stopped(base: Path, tmp_path: Path, count: i
     check_equal(base, out)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "place" / "out"
     for count in (1, 2, 4):
@@ -126,6 +128,7 @@ def test_damaged_bytes_are_made_again(base: Path, tmp_path: Path) -> None:
     check_equal(base, out)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("damage", ["missing", "short", "long"])
 def test_a_damaged_file_is_made_again(base: Path, tmp_path: Path, damage: str) -> None:
     out = tmp_path / "place" / "out"
@@ -154,6 +157,7 @@ def test_torn_and_damaged_lines_are_passed_over(base: Path, tmp_path: Path) -> N
     check_equal(base, out)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("text", [b"", b"\0" * 4096, b"{}\n", b"0123456789abcdef {}\n", "é\n".encode("latin-1")])
 def test_a_journal_that_is_none_is_not_believed(base: Path, tmp_path: Path, text: bytes) -> None:
     out = tmp_path / "place" / "out"

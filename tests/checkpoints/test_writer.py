@@ -397,6 +397,7 @@ def test_a_copy_on_a_full_disk_is_clear(make_checkpoint: MakeCheckpoint, monkeyp
         attempt(base, base.root.parent / "out", lambda writer: writer.copy_range("model.norm.weight", 0, 0, 16))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("shards", [1, 3])
 def test_digests_follow_what_is_written(make_checkpoint: MakeCheckpoint, shards: int) -> None:
     """Pieces of a few megabytes, from the end to the beginning and from two threads."""
@@ -415,6 +416,7 @@ def test_digests_follow_what_is_written(make_checkpoint: MakeCheckpoint, shards:
     assert digests == {file: hashlib.sha256((out / file).read_bytes()).hexdigest() for file in base.weight_files}
 
 
+@pytest.mark.every(2)
 def test_digests_are_of_what_was_written_last(make_checkpoint: MakeCheckpoint) -> None:
     values = np.random.default_rng(0).integers(0, 255, 9 << 20, dtype=np.uint8)
     base = Checkpoint.open(make_checkpoint(tensors={"t": values}))

@@ -18,6 +18,7 @@ from ktmerge.deltas.lossy import factorise, multiply, quantise
 TYPES = (np.uint8, np.uint16, np.uint32, np.uint64)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("floats", [False, True])
 @given(data=st.data())

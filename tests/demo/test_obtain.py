@@ -74,6 +74,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_package_is_fetched_once_and_again_when_damaged(index: Path, tmp_path: Path) -> None:
     data, cache = wheel(), tmp_path / "cache"
     package = toy(data)

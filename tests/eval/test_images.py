@@ -218,6 +218,7 @@ def test_choices_that_are_images_are_compared_by_their_letters(models: Callable[
     assert not np.allclose(other, wanted, atol=1e-6), "the model sees which image is which"
 
 
+@pytest.mark.slow
 def test_choices_that_are_images_are_asked_for_by_letter(models: Callable[[str], Seeing], folder: Path) -> None:
     columns = [{"q": "Which", "im": None, "x": "1.png", "y": "2.png", "z": None, "n": "a.png,b.png", "g": answer}
                for answer in (1, "1", "b.png", "B", " B")]  # fmt: skip

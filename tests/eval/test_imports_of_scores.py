@@ -71,6 +71,7 @@ def vlmevalkit(folder: Path, marks: list[int]) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_items_of_lm_eval_are_paired(tmp_path: Path) -> None:
     files = [f"{name}={lm_eval(tmp_path / name, marks)}" for name, marks in MARKS.items()]
     results = api.import_scores(files, downstream=["quiz"], out=tmp_path / "scores.json")

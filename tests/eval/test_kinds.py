@@ -137,6 +137,7 @@ def test_a_row_is_in_one_part_only(folder: Path) -> None:
         read_sets(suite(folder, CHOICE), "selection")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_new_kinds_do_not_depend_on_the_batch_or_the_order(
     llama: Any, tokenizer: Any, folder: Path, batch_size: int

@@ -53,6 +53,7 @@ def asked(llama: Any) -> tuple[list[Request], np.ndarray, np.ndarray]:
     return requests, np.array([a for a, _ in answers]), np.array([b for _, b in answers])
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 @pytest.mark.parametrize("pack", [None, False, True])
 def test_equals_the_oracle_at_every_batch_size(llama: Any, asked: Any, batch_size: int, pack: bool | None) -> None:
@@ -141,6 +142,7 @@ def configs() -> dict[str, Any]:
     }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "bloom", "mistral window", "gemma2 softcap"])
 def test_other_families_equal_the_oracle(kind: str) -> None:
     """Learned positions, positions from the mask, ALiBi, windows, capped logits."""

@@ -153,10 +153,12 @@ def test_items_where_models_differ_are_shown_losses_first(results: Results) -> N
     assert "half: right" in text
 
 
+@pytest.mark.slow
 def test_it_is_the_same_text_every_time(results: Results, html: str) -> None:
     assert render(results, **everything(results)) == html
 
 
+@pytest.mark.slow
 def test_a_single_model_or_side_still_makes_a_page(make_results: Make) -> None:
     Page(render(make_results({"base": {"up_a": [1.0, 0.0]}})))
     one_side = Page(render(make_results({"base": {"up_a": [1.0, 0.0]}, "m": {"up_a": [0.0, 0.0]}})))
@@ -164,6 +166,7 @@ def test_a_single_model_or_side_still_makes_a_page(make_results: Make) -> None:
     assert "O overall" not in one_side.text
 
 
+@pytest.mark.slow
 def test_it_is_written_whole_or_not_at_all(results: Results, tmp_path: Path) -> None:
     with pytest.raises(KtmergeError):
         report(results, tmp_path / "nowhere/report.html")

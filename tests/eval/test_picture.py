@@ -99,6 +99,7 @@ def test_references_inside_a_picture_resolve(pictures: tuple[str, str]) -> None:
         assert used <= ids
 
 
+@pytest.mark.slow
 def test_odd_names_are_drawn_as_they_are_and_without_remarks(
     make_results: Make, recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +121,7 @@ def test_the_base_alone_has_no_tradeoff(make_results: Make) -> None:
     assert tradeoff(make_results({"base": {"up": [1.0, 0.0], "down": [0.0, 1.0]}})) is None
 
 
+@pytest.mark.slow
 def test_many_sets_take_as_many_pictures_as_fit_on_pages(make_results: Make) -> None:
     sets = {f"up_{i}": [1.0, i / 30] for i in range(15)} | {f"down_{i}": [0.0, i / 30] for i in range(15)}
     pictures = score_pictures(make_results({f"model {i}" if i else "base": sets for i in range(3)}))

@@ -104,6 +104,7 @@ def test_an_expert_is_asked_on_the_set_of_its_name(tiny_llama: Path, tuned_llama
     assert found.numbers["base again"].to_base.value == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_neighbours_on_a_line(tiny_llama: Path, tuned_llama: Path, half: Path, sets: Suite) -> None:
     from ktmerge.eval import disagreement, evaluate
 

@@ -116,6 +116,7 @@ def with_folder(results: Results, name: str, folder: Path) -> None:
     results.models[name] = ModelInfo(str(folder), one.digest, one.tokenizer, one.device, one.dtype, one.seconds)
 
 
+@pytest.mark.slow
 def test_recipe_and_lock_come_from_the_model_s_folder(make_results: Make, tmp_path: Path) -> None:
     results = make_results({"base": {"up": [1, 1], "down": [0, 0]}, "a": {"up": [1, 0], "down": [1, 1]}})
     lock = {

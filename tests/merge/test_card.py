@@ -68,6 +68,7 @@ def test_says_what_it_is_made_from_and_how_far_it_moved(models: Path, tmp_path: 
         assert f"| {' | '.join(row)} |" in text
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     ("stated", "expected"),
     [

@@ -99,6 +99,7 @@ def expected(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     return cache(lambda kind: digest(models, folder / "out", recipe(BLENDS[kind])))
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_threads_and_pieces_do_not_show(
     kind: str, models: Path, expected: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -126,6 +127,7 @@ def test_samples_and_noted_candidates_do_not_show(
         assert digest(models, tmp_path / "out", recipe(BLENDS[kind])) == alone, (large, few)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernels_order_and_shards_do_not_show(
     kind: str, models: Path, expected: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -195,6 +195,7 @@ def test_json_has_parts_layers_and_kinds(llavas: Path) -> None:
     assert document["effective_experts"]["parts"]["connector"] == {"min": 2, "max": 2, "mean": 2}
 
 
+@pytest.mark.slow
 def test_planning_and_headers_load_no_torch(llamas: Path) -> None:
     script = f"""
 import sys

@@ -63,6 +63,7 @@ def outcome(folder: Path, number: int, blend_: dict[str, Any]) -> Any:
     return patterns, [(one.changed, one.kept, pytest.approx(one.intended, rel=1e-5)) for one in report.tensors]
 
 
+@pytest.mark.every(6)
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("kind", ["plain", "coarse", "tiny", "huge"])
 def test_equals_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, number: int) -> None:

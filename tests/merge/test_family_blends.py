@@ -55,6 +55,7 @@ def check(folder: Path, recipe_in: Any, base: str, *experts: str) -> None:
             assert verify_loadable(out).status == "loads"
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("family", FAST)
 def test_usual_families(family: str, tmp_path: Path, recipe_in: Any) -> None:
     families(tmp_path, FAMILIES[family][0])
@@ -75,6 +76,7 @@ def test_families_whose_names_in_memory_are_others(family: str, tmp_path: Path, 
     check(tmp_path, recipe_in, "base", "a")
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("family", CONVERTED)
 def test_experts_stacked_and_single(family: str, tmp_path: Path, recipe_in: Any) -> None:
     families(tmp_path, CONVERTED[family])

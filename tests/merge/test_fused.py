@@ -132,6 +132,7 @@ def test_every_output_equals_the_reference(
     compare(workshop, tmp_path, monkeypatch, blend_, output, PAIRS)
 
 
+@pytest.mark.every(5)
 @pytest.mark.parametrize("number", range(len(BLENDS)))
 def test_equals_the_reference(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Every blend, every output and every pair of types occurs."""
@@ -193,6 +194,7 @@ def test_what_is_not_finite_is_named(workshop: Path, tmp_path: Path, method: str
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     "blend_", [BLENDS[0], BLENDS[3], NOT_COVERED[0], {"method": "mergekit:slerp", "t": 0.5}], ids=str
 )
@@ -245,6 +247,7 @@ def test_a_broken_base_stays_as_it_is(workshop: Path, tmp_path: Path) -> None:
     assert load_file(tmp_path / "out/model.safetensors")[name].tolist() == [float("-inf")]
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
 def test_a_file_cut_short_while_the_kernels_read_it_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str

@@ -147,6 +147,7 @@ CANDIDATES: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("expert", "weight", "output"),
     [

@@ -116,6 +116,7 @@ def test_a_locked_blend_gives_the_locked_bytes(made: Path) -> None:
     assert not (made / "third").exists()
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
@@ -189,6 +190,7 @@ def test_a_file_just_written_is_not_remembered(tmp_path: Path, monkeypatch: pyte
     assert digests.digest_of(path) != first
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     ("at", "value", "named"),
     [

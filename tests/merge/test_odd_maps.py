@@ -102,6 +102,7 @@ def test_spelled_out_stages_for_maps_leave_other_tensors_to_the_rest(tmp_path: P
     assert not blended["h.0.ties.weight"].equal(plain["h.0.ties.weight"])
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("method", MEASURED)
 def test_measured_methods_take_maps_of_any_shape(tmp_path: Path, method: str) -> None:
     base, experts = models()

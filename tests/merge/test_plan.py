@@ -299,6 +299,7 @@ def test_the_plan_shows_itself(llavas: Path, recipe_in: Any) -> None:
     assert json.loads(json.dumps(plan.to_json()))["experts"] == {"a": 1.0, "b": 1.0}
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("name", gallery.names())
 def test_gallery_recipes_are_right(name: str, llavas: Path) -> None:
     recipe = load_recipe(name)

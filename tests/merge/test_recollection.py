@@ -78,6 +78,7 @@ def test_the_same_trim_again_takes_no_look(
     assert (tmp_path / "second" / WEIGHTS).read_bytes() == (tmp_path / "afresh" / WEIGHTS).read_bytes()
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("scope", ["tensor", "global"])
 def test_another_density_takes_no_sample(
     models: Path, cache: Path, looks: Counter[str], recipe_in: Any, tmp_path: Path, scope: str
@@ -109,6 +110,7 @@ def test_a_wrong_threshold_is_noticed_and_forgotten(models: Path, cache: Path, r
     assert all(right[key] != wrong for key, wrong in spoiled.found.thresholds.items() if wrong[0][0].kept)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 and no more", None])
 def test_a_broken_memory_is_none(
     models: Path, cache: Path, looks: Counter[str], recipe_in: Any, tmp_path: Path, content: bytes | None

@@ -55,6 +55,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("after", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("models", ["llamas", "llavas"])
 def test_the_same_bytes_and_record(
@@ -74,6 +75,7 @@ def test_the_same_bytes_and_record(
     assert {**resumed.to_json(), "seconds": 0} == {**whole.to_json(), "seconds": 0}
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("after", [2, pytest.param(6, marks=pytest.mark.slow)])
 def test_methods_that_take_whole_tensors(llamas: Path, tmp_path: Path, recipe_in: Any, after: int) -> None:
     """What the compiled kernels do not cover goes by torch, and is written in other pieces."""
@@ -124,6 +126,7 @@ def _noting(method: Any, names: set[str]) -> Any:
     return noting
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -51,6 +51,7 @@ def test_live_parameters_equal_the_file(llamas: Path, tmp_path: Path, recipe_in:
     assert report.written > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", ["auto", pytest.param("reference", marks=pytest.mark.slow)])
 def test_a_sweep_from_memory_equals_the_files(
     kernels: str, llamas: Path, tmp_path: Path, recipe_in: Any, monkeypatch: pytest.MonkeyPatch

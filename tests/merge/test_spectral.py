@@ -293,6 +293,7 @@ def test_norm_budget_is_the_mean_length(bench: Workbench) -> None:
     torch.testing.assert_close(found / found.norm(), direction, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_spectral_stages_spelled_out_leave_what_is_no_map(bench: Workbench) -> None:
     """A recipe's own stages see every tensor class; spectra are for linear maps."""
     names = {MATRIX: (9, 8), "model.norm.weight": (8,), "model.embed_tokens.weight": (7, 8)}
@@ -309,6 +310,7 @@ def test_spectral_stages_spelled_out_leave_what_is_no_map(bench: Workbench) -> N
 # --- maps inside tensors ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("method", ["star", "tsv_m", "iso_c", "iso_cts", "task_arithmetic_svc", "cart", "knots"])
 def test_fused_and_stacked_maps_are_merged_one_by_one(bench: Workbench, method: str) -> None:
     config = {"model_type": "phi3", "hidden_size": 8, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -30,6 +30,7 @@ def along_mean_direction(deltas: np.ndarray, weights: np.ndarray, iterations: in
     return (shares @ lengths) * mean
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("iterations", [0, 10])
 def test_dependent_deltas_have_the_mean_direction_of_their_vectors(iterations: int) -> None:
     random = np.random.default_rng(0)

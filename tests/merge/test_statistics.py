@@ -155,6 +155,7 @@ def test_tensors_of_other_classes_need_nothing(tmp_path: Path, weighed: None) ->
     assert merged[EMBED].equal(noise(1)[EMBED])
 
 
+@pytest.mark.slow
 def test_checking_a_recipe_with_statistics_loads_no_torch(tmp_path: Path) -> None:
     document = recipe_of(tmp_path, blend={"method": "regmean_back"})
     document["statistics"] = measure(tmp_path / "base", tmp_path / "stats" / "base")

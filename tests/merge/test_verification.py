@@ -178,6 +178,7 @@ def test_the_command_says_so_by_its_exit_code(made: Path, capsys: pytest.Capture
     assert json.loads(capsys.readouterr().out)["holds"] is False
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

@@ -59,6 +59,7 @@ def test_answers_are_the_most_likely_tokens(tiny_llama: Path) -> None:
         assert said == ids[len(prompt.asked) :]
 
 
+@pytest.mark.slow
 def test_line_separators_of_unicode_end_no_line_of_the_log(tiny_llama: Path, tmp_path: Path) -> None:
     asked = "one\u2028two\x85three\u2029four"
     write(tmp_path / "odd.jsonl", [{"prompt": asked, "completion": " \u2028yes"}])

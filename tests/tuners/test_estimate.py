@@ -76,6 +76,7 @@ def test_processes_share_what_is_sharded(tiny_llama: Path) -> None:
         of(tiny_llama, 3)
 
 
+@pytest.mark.slow
 def test_the_command_tells_it_without_reading_weights(tiny_llama: Path, tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", [{"prompt": "a", "completion": "b"}])
     base = tmp_path / "base"

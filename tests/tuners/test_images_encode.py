@@ -99,6 +99,7 @@ QUICK = ("llava", "qwen2.5-vl", "paligemma")  # a place for each image; sizes of
 SOME = [pytest.param(family, marks=[] if family in QUICK else [pytest.mark.slow]) for family in FAMILIES]
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_labels_and_pixels_are_those_of_the_processor(family: str, model: Model, folder: Path) -> None:
     processor = load_processor(model(family))
@@ -139,6 +140,7 @@ def test_batches_are_those_of_the_processor(family: str, model: Model, folder: P
         assert batch[name].equal(own[name]), name
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("family", SOME)
 def test_text_rows_take_their_place_among_others(family: str, model: Model, folder: Path) -> None:
     """In one batch each row has the likelihood that it has alone."""

@@ -105,6 +105,7 @@ def test_a_processor_of_another_model_is_noticed(tiny_llava: Path, tmp_path: Pat
         tune(tmp_path / "base", tmp_path)
 
 
+@pytest.mark.slow
 def test_an_image_that_goes_away_while_training(tiny_llava: Path, tmp_path: Path) -> None:  # noqa: F811
     class Remover(Listener):
         def note(self, text: str) -> None:
@@ -213,6 +214,7 @@ def test_a_broken_torchvision_does_no_harm(tiny_llama: Path, tmp_path: Path) -> 
     assert weights(tmp_path / "new").keys() == weights(base).keys()
 
 
+@pytest.mark.slow
 def test_batches_of_texts_pass_the_connector_by(tiny_llava: Path, tmp_path: Path) -> None:  # noqa: F811
     listener = Listener()
     tune(tiny_llava, tmp_path, train="connector", batch_size=1, max_steps=COUNT + 2, progress=listener)

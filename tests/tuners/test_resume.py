@@ -76,6 +76,7 @@ def test_a_damaged_checkpoint_costs_only_its_steps(unbroken: Path, tiny_llama: P
     assert sha256(tmp_path / "out") == sha256(unbroken)
 
 
+@pytest.mark.slow
 def test_resume_without_anything_to_resume_starts(tiny_llama: Path, tmp_path: Path) -> None:
     tune(tiny_llama, tmp_path, "plain", max_steps=2)
     tune(tiny_llama, tmp_path, "out", max_steps=2, resume=True)

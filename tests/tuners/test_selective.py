@@ -29,6 +29,7 @@ CHOICES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "choice", [pytest.param(one, marks=[] if n == 2 else pytest.mark.slow) for n, one in enumerate(CHOICES)], ids=str
 )

@@ -145,6 +145,7 @@ def test_norms_of_every_kind_are_measured_and_nothing_else() -> None:
     torch.testing.assert_close(scales.mean_square("stored.2"), unit.square().mean(0))
 
 
+@pytest.mark.slow
 def test_a_sample_is_some_of_the_rows_the_same_tokens_everywhere(tiny_llama: Path, tmp_path: Path) -> None:
     made(tiny_llama, tmp_path, "all", dtype="float32", tokens=4096)
     made(tiny_llama, tmp_path, "some", dtype="float16", tokens=20)
@@ -161,6 +162,7 @@ def test_a_sample_is_some_of_the_rows_the_same_tokens_everywhere(tiny_llama: Pat
         last = next(place for place in row.nonzero()[:, 0].tolist() if place > last)
 
 
+@pytest.mark.slow
 def test_inputs_do_not_depend_on_what_else_is_measured(tiny_llama: Path, tmp_path: Path) -> None:
     made(tiny_llama, tmp_path, "alone", tokens=30, samples=9)
     made(tiny_llama, tmp_path, "both", tokens=30, samples=9, fisher="empirical")
@@ -242,12 +244,14 @@ def test_drawn_answers_are_the_models_and_the_seeds(tiny_llama: Path, tmp_path: 
     assert float(draws.sum() / expected.sum()) == pytest.approx(1.0, abs=0.25)
 
 
+@pytest.mark.slow
 def test_rows_are_drawn_by_the_seed(tiny_llama: Path, tmp_path: Path) -> None:
     counts = [made(tiny_llama, tmp_path, f"s{seed}", samples=5, seed=seed).record["tokens"][QUERY] for seed in range(4)]
     assert made(tiny_llama, tmp_path, "again", samples=5, seed=3).record["tokens"][QUERY] == counts[3]
     assert len(set(counts)) > 1
 
 
+@pytest.mark.slow
 def test_a_model_is_measured_on_texts_of_its_own(tiny_llama: Path, tmp_path: Path) -> None:
     first = made(tiny_llama, tmp_path, "one", self_generate=4, max_length=24)
     made(tiny_llama, tmp_path, "two", self_generate=4, max_length=24)
@@ -299,6 +303,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tiny_llama: Path, tmp_path: Path
     assert not (tmp_path / "killed.partial").exists()
 
 
+@pytest.mark.slow
 def test_what_is_there_is_kept_or_refused(tiny_llama: Path, tmp_path: Path) -> None:
     made(tiny_llama, tmp_path, tokens=8)
     before = (tmp_path / "stats" / RECORD).stat().st_mtime_ns
@@ -344,6 +349,7 @@ def test_refusals(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert not Path(out).exists()
 
 
+@pytest.mark.slow
 def test_an_adapter_is_measured_as_the_model_it_makes(tiny_llama: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM

@@ -46,6 +46,7 @@ def test_only_the_part_moves_under_the_files_names(
         assert all(parts.of(name) != part or name in moved for name in before)
 
 
+@pytest.mark.slow
 def test_either_way_of_naming_comes_out_as_it_was(tiny_llava: Path, tmp_path: Path) -> None:  # noqa: F811
     """transformers saves a LLaVA as it is on the hub, and calls its modules otherwise; some files have those names."""
     from safetensors.torch import save_file
