@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import optuna
@@ -64,7 +65,7 @@ class Ledger:
             ranges: what candidates are drawn from.
         """
         while True:
-            self.take_up()
+            self.take_up(ranges)
             found = self.study.get_trials(deepcopy=False)
             states = {one.state for one in found if VOID not in one.user_attrs}
             if TrialState.WAITING in states or (most is not None and len(set(_places(found).values())) < most):
@@ -90,28 +91,43 @@ class Ledger:
             return QUEUED in trial.user_attrs
         return sum(place <= own for place in set(places.values())) <= most
 
-    def take_up(self, requeue: bool = True) -> None:
-        """Declare dead workers' trials void and, unless told otherwise, put others with all they hold in the queue."""
+    def take_up(self, ranges: Mapping[str, BaseDistribution] | None = None) -> None:
+        """Declare dead workers' trials void and, given what they are drawn from, put others with all they hold in the
+        queue; one that was not drawn to the end is drawn again.
+        """
         for one in self.trials(TrialState.RUNNING):
             if self._watch.is_lost(one):
                 with suppress(UpdateFinishedTrialError):  # another worker was faster, or it was not dead
                     self._storage.set_trial_user_attr(one._trial_id, VOID, _DIED)
                     self._storage.set_trial_state_values(one._trial_id, TrialState.FAIL)
-        if requeue:
+        if ranges is not None:
             for one in _without_heir(self.study.get_trials(deepcopy=False)):
                 held = {key: value for key, value in one.user_attrs.items() if key not in (WORKER, BEAT, VOID)}
-                self._enqueue(one.params, one.distributions, {**held, ORIGIN: one.number})
+                whole = set(one.params) == set(ranges)
+                self._enqueue(
+                    one.params if whole else {}, ranges if whole else {}, {**held, ORIGIN: one.number},
+                    one.system_attrs if whole else {},
+                )  # fmt: skip
 
     def add(self, params: Mapping[str, Any], ranges: Mapping[str, BaseDistribution]) -> None:
         """Put a candidate into the queue."""
         self._enqueue(params, ranges, {QUEUED: True})
 
     def _enqueue(
-        self, params: Mapping[str, Any], ranges: Mapping[str, BaseDistribution], attributes: Mapping[str, Any]
+        self,
+        params: Mapping[str, Any],
+        ranges: Mapping[str, BaseDistribution],
+        attributes: Mapping[str, Any],
+        samplers: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
+        """Put a trial into the queue; ``samplers`` is what a sampler has written of it, such as its generation."""
         self.study.add_trial(
             create_trial(
-                state=TrialState.WAITING, params=dict(params), distributions=dict(ranges), user_attrs=dict(attributes)
+                state=TrialState.WAITING,
+                params=dict(params),
+                distributions=dict(ranges),
+                user_attrs=dict(attributes),
+                system_attrs=dict(samplers),
             )
         )
 
@@ -148,7 +164,7 @@ class Ledger:
             KtmergeError: a task failed, here or with another worker.
         """
         while True:
-            self.take_up(requeue=False)
+            self.take_up()
             found = self._by_task()
             done = {name: one.user_attrs[RESULT] for name, one in found.items() if RESULT in one.user_attrs}
             if all(name in done for name in tasks):
@@ -189,6 +205,17 @@ class Ledger:
         trial = self.study.ask(dict(ranges))
         trial.set_user_attr(WORKER, self._mark)
         return trial
+
+
+def place_of(number: int, found: Sequence[FrozenTrial]) -> int:
+    """How many candidates come before a trial: the same whether or not workers died on the way.
+
+    Args:
+        number: of the trial.
+        found: all trials of the study.
+    """
+    places = _places(found)
+    return len({place for place in places.values() if place < places.get(number, number)})
 
 
 def _places(found: Sequence[FrozenTrial]) -> dict[int, int]:

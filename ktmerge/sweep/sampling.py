@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, QMCSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
 
 from ktmerge.sweep.curve import Curve
+from ktmerge.sweep.keyed import KeyedSampler, SobolSampler
+from ktmerge.sweep.ledger import VOID
 from ktmerge.sweep.settings import Sampler
 from ktmerge.sweep.space import METHOD, Range, Space
 
@@ -25,7 +27,7 @@ _APART = 0.01
 """Share of a range within which two values of a knob count as one."""
 
 
-def make_sampler(name: Sampler, space: Space, limit: float, seed: int, begun: int) -> BaseSampler:
+def make_sampler(name: Sampler, space: Space, limit: float, seed: int) -> BaseSampler:
     """The sampler called ``name``.
 
     Args:
@@ -33,20 +35,20 @@ def make_sampler(name: Sampler, space: Space, limit: float, seed: int, begun: in
         space: what is turned.
         limit: the least upstream retention, in percent.
         seed: of the sweep.
-        begun: trials there are already: a sweep that goes on, or a further worker, does not draw the same again.
     """
-    drawn = int(np.random.default_rng([seed, begun]).integers(2**31))
-    if name == "tpe":
-        return TPESampler(seed=drawn, multivariate=True, constant_liar=True, n_startup_trials=10)
-    if name == "gp":
-        return GPSampler(seed=drawn, deterministic_objective=False)
     if name == "qmc":
-        return QMCSampler(seed=seed, scramble=True)
+        return SobolSampler(space, seed)
     if name == "curve" and space.knob is not None:
         return CurveSampler(space.knob, limit)
-    if name in ("grid", "greedy"):
-        return RandomSampler(seed=drawn)  # every point is set beforehand
-    return NSGAIISampler(seed=drawn, population_size=16)
+    return KeyedSampler(_MAKERS.get(name, RandomSampler), seed)
+
+
+_MAKERS: dict[str, Callable[[int], BaseSampler]] = {
+    "nsga2": lambda seed: NSGAIISampler(seed=seed, population_size=16),
+    "tpe": lambda seed: TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=10),
+    "gp": lambda seed: GPSampler(seed=seed, deterministic_objective=False),
+}
+"""Those that draw; of the others every point is set beforehand."""
 
 
 def distributions(space: Space) -> dict[str, BaseDistribution]:
@@ -88,7 +90,8 @@ class CurveSampler(BaseSampler):
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        others = [one for one in study.get_trials(deepcopy=False) if one.number != trial.number]
+        counted = [one for one in study.get_trials(deepcopy=False) if VOID not in one.user_attrs]
+        others = [one for one in counted if one.number != trial.number]
         taken = [self._share(one) for one in others if param_name in one.params]
         complete = [one for one in others if one.state == TrialState.COMPLETE and param_name in one.params]
         values = [tuple(one.values) for one in complete]

@@ -23,7 +23,7 @@ Screen = Literal["subset", "divergence", "full"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 SCREENS: tuple[Screen, ...] = get_args(Screen)
 
-_VERSION = 2
+_VERSION = 3
 """Raise when the same settings would search otherwise."""
 
 

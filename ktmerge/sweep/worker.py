@@ -82,8 +82,7 @@ class Worker:
         storage = open_storage(settings.storage)
         self._ranges = distributions(self._space)
         self._ledger = Ledger(storage, name, settings.grace)
-        begun = len(self._ledger.study.get_trials(deepcopy=False))
-        self._ledger.study.sampler = make_sampler(self._sampler, self._space, settings.limit, settings.seed, begun)
+        self._ledger.study.sampler = make_sampler(self._sampler, self._space, settings.limit, settings.seed)
         self._tasks = Ledger(storage, f"{name}-tasks", settings.grace)
         self._live = LiveModel(
             settings.recipe, settings.device, settings.batch_size, settings.gigabytes, progress
@@ -102,7 +101,7 @@ class Worker:
             self._add_greedily(self._space)
         elif self._sampler == "grid":
             self._tasks.share({f"grid of {settings.trials}": partial(self._queue, self._space.grid(settings.trials))})
-            self._screen(settings.trials)
+            self._screen(None)
         else:
             self._screen(settings.trials)
         candidates = candidates_of(self._ledger)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from optuna.distributions import FloatDistribution
@@ -13,10 +16,14 @@ from optuna.trial import TrialState
 from ktmerge.errors import UsageError
 from ktmerge.sweep.ledger import VOID, Ledger
 from ktmerge.sweep.liveness import WORKER, Watch, ended_here, mark
-from ktmerge.sweep.sampling import quietly
+from ktmerge.sweep.sampling import distributions, make_sampler, quietly
+from ktmerge.sweep.settings import Sampler
+from ktmerge.sweep.space import METHOD, Range, Space
 from ktmerge.sweep.storage import open_storage, trial_numbered
 
 RANGES = {"x": FloatDistribution(0, 1)}
+GONE = f"{mark().rpartition('/')[0]}/1"
+"""The mark of a process that had this one's number long ago."""
 quietly()
 
 
@@ -63,11 +70,11 @@ def test_a_trial_taken_up_twice_at_once_is_repeated_once(ledger: Ledger, monkeyp
     assert lost is not None
     lost.set_user_attr(WORKER, marked_elsewhere())
     seen = ledger.study.get_trials()
-    ledger.take_up()
+    ledger.take_up(RANGES)
     with monkeypatch.context() as patch:  # another worker looked before, and SQLite let it declare the same one void
         seen[0].user_attrs[VOID] = "its worker died"
         patch.setattr(ledger.study, "get_trials", lambda **_: seen)
-        ledger.take_up()
+        ledger.take_up(RANGES)
     assert len(ledger.trials(TrialState.WAITING)) == 2
     for _ in range(2):
         trial = ledger.begin(2, RANGES)
@@ -82,11 +89,11 @@ def test_a_dead_workers_place_is_nobody_elses(ledger: Ledger, monkeypatch: pytes
     lost = ledger.begin(1, RANGES)
     assert lost is not None
     lost.set_user_attr(WORKER, marked_elsewhere())
-    ledger.take_up(requeue=False)  # whoever declared it void has gone no further, and may never
+    ledger.take_up()  # whoever declared it void has gone no further, and may never
     other = Ledger(ledger._storage, "s", 60)
     take_up, pauses = other.take_up, []
     with monkeypatch.context() as patch:
-        patch.setattr(other, "take_up", lambda: take_up(requeue=bool(pauses)))  # it looked before that
+        patch.setattr(other, "take_up", lambda ranges: take_up(ranges if pauses else None))  # it looked before that
         patch.setattr("time.sleep", pauses.append)
         heir = other.begin(1, RANGES)
     assert pauses
@@ -160,3 +167,61 @@ def test_a_storage_that_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest
     for where in (f"sqlite:///{tmp_path}/no/such/folder/x.db", "nosuch://x", str(tmp_path / "no" / "journal.log")):
         with pytest.raises(UsageError, match="cannot be opened"):
             open_storage(where)
+
+
+@pytest.mark.parametrize("name", ["nsga2", "tpe", pytest.param("gp", marks=pytest.mark.slow), "qmc", "curve"])
+def test_a_killed_worker_changes_nothing_that_is_drawn(tmp_path: Path, name: Sampler) -> None:
+    whole = drawn_by(name, tmp_path / "whole", dying=())
+    assert drawn_by(name, tmp_path / "killed", dying=(2, 7, 8)) == whole
+    assert len({tuple(one) for one in whole}) >= 11
+
+
+def drawn_by(name: Sampler, path: Path, dying: Sequence[int]) -> list[list[float]]:
+    """The points of a study of twelve, in whose trials ``dying`` a worker ends and another begins."""
+    keys = ["a"] if name == "curve" else ["a", "b"]
+    ranges = dict.fromkeys(keys, FloatDistribution(0, 1))
+    space = SimpleNamespace(knob=Range("a", 0, 1), ranges=[Range(key, 0, 1) for key in keys], methods=())
+    count = 0
+    while True:
+        ledger = Ledger(open_storage(str(path)), "s", 60)
+        ledger.study.sampler = make_sampler(name, cast(Space, space), 90.0, 3)
+        while (trial := ledger.begin(12, ranges)) is not None:
+            count += 1
+            if count - 1 in dying:
+                trial.set_user_attr(WORKER, GONE)
+                break
+            point = [trial.params[key] for key in keys]
+            ledger.finish(trial, (100 - 20 * point[0], point[-1] * (2 - point[0])))
+        else:
+            return [[one.params[key] for key in keys] for one in ledger.trials()]
+
+
+@pytest.mark.parametrize("name", ["nsga2", "tpe", "gp", "qmc"])
+def test_workers_that_begin_together_draw_different_points(tmp_path: Path, name: Sampler) -> None:
+    space = cast(Space, SimpleNamespace(knob=None, ranges=[Range("x", 0, 1)], methods=()))
+    workers = [Ledger(open_storage(str(tmp_path / "j")), "s", 60) for _ in range(2)]
+    for worker in workers:
+        worker.study.sampler = make_sampler(name, space, 90.0, 3)
+    points = [trial.params["x"] for _ in range(4) for worker in workers if (trial := worker.begin(8, RANGES))]
+    assert len(set(points)) == 8
+
+
+def test_a_trial_whose_worker_died_while_it_was_drawn_is_drawn_again(ledger: Ledger) -> None:
+    lost = ledger.study.ask({"x": FloatDistribution(0, 1)})
+    lost.set_user_attr(WORKER, GONE)
+    again = ledger.begin(1, {"x": FloatDistribution(0, 1), "y": FloatDistribution(0, 1)})
+    assert again is not None
+    assert set(again.params) == {"x", "y"}
+
+
+def test_sobol_points_are_even_over_methods_and_whole_numbers(tmp_path: Path) -> None:
+    space = SimpleNamespace(
+        knob=None, methods=("ties", "linear"), ranges=[Range("k", 1, 9, integer=True), Range("l", 0.01, 1, log=True)]
+    )
+    ledger = Ledger(open_storage(str(tmp_path / "j")), "s", 60)
+    ledger.study.sampler = make_sampler("qmc", cast(Space, space), 90.0, 3)
+    ranges = distributions(cast(Space, space))
+    points = [trial.params for _ in range(8) if (trial := ledger.begin(8, ranges))]
+    assert sorted(one[METHOD] for one in points) == ["linear"] * 4 + ["ties"] * 4
+    assert sum(one["l"] < 0.1 for one in points) == 4
+    assert all(isinstance(one["k"], int) for one in points)

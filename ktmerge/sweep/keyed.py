@@ -1,0 +1,88 @@
+"""Samplers that draw by a trial's place in the sweep, not by the process that asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+
+from ktmerge.sweep.ledger import place_of
+from ktmerge.sweep.space import METHOD, Range, Space
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import FrozenTrial, TrialState
+
+
+class KeyedSampler(BaseSampler):
+    """A sampler made anew for every trial, with a seed of the trial's own.
+
+    What is drawn follows from the seed, the trial's place and the trials before it: a sweep that was killed and goes on
+    draws what it would have drawn, and workers that start together never draw the same.
+
+    Args:
+        make: the sampler from a seed.
+        seed: of the sweep.
+    """
+
+    def __init__(self, make: Callable[[int], BaseSampler], seed: int) -> None:
+        self._make, self._seed = make, seed
+        self._inner = make(seed)
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        place = place_of(trial.number, study.get_trials(deepcopy=False))
+        self._inner = self._make(int(np.random.default_rng([self._seed, place]).integers(2**31)))
+        self._inner.before_trial(study, trial)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        # Nothing is drawn for a trial that was set beforehand, or is a dead worker's.
+        return {} if trial.params else self._inner.infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return {} if trial.params else self._inner.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._inner.sample_independent(study, trial, param_name, param_distribution)
+
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
+        self._inner.after_trial(study, trial, state, values)
+
+
+class SobolSampler(BaseSampler):
+    """Points of a scrambled Sobol sequence, one a place: even over all ranges and methods, whatever they score.
+
+    Args:
+        space: what is turned.
+        seed: of the sweep.
+    """
+
+    def __init__(self, space: Space, seed: int) -> None:
+        from scipy.stats import qmc
+
+        methods = [Range(METHOD, choices=space.methods)] if len(space.methods) > 1 else []
+        self._axes = {one.key: one for one in (*methods, *space.ranges)}
+        self._sequence = qmc.Sobol(len(self._axes), scramble=True, seed=seed)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return {}
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        self._sequence.reset()
+        if place := place_of(trial.number, study.get_trials(deepcopy=False)):
+            self._sequence.fast_forward(place)
+        share = float(self._sequence.random(1)[0, list(self._axes).index(param_name)])
+        return self._axes[param_name].at(share)
