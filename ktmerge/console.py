@@ -8,7 +8,8 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ktmerge.progress import Step, Unit
 
@@ -40,19 +41,27 @@ def stderr() -> Console:
     return Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 
+def _is_drawn_on(stream: TextIO) -> bool:
+    """Whether there is a terminal, or a wish for colours; to load what draws takes a tenth of a short command."""
+    return stream.isatty() or any(name in os.environ for name in ("FORCE_COLOR", "TTY_COMPATIBLE"))
+
+
 class TerminalProgress:
     """Bars with bytes or steps and time left, shown once work takes over two seconds; only notes off a terminal."""
 
     def __init__(self) -> None:
-        self._console = stderr()
+        self._console = stderr() if _is_drawn_on(sys.stderr) else None
         self._bars: RichBars | None = None
 
     def note(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        if self._console is None:
+            print(text, file=sys.stderr)
+        else:
+            self._console.print(text, markup=False)
 
     @contextmanager
     def task(self, description: str, total: float | None, unit: Unit = "items") -> Iterator[Step]:
-        if not self._console.is_terminal:
+        if self._console is None or not self._console.is_terminal:
             yield _Quiet()
             return
         outermost = self._bars is None
@@ -149,9 +158,9 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
 def print_pairs(pairs: Mapping[str, str]) -> None:
     """Print ``key  value`` lines, aligned."""
     width = max((len(key) for key in pairs), default=0)
-    console = stdout()
+    say = partial(stdout().print, markup=False) if _is_drawn_on(sys.stdout) else print
     for key, value in pairs.items():
-        console.print(f"{key:<{width}}  {_shown(value)}", markup=False)
+        say(f"{key:<{width}}  {_shown(value)}")
 
 
 def print_markdown(text: str) -> None:

@@ -120,6 +120,15 @@ def test_light_commands_load_nothing_heavy(toy_pair: tuple[Path, Path]) -> None:
     assert not any(loaded.values()), loaded
 
 
+def test_a_checked_recipe_is_told_to_a_pipe_without_what_draws_on_terminals() -> None:
+    script = (
+        "import sys\nfrom ktmerge.cli import main\n"
+        "try:\n    main(['recipe', 'check', 'ties'])\nexcept SystemExit:\n    assert 'rich.console' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("recipe  ties is valid\n")
+
+
 def test_a_method_is_found_without_loading_the_others() -> None:
     script = (
         "import sys\nfrom ktmerge.merge.registry import find_method, find_stage, methods\n"
