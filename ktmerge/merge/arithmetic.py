@@ -14,6 +14,11 @@ VECTORS = 64
 must not depend on where a piece ends."""
 
 
+def quotient(values: Tensor, divisor: float) -> Tensor:
+    """``values / divisor``, rounded once: on a GPU torch would multiply by the reciprocal of a plain number."""
+    return values / values.new_full((), divisor)
+
+
 def weighted_total(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """``sum_t w_t x_t``, left to right, every product and sum rounded by itself.
 

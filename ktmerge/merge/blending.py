@@ -151,7 +151,7 @@ def blend_into(
         model: a ``torch.nn.Module``.
         recipe: names base, experts and how to blend.
         sources: copies of base and experts in memory, for a sweep: what a blend lacks is read into them once.
-        device: auto, cpu or cuda: where to compute; never changes the result.
+        device: auto (where the model lies), cpu or cuda: where to compute; never changes the result.
         measured: say in the report what became of every tensor. A sweep asks for nothing: the report's ``tensors`` are
             empty then, and a candidate costs about as much as copying the parameters.
         progress: where to report.
@@ -165,7 +165,8 @@ def blend_into(
 
     plan = plan_blend(recipe) if sources is None else sources.plan(recipe)
     sink = LiveSink(model, plan.base) if sources is None else sources.sink(model, plan.base)
-    return execute(plan, sink, device, progress, pristine=sources, measured=measured)
+    place = sink.device if device == "auto" else device
+    return execute(plan, sink, place, progress, pristine=sources, measured=measured)
 
 
 def _config(plan: Plan, folder: str) -> str:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
+from typing import TYPE_CHECKING
 
 from ktmerge.errors import KtmergeError
 from ktmerge.merge.device import choose_device
@@ -22,6 +23,9 @@ from ktmerge.merge.selection import Recollected
 from ktmerge.merge.sinks import LiveSink, Sink
 from ktmerge.merge.source import Sources, changed_buffers, equal_bytes
 from ktmerge.progress import SILENT, Progress, Step
+
+if TYPE_CHECKING:
+    from ktmerge.merge.lanes import Lanes
 
 
 def execute(
@@ -40,7 +44,7 @@ def execute(
     Args:
         plan: what becomes of every tensor.
         sink: where the tensors go; what it has finished already is not made again.
-        device: auto, cpu or cuda.
+        device: auto, cpu or cuda; what a device would round otherwise is done on the CPU.
         progress: where to report.
         pristine: copies in memory to read instead of the files.
         chunk: elements worked on at a time; changes memory, never the result. None: what suits the machine.
@@ -54,7 +58,7 @@ def execute(
     started = time.perf_counter()
     place = choose_device(device)
     report = BlendReport(plan.recipe.name, [], device=place, notes=list(plan.notes))
-    with Sources(plan, place, chunk, pristine) as sources:
+    with Sources(plan, chunk, pristine) as sources:
         _require_tied(plan, sources)
         report.notes += _buffer_notes(plan, sources)
         done = _Engine(plan, sink, sources, place, progress, pristine, recollected, measured).run(chunk)
@@ -107,9 +111,12 @@ class _Engine:
         for tensor in (tensor for tensor in blended if tensor.name in straight):
             self._done[tensor.name] = TensorReport(tensor.name, tensor.part, tensor.method, tensor.info.numel)
         blended = [tensor for tensor in blended if tensor.name not in straight]
-        with self._fused(blended, chunk) as fused:
+        away = [tensor for tensor in blended if self._is_away(tensor)]
+        blended = [tensor for tensor in blended if not self._is_away(tensor)]
+        with self._fused(blended, chunk) as fused, self._lanes(away) as lanes:
             mine = fused.prepare(self._plan.tensors, self._progress) if fused is not None else frozenset()
             general = self._general([tensor for tensor in blended if tensor.name not in mine])
+            on_device = self._general(away, lanes)
             total = sum(tensor.info.nbytes for tensor in self._plan.tensors)
             with self._progress.task("blend", total, "bytes") as step:
                 step.advance(sum(tensor.info.nbytes for tensor in self._plan.tensors if tensor.name in self._done))
@@ -121,7 +128,7 @@ class _Engine:
                             refused.append(tensor)
                         else:
                             self._finish(tensor, result, step)
-                for tensor, result in chain(general, self._general(refused)):
+                for tensor, result in chain(on_device, general, self._general(refused)):
                     self._finish(tensor, result, step)
         return self._done
 
@@ -130,6 +137,10 @@ class _Engine:
         checkpoint = self._plan.base if tensor.expert is None else self._plan.expert(tensor.expert).checkpoint
         own = checkpoint.tensors[self._source(tensor)].dtype
         return tensor.action != "blend" and own == self._sink.dtype(tensor.name, tensor.dtype)
+
+    def _is_away(self, tensor: TensorPlan) -> bool:
+        """Whether it is made on a device."""
+        return self._device != "cpu" and tensor.pipeline is not None and tensor.pipeline.portable
 
     def _source(self, tensor: TensorPlan) -> str:
         """Its name where it is taken from."""
@@ -151,7 +162,7 @@ class _Engine:
 
     def _fused(self, left: Sequence[TensorPlan], chunk: int | None) -> AbstractContextManager[Fused | None]:
         """The compiled way, if there is one here and something for it to do."""
-        if self._device != "cpu" or not any(tensor.pipeline for tensor in left):
+        if not any(tensor.pipeline for tensor in left):
             return nullcontext()
         if not is_compiled(*_groups(left)):
             self._progress.note("compiling the kernels for this processor, once; it takes about twenty seconds")
@@ -165,13 +176,23 @@ class _Engine:
             return Fused(self._plan, self._sources, self._sink, kernels, chunk, known)
         return InPlace(self._plan, self._sources, self._sink, kernels, chunk, known, self._merged)
 
-    def _general(self, left: Sequence[TensorPlan]) -> Iterable[tuple[TensorPlan, TensorReport]]:
+    def _lanes(self, away: Sequence[TensorPlan]) -> AbstractContextManager[Lanes | None]:
+        """The ways to the device, if it has something to do."""
+        if not away:
+            return nullcontext()
+        from ktmerge.merge.lanes import Cuda, Lanes
+
+        return Lanes(Cuda(self._device))
+
+    def _general(
+        self, left: Sequence[TensorPlan], lanes: Lanes | None = None
+    ) -> Iterable[tuple[TensorPlan, TensorReport]]:
         """Take tensors through their stages as torch functions."""
         if not left:
             return ()
         from ktmerge.merge.general import General
 
-        general = General(self._plan, self._sink, self._sources, self._device, self._merged)
+        general = General(self._plan, self._sink, self._sources, lanes, self._merged)
         general.prepare(left, self._progress)
         return general.run(left)
 

@@ -15,6 +15,8 @@ from ktmerge.progress import Progress
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ktmerge.merge.lanes import Lanes
+
 Found = dict[tuple[int, str], dict[str, Any]]
 """Results of statistics: by position of the stage and expert (empty after combining), then by name."""
 
@@ -33,10 +35,11 @@ class Flow:
     gathered when the tensor's turn comes. Several threads may each take tensors through `merged`.
     """
 
-    def __init__(self, plan: Plan, sources: Sources, kernels: Kernels) -> None:
+    def __init__(self, plan: Plan, sources: Sources, kernels: Kernels, lanes: Lanes | None = None) -> None:
         self._plan = plan
         self._sources = sources
         self._kernels = kernels
+        self._lanes = lanes
         self._weights = {expert.name: expert.weight for expert in plan.experts}
         self._global: dict[str, Found] = {}
         self._local = _Local()
@@ -69,7 +72,7 @@ class Flow:
     def _chunks(self, tensor: TensorPlan) -> Iterator[Chunk]:
         pipeline = _pipeline(tensor)
         grain = pipeline.grain(Place(tensor.tensor_class, tensor.info.shape, tensor.layout))
-        return self._sources.chunks(tensor, whole=pipeline.reach == "tensor", grain=grain)
+        return self._sources.chunks(tensor, whole=pipeline.reach == "tensor", grain=grain, lanes=self._lanes)
 
     def _gather_pools(self, pools: Mapping[str, list[TensorPlan]], position: int, progress: Progress) -> None:
         observers = {

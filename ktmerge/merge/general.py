@@ -1,4 +1,4 @@
-"""The general way of a tensor: every stage a torch function, on any device.
+"""The general way of a tensor: every stage a torch function, here or on a device.
 
 It is what the compiled kernels are held against.
 """
@@ -9,7 +9,9 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,11 +29,16 @@ from ktmerge.merge.kernels.native import native
 from ktmerge.merge.merged import MergedDeltasOfPlan
 from ktmerge.merge.plan import Plan, TensorPlan
 from ktmerge.merge.report import TensorReport
-from ktmerge.merge.sinks import Sink
-from ktmerge.merge.source import CHUNK, Chunk, Sources
+from ktmerge.merge.sinks import LiveSink, Sink
+from ktmerge.merge.source import CHUNK, DEVICE_CHUNK, Chunk, Sources
 from ktmerge.merge.workspace import KINDS, WIDTHS
 from ktmerge.progress import Progress
 
+if TYPE_CHECKING:
+    from ktmerge.merge.lanes import Lanes
+
+_FEEDERS = 3
+"""Threads that give a device work."""
 _ROOM = 1 << 28
 """Bytes a core that whole tensors under work may take together; one that is larger is worked on alone."""
 
@@ -59,11 +66,10 @@ class _Room:
 
 
 @contextmanager
-def _one_thread_each(device: torch.device) -> Iterator[None]:
+def _one_thread_each() -> Iterator[None]:
     """No threads within an operation, whose number would show in the last bit of a sum."""
     before = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
     try:
         yield
     finally:
@@ -77,47 +83,54 @@ class General:
         plan: what becomes of every tensor.
         sink: where they go.
         sources: the open inputs.
-        device: as torch calls it.
-        merged: takes the merged deltas, for other blends of the same.
+        lanes: to the device to work on, if it is not to be done here; of portable pipelines only.
+        merged: takes the merged deltas, for other blends of the same; of what is done here.
     """
 
     def __init__(
-        self, plan: Plan, sink: Sink, sources: Sources, device: str, merged: MergedDeltasOfPlan | None = None
+        self,
+        plan: Plan,
+        sink: Sink,
+        sources: Sources,
+        lanes: Lanes | None = None,
+        merged: MergedDeltasOfPlan | None = None,
     ) -> None:
         self._plan = plan
         self._sink = sink
         self._sources = sources
-        self._device = torch.device(device)
-        self._merged = merged if self._device.type == "cpu" else None
-        self._kernels = kernels_for(self._device)
-        self._native = native() if self._device.type == "cpu" else None
-        self._flow = Flow(plan, sources, self._kernels)
+        self._lanes = lanes
+        self._merged = merged if lanes is None else None
+        self._kernels = kernels_for(torch.device("cpu") if lanes is None else lanes.device)
+        self._native = native() if lanes is None else None
+        self._flow = Flow(plan, sources, self._kernels, lanes)
+        self._leaving: dict[str, list[Future[None]]] = {}
 
     def prepare(self, tensors: Sequence[TensorPlan], progress: Progress) -> None:
         """Gather what these tensors have to know of others.
 
         Raises:
-            KtmergeError: an input is not finite.
+            KtmergeError: an input is not finite, or the device's memory is full.
         """
-        with torch.inference_mode(), _one_thread_each(self._device):
+        with torch.inference_mode(), _one_thread_each(), self._computing():
             self._flow.prepare(tensors, progress)
 
     def run(self, tensors: Sequence[TensorPlan]) -> Iterator[tuple[TensorPlan, TensorReport]]:
-        """Make these of the plan's tensors: on the CPU several at a time, each on one core.
+        """Make these of the plan's tensors: several at a time, each on one core.
 
-        So sums and decompositions give the same bits however many cores there are, and no core waits for another.
+        So sums and decompositions give the same bits however many cores there are, and no core waits for another. A
+        device is given work by several, so that one reads while another waits for it.
 
         Raises:
-            KtmergeError: an input is not finite, or a value overflows the output's type.
+            KtmergeError: an input is not finite, a value overflows the output's type, or the device's memory is full.
         """
-        workers = min(cores(), len(tensors)) if self._device.type == "cpu" else 1
+        workers = min(cores() if self._lanes is None else _FEEDERS, len(tensors))
         if workers < 2:
-            with _one_thread_each(self._device):
+            with _one_thread_each():
                 for tensor in tensors:
                     yield tensor, self._make(tensor)
             return
         room = _Room(_ROOM * workers)
-        with _one_thread_each(self._device), Workers(workers, "blend") as pool:
+        with _one_thread_each(), Workers(workers, "blend") as pool:
             running: deque[tuple[TensorPlan, Future[TensorReport]]] = deque()
             try:
                 for tensor in tensors:
@@ -138,12 +151,17 @@ class General:
 
     def _make(self, tensor: TensorPlan) -> TensorReport:
         result = TensorReport(tensor.name, tensor.part, tensor.method, tensor.info.numel)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._computing():
             if tensor.action == "blend":
                 self._blend(tensor, result)
             else:
                 self._convert(tensor)
+            for one in self._leaving.pop(tensor.name, ()):
+                one.result()
         return result
+
+    def _computing(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._lanes is None else self._lanes.computing()
 
     def _convert(self, tensor: TensorPlan) -> None:
         """Another's tensor, rounded to the output's type."""
@@ -154,7 +172,7 @@ class General:
             values = self._sources.of(expert).read(source, start, min(start + CHUNK, tensor.info.numel))
             if torch_dtype(tag).is_floating_point:
                 _refuse_overflow(tensor, values, torch_dtype(tag))
-            self._write(tensor, values.to(self._device), start, tag)
+            self._write(tensor, values, start, tag)
 
     def _blend(self, tensor: TensorPlan, result: TensorReport) -> None:
         tag = self._sink.dtype(tensor.name, tensor.dtype)
@@ -166,7 +184,7 @@ class General:
 
     def _store(self, tensor: TensorPlan, result: TensorReport, whole: Chunk, found: Tensor, tag: str) -> None:
         """Scale, settle, round and write a merged delta, some elements at a time: no further copy of a whole tensor."""
-        for chunk, merged in _pieces(whole, found):
+        for chunk, merged in _pieces(whole, found, CHUNK if self._lanes is None else DEVICE_CHUNK):
             if not self._store_compiled(tensor, result, chunk, merged, tag):
                 scaled = merged if tensor.lambda_ == 1 else merged * tensor.lambda_
                 values = settle(chunk, scaled)
@@ -213,14 +231,21 @@ class General:
             rounded = self._kernels.round(values, dtype, recipe.output.rounding, key, start)
         else:
             rounded = values.to(dtype)
-        self._sink.write(tensor.name, rounded, start)
+        if self._lanes is None or isinstance(self._sink, LiveSink):
+            self._sink.write(tensor.name, rounded, start)
+        else:
+            take = partial(self._take, tensor.name, start * dtype.itemsize)
+            self._leaving.setdefault(tensor.name, []).extend(self._lanes.download(rounded, take))
         return rounded
 
+    def _take(self, name: str, start: int, data: memoryview, begin: int) -> None:
+        self._sink.write_bytes(name, data, start + begin)
 
-def _pieces(whole: Chunk, merged: Tensor) -> Iterator[tuple[Chunk, Tensor]]:
-    """A chunk and its merged delta, at most `CHUNK` elements at a time."""
-    for start in range(0, whole.base.numel(), CHUNK):
-        yield whole.part(start, start + CHUNK), merged[start : start + CHUNK]
+
+def _pieces(whole: Chunk, merged: Tensor, size: int) -> Iterator[tuple[Chunk, Tensor]]:
+    """A chunk and its merged delta, at most ``size`` elements at a time."""
+    for start in range(0, whole.base.numel(), size):
+        yield whole.part(start, start + size), merged[start : start + size]
 
 
 def settle(chunk: Chunk, merged: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Pristine:
     """
 
     def __init__(self, device: str = "cpu") -> None:
-        self._device = device
+        self.device = device
         self._readers: dict[str, HostReader] = {}
         self._thresholds: dict[str, Thresholds] = {}
         self._merged = MergedDeltas()
@@ -63,7 +63,7 @@ class Pristine:
                 copies = {name: _copy(files, info) for name, info in checkpoint.tensors.items()}
                 files.check_unchanged()
             held = HostReader(checkpoint.tensors, copies)
-            self._readers[key] = held if self._device == "cpu" else DeviceReader(checkpoint.tensors, held, self._device)
+            self._readers[key] = held if self.device == "cpu" else DeviceReader(checkpoint.tensors, held, self.device)
         return self._readers[key]
 
     def thresholds(self, plan: Plan) -> Thresholds:
@@ -85,7 +85,7 @@ class Pristine:
 
     def straight(self, plan: Plan, sink: LiveSink, native: Native) -> Straight | None:
         """The shortest way into a model for plans like this one; None with several experts, or copies on a device."""
-        if len(plan.experts) != 1 or self._device != "cpu":
+        if len(plan.experts) != 1 or self.device != "cpu":
             return None
         expert = plan.experts[0]
         known = self._straights.get(sink)

@@ -46,11 +46,14 @@ def stage(
     needs: Callable[[Any], Any] = _no_needs,
     whole: Callable[[Any], bool] = _never,
     grain: Callable[[Any, Place], int] = _each_alone,
+    portable: bool = True,
 ) -> Callable[[Apply], Apply]:
     """Register the decorated function as a stage; see `Stage` for what it must be like."""
 
     def register(apply: Apply) -> Apply:
-        add_stage(Stage(name, kind, parameters, apply, reach, statistics, objection, compiled, needs, whole, grain))
+        add_stage(
+            Stage(name, kind, parameters, apply, reach, statistics, objection, compiled, needs, whole, grain, portable)
+        )
         return apply
 
     return register

@@ -122,6 +122,12 @@ class LiveSink:
         return self._places.get(name)
 
     @property
+    def device(self) -> str:
+        """The CUDA device that all of it lies on, else ``cpu``: where blending into it takes the fewest copies."""
+        places = {str(target.device) for target in self._targets.values() if target.device.type == "cuda"}
+        return places.pop() if len(places) == 1 and not self._places else "cpu"
+
+    @property
     def targets(self) -> Mapping[str, Tensor]:
         """What is written into, by the base's names; buffers that the model computes itself are in none."""
         return self._targets

@@ -1,4 +1,4 @@
-"""Pieces of one tensor in base and experts, as fp32 on the device. Knows the plan; knows nothing about methods.
+"""Pieces of one tensor in base and experts, as fp32, here or on a device. Knows the plan; knows nothing about methods.
 
 Loads torch with the first piece.
 """
@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from ktmerge.checkpoints import Reader, TensorReader
+from ktmerge.checkpoints.dtypes import torch_dtype
 from ktmerge.checkpoints.workers import Workers
 from ktmerge.errors import KtmergeError
 from ktmerge.merge.measured import OpenStatistics, TensorMeasurements, stored_fisher
@@ -23,12 +25,13 @@ from ktmerge.merge.plan import Plan, TensorPlan
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ktmerge.merge.lanes import Lanes
     from ktmerge.merge.pristine import Pristine
 
 CHUNK = 1 << 17
 """Elements of a piece on the CPU: what is computed on the way stays in the cache."""
-_DEVICE_CHUNK = 1 << 20
-"""The same on another device, which takes a while to begin with each."""
+DEVICE_CHUNK = 1 << 20
+"""The same on a device, which takes a while to begin with each."""
 HELD = 128 << 20
 """Tensors of up to this many bytes, base and experts together, are read once and held while they are worked on."""
 
@@ -69,16 +72,17 @@ class Chunk:
 class _Held(threading.local):
     """The tensor a thread works on, as it is in base and experts."""
 
-    name = ""
+    key: tuple[str, Lanes | None] = ("", None)
     values: Sequence[Tensor] = ()
 
 
 class Sources:
     """Context manager that holds the open files of all inputs."""
 
-    def __init__(self, plan: Plan, device: str, chunk: int | None = None, pristine: Pristine | None = None) -> None:
-        self._device = device
-        self._chunk = chunk or (CHUNK if device == "cpu" else _DEVICE_CHUNK)
+    def __init__(self, plan: Plan, chunk: int | None = None, pristine: Pristine | None = None) -> None:
+        self._plan = plan
+        self._chunk = chunk
+        self._placed = pristine is not None and pristine.device != "cpu"
         self._keep_base = plan.recipe.output.not_finite == "keep_base"
         self._stack = ExitStack()
         if pristine is None:
@@ -127,33 +131,31 @@ class Sources:
         known = [one for one in found if one is not None]
         return known if len(known) == len(found) else None
 
-    def chunks(self, tensor: TensorPlan, *, whole: bool = False, grain: int = 1) -> Iterator[Chunk]:
+    def chunks(
+        self, tensor: TensorPlan, *, whole: bool = False, grain: int = 1, lanes: Lanes | None = None
+    ) -> Iterator[Chunk]:
         """The tensor piece by piece, or in one piece; all but the last are of multiples of ``grain`` elements.
+
+        With ``lanes`` they are on the device that these lead to.
 
         Raises:
             KtmergeError: an input is not finite somewhere; tensor, model and count are named.
         """
         total = tensor.info.numel
-        step = max(total, 1) if whole else max(1, self._chunk // grain) * grain
+        size = self._chunk or (CHUNK if lanes is None else DEVICE_CHUNK)
+        step = max(total, 1) if whole else max(1, size // grain) * grain
         pieces = [(start, min(start + step, total)) for start in range(0, total, step)]
-        if len(pieces) < 2:
-            for piece in pieces:
-                yield self._chunk_of(tensor, piece[0], self._load(tensor, *piece))
+        if len(pieces) < 2 or self._placed or self._is_held(tensor):
+            for start, stop in pieces:
+                yield self._chunk_of(tensor, start, self._native(tensor, start, stop, lanes))
             return
         with Workers(1, "read") as ahead:  # the next piece is read while this one is worked on
-            coming = ahead.submit(self._load, tensor, *pieces[0])
+            coming = ahead.submit(self._read, tensor, 0, step, lanes)
             for (start, _), following in zip_longest(pieces, pieces[1:]):
                 loaded = coming.result()
                 if following is not None:
-                    coming = ahead.submit(self._load, tensor, *following)
-                yield self._chunk_of(tensor, start, loaded)
-
-    def _load(self, tensor: TensorPlan, start: int, stop: int) -> Sequence[Tensor]:
-        """Raw elements on their way to the device: from pinned memory the copy goes on beside the arithmetic."""
-        found = self._native(tensor, start, stop)
-        if self._device == "cpu" or found[0].is_cuda:
-            return found
-        return [raw.pin_memory().to(self._device, non_blocking=True) for raw in found]
+                    coming = ahead.submit(self._read, tensor, following[0], following[1], lanes)
+                yield self._chunk_of(tensor, start, loaded())
 
     def _chunk_of(self, tensor: TensorPlan, start: int, native: Sequence[Tensor]) -> Chunk:
         import torch
@@ -172,19 +174,36 @@ class Sources:
             self._checked.add((tensor.name, start))
         return Chunk(start, base, own, tuple(experts), deltas)
 
-    def _native(self, tensor: TensorPlan, start: int, stop: int) -> Sequence[Tensor]:
+    def _is_held(self, tensor: TensorPlan) -> bool:
+        return not self._placed and tensor.info.nbytes * (1 + len(tensor.sources)) <= HELD
+
+    def _native(self, tensor: TensorPlan, start: int, stop: int, lanes: Lanes | None) -> Sequence[Tensor]:
         """The same elements of base and experts, in their own types."""
-        if tensor.info.nbytes * (1 + len(tensor.sources)) > HELD:
-            return self._read(tensor, start, stop)
+        if not self._is_held(tensor):
+            return self._read(tensor, start, stop, lanes)()
         held = self._held
-        if held.name != tensor.name:
-            held.values = self._read(tensor, 0, tensor.info.numel)
-            held.name = tensor.name
+        if held.key != (tensor.name, lanes):
+            held.key, held.values = ("", None), ()
+            held.values = self._read(tensor, 0, tensor.info.numel, lanes)()
+            held.key = tensor.name, lanes
         return [whole[start:stop] for whole in held.values]
 
-    def _read(self, tensor: TensorPlan, start: int, stop: int) -> list[Tensor]:
-        found = [self.base.read(tensor.name, start, stop)]
-        return found + [self.experts[name].read(source, start, stop) for name, source in tensor.sources.items()]
+    def _read(self, tensor: TensorPlan, start: int, stop: int, lanes: Lanes | None) -> Callable[[], Sequence[Tensor]]:
+        """Read them, or bring them on their way to the device; what to call where they are to be worked on."""
+        owners = [(self.base, tensor.name, self._plan.base.tensors)]
+        for name, source in tensor.sources.items():
+            owners.append((self.experts[name], source, self._plan.expert(name).checkpoint.tensors))
+        if lanes is not None and not self._placed:
+            from ktmerge.merge.lanes import Load
+
+            loads = [
+                Load(partial(_fill, reader, name, start), stop - start, torch_dtype(tensors[name].dtype))
+                for reader, name, tensors in owners
+            ]
+            return partial(lanes.receive, lanes.upload(loads))
+        place = "cpu" if lanes is None else lanes.device
+        found = [reader.read(name, start, stop).to(place) for reader, name, _ in owners]
+        return lambda: found
 
     def _refuse_not_finite(self, tensor: TensorPlan) -> None:
         """Say whose values are not finite. A delta shows it, whichever of the two it comes from."""
@@ -194,13 +213,17 @@ class Sources:
         owners += [(f"expert '{name}'", self.experts[name], source) for name, source in tensor.sources.items()]
         for owner, reader, source in owners:
             count = 0
-            for start in range(0, tensor.info.numel, self._chunk):
-                piece = reader.read(source, start, min(start + self._chunk, tensor.info.numel))
+            for start in range(0, tensor.info.numel, DEVICE_CHUNK):
+                piece = reader.read(source, start, min(start + DEVICE_CHUNK, tensor.info.numel))
                 count += int((~torch.isfinite(piece)).sum())
             if count:
                 found = f"{owner}: tensor '{source}' has {count} values that are NaN or infinite"
                 hint = "give a sound checkpoint, or keep the base's value there with output.not_finite: keep_base"
                 raise KtmergeError(f"{found}; blending would spread them: {hint}.")
+
+
+def _fill(reader: Reader, name: str, start: int, begin: int, target: memoryview) -> None:
+    reader.read_into(name, start + begin, target)
 
 
 def _difference(expert: Tensor, base: Tensor) -> Tensor:

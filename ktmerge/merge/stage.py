@@ -216,6 +216,9 @@ class Stage:
         whole: parameters with which a stage of reach ``element`` works as one of reach ``tensor``.
         grain: how many elements a stage of reach ``element`` wants to see together, as a row's: pieces begin and end at
             multiples of it.
+        portable: whether a stage of reach ``element`` rounds as IEEE 754 says and no other way, so that every device
+            gives the same bits: no exponentials, no sums of fractions in an order of the device's own choice, no matrix
+            products. A GPU is given nothing else; divisions by a plain number are `ktmerge.merge.arithmetic.quotient`.
         objection: why these parameters cannot go with these experts and weights, if they cannot; asked while planning.
         compiled: the same in the words of `ktmerge.merge.program`, for the compiled kernels, or None: of a transform,
             given the parameters, a Trim or Drop; of a combine, given parameters and weights by name, a Sum, Largest or
@@ -234,6 +237,7 @@ class Stage:
     needs: Callable[[Any], Sequence[Need]] = _no_needs
     whole: Callable[[Any], bool] = _never
     grain: Callable[[Any, Place], int] = _each_alone
+    portable: bool = True
 
     @property
     def on_maps(self) -> bool:
@@ -294,6 +298,11 @@ class Pipeline:
     def reach(self) -> Reach:
         """``tensor`` if any stage has to see tensors whole."""
         return "tensor" if any(use.reach == "tensor" for use in self.uses) else "element"
+
+    @property
+    def portable(self) -> bool:
+        """Whether every device gives the same bits."""
+        return self.reach == "element" and all(use.stage.portable for use in self.uses)
 
     def grain(self, place: Place) -> int:
         """How many elements of a tensor have to be in one piece, for the sake of all stages."""

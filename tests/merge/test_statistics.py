@@ -82,7 +82,7 @@ def test_inputs_are_those_of_the_tensor(tmp_path: Path, weighed: None) -> None:
     document["experts"]["a"]["statistics"] = measure(tmp_path / "experts" / "a", tmp_path / "stats" / "a")
     plan = plan_blend(parse_recipe(document, "recipe", tmp_path))
     tensor = next(one for one in plan.tensors if one.name == MATRIX)
-    with Sources(plan, "cpu") as sources:
+    with Sources(plan) as sources:
         found = sources.measurements(tensor, 0, torch.zeros(12, 10))
         assert found.inputs().equal(random(f"inputs base {MATRIX}", (40, 10)))
         assert found.inputs("a").equal(random(f"inputs a {MATRIX}", (40, 10)))

@@ -41,7 +41,7 @@ def _rows(parameters: ArceeFusionParameters, place: Place) -> int:
     return row_size(place)
 
 
-@stage("arcee_fusion", "transform", ArceeFusionParameters, statistics=_limit, grain=_rows)
+@stage("arcee_fusion", "transform", ArceeFusionParameters, statistics=_limit, grain=_rows, portable=False)
 def arcee_fusion(delta: Tensor, parameters: ArceeFusionParameters, context: Context) -> Tensor:
     """Keep elements of importance |tau_j| ||tau_row|| >= median + k (third - first quartile), quartiles exact.
 

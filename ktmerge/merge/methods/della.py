@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from ktmerge.merge.arithmetic import quotient
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.matrices import row_size
 from ktmerge.merge.registry import method, stage
@@ -65,7 +66,7 @@ def magprune(delta: Tensor, parameters: MagpruneParameters, context: Context) ->
 
     def choose(rows: Tensor, ranks: Tensor, elements: Tensor) -> Tensor:
         last = rows.shape[1] - 1
-        r = ranks.double() / last if last else torch.full_like(ranks, 0.5, dtype=torch.float64)
+        r = quotient(ranks.double(), last) if last else torch.full_like(ranks, 0.5, dtype=torch.float64)
         chances = (parameters.density - parameters.epsilon) + 2 * parameters.epsilon * r
         kept = torch.where(words[elements - context.start] < (chances * 2**32).round(), rows, 0.0)
         return kept * (1 / chances).float() if parameters.rescale == "elementwise" else kept

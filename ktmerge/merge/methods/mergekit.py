@@ -106,8 +106,7 @@ def _merge(theirs: Any, deltas: list[Tensor], parameters: Parameters, context: C
     if _takes_base(theirs):
         tensors.insert(0, context.base)
         ids.insert(0, _BASE)
-    devices = [context.base.device] if context.base.is_cuda else []
-    with _GENERATOR, torch.random.fork_rng(devices=devices), torch.no_grad():
+    with _GENERATOR, torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(stream_key(context.seed, theirs.spec.name, "", context.tensor))
         try:
             merged: Tensor = merge_tensors(

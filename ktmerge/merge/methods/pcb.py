@@ -90,7 +90,7 @@ def _vectors(parameters: PcbParameters, place: Place) -> int:
     return VECTORS
 
 
-@stage("balance", "combine", PcbParameters, statistics=_levels, objection=_objection, grain=_vectors)
+@stage("balance", "combine", PcbParameters, statistics=_levels, objection=_objection, grain=_vectors, portable=False)
 def balance(deltas: list[Tensor], parameters: PcbParameters, context: Context) -> Tensor:
     """Mean of the deltas by how much each matters and how little others object (arXiv:2410.02396).
 

@@ -99,7 +99,7 @@ def _vectors(parameters: SpiderParameters, place: Place) -> int:
     return VECTORS
 
 
-@stage("spider", "transform", SpiderParameters, statistics=_statistics, grain=_vectors)
+@stage("spider", "transform", SpiderParameters, statistics=_statistics, grain=_vectors, portable=False)
 def spider(delta: Tensor, parameters: SpiderParameters, context: Context) -> Tensor:
     """Keep tau times c = r_t / (r_0 + r_t) where r_t > r_0 + kappa (arXiv:2411.10928, eq. 4-7, with tau as the update).
 
