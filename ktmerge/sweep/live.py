@@ -55,7 +55,7 @@ class LiveModel:
         self._length = context_length(Checkpoint.open(root).config)
         self._root = root
         self._sight: Sight | None = None
-        self._sources = Pristine(self._device.type)
+        self._sources = Pristine(str(self._device))
         self._blended: Recipe | None = None
 
     @cached_property
@@ -82,7 +82,7 @@ class LiveModel:
             if self._gigabytes:
                 stack.enter_context(keeping(self._gigabytes))
             blend_into(
-                self.model, recipe, self._sources, device=self._device.type, measured=False, progress=self._progress
+                self.model, recipe, self._sources, device=str(self._device), measured=False, progress=self._progress
             )
         self._blended = recipe
 
@@ -105,7 +105,7 @@ class LiveModel:
     def copy_of(self, recipe: Recipe) -> Any:
         """A second model that stays what the recipe gives."""
         model = load_model(self._root, self._device, choose_dtype(self._device))
-        blend_into(model, recipe, self._sources, device=self._device.type, measured=False)
+        blend_into(model, recipe, self._sources, device=str(self._device), measured=False)
         return model
 
     def digest(self, recipe: Recipe) -> str | None:

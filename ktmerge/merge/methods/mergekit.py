@@ -107,7 +107,7 @@ def _merge(theirs: Any, deltas: list[Tensor], parameters: Parameters, context: C
         tensors.insert(0, context.base)
         ids.insert(0, _BASE)
     with _GENERATOR, torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(stream_key(context.seed, theirs.spec.name, "", context.tensor))
+        torch.default_generator.manual_seed(stream_key(context.seed, theirs.spec.name, "", context.tensor))
         try:
             merged: Tensor = merge_tensors(
                 tensors,
