@@ -7,9 +7,7 @@ import ipaddress
 import os
 import socket
 import sys
-import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from http.client import HTTPException, HTTPResponse, IncompleteRead
@@ -22,13 +20,11 @@ from ktmerge.checkpoints.workroom import passing_room, workroom
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.sharing import contents
 from ktmerge.sharing.archive import Archive
+from ktmerge.sharing.opening import EndlessError, opened
 from ktmerge.sharing.retrying import retried
 from ktmerge.sharing.source import ArchiveSource
 
 _BLOCK = 1 << 20
-_SECONDS = 60
-_SLOWEST, _PATIENCE = 1000, 60
-"""Bytes a second that a server has to send on average, once it has had so many seconds."""
 _PIECE = 1 << 16
 _NO_HEAD = (403, 405, 501)
 """What servers say that answer no HEAD; addresses that are signed are signed for one method."""
@@ -94,7 +90,7 @@ class UrlSource:
                 target.truncate(start)
                 target.seek(start)
                 count = start
-                for block in _received(answer, self.where):
+                for block in _received(answer):
                     count += len(block)
                     if count > (_MOST_UNTOLD if size is None else size):
                         raise UsageError(f"{self.where}: is larger than its server told; nothing was unpacked.")
@@ -115,7 +111,7 @@ class UrlSource:
                     return None, None
                 raise
             strong = tag if tag and not tag.startswith("W/") else None
-            return (int(length) if length and length.isdigit() else None), strong
+            return (int(length) if length and length.isdecimal() else None), strong
 
         found: tuple[int | None, str | None] = self._asked(ask)
         return found
@@ -188,7 +184,7 @@ class _Pieces(io.RawIOBase):
             with _opened(self._address, {"Range": span}) as answer:
                 if answer.status != 206:
                     raise KtmergeError("the server gave pieces before, and now does not.")
-                return b"".join(_received(answer, _without_query(self._address), wanted))
+                return b"".join(_received(answer, wanted))
 
         found = self._asked(piece)
         buffer[: len(found)] = found
@@ -196,34 +192,17 @@ class _Pieces(io.RawIOBase):
         return len(found)
 
 
-class _SafeRedirects(urllib.request.HTTPRedirectHandler):
-    """Redirects lead to no other kind of address."""
-
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        _require_safe(newurl, req.full_url)
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
 def _opened(address: str, headers: Mapping[str, str] | None = None, *, method: str = "GET", data: Any = None) -> Any:
-    request = urllib.request.Request(address, data=data, method=method)
-    for name, value in {"User-Agent": "ktmerge", "Accept-Encoding": "identity", **(headers or {})}.items():
-        request.add_header(name, value)
-    answer: HTTPResponse = urllib.request.build_opener(_SafeRedirects).open(request, timeout=_SECONDS)
-    return answer
+    told = {"User-Agent": "ktmerge", "Accept-Encoding": "identity", **(headers or {})}
+    return opened(address, told, _require_safe, method=method, data=data)
 
 
-def _received(answer: HTTPResponse, where: str, most: int = sys.maxsize) -> Iterator[bytes]:
-    """What a server sends, unless it takes so long that it might never end.
-
-    Raises:
-        KtmergeError: likewise.
-    """
-    began, count = time.monotonic(), 0
+def _received(answer: HTTPResponse, most: int = sys.maxsize) -> Iterator[bytes]:
+    """What a server sends, to its end or so many bytes."""
+    count = 0
     while count < most and (block := answer.read1(min(_BLOCK, most - count))):
         count += len(block)
         yield block
-        if (passed := time.monotonic() - began) > _PATIENCE and count < _SLOWEST * passed:
-            raise KtmergeError(f"{where}: sends less than {_SLOWEST} bytes a second; given up.")
 
 
 def _gives_pieces(address: str) -> bool:
@@ -234,6 +213,8 @@ def _gives_pieces(address: str) -> bool:
 def _asked(call: Callable[[], Any], where: str) -> Any:
     try:
         return retried(call, where)
+    except EndlessError as error:
+        raise KtmergeError(f"{where}: {error}; given up.") from None
     except urllib.error.HTTPError as error:
         kind = UsageError if error.code < 500 and error.code != 429 else KtmergeError
         raise kind(f"{where}: the server says {error.code} {error.reason}.") from None

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from socketserver import BaseRequestHandler
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -259,7 +260,7 @@ ROUTES: dict[str, Any] = {
 
 
 @contextmanager
-def served(handler: type[BaseHTTPRequestHandler], **attributes: Any) -> Iterator[str]:
+def served(handler: type[BaseRequestHandler], **attributes: Any) -> Iterator[str]:
     """A server of its own thread, with attributes for its handler; its address."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Served", (handler,), attributes))
     server.daemon_threads = True

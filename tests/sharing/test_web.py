@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import socketserver
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -177,11 +179,71 @@ def test_no_redirect_leads_into_a_network_of_its_own(address: str) -> None:
 
 def test_a_server_that_might_never_end(place: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     offer = api.look(serve(pieces=False))
-    monkeypatch.setattr("ktmerge.sharing.web._SLOWEST", 1 << 40)
-    monkeypatch.setattr("ktmerge.sharing.web._PATIENCE", 0)
-    with pytest.raises(KtmergeError, match="bytes a second; given up"):
+    monkeypatch.setattr("ktmerge.sharing.opening._SLOWEST", 1 << 40)
+    monkeypatch.setattr("ktmerge.sharing.opening._PATIENCE", 0)
+    with pytest.raises(KtmergeError, match=r"r\.ktr: sends less than \d+ bytes a second; given up"):
         api.unpack(offer, "out")
     assert sorted(path.name for path in Path().iterdir() if "out" in path.name) == []
+
+
+class Dripping(socketserver.BaseRequestHandler):
+    """Sends its answer in so many small parts, without end."""
+
+    first: bytes
+    part: bytes
+    pause: float
+
+    def handle(self) -> None:
+        self.request.recv(65536)
+        with suppress(OSError):
+            self.request.sendall(self.first)
+            while not time.sleep(self.pause):
+                self.request.sendall(self.part)
+
+
+@pytest.mark.parametrize(
+    ("first", "part", "pause", "words"),
+    [
+        (b"HTTP/1.1 200 OK\r\nX-Long: ", b"a", 0.01, "sends less than"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"0", 0.01, "sends less than"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n" * 4000, 0, "headers without end"),
+        (b"", b"HTTP/1.1 200 OK\r\n", 0, "broke off"),
+    ],
+    ids=["header", "chunk", "continue", "lines"],
+)
+def test_answers_that_never_come_to_an_end(
+    place: Path, monkeypatch: pytest.MonkeyPatch, first: bytes, part: bytes, pause: float, words: str
+) -> None:
+    monkeypatch.setattr("ktmerge.sharing.opening._PATIENCE", 0.2)
+    monkeypatch.setattr("ktmerge.sharing.retrying._FIRST", 0.01)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with served(Dripping, first=first, part=part, pause=pause) as address, pytest.raises(KtmergeError, match=words):
+        api.unpack(api.look(f"{address}/r.ktr"), "out")
+    assert not Path("out").exists()
+
+
+def test_what_comes_with_a_redirect_is_not_read(place: Path, serve: Serve) -> None:
+    target = serve()
+    first = f"HTTP/1.1 302 Found\r\nLocation: {target}\r\n\r\n".encode()
+    with served(Dripping, first=first, part=b"x" * 1_000_000, pause=0) as address:
+        api.unpack(f"{address}/r.ktr", "out")
+    assert Path("out/recipe.yaml").is_file()
+
+
+def test_redirects_in_a_circle(place: Path, serve: Serve) -> None:
+    seen: list[tuple[str, str | None]] = []
+    with pytest.raises(UsageError, match="the server says 302"):
+        api.look(serve(seen=seen, location="/again"))
+    assert len(seen) < 20
+
+
+def test_a_length_that_is_no_number(place: Path, serve: Serve) -> None:
+    class Odd(Files):
+        def send_header(self, keyword: str, value: str) -> None:
+            super().send_header(keyword, "\xb2" if keyword == "Content-Length" else value)
+
+    with served(Odd, raw=Path("r.ktr").read_bytes(), seen=[], statuses=[], cuts=[], sent=[]) as address:
+        assert api.look(f"{address}/r.ktr").size is None
 
 
 def test_keys_in_addresses_are_not_told(place: Path, serve: Serve) -> None:
