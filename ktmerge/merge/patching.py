@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-_ROOM = 1 << 21
-"""Numbers that the systems solved at a time may hold together: few enough for the processor's cache."""
+_CACHED, _ROOM = 1 << 19, 1 << 27
+"""Numbers that the systems solved at a time may hold together: few enough for a processor's cache, or a gigabyte of
+another device's memory, which wants many at a time."""
 _PIECE = 128
-"""Rows of a system that are gathered at a time, as far as its diagonal."""
+"""Rows of a system that are gathered at a time, from the diagonal on."""
 
 
 def fitted(target: Tensor, moment: Tensor, mask: Tensor) -> Tensor:
@@ -35,45 +36,53 @@ def fitted(target: Tensor, moment: Tensor, mask: Tensor) -> Tensor:
         return patch
     sizes = mask.sum(1)
     order = sizes.argsort(stable=True)
-    start = int((sizes == 0).sum())
-    while start < order.numel():
+    ascending = sizes[order].tolist()
+    most = _CACHED if moment.device.type == "cpu" else _ROOM
+    room = moment.new_empty(max(min(most, len(ascending) * ascending[-1] ** 2), ascending[-1] ** 2))
+    start = ascending.count(0)
+    while start < len(ascending):
         stop = start + 1
-        while stop < order.numel() and (stop + 1 - start) * int(sizes[order[stop]]) ** 2 <= _ROOM:
+        while stop < len(ascending) and (stop + 1 - start) * ascending[stop] ** 2 <= most:
             stop += 1
         rows = order[start:stop]
-        patch[rows] = _solved(target[rows], moment, mask[rows])
+        patch[rows] = _solved(target[rows], moment, mask[rows], room)
         start = stop
     return patch
 
 
-def _solved(target: Tensor, moment: Tensor, mask: Tensor) -> Tensor:
-    """The same of a few rows, each with entries; systems are filled up with ones to the largest one's size."""
+def _solved(target: Tensor, moment: Tensor, mask: Tensor, room: Tensor) -> Tensor:
+    """The same of a few rows, each with entries; systems are filled up with ones to the largest one's size.
+
+    Gathered and factored in ``room``: fresh memory for each would take as long as its Cholesky factor.
+    """
     import torch
 
     sizes = mask.sum(1)
-    wide = int(sizes.max())
+    count, wide = mask.shape[0], int(sizes.max())
     places = torch.argsort(mask.to(torch.uint8), dim=1, descending=True, stable=True)[:, :wide]
-    systems, right = _lower(moment, places), target.gather(1, places)
+    upper, right = room[: count * wide**2].view(count, wide, wide), target.gather(1, places)
+    _gather(upper, moment, places)
     if int(sizes.min()) < wide:
         real = mask.gather(1, places)
-        systems.mul_(real.unsqueeze(2) & real.unsqueeze(1))
-        systems.diagonal(dim1=1, dim2=2).add_((~real).to(moment.dtype))
+        upper.mul_(real.unsqueeze(2) & real.unsqueeze(1))
+        upper.diagonal(dim1=1, dim2=2).add_((~real).to(moment.dtype))
         right = torch.where(real, right, 0.0)
-    factors = torch.linalg.cholesky(systems)
+    factors = upper.mT
+    told = torch.empty(count, dtype=torch.int32, device=moment.device)
+    torch.linalg.cholesky_ex(factors, check_errors=True, out=(factors, told))
     # two triangular solves: cholesky_solve copies every factor first
     half = torch.linalg.solve_triangular(factors, right.unsqueeze(2), upper=False)
-    found = torch.linalg.solve_triangular(factors.mT, half, upper=True).squeeze(2)
+    found = torch.linalg.solve_triangular(upper, half, upper=True).squeeze(2)
     return torch.zeros_like(target).scatter_(1, places, found)
 
 
-def _lower(moment: Tensor, places: Tensor) -> Tensor:
-    """The submatrices ``[n, s, s]`` of H at ``places [n, s]``; not all above the diagonal, which nobody reads."""
-    count, wide = places.shape
-    found = moment.new_zeros(count, wide, wide)
+def _gather(upper: Tensor, moment: Tensor, places: Tensor) -> None:
+    """Set ``upper [n, s, s]`` to the submatrices of H at ``places [n, s]``; below the diagonal not all of it."""
+    wide, firsts, flat = upper.shape[1], places * moment.shape[1], moment.reshape(-1)
     for start in range(0, wide, _PIECE):
-        stop = min(start + _PIECE, wide)
-        found[:, start:stop, :stop] = moment[places[:, start:stop].unsqueeze(2), places[:, :stop].unsqueeze(1)]
-    return found
+        part = upper[:, start : start + _PIECE, start:]
+        index = firsts[:, start : start + _PIECE].unsqueeze(2) + places[:, start:].unsqueeze(1)
+        part.copy_(flat.index_select(0, index.view(-1)).view_as(part))
 
 
 def inverse_factor(moment: Tensor) -> Tensor:
