@@ -59,7 +59,8 @@ def _importance(delta: Tensor, context: Context) -> Tensor:
 
     def root(rows: Tensor) -> Tensor:
         exact = rows.double()
-        return (exact.abs() * exact.norm(dim=1, keepdim=True)).sqrt().float()
+        size: Tensor = exact.norm(dim=1, keepdim=True)
+        return (exact.abs() * size).sqrt().float()
 
     return map_rows(delta, context, root)
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from ktmerge.checkpoints import TensorClass
-from ktmerge.merge.methods.wudi import positive
 from ktmerge.merge.program import Ramp
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, Need, Parameters, Promises, Stages
+from ktmerge.merge.weights import positive
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from ktmerge.merge.methods.wudi import MEANS, positive
+from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, Parameters, Promises, SplitFused, Stages
+from ktmerge.merge.weights import positive
 
 if TYPE_CHECKING:
     from torch import Tensor

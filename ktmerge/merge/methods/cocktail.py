@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from ktmerge.merge.arithmetic import weighted_total
-from ktmerge.merge.methods.slerp import positive
 from ktmerge.merge.program import Sum
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
+from ktmerge.merge.weights import positive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,7 @@ def _objection(parameters: CocktailParameters, weights: Mapping[str, float]) -> 
         return f"losses: give one for each expert ({', '.join(weights)}), and no other"
     if not all(math.isfinite(loss) for loss in parameters.losses.values()):
         return "losses: a loss is a finite number"
-    return positive(weights)
+    return positive(parameters, weights)
 
 
 def _compiled(parameters: CocktailParameters, weights: Mapping[str, float]) -> Sum:

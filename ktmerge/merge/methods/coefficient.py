@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from ktmerge.merge.methods.backmerge import NEEDS, TRUSTED, TrustParameters
-from ktmerge.merge.methods.wudi import positive
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, Need, Promises, SplitFused, Stages
+from ktmerge.merge.weights import positive
 
 if TYPE_CHECKING:
     from torch import Tensor

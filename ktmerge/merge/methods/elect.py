@@ -11,6 +11,7 @@ from ktmerge.merge.arithmetic import weighted_total
 from ktmerge.merge.program import Elect
 from ktmerge.merge.registry import stage
 from ktmerge.merge.stage import Context, OnePass, Parameters, Scope, Statistic
+from ktmerge.merge.weights import positive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,8 +38,8 @@ class ElectParameters(Parameters):
 
 
 def _objection(parameters: ElectParameters, weights: Mapping[str, float]) -> str | None:
-    if min(weights.values()) < 0 or max(weights.values()) <= 0:
-        return "sign election needs expert weights of 0 or more, one of them positive; use task_arithmetic to subtract"
+    if objection := positive(parameters, weights):
+        return objection
     if parameters.aggregate in IGNORE_WEIGHTS and len(set(weights.values())) > 1:
         return f"aggregate '{parameters.aggregate}' would ignore the unequal expert weights; use wmean"
     return None

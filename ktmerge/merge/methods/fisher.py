@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from ktmerge.merge.arithmetic import quotient
 from ktmerge.merge.kernels.codes import INFORMED
-from ktmerge.merge.methods.wudi import positive
 from ktmerge.merge.program import Ruled, Sum
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, Need, Parameters, Promises, Stages
+from ktmerge.merge.weights import positive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,7 +117,7 @@ def _merged(
         plain += weight * delta.double()
     if base_weight:
         total += information(context, "", parameters.norm, parameters.floor) * base_weight
-    return torch.where(total > 0, wanted / total, plain / (sum(weights) + base_weight)).float()
+    return torch.where(total > 0, wanted / total, quotient(plain, sum(weights) + base_weight)).float()
 
 
 def information(context: Context, expert: str, norm: str, floor: float) -> Tensor:
@@ -130,7 +131,7 @@ def information(context: Context, expert: str, norm: str, floor: float) -> Tenso
     values = measured.fisher(expert).double().reshape(context.base.shape)
     if norm == "none":
         return values + floor * size
-    return (values / size if size > 0 else values) + floor
+    return (quotient(values, size) if size > 0 else values) + floor
 
 
 method(

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from ktmerge.merge.methods.slerp import positive
 from ktmerge.merge.program import Measured
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.weights import positive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,11 +46,7 @@ def _compiled_nmean(parameters: Parameters, weights: Mapping[str, float]) -> Mea
     return _measured(0, weights)
 
 
-def _objection(parameters: Parameters, weights: Mapping[str, float]) -> str | None:
-    return positive(weights)
-
-
-@stage("karcher", "combine", KarcherParameters, statistics=_geometry, objection=_objection, compiled=_compiled_karcher)
+@stage("karcher", "combine", KarcherParameters, statistics=_geometry, objection=positive, compiled=_compiled_karcher)
 def karcher(deltas: list[Tensor], parameters: KarcherParameters, context: Context) -> Tensor:
     """Mean length along the mean direction on the sphere (Karcher, 1977): d <- exp_d(sum_t w_t log_d(tau_t/|tau_t|)).
 
@@ -62,7 +58,7 @@ def karcher(deltas: list[Tensor], parameters: KarcherParameters, context: Contex
     return _along_mean_direction(deltas, parameters.iterations, context)
 
 
-@stage("nmean", "combine", statistics=_geometry, objection=_objection, compiled=_compiled_nmean)
+@stage("nmean", "combine", statistics=_geometry, objection=positive, compiled=_compiled_nmean)
 def nmean(deltas: list[Tensor], parameters: Parameters, context: Context) -> Tensor:
     """Mean length along the mean of the directions: (sum_t w_t |tau_t|) normalize(sum_t w_t tau_t / |tau_t|).
 

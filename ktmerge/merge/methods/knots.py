@@ -11,9 +11,10 @@ from pydantic import Field
 
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.methods.elect import ElectParameters, elect
-from ktmerge.merge.methods.wudi import MEANS, positive
+from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, Parameters, Promises, SplitFused, Stages
+from ktmerge.merge.weights import positive
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,24 +8,20 @@ from typing import TYPE_CHECKING
 from ktmerge.merge.arithmetic import weighted_total
 from ktmerge.merge.kernels.codes import STITCH
 from ktmerge.merge.methods.elect import relative
-from ktmerge.merge.methods.slerp import positive
 from ktmerge.merge.program import Ruled
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
+from ktmerge.merge.weights import positive
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-def _objection(parameters: Parameters, weights: Mapping[str, float]) -> str | None:
-    return positive(weights)
 
 
 def _compiled(parameters: Parameters, weights: Mapping[str, float]) -> Ruled:
     return Ruled(STITCH, relative(list(weights.values())))
 
 
-@stage("stitch", "combine", objection=_objection, compiled=_compiled)
+@stage("stitch", "combine", objection=positive, compiled=_compiled)
 def stitch(deltas: list[Tensor], parameters: Parameters, context: Context) -> Tensor:
     """Per element, the weighted mean of the deltas that are not zero (arXiv:2408.13656).
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from ktmerge.merge.arithmetic import weighted_total
-from ktmerge.merge.methods.slerp import positive
 from ktmerge.merge.program import Energies, Measured
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, OnePass, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.weights import positive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,10 +65,6 @@ def _statistics(parameters: NormShareParameters) -> tuple[Statistic, ...]:
     return (Statistic("shares", parameters.scope, lambda domain: _Shares(parameters.rule)),)
 
 
-def _objection(parameters: NormShareParameters, weights: Mapping[str, float]) -> str | None:
-    return positive(weights)
-
-
 def _compiled(parameters: NormShareParameters, weights: Mapping[str, float]) -> Measured:
     def shared(found: Energies) -> list[float]:
         shares = _normalised(_shares(parameters.rule, found.deltas, found.experts), list(weights.values()))
@@ -77,7 +73,7 @@ def _compiled(parameters: NormShareParameters, weights: Mapping[str, float]) -> 
     return Measured("experts" if parameters.rule == "nan" else "deltas", parameters.scope, shared)
 
 
-@stage("norm_share", "combine", NormShareParameters, statistics=_statistics, objection=_objection, compiled=_compiled)
+@stage("norm_share", "combine", NormShareParameters, statistics=_statistics, objection=positive, compiled=_compiled)
 def norm_share(deltas: list[Tensor], parameters: NormShareParameters, context: Context) -> Tensor:
     """Mean of the deltas by shares from norms: |tau_t|^2 (arXiv:2406.11385) or 1/|theta_t| (arXiv:2505.16148).
 

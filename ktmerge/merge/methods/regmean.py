@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from ktmerge.merge.methods.mean import mean
-from ktmerge.merge.methods.wudi import MEANS, positive
+from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.program import Sum
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, Need, Parameters, Promises, Stages
+from ktmerge.merge.weights import positive
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from ktmerge.merge.arithmetic import weighted_total
+from ktmerge.merge.arithmetic import quotient, weighted_total
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.methods.elect import disjoint, relative
-from ktmerge.merge.methods.slerp import positive
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.weights import positive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,11 +75,7 @@ def _selection(parameters: SceParameters) -> tuple[Statistic, ...]:
     return (Statistic("selection", "tensor", lambda domain: _Selection(parameters.select_topk, domain.elements)),)
 
 
-def _objection(parameters: SceParameters, weights: Mapping[str, float]) -> str | None:
-    return positive(weights)
-
-
-@stage("sce", "combine", SceParameters, statistics=_selection, objection=_objection)
+@stage("sce", "combine", SceParameters, statistics=_selection, objection=positive)
 def sce(deltas: list[Tensor], parameters: SceParameters, context: Context) -> Tensor:
     """Select, calculate, erase (arXiv:2408.07990): sum_A w_t tau_t / sum_A w_t over the majority's sign.
 
@@ -123,9 +118,9 @@ def _masked(deltas: list[Tensor], threshold: Any, context: Context) -> list[Tens
 def _spread(deltas: list[Tensor]) -> Tensor:
     """Standard deviation over the experts; it orders as the variance does and does not underflow. fp32 from fp64."""
     exact = [delta.double() for delta in deltas]
-    mean = weighted_total(exact, [1.0] * len(exact)) / len(exact)
+    mean = quotient(weighted_total(exact, [1.0] * len(exact)), len(exact))
     squares = [(one - mean).square() for one in exact]
-    return (weighted_total(squares, [1.0] * len(squares)) / len(squares)).sqrt().float()
+    return quotient(weighted_total(squares, [1.0] * len(squares)), len(squares)).sqrt().float()
 
 
 method(

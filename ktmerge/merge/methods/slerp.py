@@ -10,6 +10,7 @@ from pydantic import Field
 from ktmerge.merge.program import Measured
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.weights import positive
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,17 +28,10 @@ class SlerpParameters(Parameters):
     )
 
 
-def positive(weights: Mapping[str, float]) -> str | None:
-    """What speaks against weights that are not all of 0 or more, and some positive."""
-    if min(weights.values()) < 0 or max(weights.values()) <= 0:
-        return "the experts' weights are shares: 0 or more, one of them positive; use task_arithmetic to subtract"
-    return None
-
-
 def _objection(parameters: SlerpParameters, weights: Mapping[str, float]) -> str | None:
     if parameters.t is not None and len(weights) != 2:
         return f"t goes from one expert to a second, there are {len(weights)}; give the experts weights instead"
-    return positive(weights)
+    return positive(parameters, weights)
 
 
 def _geometry(parameters: SlerpParameters) -> tuple[Statistic, ...]:

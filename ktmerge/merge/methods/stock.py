@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from ktmerge.merge.methods.slerp import positive
 from ktmerge.merge.program import Measured
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.weights import positive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,10 +33,6 @@ def _geometry(parameters: StockParameters) -> tuple[Statistic, ...]:
     return (Statistic("geometry", "tensor", start),)
 
 
-def _objection(parameters: StockParameters, weights: Mapping[str, float]) -> str | None:
-    return positive(weights)
-
-
 def _compiled(parameters: StockParameters, weights: Mapping[str, float]) -> Measured | None:
     if parameters.granularity != "tensor":
         return None
@@ -44,7 +40,7 @@ def _compiled(parameters: StockParameters, weights: Mapping[str, float]) -> Meas
     return Measured("geometry", "tensor", lambda geometry: _coefficients(geometry, own)[0].tolist())
 
 
-@stage("stock", "combine", StockParameters, statistics=_geometry, objection=_objection, compiled=_compiled)
+@stage("stock", "combine", StockParameters, statistics=_geometry, objection=positive, compiled=_compiled)
 def stock(deltas: list[Tensor], parameters: StockParameters, context: Context) -> Tensor:
     """M = t mean_t tau_t with t = N c / (1 + (N - 1) c), c the mean cosine of pairs (arXiv:2403.19522).
 

@@ -9,9 +9,9 @@ from pydantic import Field
 
 from ktmerge.merge.arithmetic import weighted_total
 from ktmerge.merge.methods.elect import disjoint, relative
-from ktmerge.merge.methods.wudi import positive
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, Need, Parameters, Promises, Stages
+from ktmerge.merge.weights import positive
 
 if TYPE_CHECKING:
     from torch import Tensor

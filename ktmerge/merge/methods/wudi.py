@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from ktmerge.checkpoints import TensorClass
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, Parameters, Promises, SplitFused, Stages
+from ktmerge.merge.weights import positive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,15 +41,6 @@ class SpectralRegmeanParameters(Parameters):
         "weights", description="what the base's inputs look like: its weights' theta_0^T theta_0, or all the same"
     )
     split_fused: SplitFused = True
-
-
-def positive(parameters: Any, weights: Mapping[str, float]) -> str | None:
-    """Objection to weights that are no share of anything."""
-    if min(weights.values()) < 0 or max(weights.values()) <= 0:
-        return (
-            "merging by regression needs expert weights of 0 or more, one of them positive; task_arithmetic subtracts"
-        )
-    return None
 
 
 def relative(weights: Sequence[float]) -> list[float]:
