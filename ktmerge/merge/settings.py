@@ -249,6 +249,8 @@ def _kind(annotation: Any) -> str:
         return f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]
     if get_origin(annotation) is list:
         return "a list, each " + _kind(choices[0])
+    if get_origin(annotation) is dict:
+        return f"{_kind(choices[1])} for each name"
     if choices:
         return " or ".join(_kind(choice) for choice in choices)
     return _KINDS.get(annotation, str(getattr(annotation, "__name__", annotation)))

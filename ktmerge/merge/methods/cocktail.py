@@ -28,8 +28,6 @@ class CocktailParameters(Parameters):
 def _objection(parameters: CocktailParameters, weights: Mapping[str, float]) -> str | None:
     if parameters.losses and parameters.losses.keys() != weights.keys():
         return f"losses: give one for each expert ({', '.join(weights)}), and no other"
-    if not all(math.isfinite(loss) for loss in parameters.losses.values()):
-        return "losses: a loss is a finite number"
     return positive(parameters, weights)
 
 
