@@ -15,7 +15,7 @@ class KtmergeError(Exception):
     exit_code = 1
 
     def __init__(self, message: str = "") -> None:
-        super().__init__("".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in message))
+        super().__init__("\n".join(map(printable, message.split("\n"))))
 
 
 class UsageError(KtmergeError):
@@ -72,6 +72,11 @@ def did_you_mean(wrong: str, valid: Iterable[str], *, list_all: bool = True) -> 
     if near:
         return f" Did you mean '{near[0]}'?"
     return f" Valid: {', '.join(names)}." if names and list_all else ""
+
+
+def printable(text: str) -> str:
+    """A stranger's words in one line: what could steer a terminal, or cannot be written to one, is shown escaped."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def first_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from ktmerge.checkpoints.regular import read_regular
-from ktmerge.errors import UsageError
+from ktmerge.errors import UsageError, printable
 
 MAX_BYTES = 1_000_000
 MAX_NODES = 100_000
@@ -29,7 +29,7 @@ class _StrictLoader(_SafeLoader):  # type: ignore[misc]
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
             if key is not None and key != "<<" and key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key}' stands twice", key_node.start_mark
+                    None, None, f"the key '{printable(key)}' stands twice", key_node.start_mark
                 )
             seen.add(key or "")
         self.flatten_mapping(node)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from ktmerge.errors import UsageError
+from ktmerge.errors import UsageError, did_you_mean, printable
 from ktmerge.recipes import gallery, ready
 from ktmerge.recipes.document import read_yaml
 from ktmerge.recipes.harness import HarnessTask
@@ -20,7 +20,6 @@ from ktmerge.recipes.migration import RECIPE_STEPS, SUITE_STEPS, migrated
 from ktmerge.recipes.overrides import apply_overrides
 from ktmerge.recipes.places import Places
 from ktmerge.recipes.schema import SCHEMA_VERSION, Blend, Recipe, WhereRule
-from ktmerge.recipes.suggest import did_you_mean
 from ktmerge.recipes.suites import SUITE_VERSION, AnyTask, Suite
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -213,7 +212,7 @@ def _spell(model: type[BaseModel], location: tuple[str | int, ...]) -> str:
             continue
         else:
             text += f".{step}"
-    return text.lstrip(".")
+    return printable(text.lstrip("."))
 
 
 _KINDS = frozenset(str(_tag(task)) for task in (*typing.get_args(AnyTask), HarnessTask))

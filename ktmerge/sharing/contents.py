@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from ktmerge.errors import UsageError
+from ktmerge.errors import UsageError, printable
 from ktmerge.recipes.document import MAX_BYTES
 
 MANIFEST = "ktmerge-bundle.json"
@@ -104,4 +104,4 @@ def require_sizes(sizes: Mapping[str, int], where: str) -> None:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 80 else f"{name[:77]}..."
+    return printable(name if len(name) <= 80 else f"{name[:77]}...")

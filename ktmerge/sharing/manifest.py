@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ktmerge.errors import UsageError
+from ktmerge.errors import UsageError, printable
 from ktmerge.sharing import contents
 
 VERSION = 1
@@ -118,7 +118,9 @@ def read_manifest(raw: bytes, where: str) -> Manifest:
     except ValidationError as error:
         problem = error.errors(include_input=False)[0]
         key = ".".join(map(str, problem["loc"]))
-        raise UsageError(f"{where}: its {contents.MANIFEST} is broken at '{key[:200]}': {problem['msg']}.") from None
+        raise UsageError(
+            f"{where}: its {contents.MANIFEST} is broken at '{printable(key[:200])}': {problem['msg']}."
+        ) from None
     if contents.MANIFEST in manifest.files:
         raise UsageError(f"{where}: its {contents.MANIFEST} names itself; the bundle is broken.")
     contents.require_names([contents.MANIFEST, *manifest.files], where)

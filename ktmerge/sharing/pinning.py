@@ -12,7 +12,7 @@ from typing import Any
 
 from ktmerge.checkpoints.hub import cached_as
 from ktmerge.checkpoints.opening import locate_model
-from ktmerge.errors import UsageError
+from ktmerge.errors import UsageError, printable
 from ktmerge.merge.plan import Plan
 from ktmerge.merge.record import portable
 from ktmerge.recipes import ready
@@ -90,18 +90,21 @@ def require_pinned(recipe: Recipe, inputs: Mapping[str, Input], statistics: Mapp
         UsageError: an input without commit or digest, or with another than locked; data or statistics elsewhere than
             in the bundle's folder.
     """
-    references = {BASE: recipe.base, **{name: expert.model for name, expert in recipe.experts.items()}}
+    references = {BASE: recipe.base or "", **{name: expert.model for name, expert in recipe.experts.items()}}
     if recipe.blend is None or set(references) != set(inputs):
         raise UsageError(f"{where}: recipe and lock are of different models, so nothing pins what would be blended.")
     for name, reference in references.items():
-        if reference != inputs[name].model:
-            raise UsageError(f"{where}: the recipe's {name} is '{reference}', locked is '{inputs[name].model}'.")
+        locked = inputs[name].model
+        if reference != locked:
+            raise UsageError(
+                f"{where}: the recipe's {name} is '{printable(reference)}', locked is '{printable(locked)}'."
+            )
         for part in reference.split("+"):
             local = (_local(name, inputs[name]), _local(name, inputs[name], adapter=True))
             if not _COMMIT.fullmatch(part) and not (_LOCAL.fullmatch(part) and part in local):
                 raise UsageError(
-                    f"{where}: the recipe's {name} is '{part}', which says neither org/name@commit nor the digest of "
-                    "what was locked; it could become another model."
+                    f"{where}: the recipe's {name} is '{printable(part)}', which says neither org/name@commit nor "
+                    "the digest of what was locked; it could become another model."
                 )
         section = recipe.statistics_of(name)
         wanted = measured(name, statistics[name]) if name in statistics else None
@@ -119,7 +122,7 @@ def require_suite(name: str | None, files: Mapping[str, Any], where: str) -> Non
     """
     inside = name in files and str(name).startswith(f"{contents.SUITES}/")
     if name is not None and not inside and name not in ready.names():
-        raise UsageError(f"{where}: the recipe's suite '{name}' is not in the bundle.")
+        raise UsageError(f"{where}: the recipe's suite '{printable(name)}' is not in the bundle.")
 
 
 def require_inside(document: Any, where: str) -> None:
@@ -131,7 +134,9 @@ def require_inside(document: Any, where: str) -> None:
     for holder, key in _places(document):
         place = holder[key]
         if isinstance(place, str) and not _is_inside(place):
-            raise UsageError(f"{where}: a task's {key} is '{place}', which is not below the bundle's folder.")
+            raise UsageError(
+                f"{where}: a task's {key} is '{printable(place)}', which is not below the bundle's folder."
+            )
 
 
 def _local(name: str, one: Input, adapter: bool = False) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ktmerge.checkpoints.files import clear_os_errors
-from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.errors import KtmergeError, UsageError, printable
 from ktmerge.sharing import contents
 from ktmerge.sharing.archive import Archive, opened_archive
 from ktmerge.sharing.manifest import Manifest, read_manifest
@@ -203,5 +203,5 @@ def _megabytes(size: int | None) -> str:
 
 
 def _printable(text: str) -> str:
-    """A stranger's words, without what could steer a terminal."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)[:300]
+    """A stranger's words, if not all."""
+    return printable(text)[:300]

@@ -436,6 +436,25 @@ def test_words_cannot_steer_the_terminal(place: Path, capsys: pytest.CaptureFixt
     assert "[red]fine" in said
 
 
+@pytest.mark.parametrize("what", ["file", "key", "twice", "base", "suite", "data"])
+def test_words_cannot_begin_a_line_of_their_own(place: Path, what: str) -> None:
+    words, files = "x\nwritten  out", good(place)
+    recipe, suite = (yaml.safe_load(files[name]) for name in (contents.RECIPE, "suites/suite.yaml"))
+    if what == "file":
+        bundle = written({**files, f"suites/{words}.yaml": b"x"}, place / "bad.ktr")
+    elif what == "data":
+        suite["upstream"][0]["data"] = f"../{words}"
+        bundle = remade(place, suite=yaml.safe_dump(suite).encode())
+    elif what == "twice":
+        bundle = remade(place, recipe=b'"x\\nwritten  out": 1\n"x\\nwritten  out": 2\n')
+    else:
+        changes = {"key": {words: 1}, "base": {"base": words}, "suite": {"eval": {"suite": words}}}
+        bundle = remade(place, recipe=yaml.safe_dump({**recipe, **changes[what]}).encode())
+    with pytest.raises(UsageError, match=r"x\\nwritten  out") as caught:
+        api.unpack(bundle, "out")
+    assert "\n" not in str(caught.value)
+
+
 def test_what_is_no_file(place: Path) -> None:
     os.mkfifo("pipe.ktr")
     for reference in ("pipe.ktr", "base", "/dev/zero", "recipe.yaml", "nothing.ktr", "", "x" * 5000, "~nobody/x"):

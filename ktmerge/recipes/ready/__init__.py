@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ktmerge.errors import UsageError
-from ktmerge.recipes.suggest import did_you_mean
+from ktmerge.errors import UsageError, did_you_mean
 
 _FOLDER = Path(__file__).parent
 
