@@ -53,18 +53,21 @@ class Device(Protocol):
         """The one that takes this thread's work."""
 
     def using(self, stream: Stream) -> AbstractContextManager[Any]:
-        """This thread's work and allocations go to a stream."""
+        """This thread's arithmetic and allocations go to a stream."""
 
     def event(self) -> Event: ...
 
     def pinned(self, size: int) -> Tensor:
         """So many bytes of host memory that copies can be made from and to while the host goes on."""
 
-    def empty(self, count: int, dtype: torch.dtype) -> Tensor:
-        """Room on the device; given up, it is the stream's that it was allocated in."""
+    def empty(self, count: int, dtype: torch.dtype, stream: Stream) -> Tensor:
+        """Room on the device; once given up, what the stream is given afterwards may use it."""
 
     def hold(self, values: Tensor, stream: Stream) -> None:
-        """Given up, ``values`` may not be reused before what another stream was given until then is done."""
+        """Once given up, ``values`` may not be used again before what another stream was given until then is done."""
+
+    def copy(self, target: Tensor, source: Tensor, stream: Stream) -> None:
+        """Give a copy to the stream, one of the two being on the device and the other pinned."""
 
 
 class Cuda:
@@ -89,11 +92,16 @@ class Cuda:
     def pinned(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
-    def empty(self, count: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(count, dtype=dtype, device=self.device)
+    def empty(self, count: int, dtype: torch.dtype, stream: Stream) -> Tensor:
+        with self.using(stream):
+            return torch.empty(count, dtype=dtype, device=self.device)
 
     def hold(self, values: Tensor, stream: Stream) -> None:
         values.record_stream(stream)
+
+    def copy(self, target: Tensor, source: Tensor, stream: Stream) -> None:
+        with self.using(stream):
+            target.copy_(source, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -133,20 +141,19 @@ class Lanes:
 
     Args:
         device: what they lead to.
-        slot: bytes of a pinned buffer.
 
     Raises:
         KtmergeError: the device cannot be used.
     """
 
-    def __init__(self, device: Device, slot: int = SLOT) -> None:
+    def __init__(self, device: Device) -> None:
         self.device = device.device
-        self._device, self._size = device, slot
+        self._device, self._size = device, SLOT
         try:
             self._arithmetic = device.current()
             self._up, self._down = device.stream(), device.stream()
             with device.using(self._arithmetic):
-                self._slots = [_Slot(device, slot) for _ in range(2 * _SLOTS)]
+                self._slots = [_Slot(device, SLOT) for _ in range(2 * _SLOTS)]
         except RuntimeError as error:
             raise KtmergeError(
                 f"{self.device}: cannot be used ({first_line(error)}); use --device cpu, to the same bytes."
@@ -183,8 +190,7 @@ class Lanes:
 
     def upload(self, loads: Sequence[Load]) -> Coming:
         """Bring elements up, buffer by buffer; returns as soon as all of them were read."""
-        with self._device.using(self._up):
-            values = [self._device.empty(load.count, load.dtype) for load in loads]
+        values = [self._device.empty(load.count, load.dtype, self._up) for load in loads]
         for load, target in zip(loads, values, strict=True):
             room = target.view(torch.uint8)
             for begin in range(0, room.numel(), self._size):
@@ -213,8 +219,7 @@ class Lanes:
         try:
             slot.done.synchronize()
             load.fill(start, slot.memory[: len(target)])
-            with self._device.using(self._up):
-                target.copy_(slot.bytes[: len(target)], non_blocking=True)
+            self._device.copy(target, slot.bytes[: len(target)], self._up)
             slot.done.record(self._up)
         finally:
             self._upward.put(slot)
@@ -222,8 +227,7 @@ class Lanes:
     def _fetch(self, data: Tensor, begin: int, take: Callable[[memoryview, int], None]) -> Future[None]:
         slot = self._downward.get()
         try:
-            with self._device.using(self._down):
-                slot.bytes[: len(data)].copy_(data, non_blocking=True)
+            self._device.copy(slot.bytes[: len(data)], data, self._down)
             slot.done.record(self._down)
             return self._writer.submit(self._hand_over, slot, data, begin, take)
         except BaseException:
