@@ -145,11 +145,11 @@ class Late:
         with self.lock:
             own, others = self.freed.pop(address)
             reuse = Stream(self.random.choice(HURRIES))
-            self.reuses.append(reuse)
             for stream in (own, *others):
-                mark = Event(self)
-                mark.record(stream)
-                mark.wait(reuse)
+                event = Event(self)
+                event.record(stream)
+                reuse.work.append(event.mark)
+            self.reuses.append(reuse)
             self.give(reuse, lambda: ctypes.memset(address, POISON, size))
 
 
