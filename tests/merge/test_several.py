@@ -473,6 +473,14 @@ def test_ranked_magnitudes_are_those_of_a_sort() -> None:
     assert ranked.values == [float(ordered[rank]) for rank in ranks]
 
 
+def test_knots_adds_what_experts_did_to_different_outputs(bench: Workbench) -> None:
+    first, second = noise(1), noise(2)
+    first[MATRIX][::2] = 0
+    second[MATRIX][1::2] = 0
+    merged = bench.merged({"a": first, "b": second}, {"method": "knots", "density": 1.0})[MATRIX]
+    assert torch.allclose(merged, first[MATRIX] + second[MATRIX], rtol=0, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("method", "weights", "parameters", "expected"),
     [

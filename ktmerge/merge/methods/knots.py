@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_ROUNDING = 1e-7
+"""Coordinates below this share of a delta's norm are the rounding of its fp32 numbers."""
+
+
 class KnotsParameters(Parameters):
     rule: Literal["ties", "sum"] = Field(
         "ties",
@@ -68,7 +72,7 @@ def knots(deltas: list[Tensor], parameters: KnotsParameters, context: Context) -
             return own[0]
         side_by_side = torch.cat(own, dim=1)
         basis = one_sided(side_by_side).top(min(side_by_side.shape), parameters.tolerance).left
-        coordinates = [(basis.T @ one.double()).float() for one in own]
+        coordinates = [_coordinates(one, basis) for one in own]
         trimmed = [
             _trimmed(one, parameters.density, replace(context, expert=context.experts[t], start=0), number)
             for one, t in zip(coordinates, members, strict=True)
@@ -77,6 +81,14 @@ def knots(deltas: list[Tensor], parameters: KnotsParameters, context: Context) -
         return (basis @ elected.double()).float()
 
     return by_map(deltas, context, merge, fused=parameters.split_fused)
+
+
+def _coordinates(delta: Tensor, basis: Tensor) -> Tensor:
+    """Those of a delta, float32; what is rounding is 0, or an expert would have a vote in directions it never took."""
+    import torch
+
+    found = basis.T @ delta.double()
+    return torch.where(found.abs() > _ROUNDING * delta.double().norm(), found, 0.0).float()
 
 
 def _trimmed(values: Tensor, density: float, context: Context, number: int) -> Tensor:
@@ -104,5 +116,6 @@ method(
         formula="U ties(S V_1^T, ..., S V_N^T), [tau_1 ... tau_N] = U S [V_1^T ... V_N^T]",
         cost="eigh min(o, N i)^3 + N oi min(o, N i)",
         promises=Promises(neutral={"density": 1.0}, identical="mean", elements=False, tolerance=1e-5),
+        semantics=2,
     )
 )
