@@ -135,6 +135,7 @@ def ask(endpoint: str, home: Path, *references: str, offline: bool = False) -> l
     return lines
 
 
+@pytest.mark.slow
 def test_a_hub_id_is_fetched_once_and_then_found_offline(hub: str, tmp_path: Path) -> None:
     found = ask(hub, tmp_path / "home", "org/tiny", "org/tiny@main")
     assert found[0] == found[1]
@@ -146,9 +147,11 @@ def test_a_hub_id_is_fetched_once_and_then_found_offline(hub: str, tmp_path: Pat
 
 
 def test_refusals_of_the_hub_are_one_sentence(hub: str, tmp_path: Path) -> None:
-    gated, private, unknown, revision, down, malformed = ask(
-        hub, tmp_path / "home", "org/gated", "org/private", "org/none", "org/tiny@nope", "org/down", "org/a..b"
-    )
+    fetched, gated, private, unknown, revision, down, malformed = ask(
+        hub, tmp_path / "home",
+        "org/tiny", "org/gated", "org/private", "org/none", "org/tiny@nope", "org/down", "org/a..b",
+    )  # fmt: skip
+    assert Checkpoint.open(Path(fetched)).tensors
     assert "org/gated" in gated
     assert "is gated on the hub; accept its terms there" in gated
     assert "is refused by the hub (HTTP 401); log in" in private

@@ -91,6 +91,7 @@ def test_points_equal_the_scores_of_written_blends(workshop: Path, tiny_llama: P
     assert any(point.F for point in points[1:]), "the expert must differ, or nothing is tested"
 
 
+@pytest.mark.slow
 def test_nothing_is_scored_twice_unless_something_changed(
     workshop: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

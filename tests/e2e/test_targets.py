@@ -38,7 +38,7 @@ def test_a_disk_that_fills_under_the_run(
     small: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(staging.Staging, "require_space", lambda *_: None)
-    for size in range(4, 160, 12):
+    for size in range(4, 160, 24):
         with mounted(small / "disk", f"size={size}k") as disk:
             (disk / "precious").write_bytes(b"x" * 4096)
             if blend(small, disk / "out") == 0:

@@ -83,7 +83,7 @@ def vqa_again(prediction: str, people: list[str]) -> float:
 def test_vqa_is_the_official_definition() -> None:
     draw = random.Random(11)
     hits = 0.0
-    for _ in range(3000):
+    for _ in range(600):
         answers = ["".join(draw.choice(["", *MARKS, " "]) + word for word in draw.choices(WORDS, k=draw.randint(1, 2)))
                    for _ in range(3)]  # fmt: skip
         answers = [answer.strip() for answer in answers]
@@ -92,7 +92,7 @@ def test_vqa_is_the_official_definition() -> None:
         found = vqa_accuracy(said, people)
         assert found == pytest.approx(vqa_again(said, people)), (said, people)
         hits += found
-    assert hits > 500
+    assert hits > 100
 
 
 def test_vqa_normalises_only_where_people_differ() -> None:

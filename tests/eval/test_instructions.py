@@ -56,9 +56,16 @@ CASES: list[tuple[str, dict[str, Any], str, str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "arguments", "right", "wrong"), CASES)
+DETECTED = ("language", "change_case:english")
+"""Kinds that take a library of languages, whose profiles are read for most of a second."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "right", "wrong"),
+    [pytest.param(*case, marks=pytest.mark.slow if case[0].startswith(DETECTED) else []) for case in CASES],
+)
 def test_each_kind_tells_right_from_wrong(kind: str, arguments: dict[str, Any], right: str, wrong: str) -> None:
-    if kind.startswith(("language", "change_case:english")):
+    if kind.startswith(DETECTED):
         pytest.importorskip("langdetect")
     one = instruction(kind, {**arguments, "not_given": None})
     assert one.check(right)

@@ -147,14 +147,14 @@ CANDIDATES: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.every(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("expert", "weight", "output"),
     [
         ("bfloat16", 1.0, {}),
-        pytest.param("float32", 1.0, {}, marks=pytest.mark.slow),
+        ("float32", 1.0, {}),
         ("float32", 0.7, {"dtype": "float32"}),
-        pytest.param("float32", 1.0, {"rounding": "stochastic"}, marks=pytest.mark.slow),
+        ("float32", 1.0, {"rounding": "stochastic"}),
     ],
 )
 def test_candidates_that_are_not_measured_equal_the_files(

@@ -22,9 +22,12 @@ SafeLoader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 @pytest.fixture(scope="module")
 def validator() -> Draft202012Validator:
-    schema = recipe_schema()
-    Draft202012Validator.check_schema(schema)
-    return Draft202012Validator(schema)
+    return Draft202012Validator(recipe_schema())
+
+
+@pytest.mark.slow
+def test_it_is_a_schema() -> None:
+    Draft202012Validator.check_schema(recipe_schema())
 
 
 @pytest.mark.parametrize("name", SCHEMAS)

@@ -121,6 +121,7 @@ def test_a_pull_waits_for_a_busy_hub(place: Path, hub: Any, method: str, path: s
     assert hub.state.failures[0].times == 0
 
 
+@pytest.mark.slow
 def test_a_broken_download_goes_on_where_it_stopped(place: Path, hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 50)  # what comes in less is not kept
     api.push("r.ktr", "me/half")

@@ -2,16 +2,55 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
+from optuna.study import StudyDirection
 
 from ktmerge import api
 from ktmerge.errors import UsageError
+from ktmerge.sweep.folder import begin
+from ktmerge.sweep.settings import SweepSettings
+from ktmerge.sweep.storage import open_storage, study_names
 
 
-def test_a_storage_that_cannot_be_opened_leaves_no_folder(world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_storage_that_cannot_be_opened_leaves_no_folder(  # type: ignore[no-untyped-def]
+    world, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
     for url in ("foo://x", f"sqlite:///{tmp_path}/missing/s.db"):
         with pytest.raises(UsageError, match="cannot be opened"):
             api.sweep(world.recipe, tmp_path / "out", ranges=["lambda=0:1"], storage=url)
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_lock_that_a_killed_worker_left_is_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ktmerge.sweep.storage._LOCKED_SECONDS", 3)
+    Path("found").mkdir()
+    open_storage("found/journal.log").create_new_study([StudyDirection.MAXIMIZE], "s")
+    code = "import os; from ktmerge.sweep.storage import _lock; _lock('found/journal.log').acquire(); os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    Path("found").rename("moved")
+    assert study_names(open_storage("moved/journal.log")) == ["s"]
+    open_storage("moved/journal.log").create_new_study([StudyDirection.MAXIMIZE], "t")
+    assert study_names(open_storage("moved/journal.log")) == ["s", "t"]
+
+
+def test_another_sweep_takes_the_place_of_one_and_of_nothing_else(tmp_path: Path) -> None:
+    settings = SimpleNamespace(storage=str(tmp_path / "journal.log"), recipe=SimpleNamespace(folder=tmp_path))
+    left = ["journal.log", "journal.log.lock", ".sweep.json.17.tmp"]
+    for name in left:  # of a worker that was killed at once
+        (tmp_path / name).touch()
+    begin(tmp_path, cast(SweepSettings, settings), "one", resume=False, overwrite=False)
+    for name in ("chosen.yaml", ".result.json.17.tmp", "notes.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(UsageError, match="holds another sweep"):
+        begin(tmp_path, cast(SweepSettings, settings), "two", resume=False, overwrite=False)
+    begin(tmp_path, cast(SweepSettings, settings), "two", resume=False, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "sweep.json"]

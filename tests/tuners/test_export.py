@@ -142,14 +142,19 @@ def test_a_base_that_lacks_weights_is_refused(tiny_llama: Path, tmp_path: Path) 
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.slow
 def test_other_kinds_of_models_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    import torch
-
     restored(tiny_llama, tmp_path / "base", lambda tensors: tensors)
     config = json.loads((tmp_path / "base/config.json").read_text())
     (tmp_path / "base/config.json").write_text(json.dumps({**config, "model_type": "vit"}))
     with pytest.raises(UsageError, match="cannot be loaded as a text model"):
         tune(tmp_path / "base", tmp_path)
+
+
+def test_packed_weights_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    import torch
+
+    config = json.loads((tiny_llama / "config.json").read_text())
     quantised = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
     codes = {"model.layers.0.mlp.up_proj.qweight": torch.ones(4, 4, dtype=torch.int32)}
     restored(tiny_llama, tmp_path / "packed", lambda tensors: {**tensors, **codes})
