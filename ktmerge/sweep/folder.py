@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ from ktmerge.sweep.settings import SweepSettings, journal
 DEFINITION, RESULT, CHOSEN, TABLE, PICTURE, CURVE = (
     "sweep.json", "result.json", "chosen.yaml", "candidates.csv", "front", "curve.csv",
 )  # fmt: skip
+_BEFORE = re.compile(rf"journal\.log(\.lock)?|\.{re.escape(DEFINITION)}\.\d+\.tmp")
+"""What a worker that was killed early may leave without a definition."""
+_NAMES = "|".join(map(re.escape, (DEFINITION, RESULT, CHOSEN, TABLE, CURVE, f"{PICTURE}.png", f"{PICTURE}.svg")))
+_OWN = re.compile(rf"{_BEFORE.pattern}|{_NAMES}|\.({_NAMES})\.\d+\.tmp")
 
 
 def begin(out: Path, settings: SweepSettings, study: str, *, resume: bool, overwrite: bool) -> None:
@@ -34,15 +39,15 @@ def begin(out: Path, settings: SweepSettings, study: str, *, resume: bool, overw
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; choose another folder.")
     known = _definition(out) if (out / DEFINITION).exists() else None
-    if overwrite and known is not None and not resume:
-        for name in (DEFINITION, RESULT, CHOSEN, TABLE, CURVE, f"{PICTURE}.png", f"{PICTURE}.svg", "journal.log"):
-            (out / name).unlink(missing_ok=True)
-        shutil.rmtree(out / "jobs", ignore_errors=True)
-        known = None
     if known is None:
-        if out.exists() and any(one.name != "journal.log" for one in out.iterdir()):
+        if out.exists() and any(not _BEFORE.fullmatch(one.name) for one in out.iterdir()):
             raise UsageError(f"{out}: holds something else than a sweep; choose another folder.")
         out.mkdir(parents=True, exist_ok=True)
+    elif overwrite and not resume:
+        for path in out.iterdir():
+            if _OWN.fullmatch(path.name):
+                path.unlink()
+        shutil.rmtree(out / "jobs", ignore_errors=True)
     elif known["study"] != study:
         raise UsageError(
             f"{out}: holds another sweep: of another recipe, other models, data, ranges or settings; "

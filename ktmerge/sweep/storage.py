@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import optuna
 from optuna.exceptions import OptunaError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
 from ktmerge.errors import KtmergeError, UsageError, first_line
 
@@ -21,6 +21,8 @@ _PAUSE, _ATTEMPTS = 0.5, 5
 """Seconds between attempts to open a database, and how many there are, not counting those of tables being made."""
 _BUSY_SECONDS = 600
 """How long a worker waits for others that write to an SQLite file; on slow disks that takes long."""
+_LOCKED_SECONDS = 30
+"""How long a lock on a journal nobody writes to is respected."""
 _MAKING = re.compile(
     r"table .* already exists|no such table|database is locked|relation .* (already exists|does not exist)|"
     r"duplicate key|UNIQUE constraint",
@@ -39,7 +41,7 @@ def open_storage(where: str) -> BaseStorage:
         if "://" in where:
             return _database(where)
         _mend(Path(where))
-        return JournalStorage(JournalFileBackend(where))
+        return JournalStorage(JournalFileBackend(where, lock_obj=_lock(where)))
     except ImportError:
         raise UsageError(
             "the storage of the sweep cannot be opened: the driver of its database is not installed"
@@ -72,7 +74,7 @@ def _mend(path: Path) -> None:
     if size is None:
         return
     time.sleep(1.0)  # somebody may be writing it just now
-    lock = JournalFileSymlinkLock(str(path))
+    lock = _lock(str(path))
     lock.acquire()
     try:
         if (now := _unfinished(path)) is not None:
@@ -80,6 +82,14 @@ def _mend(path: Path) -> None:
                 file.truncate(now)
     finally:
         lock.release()
+
+
+def _lock(where: str) -> JournalFileOpenLock:
+    """A lock that a killed worker may leave: others wait half a minute for it, then take it away.
+
+    Not Optuna's other one, a link to the journal: where that leads nowhere, as a relative path may, they wait for ever.
+    """
+    return JournalFileOpenLock(where, grace_period=_LOCKED_SECONDS)
 
 
 def _unfinished(path: Path) -> int | None:
