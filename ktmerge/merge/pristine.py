@@ -37,7 +37,8 @@ class Pristine:
     are found once: a sweep of lambda goes over every weight once a blend.
 
     Args:
-        device: where the copies lie: cpu, or cuda if a GPU has the room, which saves the way through the bus.
+        device: where the copies lie: cpu, or cuda, which saves the way through the bus; there only what leaves half of
+            the free memory, the rest in the host's.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -63,8 +64,17 @@ class Pristine:
                 copies = {name: _copy(files, info) for name, info in checkpoint.tensors.items()}
                 files.check_unchanged()
             held = HostReader(checkpoint.tensors, copies)
-            self._readers[key] = held if self.device == "cpu" else DeviceReader(checkpoint.tensors, held, self.device)
+            placed = self._has_room(checkpoint.nbytes)
+            self._readers[key] = DeviceReader(checkpoint.tensors, held, self.device) if placed else held
         return self._readers[key]
+
+    def _has_room(self, size: int) -> bool:
+        """Whether so much and as much again is free on the device."""
+        if self.device == "cpu":
+            return False
+        import torch
+
+        return bool(2 * size <= torch.cuda.mem_get_info(self.device)[0])
 
     def thresholds(self, plan: Plan) -> Thresholds:
         """What trims of these inputs with this seed were found to keep; the finder's to read and to fill."""

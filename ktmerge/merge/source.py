@@ -21,12 +21,12 @@ from ktmerge.errors import KtmergeError
 from ktmerge.merge.measured import OpenStatistics, TensorMeasurements, stored_fisher
 from ktmerge.merge.needs import BASE
 from ktmerge.merge.plan import Plan, TensorPlan
+from ktmerge.merge.pristine import DeviceReader, Pristine
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ktmerge.merge.lanes import Lanes
-    from ktmerge.merge.pristine import Pristine
 
 CHUNK = 1 << 17
 """Elements of a piece on the CPU: what is computed on the way stays in the cache."""
@@ -82,7 +82,6 @@ class Sources:
     def __init__(self, plan: Plan, chunk: int | None = None, pristine: Pristine | None = None) -> None:
         self._plan = plan
         self._chunk = chunk
-        self._placed = pristine is not None and pristine.device != "cpu"
         self._keep_base = plan.recipe.output.not_finite == "keep_base"
         self._stack = ExitStack()
         if pristine is None:
@@ -91,6 +90,7 @@ class Sources:
         else:
             self.base = pristine.reader(plan, None)
             self.experts = {expert.name: pristine.reader(plan, expert.name) for expert in plan.experts}
+        self._placed = all(isinstance(one, DeviceReader) for one in (self.base, *self.experts.values()))
         self._statistics = {name: OpenStatistics(one, one.reader()) for name, one in plan.statistics.items()}
         self._held = _Held()
         self._checked: set[tuple[str, int]] = set()

@@ -1,0 +1,278 @@
+"""Blends on a device: the bytes of the CPU, by operations that round alike everywhere; nothing left when they fail."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchgen
+from merge_device import Late
+from merge_memory import Workbench, noise
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ktmerge.merge.lanes
+from ktmerge.checkpoints import Writer
+from ktmerge.checkpoints.reader import TensorReader
+from ktmerge.errors import KtmergeError
+from ktmerge.merge import blend, blend_into, engine, general, source
+from ktmerge.merge.pristine import DeviceReader, HostReader, Pristine
+from ktmerge.merge.registry import methods
+from ktmerge.merge.stage import Method
+from ktmerge.progress import Progress
+
+TWO = {"a": ("a", 1.0), "b": ("b", 0.5)}
+BLENDS: dict[str, dict[str, Any]] = {
+    "ties": {"method": "ties", "density": 0.3, "scope": "global"},
+    "dare": {"method": "dare_ties", "density": 0.4, "lambda": 0.9},
+    "della": {"method": "della"},
+    "slerp": {"method": "slerp"},
+    "mixed": {"method": "swudi", "where": [{"class": "matrix", "match": "*mlp*", "method": "breadcrumbs"}]},
+}
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Late]:
+    """Makes ``--device cuda`` a device that works late, with small pieces and buffers."""
+
+    def make(device: Late, held: int = 0) -> Late:
+        monkeypatch.setattr(engine, "choose_device", lambda wanted: wanted)
+        monkeypatch.setattr("ktmerge.merge.blending.choose_device", lambda wanted: wanted)
+        monkeypatch.setattr(ktmerge.merge.lanes, "Cuda", lambda name: device)
+        monkeypatch.setattr(ktmerge.merge.lanes, "SLOT", 512)
+        monkeypatch.setattr(source, "HELD", held)
+        for module in (source, general):
+            monkeypatch.setattr(module, "DEVICE_CHUNK", 300)
+        monkeypatch.setenv("KTMERGE_KERNELS", "reference")  # what a device has: plain torch
+        return device
+
+    return make
+
+
+@pytest.mark.parametrize("kind", BLENDS)
+def test_a_late_device_gives_the_bytes_of_the_cpu(
+    kind: str, llamas: Path, tmp_path: Path, recipe_in: Any, late: Callable[..., Late]
+) -> None:
+    recipe = recipe_in(llamas, TWO, BLENDS[kind], output={"rounding": "stochastic"}, seed=3)
+    expected = blend(recipe, tmp_path / "cpu", device="cpu").out
+    for seed, held in [(1, 0), (2, 1 << 20)]:
+        device = late(Late(seed, eager=True), held)
+        assert blend(recipe, tmp_path / str(seed), device="cuda").out == expected
+        assert device.rooms, "nothing was done there"
+
+
+class Model(torch.nn.Module):
+    """Parameters under a checkpoint's names."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        super().__init__()
+        for name, values in tensors.items():
+            place: Any = self
+            *path, last = name.split(".")
+            for step in path:
+                if not hasattr(place, step):
+                    place.add_module(step, torch.nn.Module())
+                place = getattr(place, step)
+            place.register_parameter(last, torch.nn.Parameter(torch.zeros_like(values), requires_grad=False))
+
+
+def loaded(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return {name: values for file in folder.glob("*.safetensors") for name, values in load_file(file).items()}
+
+
+@pytest.mark.parametrize("pristine", [False, True])
+def test_in_place_as_in_files(
+    pristine: bool, llamas: Path, tmp_path: Path, recipe_in: Any, late: Callable[..., Late]
+) -> None:
+    recipe = recipe_in(llamas, TWO, BLENDS["ties"])
+    blend(recipe, tmp_path / "out", device="cpu")
+    late(Late(5, eager=True))
+    wanted = loaded(tmp_path / "out")
+    model = Model(wanted)
+    blend_into(model, recipe, Pristine() if pristine else None, device="cuda")
+    found = model.state_dict()
+    assert all(found[name].equal(values) for name, values in wanted.items())
+
+
+class Full(Late):
+    """A device without memory."""
+
+    def empty(self, count: int, dtype: torch.dtype, stream: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+
+
+class Lost(Late):
+    """A device that cannot be used."""
+
+    def pinned(self, size: int) -> torch.Tensor:
+        raise RuntimeError("CUDA error: no kernel image is available\nCompile with `TORCH_USE_CUDA_DSA`")
+
+
+class Stopped(Progress):
+    """Somebody presses Ctrl-C."""
+
+    @contextmanager
+    def task(self, *_: Any) -> Iterator[Any]:
+        class Once:
+            def advance(self, amount: float) -> None:
+                raise KeyboardInterrupt
+
+        yield Once()
+
+    def note(self, text: str) -> None:
+        pass
+
+
+def _after(calls: int, whole: Callable[..., Any], error: BaseException) -> Callable[..., Any]:
+    left = iter(range(calls))
+
+    def fail(*arguments: Any) -> Any:
+        if next(left, None) is None:
+            raise error
+        return whole(*arguments)
+
+    return fail
+
+
+@pytest.mark.parametrize("failure", ["full", "lost", "disk", "input", "stop"])
+def test_a_failure_leaves_nothing_behind(
+    failure: str, llamas: Path, tmp_path: Path, recipe_in: Any, late: Callable[..., Late], monkeypatch: Any
+) -> None:
+    recipe = recipe_in(llamas, TWO, BLENDS["dare"])
+    late({"full": Full, "lost": Lost}.get(failure, Late)(1, eager=True))
+    said = {"full": "out of memory.*--device cpu", "lost": r"no kernel image is available\);.*--device cpu"}
+    if failure in ("disk", "input"):
+        owner, name = (Writer, "write_bytes") if failure == "disk" else (TensorReader, "read_into")
+        monkeypatch.setattr(owner, name, _after(9, getattr(owner, name), KtmergeError(f"{failure} failed")))
+    more: dict[str, Any] = {"progress": Stopped()} if failure == "stop" else {}
+    before = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt if failure == "stop" else KtmergeError, match=said.get(failure)):
+        blend(recipe, tmp_path / "out", device="cuda", **more)
+    assert set(threading.enumerate()) <= before
+    assert not list(tmp_path.iterdir())
+
+
+def test_copies_lie_on_the_device_while_half_of_it_stays_free(
+    llamas: Path, recipe_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ktmerge.merge.planning import plan_blend
+
+    plan = plan_blend(recipe_in(llamas, TWO, BLENDS["ties"]))
+    monkeypatch.setattr("ktmerge.merge.pristine.DeviceReader", lambda tensors, host, device: "placed")
+    for free, expected in [(2 * plan.base.nbytes, True), (2 * plan.base.nbytes - 1, False)]:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 1 << 40))
+        found = Pristine("cuda").reader(plan, None)
+        assert (found == "placed") is expected, type(found) in (DeviceReader, HostReader)
+
+
+SAME = frozenset(
+    """
+    __and__ __lshift__ __or__ __rshift__ __xor__ abs add add_ alias all amax aminmax any arange argsort bitwise_and_
+    bitwise_not bitwise_xor_ cat clamp clamp_ clone contiguous copy_ count_nonzero detach diagonal div div_ empty
+    empty_like eq expand expand_as fill_ flip floor_divide frexp full_like gather ge gt index index_put_ is_nonzero
+    isfinite item kthvalue le lift_fresh lt max maximum min minimum mul mul_ ne neg new_full new_zeros nonzero numpy_T
+    ones_like pad pow reciprocal repeat_interleave reshape resolve_conj resolve_neg round round_ rsub scatter_ select
+    sign slice split sqrt square squeeze stack sub sub_ to topk transpose unbind unsqueeze view view_as where zeros
+    zeros_like copysign _to_copy _unsafe_view _local_scalar_dense constant_pad_nd
+    """.split()  # noqa: SIM905
+)
+"""Operations that IEEE 754 gives one result, and those that round nothing."""
+WHOLE = {"sum", "bincount", "cumsum"}
+"""Of integers the same in any order."""
+ELSEWHERE = {"_measure", "_chunk_of", "_take", "_observe_products"}
+"""Functions whose sums go into reports, ask only whether something is finite, or are of whole numbers."""
+
+
+class Watching(Late):
+    """Knows of all operations that are asked of it: those that may round otherwise elsewhere, and the names of all."""
+
+    def __init__(self) -> None:
+        super().__init__(0, eager=True)
+        self.asked: set[str] = set()
+        self.otherwise: set[str] = set()
+
+    def using(self, stream: Any) -> Any:
+        return Spy(self)
+
+
+class Spy(TorchDispatchMode):
+    def __init__(self, device: Watching) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.device.asked.add(str(operation).removeprefix("aten.").removesuffix(".default"))
+        if not _rounds_alike(operation.overloadpacket.__name__, args, kwargs):
+            self.device.otherwise.add(f"{operation} {[one for one in args if isinstance(one, int | float)]}")
+        return operation(*args, **kwargs)
+
+
+def _rounds_alike(name: str, args: Any, kwargs: Any) -> bool:
+    if name in ("div", "div_"):
+        return isinstance(args[1], torch.Tensor)  # a GPU multiplies with the reciprocal of a number
+    if kwargs.get("alpha", 1) not in (1, -1):
+        return False  # one rounding or two
+    if name == "pow":
+        return args[1] in (2, 0.5)
+    if name in SAME or (name in WHOLE and not args[0].is_floating_point()):
+        return True
+    frame: Any = sys._getframe(2)
+    names = set()
+    while frame is not None:
+        names.add(frame.f_code.co_name)
+        frame = frame.f_back
+    return not names.isdisjoint(ELSEWHERE)
+
+
+def kernels() -> dict[str, bool]:
+    """Of every operation of torch's list, whether there is a kernel for CUDA, or one for all devices."""
+    text = (Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml").read_text()
+    blocks = [one.split("\n- ")[0] for one in text.split("- func: ")[1:]]
+    found = {block.split("(")[0]: block for block in blocks}
+
+    def has(block: str) -> bool:
+        if "structured_delegate: " in block:
+            return has(found[block.split("structured_delegate: ")[1].split()[0]])
+        return "dispatch:" not in block or "CUDA" in block or "Composite" in block
+
+    return {name: has(block) for name, block in found.items()}
+
+
+QUICK = ("ties", "della_linear", "nuslerp", "fisher", "sce", "bitdelta")
+
+
+METHODS = [
+    pytest.param(method, id=name, marks=[] if name in QUICK else [pytest.mark.slow])
+    for name, method in methods().items()
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_device_is_asked_rounds_alike_and_is_there(
+    method: Method, tmp_path: Path, late: Callable[..., Late], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Watching()
+    late(device)
+    monkeypatch.setattr(
+        "merge_memory.execute", lambda plan, sink, _, **rest: engine.execute(plan, sink, "cuda", **rest)
+    )
+    count = min(3, method.experts[1] or 3)
+    base = {name: values.bfloat16() for name, values in noise(0, 1.0).items()}
+    experts = {
+        name: {key: (base[key] + values).bfloat16() for key, values in noise(number + 1).items()}
+        for number, name in enumerate("abc"[:count])
+    }
+    Workbench(tmp_path).blend(
+        base, experts, {"method": method.name}, chunk=32, output={"rounding": "stochastic"}
+    )  # fmt: skip
+    assert not device.otherwise
+    known = kernels()
+    assert not {name for name in device.asked if not known[name]}
