@@ -19,11 +19,8 @@ Normalisation = Literal["fro2", "trace1", "none", "spectral"]
 _BLOCK = 512
 """Columns worked on at a time."""
 
-_ZERO = 1e-12
+ZERO = 1e-12
 """Eigenvalues below this share of the largest are rounding, not directions."""
-
-_SOUND = 1e-6
-"""Eigenvalues above this share of the norm need no decomposition to divide by."""
 
 
 @dataclass(frozen=True)
@@ -143,44 +140,15 @@ class Covariance:
         weights = torch.cholesky_solve((scaled @ self.factor.T).T, torch.linalg.cholesky(small)).T
         return scaled - weights @ inner
 
-    def towards(self, target: Tensor, start: Tensor, floor: float) -> Tensor | None:
-        """start + (target - start C) C^+ ``[o, i]``, or None if C is near to losing a direction.
-
-        By Cholesky factors, which also tell how small eigenvalues are: a tenth of a decomposition's work. With fewer
-        rows than inputs and no diagonal, C^+ = F^T G^-2 F, G = F F^T.
-
-        Args:
-            target: ``[o, i]``.
-            start: ``[o, i]``.
-            floor: what every eigenvalue of C that is not 0 has to exceed.
-        """
-        import torch
-
-        dual = self._is_dual()
-        inner = gram(self.factor.T) if dual else self.dense()
-        least = max(floor, _SOUND * float(inner.norm()))
-        lowered = inner.clone()
-        lowered.diagonal().sub_(least)
-        if int(torch.linalg.cholesky_ex(lowered).info):
-            return None
-        lower = torch.linalg.cholesky(inner)
-        if not dual:
-            return torch.cholesky_solve(target.T, lower).T
-        moved = torch.cholesky_solve(self.factor @ target.T, lower) - self.factor @ start.T
-        return start + torch.cholesky_solve(moved, lower).T @ self.factor
-
-    def _is_dual(self) -> bool:
-        return self.factor.shape[0] < self.inputs and not bool(self.diagonal.any())
-
     def frame(self) -> Frame:
         """The eigenvectors of C; with fewer rows than inputs and no diagonal, from the rows' own Gram matrix.
 
         The dual costs r^3 instead of i^3.
         """
-        dual = self._is_dual()
+        dual = self.factor.shape[0] < self.inputs and not bool(self.diagonal.any())
         values, vectors = eigh(gram(self.factor.T) if dual else self.dense())
         values, vectors = values.flip(0), vectors.flip(1)
-        known = values > _ZERO * values[:1].clamp(min=0)
+        known = values > ZERO * values[:1].clamp(min=0)
         values, vectors = values[known], vectors[:, known]
         return Frame(values, self.factor, vectors / values.sqrt()) if dual else Frame(values, None, vectors)
 

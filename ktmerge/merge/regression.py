@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from ktmerge.merge.covariance import Covariance, Frame, gram, total
+from ktmerge.merge.covariance import Covariance, total
+from ktmerge.merge.gramian import Rows, regressed, solver
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,33 +121,40 @@ def spectral_regmean(
     import torch
 
     alphas = [1.0] * len(members) if weights is None else list(weights)
-    deltas = [member.double() for member in members]
-    weighted = [delta * alpha for delta, alpha in zip(deltas, alphas, strict=True)]
-    added = torch.stack(weighted).sum(0)
     share = {"sum": 1.0, "mean": 1 / sum(alphas), "zero": 0.0}[init]
-    start = share * added
-    common = total([*covariances, *([base] if base else [])], [*alphas, *([1.0] if base else [])])
-    mean = common.trace() / common.inputs
+    traces = sum(alpha * one.trace() for one, alpha in zip(covariances, alphas, strict=True))
+    unit, inputs = traces / sum(alphas), covariances[0].inputs
+    whole = filter.rank == "all" and filter.shape != "exp"
+    strength = filter.strength if filter.shape == "tikhonov" else 0.0
+    others = [base] if base else []
+
+    if all(one.scale for one in covariances) and not (base and bool(base.diagonal.any())):
+        mean = (traces + sum(one.trace() for one in others)) / inputs
+        ridge = strength * mean if strength > _DEFINITE else 0.0
+        solve = solver(lambda values: filter.of(values, unit, mean, inputs), _FLOOR * unit, ridge, whole=whole)
+        return regressed(_rows(covariances, alphas, share), [one.factor for one in others], solve)
+
+    weighted = [member.double() * alpha for member, alpha in zip(members, alphas, strict=True)]
+    start = share * torch.stack(weighted).sum(0)
+    common = total([*covariances, *others], [*alphas, *(1.0 for _ in others)])
+    mean = common.trace() / inputs
     if not mean > 0:
         return start
-    ridge = filter.strength * mean if filter.shape == "tikhonov" else 0.0
-    least = float(common.diagonal.min()) + ridge
-    unit = sum(alpha * one.trace() for one, alpha in zip(covariances, alphas, strict=True)) / sum(alphas)
-    if filter.rank == "all" and filter.shape != "exp":
-        target = _target(weighted, covariances)
-        if least > _DEFINITE * mean:
-            return start + common.ridged(ridge).solve(target - common.times(start))
-        found = None if ridge else common.towards(target, start, _FLOOR * unit)
-        if found is not None:
-            return found
+    target = _target(weighted, covariances)
+    if whole and float(common.diagonal.min()) + strength * mean > _DEFINITE * mean:
+        return start + common.ridged(strength * mean).solve(target - common.times(start))
     frame = common.frame()
-    passed = filter.of(frame.eigenvalues, unit, mean, common.inputs)
-    if frame.rows is not None and all(one.scale for one in covariances):
-        begun, aimed = _by_rows(frame, covariances, alphas)
-        begun *= share
-    else:
-        begun, aimed = frame.onto(start), frame.onto(_target(weighted, covariances))
-    return start + frame.back(aimed * (passed / frame.eigenvalues) - begun * passed)
+    passed = filter.of(frame.eigenvalues, unit, mean, inputs)
+    return start + frame.back(frame.onto(target) * (passed / frame.eigenvalues) - frame.onto(start) * passed)
+
+
+def _rows(covariances: Sequence[Covariance], alphas: Sequence[float], share: float) -> list[Rows]:
+    """The members of weight above 0, of covariances that are their deltas' own."""
+    return [
+        Rows(one.factor * alpha**0.5 if alpha != 1 else one.factor, 1 / (one.scale * alpha**0.5),
+             share * alpha**0.5 / one.scale)
+        for one, alpha in zip(covariances, alphas, strict=True) if one.scale and alpha > 0
+    ]  # fmt: skip
 
 
 def _target(weighted: Sequence[Tensor], covariances: Sequence[Covariance]) -> Tensor:
@@ -155,21 +163,3 @@ def _target(weighted: Sequence[Tensor], covariances: Sequence[Covariance]) -> Te
     for delta, one in zip(weighted[1:], covariances[1:], strict=True):
         target = target + one.times(delta)
     return target
-
-
-def _by_rows(frame: Frame, covariances: Sequence[Covariance], alphas: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """sum_t alpha_t tau_t V and D V ``[o, r]`` of a frame whose rows are all s_t sqrt(alpha_t) tau_t, one by one.
-
-    tau_t V = F_t V / s_t, and D V = sum_t alpha_t / s_t (F_t F_t^T) F_t V.
-    """
-    outputs, start = covariances[0].factor.shape[0], 0
-    begun = frame.turn.new_zeros(outputs, frame.eigenvalues.numel())
-    aimed = begun.clone()
-    for one, alpha in zip(covariances, alphas, strict=True):
-        if one.scale is None or not alpha:
-            continue
-        own = frame.of_rows(slice(start, start + outputs)) * (alpha**0.5 / one.scale)
-        begun += own
-        aimed += gram(one.factor.T) @ own
-        start += outputs
-    return begun, aimed

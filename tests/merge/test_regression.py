@@ -13,6 +13,7 @@ from torch import Tensor
 from ktmerge.checkpoints.matrices import MatrixLayout
 from ktmerge.merge.common import shared
 from ktmerge.merge.covariance import Covariance, of_delta, of_inputs, of_rows, total
+from ktmerge.merge.gramian import solver
 from ktmerge.merge.kernels import kernels_for
 from ktmerge.merge.registry import find_stage
 from ktmerge.merge.regression import Filter, leading, spectral_regmean
@@ -92,19 +93,28 @@ def test_the_dual_equals_the_primal(outputs: int, inputs: int) -> None:
         close(dual, primal, 1e-8)
 
 
-@pytest.mark.parametrize("shape", [(7, 30), (30, 7), (9, 9)])
-def test_what_has_no_weak_direction_needs_no_decomposition(shape: tuple[int, int]) -> None:
-    rows, target, start = random(*shape), random(4, shape[1], seed=1), random(4, shape[1], seed=2)
+@pytest.mark.parametrize("count", [3, 30])
+def test_what_has_no_weak_direction_needs_no_decomposition(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, target, start = random(count + 2, count), random(4, count, seed=1), random(4, count, seed=2)
     dense = rows.T @ rows
-    expected = start + (target - start @ dense) @ torch.linalg.pinv(dense, rcond=1e-10, hermitian=True)
-    found = of_rows(rows).towards(target, start, 0.0)
-    assert found is not None
-    close(found, expected, 1e-8)
     least = float(torch.linalg.svdvals(rows)[-1]) ** 2
-    assert of_rows(rows).towards(target, start, 0.99 * least) is not None
-    assert of_rows(rows).towards(target, start, 1.01 * least) is None
-    double = torch.cat([rows[:5], rows[:5] * (1 + 1e-9)])
-    assert of_rows(double).towards(target, start, 0.0) is None
+    passed: list[int] = []
+
+    def factors(values: Tensor) -> Tensor:
+        passed.append(values.numel())
+        return torch.ones_like(values)
+
+    expected = target @ torch.linalg.inv(dense)
+    for floor, decomposed in ((0.0, []), (0.99 * least, []), (1.01 * least, [count])):
+        close(solver(factors, floor, 0.0, whole=True)(dense, target, start), expected, 1e-8)
+        assert passed == decomposed
+    close(
+        solver(factors, 0.0, 0.5, whole=True)(dense, target, start),
+        start + (target - start @ dense) @ torch.linalg.inv(dense + 0.5 * torch.eye(count, dtype=torch.float64)),
+    )
+    lost = dense - dense[:, :1] @ dense[:1] / dense[0, 0]
+    close(solver(factors, 0.0, 0.0, whole=True)(lost, start @ lost, start), start, 1e-8)
+    assert passed == [count, count - 1]
 
 
 def test_the_answer_is_where_the_objective_is_flat() -> None:

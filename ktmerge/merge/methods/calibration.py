@@ -189,6 +189,7 @@ for _name, _summary, _from, _stages, _merged, _cost in _CALIBRATED:
                 identical="other" if _name == "tsv_m_svc" else "mean",
                 elements=False, rotations=_name != "ties_svc", tolerance=2e-5,
             ),
+            semantics=2 if _name == "swudi_a_svc" else 1,
         )
     )  # fmt: skip
 

@@ -154,5 +154,6 @@ for _name, _summary, _source, _formula, _parameters, _cost in (
             formula=_formula,
             cost=_cost,
             promises=_PROMISES,
+            semantics=2,
         )
     )
