@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from _pytest.runner import runtestprotocol
 
+sys.path.insert(0, str(Path(__file__).parent))  # the helper beside these tests
 # Without bytecode each of the many processes would compile all of ktmerge, and each worker all tests.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False

@@ -13,7 +13,6 @@ from ktmerge.checkpoints.hub import resolve
 from ktmerge.checkpoints.opening import open_model
 from ktmerge.checkpoints.parts import Parts
 from ktmerge.checkpoints.reader import Reader, TensorReader
-from ktmerge.checkpoints.verify import verify_loadable
 from ktmerge.checkpoints.writer import Writer
 
 __all__ = [
@@ -35,5 +34,4 @@ __all__ = [
     "refuse_overlap",
     "resolve",
     "tensor_class",
-    "verify_loadable",
 ]

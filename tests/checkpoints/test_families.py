@@ -5,7 +5,6 @@ The oracle is the model itself: its modules say what each tensor is, and its in-
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from loadable import assert_loads_whole
 from safetensors.torch import load_file, save_file
 
-from ktmerge.checkpoints import Checkpoint, Parts, Writer, align, tensor_class, verify_loadable
-from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.checkpoints import Checkpoint, Parts, Writer, align, tensor_class
+from ktmerge.errors import UsageError
 
 TEXT = {
     "vocab_size": 99,
@@ -390,7 +390,7 @@ def check_family(family: str, tmp_path: Path) -> None:
     if {"llm", "vision"} <= parts.layers.keys():
         assert {"connector", "embed"} <= set(parts.names())
 
-    assert verify_loadable(saved.root).status == "loads"
+    assert_loads_whole(saved.root)
 
 
 @pytest.mark.every(3)
@@ -435,7 +435,7 @@ def test_llava_under_both_names(llava: Path, tmp_path: Path) -> None:
         assert len(alignment.renamed) == sum(name.startswith("vision_tower") for name in base.tensors)
         for name, found in alignment.mapping.items():
             assert Parts(base).of(name) == Parts(other).of(found)
-    assert verify_loadable(published.root).status == "loads"
+    assert_loads_whole(published.root)
 
     with Writer(tmp_path / "out") as writer, saved.reader() as reader:
         writer.plan_like(published)
@@ -443,46 +443,7 @@ def test_llava_under_both_names(llava: Path, tmp_path: Path) -> None:
             writer.write(name, reader.read(found))
         writer.copy_files(published)
     assert Checkpoint.open(tmp_path / "out").content_digest() == published.content_digest()
-    assert verify_loadable(tmp_path / "out").status == "loads"
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda tensors: tensors.pop("language_model.model.norm.weight"), r"1 missing \(.*norm\.weight\)"),
-        (lambda tensors: tensors.update(ghost=torch.ones(2)), r"1 unexpected \(ghost\)"),
-        (
-            lambda tensors: tensors.update({"language_model.model.norm.weight": torch.ones(3)}),
-            r"1 of another shape \(.*norm\.weight\)",
-        ),
-    ],
-)
-def test_what_does_not_load_whole(
-    llava: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], Any], reason: str
-) -> None:
-    folder = shutil.copytree(llava, tmp_path / "broken")
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(KtmergeError, match=reason):
-        verify_loadable(folder)
-
-
-def test_an_unknown_architecture_is_said_to_be_unknown(llava: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(llava, tmp_path / "own")
-    config = json.loads((folder / "config.json").read_text())
-    for architectures, detail in ((["OwnModel"], "has no OwnModel"), ([], "names no architecture"), (None, "names no")):
-        (folder / "config.json").write_text(json.dumps(config | {"architectures": architectures}))
-        found = verify_loadable(folder)
-        assert found.status == "unknown"
-        assert detail in found.detail
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "nothing", "architectures": ["Linear"]}))
-    assert verify_loadable(folder).status == "unknown"
-
-
-def test_verifying_is_quiet(llava: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    verify_loadable(llava)
-    assert capfd.readouterr() == ("", "")
+    assert_loads_whole(tmp_path / "out")
 
 
 @pytest.mark.slow

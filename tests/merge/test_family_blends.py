@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from loadable import assert_loads_whole
 from merge_models import read, same_bytes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoints"))
 
 from test_families import FAMILIES, MOE, TEXT, VIT, save_under_memory_names
 
-from ktmerge.checkpoints import verify_loadable
 from ktmerge.merge import blend
 from ktmerge.merge.planning import plan_blend
 
@@ -52,7 +52,7 @@ def check(folder: Path, recipe_in: Any, base: str, *experts: str) -> None:
         assert stored.keys() == read(folder / base).keys()
         if base == "base":
             assert all(same_bytes(values, wanted[key]) for key, values in stored.items())
-            assert verify_loadable(out).status == "loads"
+            assert_loads_whole(out)
 
 
 @pytest.mark.every(2)

@@ -161,10 +161,9 @@ def test_bytes_and_values_are_the_same(llamas: Path) -> None:
 @pytest.mark.parametrize("base", ["published", "saved"])
 def test_a_real_llava_loads_blends_and_runs(tmp_path: Path, recipe_in: Any, base: str) -> None:
     """transformers' own LLaVA, tiny: output loads with nothing missing; the live route gives the same parameters."""
+    from loadable import assert_loads_whole
     from safetensors.torch import load_file, save_file
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-
-    from ktmerge.checkpoints import verify_loadable
 
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8,
@@ -194,7 +193,7 @@ def test_a_real_llava_loads_blends_and_runs(tmp_path: Path, recipe_in: Any, base
         save_file(renamed, file, {"format": "pt"})
     recipe = recipe_in(tmp_path, TWO, {"method": "ties", "where": [{"part": "vision", "lambda": 0.5}]})
     blend(recipe, tmp_path / "out", device="cpu")
-    assert verify_loadable(tmp_path / "out").status == "loads"
+    assert_loads_whole(tmp_path / "out")
     assert read(tmp_path / "out").keys() == read(tmp_path / "base").keys()
     loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
     live = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
@@ -205,12 +204,11 @@ def test_a_real_llava_loads_blends_and_runs(tmp_path: Path, recipe_in: Any, base
 
 @pytest.mark.slow
 def test_a_real_tied_llama_loads(tiny_llama: Path, tmp_path: Path, recipe_in: Any) -> None:
+    from loadable import assert_loads_whole
     from merge_models import tuned, write
-
-    from ktmerge.checkpoints import verify_loadable
 
     write(tmp_path / "a", tuned(read(tiny_llama), 1e-2, 1))
     recipe = recipe_in(tmp_path, {"a": ("a", 1.0)}, {"method": "dare"}, base=str(tiny_llama))
     blend(recipe, tmp_path / "out", device="cpu")
-    assert verify_loadable(tmp_path / "out").status == "loads"
+    assert_loads_whole(tmp_path / "out")
     assert read(tmp_path / "out").keys() == read(tiny_llama).keys()

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from loadable import assert_loads_whole
 from merge_models import Tensors, llama_tensors, read, same_bytes, tuned, write
 
-from ktmerge.checkpoints import Checkpoint, verify_loadable
+from ktmerge.checkpoints import Checkpoint
 from ktmerge.errors import UsageError
 from ktmerge.merge import blend
 from ktmerge.merge.planning import plan_blend
@@ -67,7 +68,7 @@ def test_the_output_is_the_same_tree(trees: Path, tmp_path: Path, recipe_in: Any
     assert files(tmp_path / "out") == files(trees / "base") | {"ktmerge.json", "ktmerge.lock.yaml", "README.md"}
     assert (tmp_path / "out" / "llm" / "model.safetensors.index.json").exists()
     for name in ("llm", "vision_tower"):
-        assert verify_loadable(tmp_path / "out" / name).status == "loads"
+        assert_loads_whole(tmp_path / "out" / name)
 
 
 def test_parts_are_those_of_the_whole_model(trees: Path, tmp_path: Path, recipe_in: Any) -> None:

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from loadable import assert_loads_whole
 from seeing import FAMILIES, build, picture
 from test_statistics_images import tiny_llava  # noqa: F401 - a fixture
 from tuning import Listener, sha256, weights, write
 
 from ktmerge import api
-from ktmerge.checkpoints import Parts, verify_loadable
+from ktmerge.checkpoints import Parts
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.recipes.load import parse_recipe
 from ktmerge.recipes.schema import FinetuneJob
@@ -190,7 +191,7 @@ def test_only_what_train_says_moves_and_it_blends(family: str, tiny_llama: Path,
         "blend": {"method": "linear", "lambda": 0.5},
     }
     api.blend(parse_recipe(recipe, "recipe", tmp_path), blended)
-    assert verify_loadable(blended).status == "loads"
+    assert_loads_whole(blended)
     before, after, mixed = weights(base), weights(tmp_path / "out"), weights(blended)
     assert mixed.keys() == before.keys()
     for name in moved(base, tmp_path / "out"):
