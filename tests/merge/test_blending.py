@@ -275,17 +275,6 @@ def test_a_device_that_is_not_there_is_refused_first(llamas: Path, tmp_path: Pat
             blend(recipe_in(llamas, ONE, {"method": "linear"}), tmp_path / "out", device=device)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties"])
-def test_a_gpu_gives_the_same_bytes(llamas: Path, tmp_path: Path, recipe_in: Any, method: str) -> None:
-    found = {}
-    for device in ("cpu", "cuda"):
-        recipe = recipe_in(llamas, TWO, {"method": method, "lambda": 0.7}, output={"rounding": "stochastic"})
-        found[device] = blend(recipe, tmp_path / device, device=device).out
-    assert found["cpu"] == found["cuda"]
-
-
 def test_memory_does_not_grow_with_the_tensor(tmp_path: Path, recipe_in: Any) -> None:
     """A tensor larger than what is held is streamed: no piece handed to the sink is larger than asked for."""
     name = "model.layers.0.mlp.up_proj.weight"

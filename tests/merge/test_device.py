@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ktmerge.merge.lanes
 from ktmerge.checkpoints import Writer
 from ktmerge.checkpoints.reader import TensorReader
-from ktmerge.errors import KtmergeError
+from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.merge import blend, blend_into, engine, general, source
 from ktmerge.merge.pristine import DeviceReader, HostReader, Pristine
-from ktmerge.merge.registry import methods
-from ktmerge.merge.stage import Method
+from ktmerge.merge.registry import find_method, find_stage, methods
+from ktmerge.merge.stage import KINDS
 from ktmerge.progress import Progress
 
 TWO = {"a": ("a", 1.0), "b": ("b", 0.5)}
@@ -184,8 +184,8 @@ SAME = frozenset(
     """.split()  # noqa: SIM905
 )
 """Operations that IEEE 754 gives one result, and those that round nothing."""
-WHOLE = {"sum", "bincount", "cumsum"}
-"""Of integers the same in any order."""
+WHOLE = {"sum", "bincount", "cumsum", "remainder"}
+"""The same everywhere if of integers."""
 ELSEWHERE = {"_measure", "_chunk_of", "_take", "_observe_products"}
 """Functions whose sums go into reports, ask only whether something is finite, or are of whole numbers."""
 
@@ -246,33 +246,85 @@ def kernels() -> dict[str, bool]:
     return {name: has(block) for name, block in found.items()}
 
 
+def choices(annotation: Any) -> Iterator[Any]:
+    """What a parameter may be, where that is one of a few."""
+    if get_origin(annotation) is Literal:
+        yield from get_args(annotation)
+    elif annotation is bool:
+        yield from (True, False)
+    else:
+        for one in get_args(annotation):
+            yield from choices(one)
+
+
+def cases() -> Iterator[Any]:
+    """Every method, and every choice that a stage which sees elements leaves, once."""
+    seen = set()
+    for name, method in methods().items():
+        yield pytest.param(name, {}, id=name, marks=[] if name in QUICK else [pytest.mark.slow])
+        for stages in (method.stages, *method.otherwise.values()):
+            for kind in KINDS:
+                for used, _ in [stages.combine] if kind == "combine" else getattr(stages, kind):
+                    stage = next((one for one in method.own if one.name == used), None) or find_stage(used, kind)
+                    for key, field in stage.parameters.model_fields.items() if stage.reach == "element" else ():
+                        for value in choices(field.annotation):
+                            if (used, key, value) not in seen and value != field.default:
+                                seen.add((used, key, value))
+                                yield pytest.param(
+                                    name, {key: value}, id=f"{name} {key} {value}", marks=pytest.mark.slow
+                                )
+
+
 QUICK = ("ties", "della_linear", "nuslerp", "fisher", "sce", "bitdelta")
 
 
-METHODS = [
-    pytest.param(method, id=name, marks=[] if name in QUICK else [pytest.mark.slow])
-    for name, method in methods().items()
-]
-
-
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "choice"), cases())
 def test_what_a_device_is_asked_rounds_alike_and_is_there(
-    method: Method, tmp_path: Path, late: Callable[..., Late], monkeypatch: pytest.MonkeyPatch
+    method: str, choice: dict[str, Any], tmp_path: Path, late: Callable[..., Late], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = Watching()
     late(device)
     monkeypatch.setattr(
         "merge_memory.execute", lambda plan, sink, _, **rest: engine.execute(plan, sink, "cuda", **rest)
     )
-    count = min(3, method.experts[1] or 3)
+    count = min(3, find_method(method).experts[1] or 3)
     base = {name: values.bfloat16() for name, values in noise(0, 1.0).items()}
     experts = {
         name: {key: (base[key] + values).bfloat16() for key, values in noise(number + 1).items()}
         for number, name in enumerate("abc"[:count])
     }
-    Workbench(tmp_path).blend(
-        base, experts, {"method": method.name}, chunk=32, output={"rounding": "stochastic"}
-    )  # fmt: skip
+    with suppress(UsageError):  # a choice that asks for others
+        Workbench(tmp_path).blend(
+            base, experts, {"method": method, **choice}, chunk=32, output={"rounding": "stochastic"}
+        )
     assert not device.otherwise
     known = kernels()
     assert not {name for name in device.asked if not known[name]}
+
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+@pytest.mark.parametrize("held", [pytest.param(held, marks=gpu) for held in (0, source.HELD)])
+@pytest.mark.parametrize("kind", BLENDS)
+def test_a_gpu_gives_the_bytes_of_the_cpu(
+    kind: str, held: int, llamas: Path, tmp_path: Path, recipe_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_in(llamas, TWO, BLENDS[kind], output={"rounding": "stochastic"}, seed=3)
+    expected = blend(recipe, tmp_path / "cpu", device="cpu").out
+    monkeypatch.setattr(source, "HELD", held)
+    for module in (source, general):
+        monkeypatch.setattr(module, "DEVICE_CHUNK", 300)
+    monkeypatch.setattr(ktmerge.merge.lanes, "SLOT", 512)
+    assert blend(recipe, tmp_path / "cuda", device="cuda").out == expected
+
+
+@pytest.mark.parametrize("copies", [pytest.param(copies, marks=gpu) for copies in ("none", "cpu", "cuda")])
+def test_in_place_on_a_gpu_as_in_files(copies: str, llamas: Path, tmp_path: Path, recipe_in: Any) -> None:
+    recipe = recipe_in(llamas, TWO, BLENDS["dare"])
+    blend(recipe, tmp_path / "out", device="cpu")
+    wanted = loaded(tmp_path / "out")
+    model = Model(wanted).to("cuda")
+    report = blend_into(model, recipe, None if copies == "none" else Pristine(copies))
+    assert report.device.startswith("cuda")
+    assert all(values.cpu().equal(wanted[name]) for name, values in model.state_dict().items())
