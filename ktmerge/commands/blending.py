@@ -66,11 +66,12 @@ def blend(
         console.print_json(plan.to_json()) if json_ else console.print_table(*plan.table())
         return
     share_one_heap()
-    report = api.blend(
-        loaded, out, device=device, resume=resume, overwrite=overwrite, lock=lock, progress=console.TerminalProgress()
-    )
+    progress = console.TerminalProgress()
+    report = api.blend(loaded, out, device=device, resume=resume, overwrite=overwrite, lock=lock, progress=progress)
     if study is not None and trial is not None:
-        report.notes += api.compare_with_trial(study, trial, out)
+        for note in api.compare_with_trial(study, trial, out):
+            report.notes.append(note)
+            progress.note(note)
     console.print_json(report.to_json()) if json_ else console.print_table(*report.table())
 
 

@@ -15,8 +15,9 @@ from ktmerge.sweep.space import Point
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-RECIPE, STOPPED, ROUND = "recipe", "stopped", "round"
-"""Attributes of a trial: its recipe; why it was scored no further; the item scores of one round."""
+POINT, RECIPE, STOPPED, ROUND = "point", "recipe", "stopped", "round"
+"""Attributes of a trial: those of its values that its method knows; its recipe; why it was scored no further; the item
+scores of one round."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Candidate:
         while f"{ROUND} {len(rounds)}" in attributes:
             rounds.append(attributes[f"{ROUND} {len(rounds)}"])
         first, second = trial.values
-        return cls(trial.number, dict(trial.params), attributes[RECIPE], first, second, attributes.get(STOPPED), rounds)
+        return cls(trial.number, attributes[POINT], attributes[RECIPE], first, second, attributes.get(STOPPED), rounds)
 
     @property
     def scores(self) -> ItemScores:

@@ -154,14 +154,18 @@ def _moved(reference: str, source: Path, out: Path) -> str:
 
 def _definition(folder: Path) -> dict[str, Any]:
     try:
-        document = json.loads((folder / DEFINITION).read_text(encoding="utf-8"))
+        document: Any = json.loads((folder / DEFINITION).read_text(encoding="utf-8"))
     except OSError:
         raise UsageError(f"{folder}: no sweep; 'ktmerge sweep' writes {DEFINITION} there.") from None
     except ValueError:
         raise UsageError(f"{folder / DEFINITION}: damaged; not JSON.") from None
-    if not isinstance(document, dict) or document.get("ktmerge_sweep") != 1 or "study" not in document:
-        raise UsageError(f"{folder / DEFINITION}: not a sweep of this ktmerge.")
-    return document
+    version = document.get("ktmerge_sweep") if isinstance(document, dict) else None
+    if isinstance(version, int) and version > 1:
+        raise UsageError(f"{folder / DEFINITION}: a sweep of version {version}, this ktmerge knows 1; upgrade ktmerge.")
+    if version != 1 or "study" not in document:
+        raise UsageError(f"{folder / DEFINITION}: no sweep that 'ktmerge sweep' wrote; choose another folder.")
+    known: dict[str, Any] = document
+    return known
 
 
 def _without_password(url: str) -> str:

@@ -13,7 +13,7 @@ from ktmerge.errors import KtmergeError
 from ktmerge.progress import Progress
 from ktmerge.recipes.schema import Recipe
 from ktmerge.sweep.anchors import base_alone, expert_alone
-from ktmerge.sweep.candidates import RECIPE, ROUND, STOPPED, Candidate, best_keeping
+from ktmerge.sweep.candidates import POINT, RECIPE, ROUND, STOPPED, Candidate, best_keeping
 from ktmerge.sweep.divergence import Teachers
 from ktmerge.sweep.ledger import Ledger
 from ktmerge.sweep.live import LiveModel
@@ -53,20 +53,22 @@ class Screening:
 
     def screen(self, trial: Trial) -> None:
         """Blend and score one candidate."""
+        point = self.space.used(trial.params)
+        trial.set_user_attr(POINT, point)
         try:
-            recipe = self.space.recipe_at(trial.params)
+            recipe = self.space.recipe_at(point)
             trial.set_user_attr(RECIPE, _plain(recipe))
             values = self._values(trial, recipe)
         except KtmergeError as error:
             self.ledger.fail(trial, str(error))
-            self.progress.note(f"trial {trial.number}, {told(trial.params)}: {error}")
+            self.progress.note(f"trial {trial.number}, {told(point)}: {error}")
             return
         if self.settings.screen != "divergence" and math.isfinite(self.settings.limit):
             trial.set_constraint("upstream", self.settings.limit - values[0])
         self.ledger.finish(trial, values)
         reason = trial.user_attrs.get(STOPPED)
         self.progress.note(
-            f"trial {trial.number}, {told(trial.params)}: {said(values, self.settings.screen)}"
+            f"trial {trial.number}, {told(point)}: {said(values, self.settings.screen)}"
             + (f"; stopped: {reason}" if reason else "")
         )
 

@@ -127,6 +127,12 @@ class Space:
         only = len(self.ranges) == 1 and len(self.methods) < 2
         return self.ranges[0] if only and not self.ranges[0].choices else None
 
+    def used(self, point: Mapping[str, Value]) -> Point:
+        """A point without the values that its method does not know."""
+        method = str(point.get(METHOD, self._names()[0]))
+        idle = {one.key for one in self.ranges if not self._applies(one, method)}
+        return {key: value for key, value in point.items() if key not in idle}
+
     def recipe_at(self, point: Mapping[str, Value]) -> Recipe:
         """The recipe with the point's values; values the point's method does not know are left out.
 

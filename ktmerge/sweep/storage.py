@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import optuna
-from optuna.exceptions import OptunaError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-from ktmerge.errors import KtmergeError, UsageError, first_line
+from ktmerge.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -40,17 +40,41 @@ def open_storage(where: str) -> BaseStorage:
     try:
         if "://" in where:
             return _database(where)
-        _mend(Path(where))
-        return JournalStorage(JournalFileBackend(where, lock_obj=_lock(where)))
+        return _journal(Path(where))
     except ImportError:
         raise UsageError(
             "the storage of the sweep cannot be opened: the driver of its database is not installed"
             + ("; pip install 'ktmerge[postgresql]'." if where.startswith("postgresql:") else ".")
         ) from None
-    except (OSError, OptunaError) as error:
-        raise UsageError(f"the storage of the sweep cannot be opened: {first_line(error)}") from None
+    except UsageError:
+        raise
     except Exception as error:  # SQLAlchemy and database drivers raise what they like
         raise UsageError(f"the storage of the sweep cannot be opened: {first_line(error)}") from None
+
+
+def _journal(path: Path) -> BaseStorage:
+    _mend(path)
+    try:
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=_lock(str(path))))
+    except OSError:
+        raise
+    except Exception as error:  # whatever Optuna meets in it
+        at = f", line {line}" if (line := _damaged(path)) else ""
+        raise UsageError(
+            f"{path}{at}: the sweep's journal is damaged, or of a later Optuna ({first_line(error)}); put an earlier "
+            "copy in its place, or begin the sweep anew with --overwrite."
+        ) from None
+
+
+def _damaged(path: Path) -> int | None:
+    """The first line of a journal that is none of its entries, if one shows it."""
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            if not isinstance(json.loads(line).get("op_code"), int):
+                return number
+        except (ValueError, AttributeError):
+            return number
+    return None
 
 
 def _database(url: str) -> BaseStorage:
@@ -114,5 +138,5 @@ def trial_numbered(storage: BaseStorage, study: str, number: int) -> FrozenTrial
     trials = optuna.load_study(study_name=study, storage=storage).get_trials(deepcopy=False)
     if not 0 <= number < len(trials):
         known = f"0 to {len(trials) - 1}" if trials else "none yet"
-        raise KtmergeError(f"--trial {number}: the sweep has no such trial; its trials: {known}.")
+        raise UsageError(f"--trial {number}: the sweep has no such trial; its trials: {known}.")
     return trials[number]

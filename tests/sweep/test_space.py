@@ -45,6 +45,8 @@ def test_a_point_makes_a_recipe_and_leaves_out_what_its_method_does_not_know(wor
     linear = space.recipe_at({**point, METHOD: "linear"}).blend
     assert linear is not None
     assert (linear.method, linear.parameters) == ("linear", {})
+    assert space.used({**point, METHOD: "linear"}) == {METHOD: "linear", "blend.lambda": 1e-05}
+    assert space.used(point) == point
     alone = Space(load_recipe(world.recipe), ranges, ["ties"])  # one method: no choice of it is drawn, and it is meant
     assert alone.recipe_at({"blend.lambda": 1e-05, "blend.density": 0.25}).blend == ties
     assert METHOD not in alone.grid(4)[0]

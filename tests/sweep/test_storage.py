@@ -28,6 +28,19 @@ def test_a_storage_that_cannot_be_opened_leaves_no_folder(  # type: ignore[no-un
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "line", [b'{"op_code": 0, "study_na', b"\x00\xff", b"[]", b'{"op_code": 99, "worker_id": "x"}']
+)
+def test_a_damaged_journal_is_named_with_its_line(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "journal.log"
+    open_storage(str(path)).create_new_study([StudyDirection.MAXIMIZE], "s")
+    before = path.read_bytes()
+    path.write_bytes(before + line + b"\n" + before)
+    with pytest.raises(UsageError, match=r"journal\.log.*damaged, or of a later Optuna") as caught:
+        open_storage(str(path))
+    assert ("line 2" in str(caught.value)) == (b"99" not in line)
+
+
 @pytest.mark.slow
 def test_a_lock_that_a_killed_worker_left_is_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
