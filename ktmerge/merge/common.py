@@ -54,20 +54,19 @@ class Shared:
 
 def shared(deltas: Sequence[Tensor]) -> Shared:
     """Deltas ``[o, i]``, none of them zero, in their shared frame; float64."""
-    own = [delta.double() for delta in deltas]
-    told = [of_delta(one) for one in own]
-    frame = total(told, [1.0] * len(own)).frame()
-    frame, responses = _settled(frame, _responses(frame, own, told))
+    told = [of_delta(delta) for delta in deltas]
+    frame = total(told, [1.0] * len(told)).frame()
+    frame, responses = _settled(frame, _responses(frame, told))
     energies = sum((one**2).sum(0) for one in responses[1:]) + (responses[0] ** 2).sum(0)
     added = sum(responses[1:], responses[0])
-    return Shared(frame, responses, energies, (added**2).sum(0) / (len(own) * energies))
+    return Shared(frame, responses, energies, (added**2).sum(0) / (len(told) * energies))
 
 
-def _responses(frame: Frame, deltas: Sequence[Tensor], told: Sequence[Covariance]) -> list[Tensor]:
+def _responses(frame: Frame, told: Sequence[Covariance]) -> list[Tensor]:
     """tau_t V of each; of a frame of their own rows it is there already."""
     if frame.rows is None:
-        return [frame.onto(one) for one in deltas]
-    outputs = deltas[0].shape[0]
+        return [frame.onto(one.factor) / (one.scale or 1.0) for one in told]
+    outputs = told[0].factor.shape[0]
     return [
         frame.of_rows(slice(number * outputs, (number + 1) * outputs)) / (one.scale or 1.0)
         for number, one in enumerate(told)

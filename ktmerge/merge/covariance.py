@@ -80,6 +80,8 @@ class Covariance:
 
     def scaled(self, by: float) -> Covariance:
         """C times a number of 0 or more."""
+        if by == 1:
+            return self
         return Covariance(self.factor * by**0.5, self.diagonal * by)
 
     def shrunk(self, eta: float) -> Covariance:
@@ -148,8 +150,8 @@ class Covariance:
         dual = self.factor.shape[0] < self.inputs and not bool(self.diagonal.any())
         values, vectors = eigh(gram(self.factor.T) if dual else self.dense())
         values, vectors = values.flip(0), vectors.flip(1)
-        known = values > ZERO * values[:1].clamp(min=0)
-        values, vectors = values[known], vectors[:, known]
+        known = int((values > ZERO * values[:1].clamp(min=0)).sum())
+        values, vectors = values[:known], vectors[:, :known]
         return Frame(values, self.factor, vectors / values.sqrt()) if dual else Frame(values, None, vectors)
 
 

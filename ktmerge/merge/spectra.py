@@ -92,6 +92,19 @@ class OneSided:
         """How many values are above ``floor`` times the largest."""
         return int((self.values > floor * self.values[:1]).sum())
 
+    def coordinates(self, count: int) -> Tensor:
+        """S V^T = U^T of the whole ``[count, i]``, of the ``count`` largest values."""
+        own = self.vectors[:, :count]
+        return own.T @ self.whole if self.is_left else (own * self.values[:count]).T
+
+    def back(self, coordinates: Tensor) -> Tensor:
+        """U coordinates ``[o, n]``, of coordinates ``[r, n]`` along the r largest values, none of them 0."""
+        count = coordinates.shape[0]
+        own = self.vectors[:, :count]
+        if self.is_left:
+            return own @ coordinates
+        return self.whole @ (own @ (coordinates / self.values[:count].unsqueeze(1)))
+
     def inner(self, other: Tensor, count: int) -> Tensor:
         """U^T other V of the first triplets, ``[count, count]``, for another ``[o, i]``."""
         own, values = self.vectors[:, :count], self.values[:count]

@@ -153,6 +153,6 @@ method(
         promises=Promises(
             neutral={"kappa": 0.0, "a": 1.0}, nothing={"a": 0.0}, identical="mean", elements=False, tolerance=1e-5
         ),
-        semantics=2,
+        semantics=3,
     )
 )

@@ -50,7 +50,7 @@ def cts(deltas: list[Tensor], parameters: CtsParameters, context: Context) -> Te
         own = members(maps, base, context)
         if len(own) < 2:
             return own[0] if own else torch.zeros_like(base)
-        found = shared([one.double() for one in own])
+        found = shared(own)
         gate = found.gate()
         merged = found.mean() * gate + parameters.mu * _specific(found, gate, parameters.residual)
         return found.frame.back(merged).float()
@@ -65,12 +65,13 @@ def _specific(found: Shared, gate: Tensor, rule: str) -> Tensor:
     from ktmerge.merge.regression import Filter
 
     count = len(found.responses)
-    own = [response * (1 - gate) for response in found.responses]
-    added = torch.stack(own).sum(0)
+    added = found.mean() * (count * (1 - gate))
     if rule in ("sum", "root", "mean"):
         return added / {"sum": 1.0, "root": math.sqrt(count), "mean": float(count)}[rule]
     start = added / count
-    target = torch.stack([_times(*pair) for pair in zip(own, found.responses, strict=True)]).sum(0)
+    target = torch.zeros_like(start)
+    for response in found.responses:
+        target += _times(response * (1 - gate), response)
     values = found.frame.eigenvalues
     rank: Literal["all", "participation"] = "all" if rule == "wudi_cf" else "participation"
     passed = Filter("none", rank=rank).of(values, 1.0, 0.0, values.numel())
@@ -79,10 +80,12 @@ def _specific(found: Shared, gate: Tensor, rule: str) -> Tensor:
 
 def _times(specific: Tensor, response: Tensor) -> Tensor:
     """sigma C_t in the frame, C_t = a_t^T a_t / ||a_t||^2."""
+    from ktmerge.merge.covariance import gram
+
     outputs, directions = response.shape
     energy = (response**2).sum()
     if directions < outputs:
-        return specific @ (response.T @ response) / energy
+        return specific @ gram(response) / energy
     return (specific @ response.T) @ response / energy
 
 
@@ -97,6 +100,6 @@ method(
         formula="mean(a) g V^T + mu merge(tau - a g V^T), a = tau V, g = clip((k - 1/N) / (1 - 1/N), 0, 1)",
         cost="eigh min(i, N o)^3 + N oi min(i, N o)",
         promises=Promises(identical="mean", elements=False, rotations=True, tolerance=1e-5),
-        semantics=2,
+        semantics=3,
     )
 )

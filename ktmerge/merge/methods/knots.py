@@ -70,25 +70,24 @@ def knots(deltas: list[Tensor], parameters: KnotsParameters, context: Context) -
             return weighted_total(own, weights)
         if len(own) == 1 and parameters.density == 1:
             return own[0]
-        side_by_side = torch.cat(own, dim=1)
-        basis = one_sided(side_by_side).top(min(side_by_side.shape), parameters.tolerance).left
-        coordinates = [_coordinates(one, basis) for one in own]
+        found = one_sided(torch.cat(own, dim=1))
+        parts = torch.split(found.coordinates(found.above(parameters.tolerance)), base.shape[1], 1)
+        coordinates = [_settled(part, one) for part, one in zip(parts, own, strict=True)]
         trimmed = [
             _trimmed(one, parameters.density, replace(context, expert=context.experts[t], start=0), number)
             for one, t in zip(coordinates, members, strict=True)
         ]
         elected = elect(trimmed, ElectParameters(), replace(context, weights=weights))
-        return (basis @ elected.double()).float()
+        return found.back(elected.double()).float()
 
     return by_map(deltas, context, merge, fused=parameters.split_fused)
 
 
-def _coordinates(delta: Tensor, basis: Tensor) -> Tensor:
-    """Those of a delta, float32; what is rounding is 0, or an expert would have a vote in directions it never took."""
+def _settled(coordinates: Tensor, delta: Tensor) -> Tensor:
+    """A delta's, in float32; what is rounding is 0, or an expert would have a vote in directions it never took."""
     import torch
 
-    found = basis.T @ delta.double()
-    return torch.where(found.abs() > _ROUNDING * delta.double().norm(), found, 0.0).float()
+    return torch.where(coordinates.abs() > _ROUNDING * delta.double().norm(), coordinates, 0.0).float()
 
 
 def _trimmed(values: Tensor, density: float, context: Context, number: int) -> Tensor:
@@ -116,6 +115,6 @@ method(
         formula="U ties(S V_1^T, ..., S V_N^T), [tau_1 ... tau_N] = U S [V_1^T ... V_N^T]",
         cost="eigh min(o, N i)^3 + N oi min(o, N i)",
         promises=Promises(neutral={"density": 1.0}, identical="mean", elements=False, tolerance=1e-5),
-        semantics=2,
+        semantics=3,
     )
 )
