@@ -47,13 +47,13 @@ def stage(
     whole: Callable[[Any], bool] = _never,
     grain: Callable[[Any, Place], int] = _each_alone,
     portable: bool = True,
+    last: bool = False,
 ) -> Callable[[Apply], Apply]:
     """Register the decorated function as a stage; see `Stage` for what it must be like."""
 
     def register(apply: Apply) -> Apply:
-        add_stage(
-            Stage(name, kind, parameters, apply, reach, statistics, objection, compiled, needs, whole, grain, portable)
-        )
+        given = (reach, statistics, objection, compiled, needs, whole, grain, portable, last)
+        add_stage(Stage(name, kind, parameters, apply, *given))
         return apply
 
     return register

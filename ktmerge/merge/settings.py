@@ -46,6 +46,9 @@ class Setting:
                 objection = use.stage.objection(use.parameters, dict(sorted(weights.items())))
                 if objection:
                     found.append(f"{objection}.")
+                if use.stage.last and (use is not pipeline.uses[-1] or self.lambda_ != 1):
+                    name = use.stage.name
+                    found.append(f"'{name}' comes last, at lambda 1; scale before it, with interpolate or lines.")
         return list(dict.fromkeys(found))
 
 

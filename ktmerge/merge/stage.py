@@ -224,6 +224,7 @@ class Stage:
             given the parameters, a Trim or Drop; of a combine, given parameters and weights by name, a Sum, Largest or
             Elect;
             of a guard or scale, given the parameters, a Clamp, Cap or Ramp.
+        last: whether what it makes is stored as it is: no stage may come after it, and lambda is 1.
     """
 
     name: str
@@ -238,6 +239,7 @@ class Stage:
     whole: Callable[[Any], bool] = _never
     grain: Callable[[Any, Place], int] = _each_alone
     portable: bool = True
+    last: bool = False
 
     @property
     def on_maps(self) -> bool:
