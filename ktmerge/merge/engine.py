@@ -113,6 +113,7 @@ class _Engine:
         blended = [tensor for tensor in blended if tensor.name not in straight]
         away = [tensor for tensor in blended if self._is_away(tensor)]
         blended = [tensor for tensor in blended if not self._is_away(tensor)]
+        self._say_what_stays(blended)
         with self._fused(blended, chunk) as fused, self._lanes(away) as lanes:
             mine = fused.prepare(self._plan.tensors, self._progress) if fused is not None else frozenset()
             general = self._general([tensor for tensor in blended if tensor.name not in mine])
@@ -141,6 +142,13 @@ class _Engine:
     def _is_away(self, tensor: TensorPlan) -> bool:
         """Whether it is made on a device."""
         return self._device != "cpu" and tensor.pipeline is not None and tensor.pipeline.portable
+
+    def _say_what_stays(self, tensors: Iterable[TensorPlan]) -> None:
+        """What was asked of a device and is done here."""
+        found = [tensor.method for tensor in tensors if tensor.pipeline is not None]
+        if found and self._device != "cpu" and self._measured:
+            names = ", ".join(sorted(set(found)))
+            self._progress.note(f"{len(found)} tensors are blended on the CPU: a GPU would round {names} otherwise")
 
     def _source(self, tensor: TensorPlan) -> str:
         """Its name where it is taken from."""

@@ -192,7 +192,7 @@ class General:
                 if chunk.broken is not None:
                     values = torch.where(chunk.broken, chunk.own.to(values.dtype), values)
                     result.broken += int(torch.count_nonzero(chunk.broken))
-                _measure(result, chunk, scaled, self._write(tensor, values, chunk.start, tag))
+                _measure(result, chunk, scaled, self._write(tensor, values, chunk.start, tag, chunk))
             if self._merged is not None:
                 self._merged.add(tensor, chunk.start, merged, result.kept)
 
@@ -222,8 +222,8 @@ class General:
         result.changed += int(changed)
         return True
 
-    def _write(self, tensor: TensorPlan, values: Tensor, start: int, tag: str) -> Tensor:
-        """Round once and hand to the sink."""
+    def _write(self, tensor: TensorPlan, values: Tensor, start: int, tag: str, chunk: Chunk | None = None) -> Tensor:
+        """Round once and hand to the sink; what is broken keeps the base's bits: devices convert a NaN differently."""
         dtype = torch_dtype(tag)
         recipe = self._plan.recipe
         if dtype.is_floating_point:
@@ -231,6 +231,8 @@ class General:
             rounded = self._kernels.round(values, dtype, recipe.output.rounding, key, start)
         else:
             rounded = values.to(dtype)
+        if chunk is not None and chunk.broken is not None and chunk.own.dtype == dtype:
+            rounded = torch.where(chunk.broken, chunk.own, rounded)
         if self._lanes is None or isinstance(self._sink, LiveSink):
             self._sink.write(tensor.name, rounded, start)
         else:

@@ -14,6 +14,7 @@ import torch
 import torchgen
 from merge_device import Late
 from merge_memory import Workbench, noise
+from merge_models import write
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ktmerge.merge.lanes
@@ -64,6 +65,22 @@ def test_a_late_device_gives_the_bytes_of_the_cpu(
         device = late(Late(seed, eager=True), held)
         assert blend(recipe, tmp_path / str(seed), device="cuda").out == expected
         assert device.rooms, "nothing was done there"
+
+
+def test_what_is_not_finite_keeps_its_bits(tmp_path: Path, recipe_in: Any, late: Callable[..., Late]) -> None:
+    """A NaN's sign and payload too, which conversions change, each device in its own way."""
+    name = "model.norm.weight"
+    base, tuned = torch.full((40,), 2.0, dtype=torch.bfloat16), torch.full((40,), 2.5, dtype=torch.bfloat16)
+    base.view(torch.int16)[7:10] = torch.tensor([0x7F81, -0x41, 0x7F80], dtype=torch.int16)
+    write(tmp_path / "base", {name: base})
+    write(tmp_path / "a", {name: tuned})
+    recipe = recipe_in(tmp_path, {"a": ("a", 1.0)}, {"method": "linear"}, output={"not_finite": "keep_base"})
+    found = [blend(recipe, tmp_path / "cpu", device="cpu").out]
+    late(Late(2, eager=True))
+    found.append(blend(recipe, tmp_path / "cuda", device="cuda").out)
+    assert found[0] == found[1]
+    bits = loaded(tmp_path / "cuda")[name].view(torch.int16)
+    assert bits[6:11].tolist() == [0x4020, 0x7F81, -0x41, 0x7F80, 0x4020]
 
 
 class Model(torch.nn.Module):
