@@ -28,6 +28,7 @@ def test_garbage_is_looked_for_again_once_a_command_takes_long(monkeypatch: pyte
     assert gc.isenabled()
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 def test_a_signal_after_the_work_changes_nothing(number: str) -> None:
     """Python puts default handlers back while it shuts down: it would die of a signal though everything is done."""
@@ -57,6 +58,7 @@ def test_a_signal_inside_compiled_text_ends_as_any_other(tmp_path: Path) -> None
     assert (done.returncode, done.stderr) == (130, "error: interrupted; nothing was left half-written.\n")
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 def test_a_signal_where_python_cannot_raise_is_heard_a_little_later(tmp_path: Path, number: str) -> None:
     """In what it calls when something is collected, as imports do, what is raised is shown and forgotten."""
@@ -77,6 +79,7 @@ def test_a_signal_where_python_cannot_raise_is_heard_a_little_later(tmp_path: Pa
     assert (done.returncode, done.stderr) == (130, "error: interrupted; nothing was left half-written.\n")
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     "moment", ["import ktmerge.console; ktmerge.console.fail = lambda text:", "atexit.register(lambda:"]
 )
@@ -135,6 +138,7 @@ def test_the_home_folder_in_an_option(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not (tmp_path / "~").exists()
 
 
+@pytest.mark.slow
 def test_the_shell_completes_commands_and_options() -> None:
     for words, position, found in (("ktmerge re", "1", "recipe"), ("ktmerge blend --re", "2", "--resume")):
         shell = {"_KTMERGE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": position}

@@ -115,6 +115,7 @@ def test_killed_again_and_again(base: Path, tmp_path: Path) -> None:
     check_equal(base, out)
 
 
+@pytest.mark.slow
 def test_damaged_bytes_are_made_again(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "place" / "out"
     folder = kill(base, out, 5)
@@ -169,6 +170,7 @@ def test_a_journal_that_is_none_is_not_believed(base: Path, tmp_path: Path, text
     check_equal(base, out)
 
 
+@pytest.mark.slow
 def test_another_pin_starts_from_the_beginning(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "place" / "out"
     kill(base, out, 3, {**PIN, "seed": 8})
@@ -227,6 +229,7 @@ def test_only_an_interrupted_resumable_run_leaves_something(
         assert not out.parent.exists()
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_what_was_taken_over_is_not_lost_by_an_error(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
@@ -295,6 +298,7 @@ def test_tensors_that_the_kernel_copied_or_that_have_gaps_are_not_written_down(b
     assert remains.entries == {}
 
 
+@pytest.mark.slow
 def test_the_room_for_a_resumed_run_is_what_is_missing(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

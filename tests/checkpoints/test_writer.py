@@ -416,7 +416,7 @@ def test_digests_follow_what_is_written(make_checkpoint: MakeCheckpoint, shards:
     assert digests == {file: hashlib.sha256((out / file).read_bytes()).hexdigest() for file in base.weight_files}
 
 
-@pytest.mark.every(2)
+@pytest.mark.slow
 def test_digests_are_of_what_was_written_last(make_checkpoint: MakeCheckpoint) -> None:
     values = np.random.default_rng(0).integers(0, 255, 9 << 20, dtype=np.uint8)
     base = Checkpoint.open(make_checkpoint(tensors={"t": values}))

@@ -212,6 +212,7 @@ NO_FILES: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("file", [SHARD, INDEX, "config.json"])
 @pytest.mark.parametrize("kind", NO_FILES)
 def test_what_is_no_file_is_named(small: Path, kind: str, file: str, capsys: pytest.CaptureFixture[str]) -> None:

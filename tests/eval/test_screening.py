@@ -95,6 +95,7 @@ def test_distances_are_kl_on_prompts_and_on_the_experts_own_answers(
     assert numbers.disagreement is None
 
 
+@pytest.mark.slow
 def test_an_expert_is_asked_on_the_set_of_its_name(tiny_llama: Path, tuned_llama: Path, sets: Suite) -> None:
     found = screen({"base again": tiny_llama}, sets, base=tiny_llama, bootstrap=20, device="cpu",
                    experts={"say": tuned_llama, "other": tuned_llama})  # fmt: skip

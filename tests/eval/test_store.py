@@ -98,6 +98,7 @@ def test_the_key_holds_all_conditions(suite: Suite, tmp_path: Path) -> None:
     assert own != store.key(one, {"model": "a", "dtype": "bfloat16"})
 
 
+@pytest.mark.slow
 def test_equal_weights_of_another_configuration_are_scored(tiny_llama: Path, suite: Suite, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(tiny_llama, other)

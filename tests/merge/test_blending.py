@@ -52,6 +52,7 @@ def test_only_kernels_that_are_needed_are_waited_for(
     assert asked == [("blend", "thresholds") if searches else ("blend",)]
 
 
+@pytest.mark.slow
 def test_blending_back_composes(llamas: Path, tmp_path: Path, recipe_in: Any) -> None:
     """Half of a half is a quarter, in fp32 (WiSE-FT is linear in its coefficient)."""
     out = {"dtype": "float32"}
@@ -74,6 +75,7 @@ def test_the_same_recipe_gives_the_same_folder_and_another_seed_another(
     assert files(tmp_path / "x")["model.safetensors"] != files(tmp_path / "z")["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_sharding_of_the_inputs_changes_no_tensor(tmp_path: Path, recipe_in: Any) -> None:
     base = llama_tensors()
     section = {"stages": {"transform": [{"trim": {"scope": "global"}}, "dare"], "combine": "elect"}}

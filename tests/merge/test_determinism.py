@@ -114,6 +114,7 @@ def test_threads_and_pieces_do_not_show(
         assert digest(models, tmp_path / "out", document) == alone, (cores, piece, held)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [pytest.param("ties", marks=pytest.mark.slow), "ties global"])
 def test_samples_and_noted_candidates_do_not_show(
     kind: str, models: Path, expected: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -76,7 +76,7 @@ def test_joined_queries_keys_and_values_lie_under_the_three(tmp_path: Path) -> N
         assert ("v" in texts) == (name == "both")
 
 
-@pytest.mark.every(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "start"),
     [pytest.param("x.png", b"\x89PNG", marks=pytest.mark.slow), ("x.PDF", b"%PDF"), ("x.svg", b"<?xml")],

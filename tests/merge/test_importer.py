@@ -84,6 +84,7 @@ def layered(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_gradients_and_filters_become_rules_with_the_same_values(tmp_path: Path) -> None:
     """Held against mergekit's own resolution of the same setting for every tensor."""
     from mergekit.config import MergeConfiguration, evaluate_setting

@@ -55,6 +55,7 @@ def test_every_blend_writes_the_lock_of_its_inputs(made: Path) -> None:
     assert str(made) not in (made / "out" / FILE).read_text()
 
 
+@pytest.mark.slow
 def test_a_lock_made_beforehand_says_the_same_of_inputs(made: Path) -> None:
     path = api.lock(made / "recipe.yaml")
     assert path == made / "recipe.lock.yaml"
@@ -80,6 +81,7 @@ def test_one_flipped_bit_of_an_input_is_found(made: Path, capsys: pytest.Capture
     assert f"a/{WEIGHTS}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_change_with_the_old_time_is_found(made: Path) -> None:
     """Size, inode and time of writing are as they were; the time of the last change of any kind is not."""
     weights = made / "a" / WEIGHTS

@@ -130,6 +130,7 @@ def test_llama_equals_the_formulas(
     check(llamas, tmp_path / "out", experts, case, recipe_in)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("case", first_of(lambda method: getattr(OWNERS.get(method), "__name__", "")))
 def test_llava_equals_the_formulas_whatever_the_names(
     llavas: Path, tmp_path: Path, recipe_in: Any, case: tuple[Any, ...]

@@ -41,7 +41,7 @@ def promise(made: Callable[[Method], Any] = lambda method: True) -> Callable[[Pr
     return register
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(4)
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_every_promise_is_kept(bench: Workbench, method: Method) -> None:
     """One test a method: the functions below, each named as what it checks."""

@@ -124,6 +124,7 @@ def test_a_broken_memory_is_none(
     assert (tmp_path / "second" / WEIGHTS).read_bytes() == (tmp_path / "first" / WEIGHTS).read_bytes()
 
 
+@pytest.mark.slow
 def test_other_inputs_and_other_seeds_have_their_own(models: Path, cache: Path, recipe_in: Any, tmp_path: Path) -> None:
     blend(recipe_in(models, TWO, ties()), tmp_path / "first", device="cpu")
     blend(recipe_in(models, TWO, ties(), seed=1), tmp_path / "second", device="cpu")
@@ -131,6 +132,7 @@ def test_other_inputs_and_other_seeds_have_their_own(models: Path, cache: Path, 
     assert len(list(cache.iterdir())) == 3
 
 
+@pytest.mark.slow
 def test_only_so_many_are_kept(
     models: Path, cache: Path, recipe_in: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,6 +57,7 @@ def test_an_output_is_what_its_record_says_and_can_be_made_again(made: Path, mon
     assert sorted(made.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_models_that_lie_elsewhere_are_named(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     experts = [f"{name}={made / name}" for name in "ab"]
@@ -97,6 +98,7 @@ def test_what_changed_beside_the_weights_is_found(made: Path, file: str, recipe_
         blend(recipe, made / "out", device="cpu", resume=True)
 
 
+@pytest.mark.slow
 def test_blends_of_earlier_versions_are_held_to_their_weights(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forget_what_is_beside(made / "out")
     monkeypatch.chdir(made)

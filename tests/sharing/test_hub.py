@@ -17,6 +17,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_repository_of_its_own(place: Path, hub: Any) -> None:
     pushed = api.push("recipe.yaml", "me/half")
     repository = hub.state.repositories["me/half"]

@@ -320,6 +320,7 @@ def test_the_rate_is_the_familys_unless_given() -> None:
     assert FinetuneJob.model_validate({"data": "x", "adapter": "lora", "learning_rate": 1e-5}).learning_rate == 1e-5
 
 
+@pytest.mark.slow
 def test_places_that_are_not_there_are_refused_before_anything_is_made(tiny_llama: Path, tmp_path: Path) -> None:
     for adapter, train, said in (
         ("visual-prompt", "full", "'connector' matches no tensor"),

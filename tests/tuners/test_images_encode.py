@@ -122,6 +122,7 @@ def test_tokens_labels_and_pixels_are_those_of_the_processor(family: str, model:
         assert int((own["input_ids"] == token).sum()) > 0
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("family", SOME)
 def test_batches_are_those_of_the_processor(family: str, model: Model, folder: Path) -> None:
     """Several rows at once, of pictures of several sizes."""

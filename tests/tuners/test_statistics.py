@@ -93,6 +93,7 @@ def test_samples_and_means_are_what_the_maps_are_given(tiny_llama: Path, tmp_pat
     assert not any("norm" in name or "embed" in name for name in statistics.samples)
 
 
+@pytest.mark.slow
 def test_scales_are_measured_by_what_they_multiply(tiny_llama: Path, tmp_path: Path) -> None:
     made(tiny_llama, tmp_path)
     model = in_float64(tiny_llama)

@@ -14,6 +14,7 @@ from ktmerge.checkpoints import Parts
 from ktmerge.tuners.selection import store
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "part"),
     [
