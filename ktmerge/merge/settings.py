@@ -264,6 +264,8 @@ def _allowed(field: Any) -> str:
     words = _kind(field.annotation)
     if words.startswith("one of"):
         return words
+    if any(getattr(mark, "min_length", 0) for mark in field.metadata):
+        return words.replace("a list", "a list of one or more", 1)
     names = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     bounds = [
         f"{word} {getattr(mark, key):g}" for mark in field.metadata for key, word in names.items() if hasattr(mark, key)

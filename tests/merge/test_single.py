@@ -556,8 +556,14 @@ class TestArceeFusion:
     [
         ({"method": "lines", "alpha": "most"}, "blend.alpha: must be a number or auto, not 'most'"),
         ({"method": "dare", "rescale": "q", "q": "best"}, "blend.q: must be a number or analytic or null, not 'best'"),
-        ({"method": "bands", "coefficients": 1.0}, "blend.coefficients: must be a list, each a number, not 1"),
-        ({"method": "bands", "coefficients": []}, "blend.coefficients: must be a list, each a number, not []"),
+        (
+            {"method": "bands", "coefficients": 1.0},
+            "blend.coefficients: must be a list of one or more, each a number, not 1",
+        ),
+        (
+            {"method": "bands", "coefficients": []},
+            "blend.coefficients: must be a list of one or more, each a number, not []",
+        ),
         (
             {"method": "neuron_fusion", "head_size": 0},
             "blend.head_size: must be a whole number or null of at least 1, not 0",
