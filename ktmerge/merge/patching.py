@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-_CACHED, _ROOM = 1 << 19, 1 << 27
-"""Numbers that the systems solved at a time may hold together: few enough for a processor's cache, or a gigabyte of
-another device's memory, which wants many at a time."""
+_ROOM = 1 << 19
+"""Numbers that the systems solved at a time may hold together: few enough for the processor's cache."""
 _PIECE = 128
 """Rows of a system that are gathered at a time, from the diagonal on."""
 
@@ -37,12 +36,11 @@ def fitted(target: Tensor, moment: Tensor, mask: Tensor) -> Tensor:
     sizes = mask.sum(1)
     order = sizes.argsort(stable=True)
     ascending = sizes[order].tolist()
-    most = _CACHED if moment.device.type == "cpu" else _ROOM
-    room = moment.new_empty(max(min(most, len(ascending) * ascending[-1] ** 2), ascending[-1] ** 2))
+    room = moment.new_empty(max(_ROOM, ascending[-1] ** 2))
     start = ascending.count(0)
     while start < len(ascending):
         stop = start + 1
-        while stop < len(ascending) and (stop + 1 - start) * ascending[stop] ** 2 <= most:
+        while stop < len(ascending) and (stop + 1 - start) * ascending[stop] ** 2 <= _ROOM:
             stop += 1
         rows = order[start:stop]
         patch[rows] = _solved(target[rows], moment, mask[rows], room)

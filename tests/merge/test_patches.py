@@ -97,7 +97,7 @@ def test_rows_are_ranked_each_for_itself() -> None:
 
 @pytest.mark.parametrize("case", ["rows", "shared", "empty rows", "full"])
 def test_fitted_patches_are_least_squares(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ktmerge.merge.patching._CACHED", 40)  # several batches
+    monkeypatch.setattr("ktmerge.merge.patching._ROOM", 40)  # several batches
     monkeypatch.setattr("ktmerge.merge.patching._PIECE", 2)
     h, target = torch.as_tensor(damped(0.1)), random(*SHAPE).double()
     mask = torch.rand(SHAPE, generator=torch.Generator().manual_seed(2)) < 0.4
