@@ -220,7 +220,10 @@ def _output(recipe: Recipe, plan: Plan | None) -> Iterator[str]:
         yield "Its vocabulary also has the tokens that experts added."
     if output.not_finite == "keep_base":
         yield "Where an input is not finite, the base's value stays; else such inputs are refused."
-    yield f"Whatever is drawn is drawn by seed {recipe.seed}; the same inputs give the same bytes everywhere."
+    yield (
+        f"Whatever is drawn is drawn by seed {recipe.seed}; the same inputs give the same bytes (where matrices are "
+        "decomposed or solved for: on the same kind of processor, with the same torch)."
+    )
     yield from plan.notes if plan is not None else ()
 
 
