@@ -108,8 +108,6 @@ class _Engine:
         copied = [tensor for tensor in left if self._is_copy(tensor)]
         blended = [tensor for tensor in left if not self._is_copy(tensor)]
         straight = frozenset() if self._measured else self._straight(blended)
-        for tensor in (tensor for tensor in blended if tensor.name in straight):
-            self._done[tensor.name] = TensorReport(tensor.name, tensor.part, tensor.method, tensor.info.numel)
         blended = [tensor for tensor in blended if tensor.name not in straight]
         away = [tensor for tensor in blended if self._is_away(tensor)]
         blended = [tensor for tensor in blended if not self._is_away(tensor)]
@@ -120,7 +118,8 @@ class _Engine:
             on_device = self._general(away, lanes)
             total = sum(tensor.info.nbytes for tensor in self._plan.tensors)
             with self._progress.task("blend", total, "bytes") as step:
-                step.advance(sum(tensor.info.nbytes for tensor in self._plan.tensors if tensor.name in self._done))
+                made = straight | self._done.keys()
+                step.advance(sum(tensor.info.nbytes for tensor in self._plan.tensors if tensor.name in made))
                 self._take(copied, step)
                 refused: list[TensorPlan] = []
                 if fused is not None:
@@ -135,9 +134,10 @@ class _Engine:
 
     def _is_copy(self, tensor: TensorPlan) -> bool:
         """Whether another's tensor is taken as it is."""
+        if tensor.action == "blend":
+            return False
         checkpoint = self._plan.base if tensor.expert is None else self._plan.expert(tensor.expert).checkpoint
-        own = checkpoint.tensors[self._source(tensor)].dtype
-        return tensor.action != "blend" and own == self._sink.dtype(tensor.name, tensor.dtype)
+        return checkpoint.tensors[self._source(tensor)].dtype == self._sink.dtype(tensor.name, tensor.dtype)
 
     def _is_away(self, tensor: TensorPlan) -> bool:
         """Whether it is made on a device."""

@@ -74,6 +74,6 @@ def settle_given(
     status = native.direct(
         0, 0, codes.ctypes.data, firsts.ctypes.data, experts, count, start, *no_steps, GIVEN, 0, rates.ctypes.data,
         ends.ctypes.data, target.kind, int(target.stochastic), target.key, target.kind,
-        out.ctypes.data // WIDTHS[target.kind], sums.ctypes.data, kept.ctypes.data, scratch.ctypes.data,
+        out.ctypes.data // WIDTHS[target.kind], 0, sums.ctypes.data, kept.ctypes.data, scratch.ctypes.data,
     )  # fmt: skip
     return Blended(status, out.data, sums, kept)

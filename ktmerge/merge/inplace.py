@@ -7,22 +7,24 @@ candidate of a sweep is to decide about every tensor, and one pass over them all
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ktmerge.merge.device import cores
-from ktmerge.merge.fused import Fused
+from ktmerge.merge.fused import Fused, pools
 from ktmerge.merge.kernels.codes import BLOCK, F32, FINE
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.kernels.native import Native
 from ktmerge.merge.pristine import HostReader
 from ktmerge.merge.program import Budget, Cap, Clamp, Given, Measured, Program, Ruled, Trim
 from ktmerge.merge.report import TensorReport
+from ktmerge.merge.straight import terms
 from ktmerge.merge.workspace import KINDS, WIDTHS, Combine, spelled
 
 if TYPE_CHECKING:
@@ -33,11 +35,16 @@ if TYPE_CHECKING:
     from ktmerge.merge.selection import Job, Thresholds
     from ktmerge.merge.sinks import LiveSink
     from ktmerge.merge.source import Sources
+    from ktmerge.merge.workspace import Workspace
 
 PIECE = 1 << 19
 """Elements of a piece; a multiple of 4, as random words come in fours."""
 _BATCH = 1 << 28
 """Elements after which progress can be told."""
+_GIVEN = Program((), Given())
+_NOTHING = Given(), 1.0
+Settled = tuple[Combine | Ruled, float]
+"""How deltas are combined, and a factor on that."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +82,8 @@ class InPlace(Fused):
         super().__init__(plan, sources, sink, native, chunk, known)
         self._native, self._model, self._merged = native, sink, merged
         self._size = PIECE if chunk is None else max(4, chunk // 4 * 4)
-        self._given: dict[str, MergedDelta] = {}
-        self._rates: dict[int, tuple[int, int, NDArray[np.float32], float]] = {}
+        self._given = self._found()
+        self._rates: dict[int, tuple[Combine, tuple[int, int, NDArray[np.float32], float]]] = {}
         self._arguments = self._no_steps.arguments(0)
 
     def run(self, tensors: Iterable[TensorPlan]) -> Iterator[tuple[TensorPlan, TensorReport | None]]:
@@ -85,7 +92,7 @@ class InPlace(Fused):
         elsewhere: list[TensorPlan] = []
         for tensor in tensors:
             job = self._jobs[tensor.name]
-            if not self._is_here(tensor, job.kind):
+            if not self._is_here(tensor, job.kind) or (_is_measured(job.program) and not self._merged.fits):
                 elsewhere.append(tensor)
                 continue
             batch.append(job)
@@ -101,30 +108,43 @@ class InPlace(Fused):
         place = self._model.place(tensor.name)
         return place is not None and KINDS.get(place[0]) in (kind, F32)
 
+    def _found(self) -> dict[str, MergedDelta]:
+        """The merged deltas that are there; of tensors that share what their stages have to know, all or none."""
+        found = {}
+        for tensor in self._plan.tensors:
+            held = self._merged.get(tensor)
+            kind = KINDS.get(self._model.dtype(tensor.name, tensor.dtype), -1)
+            if held is not None and self._is_here(tensor, kind):
+                found[tensor.name] = held
+        for members in reversed(list(pools(self._plan.tensors).values())):
+            if any(tensor.name not in found for tensor in members):
+                for tensor in members:
+                    found.pop(tensor.name, None)
+        return found
+
     def _program(self, tensor: TensorPlan) -> Program | None:
-        found = super()._program(tensor)
-        looks = found is not None and (isinstance(found.combine, Measured | Ruled) or isinstance(found.after, Budget))
-        if not looks and found is not None:
-            return found  # what takes a look at whole tensors first is kept once it is merged
-        held = self._merged.get(tensor)
-        if held is None or not self._is_here(tensor, KINDS[self._model.dtype(tensor.name, tensor.dtype)]):
-            return None
-        self._given[tensor.name] = held
-        return Program((), Given())
+        return _GIVEN if tensor.name in self._given else super()._program(tensor)
+
+    def _settle_pool(self, jobs: Sequence[Job], position: int, prefix: str) -> bool:
+        return jobs[0].program is _GIVEN or super()._settle_pool(jobs, position, prefix)
 
     def _together(self, jobs: Sequence[Job]) -> Iterator[tuple[TensorPlan, TensorReport | None]]:
         """Make tensors, all of them by all workers."""
-        factors = self._settle_all(jobs)
+        settled = self._ruled(jobs, self._settle_all(jobs))
+        left = self._to_leave([job for job, one in zip(jobs, settled, strict=True) if one is not None])
         pieces = [
             _Piece(number, start, min(self._size, job.elements - start))
             for number, job in enumerate(jobs)
-            if factors[number] is not None
+            if settled[number] is not None
             for start in range(0, job.elements, self._size)
         ]
         experts = len(self._plan.experts)
         sums, kept = np.zeros((len(pieces), 4)), np.zeros((len(pieces), experts), np.int64)
         status = np.zeros(len(pieces), np.int64)
-        held = [self._held_arguments(job, factor) for job, factor in zip(jobs, factors, strict=True)]
+        held = [
+            self._held_arguments(job, *(one or _NOTHING), left.get(job.tensor.name))
+            for job, one in zip(jobs, settled, strict=True)
+        ]
         kinds = np.array([[row.kind for row in job.rows] for job in jobs], np.int64).reshape(-1, experts + 1)
         firsts = np.array([self._firsts(job) for job in jobs], np.int64).reshape(-1, experts + 2)
         numbers = np.array([piece.tensor for piece in pieces], np.int64)
@@ -132,7 +152,8 @@ class InPlace(Fused):
         calls = [
             (
                 0, 0, kinds.ctypes.data + piece.tensor * kinds.strides[0], address, experts, piece.size, piece.start,
-                *held[piece.tensor].before, held[piece.tensor].out + piece.start, sum_, kept_,
+                *held[piece.tensor].before, held[piece.tensor].out + piece.start,
+                held[piece.tensor].leave and held[piece.tensor].leave + piece.start, sum_, kept_,
             )
             for piece, address, sum_, kept_ in zip(
                 pieces, _rows(places), _rows(sums), _rows(kept), strict=True
@@ -142,7 +163,10 @@ class InPlace(Fused):
         workers = [self._pool.submit(self._work, turn, calls, status) for _ in range(min(cores(), len(calls)))]
         for worker in workers:
             worker.result()
-        yield from self._results(jobs, factors, numbers, status, sums, kept)
+        for tensor, result in self._results(jobs, settled, numbers, status, sums, kept):
+            if result is not None and (made := left.get(tensor.name)) is not None:
+                made.kept, made.filled = result.kept, made.values.size
+            yield tensor, result
 
     def _work(self, turn: Iterator[int], calls: Sequence[tuple[Any, ...]], status: NDArray[np.int64]) -> None:
         """One worker's share: the next piece that nobody has begun, until there is none."""
@@ -151,43 +175,94 @@ class InPlace(Fused):
         while (number := next(turn)) < len(calls):
             status[number] = direct(*calls[number], address)
 
-    def _settle_all(self, jobs: Sequence[Job]) -> list[float | None]:
-        """What a cap leaves of each; None for a tensor that is not finite. Thresholds are found as well."""
+    def _settle_all(self, jobs: Sequence[Job]) -> list[Settled | None]:
+        """How each is combined and what a cap leaves of it; None for one that is not finite. Finds thresholds too."""
         found: list[Any] = []
         for job in jobs:
-            looks = isinstance(job.program.after, Cap) or any(
-                isinstance(step, Trim) and step.scope == "tensor" for step in job.program.steps
-            )
+            looks = _is_measured(job.program) or isinstance(job.program.after, Cap)
+            looks = looks or any(isinstance(step, Trim) and step.scope == "tensor" for step in job.program.steps)
             if not looks or self._is_shared(job):
                 found.append(self._settle(job, self._spread, self._own))
             else:
                 found.append(self._pool.submit(self._settle_alone, job))
-        settled = [one.result() if isinstance(one, Future) else one for one in found]
-        return [None if one is None else one[1] for one in settled]
+        return [one.result() if isinstance(one, Future) else one for one in found]
 
-    def _settle_alone(self, job: Job) -> tuple[Combine | Ruled, float] | None:
+    def _settle_alone(self, job: Job) -> Settled | None:
         space = self._spaces.get()
         try:
             return self._settle(job, self._alone(space), space.probe)
         finally:
             self._spaces.put(space)
 
-    def _held_arguments(self, job: Job, factor: float | None) -> _Arguments:
-        tensor, program = job.tensor, job.program
-        assert not isinstance(program.combine, Measured | Ruled)  # `_program` lets none through
-        if id(program) not in self._rates:
-            self._rates[id(program)] = spelled(program.combine)
-        code, counted, rates, fallback = self._rates[id(program)]
-        limit = program.after.limit if isinstance(program.after, Clamp) else math.inf
-        ends = np.array([fallback, 1.0 if factor is None else factor, limit, tensor.lambda_], np.float32)
+    def _ruled(self, jobs: Sequence[Job], settled: Sequence[Settled | None]) -> list[Settled | None]:
+        """The same once the merged deltas that follow a rule are made: they are given then."""
+        rules = {
+            job.tensor.name: one
+            for job, one in zip(jobs, settled, strict=True)
+            if one is not None and isinstance(one[0], Ruled)
+        }
+        mine = [job for job in jobs if job.tensor.name in rules]
+        for job in mine:
+            made = self._merged.begin(job.tensor)
+            assert made is not None  # `run` lets none through that do not fit
+            self._given[job.tensor.name] = made
+        counts = {name: np.zeros(len(self._plan.experts), np.int64) for name in rules}
+        broken = set()
+        for name, kept in self._spread(mine, partial(self._rule, rules)):
+            counts[name] += 0 if kept is None else kept
+            broken |= {name} if kept is None else set()
+        for job in mine:
+            held, own = self._given[job.tensor.name], counts[job.tensor.name].tolist()
+            held.kept = dict(zip(job.tensor.sources, own, strict=True)) if job.program.steps else {}
+            held.filled = 0 if job.tensor.name in broken else held.values.size
+        return [
+            one if job.tensor.name not in rules else None if job.tensor.name in broken else (Given(), 1.0)
+            for job, one in zip(jobs, settled, strict=True)
+        ]
+
+    def _rule(self, rules: Mapping[str, Settled], space: Workspace, job: Job) -> tuple[str, NDArray[np.int64] | None]:
+        """Merge what is held by a rule, up to lambda; how much of each delta is left before, None if not finite."""
+        rule, factor = rules[job.tensor.name]
+        assert isinstance(rule, Ruled)
+        values, kept = self._given[job.tensor.name].values, np.zeros(len(self._plan.experts), np.int64)
+        begin, limit = 0, _limit(job.program)
+        for part in space.parts(job.steps, kept):
+            own = values[space.start + begin :][: part.shape[1]]
+            np.multiply(space.ruled(rule, part, begin), np.float32(factor), out=own)
+            if limit < math.inf:
+                own.clip(-np.float32(limit), np.float32(limit), out=own)
+            begin += part.shape[1]
+        return job.tensor.name, kept if space.is_finite else None
+
+    def _to_leave(self, jobs: Iterable[Job]) -> dict[str, MergedDelta]:
+        """Room for merged deltas that a next candidate is likely to ask for."""
+        found = {}
+        for job in jobs:
+            if job.tensor.name not in self._given and (
+                _is_measured(job.program) or (terms(job.program)[0] is None and self._merged.is_wanted(job.tensor))
+            ):
+                found[job.tensor.name] = self._merged.begin(job.tensor)
+        return {name: made for name, made in found.items() if made is not None}
+
+    def _held_arguments(
+        self, job: Job, combine: Combine | Ruled, factor: float, leave: MergedDelta | None
+    ) -> _Arguments:
+        tensor = job.tensor
+        assert not isinstance(combine, Ruled)  # `_ruled` leaves none
+        if id(combine) not in self._rates:
+            self._rates[id(combine)] = combine, spelled(combine)
+        code, counted, rates, fallback = self._rates[id(combine)][1]
+        given = tensor.name in self._given
+        ends = np.array([fallback, factor, math.inf if given else _limit(job.program), tensor.lambda_], np.float32)
         key = stream_key(self._plan.recipe.seed, "round", "", tensor.key) if job.stochastic else 0
-        steps = job.steps.arguments(len(job.steps)) if program.steps else self._arguments
+        steps = job.steps.arguments(len(job.steps)) if job.program.steps and not given else self._arguments
         tag, address = self._model.place(tensor.name) or ("", 0)
         target = KINDS[tag]
         before = (
             *steps, code, counted, rates.ctypes.data, ends.ctypes.data, job.kind, int(job.stochastic), key, target
         )  # fmt: skip
-        return _Arguments(before, address // WIDTHS[target], (rates, ends, job.steps))
+        place = 0 if leave is None else leave.values.ctypes.data // leave.values.itemsize
+        return _Arguments(before, address // WIDTHS[target], place, (rates, ends, job.steps))
 
     def _firsts(self, job: Job) -> list[int]:
         """First elements of all rows, and of the merged delta if it is given, as the kernel counts them."""
@@ -201,16 +276,16 @@ class InPlace(Fused):
     def _results(
         self,
         jobs: Sequence[Job],
-        factors: Sequence[float | None],
+        settled: Sequence[Settled | None],
         numbers: NDArray[np.int64],
         status: NDArray[np.int64],
         sums: NDArray[np.float64],
         kept: NDArray[np.int64],
     ) -> Iterator[tuple[TensorPlan, TensorReport | None]]:
-        for number, (job, factor) in enumerate(zip(jobs, factors, strict=True)):
+        for number, (job, one) in enumerate(zip(jobs, settled, strict=True)):
             tensor = job.tensor
             first, last = np.searchsorted(numbers, [number, number + 1])
-            if factor is None or (status[first:last] != FINE).any():
+            if one is None or (status[first:last] != FINE).any():
                 yield tensor, None  # the general way finds the same and says where
                 continue
             result = TensorReport(tensor.name, tensor.part, tensor.method, tensor.info.numel)
@@ -229,7 +304,18 @@ class _Arguments:
 
     before: tuple[Any, ...]
     out: int
+    leave: int
     held: tuple[Any, ...]
+
+
+def _is_measured(program: Program) -> bool:
+    """Whether it takes a look at whole tensors that is not kept: its merged delta is."""
+    return isinstance(program.combine, Measured | Ruled) or isinstance(program.after, Budget)
+
+
+def _limit(program: Program) -> float:
+    """Of an element of the merged delta."""
+    return program.after.limit if isinstance(program.after, Clamp) else math.inf
 
 
 def _rows(array: NDArray[Any]) -> Iterable[int]:

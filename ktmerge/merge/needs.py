@@ -55,8 +55,10 @@ def open_statistics(
     Those that the recipe does not name are left out without a word: `without_statistics` tells of them.
     """
     wanted: dict[str, dict[Measure, list[TensorPlan]]] = {}
-    for tensor in tensors:
-        for owner, measures in _by_owner(needs_of(tensor.pipeline), tensor.sources).items():
+    pipelines = {id(tensor.pipeline): tensor.pipeline for tensor in tensors}
+    needs = {key: needs_of(pipeline) for key, pipeline in pipelines.items()}
+    for tensor in (tensor for tensor in tensors if needs[id(tensor.pipeline)]):
+        for owner, measures in _by_owner(needs[id(tensor.pipeline)], tensor.sources).items():
             for measure in measures:
                 wanted.setdefault(owner, {}).setdefault(measure, []).append(tensor)
     found = {}

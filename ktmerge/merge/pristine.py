@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -49,7 +50,7 @@ class Pristine:
         self._planner = Planner()
         self._names: dict[int, tuple[Checkpoint, str]] = {}
         self._sinks: WeakKeyDictionary[Any, tuple[Checkpoint, LiveSink]] = WeakKeyDictionary()
-        self._straights: WeakKeyDictionary[LiveSink, tuple[Plan, Straight]] = WeakKeyDictionary()
+        self._straights: WeakKeyDictionary[LiveSink, tuple[list[Checkpoint], Straight]] = WeakKeyDictionary()
 
     def plan(self, recipe: Recipe) -> Plan:
         """The recipe's plan; the headers of models that were planned with before are not read again."""
@@ -94,14 +95,14 @@ class Pristine:
         return known[1]
 
     def straight(self, plan: Plan, sink: LiveSink, native: Native) -> Straight | None:
-        """The shortest way into a model for plans like this one; None with several experts, or copies on a device."""
-        if len(plan.experts) != 1 or self.device != "cpu":
+        """The shortest way into a model for plans like this one; None with copies on a device."""
+        if self.device != "cpu":
             return None
-        expert = plan.experts[0]
+        models = [plan.base, *(expert.checkpoint for expert in plan.experts)]
         known = self._straights.get(sink)
-        if known is None or known[0].base is not plan.base or known[0].experts[0].checkpoint is not expert.checkpoint:
-            made = Straight(plan, self.reader(plan, None), self.reader(plan, expert.name), sink, native)
-            known = self._straights[sink] = plan, made
+        if known is None or any(one is not other for one, other in zip_longest(known[0], models)):
+            experts = [self.reader(plan, expert.name) for expert in plan.experts]
+            known = self._straights[sink] = models, Straight(plan, self.reader(plan, None), experts, sink, native)
         return known[1]
 
     def _models(self, plan: Plan) -> str:

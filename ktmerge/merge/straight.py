@@ -1,20 +1,23 @@
-"""Candidates of a sweep with one expert: into the model in one call for all tensors, nothing measured. Loads no torch.
+"""Candidates of a sweep: into the model in one call for all tensors, nothing measured. Loads no torch.
 
 All that depends on the models alone is laid out once; of a candidate only its numbers are put into a table that the
-kernel walks along. What is not covered here goes the other ways, and every result equals theirs bit for bit.
+kernel walks along: those of a plain change of one expert, or where a merged delta lies that was kept. What is not
+covered here goes the other ways, and every result equals theirs bit for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ktmerge.checkpoints.workers import Workers
 from ktmerge.merge.device import cores
-from ktmerge.merge.kernels.codes import BF16, BLOCK, COLUMNS, F32, FINE
+from ktmerge.merge.kernels.codes import COLUMNS, FINE, STRIP
 from ktmerge.merge.kernels.keys import stream_key
+from ktmerge.merge.odd import Odd, odd_places
 from ktmerge.merge.order import Orders, Pool
 from ktmerge.merge.program import Elect, Program, Sum, Trim, program_of
 from ktmerge.merge.steps import edge
@@ -24,60 +27,85 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ktmerge.merge.kernels.native import Native
-    from ktmerge.merge.merged import MergedDelta, MergedDeltasOfPlan
+    from ktmerge.merge.merged import MergedDeltasOfPlan
     from ktmerge.merge.plan import Plan, TensorPlan
     from ktmerge.merge.pristine import HostReader
     from ktmerge.merge.selection import Thresholds
     from ktmerge.merge.sinks import LiveSink
 
-PIECE = 1 << 17
-"""Elements of a piece; a multiple of a block."""
+PIECE = 1 << 16
+"""Elements of a piece; a multiple of a strip. What is widened of it stays in a core's second cache."""
 _SHARES = 8
 """Parts of the work a worker: one that is held up leaves some to the others."""
-_DIRECT = (BF16, F32)
-"""Kinds whose elements are fp32 patterns, or the upper halves of such."""
+# Columns of the kernel's table, see `codes`.
+_FIRSTS, _COUNT, _START, _GIVEN, _CHOICE, _STOCHASTIC, _ROUND, _ODD = slice(4, 7), 7, 8, 9, slice(9, 13), 13, 14, 15
 
 
 class Straight:
-    """The way of all plans with the same base and expert into one model.
+    """The way of all plans with the same base and experts into one model.
 
     Args:
         plan: one of them.
         base: held in this process's memory.
-        expert: likewise.
+        experts: likewise, in the plan's order.
         sink: the model.
         native: the compiled kernels.
     """
 
-    def __init__(self, plan: Plan, base: HostReader, expert: HostReader, sink: LiveSink, native: Native) -> None:
-        self._native, self._name, self._base, self._expert = native, plan.experts[0].name, base, expert
-        self._orders = Orders(base, expert, self._name, native)
-        headers = plan.experts[0].checkpoint.tensors
-        stochastic = plan.recipe.output.rounding == "stochastic"
+    def __init__(
+        self, plan: Plan, base: HostReader, experts: Sequence[HostReader], sink: LiveSink, native: Native
+    ) -> None:
+        self._native, self._base, self._experts = native, base, experts
+        self._names = [expert.name for expert in plan.experts]
+        self._orders = Orders(base, experts[0], self._names[0], native)
         self._numbers: dict[str, int] = {}
+        self._odd: dict[int, Odd | None] = {}
+        self._round_keys: tuple[int, NDArray[np.int64]] | None = None
+        self._keys: list[str] = []
         columns: list[list[int]] = []
         for tensor in plan.tensors:
-            place, source = sink.place(tensor.name), tensor.sources.get(self._name)
-            tag = sink.dtype(tensor.name, tensor.dtype)
-            if source is None or place is None or place[0] != "F32" or (stochastic and tag != "F32"):
-                continue
-            tags = (tensor.info.dtype, headers[source].dtype, tag)
-            if not tensor.info.numel or any(KINDS.get(one) not in _DIRECT for one in tags):
-                continue
-            kinds = [KINDS[one] for one in tags]
-            widths = [WIDTHS[kind] for kind in kinds]
-            firsts = base.address(tensor.name) // widths[0], expert.address(source) // widths[1], place[1] // 4
-            self._numbers[tensor.name] = len(columns)
-            columns.append([*kinds, *firsts, tensor.info.numel, 0, 0, 0, 0, 0])
+            row = self._row(plan, tensor, sink)
+            if row is not None:
+                self._numbers[tensor.name] = len(columns)
+                self._keys.append(tensor.key)
+                columns.append(row)
         laid = np.array(columns, np.int64).reshape(-1, COLUMNS)
-        counts = -(-laid[:, 6] // PIECE)
+        counts = -(-laid[:, _COUNT] // PIECE)
         self._tensors = np.repeat(np.arange(len(laid)), counts)
         starts = PIECE * (np.arange(len(self._tensors)) - np.repeat(np.cumsum(counts) - counts, counts))
-        self._table = np.ascontiguousarray(laid[self._tensors])
-        self._table[:, 3:6] += starts[:, None]
-        self._table[:, 6] = np.minimum(PIECE, self._table[:, 6] - starts)
-        self._table[:, 7] = starts
-        self._elements = int(laid[:, 6].sum())
+        self._table = laid[self._tensors]
+        self._table[:, _FIRSTS] += starts[:, None]
+        self._table[:, _COUNT] = np.minimum(PIECE, self._table[:, _COUNT] - starts)
+        self._table[:, _START] = starts
+
+    def _knows_odd(self, number: int, tensor: TensorPlan) -> bool:
+        """Whether it is known where adding an expert's delta does not make that expert."""
+        if number not in self._odd:
+            readers = [(one, tensor.sources[name]) for one, name in zip(self._experts, self._names, strict=True)]
+            found = self._odd[number] = odd_places(self._base, tensor.name, readers, tensor.info.numel)
+            if found is not None:
+                pieces = np.flatnonzero(self._tensors == number)
+                ends = found.places.searchsorted(self._table[pieces, _START] + self._table[pieces, _COUNT])
+                firsts = np.concatenate([[0], ends[:-1]])
+                self._table[pieces, _ODD] = found.places.ctypes.data // 8 + firsts
+                self._table[pieces, _ODD + 1] = ends - firsts
+                self._table[pieces, _ODD + 2] = found.values.ctypes.data // 4 + firsts * len(self._experts)
+        return self._odd[number] is not None
+
+    def _row(self, plan: Plan, tensor: TensorPlan, sink: LiveSink) -> list[int] | None:
+        """What the kernel has to know of a tensor, whatever the candidate; None if it does not cover it."""
+        place, tag = sink.place(tensor.name), sink.dtype(tensor.name, tensor.dtype)
+        if place is None or len(tensor.sources) != len(self._names) or not tensor.info.numel:
+            return None
+        headers = [(one.checkpoint.tensors, tensor.sources[one.name]) for one in plan.experts]
+        tags = [tensor.info.dtype, *(tensors[name].dtype for tensors, name in headers), tag]
+        stochastic = plan.recipe.output.rounding == "stochastic" and tag != "F32"
+        if any(one not in KINDS for one in tags) or place[0] not in ("F32", tag) or (stochastic and tag != "BF16"):
+            return None
+        own, theirs, kind, target = KINDS[tags[0]], KINDS[tags[1]], KINDS[tag], KINDS[place[0]]
+        addresses = self._base.address(tensor.name), self._experts[0].address(headers[0][1]), place[1]
+        firsts = [one // WIDTHS[kind] for one, kind in zip(addresses, (own, theirs, target), strict=True)]
+        return [own, theirs, kind, target, *firsts, tensor.info.numel, 0, 0, 0, 0, 0, int(stochastic), 0, 0, 0, 0]
 
     def run(
         self, plan: Plan, tensors: Sequence[TensorPlan], known: Thresholds, merged: MergedDeltasOfPlan
@@ -90,64 +118,74 @@ class Straight:
             known: thresholds of these inputs that were found before; those that are read off are added.
             merged: merged deltas that were found before.
         """
-        weights, pool = {self._name: plan.experts[0].weight}, Pool(plan)
-        programs: dict[int, tuple[Program | None, str]] = {}
+        weights, pool = {one.name: one.weight for one in plan.experts}, Pool(plan)
+        programs: dict[int, tuple[float | None, Trim | None, str]] = {}
         mine = np.zeros(len(self._numbers), bool)
         rates = np.zeros((len(mine), 2), np.float32)
-        numbers = np.zeros((len(mine), 4), np.int64)
+        choices = np.zeros((len(mine), 4), np.int64)
+        seed = plan.recipe.seed
         for tensor in tensors:
             number, pipeline = self._numbers.get(tensor.name), tensor.pipeline
             if number is None or pipeline is None:
                 continue
             if id(pipeline) not in programs:
-                programs[id(pipeline)] = program_of(pipeline, weights), pipeline.prefix(0)
-            program, prefix = programs[id(pipeline)]
-            weight, step = (None, None) if program is None else _terms(program)
+                programs[id(pipeline)] = *terms(program_of(pipeline, weights)), pipeline.prefix(0)
+            weight, step, prefix = programs[id(pipeline)]
             rates[number] = 1.0 if weight is None else weight, tensor.lambda_
             if weight is None:
                 held = merged.get(tensor)
-                mine[number] = held is not None
-                if held is not None and not self._is_delta(tensor, held):
-                    numbers[number, 0] = held.values.ctypes.data // held.values.itemsize
-                continue
-            if step is not None:
+                mine[number] = held is not None and self._knows_odd(number, tensor)
+                if held is not None:
+                    choices[number, 0] = held.values.ctypes.data // held.values.itemsize
+            elif step is None:
+                mine[number] = True
+            else:
                 found = self._orders.threshold(pool, prefix, tensor, step, known)
-                if found is None:
-                    continue
-                floor, least = edge(found)
-                key = stream_key(plan.recipe.seed, step.purpose, self._name, tensor.key) if least else 0
-                numbers[number, 1:] = floor, _signed(least), _signed(key)
-            mine[number] = True
-        self._make(mine, rates, numbers)
+                mine[number] = found is not None
+                if found is not None:
+                    floor, least = edge(found)
+                    key = stream_key(seed, step.purpose, self._names[0], tensor.key) if least else 0
+                    choices[number, 1:] = floor, _signed(least), _signed(key)
+        self._make(mine, rates, choices, seed)
         return frozenset(name for name, number in self._numbers.items() if mine[number])
 
-    def _is_delta(self, tensor: TensorPlan, held: MergedDelta) -> bool:
-        """Whether nothing was taken from an expert's delta: then that need not be read beside it."""
-        if held.is_delta is None:
-            base, expert = self._base.read(tensor.name), self._expert.read(tensor.sources[self._name])
-            held.is_delta = bool(((expert.float() - base.float()).numpy() == held.values).all())
-        return held.is_delta
-
-    def _make(self, mine: NDArray[np.bool_], rates: NDArray[np.float32], numbers: NDArray[np.int64]) -> None:
+    def _make(self, mine: NDArray[np.bool_], rates: NDArray[np.float32], choices: NDArray[np.int64], seed: int) -> None:
         """Let all workers walk along the table of these tensors; those with values that are not finite are left out."""
         pieces = np.flatnonzero(mine[self._tensors])
         owners = self._tensors[pieces]
         table = self._table[pieces]
-        table[:, 8:] = numbers[owners]
-        table[:, 8] += np.where(table[:, 8], table[:, 7], 0)  # a merged delta goes on where its tensor does
+        table[:, _CHOICE] = choices[owners]
+        table[:, _GIVEN] += np.where(table[:, _GIVEN], table[:, _START], 0)  # it goes on where its tensor does
+        if table[:, _STOCHASTIC].any():
+            table[:, _ROUND] = self._keys_of(seed)[owners]
         scales, status = rates[owners], np.zeros(len(pieces), np.int64)
-        done = np.cumsum(table[:, 6])
-        ends = done.searchsorted(np.linspace(0, self._elements, _SHARES * cores() + 1)[1:], side="right").tolist()
+        done = np.cumsum(table[:, _COUNT])
+        shares = _SHARES * cores()
+        total = int(done[-1]) if len(done) else 0
+        ends = [0, *done.searchsorted(total * np.arange(1, shares + 1) // shares, side="right").tolist()]
+        turn = count()
 
-        def walk(first: int, last: int) -> None:
-            scratch = np.empty(BLOCK, np.uint32)
-            self._native.straight(
-                0, 0, table.ctypes.data, scales.ctypes.data, first, last, status.ctypes.data, scratch.ctypes.data
-            )
+        def walk() -> None:
+            scratch = np.empty(5 * STRIP + 2 * PIECE, np.uint32)
+            while (share := next(turn)) < shares:
+                self._native.straight(
+                    0, 0, table.ctypes.data, scales.ctypes.data, len(self._experts), ends[share], ends[share + 1],
+                    PIECE, status.ctypes.data, scratch.ctypes.data,
+                )  # fmt: skip
 
         with Workers(cores(), "blend") as pool:
-            list(pool.map(walk, [0, *ends[:-1]], ends))
+            others = [pool.submit(walk) for _ in range(cores() - 1)]
+            walk()
+            for other in others:
+                other.result()
         mine[owners[status != FINE]] = False  # the general way finds the same and says where
+
+    def _keys_of(self, seed: int) -> NDArray[np.int64]:
+        """Of the random words by which tensors are rounded."""
+        if self._round_keys is None or self._round_keys[0] != seed:
+            keys = [_signed(stream_key(seed, "round", "", key)) for key in self._keys]
+            self._round_keys = seed, np.array(keys, np.int64)
+        return self._round_keys[1]
 
 
 def _signed(value: int) -> int:
@@ -155,18 +193,15 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-def _terms(program: Program) -> tuple[float | None, Trim | None]:
-    """What the expert's delta is scaled by before lambda, and how it is trimmed; no scale if there is more to it."""
-    combine, step = program.combine, program.steps[0] if program.steps else None
-    if (
-        program.after is not None
-        or len(program.steps) > 1
-        or not isinstance(step, Trim | None)
-        or (step is not None and step.outliers)
-    ):
+def terms(program: Program | None) -> tuple[float | None, Trim | None]:
+    """What one expert's delta is scaled by before lambda, and how it is trimmed; no scale if there is more to it."""
+    if program is None or program.after is not None or len(program.steps) > 1:
         return None, None
-    if isinstance(combine, Sum):
+    combine, step = program.combine, program.steps[0] if program.steps else None
+    if not isinstance(step, Trim | None) or (step is not None and step.outliers):
+        return None, None
+    if isinstance(combine, Sum) and len(combine.weights) == 1:
         return combine.weights[0], step
-    if isinstance(combine, Elect) and (combine.votes[0], combine.weights[0], combine.shares[0]) == (1, 1, 1):
+    if isinstance(combine, Elect) and [*combine.votes, *combine.weights, *combine.shares] == [1, 1, 1]:
         return 1.0, step  # it agrees with itself
     return None, None

@@ -8,17 +8,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from merge_models import read, same_bytes, write
 from torch import nn
 
+from ktmerge.checkpoints import TensorInfo
 from ktmerge.errors import KtmergeError
 from ktmerge.merge import blend, blend_into
 from ktmerge.merge.flow import Flow
 from ktmerge.merge.merged import MergedDeltas
+from ktmerge.merge.odd import odd_places
 from ktmerge.merge.planning import plan_blend
-from ktmerge.merge.pristine import Pristine
+from ktmerge.merge.pristine import HostReader, Pristine
 from ktmerge.merge.replanning import Planner
 from ktmerge.merge.straight import Straight
 
@@ -101,16 +104,17 @@ def test_a_tensor_goes_through_its_stages_once(llamas: Path, recipe_in: Any, mon
 
 def test_merged_deltas_make_room_for_newer_ones() -> None:
     held = MergedDeltas(most=48)
-    for key in ("first", "second"):
+    first, second, third = (("", "", name) for name in ("first", "second", "third"))
+    for key in (first, second):
         made = held.begin(key, 6)
         assert made is not None
         made.filled = 6
-    assert held.get("first") is not None  # used last
-    assert held.begin("third", 6) is not None
-    assert held.get("second") is None
-    assert held.get("first") is not None
-    assert held.get("third") is None  # not whole yet
-    assert held.begin("too large", 13) is None
+    assert held.get(first) is not None  # used last
+    assert held.begin(third, 6) is not None
+    assert held.get(second) is None
+    assert held.get(first) is not None
+    assert held.get(third) is None  # not whole yet
+    assert held.begin(("", "", "too large"), 13) is None
 
 
 def test_plans_are_the_same_without_reading_headers_again(llamas: Path, tmp_path: Path, recipe_in: Any) -> None:
@@ -190,7 +194,76 @@ def test_candidates_that_are_not_measured_equal_the_files(
         assert not blend_into(model, recipe, sources, measured=False).tensors
         found = model.state_dict()
         assert all(same_bytes(found[name], values.float()) for name, values in stored.items()), CANDIDATES[number]
-    assert (sum(len(names) > 0 for names in taken) > 3 * len(wanted)) == ("rounding" not in output)
+    assert sum(len(names) > 0 for names in taken) > 3 * len(wanted)
+
+
+SEVERAL: list[dict[str, Any]] = [
+    {"method": "ties", "density": 0.3, "where": [{"match": "*mlp*", "lambda": 0.25}]},
+    {"method": "linear"},
+    {"method": "consensus"},
+    {"method": "metagpt"},
+    {"method": "norm_budget"},
+    {"method": "tsv_m"},
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rounding"),
+    [
+        ("bfloat16", "stochastic"),
+        pytest.param("bfloat16", "nearest", marks=pytest.mark.slow),
+        pytest.param("float16", "nearest", marks=pytest.mark.slow),
+        pytest.param("float32", "nearest", marks=pytest.mark.slow),
+    ],
+)
+def test_other_lambdas_of_several_experts_take_one_pass(
+    kind: str, rounding: str, llamas: Path, tmp_path: Path, recipe_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A merged delta is kept when it is asked for again, or at once if the whole tensor had to be looked at."""
+    dtype = getattr(torch, kind)
+    model, sources = Model(read(llamas / "base"), dtype), Pristine()
+    taken, run = [], Straight.run
+
+    def counted(self: Straight, *arguments: Any) -> frozenset[str]:
+        taken.append(run(self, *arguments))
+        return taken[-1]
+
+    monkeypatch.setattr(Straight, "run", counted)
+    for number, given in enumerate(SEVERAL):
+        for lambda_ in (1.0, 0.4, 1.7):
+            recipe = recipe_in(llamas, TWO, {**given, "lambda": lambda_}, output={"rounding": rounding, "dtype": kind})
+            blend(recipe, tmp_path / f"{number}-{lambda_}", device="cpu")
+            blend_into(model, recipe, sources, measured=False)
+            stored, found = read(tmp_path / f"{number}-{lambda_}"), model.state_dict()
+            assert all(same_bytes(found[name], values) for name, values in stored.items()), (given, lambda_)
+        assert taken[-1] == stored.keys(), given
+
+
+def test_a_rule_s_merged_delta_needs_no_torch(llamas: Path, recipe_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sources = Model(read(llamas / "base"), torch.float32), Pristine()
+    monkeypatch.setattr(Flow, "merged", lambda *_: pytest.fail("went through torch"))
+    for given in SEVERAL[2:5]:
+        for lambda_ in (1.0, 0.4):
+            blend_into(model, recipe_in(llamas, TWO, {**given, "lambda": lambda_}), sources, measured=False)
+
+
+def test_odd_places_are_where_adding_misses_the_expert() -> None:
+    """The difference is rounded at 20, the expert is -0 at 60; elsewhere the sum is exact, or nothing changed."""
+    base, first = torch.linspace(0.5, 1, 100), torch.linspace(0.5, 1, 100) + 2.0**-10
+    base[20], first[20] = 1.0, 2.0**-30
+    base[60], first[60] = 0.5, -0.0
+    base[80], first[80] = 0.0, -0.0
+    readers = [
+        HostReader({"w": TensorInfo("w", "F32", (100,), "", 0, 400)}, {"w": one.numpy().view(np.uint8)})
+        for one in (base, first, base.clone())
+    ]
+    found = odd_places(readers[0], "w", [(readers[1], "w"), (readers[2], "w")], 100)
+    assert found is not None
+    assert found.places.tolist() == [20, 60]
+    assert found.values.view(np.float32)[:, 0].tolist() == [2.0**-30, 0.0]
+    assert found.values.view(np.float32)[:, 1].tolist() == base[[20, 60]].tolist()
+    first[99] = float("inf")
+    assert odd_places(readers[0], "w", [(readers[1], "w")], 100) is None
 
 
 def test_a_candidate_that_is_not_finite_is_refused(llamas: Path, tmp_path: Path, recipe_in: Any) -> None:

@@ -22,8 +22,13 @@ FINE, INPUT_NOT_FINITE, OVERFLOW, UNREADABLE = 0, 1, 2, 3
 DIGITS, DIGIT = 6, 11
 """Digits, and bits of each, of the keys by which ranks are found."""
 
-COLUMNS = 12
-"""Of a piece in the table of `ktmerge.merge.kernels.straight`: kinds of base, expert and output; their first elements,
-as addresses divided by their widths, the output's in words; how many; the index of the first in its tensor; the first
-element of a merged delta, or 0; least magnitude pattern that is kept, least hash of those that have just that, and key
-of the hash."""
+COLUMNS = 18
+"""Of a piece in the table of `ktmerge.merge.kernels.straight`: types of base and expert, that which is rounded to, and
+that which is written; first elements of base, expert and output, as addresses divided by their widths; how many; the
+index of the first in its tensor; the first element of a merged delta, or 0, and else least magnitude pattern that is
+kept, least hash of those that have just that, and key of the hash; whether rounding is stochastic, and its key; the
+first odd place (see `ktmerge.merge.odd`) as its address divided by eight, how many, and the first of the experts'
+values there."""
+
+STRIP = 256
+"""Elements of a piece that are written together: of longer ones the processor's buffers for writing are full."""

@@ -251,13 +251,14 @@ ENTRIES: dict[str, tuple[Any, Any]] = {
         direct,
         int64(
             *_MEMORY, CPointer(int64), CPointer(int64), int64, int64, int64, *_STEPS, *_COMBINE, CPointer(float32),
-            int64, int64, uint64, int64, int64, CPointer(float64), CPointer(int64), CPointer(uint32),
+            int64, int64, uint64, int64, int64, int64, CPointer(float64), CPointer(int64), CPointer(uint32),
         ),
     ),
     "straight": (
         straight,
         int64(
-            *_MEMORY, CPointer(int64), CPointer(float32), int64, int64, CPointer(int64), CPointer(uint32),
+            *_MEMORY, CPointer(int64), CPointer(float32), int64, int64, int64, int64, CPointer(int64),
+            CPointer(uint32),
         ),
     ),
     "squares": (

@@ -90,12 +90,13 @@ def _merge(
 @compiled
 def _direct(
     memory16, memory32, kinds, places, count, start, steps, floors, leasts, spans, tops, keys, cuts, factors,
-    combine, counted, rates, ends, kind, stochastic, round_key, target, out, sums, kept,
+    combine, counted, rates, ends, kind, stochastic, round_key, target, out, leave, sums, kept,
     halves, theta, delta, lanes, words, vote, share, merged, values,
 ):  # fmt: skip
     number = kept.size
     fallback, factor, limit, lambda_ = ends[0], ends[1], ends[2], ends[3]
-    single = combine == SUM and number == 1 and steps.size == 0 and factor == _F32(1) and limit == _INFINITY
+    plain_sum = combine == SUM and number == 1 and steps.size == 0 and factor == _F32(1) and limit == _INFINITY
+    single = plain_sum and leave == 0
     status = int64(FINE)
     for first in range(0, count, BLOCK):
         n = min(BLOCK, count - first)
@@ -124,6 +125,8 @@ def _direct(
                 shrink(m, factor)
             if limit < _INFINITY:
                 clamp(m, limit)
+            if leave:
+                copy(m, memory32[leave + first : leave + first + n].view(np.float32))
             scale_and_add(m, lambda_, theta0, r)
             for t in range(number - 1, -1, -1):
                 other = _row(kinds[t + 1], memory32, places[t + 1] + first, theta[t + 1][:n])
@@ -147,15 +150,15 @@ def _direct(
 
 def direct(
     memory16, memory32, kinds, places, number, count, start, step_count, steps, floors, leasts, spans, tops, keys, cuts,
-    factors, combine, counted, rates, ends, kind, stochastic, round_key, target, out, sums, kept, scratch,
+    factors, combine, counted, rates, ends, kind, stochastic, round_key, target, out, leave, sums, kept, scratch,
 ):  # fmt: skip
     """Blend ``count`` elements from memory to memory; FINE, INPUT_NOT_FINITE or OVERFLOW.
 
     As `blend`, but for where things are. ``memory16`` and ``memory32`` are the address 0. ``places`` int64 ``[N + 2]``
     are the first elements of base, experts and, if ``combine`` is GIVEN, of the merged delta before factor, limit and
     lambda in fp32: their addresses divided by the width of their kind; ``out`` likewise is the first element written,
-    of the type ``target``: that of ``kind``, or F32 for its values. ``scratch`` holds ``BLOCK * (2 N + 8)`` words.
-    Nothing is promised of what is written unless it is FINE.
+    of the type ``target``: that of ``kind``, or F32 for its values; ``leave`` that of a place for the merged delta, or
+    0. ``scratch`` holds ``BLOCK * (2 N + 8)`` words. Nothing is promised of what is written unless it is FINE.
     """
     per_step = (step_count, number)
     work = carray(scratch, (2 * number + 8, BLOCK))
@@ -166,7 +169,7 @@ def direct(
         carray(steps, (step_count,)), carray(floors, per_step), carray(leasts, per_step), carray(spans, per_step),
         carray(tops, per_step), carray(keys, per_step), carray(cuts, per_step), carray(factors, per_step),
         combine, counted, carray(rates, (3, number)), carray(ends, (4,)), kind, stochastic, round_key, target, out,
-        carray(sums, (4,)), carray(kept, (number,)), work[2 * number + 7].view(np.uint16),
+        leave, carray(sums, (4,)), carray(kept, (number,)), work[2 * number + 7].view(np.uint16),
         work[: number + 1], floats[number + 1 : 2 * number + 1], work[2 * number + 1], work[2 * number + 6],
         floats[2 * number + 2], floats[2 * number + 3], floats[2 * number + 4], floats[2 * number + 5],
     )  # fmt: skip

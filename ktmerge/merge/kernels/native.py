@@ -58,8 +58,8 @@ _ROWS, _STEPS, _COMBINE = "ppipi", "ipppppppp", "iip"
 _SIGNATURES = {
     "blend": f"{_ROWS}ppii{_STEPS}{_COMBINE}piilppppp",
     "elect": f"{_ROWS}ppii{_STEPS}ipffpppp",
-    "direct": f"ppppiii{_STEPS}{_COMBINE}piiliippp",
-    "straight": "ppppiipp",
+    "direct": f"ppppiii{_STEPS}{_COMBINE}piiliiippp",
+    "straight": "ppppiiiipp",
     "squares": f"{_ROWS}ppii{_STEPS}{_COMBINE}fppp",
     "measure": f"{_ROWS}ppii{_STEPS}ippippp",
     "note": f"{_ROWS}ppii{_STEPS}ippippppp",
