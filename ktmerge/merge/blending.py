@@ -48,7 +48,7 @@ def blend(
         recipe: names base, experts and how to blend.
         out: its tensors get the base's names, its other files are the base's; ``ktmerge.json``, the lock
             ``ktmerge.lock.yaml`` and the model card ``README.md`` say how it was made.
-        device: auto, cpu or cuda; never changes the result.
+        device: auto (the CPU), cpu or cuda; never changes the result.
         resume: go on with what an interrupted run of the same blend finished, and leave that if interrupted; keep
             ``out`` if it is this blend already.
         overwrite: replace a checkpoint that is there.

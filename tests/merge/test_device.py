@@ -23,8 +23,7 @@ from ktmerge.checkpoints.reader import TensorReader
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.merge import blend, blend_into, engine, general, source
 from ktmerge.merge.pristine import DeviceReader, HostReader, Pristine
-from ktmerge.merge.registry import find_method, find_stage, methods
-from ktmerge.merge.stage import KINDS
+from ktmerge.merge.registry import find_method, methods, stages
 from ktmerge.progress import Progress
 
 TWO = {"a": ("a", 1.0), "b": ("b", 0.5)}
@@ -275,45 +274,40 @@ def choices(annotation: Any) -> Iterator[Any]:
 
 
 def cases() -> Iterator[Any]:
-    """Every method, and every choice that a stage which sees elements leaves, once."""
-    seen = set()
-    for name, method in methods().items():
-        yield pytest.param(name, {}, id=name, marks=[] if name in QUICK else [pytest.mark.slow])
-        for stages in (method.stages, *method.otherwise.values()):
-            for kind in KINDS:
-                for used, _ in [stages.combine] if kind == "combine" else getattr(stages, kind):
-                    stage = next((one for one in method.own if one.name == used), None) or find_stage(used, kind)
-                    for key, field in stage.parameters.model_fields.items() if stage.reach == "element" else ():
-                        for value in choices(field.annotation):
-                            if (used, key, value) not in seen and value != field.default:
-                                seen.add((used, key, value))
-                                yield pytest.param(
-                                    name, {key: value}, id=f"{name} {key} {value}", marks=pytest.mark.slow
-                                )
+    """Every method; every stage that sees elements, and every choice it leaves."""
+    for name in methods():
+        yield pytest.param({"method": name}, id=name, marks=[] if name in QUICK else [pytest.mark.slow])
+    for name, stage in stages().items():
+        if stage.reach == "element":
+            found = [
+                (key, one) for key, field in stage.parameters.model_fields.items() for one in choices(field.annotation)
+            ]
+            for chosen in [{}, *({key: value} for key, value in found)]:
+                own: Any = {name: chosen} if stage.kind == "combine" else [{name: chosen}]
+                used = {"stages": {"combine": "mean", stage.kind: own}}
+                yield pytest.param(used, id=f"{name} {chosen}", marks=pytest.mark.slow)
 
 
 QUICK = ("ties", "della_linear", "nuslerp", "fisher", "sce", "bitdelta")
 
 
-@pytest.mark.parametrize(("method", "choice"), cases())
+@pytest.mark.parametrize("wanted", cases())
 def test_what_a_device_is_asked_rounds_alike_and_is_there(
-    method: str, choice: dict[str, Any], tmp_path: Path, late: Callable[..., Late], monkeypatch: pytest.MonkeyPatch
+    wanted: dict[str, Any], tmp_path: Path, late: Callable[..., Late], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = Watching()
     late(device)
     monkeypatch.setattr(
         "merge_memory.execute", lambda plan, sink, _, **rest: engine.execute(plan, sink, "cuda", **rest)
     )
-    count = min(3, find_method(method).experts[1] or 3)
+    most = find_method(wanted["method"]).experts[1] if "method" in wanted else None
     base = {name: values.bfloat16() for name, values in noise(0, 1.0).items()}
     experts = {
         name: {key: (base[key] + values).bfloat16() for key, values in noise(number + 1).items()}
-        for number, name in enumerate("abc"[:count])
+        for number, name in enumerate("abc"[: min(3, most or 3)])
     }
     with suppress(UsageError):  # a choice that asks for others
-        Workbench(tmp_path).blend(
-            base, experts, {"method": method, **choice}, chunk=32, output={"rounding": "stochastic"}
-        )
+        Workbench(tmp_path).blend(base, experts, wanted, chunk=32, output={"rounding": "stochastic"})
     assert not device.otherwise
     known = kernels()
     assert not {name for name in device.asked if not known[name]}
