@@ -432,6 +432,10 @@ def test_what_is_done_in_a_frame_is_done_without_its_long_side(shape: tuple[int,
         torch.testing.assert_close(found.filtered(core.diagonal() / values[:count]), around, rtol=0, atol=1e-10)
         across = left[:, :count].T @ other @ right[:count].T
         torch.testing.assert_close(found.inner(other, count).abs(), across.abs(), rtol=0, atol=1e-10)
+        seen = found.coordinates(count)
+        torch.testing.assert_close(seen.abs(), (left[:, :count].T @ whole).abs(), rtol=0, atol=1e-10)
+        head = left[:, :count] @ left[:, :count].T @ whole
+        torch.testing.assert_close(found.back(seen), head, rtol=0, atol=1e-10)
     assert found.above(float(values[2] / values[0]) * 0.999) == 3
 
 
