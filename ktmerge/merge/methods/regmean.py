@@ -12,7 +12,7 @@ from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.program import Sum
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, Need, Parameters, Promises, Stages
-from ktmerge.merge.weights import positive
+from ktmerge.merge.weights import positive, relative
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,7 +56,6 @@ def regmean(deltas: list[Tensor], parameters: RegmeanParameters, context: Contex
     that no sample has would else go to zero, not to the base.
     """
     from ktmerge.merge.matrices import by_map
-    from ktmerge.merge.methods.wudi import relative
     from ktmerge.merge.regression import Filter, spectral_regmean
     from ktmerge.merge.sampled import Sampled
 
@@ -109,7 +108,6 @@ def regmean_vectors(deltas: list[Tensor], parameters: ScaleParameters, context: 
         return mean(deltas, parameters, context)
     import torch
 
-    from ktmerge.merge.methods.wudi import relative
     from ktmerge.merge.sampled import measurements
 
     measured = measurements(context)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -10,7 +10,7 @@ from pydantic import Field
 from ktmerge.checkpoints import TensorClass
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, Parameters, Promises, SplitFused, Stages
-from ktmerge.merge.weights import positive
+from ktmerge.merge.weights import positive, relative
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,14 +41,6 @@ class SpectralRegmeanParameters(Parameters):
         "weights", description="what the base's inputs look like: its weights' theta_0^T theta_0, or all the same"
     )
     split_fused: SplitFused = True
-
-
-def relative(weights: Sequence[float]) -> list[float]:
-    """Weights divided by their mean, so that equal ones are exactly 1."""
-    if len(set(weights)) == 1:
-        return [1.0] * len(weights)
-    mean = sum(weights) / len(weights)
-    return [weight / mean for weight in weights]
 
 
 @stage("spectral_regmean", "combine", SpectralRegmeanParameters, reach="tensor", objection=positive)
