@@ -132,16 +132,18 @@ def _score(
 
 
 def _report(results: Results, out: Path, recipe: Recipe, experts: Mapping[str, Located]) -> Path:
-    from ktmerge.eval import report
+    from ktmerge.checkpoints.files import write_whole
+    from ktmerge.eval import render
 
-    return report(
+    page = render(
         results,
-        out,
         title=f"ktmerge: {recipe.name}",
         recipes={recipe.name: recipe_text(recipe)},
         training=training_logs(recipe, experts),
         tuned=list(experts),
     )
+    write_whole(out, page)
+    return out
 
 
 def _remove_old(out: Path, *, keep_blend: bool) -> None:

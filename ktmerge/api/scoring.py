@@ -212,13 +212,14 @@ def report(
         if target.resolve() in read | {one.resolve() for one in targets[:number]}:
             raise UsageError(f"{target}: is read or written by this report already; give every output its own name.")
         refuse_existing(target, overwrite)
-    page = evaluation.report(
-        results, Path(out), recipes=texts, title=title, layers=_layers(results, progress) if layers else None,
+    page = evaluation.render(
+        results, recipes=texts, title=title, layers=_layers(results, progress) if layers else None,
         commands=_again(results), training=_losses(results),
     )  # fmt: skip
+    write_whole(Path(out), page)
     for target, make in further.items():
         write_whole(target, make(results))
-    return page
+    return Path(out)
 
 
 def _score_file(run: Path) -> Path:

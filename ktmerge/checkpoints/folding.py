@@ -51,8 +51,7 @@ class Factors:
 class Shelf:
     """Keeps what was loaded last, up to a number of bytes. Any thread may ask."""
 
-    def __init__(self, room: int = _HELD) -> None:
-        self._room = room
+    def __init__(self) -> None:
         self._kept: OrderedDict[str, Factors] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -65,7 +64,7 @@ class Shelf:
         found = load()
         with self._lock:
             self._kept[name] = found
-            while len(self._kept) > 1 and sum(one.nbytes for one in self._kept.values()) > self._room:
+            while len(self._kept) > 1 and sum(one.nbytes for one in self._kept.values()) > _HELD:
                 self._kept.popitem(last=False)
         return found
 

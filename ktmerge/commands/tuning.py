@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +17,11 @@ from ktmerge.commands.options import (
     OverwriteOption,
     ResumeOption,
 )
+
+if TYPE_CHECKING:
+    from ktmerge.tuners.estimate import Estimate
+    from ktmerge.tuners.report import FinetuneReport
+    from ktmerge.tuners.statistics import StatisticsReport
 
 
 @app.command(
@@ -109,19 +115,10 @@ def finetune(
                 console.print_preview(samples)
         return
     if estimate:
-        found = [api.estimate(job, processes) for job in jobs]
-        if json_:
-            console.print_json([one.to_json() for one in found])
-        else:
-            for one in found:
-                console.print_pairs(one.pairs())
+        _tell([api.estimate(job, processes) for job in jobs], json_)
         return
     reports = api.finetune_all(jobs, resume=resume, overwrite=overwrite, progress=console.TerminalProgress())
-    if json_:
-        console.print_json([report.to_json() for report in reports])
-    else:
-        for report in reports:
-            console.print_pairs(report.pairs())
+    _tell(reports, json_)
 
 
 @app.command(epilog="Example: ktmerge stats ./base --data upstream.jsonl --out stats/base")
@@ -157,8 +154,15 @@ def stats(
     reports = api.measure_all(
         jobs, device=device, resume=resume, overwrite=overwrite, progress=console.TerminalProgress()
     )
+    _tell(reports, json_)
+
+
+def _tell(found: Sequence[Estimate | FinetuneReport | StatisticsReport], json_: bool) -> None:
+    """What was made or estimated, one after the other."""
+    from ktmerge import console
+
     if json_:
-        console.print_json([report.to_json() for report in reports])
+        console.print_json([one.to_json() for one in found])
     else:
-        for report in reports:
-            console.print_pairs(report.pairs())
+        for one in found:
+            console.print_pairs(one.pairs())

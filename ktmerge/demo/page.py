@@ -63,9 +63,8 @@ def report(
     from ktmerge import eval as evaluation
     from ktmerge.pipeline import training_log
 
-    return evaluation.report(
+    text = evaluation.render(
         results,
-        out / "report.html",
         title="ktmerge demo: two tasks learned, the rest kept",
         recipes=texts,
         generations=answers,
@@ -74,6 +73,8 @@ def report(
         tuned=list(experts),
         notes=_notes(chosen),
     )
+    write_whole(out / "report.html", text)
+    return out / "report.html"
 
 
 def _way(name: str, selection: Selection, experts: Mapping[str, Path]) -> dict[float, str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ktmerge.eval.comparison import merge_results
     from ktmerge.eval.evaluation import evaluate
-    from ktmerge.eval.page import report
+    from ktmerge.eval.page import render
     from ktmerge.eval.results import Generation, PathPoint, Results
     from ktmerge.eval.samples import generations
     from ktmerge.eval.scorer import score_model
@@ -31,7 +31,7 @@ __all__ = [
     "least_disagreeing",
     "merge_results",
     "read_sets",
-    "report",
+    "render",
     "score_model",
     "screen",
     "trade_off",
@@ -51,7 +51,7 @@ _HOME = {
     "least_disagreeing": "unlabelled",
     "merge_results": "comparison",
     "read_sets": "sets",
-    "report": "page",
+    "render": "page",
     "score_model": "scorer",
     "screen": "screening",
     "trade_off": "unlabelled",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from ktmerge.eval.normalisation import NORMALISATIONS, vqa, vqa_punctuation, vqa_words
+from ktmerge.eval.normalisation import NORMALISATIONS, one_line, vqa, vqa_punctuation, vqa_words
 
 ANLS_THRESHOLD = 0.5
 RELAXED_TOLERANCE = 0.05
@@ -38,8 +38,8 @@ def vqa_accuracy(prediction: str, references: Sequence[str], normalise: str = "n
     Texts are normalised only where people differ, as the official evaluation does. 1, 2, 3, 4 matches of ten give 0.3,
     0.6, 0.9, 1 (arXiv 1505.00468, evaluation code). ``normalise`` plays no part.
     """
-    said = _one_line(prediction)
-    people = [_one_line(reference) for reference in references]
+    said = one_line(prediction)
+    people = [one_line(reference) for reference in references]
     if len(set(people)) > 1:
         said = vqa(said)
         people = [vqa_words(vqa_punctuation(one)) for one in people]
@@ -55,10 +55,6 @@ def vqa_simple(prediction: str, references: Sequence[str], normalise: str = "non
     """
     said = vqa(prediction)
     return min(1.0, sum(vqa(reference) == said for reference in references) / 3)
-
-
-def _one_line(text: str) -> str:
-    return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 def relaxed_accuracy(prediction: str, references: Sequence[str], normalise: str = "none") -> float:

@@ -50,9 +50,14 @@ def vqa_words(text: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
+def one_line(text: str) -> str:
+    """Line ends and tabs as spaces, none around it."""
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
 def vqa(text: str) -> str:
     """The whole normalisation of the VQA evaluation."""
-    return vqa_words(vqa_punctuation(text.replace("\n", " ").replace("\t", " ").strip()))
+    return vqa_words(vqa_punctuation(one_line(text)))
 
 
 def squad(text: str) -> str:

@@ -6,13 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from ktmerge.checkpoints.files import write_whole
 from ktmerge.drawing import styles
 from ktmerge.eval.partition import FORMULAS as PARTITION_FORMULAS
 from ktmerge.eval.picture import loss_picture, score_pictures, tradeoff
@@ -28,46 +26,6 @@ if TYPE_CHECKING:
     from ktmerge.eval.results import Results
 
 
-def report(
-    results: Results,
-    out: Path,
-    *,
-    title: str | None = None,
-    recipes: Mapping[str, str] | None = None,
-    generations: Sequence[Generation] = (),
-    paths: Mapping[str, Sequence[PathPoint]] | None = None,
-    training: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
-    tuned: Sequence[str] | None = None,
-    notes: Sequence[str] = (),
-    layers: Mapping[str, str] | None = None,
-    commands: Sequence[str] = (),
-) -> Path:
-    """Write the report of ``results`` as one self-contained HTML file; return its path.
-
-    Args:
-        results: the scores.
-        out: the file; written whole or not at all.
-        title: headline.
-        recipes: name and YAML text of each recipe to print.
-        generations: side-by-side answers; answers of generate tasks are added by themselves where models differ.
-        paths: ways of blend coefficients for the picture, see :meth:`Results.path`.
-        training: per fine-tune its log, records with ``step`` and any of ``loss``, ``eval_..._loss``.
-        tuned: names of the fine-tunes, whatever was trained; default: the models that ``training`` has logs of.
-        notes: further sentences on how it was measured, such as which split chose the coefficient.
-        layers: drawings (SVG) of how far each layer moved, by what they show.
-        commands: that make all of it again, in order.
-
-    Raises:
-        KtmergeError: the file cannot be written.
-    """
-    text = render(
-        results, title=title, recipes=recipes, generations=generations, paths=paths, training=training, tuned=tuned,
-        notes=notes, layers=layers, commands=commands,
-    )  # fmt: skip
-    write_whole(Path(out), text)
-    return Path(out)
-
-
 def render(
     results: Results,
     *,
@@ -81,7 +39,20 @@ def render(
     layers: Mapping[str, str] | None = None,
     commands: Sequence[str] = (),
 ) -> str:
-    """The report as HTML text; arguments as for :func:`report`."""
+    """The report as the text of one self-contained HTML file.
+
+    Args:
+        results: the scores.
+        title: headline.
+        recipes: name and YAML text of each recipe to print.
+        generations: side-by-side answers; answers of generate tasks are added by themselves where models differ.
+        paths: ways of blend coefficients for the picture, see :meth:`Results.path`.
+        training: per fine-tune its log, records with ``step`` and any of ``loss``, ``eval_..._loss``.
+        tuned: names of the fine-tunes, whatever was trained; default: the models that ``training`` has logs of.
+        notes: further sentences on how it was measured, such as which split chose the coefficient.
+        layers: drawings (SVG) of how far each layer moved, by what they show.
+        commands: that make all of it again, in order.
+    """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["intervals"] = _intervals
     template = environment.from_string((files("ktmerge.eval") / "page.html.j2").read_text(encoding="utf-8"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ktmerge.eval.passes import Pass
 
@@ -70,7 +71,7 @@ def _chosen(order: Sequence[Pass], cost: int) -> list[_Node]:
     """The groups that save most, found bottom-up in the tree of common beginnings."""
     stack = [_Node(0, 0)]
     for i in range(len(order)):
-        depth = _common(order[i].tokens, order[i + 1].tokens) if i + 1 < len(order) else 0
+        depth = common(order[i].tokens, order[i + 1].tokens) if i + 1 < len(order) else 0
         start, left = i, None
         while stack[-1].depth > depth:
             node = stack.pop()
@@ -84,7 +85,8 @@ def _chosen(order: Sequence[Pass], cost: int) -> list[_Node]:
     return [node for child in stack[0].children for node in child.best]
 
 
-def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+def common(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many elements, from the first on, are the same in both."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 

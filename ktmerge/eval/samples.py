@@ -20,10 +20,7 @@ def generations(
     prompts: Sequence[str],
     *,
     max_new_tokens: int = 48,
-    chat: bool = False,
-    stop: Sequence[str] = (),
     notes: Sequence[str] = (),
-    batch_size: int = 16,
     device: str = "auto",
     progress: Progress = SILENT,
 ) -> list[Generation]:
@@ -33,10 +30,7 @@ def generations(
         models: names and checkpoint folders, in the order to show them.
         prompts: the prompts.
         max_new_tokens: length of an answer.
-        chat: ask as a user turn of the chat template.
-        stop: an answer ends before the first of these.
         notes: what to say beside each prompt, if anything.
-        batch_size: most sequences in a forward pass.
         device: auto, cpu or cuda.
         progress: where to report to.
 
@@ -50,13 +44,12 @@ def generations(
         tokenizer = load_tokenizer(Path(path))
         length = context_length(Checkpoint.open(Path(path)).config)
         encoder = Encoder(tokenizer, length)
-        ids = [encoder.ids(encoder.prompt(prompt, chat)) for prompt in prompts]
+        ids = [encoder.ids(prompt) for prompt in prompts]
         model = load_model(Path(path), target, choose_dtype(target))
         try:
             answers = generate(
-                model, tokenizer, ids, max_new_tokens=max_new_tokens, stop=stop, batch_size=batch_size,
-                progress=progress, label=f"{name}: samples",
-            )  # fmt: skip
+                model, tokenizer, ids, max_new_tokens=max_new_tokens, progress=progress, label=f"{name}: samples"
+            )
         finally:
             del model
             free_memory(target)

@@ -21,7 +21,7 @@ from ktmerge.eval.screened import Screened, ScreenedSet
 from ktmerge.eval.sets import TaskSet, read_sets, suite_digest
 from ktmerge.eval.subject import Reference, Subject, subject
 from ktmerge.eval.teachers import Answerer, Texts, prompts
-from ktmerge.eval.unlabelled import divergence
+from ktmerge.eval.unlabelled import disagreeing, divergence
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.suites import Suite, TextTask
 
@@ -152,7 +152,7 @@ class _Run:
                 )  # fmt: skip
             answers.append({task: _answers(score) for task, score in scores.items()})
         return [
-            ScreenedSet(one.task.name, one.side, "neighbours", _disagreeing([own[one.task.name] for own in answers]))
+            ScreenedSet(one.task.name, one.side, "neighbours", disagreeing([own[one.task.name] for own in answers]))
             for one in sets
         ]
 
@@ -201,11 +201,3 @@ def _answers(score: TaskScore) -> list[str]:
     if "outputs" in score.details:
         return [NORMALISATIONS["strip"](said) for said in score.details["outputs"]]
     return [str(int(np.argmax(own))) for own in score.details["logprobs"]]
-
-
-def _disagreeing(answers: Sequence[Sequence[str]]) -> NDArray[np.float64]:
-    """Share of a model's one or two neighbours that answer otherwise [models, items] (AdaMMS, arXiv 2503.23733)."""
-    said = np.array([list(own) for own in answers], dtype=object)
-    gaps = (said[1:] != said[:-1]).astype(float)
-    beside = [gaps[max(0, i - 1) : i + 1] for i in range(len(answers))]
-    return np.stack([own.mean(axis=0) for own in beside])

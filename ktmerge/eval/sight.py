@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ktmerge.errors import UsageError, first_line
 from ktmerge.eval.fingerprints import prefix
 from ktmerge.eval.items import Shot
+from ktmerge.eval.prefixes import common
 from ktmerge.recipes.images import MARK, Image
 
 if TYPE_CHECKING:
@@ -217,11 +218,6 @@ def _begins(tokenizer: Any) -> str:
     return str(tokenizer.decode(prefix(tokenizer)))
 
 
-def _shared(a: str, b: str) -> int:
-    """How many characters both begin with."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
 def _place(processor: Any) -> str:
     """What stands for an image in a text without chat template: what the template itself writes for one.
 
@@ -234,7 +230,7 @@ def _place(processor: Any) -> str:
         without, seen = (_render(processor, [("user", [*images, _text("x")])]) for images in ([], [{"type": "image"}]))
     except UsageError:
         return token
-    begin = _shared(without, seen)
-    end = _shared(without[begin:][::-1], seen[begin:][::-1])
+    begin = common(without, seen)
+    end = common(without[begin:][::-1], seen[begin:][::-1])
     written = seen[begin : len(seen) - end].strip()
     return written if written.count(token) == 1 else token

@@ -7,7 +7,6 @@ yet; both are single forward passes. Neighbour disagreement needs no second mode
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -145,10 +144,15 @@ def disagreement(answers: Mapping[float, Sequence[str]], normalise: str = "strip
     if len(counts) > 1 or counts == {0}:
         raise UsageError("every coefficient must answer the same prompts, at least one.")
     normal = NORMALISATIONS[normalise]
-    said = [[normal(text) for text in answers[step]] for step in steps]
-    gaps = [sum(a != b for a, b in zip(x, y, strict=True)) / len(x) for x, y in pairwise(said)]
-    beside = [gaps[max(0, i - 1) : i + 1] for i in range(len(steps))]
-    return {step: sum(own) / len(own) for step, own in zip(steps, beside, strict=True)}
+    shares = disagreeing([[normal(text) for text in answers[step]] for step in steps])
+    return dict(zip(steps, shares.mean(axis=1).tolist(), strict=True))
+
+
+def disagreeing(answers: Sequence[Sequence[str]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Of each item, the share of one's one or two neighbours that answer otherwise [answerers, items]."""
+    said = np.array([list(own) for own in answers], dtype=object)
+    gaps = (said[1:] != said[:-1]).astype(float)
+    return np.stack([gaps[max(0, i - 1) : i + 1].mean(axis=0) for i in range(len(answers))])
 
 
 def least_disagreeing(answers: Mapping[float, Sequence[str]], normalise: str = "strip") -> float:

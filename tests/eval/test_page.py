@@ -13,8 +13,7 @@ import pytest
 
 from ktmerge import api
 from ktmerge.errors import KtmergeError
-from ktmerge.eval import Generation, PathPoint, report
-from ktmerge.eval.page import render
+from ktmerge.eval import Generation, PathPoint, render
 from ktmerge.eval.results import Results
 from ktmerge.eval.scores import TaskInfo, TaskScore
 
@@ -96,7 +95,9 @@ def everything(results: Results) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def written(results: Results, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page with everything in it, in a folder of its own."""
-    return report(results, tmp_path_factory.mktemp("page") / "report.html", **everything(results))
+    page = tmp_path_factory.mktemp("page") / "report.html"
+    page.write_text(render(results, **everything(results)))
+    return page
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +145,7 @@ def test_texts_are_escaped_everywhere(html: str) -> None:
     assert Page(html).text.count("<script>alert(1)</script>") >= 8
 
 
+@pytest.mark.slow
 def test_items_where_models_differ_are_shown_losses_first(results: Results) -> None:
     html = render(results)
     text = Page(html).text
@@ -168,10 +170,11 @@ def test_a_single_model_or_side_still_makes_a_page(make_results: Make) -> None:
 
 @pytest.mark.slow
 def test_it_is_written_whole_or_not_at_all(results: Results, tmp_path: Path) -> None:
+    results.save(tmp_path / "scores.json")
     with pytest.raises(KtmergeError):
-        report(results, tmp_path / "nowhere/report.html")
+        api.report(tmp_path / "scores.json", tmp_path / "nowhere/report.html")
     (tmp_path / "r.html").write_text("old")
-    report(results, tmp_path / "r.html")
+    api.report(tmp_path / "scores.json", tmp_path / "r.html", overwrite=True)
     assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
 
 

@@ -31,8 +31,6 @@ def import_scores(
     downstream: Sequence[str] = (),
     metrics: Mapping[str, str] | None = None,
     items: Mapping[str, int] | None = None,
-    bootstrap: int = 2000,
-    seed: int = 0,
 ) -> Results:
     """Join what lm_eval, lmms-eval or VLMEvalKit wrote of several models.
 
@@ -46,8 +44,6 @@ def import_scores(
         downstream: sets it was tuned for; if neither names any, all sets are upstream.
         metrics: of a set, the metric that counts; by default the first that every model has, items preferred.
         items: of a set, how many items are behind a total that comes without a standard error.
-        bootstrap: resamples behind each interval.
-        seed: of the resamples.
 
     Raises:
         UsageError: a file is none of theirs, sets or items differ between models, a score is beyond 0 to 100.
@@ -78,7 +74,7 @@ def import_scores(
         suite_digest=hashlib.sha256("\n".join(task.digest for task in tasks).encode()).hexdigest(),
         tasks=tasks,
         models={name: ModelInfo(str(files[name][0]), None, "", "", "", 0.0) for name in ordered},
-        scores=scores, base=base, bootstrap=bootstrap, seed=seed, warnings=warnings,
+        scores=scores, base=base, bootstrap=2000, seed=0, warnings=warnings,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         versions={"ktmerge": __version__},
     )  # fmt: skip
