@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -17,11 +17,6 @@ from ktmerge.commands.options import (
     OverwriteOption,
     ResumeOption,
 )
-
-if TYPE_CHECKING:
-    from ktmerge.tuners.estimate import Estimate
-    from ktmerge.tuners.report import FinetuneReport
-    from ktmerge.tuners.statistics import StatisticsReport
 
 
 @app.command(
@@ -157,7 +152,7 @@ def stats(
     _tell(reports, json_)
 
 
-def _tell(found: Sequence[Estimate | FinetuneReport | StatisticsReport], json_: bool) -> None:
+def _tell(found: Sequence[Any], json_: bool) -> None:
     """What was made or estimated, one after the other."""
     from ktmerge import console
 
