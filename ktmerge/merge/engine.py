@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -95,6 +95,7 @@ class _Engine:
         self._measured = measured
         self._merged = None if pristine is None else pristine.merged(plan)
         self._done: dict[str, TensorReport] = {}
+        self._running = ExitStack()
 
     def run(self, chunk: int | None) -> dict[str, TensorReport]:
         """Make every tensor; reports by name."""
@@ -112,7 +113,7 @@ class _Engine:
         away = [tensor for tensor in blended if self._is_away(tensor)]
         blended = [tensor for tensor in blended if not self._is_away(tensor)]
         self._say_what_stays(blended)
-        with self._fused(blended, chunk) as fused, self._lanes(away) as lanes:
+        with self._fused(blended, chunk) as fused, self._lanes(away) as lanes, self._running:
             mine = fused.prepare(self._plan.tensors, self._progress) if fused is not None else frozenset()
             general = self._general([tensor for tensor in blended if tensor.name not in mine])
             on_device = self._general(away, lanes)
@@ -202,7 +203,9 @@ class _Engine:
 
         general = General(self._plan, self._sink, self._sources, lanes, self._merged)
         general.prepare(left, self._progress)
-        return general.run(left)
+        running = general.run(left)
+        self._running.callback(running.close)  # whatever fails here, its threads end before what they work with
+        return running
 
     def _finish(self, tensor: TensorPlan, result: TensorReport, step: Step) -> None:
         self._done[tensor.name] = result

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -114,7 +114,7 @@ class General:
         with torch.inference_mode(), _one_thread_each(), self._computing():
             self._flow.prepare(tensors, progress)
 
-    def run(self, tensors: Sequence[TensorPlan]) -> Iterator[tuple[TensorPlan, TensorReport]]:
+    def run(self, tensors: Sequence[TensorPlan]) -> Generator[tuple[TensorPlan, TensorReport], None, None]:
         """Make these of the plan's tensors: several at a time, each on one core.
 
         So sums and decompositions give the same bits however many cores there are, and no core waits for another. A

@@ -167,8 +167,8 @@ class Lanes:
     def __enter__(self) -> Lanes:
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._writer.__exit__(*error)
+    def __exit__(self, *_: object) -> None:
+        self._writer.shutdown()
         for slot in self._slots:
             slot.done.synchronize()
 

@@ -136,11 +136,15 @@ class Stopped(Progress):
 
     @contextmanager
     def task(self, *_: Any) -> Iterator[Any]:
-        class Once:
-            def advance(self, amount: float) -> None:
-                raise KeyboardInterrupt
+        class Thrice:
+            count = 0
 
-        yield Once()
+            def advance(self, amount: float) -> None:
+                self.count += 1
+                if self.count == 3:
+                    raise KeyboardInterrupt
+
+        yield Thrice()
 
     def note(self, text: str) -> None:
         pass
