@@ -1,6 +1,8 @@
-"""What one more candidate of a sweep costs beyond its scoring: from a recipe to a model in memory that can be scored.
+r"""What one more candidate of a sweep costs beyond its scoring: from a recipe to a model in memory that can be scored.
 
     python benchmarks/bench_sweep.py --base demo/base --expert verdicts=demo/experts/verdicts --json sweep.json
+    python benchmarks/bench_sweep.py --base demo/base --expert verdicts=demo/experts/verdicts \
+        --expert languages=demo/experts/languages --dtype bfloat16 --method ties --method metagpt --side 'in place'
 
 All sides take turns, as often as ``--runs`` says, each time at another lambda (``ties_density``: at another density).
 What they begin with, and need only once a sweep, is not counted: processes started, kernels compiled, base and experts
@@ -45,7 +47,9 @@ BLENDS: dict[str, dict[str, Any]] = {
     "ties": {"method": "ties", "density": 0.3},
     "ties_density": {"method": "ties"},
     "dg_hard": {"method": "dg_hard"},
+    "metagpt": {"method": "metagpt"},
 }
+SIDES = ["write", "in place", "disk", "mergekit"]
 TURNED = {"ties_density": "density"}
 """What is turned where that is not lambda."""
 MERGEKIT: dict[str, Callable[[float, int], dict[str, Any]]] = {
@@ -67,11 +71,11 @@ def recipe_of(base: Path, experts: dict[str, Path], name: str, value: float) -> 
     return parse_recipe(document, "benchmark", Path.cwd())
 
 
-def through_disk(recipe: Recipe, folder: Path) -> None:
+def through_disk(recipe: Recipe, folder: Path, dtype: torch.dtype) -> None:
     out = folder / "out"
     shutil.rmtree(out, ignore_errors=True)
     ktmerge.blend(recipe, out)
-    load_model(out, CPU, torch.float32)
+    load_model(out, CPU, dtype)
 
 
 class InMemory:
@@ -116,24 +120,25 @@ class InMemory:
 
 
 def sides_of(
-    name: str, base: Path, experts: dict[str, Path], live: Live, folder: Path
+    name: str, base: Path, experts: dict[str, Path], live: Live, folder: Path, wanted: list[str]
 ) -> dict[str, Callable[[float], None]]:
     found: dict[str, Callable[[float], None]] = {
         "write": lambda value: live.write(),
         "in place": lambda value: live.blend(recipe_of(base, experts, name, value)),
-        "disk": lambda value: through_disk(recipe_of(base, experts, name, value), folder),
+        "disk": lambda value: through_disk(recipe_of(base, experts, name, value), folder, live.dtype),
     }
-    if name in MERGEKIT:
+    if name in MERGEKIT and "mergekit" in wanted:
         other = InMemory(base, experts)
         found["mergekit"] = lambda value: other.merge(name, value)
-    return found
+    return {side: run for side, run in found.items() if side in wanted}
 
 
 class Live:
     """A model in memory, and the parameters of a second one."""
 
-    def __init__(self, base: Path) -> None:
-        self._model = load_model(base, CPU, torch.float32)
+    def __init__(self, base: Path, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._model = load_model(base, CPU, dtype)
         self._own = dict(self._model.named_parameters())  # tied ones once
         self._other = {name: values.detach().clone() for name, values in self._own.items()}
         self._sources = ktmerge.Pristine()
@@ -159,15 +164,18 @@ def main() -> None:
     parser.add_argument("--expert", action="append", required=True, help="name=folder; repeatable")
     parser.add_argument("--method", action="append", choices=list(BLENDS), help="default: all")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="of the model")
+    parser.add_argument("--side", action="append", choices=SIDES, help="repeatable; write and others; default: all")
     parser.add_argument("--folder", type=Path, help="for the blends on disk; default: a temporary one")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     experts = {name: Path(path) for name, _, path in (text.partition("=") for text in arguments.expert)}
-    live = Live(arguments.base)
+    live = Live(arguments.base, getattr(torch, arguments.dtype))
+    wanted = ["write", *(arguments.side or SIDES)]
     report = []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder, quiet_transformers(), keeping(8.0):
         for name in arguments.method or BLENDS:
-            sides = sides_of(name, arguments.base, experts, live, Path(folder))
+            sides = sides_of(name, arguments.base, experts, live, Path(folder), wanted)
             for run in sides.values():
                 for value in WARM:
                     run(value)  # what is done once a sweep

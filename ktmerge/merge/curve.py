@@ -1,9 +1,8 @@
-"""Merging back towards the base by regression: one trust a, and all of its values for one decomposition."""
+"""Merging back towards the base by regression: one trust a."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ktmerge.merge.covariance import Covariance, total
@@ -42,42 +41,3 @@ def back(
     )
     both = total([upstream, *downstream], [1 - a, *(a * share for share in shares)])
     return both.solve(target * a)
-
-
-@dataclass(frozen=True)
-class Path:
-    """The merges of one delta for every a.
-
-    Attributes:
-        delta: tau ``[o, i]``.
-        responses: B = tau C_u V ``[o, i]`` float64.
-        ratios: mu ``[i]``: downstream over upstream energy of each direction.
-        directions: V ``[i, i]``: V^T C_u V = I, V^T C_d V = diag(mu).
-    """
-
-    delta: Tensor
-    responses: Tensor
-    ratios: Tensor
-    directions: Tensor
-
-    def at(self, a: float) -> Tensor:
-        """(B diag(a mu / ((1-a) + a mu))) V^T, shaped and typed like the delta; a = 1 is the delta itself, 0 zeros."""
-        if a == 1:
-            return self.delta
-        if a == 0:
-            return self.delta * 0
-        passed = a * self.ratios / ((1 - a) + a * self.ratios)
-        return ((self.responses * passed) @ self.directions.T).to(self.delta.dtype)
-
-
-def a_path(delta: Tensor, upstream: Covariance, downstream: Covariance) -> Path:
-    """Decompose once, so that every a costs one product: C_d v = mu C_u v (Cholesky of C_u, which must be definite)."""
-    import torch
-
-    lower = torch.linalg.cholesky(upstream.dense())
-    half = torch.linalg.solve_triangular(lower, downstream.dense(), upper=False)
-    whitened = torch.linalg.solve_triangular(lower, half.T, upper=False)
-    ratios, turn = torch.linalg.eigh((whitened + whitened.T) / 2)
-    directions = torch.linalg.solve_triangular(lower.T, turn, upper=True)
-    responses = upstream.times(delta.double()) @ directions
-    return Path(delta, responses, ratios.clamp(min=0), directions)
