@@ -46,7 +46,7 @@ def arcee_fusion(delta: Tensor, parameters: ArceeFusionParameters, context: Cont
     """Keep elements of importance |tau_j| ||tau_row|| >= median + k (third - first quartile), quartiles exact.
 
     A row is what goes into one output. Differs from mergekit (arcee_fusion), whose importance takes in the divergence
-    of softmaxes of raw weights, which is rounding noise and negative for four in ten rows, and samples its quantiles.
+    of softmaxes of raw weights, which is rounding noise and negative for one row in four, and samples its quantiles.
     """
     import torch
 

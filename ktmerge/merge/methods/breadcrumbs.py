@@ -48,7 +48,8 @@ def breadcrumbs(delta: Tensor, parameters: BreadcrumbsParameters, context: Conte
 
     If both do not fit, the outliers give way. Equal magnitudes are decided as in trim, which this is for gamma 0.
     ``row``: the same within what goes into each output, as the authors' code has it.
-    Differs from mergekit, whose slice is empty where gamma n < 1: there it drops the whole change.
+    Differs from mergekit, which decides equal magnitudes by their position; before 0.1.5, where gamma n < 1, its slice
+    was empty and the whole change dropped.
     """
     import torch
 

@@ -113,7 +113,8 @@ def _clamped(parameters: NearswapParameters) -> Clamp:
 def nearswap(merged: Tensor, deltas: list[Tensor], parameters: NearswapParameters, context: Context) -> Tensor:
     """Clip every element of the change to [-t, t]: small changes stay whole, large ones are capped.
 
-    Differs from mergekit in the words only: theta_0 + clip(t / |tau|, 0, 1) tau is this clip.
+    Differs from mergekit in the words only: theta_0 + clip(t / |tau|, 0, 1) tau is this clip, for t of 1e-6 or more,
+    the least that it divides by.
     """
     return merged.clamp(-parameters.t, parameters.t)
 

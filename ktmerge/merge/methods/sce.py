@@ -83,8 +83,9 @@ def sce(deltas: list[Tensor], parameters: SceParameters, context: Context) -> Te
     largest, equals decided by a hash; w_t is the share of expert t in the sum of squares of what is selected, times its
     expert weight; A are the experts that have the sign of sum_t tau_t. Below 1, experts that are all the same select
     nothing, and one expert alone gives the base; with mask_deltas false all count by their expert weights there.
-    Differs from mergekit where the sum of weights is below 1e-6, which it divides by instead, and where the deltas sum
-    to 0, which it counts as plus. mask_deltas false is the authors' fork, which merges what was not selected, too.
+    Differs from mergekit where the sum of weights is below 1e-6, which it divides by instead, where the mean squares of
+    the deltas sum to less than that, which it gives equal weights, and where the deltas sum to 0, which it counts as
+    plus. mask_deltas false is the authors' fork, which merges what was not selected, too.
     """
     import torch
 

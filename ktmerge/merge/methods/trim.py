@@ -58,6 +58,7 @@ def trim(delta: Tensor, parameters: TrimParameters, context: Context) -> Tensor:
 
     Equal magnitudes at the edge are decided by a hash of (seed, expert, tensor, element), so that exactly k stay and no
     rows are preferred. ``row``: floor(density i) of each output's i.
+    Differs from mergekit, which keeps one element of a tensor at least, and decides equal magnitudes by their position.
     """
     if parameters.scope == "row":
         from ktmerge.merge.rows import by_row
