@@ -104,7 +104,7 @@ class Late:
         seen = room[:]  # what torch holds for as long as it uses the memory
         address, size = room.ctypes.data, room.size
         self.freed[address] = stream, []
-        weakref.finalize(seen, self._give_up, address, size)
+        weakref.finalize(seen, self._give_up, address, size).atexit = False
         return torch.from_numpy(seen).view(dtype)
 
     def hold(self, values: Tensor, stream: Stream) -> None:
