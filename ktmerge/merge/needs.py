@@ -33,14 +33,15 @@ def needs_of(pipeline: Pipeline | None) -> set[Need]:
 def without_statistics(recipe: Recipe, settings: Iterable[Setting]) -> list[str]:
     """What is wrong as the recipe names no statistics that these settings need; shows without any checkpoint."""
     wanted: dict[str, set[Measure]] = {}
-    methods: dict[str, str] = {}
+    asking: dict[str, str] = {}
     for setting in settings:
         for pipeline in setting.pipelines.values():
             for owner, measures in _by_owner(needs_of(pipeline), recipe.experts).items():
                 wanted.setdefault(owner, set()).update(measures)
-                methods.setdefault(owner, pipeline.method)
+                spelled = pipeline.method == "stages"
+                asking.setdefault(owner, "its stages need" if spelled else f"method '{pipeline.method}' needs")
     return [
-        f"blend: method '{methods[owner]}' needs {_told(measures)} of {_model(owner)}, and the recipe names no "
+        f"blend: {asking[owner]} {_told(measures)} of {_model(owner)}, and the recipe names no "
         f"statistics of it. {_command(recipe, owner, measures)}"
         for owner, measures in sorted(wanted.items())
         if recipe.statistics_of(owner) is None

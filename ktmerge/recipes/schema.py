@@ -21,6 +21,9 @@ from ktmerge.recipes.suites import Task
 
 SCHEMA_VERSION = 1
 
+Factor = Annotated[float, Field(ge=-1e38, le=1e38)]
+"""What deltas are multiplied by, in fp32."""
+
 
 def _as_folder(value: Any) -> Any:
     return {"folder": value} if isinstance(value, str) else value
@@ -75,7 +78,7 @@ class Expert(Section):
         description="a folder (relative to the recipe) or a hub id, `org/name@revision`; of a PEFT adapter, which is "
         "folded into the base, or into another model: `model+adapter`"
     )
-    weight: float = Field(1.0, description="its share when several experts are combined")
+    weight: Factor = Field(1.0, description="its share when several experts are combined")
     statistics: MaybeStatistics = Field(None, description="measured in it on its own data; see the top level's")
 
 
@@ -91,7 +94,7 @@ class WhereRule(Section):
     tensor_class: Literal["matrix", "embed", "vector", "conv"] | None = Field(None, alias="class")
     keep: str | None = Field(None, description="'base' or an expert's name: take its tensors unchanged")
     method: str | None = Field(None, description="another method for these tensors")
-    lambda_: float | None = Field(None, alias="lambda")
+    lambda_: Factor | None = Field(None, alias="lambda")
 
     @model_validator(mode="after")
     def _says_where_and_what(self) -> WhereRule:
@@ -116,7 +119,7 @@ class Blend(Section):
 
     method: str | None = Field(None, description="a preset of stages, or mergekit:<name>")
     stages: dict[str, Any] | None = Field(None, description="the stages spelled out, instead of a method")
-    lambda_: float | None = Field(
+    lambda_: Factor | None = Field(
         None, alias="lambda", description="scale of the merged delta; the method's default if absent"
     )
     where: list[WhereRule] = Field(default_factory=list)

@@ -178,7 +178,7 @@ def test_all_mistakes_are_reported_together(llamas: Path, recipe_in: Any) -> Non
     ("blend_section", "weights", "expected"),
     [
         ({"method": "linear"}, (1.0, -1.0), "sum of the expert weights, which is 0"),
-        ({"method": "ties"}, (1.0, -1.0), "weights of 0 or more"),
+        ({"method": "ties"}, (1.0, -1.0), "0 or more, one of them positive"),
         ({"method": "ties", "aggregate": "mean"}, (1.0, 0.5), "would ignore the unequal expert weights"),
         ({"method": "ties", "aggregate": "max"}, (1.0, 0.5), "would ignore the unequal expert weights"),
     ],

@@ -80,6 +80,7 @@ def test_reads_everything(tmp_path: Path) -> None:
         ),
         ("spam: {", "base: {", "'base' cannot name an expert"),
         ("lambda: 1.0", "lambda: .nan", "blend.lambda"),
+        ("lambda: 1.0", "lambda: 1.0e+39", "blend.lambda"),
         ("part: connector, keep: base", "keep: base", "a rule needs one of part, match, class"),
         ("part: connector, keep: base", "part: connector", "a rule needs something to do"),
     ],
