@@ -2,6 +2,9 @@
 
 Off unless ``KTMERGE_CACHE_GB`` is above 0 or `keeping` is in force. Entries are named by the content of the matrix and
 what was done to it, so that nothing ever has to be invalidated; what was not used for longest goes first.
+
+They are found on the CPU, whatever device the rest runs on, as no two devices agree in the last bits; on a GPU if
+``KTMERGE_DECOMPOSE_ON`` asks for that.
 """
 
 from __future__ import annotations
@@ -12,18 +15,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import xxhash
 
 from ktmerge.checkpoints.cache import cache_folder
-from ktmerge.errors import UsageError
+from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.merge.device import choose_device
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 VARIABLE = "KTMERGE_CACHE_GB"
+PLACE = "KTMERGE_DECOMPOSE_ON"
 
 _SUFFIX = ".decomposition"
 _UNFINISHED = ".writing-"
@@ -134,11 +140,26 @@ def _store() -> Store | None:
     return Store(cache_folder() / "decompositions", int(gigabytes * 1e9)) if gigabytes > 0 else None
 
 
+def place() -> str:
+    """Where decompositions are done: ``cpu``, or the device that the environment names.
+
+    Raises:
+        UsageError: it is not there.
+    """
+    return _place(os.environ.get(PLACE) or "cpu")
+
+
+@cache
+def _place(wanted: str) -> str:
+    return choose_device(wanted, f"{PLACE}=")
+
+
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues ``[n]``, ascending, and eigenvectors ``[n, n]`` in columns, of a symmetric matrix, in its type.
 
     Raises:
-        UsageError: the environment asks for a cache of a size that is no number.
+        UsageError: the environment asks for a cache of a size that is no number, or for a device that is not there.
+        KtmergeError: that device's memory is full.
     """
     found = _kept(matrix, "eigh", _eigh)
     return found["values"], found["vectors"]
@@ -148,17 +169,20 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U ``[o, m]``, singular values ``[m]``, descending, and V^T ``[m, i]``, m = min(o, i), in the matrix's type.
 
     Raises:
-        UsageError: as for `eigh`.
+        UsageError, KtmergeError: as for `eigh`.
     """
     found = _kept(matrix, "svd", _svd)
     return found["left"], found["values"], found["right"]
 
 
 def _kept(matrix: Tensor, operation: str, compute: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
+    there = place()
+    if there != "cpu":
+        compute = partial(_elsewhere, compute, there)
     store = _store()
     if store is None:
         return compute(matrix)
-    name = _name(matrix, operation)
+    name = _name(matrix, operation, there)
     found = store.get(name)
     if found is None:
         found = compute(matrix)
@@ -166,12 +190,24 @@ def _kept(matrix: Tensor, operation: str, compute: Callable[[Tensor], dict[str, 
     return {key: values.to(matrix.device) for key, values in found.items()}
 
 
-def _name(matrix: Tensor, operation: str) -> str:
+def _elsewhere(compute: Callable[[Tensor], dict[str, Tensor]], there: str, matrix: Tensor) -> dict[str, Tensor]:
+    import torch
+
+    try:
+        return {key: values.to(matrix.device) for key, values in compute(matrix.to(there)).items()}
+    except torch.OutOfMemoryError as error:
+        shape = " x ".join(map(str, matrix.shape))
+        raise KtmergeError(
+            f"{there}: out of memory for the decomposition of a {shape} matrix; free some of it, or unset {PLACE}."
+        ) from error
+
+
+def _name(matrix: Tensor, operation: str, there: str) -> str:
     """Of an entry: content, type, shape and operation; device, library and threads, as other bits could come out."""
     import torch
 
     digest = xxhash.xxh3_128(matrix.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    how = (operation, str(matrix.dtype), tuple(matrix.shape), matrix.device.type, torch.__version__)
+    how = (operation, str(matrix.dtype), tuple(matrix.shape), there.partition(":")[0], torch.__version__)
     digest.update(repr((*how, torch.get_num_threads())).encode())
     return digest.hexdigest()
 

@@ -7,10 +7,14 @@ import os
 from ktmerge.errors import UsageError
 
 
-def choose_device(wanted: str) -> str:
+def choose_device(wanted: str, option: str = "--device ") -> str:
     """The device called ``auto``, ``cpu`` or ``cuda`` (with or without an index), as torch calls it.
 
     ``auto`` is the CPU: from file to file its compiled kernels wait for the disk already, and the bytes are the same.
+
+    Args:
+        wanted: by whoever says what blends.
+        option: how that was said.
 
     Raises:
         UsageError: there is no such device here.
@@ -19,13 +23,13 @@ def choose_device(wanted: str) -> str:
         return "cpu"
     kind, colon, index = wanted.partition(":")
     if kind != "cuda" or (colon and not index.isdecimal()):
-        raise UsageError(f"--device {wanted}: unknown; write auto, cpu or cuda.")
+        raise UsageError(f"{option}{wanted}: unknown; write auto, cpu or cuda.")
     import torch
 
     if not torch.cuda.is_available():
-        raise UsageError("--device cuda: no CUDA device is available here; use cpu or auto.")
+        raise UsageError(f"{option}{wanted}: no CUDA device is available here; use cpu or auto.")
     if index and int(index) >= torch.cuda.device_count():
-        raise UsageError(f"--device {wanted}: there are only {torch.cuda.device_count()} CUDA devices.")
+        raise UsageError(f"{option}{wanted}: there are only {torch.cuda.device_count()} CUDA devices.")
     return wanted
 
 

@@ -19,6 +19,7 @@ from ktmerge.checkpoints.header import FileStamp
 from ktmerge.checkpoints.hub import cached_as
 from ktmerge.checkpoints.regular import read_regular
 from ktmerge.errors import UsageError
+from ktmerge.merge.decompositions import place
 from ktmerge.merge.kernels.keys import SCHEME
 from ktmerge.merge.plan import Plan
 from ktmerge.merge.report import BlendReport
@@ -114,6 +115,8 @@ def _stamps(checkpoint: Checkpoint) -> dict[str, list[int]]:
 def versions(plan: Plan) -> dict[str, str]:
     """What computed it; libraries are asked without being loaded."""
     found = {"ktmerge": __version__, "torch": _installed("torch"), "python": platform.python_version()}
+    if (there := place()) != "cpu":
+        found["decompositions"] = f"on {there}"
     if any(method.startswith("mergekit:") for method in _semantics(plan)):
         found["mergekit"] = _installed("mergekit")
     return found

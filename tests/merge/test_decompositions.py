@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ktmerge.errors import UsageError
-from ktmerge.merge import decompositions
+from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.merge import blend, decompositions
 from ktmerge.merge.decompositions import Store, eigh, keeping, svd
 
 
@@ -239,3 +240,67 @@ def test_a_failing_driver_is_helped_out(monkeypatch: pytest.MonkeyPatch) -> None
     left, values, right = svd(matrix)
     torch.testing.assert_close((left * values) @ right, matrix)
     assert left.dtype == torch.float32
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Has decompositions made on a device that is the CPU under another name."""
+    monkeypatch.setenv(decompositions.PLACE, "cuda:0")
+    monkeypatch.setattr(decompositions, "_place", {"cuda:0": "cpu:0", "cpu": "cpu"}.__getitem__)
+    return "cpu:0"
+
+
+def test_a_device_is_given_them_if_asked_for(elsewhere: str, counted: list[str]) -> None:
+    matrix = symmetric(3)
+    values, vectors = decompositions.eigh(matrix)
+    left, singular, right = decompositions.svd(matrix)
+    assert counted == ["_eigh", "_svd"]
+    assert torch.equal(values, torch.linalg.eigh(matrix)[0])
+    assert {one.device.type for one in (values, vectors, left, singular, right)} == {"cpu"}
+
+
+def test_what_a_device_found_is_not_taken_for_what_the_cpu_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: list[str]
+) -> None:
+    with decompositions.keeping(1, tmp_path):
+        decompositions.eigh(symmetric(3))
+        monkeypatch.setattr(decompositions, "_place", lambda wanted: "cuda:0")
+        monkeypatch.setattr(torch.Tensor, "to", lambda values, *_: values)  # there is none here
+        decompositions.eigh(symmetric(3))
+        decompositions.eigh(symmetric(3))
+    assert counted == ["_eigh", "_eigh"]
+    assert len(entries(tmp_path)) == 2
+
+
+def test_a_device_whose_memory_is_full_is_named(elsewhere: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(torch.linalg, "eigh", full)
+    with pytest.raises(KtmergeError, match=r"cpu:0: out of memory for the decomposition of a 20 x 20 matrix"):
+        decompositions.eigh(symmetric(3))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+@pytest.mark.parametrize(("told", "problem"), [("cuda", "no CUDA device"), ("tpu", "unknown")])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written(
+    told: str, problem: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, llamas: Path, recipe_in: Any
+) -> None:
+    monkeypatch.setenv(decompositions.PLACE, told)
+    recipe = recipe_in(llamas, {"a": ("a", 1.0)}, {"method": "dg_hard"})
+    with pytest.raises(UsageError, match=f"KTMERGE_DECOMPOSE_ON={told}: {problem}"):
+        blend(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_lock_and_record_say_where_they_were_made(
+    elsewhere: str, tmp_path: Path, llamas: Path, recipe_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_in(llamas, {"a": ("a", 1.0)}, {"method": "dg_hard"})
+    there = blend(recipe, tmp_path / "there")
+    monkeypatch.delenv(decompositions.PLACE)
+    here = blend(recipe, tmp_path / "here")
+    assert there.out == here.out  # the device is the CPU
+    told = [json.loads((tmp_path / out / "ktmerge.json").read_text())["versions"] for out in ("there", "here")]
+    assert told[0].pop("decompositions") == "on cpu:0"
+    assert told[0] == told[1]
