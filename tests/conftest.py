@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # the helper beside these tests
 # Without bytecode each of the many processes would compile all of ktmerge, and each worker all tests.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 _HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
 gc.set_threshold(50_000, 20, 20)  # neither imports nor tests leave so much that looking more often would pay
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
