@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO
 
+from ktmerge.errors import printable_lines
 from ktmerge.progress import Step, Unit
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def print_pairs(pairs: Mapping[str, str]) -> None:
     width = max((len(key) for key in pairs), default=0)
     say = partial(stdout().print, markup=False) if _is_drawn_on(sys.stdout) else print
     for key, value in pairs.items():
-        say(f"{key:<{width}}  {_shown(value)}")
+        say(f"{key:<{width}}  {printable_lines(value)}")
 
 
 def print_markdown(text: str) -> None:
@@ -203,9 +204,4 @@ def print_preview(samples: Sequence[PreviewSample]) -> None:
 def _plain(text: str) -> str:
     from rich.markup import escape
 
-    return escape(_shown(text))
-
-
-def _shown(text: str) -> str:
-    """Text whose characters all show themselves: names of a stranger's files may steer a terminal, or be no text."""
-    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+    return escape(printable_lines(text))

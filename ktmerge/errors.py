@@ -15,7 +15,7 @@ class KtmergeError(Exception):
     exit_code = 1
 
     def __init__(self, message: str = "") -> None:
-        super().__init__("\n".join(map(printable, message.split("\n"))))
+        super().__init__(printable_lines(message))
 
 
 class UsageError(KtmergeError):
@@ -77,6 +77,11 @@ def did_you_mean(wrong: str, valid: Iterable[str], *, list_all: bool = True) -> 
 def printable(text: str) -> str:
     """A stranger's words in one line: what could steer a terminal, or cannot be written to one, is shown escaped."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def printable_lines(text: str) -> str:
+    """The same of a text of several lines, which stay apart."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def first_line(error: BaseException) -> str:

@@ -55,7 +55,19 @@ class KeyedSampler(BaseSampler):
         self._inner.after_trial(study, trial, state, values)
 
 
-class SobolSampler(BaseSampler):
+class SeparateSampler(BaseSampler):
+    """A sampler of each value by itself."""
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return {}
+
+
+class SobolSampler(SeparateSampler):
     """Points of a scrambled Sobol sequence, one a place: even over all ranges and methods, whatever they score.
 
     Args:
@@ -69,14 +81,6 @@ class SobolSampler(BaseSampler):
         methods = [Range(METHOD, choices=space.methods)] if len(space.methods) > 1 else []
         self._axes = {one.key: one for one in (*methods, *space.ranges)}
         self._sequence = qmc.Sobol(len(self._axes), scramble=True, seed=seed)
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {}
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return {}
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler
 from optuna.trial import TrialState
 
 from ktmerge.sweep.curve import Curve
-from ktmerge.sweep.keyed import KeyedSampler, SobolSampler
+from ktmerge.sweep.keyed import KeyedSampler, SeparateSampler, SobolSampler
 from ktmerge.sweep.ledger import VOID
 from ktmerge.sweep.settings import Sampler
 from ktmerge.sweep.space import METHOD, Range, Space
@@ -70,7 +70,7 @@ def _distribution(one: Range) -> BaseDistribution:
     return FloatDistribution(one.low, one.high, log=one.log)
 
 
-class CurveSampler(BaseSampler):
+class CurveSampler(SeparateSampler):
     """One knob: its ends and quarters, then in turn where retention crosses the limit and where least is known.
 
     Retention and gain along the knob are taken to be monotone (`Curve`), so that few points tell the whole way.
@@ -78,14 +78,6 @@ class CurveSampler(BaseSampler):
 
     def __init__(self, knob: Range, limit: float) -> None:
         self._knob, self._limit = knob, limit
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {}
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: Mapping[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return {}
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution

@@ -9,6 +9,7 @@ from typing import Any
 
 from ktmerge.checkpoints import Alignment, Checkpoint
 from ktmerge.checkpoints.tokens import read_object
+from ktmerge.errors import printable
 from ktmerge.merge.diagnostics import tokenizer
 from ktmerge.merge.diagnostics.tokenizer import TokenizerFiles
 
@@ -196,13 +197,8 @@ def _size(template: str) -> str | None:
 
 
 def _short(value: Any) -> str:
-    text = _visible("none" if value is None else str(value))
+    text = printable("none" if value is None else str(value))
     return text if len(text) <= _LONG else f"{text[: _LONG - 3]}..."
-
-
-def _visible(text: str) -> str:
-    """Line breaks, and what could steer a terminal, as escapes."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def _many(count: int, noun: str) -> str:
@@ -212,4 +208,4 @@ def _many(count: int, noun: str) -> str:
 def _some(names: Iterable[str]) -> str:
     listed = list(names)
     more = f", and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
-    return _visible(", ".join(listed[:_SHOWN])) + more
+    return printable(", ".join(listed[:_SHOWN])) + more
