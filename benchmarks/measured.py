@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ktmerge.checkpoints import Checkpoint, tensor_class
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.classes import tensor_class
 from ktmerge.checkpoints.statistics import (
     FISHER,
     INPUTS,

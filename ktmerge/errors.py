@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+
+Found = TypeVar("Found")
 
 
 class KtmergeError(Exception):
@@ -48,6 +51,13 @@ def collected(problems: list[str]) -> Iterator[None]:
         yield
     except UsageError as error:
         problems += str(error).splitlines()
+
+
+def attempt(problems: list[str], find: Callable[[], Found]) -> Found | None:
+    """What ``find`` gives; what it complains about is kept for later."""
+    with collected(problems):
+        return find()
+    return None
 
 
 def refuse(problems: Iterable[str]) -> None:

@@ -49,8 +49,8 @@ def measurements_of(recipe: Recipe, only: Iterable[str] = ()) -> list[NamedMeasu
     Raises:
         UsageError: the recipe has no such job, or a model is not there.
     """
-    from ktmerge.checkpoints import resolve
     from ktmerge.checkpoints.adapter import is_adapter
+    from ktmerge.checkpoints.hub import resolve
     from ktmerge.checkpoints.opening import locate_model
 
     known = {"base": recipe.base, **{name: expert.model for name, expert in recipe.experts.items()}}

@@ -83,7 +83,7 @@ def run(
         UsageError: the recipe or its inputs are wrong, or ``out`` exists and neither flag is set.
         KtmergeError: a piece failed; the finished ones stay.
     """
-    from ktmerge.checkpoints import resolve
+    from ktmerge.checkpoints.hub import resolve
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("ktmerge run is one process; start 'ktmerge finetune' by torchrun, then run it alone.")

@@ -68,7 +68,7 @@ def jobs_of(
     Raises:
         UsageError: the recipe has no finetune section, no base, or no such expert; or a curriculum does not fit.
     """
-    from ktmerge.checkpoints import resolve
+    from ktmerge.checkpoints.hub import resolve
 
     if recipe.finetune is None:
         raise UsageError(f"the recipe '{recipe.name}' has no finetune section.")

@@ -108,7 +108,7 @@ def keep(folder: Path, make: Callable[[], Any], settings: Mapping[str, Any]) -> 
 
 def measure(world: World, model: Path, name: str, out: Path) -> None:
     """Measure a model on a set's training data, as ``ktmerge stats`` does: inputs and Fisher information."""
-    from ktmerge.checkpoints import Checkpoint
+    from ktmerge.checkpoints.checkpoint import Checkpoint
     from ktmerge.recipes.schema import Statistics
     from ktmerge.tuners.statistics.collector import Collector
     from ktmerge.tuners.statistics.examples import Example

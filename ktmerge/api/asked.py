@@ -42,7 +42,7 @@ def asked(
     Raises:
         UsageError: neither names them, or they cannot be read.
     """
-    from ktmerge.checkpoints import resolve
+    from ktmerge.checkpoints.hub import resolve
     from ktmerge.recipes.combining import load_suites
 
     loaded = None if recipe is None else loaded_recipe(recipe, overrides)

@@ -57,13 +57,13 @@ def check(
     Raises:
         UsageError: everything that is wrong, one per line.
     """
-    from ktmerge.merge.planning import plan_blend
-
     recipe = load_recipe(reference, overrides=overrides, base=base, experts=experts)
     suite, problems = _read(recipe)
     planned: Plan | None = None
     with collected(problems):
         if recipe.blend is not None and recipe.base is not None and recipe.experts and not _to_be_made(recipe):
+            from ktmerge.merge.planning import plan_blend
+
             planned = plan_blend(recipe)
     refuse(problems)
     return Checked(recipe, planned, suite)
@@ -80,7 +80,7 @@ def require_ready(recipe: Recipe) -> None:
 
 def _read(recipe: Recipe) -> tuple[Suite | None, list[str]]:
     """The suite, and what is wrong with sections, data and fine-tunes whatever experts are there."""
-    from ktmerge.merge.planning import check_recipe
+    from ktmerge.merge.sections import check_recipe
 
     problems: list[str] = []
     suite: Suite | None = None
@@ -105,7 +105,7 @@ def _not_trainable(recipe: Recipe) -> list[str]:
     """What the fine-tunes name of a base that is there and does not have it."""
     if recipe.finetune is None or recipe.base is None or not (recipe.folder / recipe.base).is_dir():
         return []
-    from ktmerge.checkpoints import Checkpoint
+    from ktmerge.checkpoints.checkpoint import Checkpoint
     from ktmerge.tuners.trained import require_trainable
 
     problems = []

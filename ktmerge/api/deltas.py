@@ -35,7 +35,7 @@ def export_delta(
         KtmergeError: weights cannot be read, or the disk is full.
     """
     from ktmerge import deltas
-    from ktmerge.checkpoints import resolve
+    from ktmerge.checkpoints.hub import resolve
 
     below, above = (resolve(str(one), Path.cwd()) for one in (base, model))
     return deltas.export_delta(below, above, Path(out), error=error, overwrite=overwrite, progress=progress)
@@ -51,7 +51,7 @@ def apply_delta(
         KtmergeError: the delta is broken, or something cannot be read or written.
     """
     from ktmerge import deltas
-    from ktmerge.checkpoints import resolve
+    from ktmerge.checkpoints.hub import resolve
 
     below = resolve(str(base), Path.cwd())
     return deltas.apply_delta(below, Path(delta), Path(out), overwrite=overwrite, progress=progress)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ktmerge.api.inputs import RecipeLike, loaded_recipe, refuse_existing
-from ktmerge.checkpoints.workroom import passing_room, workroom
 from ktmerge.errors import UsageError
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes import gallery
@@ -53,6 +52,7 @@ def pack(
         UsageError: recipe, inputs or files are wrong, or ``out`` exists.
         KtmergeError: something cannot be read or written.
     """
+    from ktmerge.checkpoints.workroom import workroom
     from ktmerge.sharing import contents
     from ktmerge.sharing.archive import write_archive
     from ktmerge.sharing.source import ArchiveSource, offer_of
@@ -154,6 +154,7 @@ def push(
         UsageError: what is to be pushed, or the target, is wrong, or the hub refuses.
         KtmergeError: the target cannot be reached.
     """
+    from ktmerge.checkpoints.workroom import passing_room, workroom
     from ktmerge.sharing import contents, pushing
     from ktmerge.sharing.source import ArchiveSource, FolderSource, offer_of
 

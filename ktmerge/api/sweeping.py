@@ -184,7 +184,7 @@ def compare_with_trial(study: str | Path, trial: int, out: str | Path, progress:
     Raises:
         KtmergeError: they differ.
     """
-    from ktmerge.checkpoints import Checkpoint
+    from ktmerge.checkpoints.checkpoint import Checkpoint
     from ktmerge.sweep.folder import scored_digest
 
     wanted = scored_digest(Path(study), trial)

@@ -118,7 +118,7 @@ def finetune_all(
 def estimate(job: NamedJob, processes: int = 1) -> Estimate:
     """The memory that one of ``processes`` takes for a fine-tune, from headers and configuration alone."""
     from ktmerge import tuners
-    from ktmerge.checkpoints import Checkpoint
+    from ktmerge.checkpoints.checkpoint import Checkpoint
 
     return tuners.estimate(job.job, Checkpoint.open(job.shape), processes)
 
@@ -131,6 +131,6 @@ def preview(job: NamedJob, count: int) -> list[PreviewSample]:
 
 
 def _job(document: dict[str, Any], where: str, folder: Path, base: str, out: Path) -> NamedJob:
-    from ktmerge.checkpoints import resolve
+    from ktmerge.checkpoints.hub import resolve
 
     return NamedJob(out.name, validate(FinetuneJob, document, where), resolve(base, folder), out, folder)

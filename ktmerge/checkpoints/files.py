@@ -9,9 +9,12 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.errors import KtmergeError, UsageError
+
+if TYPE_CHECKING:
+    from ktmerge.checkpoints.checkpoint import Checkpoint
 
 _BLOCK = 1 << 20
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})

@@ -6,9 +6,10 @@ import hashlib
 import os
 from pathlib import Path
 
-from ktmerge.checkpoints import Checkpoint, Reader, refuse_overlap
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.digests import digest_of
-from ktmerge.checkpoints.files import clear_os_errors, write_all
+from ktmerge.checkpoints.files import clear_os_errors, refuse_overlap, write_all
+from ktmerge.checkpoints.reader import Reader
 from ktmerge.checkpoints.staging import Staging, sync_tree
 from ktmerge.checkpoints.workers import Workers
 from ktmerge.deltas.coding import unpacked

@@ -11,11 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from ktmerge.checkpoints import Checkpoint, Reader, TensorInfo, refuse_overlap
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.digests import digest_of
 from ktmerge.checkpoints.dtypes import BITS, FLOATS
-from ktmerge.checkpoints.files import clear_os_errors
+from ktmerge.checkpoints.files import clear_os_errors, refuse_overlap
+from ktmerge.checkpoints.header import TensorInfo
 from ktmerge.checkpoints.hub import cached_as
+from ktmerge.checkpoints.reader import Reader
 from ktmerge.checkpoints.staging import Staging, sync_tree
 from ktmerge.checkpoints.workers import Workers
 from ktmerge.deltas.coding import Array, bits, packed

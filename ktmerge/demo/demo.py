@@ -199,7 +199,7 @@ def _blend(
 
 def _score(out: Path, models: Mapping[str, Path], suite: Suite, progress: Progress) -> Results:
     """Score the models unless ``scores.json`` already holds these weights on these items."""
-    from ktmerge.checkpoints import Checkpoint
+    from ktmerge.checkpoints.checkpoint import Checkpoint
     from ktmerge.eval import Results, evaluate, read_sets
     from ktmerge.eval.sets import suite_digest
 

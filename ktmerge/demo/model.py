@@ -12,7 +12,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.files import file_digest, write_whole
 from ktmerge.checkpoints.staging import Staging, sync_tree
 from ktmerge.demo.obtain import Package, extract_member, fetch, read_member

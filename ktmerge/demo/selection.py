@@ -101,7 +101,7 @@ def _score_all(
 ) -> dict[str, Selection]:
     import torch
 
-    from ktmerge.checkpoints import Checkpoint
+    from ktmerge.checkpoints.checkpoint import Checkpoint
     from ktmerge.checkpoints.limits import context_length
     from ktmerge.eval import encode_sets, score_model
     from ktmerge.eval.loading import choose_device, choose_dtype, load_model, load_tokenizer
@@ -152,7 +152,8 @@ def _digest(
     progress: Progress,
 ) -> str:
     """sha256 over everything the points depend on: weights, recipes, coefficients, items."""
-    from ktmerge.checkpoints import Checkpoint, resolve
+    from ktmerge.checkpoints.checkpoint import Checkpoint
+    from ktmerge.checkpoints.hub import resolve
 
     folders = {resolve(expert.model, one.folder) for one in recipes.values() for expert in one.experts.values()}
     inputs: list[Any] = [

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ktmerge import __version__
-from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.errors import UsageError, did_you_mean
 from ktmerge.eval.encode import Encoded
 from ktmerge.eval.encodings import Encoding, Encodings

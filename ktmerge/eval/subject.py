@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktmerge.checkpoints import Checkpoint
 from ktmerge.checkpoints.adapter import CONFIG, WEIGHTS, is_adapter
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.files import file_digest
 from ktmerge.errors import UsageError
 from ktmerge.eval.loading import load_model

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktmerge.checkpoints import Writer, refuse_overlap
 from ktmerge.checkpoints.digests import remember
-from ktmerge.checkpoints.files import file_digest
+from ktmerge.checkpoints.files import file_digest, refuse_overlap
+from ktmerge.checkpoints.writer import Writer
 from ktmerge.errors import KtmergeError
 from ktmerge.merge.card import BASE_FILE as BASE_CARD
 from ktmerge.merge.card import FILE as CARD

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ktmerge import __version__
-from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.hub import hub_name
 from ktmerge.markdown import block, line, table
 from ktmerge.merge.plan import Plan

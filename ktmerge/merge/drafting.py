@@ -8,7 +8,7 @@ from typing import Literal
 
 import yaml
 
-from ktmerge.checkpoints import PartExpression
+from ktmerge.checkpoints.expressions import PartExpression
 from ktmerge.errors import UsageError
 from ktmerge.merge.catalogue import NO_DATA, data_of_recipe
 from ktmerge.merge.diagnostics.signs import Signs

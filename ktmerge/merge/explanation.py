@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from ktmerge.errors import UsageError
 from ktmerge.merge.plan import Plan, TensorPlan
-from ktmerge.merge.planning import check_recipe, plan_blend
+from ktmerge.merge.planning import plan_blend
+from ktmerge.merge.sections import check_recipe
 from ktmerge.merge.settings import FLOAT_CLASSES, Setting, blend_setting, rule_setting
 from ktmerge.merge.stage import Pipeline, StageUse
 from ktmerge.recipes.load import suite_of

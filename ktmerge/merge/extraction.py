@@ -9,10 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ktmerge.checkpoints import Checkpoint, Parts, align, open_model, tensor_class
 from ktmerge.checkpoints.adapted import PREFIX
 from ktmerge.checkpoints.adapter import CONFIG, WEIGHTS
+from ktmerge.checkpoints.alignment import align
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.classes import tensor_class
 from ktmerge.checkpoints.matrices import matrix_layout
+from ktmerge.checkpoints.opening import open_model
+from ktmerge.checkpoints.parts import Parts
 from ktmerge.checkpoints.staging import Staging
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.progress import SILENT, Progress
@@ -20,7 +24,7 @@ from ktmerge.progress import SILENT, Progress
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ktmerge.checkpoints import Reader
+    from ktmerge.checkpoints.reader import Reader
     from ktmerge.merge.spectra import Spectrum
 
 Rule = Literal["rank", "fraction", "energy", "nuclear", "stable", "participation"]

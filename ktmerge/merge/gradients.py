@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ktmerge.checkpoints import Checkpoint, Parts
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.parts import Parts
 from ktmerge.errors import UsageError
 
 _WHERE = "mergekit file"

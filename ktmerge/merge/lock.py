@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.digests import FileDigest, digest_of, input_files
 from ktmerge.checkpoints.signals import uninterrupted
 from ktmerge.checkpoints.workers import Workers

@@ -6,11 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ktmerge.checkpoints.matrices import MatrixLayout
-
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ktmerge.checkpoints.matrices import MatrixLayout
     from ktmerge.merge.stage import Context, Place
 
 
@@ -138,6 +137,8 @@ def changed(deltas: Sequence[Tensor], base: Tensor) -> list[int]:
 
 
 def _layout(values: Tensor | None, context: Context, fused: bool) -> MatrixLayout:
+    from ktmerge.checkpoints.matrices import MatrixLayout
+
     shape = context.shape if values is None else tuple(values.shape)
     layout = context.layout or MatrixLayout(False, (shape[-2],))
     return layout if fused else MatrixLayout(layout.transposed, (sum(layout.outputs),))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ktmerge.checkpoints import TensorReader
+from ktmerge.checkpoints.reader import TensorReader
 from ktmerge.checkpoints.statistics import SAMPLE, Statistics
 from ktmerge.errors import KtmergeError
 from ktmerge.merge.needs import BASE, name_in

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ktmerge.checkpoints import Checkpoint, open_model
-from ktmerge.checkpoints.statistics import SAMPLE, Statistics
 from ktmerge.errors import UsageError, collected, located
 from ktmerge.merge.settings import Setting
 from ktmerge.merge.stage import Measure, Need, Pipeline
 from ktmerge.recipes.schema import Recipe
 
 if TYPE_CHECKING:
+    from ktmerge.checkpoints.checkpoint import Checkpoint
+    from ktmerge.checkpoints.statistics import Statistics
     from ktmerge.merge.plan import TensorPlan
 
 BASE = "base"
@@ -101,6 +101,9 @@ def _open(recipe: Recipe, base: Checkpoint, owner: str, measures: set[Measure]) 
             if way
             else f"{where}: no such folder: {folder}. {_command(recipe, owner, measures)}"
         )
+    from ktmerge.checkpoints.opening import open_model
+    from ktmerge.checkpoints.statistics import Statistics
+
     with located(where):
         statistics = Statistics.open(folder)
         model = recipe.base if owner == BASE else recipe.experts[owner].model
@@ -147,6 +150,8 @@ def _served(statistics: Statistics, owner: str, measure: Measure, tensor: Tensor
     if layout is None or name not in statistics.samples:
         return False
     inputs = shape[-2] if layout.transposed else shape[-1]
+    from ktmerge.checkpoints.statistics import SAMPLE
+
     shapes = [statistics.tensors[f"{SAMPLE}/{one}"].shape for one in statistics.samples[name]]
     return all(one[-1] == inputs and one[:-2] == shape[:-2] and one[-2] for one in shapes)
 

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ktmerge.checkpoints import Alignment, Checkpoint, TensorClass, TensorInfo
+from ktmerge.checkpoints.alignment import Alignment
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.classes import TensorClass
 from ktmerge.checkpoints.dtypes import BITS
+from ktmerge.checkpoints.header import TensorInfo
 from ktmerge.checkpoints.matrices import MatrixLayout
 from ktmerge.checkpoints.statistics import Statistics
 from ktmerge.merge.stage import Pipeline

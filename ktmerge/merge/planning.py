@@ -2,47 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from typing import TypeVar
 
-from ktmerge.checkpoints import Checkpoint, Parts, TensorClass, align, open_model
+from ktmerge.checkpoints.alignment import align
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.classes import TensorClass
 from ktmerge.checkpoints.experts import fit_experts
 from ktmerge.checkpoints.matrices import matrix_layout
+from ktmerge.checkpoints.opening import open_model
+from ktmerge.checkpoints.parts import Parts
 from ktmerge.checkpoints.quantised import scheme_of
 from ktmerge.checkpoints.tying import claimed_tie, tied_head
 from ktmerge.checkpoints.union import join_vocabularies
 from ktmerge.checkpoints.vocabulary import fit_vocabulary
-from ktmerge.errors import UsageError, collected, located, refuse
+from ktmerge.errors import UsageError, attempt, located, refuse
 from ktmerge.merge.needs import open_statistics, without_statistics
 from ktmerge.merge.plan import Action, ExpertPlan, Plan, TensorPlan
 from ktmerge.merge.rules import Rule, resolve_rules
+from ktmerge.merge.sections import settings_of, weights_of
 from ktmerge.merge.settings import Setting, blend_setting
 from ktmerge.merge.stage import Pipeline
 from ktmerge.recipes.schema import Recipe
 
 _OUTPUT_TAGS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-Found = TypeVar("Found")
 _WAY_OUT = "Give the unquantised model, or write 'dequantise: true'"
-
-
-def check_recipe(recipe: Recipe) -> None:
-    """Find every mistake in a recipe's blend section that shows without its checkpoints.
-
-    Raises:
-        UsageError: everything found, one per line.
-    """
-    problems: list[str] = []
-    if recipe.blend is None:
-        return
-    setting = _collect(problems, partial(blend_setting, recipe.blend))
-    if setting is not None:
-        if recipe.experts:
-            problems += [f"blend: {objection}" for objection in setting.objections(weights_of(recipe))]
-        rules = _collect(problems, lambda: resolve_rules(recipe, setting, None)) or ()
-        if recipe.base is not None:
-            problems += without_statistics(recipe, settings_of(setting, rules))
-    refuse(problems)
 
 
 def plan_blend(recipe: Recipe) -> Plan:
@@ -54,18 +38,18 @@ def plan_blend(recipe: Recipe) -> Plan:
     if recipe.blend is None:
         raise UsageError(f"the recipe '{recipe.name}' has no blend section.")
     problems: list[str] = []
-    setting = _collect(problems, partial(blend_setting, recipe.blend))
+    setting = attempt(problems, partial(blend_setting, recipe.blend))
     if recipe.base is None:
         problems.append("base: the recipe names none; add it, or give --base.")
     if not recipe.experts:
         problems.append("experts: the recipe names none; add one, or give --expert name=folder.")
     elif setting is not None:
         problems += [f"blend: {objection}" for objection in setting.objections(weights_of(recipe))]
-    base = _collect(problems, lambda: _open(recipe, "base", recipe.base)) if recipe.base is not None else None
+    base = attempt(problems, lambda: _open(recipe, "base", recipe.base)) if recipe.base is not None else None
     opened = _open_experts(recipe, base, problems)
     texts: Mapping[str, str] = {}
     if base is not None and recipe.output.vocabulary == "union" and not problems:
-        union = _collect(problems, partial(join_vocabularies, base, opened))
+        union = attempt(problems, partial(join_vocabularies, base, opened))
         base, texts = (base, {}) if union is None else (union.base, union.texts)
     experts = [
         _align(recipe, base, name, one, bool(texts), problems) for name, one in opened.items() if base is not None
@@ -74,7 +58,7 @@ def plan_blend(recipe: Recipe) -> Plan:
     layers: Mapping[str, int] = {}
     if setting is not None:
         parts = Parts(base) if base is not None else None
-        rules = _collect(problems, lambda: resolve_rules(recipe, setting, parts)) or ()
+        rules = attempt(problems, lambda: resolve_rules(recipe, setting, parts)) or ()
         if base is not None and parts is not None:
             found = [expert for expert in experts if expert is not None]
             tensors = decide(base, _bare(recipe, base, found, parts), setting, rules, problems)
@@ -85,23 +69,6 @@ def plan_blend(recipe: Recipe) -> Plan:
     assert base is not None
     ready = tuple(expert for expert in experts if expert is not None)
     return Plan(recipe, base, ready, tensors, layers, tuple(_notes(base, ready)), texts, statistics)
-
-
-def settings_of(setting: Setting, rules: Iterable[Rule]) -> list[Setting]:
-    """All settings that some tensors are blended by."""
-    return [setting, *(rule.setting for rule in rules if rule.setting is not None)]
-
-
-def _collect(problems: list[str], find: Callable[[], Found]) -> Found | None:
-    """What ``find`` gives; what it complains about is kept for later."""
-    with collected(problems):
-        return find()
-    return None
-
-
-def weights_of(recipe: Recipe) -> dict[str, float]:
-    """Weights of the experts by name."""
-    return {name: expert.weight for name, expert in recipe.experts.items()}
 
 
 def _open(recipe: Recipe, role: str, reference: str | None, base: Checkpoint | None = None) -> Checkpoint:
@@ -115,7 +82,7 @@ def _open_experts(recipe: Recipe, base: Checkpoint | None, problems: list[str]) 
     for name in sorted(recipe.experts):
         where = f"experts.{name}.model"
         model = recipe.experts[name].model
-        checkpoint = _collect(problems, partial(_open, recipe, where, model, base))
+        checkpoint = attempt(problems, partial(_open, recipe, where, model, base))
         tuned = recipe.finetune is not None and name in recipe.finetune.experts
         if checkpoint is None and tuned and not (recipe.folder / model).exists():
             problems[-1] += " The recipe says how to make it: run 'ktmerge finetune --recipe' or 'ktmerge run' first."
@@ -133,11 +100,11 @@ def _align(
     recipe: Recipe, base: Checkpoint, name: str, checkpoint: Checkpoint, grown: bool, problems: list[str]
 ) -> ExpertPlan | None:
     label = f"experts.{name}"
-    fitted = _collect(problems, lambda: fit_vocabulary(base, checkpoint, label, grown=grown))
+    fitted = attempt(problems, lambda: fit_vocabulary(base, checkpoint, label, grown=grown))
     if fitted is None:
         return None
     alignment = align(base, fitted, label)
-    _collect(problems, alignment.require_complete)
+    attempt(problems, alignment.require_complete)
     return ExpertPlan(name, recipe.experts[name].weight, fitted, alignment)
 
 

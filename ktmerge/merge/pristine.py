@@ -10,8 +10,10 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from ktmerge.checkpoints import Checkpoint, Reader, TensorInfo
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.dtypes import BITS, torch_dtype
+from ktmerge.checkpoints.header import TensorInfo
+from ktmerge.checkpoints.reader import Reader
 from ktmerge.merge.merged import MergedDeltas, MergedDeltasOfPlan
 from ktmerge.merge.record import said_of_inputs
 from ktmerge.merge.replanning import Planner

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ktmerge.checkpoints import TensorReader
     from ktmerge.checkpoints.matrices import MatrixLayout
+    from ktmerge.checkpoints.reader import TensorReader
     from ktmerge.merge.stage import Pipeline, Scope
 
 

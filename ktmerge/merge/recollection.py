@@ -21,7 +21,7 @@ from ktmerge.merge.record import inputs_of, said_of_inputs
 from ktmerge.merge.selection import Recollected, Sample
 
 if TYPE_CHECKING:
-    from ktmerge.checkpoints import Checkpoint
+    from ktmerge.checkpoints.checkpoint import Checkpoint
     from ktmerge.merge.plan import Plan
 
 _VERSION = 1

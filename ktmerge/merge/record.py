@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ktmerge import __version__
-from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.files import file_digest
 from ktmerge.checkpoints.header import FileStamp
 from ktmerge.checkpoints.hub import cached_as

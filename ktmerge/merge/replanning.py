@@ -8,13 +8,14 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from ktmerge.checkpoints import Parts
 from ktmerge.checkpoints.header import FileStamp
+from ktmerge.checkpoints.parts import Parts
 from ktmerge.errors import UsageError, refuse
 from ktmerge.merge.needs import open_statistics, without_statistics
 from ktmerge.merge.plan import ExpertPlan, Plan, TensorPlan
-from ktmerge.merge.planning import decide, plan_blend, settings_of, weights_of
+from ktmerge.merge.planning import decide, plan_blend
 from ktmerge.merge.rules import Rule, resolve_rules
+from ktmerge.merge.sections import settings_of, weights_of
 from ktmerge.merge.settings import blend_setting
 from ktmerge.recipes.schema import Recipe
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ktmerge.checkpoints import PartExpression, Parts, TensorClass
+from ktmerge.checkpoints.expressions import PartExpression
 from ktmerge.errors import collected, located, refuse
 from ktmerge.merge.settings import FLOAT_CLASSES, Setting, parameter_names, rule_setting
 from ktmerge.recipes.schema import Recipe, WhereRule
+
+if TYPE_CHECKING:
+    from ktmerge.checkpoints.classes import TensorClass
+    from ktmerge.checkpoints.parts import Parts
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from ktmerge.merge.kernels.codes import FINE, INPUT_NOT_FINITE
 from ktmerge.merge.workspace import WIDTHS, Blended
 
 if TYPE_CHECKING:
-    from ktmerge.checkpoints import TensorReader
+    from ktmerge.checkpoints.reader import TensorReader
     from ktmerge.merge.program import Ruled
     from ktmerge.merge.steps import Steps
     from ktmerge.merge.workspace import Workspace

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args, get_origin
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from pydantic import ValidationError
 
-from ktmerge.checkpoints import TensorClass
 from ktmerge.errors import UsageError, collected, did_you_mean, located, refuse
 from ktmerge.merge.registry import find_method, find_stage
 from ktmerge.merge.stage import KINDS, Kind, Method, Parameters, Pipeline, Promises, Stage, Stages, StageUse
 from ktmerge.recipes.load import FIXED_BLEND_KEYS, FIXED_RULE_KEYS
 from ktmerge.recipes.schema import Blend, WhereRule
+
+if TYPE_CHECKING:
+    from ktmerge.checkpoints.classes import TensorClass
 
 FLOAT_CLASSES: tuple[TensorClass, ...] = ("matrix", "embed", "vector", "conv")
 _SPELLED_OUT = "stages"

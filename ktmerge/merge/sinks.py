@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ktmerge.checkpoints import Checkpoint, Reader, Writer, align
+from ktmerge.checkpoints.alignment import align
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.dtypes import tag_of, torch_dtype
 from ktmerge.checkpoints.live import as_checkpoint
+from ktmerge.checkpoints.reader import Reader
+from ktmerge.checkpoints.writer import Writer
 from ktmerge.errors import UsageError
 from ktmerge.merge.report import TensorReport
 

@@ -14,8 +14,8 @@ from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from ktmerge.checkpoints import Reader, TensorReader
 from ktmerge.checkpoints.dtypes import torch_dtype
+from ktmerge.checkpoints.reader import Reader, TensorReader
 from ktmerge.checkpoints.workers import Workers
 from ktmerge.errors import KtmergeError
 from ktmerge.merge.measured import OpenStatistics, TensorMeasurements, stored_fisher

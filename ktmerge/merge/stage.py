@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args
 
 from pydantic import Field
 
-from ktmerge.checkpoints import TensorClass
-from ktmerge.checkpoints.matrices import MatrixLayout
 from ktmerge.recipes.section import Strict
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ktmerge.checkpoints.classes import TensorClass
+    from ktmerge.checkpoints.matrices import MatrixLayout
     from ktmerge.merge.kernels import Kernels
 
 Kind = Literal["transform", "combine", "calibrate", "guard", "scale"]

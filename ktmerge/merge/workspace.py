@@ -32,7 +32,7 @@ from ktmerge.merge.program import Elect, Given, Largest, Ruled, Sum
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from ktmerge.checkpoints import Reader
+    from ktmerge.checkpoints.reader import Reader
     from ktmerge.merge.kernels.native import Entry, Native
     from ktmerge.merge.steps import Steps
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ktmerge.checkpoints import PartExpression, Parts
-from ktmerge.checkpoints.expressions import PARTS, STACKS
+from ktmerge.checkpoints.expressions import PARTS, STACKS, PartExpression
 from ktmerge.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from ktmerge.checkpoints.parts import Parts
 
 HELP = "full, top:K, last:K, a part (connector, vision, llm, embed, head, llm.layers[0:8]), or several joined by '+'"
 _ENDS = re.compile(r"^(top|last)\s*:\s*(\d{1,9})$")

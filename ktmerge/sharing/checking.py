@@ -11,7 +11,7 @@ from ktmerge.checkpoints.digests import digest_of
 from ktmerge.checkpoints.files import clear_os_errors
 from ktmerge.errors import UsageError
 from ktmerge.merge.lock import read_lock
-from ktmerge.merge.planning import check_recipe
+from ktmerge.merge.sections import check_recipe
 from ktmerge.recipes import load_recipe, load_suite
 from ktmerge.recipes.schema import Recipe
 from ktmerge.sharing import contents

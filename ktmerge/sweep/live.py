@@ -9,9 +9,9 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ktmerge.checkpoints import Checkpoint, resolve
-from ktmerge.checkpoints.checkpoint import content_digest
+from ktmerge.checkpoints.checkpoint import Checkpoint, content_digest
 from ktmerge.checkpoints.dtypes import torch_dtype
+from ktmerge.checkpoints.hub import resolve
 from ktmerge.checkpoints.limits import context_length
 from ktmerge.eval.encode import has_images
 from ktmerge.eval.loading import choose_device, choose_dtype, load_model, load_sight, load_tokenizer

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ktmerge.checkpoints import Checkpoint, open_model
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.digests import digest_of, input_files
+from ktmerge.checkpoints.opening import open_model
 from ktmerge.errors import UsageError, did_you_mean
 from ktmerge.progress import Progress
 from ktmerge.recipes.schema import Recipe

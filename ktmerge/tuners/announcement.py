@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.progress import Progress
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners.estimate import estimate

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktmerge.checkpoints import Parts
+from ktmerge.checkpoints.parts import Parts
 from ktmerge.errors import UsageError
 from ktmerge.progress import Step
 from ktmerge.tuners.announcement import announce, warn_of_disk

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.progress import Progress
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners.arguments import total_steps

@@ -12,8 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ktmerge.checkpoints import Checkpoint, Parts, tensor_class
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.classes import tensor_class
 from ktmerge.checkpoints.limits import context_length
+from ktmerge.checkpoints.parts import Parts
 from ktmerge.errors import UsageError
 from ktmerge.recipes.adapters import Adapter
 from ktmerge.recipes.schema import FinetuneJob

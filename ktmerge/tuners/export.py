@@ -8,16 +8,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ktmerge.checkpoints import Checkpoint, Writer, align
 from ktmerge.checkpoints.adapter import CONFIG, WEIGHTS
+from ktmerge.checkpoints.alignment import align
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.dtypes import torch_dtype
 from ktmerge.checkpoints.files import clear_os_errors
 from ktmerge.checkpoints.staging import Staging, sync_tree
+from ktmerge.checkpoints.writer import Writer
 from ktmerge.errors import KtmergeError
 from ktmerge.progress import SILENT, Progress
 
 if TYPE_CHECKING:
-    from ktmerge.checkpoints import Reader
+    from ktmerge.checkpoints.reader import Reader
 
 TAGS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _ELEMENTS = 1 << 22

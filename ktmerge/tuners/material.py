@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ktmerge.checkpoints import Checkpoint, tensor_class
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.classes import tensor_class
 from ktmerge.checkpoints.limits import context_length
 from ktmerge.checkpoints.statistics import Statistics
 from ktmerge.errors import UsageError, collected, refuse

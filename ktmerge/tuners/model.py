@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.errors import UsageError, first_line
 from ktmerge.progress import Progress
 

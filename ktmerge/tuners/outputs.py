@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ktmerge.checkpoints import Checkpoint, refuse_overlap
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.files import refuse_overlap
 from ktmerge.checkpoints.staging import refuse_output
 from ktmerge.progress import Progress
 from ktmerge.recipes.schema import FinetuneJob

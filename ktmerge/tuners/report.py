@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ktmerge import __version__
-from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners.data import DataSet
 from ktmerge.tuners.encode import EncodedSet

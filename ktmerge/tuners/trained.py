@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ktmerge.checkpoints import Checkpoint, Parts
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.parts import Parts
 from ktmerge.errors import UsageError
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.recipes.training import TrainExpression

@@ -12,7 +12,8 @@ import regex
 import torch
 from safetensors.torch import load_file, save_file
 
-from ktmerge.checkpoints import Checkpoint, open_model
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.opening import open_model
 from ktmerge.errors import UsageError
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ktmerge.checkpoints import Checkpoint, align
+from ktmerge.checkpoints.alignment import align
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.tying import claimed_tie, tied_head
 from ktmerge.errors import UsageError
 

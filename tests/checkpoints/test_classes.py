@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from ktmerge.checkpoints import TensorInfo, tensor_class
+from ktmerge.checkpoints.classes import tensor_class
+from ktmerge.checkpoints.header import TensorInfo
 
 TEXT = {"vocab_size": 99}
 NESTED = {"text_config": {"vocab_size": 99}}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ktmerge.checkpoints import PartExpression
+from ktmerge.checkpoints.expressions import PartExpression
 from ktmerge.errors import UsageError
 
 LANGUAGE = ["llm", "llm.layers[0]", "llm.layers[11]", "embed", "head", "norm"]

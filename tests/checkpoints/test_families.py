@@ -15,7 +15,11 @@ import torch
 from loadable import assert_loads_whole
 from safetensors.torch import load_file, save_file
 
-from ktmerge.checkpoints import Checkpoint, Parts, Writer, align, tensor_class
+from ktmerge.checkpoints.alignment import align
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.classes import tensor_class
+from ktmerge.checkpoints.parts import Parts
+from ktmerge.checkpoints.writer import Writer
 from ktmerge.errors import UsageError
 
 TEXT = {

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ktmerge.checkpoints import Checkpoint, copy_files, refuse_overlap
-from ktmerge.checkpoints.files import clear_os_errors
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.files import clear_os_errors, copy_files, refuse_overlap
 from ktmerge.errors import KtmergeError, UsageError
 
 MakeCheckpoint = Callable[..., Path]

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from ktmerge.checkpoints import Checkpoint, resolve
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.hub import resolve
 from ktmerge.errors import UsageError
 
 MakeCheckpoint = Callable[..., Path]
@@ -118,7 +119,7 @@ def ask(endpoint: str, home: Path, *references: str, offline: bool = False) -> l
     """Resolve in a process of its own, since the hub's library reads its settings at import."""
     script = (
         "import sys\nfrom pathlib import Path\n"
-        "from ktmerge.checkpoints import resolve\nfrom ktmerge.errors import UsageError\n"
+        "from ktmerge.checkpoints.hub import resolve\nfrom ktmerge.errors import UsageError\n"
         "for reference in sys.argv[1:]:\n"
         "    try:\n        print(resolve(reference, Path('/nowhere')))\n"
         "    except UsageError as error:\n        print('refused:', error)\n"

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ktmerge.checkpoints import Checkpoint, Writer
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.journal import FILE, Journal, Remains, read_journal
+from ktmerge.checkpoints.writer import Writer
 from ktmerge.errors import KtmergeError
 
 MakeCheckpoint = Callable[..., Path]
@@ -28,7 +29,8 @@ NAMES = [f"layer.{number}.weight" for number in range(6)]
 VICTIM = """
 import json, os, signal, sys
 from pathlib import Path
-from ktmerge.checkpoints import Checkpoint, Writer
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.writer import Writer
 
 base, out, count, pin = Checkpoint.open(Path(sys.argv[1])), Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
 with Writer(out, overwrite=True, pin=pin, resume=True) as writer, base.reader() as reader:

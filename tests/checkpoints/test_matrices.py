@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 
-from ktmerge.checkpoints import TensorInfo, tensor_class
+from ktmerge.checkpoints.classes import tensor_class
+from ktmerge.checkpoints.header import TensorInfo
 from ktmerge.checkpoints.matrices import MatrixLayout, matrix_layout
 
 PHI3 = {"model_type": "phi3", "hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2}

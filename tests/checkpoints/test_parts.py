@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ktmerge.checkpoints import Parts
+from ktmerge.checkpoints.parts import Parts
 from ktmerge.errors import UsageError
 
 

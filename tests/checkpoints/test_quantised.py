@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ktmerge.checkpoints import Checkpoint, open_model
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.opening import open_model
 from ktmerge.checkpoints.quantised import scheme_of
 from ktmerge.errors import UsageError
 

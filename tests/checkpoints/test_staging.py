@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from ktmerge.checkpoints import Checkpoint, Writer, staging
+from ktmerge.checkpoints import staging
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.writer import Writer
 from ktmerge.errors import KtmergeError, UsageError
 
 MakeCheckpoint = Callable[..., Path]
@@ -25,7 +27,9 @@ MakeCheckpoint = Callable[..., Path]
 COPYIST = """
 import sys, time
 from pathlib import Path
-from ktmerge.checkpoints import Checkpoint, Writer, staging
+from ktmerge.checkpoints import staging
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.writer import Writer
 
 base, out, stop_at = Checkpoint.open(Path(sys.argv[1])), Path(sys.argv[2]), sys.argv[3]
 

@@ -21,7 +21,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ktmerge.checkpoints import Checkpoint, FilePlan, Writer, blocks
+from ktmerge.checkpoints import blocks
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.header import FilePlan
+from ktmerge.checkpoints.writer import Writer
 from ktmerge.errors import KtmergeError, UsageError
 
 MakeCheckpoint = Callable[..., Path]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mutations import altered, damaged
 
 from ktmerge import api
-from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.errors import KtmergeError
 
 QUICK = settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.merge import blend
 from ktmerge.recipes.load import parse_recipe
 from ktmerge.recipes.schema import Statistics as Job

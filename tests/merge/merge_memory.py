@@ -13,8 +13,8 @@ from merge_models import Tensors, write
 from merge_statistics import measure, needs_measurements
 from torch import Tensor
 
-from ktmerge.checkpoints import Reader
 from ktmerge.checkpoints.dtypes import torch_dtype
+from ktmerge.checkpoints.reader import Reader
 from ktmerge.merge.engine import execute
 from ktmerge.merge.replanning import Planner
 from ktmerge.merge.report import BlendReport

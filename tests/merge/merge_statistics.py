@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from ktmerge.checkpoints import Checkpoint, TensorInfo, tensor_class
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.classes import tensor_class
+from ktmerge.checkpoints.header import TensorInfo
 from ktmerge.checkpoints.matrices import matrix_layout
 from ktmerge.checkpoints.statistics import (
     FISHER,

@@ -18,8 +18,8 @@ from merge_models import write
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ktmerge.merge.lanes
-from ktmerge.checkpoints import Writer
 from ktmerge.checkpoints.reader import TensorReader
+from ktmerge.checkpoints.writer import Writer
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.merge import blend, blend_into, engine, general, source
 from ktmerge.merge.pristine import DeviceReader, HostReader, Pristine

@@ -14,7 +14,8 @@ from ktmerge import api
 from ktmerge.cli import _exit_code
 from ktmerge.errors import UsageError
 from ktmerge.merge.drafting import LEANS
-from ktmerge.merge.planning import check_recipe, plan_blend
+from ktmerge.merge.planning import plan_blend
+from ktmerge.merge.sections import check_recipe
 from ktmerge.recipes import gallery, load_recipe
 
 

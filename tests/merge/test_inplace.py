@@ -14,7 +14,7 @@ import torch
 from merge_models import read, same_bytes, write
 from torch import nn
 
-from ktmerge.checkpoints import TensorInfo
+from ktmerge.checkpoints.header import TensorInfo
 from ktmerge.errors import KtmergeError
 from ktmerge.merge import blend, blend_into
 from ktmerge.merge.flow import Flow

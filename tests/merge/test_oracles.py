@@ -12,7 +12,8 @@ import pytest
 from merge_models import Tensors, llava_tensors, read
 from merge_oracles import assert_rounded, delta_arrays, merged_deltas
 
-from ktmerge.checkpoints import Checkpoint, tensor_class
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.classes import tensor_class
 from ktmerge.merge import blend
 from ktmerge.merge.registry import methods
 

@@ -14,7 +14,8 @@ from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.merge import blend
 from ktmerge.merge.needs import needs_of
 from ktmerge.merge.plan import Plan
-from ktmerge.merge.planning import check_recipe, plan_blend
+from ktmerge.merge.planning import plan_blend
+from ktmerge.merge.sections import check_recipe
 from ktmerge.merge.settings import blend_setting
 from ktmerge.recipes import gallery, load_recipe
 from ktmerge.recipes.load import parse_recipe

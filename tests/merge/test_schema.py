@@ -11,9 +11,9 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from ktmerge.errors import UsageError
-from ktmerge.merge.planning import check_recipe
 from ktmerge.merge.registry import methods
 from ktmerge.merge.schema import FOLDER, SCHEMAS, recipe_schema, text
+from ktmerge.merge.sections import check_recipe
 from ktmerge.recipes import gallery
 from ktmerge.recipes.load import parse_recipe
 

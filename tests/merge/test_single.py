@@ -13,8 +13,8 @@ from merge_memory import EMBED, MATRIX, NORM, Workbench, noise
 from merge_models import Tensors, same_bytes
 from torch import Tensor
 
-from ktmerge.checkpoints import Parts
 from ktmerge.checkpoints.matrices import MatrixLayout
+from ktmerge.checkpoints.parts import Parts
 from ktmerge.errors import UsageError
 from ktmerge.merge.kernels import kernels_for
 from ktmerge.merge.methods.half_reset import is_kept

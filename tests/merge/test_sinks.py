@@ -11,7 +11,8 @@ import torch
 from merge_models import read, same_bytes
 from torch import nn
 
-from ktmerge.checkpoints import Checkpoint, TensorReader
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.reader import TensorReader
 from ktmerge.errors import UsageError
 from ktmerge.merge import blend, blend_into
 from ktmerge.merge.pristine import Pristine

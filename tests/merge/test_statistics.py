@@ -16,8 +16,9 @@ from merge_statistics import measure, random
 
 from ktmerge.errors import UsageError
 from ktmerge.merge import blend, registry
-from ktmerge.merge.planning import check_recipe, plan_blend
+from ktmerge.merge.planning import plan_blend
 from ktmerge.merge.record import pin
+from ktmerge.merge.sections import check_recipe
 from ktmerge.merge.source import Sources
 from ktmerge.merge.stage import Context, Method, Need, Parameters, Promises, Stages
 from ktmerge.recipes.load import parse_recipe

@@ -11,7 +11,7 @@ import torch
 from loadable import assert_loads_whole
 from merge_models import Tensors, llama_tensors, read, same_bytes, tuned, write
 
-from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.errors import UsageError
 from ktmerge.merge import blend
 from ktmerge.merge.planning import plan_blend

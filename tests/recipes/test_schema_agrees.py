@@ -14,8 +14,8 @@ from jsonschema import Draft202012Validator
 from pydantic import BaseModel, ValidationError
 
 from ktmerge.errors import UsageError
-from ktmerge.merge.planning import check_recipe
 from ktmerge.merge.schema import FOLDER
+from ktmerge.merge.sections import check_recipe
 from ktmerge.recipes.adapters import Adapter
 from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.recipes.harness import HarnessTask

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ktmerge.checkpoints import Parts
+from ktmerge.checkpoints.parts import Parts
 from ktmerge.errors import UsageError
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.recipes.training import TrainExpression

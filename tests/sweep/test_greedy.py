@@ -138,7 +138,7 @@ class Stopping:
 @pytest.mark.slow
 def test_a_soup_is_made_stopped_gone_on_with_and_rebuilt(soup_recipe: Path, tmp_path: Path) -> None:
     from ktmerge import api
-    from ktmerge.checkpoints import Checkpoint
+    from ktmerge.checkpoints.checkpoint import Checkpoint
 
     out = tmp_path / "found"
     with pytest.raises(KeyboardInterrupt):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ktmerge import api
-from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.errors import UsageError
 from ktmerge.eval import read_sets
 from ktmerge.progress import SILENT

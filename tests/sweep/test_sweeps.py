@@ -61,7 +61,7 @@ def test_a_sweep_in_this_process_chooses_by_its_rule_and_every_trial_is_rebuilt(
     from transformers import AutoModelForCausalLM
 
     from ktmerge import Pristine, api
-    from ktmerge.checkpoints import Checkpoint
+    from ktmerge.checkpoints.checkpoint import Checkpoint
 
     out = tmp_path / "found"
     methods, ranges = ["ties", "linear"], ["blend.lambda=0:1.2", "blend.density=0.2:1"]

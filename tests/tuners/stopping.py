@@ -40,7 +40,7 @@ if moment == "while saving":
         seal(self, path, step, seconds)
     partial.Partial.seal = dying
 elif moment == "while publishing":
-    from ktmerge.checkpoints import Writer
+    from ktmerge.checkpoints.writer import Writer
     Writer.copy_files = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 finetune(FinetuneJob.model_validate(job), base, folder / "out", folder=folder)
 """

@@ -21,7 +21,7 @@ from ktmerge.adapters.bottleneck import attach_bottlenecks
 from ktmerge.adapters.saved import attach_saved
 from ktmerge.adapters.visual import VisualPrompt
 from ktmerge.api import blend, evaluate
-from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.recipes.adapters import FAMILIES
 from ktmerge.recipes.load import parse_recipe

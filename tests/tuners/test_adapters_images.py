@@ -16,7 +16,8 @@ from tuning import write
 from ktmerge.adapters.prompt import attach_prompt
 from ktmerge.adapters.saved import attach_saved
 from ktmerge.api import evaluate
-from ktmerge.checkpoints import Checkpoint, Parts
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.parts import Parts
 from ktmerge.progress import SILENT
 from ktmerge.recipes.adapters import FAMILIES
 from ktmerge.recipes.schema import FinetuneJob

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tuning import write
 
-from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.errors import UsageError
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners.estimate import MARGIN, Estimate, estimate

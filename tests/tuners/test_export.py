@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners import finetune

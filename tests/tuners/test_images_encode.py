@@ -13,7 +13,7 @@ import torch
 from seeing import FAMILIES, IMAGE_TOKENS, build, picture
 from tuning import write
 
-from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.processor import load_processor
 from ktmerge.errors import UsageError
 from ktmerge.recipes.schema import FinetuneJob

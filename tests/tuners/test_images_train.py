@@ -17,7 +17,7 @@ from test_statistics_images import tiny_llava  # noqa: F401 - a fixture
 from tuning import Listener, sha256, weights, write
 
 from ktmerge import api
-from ktmerge.checkpoints import Parts
+from ktmerge.checkpoints.parts import Parts
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.recipes.load import parse_recipe
 from ktmerge.recipes.schema import FinetuneJob

@@ -11,7 +11,7 @@ import torch
 from torch.nn import Parameter
 from tuning import Listener
 
-from ktmerge.checkpoints import Parts
+from ktmerge.checkpoints.parts import Parts
 from ktmerge.errors import UsageError
 from ktmerge.recipes.load import validate
 from ktmerge.recipes.schema import FinetuneJob

@@ -15,7 +15,7 @@ import pytest
 from stopping import KILLED, StopsAt
 from tuning import CHATS, JOB, ROWS, Listener, sha256, tune, weights, write
 
-from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.cli import main
 from ktmerge.tuners.selection import store
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from tuning import CHATS, ROWS, write
 
-from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.statistics import FISHER, INPUTS, RECORD, Statistics
 from ktmerge.errors import UsageError
 from ktmerge.recipes.schema import Statistics as Job

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tuning import ROWS, write
 
-from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.statistics import FISHER, INPUTS, Statistics
 from ktmerge.merge import blend
 from ktmerge.merge.planning import plan_blend

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tuning import write
 
-from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.statistics import FISHER, INPUTS, Statistics
 from ktmerge.recipes.schema import Statistics as Job
 from ktmerge.tuners.statistics import measure

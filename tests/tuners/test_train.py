@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tuning import ROWS, Listener, sha256, tune, weights, write
 
-from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.checkpoint import Checkpoint
 
 
 def test_the_output_is_the_base_with_other_values(tuned: Any, tiny_llama: Path) -> None:

@@ -11,7 +11,7 @@ from tuning import Listener, sha256, tune, weights
 from typer.testing import CliRunner
 
 from ktmerge import api
-from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.commands import app
 from ktmerge.errors import UsageError
 

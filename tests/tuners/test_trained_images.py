@@ -10,7 +10,7 @@ import pytest
 from test_statistics_images import tiny_llava  # noqa: F401 - a fixture
 from tuning import tune, weights
 
-from ktmerge.checkpoints import Parts
+from ktmerge.checkpoints.parts import Parts
 from ktmerge.tuners.selection import store
 
 

@@ -11,8 +11,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ktmerge.checkpoints import Checkpoint, Reader
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.matrices import MatrixLayout, matrix_layout
+from ktmerge.checkpoints.reader import Reader
 from ktmerge.merge.diagnostics.measures import Effective
 from ktmerge.progress import Progress
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ktmerge.checkpoints import Alignment, Checkpoint
+from ktmerge.checkpoints.alignment import Alignment
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.tokens import read_object
 from ktmerge.errors import printable
 from ktmerge.merge.diagnostics import tokenizer

@@ -7,8 +7,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from ktmerge.checkpoints import Alignment, Checkpoint, Parts, align, tensor_class
+from ktmerge.checkpoints.alignment import Alignment, align
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.classes import tensor_class
 from ktmerge.checkpoints.opening import open_model
+from ktmerge.checkpoints.parts import Parts
 from ktmerge.errors import UsageError
 from ktmerge.merge.diagnostics.differences import compare
 from ktmerge.merge.diagnostics.inspection import Contents, Inspection, stack_of

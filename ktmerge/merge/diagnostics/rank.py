@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from ktmerge.checkpoints import align, tensor_class
+from ktmerge.checkpoints.alignment import align
+from ktmerge.checkpoints.classes import tensor_class
 from ktmerge.checkpoints.opening import open_model
 
 MATRICES = 6

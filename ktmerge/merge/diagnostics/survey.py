@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
-from ktmerge.checkpoints import Checkpoint, Reader, TensorInfo
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.dtypes import BITS
+from ktmerge.checkpoints.header import TensorInfo
+from ktmerge.checkpoints.reader import Reader
 from ktmerge.checkpoints.workers import Workers
 from ktmerge.merge.diagnostics.measures import Movement, Pair, Spread
 from ktmerge.progress import Progress

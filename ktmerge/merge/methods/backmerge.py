@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from ktmerge.checkpoints import TensorClass
+from ktmerge.checkpoints.classes import TensorClass
 from ktmerge.merge.program import Ramp
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, Need, Parameters, Promises, Stages

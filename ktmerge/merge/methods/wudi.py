@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from ktmerge.checkpoints import TensorClass
+from ktmerge.checkpoints.classes import TensorClass
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, Parameters, Promises, SplitFused, Stages
 from ktmerge.merge.weights import positive, relative

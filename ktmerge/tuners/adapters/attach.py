@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from ktmerge.adapters.bottleneck import attach_bottlenecks
 from ktmerge.adapters.prompt import attach_prompt
 from ktmerge.adapters.visual import attach_visual_prompt
-from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.errors import UsageError, first_line
 from ktmerge.recipes.adapters import MOVING, Adapter
 from ktmerge.recipes.schema import FinetuneJob

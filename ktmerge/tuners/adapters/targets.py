@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ktmerge.checkpoints import Checkpoint, Parts
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.parts import Parts
 from ktmerge.errors import UsageError, did_you_mean
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.recipes.training import TrainExpression

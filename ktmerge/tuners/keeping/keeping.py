@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.statistics import Statistics
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners.callbacks import EpochCallback, EvaluationCallback, StepCallback

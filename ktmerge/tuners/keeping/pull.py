@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ktmerge.checkpoints import Checkpoint, align
+from ktmerge.checkpoints.alignment import align
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.live import as_checkpoint
 from ktmerge.checkpoints.statistics import Statistics
 from ktmerge.errors import KtmergeError, UsageError

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
-from ktmerge.checkpoints import Parts
+from ktmerge.checkpoints.parts import Parts
 from ktmerge.errors import UsageError
 from ktmerge.tuners.keys import keyed
 

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ktmerge.checkpoints import Checkpoint, Parts, align
+from ktmerge.checkpoints.alignment import align
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.live import as_checkpoint
+from ktmerge.checkpoints.parts import Parts
 from ktmerge.errors import UsageError
 from ktmerge.progress import Progress
 from ktmerge.recipes.schema import FinetuneJob

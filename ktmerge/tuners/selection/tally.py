@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ktmerge.checkpoints import Parts
+from ktmerge.checkpoints.parts import Parts
 from ktmerge.drawing import FONT, GREY, INK, drawn, new_figure, to_svg
 
 _LAYER = re.compile(r"^(?P<tower>\w+)\.layers\[(?P<number>\d+)\]$")

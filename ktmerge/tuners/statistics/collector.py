@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ktmerge.checkpoints import Checkpoint, Parts, tensor_class
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.classes import tensor_class
+from ktmerge.checkpoints.parts import Parts
 from ktmerge.checkpoints.statistics import (
     FISHER,
     INPUTS,

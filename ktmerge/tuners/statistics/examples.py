@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ktmerge.checkpoints import Checkpoint
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.limits import context_length
 from ktmerge.errors import UsageError
 from ktmerge.progress import Progress

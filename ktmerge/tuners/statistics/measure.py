@@ -11,8 +11,10 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from ktmerge import __version__
-from ktmerge.checkpoints import Checkpoint, refuse_overlap, tensor_class
 from ktmerge.checkpoints.adapter import is_adapter, open_adapter
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.classes import tensor_class
+from ktmerge.checkpoints.files import refuse_overlap
 from ktmerge.checkpoints.quiet import quiet_transformers
 from ktmerge.checkpoints.staging import Staging, refuse_output
 from ktmerge.checkpoints.statistics import RECORD, told_model

@@ -9,7 +9,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ktmerge.checkpoints import Checkpoint, align
+from ktmerge.checkpoints.alignment import align
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.experts import fit_experts
 from ktmerge.checkpoints.live import as_checkpoint
 
