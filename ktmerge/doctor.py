@@ -7,22 +7,20 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from packaging.requirements import Requirement
+
 Level = Literal["ok", "info", "warning", "broken"]
 _MARKS: dict[Level, str] = {"ok": "✓", "info": "·", "warning": "!", "broken": "✗"}
 _CORE = ("torch", "transformers", "safetensors", "mergekit", "peft", "accelerate", "datasets", "numpy", "pydantic")
-_EXTRAS = {
-    "vision": ("pillow", "num2words"),
-    "lm-eval": ("lm_eval",),
-    "gpu": ("triton",),
-    "demo": ("gguf",),
-}
+_FOR_BUILDERS = ("dev", "test")
+"""Extras that no user needs."""
 _IMPORT_SECONDS = 120
 
 
@@ -102,16 +100,20 @@ def _torchvision() -> list[Finding]:
 
 
 def _extras() -> list[Finding]:
-    findings = []
-    for extra, packages in _EXTRAS.items():
-        missing = [name for name in packages if _version(name) is None]
-        found = (
-            "installed"
-            if not missing
-            else f"not installed (needs {', '.join(missing)}): pip install 'ktmerge[{extra}]'"
-        )
-        findings.append(Finding("info" if missing else "ok", f"extra {extra}", found))
-    return findings
+    if _version("ktmerge") is None:
+        return []
+    extras = metadata.metadata("ktmerge").get_all("Provides-Extra") or []
+    wanted = [Requirement(text) for text in metadata.requires("ktmerge") or []]
+    return [_extra(name, wanted) for name in extras if name not in _FOR_BUILDERS]
+
+
+def _extra(extra: str, wanted: Iterable[Requirement]) -> Finding:
+    own = [one for one in wanted if one.marker is not None and one.marker.evaluate({"extra": extra})]
+    lacking = [one for one in own if not one.specifier.contains(_version(one.name) or "0", prereleases=True)]
+    if not lacking:
+        return Finding("ok", f"extra {extra}", "installed")
+    needed = ", ".join(f"{one.name}{one.specifier}" for one in lacking)
+    return Finding("info", f"extra {extra}", f"not installed (needs {needed}): pip install 'ktmerge[{extra}]'")
 
 
 def _devices() -> list[Finding]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from email.message import Message
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,19 @@ def test_json_and_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
 def test_images_need_no_torchvision() -> None:
     (vision,) = findings("extra vision")
     assert "torchvision" not in vision.found
+
+
+def test_extras_are_those_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = ["optuna>=5; extra == 'sweep'", "torch>=2.6", "numpy>=1; extra == 'here'", "numpy>=99; extra == 'late'"]
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: told)
+    extras = Message()
+    for name in ("sweep", "here", "late", "dev"):
+        extras["Provides-Extra"] = name
+    monkeypatch.setattr(doctor.metadata, "metadata", lambda name: extras)
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "optuna" else "2.4.6")
+    found = {finding.what: finding for finding in doctor.examine() if finding.what.startswith("extra ")}
+    assert set(found) == {"extra sweep", "extra here", "extra late"}
+    assert found["extra here"].found == "installed"
+    assert "optuna>=5" in found["extra sweep"].found
+    assert "pip install 'ktmerge[sweep]'" in found["extra sweep"].found
+    assert "numpy>=99" in found["extra late"].found
