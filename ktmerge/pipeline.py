@@ -221,8 +221,8 @@ def make_blend(
         KtmergeError: the blend failed; what was there stays.
     """
     from ktmerge import merge
+    from ktmerge.merge.lock import recorded
     from ktmerge.merge.planning import plan_blend
-    from ktmerge.merge.record import recorded
 
     if not afresh and recorded(plan_blend(recipe), out, progress) is not None:
         progress.note(f"{out} already holds this blend; kept")

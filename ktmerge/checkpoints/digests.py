@@ -15,6 +15,7 @@ from ktmerge.checkpoints.adapter import CONFIG, WEIGHTS, is_adapter
 from ktmerge.checkpoints.cache import cache_folder
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.files import clear_os_errors, file_digest
+from ktmerge.checkpoints.header import FileStamp
 from ktmerge.errors import KtmergeError
 
 _SETTLED_NS = 2_000_000_000
@@ -35,23 +36,6 @@ class FileDigest:
     sha256: str
 
 
-@dataclass(frozen=True)
-class _Stamp:
-    """What tells that it is the same file still: also the time of its last change in any way, which nobody can set. A
-    copy that keeps times may get size, time and inode of the file it replaces.
-    """
-
-    size: int
-    mtime_ns: int
-    ctime_ns: int
-    inode: int
-
-    @classmethod
-    def of(cls, path: Path) -> _Stamp:
-        status = path.stat()
-        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
-
-
 class Stopped(Exception):  # noqa: N818 - not an error: the caller asked for it
     """Hashing was stopped half-way."""
 
@@ -69,7 +53,7 @@ def digest_of(path: Path, stop: threading.Event | None = None, *, rehash: bool =
         Stopped: ``stop`` was set.
     """
     with clear_os_errors(path):
-        stamp = _Stamp.of(path)
+        stamp = FileStamp.of(path.stat())
         known = None if rehash else _recall(path, stamp)
         if known is not None:
             return known
@@ -79,7 +63,7 @@ def digest_of(path: Path, stop: threading.Event | None = None, *, rehash: bool =
                 raise Stopped
 
         digest = file_digest(path, look)
-        if _Stamp.of(path) != stamp:
+        if FileStamp.of(path.stat()) != stamp:
             raise KtmergeError(f"{path}: changed while it was read.")
     found = FileDigest(stamp.size, digest)
     if time.time_ns() - stamp.mtime_ns > _SETTLED_NS:
@@ -90,7 +74,7 @@ def digest_of(path: Path, stop: threading.Event | None = None, *, rehash: bool =
 def recalled(path: Path) -> FileDigest | None:
     """Size and sha256 of a file if they are remembered; it is not read."""
     try:
-        return _recall(path, _Stamp.of(path))
+        return _recall(path, FileStamp.of(path.stat()))
     except OSError:
         return None
 
@@ -98,7 +82,7 @@ def recalled(path: Path) -> FileDigest | None:
 def remember(path: Path, sha256: str) -> None:
     """Take the digest of a file that was just written, from who wrote it."""
     with suppress(OSError):
-        stamp = _Stamp.of(path)
+        stamp = FileStamp.of(path.stat())
         _keep(path, stamp, FileDigest(stamp.size, sha256))
 
 
@@ -138,7 +122,7 @@ def _place(path: Path) -> Path:
     return cache_folder() / "digests" / name[:2] / f"{name}.json"
 
 
-def _recall(path: Path, stamp: _Stamp) -> FileDigest | None:
+def _recall(path: Path, stamp: FileStamp) -> FileDigest | None:
     try:
         kept = json.loads(_place(path).read_text(encoding="ascii"))
         return FileDigest(stamp.size, str(kept["sha256"])) if kept["stamp"] == vars(stamp) else None
@@ -146,7 +130,7 @@ def _recall(path: Path, stamp: _Stamp) -> FileDigest | None:
         return None
 
 
-def _keep(path: Path, stamp: _Stamp, found: FileDigest) -> None:
+def _keep(path: Path, stamp: FileStamp, found: FileDigest) -> None:
     """Whole or not at all; a memory that cannot be written costs only time."""
     place = _place(path)
     temporary = place.with_name(f"{place.name}.{os.getpid()}.{threading.get_ident()}")

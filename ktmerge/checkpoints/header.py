@@ -63,16 +63,21 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class FileStamp:
-    """What tells that a file was changed or replaced."""
+    """What tells that a file was changed or replaced.
+
+    The time of its last change in any way (ctime) cannot be set: a copy that keeps times may get all else of the file
+    it replaces.
+    """
 
     size: int
     mtime_ns: int
+    ctime_ns: int
     inode: int
 
     @classmethod
     def of(cls, status: os.stat_result) -> FileStamp:
         """Take the stamp from a stat result."""
-        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,14 @@ _VISION = re.compile(
 _AUDIO = re.compile(r"audio|speech|^apm$|sound", re.I)
 _TEXT = re.compile(r"language|(^|_)text|^llm$|^lm$|^llama$", re.I)
 _CONNECTOR = re.compile(
-    r"projector|connector|merger|aligner|resampler|perceiver|q_?former|abstractor|newline|view_sep|multi_modal|^mm_|"
+    r"(?<!vocab_)projector|connector|merger|aligner|resampler|perceiver|q_?former|abstractor|newline|view_sep|multi_modal|^mm_|"
     r"^(visual|vision|image|img|text|language|audio|speech|modality|mlp|image_to_text)_proj(ection)?(_up|_down)?$|"
     r"^(up|down)_proj_for_|^embed_(vision|audio)$|^(visual_embeddings_table|vte)$|"
     r"^vision_adapter$|^mlp1$|^query_tokens$|^t2i|^i2t|(^|_)logit_(scale|bias)$",
     re.I,
 )
 _CONTAINER = re.compile(r"^(layers?|blocks?|h|resblocks|stages?|encoder_layers|decoder_layers|transformer_blocks)$")
-_EMBED = re.compile(r"embed|^wte$|^wpe$|^shared$|^relative_attention_bias$", re.I)
+_EMBED = re.compile(r"embed(?!ding_norm$)|^wte$|^wpe$|^shared$|^relative_attention_bias$", re.I)
 # The table of the tokens: where there is one, there is a language model.
 _TOKENS = re.compile(
     r"(^|\.)((embed_tokens|wte|(word|tok|token)_emb(edding)?s?|embed_in|shared)|"
@@ -39,7 +39,7 @@ _TOKENS = re.compile(
 )
 _HEAD = re.compile(
     r"^(lm_heads?|embed_out|output|output_layer|classifier|score|head|heads|cls|qa_outputs|proj_out|fc|pooler|out_proj)$|"
-    r"_(head|classifier)$|^(dense_)?prediction",
+    r"_(head|classifier)$|^(dense_)?prediction|^vocab_(transform|layer_norm|projector)$",
     re.I,
 )
 _NORM = re.compile(r"norm|^ln(_|$)|_ln$|^ln\d", re.I)
@@ -144,6 +144,8 @@ class Parts:
 
     def _lone_tower(self, kinds: set[Tower]) -> Tower:
         """What a model without a table of tokens is: the config says what it is given."""
+        if "num_mel_bins" in self._config:
+            return "audio"  # a spectrogram's patches are no picture's
         if _declares(self._config, _SIGHT) or ("vision" in kinds and _declares(self._config, _SIGHT_SECTIONS)):
             return "vision"
         hears = _declares(self._config, _HEARING) or _AUDIO.search(str(self._config.get("model_type", "")))
@@ -220,13 +222,18 @@ def _find_blocks(names: Iterable[str]) -> dict[str, tuple[str, int]]:
 
 
 def _split_encoder(towers: dict[str, Tower], blocks: Mapping[str, tuple[str, int]], declared: bool) -> dict[str, Tower]:
-    """Of a text model with an encoder and a decoder stack, call the encoder by its name."""
+    """Of a text model with an encoder and a decoder stack, call the encoder by its name; so, too, an encoder that
+    stands beside what is named a language model, as Granite Speech's.
+    """
 
     def side(name: str) -> frozenset[str]:
         return frozenset(name.split(".")[:-1]) & (_ENCODERS | _DECODERS)
 
-    sides = {side(blocks[name][0] + ".") for name, tower in towers.items() if tower == "llm" and name in blocks}
-    if not ({_ENCODERS, _DECODERS} <= sides or (declared and _ENCODERS in sides)):
+    stacks = {blocks[name][0] for name, tower in towers.items() if tower == "llm" and name in blocks}
+    sides = {(side(stack + "."), _has(_TEXT, stack)) for stack in stacks}
+    kinds = {kind for kind, _ in sides}
+    named = {(_ENCODERS, False), (frozenset(), True)} <= sides
+    if not ({_ENCODERS, _DECODERS} <= kinds or named or (declared and _ENCODERS in kinds)):
         return towers
     return {name: "encoder" if tower == "llm" and side(name) == _ENCODERS else tower for name, tower in towers.items()}
 

@@ -18,11 +18,11 @@ from ktmerge.merge.card import FILE as CARD
 from ktmerge.merge.card import base_card, card
 from ktmerge.merge.device import choose_device
 from ktmerge.merge.lock import FILE as LOCK
-from ktmerge.merge.lock import digesting, lock, lock_text, locked_now, require_unchanged
+from ktmerge.merge.lock import digesting, lock, lock_text, locked_now, recorded, require_unchanged
 from ktmerge.merge.plan import Plan
 from ktmerge.merge.planning import plan_blend
 from ktmerge.merge.record import FILE as RECORD
-from ktmerge.merge.record import pin, record, recorded
+from ktmerge.merge.record import pin, record
 from ktmerge.merge.report import BlendReport
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.schema import Recipe

@@ -16,13 +16,17 @@ from typing import Any
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.digests import FileDigest, digest_of, input_files
+from ktmerge.checkpoints.files import file_digest
+from ktmerge.checkpoints.regular import read_regular
 from ktmerge.checkpoints.signals import uninterrupted
 from ktmerge.checkpoints.workers import Workers
 from ktmerge.errors import UsageError, refuse
 from ktmerge.merge.card import licence
 from ktmerge.merge.plan import Plan
+from ktmerge.merge.record import FILE as RECORD
 from ktmerge.merge.record import inputs_of, origin
 from ktmerge.merge.report import BlendReport
+from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.document import read_yaml, yaml_text
 
 FILE = "ktmerge.lock.yaml"
@@ -203,6 +207,34 @@ def locked_now(plan: Plan, *, rehash: bool = False) -> dict[str, Any]:
     """
     with digesting(plan, rehash=rehash) as background:
         return lock(plan, background.result())
+
+
+def recorded(plan: Plan, out: Path, progress: Progress = SILENT) -> BlendReport | None:
+    """What ``out`` says of itself if it is a whole output of this very plan, and of these very files; else None.
+
+    Raises:
+        KtmergeError: a file of it or of the inputs cannot be read.
+    """
+    try:
+        document = json.loads(read_regular(out / RECORD))
+        same = all(document.get(key) == value for key, value in origin(plan).items())
+        report = BlendReport(
+            plan.recipe.name, [], notes=list(document["notes"]), out=dict(document["output"]["sha256"])
+        )
+        report.recorded = list(document["parts"])
+        report.beside = dict(document["output"].get("beside", {}))
+        if not same or set(Checkpoint.open(out).weight_files) != set(report.out):
+            return None
+        locked = read_lock(out)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, UsageError):
+        return None
+    files = {**report.out, **report.beside}
+    with progress.task(f"check {out.name}", len(files)) as step:
+        for file, digest in files.items():
+            if not (out / file).is_file() or file_digest(out / file) != digest:
+                return None
+            step.advance()
+    return None if departures(locked, locked_now(plan)) else report
 
 
 def told(before: Any, after: Any) -> str:

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 from contextlib import suppress
+from dataclasses import astuple
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -14,16 +15,12 @@ from typing import Any
 
 from ktmerge import __version__
 from ktmerge.checkpoints.checkpoint import Checkpoint
-from ktmerge.checkpoints.files import file_digest
 from ktmerge.checkpoints.header import FileStamp
 from ktmerge.checkpoints.hub import cached_as
-from ktmerge.checkpoints.regular import read_regular
-from ktmerge.errors import UsageError
 from ktmerge.merge.decompositions import place
 from ktmerge.merge.kernels.keys import SCHEME
 from ktmerge.merge.plan import Plan
 from ktmerge.merge.report import BlendReport
-from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.schema import Recipe
 
 FILE = "ktmerge.json"
@@ -40,36 +37,6 @@ def record(plan: Plan, report: BlendReport) -> str:
         "notes": report.notes,
     }
     return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
-
-
-def recorded(plan: Plan, out: Path, progress: Progress = SILENT) -> BlendReport | None:
-    """What ``out`` says of itself if it is a whole output of this very plan, newer than its inputs; else None.
-
-    Raises:
-        KtmergeError: a weight file cannot be read.
-    """
-    try:
-        document = json.loads(read_regular(out / FILE))
-        written = (out / FILE).stat().st_mtime_ns
-        same = all(document.get(key) == value for key, value in origin(plan).items())
-        report = BlendReport(
-            plan.recipe.name, [], notes=list(document["notes"]), out=dict(document["output"]["sha256"])
-        )
-        report.recorded = list(document["parts"])
-        report.beside = dict(document["output"].get("beside", {}))
-        checkpoint = Checkpoint.open(out)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, UsageError):
-        return None
-    newest = max(stamp.mtime_ns for one in inputs_of(plan).values() for stamp in one.stamps.values())
-    if not same or newest >= written or set(checkpoint.weight_files) != set(report.out):
-        return None
-    files = {**report.out, **report.beside}
-    with progress.task(f"check {out.name}", len(files)) as step:
-        for file, digest in files.items():
-            if not (out / file).is_file() or file_digest(out / file) != digest:
-                return None
-            step.advance()
-    return report
 
 
 def pin(plan: Plan) -> dict[str, Any]:
@@ -103,13 +70,13 @@ def said_of_inputs(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     return experts, recipe.output.model_dump(mode="json", exclude={"dtype", "rounding", "not_finite"})
 
 
-def _stamps(checkpoint: Checkpoint) -> dict[str, list[int]]:
-    """Size, time and inode of every file that is read, as when its header was; of the others, as now."""
+def _stamps(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """The stamp of every file that is read, as when its header was; of the others, as now."""
     stamps = dict(checkpoint.stamps)
     for file in checkpoint.other_files:
         with suppress(OSError):
             stamps[file] = FileStamp.of(os.stat(checkpoint.root / file))
-    return {file: [stamp.size, stamp.mtime_ns, stamp.inode] for file, stamp in sorted(stamps.items())}
+    return {file: astuple(stamp) for file, stamp in sorted(stamps.items())}
 
 
 def versions(plan: Plan) -> dict[str, str]:

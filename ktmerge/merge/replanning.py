@@ -66,7 +66,7 @@ def _stamps_in(folder: Path) -> Iterable[tuple[str, FileStamp]]:
         entries = list(os.scandir(folder))
         return [(entry.path, FileStamp.of(entry.stat())) for entry in entries if entry.is_file()]
     except OSError:
-        return [(str(folder), FileStamp(-1, -1, -1))]
+        return [(str(folder), FileStamp(-1, -1, -1, -1))]
 
 
 def _replan(recipe: Recipe, like: Plan) -> Plan:

@@ -459,6 +459,47 @@ FAMILIES: dict[str, Family] = {
         },
         {"llm": 2, "vision": 3},
     ),
+    "distilbert: a projector that joins nothing": (
+        [
+            *blocks("distilbert.transformer.layer", 2),
+            "distilbert.embeddings.word_embeddings.weight",
+            "vocab_transform.weight",
+            "vocab_layer_norm.bias",
+            "vocab_projector.weight",
+        ],
+        {"vocab_size": 9},
+        {"vocab_transform.weight": "head", "vocab_layer_norm.bias": "head", "vocab_projector.weight": "head"},
+        {"llm": 2},
+    ),
+    "lfm2: a final norm called after the embedding": (
+        [*blocks("model.layers", 2), "model.embed_tokens.weight", "model.embedding_norm.weight"],
+        {"vocab_size": 9},
+        {"model.embedding_norm.weight": "norm", "model.embed_tokens.weight": "embed"},
+        {"llm": 2},
+    ),
+    "granite speech: an encoder beside a language model": (
+        [
+            *blocks("encoder.layers", 3),
+            *blocks("language_model.model.layers", 2),
+            "encoder.input_linear.weight",
+            "language_model.model.embed_tokens.weight",
+            "projector.linear.weight",
+        ],
+        {"model_type": "granite_speech"},
+        {
+            "encoder.layers.2.norm1.weight": "encoder.layers[2]",
+            "encoder.input_linear.weight": "encoder",
+            "language_model.model.layers.1.norm1.weight": "llm.layers[1]",
+            "projector.linear.weight": "connector",
+        },
+        {"llm": 2, "encoder": 3},
+    ),
+    "spectrograms in patches": (
+        [*blocks("encoder.layer", 2), "embeddings.cls_token"],
+        {"patch_size": 16, "num_mel_bins": 128},
+        {"encoder.layer.1.norm1.weight": "audio.layers[1]", "embeddings.cls_token": "audio"},
+        {"audio": 2},
+    ),
     "an audio tower on its own, named by its config": (
         [*blocks("layers", 2), "output_proj.weight"],
         {"model_type": "gemma4_audio"},

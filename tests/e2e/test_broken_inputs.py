@@ -180,9 +180,17 @@ def change(path: Path) -> None:
         stream.write(b"\0\0")
 
 
+def change_unseen(path: Path) -> None:
+    """Change it in place, and put its time back as a copy that keeps times does."""
+    status = path.stat()
+    change(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "replaced": (replace, "was changed while it was in use"),
     "changed": (change, "was changed while it was in use"),
+    "changed, its time put back": (change_unseen, "was changed while it was in use"),
     "truncated": (lambda path: os.truncate(path, 500), "was changed while it was in use|truncated while it was in use"),
     "removed": (lambda path: path.unlink(), "cannot be read any more|cannot be opened"),
 }

@@ -82,6 +82,29 @@ def test_resuming_what_is_done_keeps_it(small: Path) -> None:
         api.blend(small / "recipe.yaml", out, device="cpu", resume=True)
 
 
+@pytest.mark.parametrize("file", ["b/model-00001-of-00002.safetensors", "base/tokenizer.json"])
+def test_resuming_over_other_files_of_an_older_time_keeps_nothing(small: Path, file: str) -> None:
+    """``rsync -a`` brings another expert, or another tokenizer, that is older than the output."""
+    out = small / "out"
+    api.blend(small / "recipe.yaml", out, device="cpu")
+    path = small / file
+    other = (small / "a" / path.name).read_bytes() if path.parent.name == "b" else path.read_bytes() + b"\n"
+    path.write_bytes(other)
+    os.utime(path, (0, 0))
+    with pytest.raises(UsageError, match="--overwrite"):
+        api.blend(small / "recipe.yaml", out, device="cpu", resume=True)
+
+
+def test_resuming_over_the_same_files_copied_anew_keeps_the_blend(small: Path) -> None:
+    out = small / "out"
+    api.blend(small / "recipe.yaml", out, device="cpu")
+    before = (out / "ktmerge.json").stat().st_ino
+    weights = small / "b" / "model-00001-of-00002.safetensors"
+    weights.write_bytes(weights.read_bytes())
+    api.blend(small / "recipe.yaml", out, device="cpu", resume=True)
+    assert (out / "ktmerge.json").stat().st_ino == before
+
+
 def test_a_blend_without_out_says_all_that_is_wrong(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["blend", "-r", str(small / "recipe.yaml"), "--set", "blend.density=7"]
     assert cli._exit_code(arguments) == 2
