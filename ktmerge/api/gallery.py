@@ -13,6 +13,7 @@ from ktmerge.errors import UsageError
 from ktmerge.pipeline import recipe_text
 from ktmerge.recipes import gallery, load_recipe
 from ktmerge.recipes.document import yaml_text
+from ktmerge.recipes.references import moved
 
 if TYPE_CHECKING:
     from ktmerge.merge.explanation import Explanation
@@ -111,8 +112,10 @@ def new_recipe(
 
     target = Path(out)
     refuse_existing(target, overwrite)
-    models = {name: str(model) for name, model in named_models(experts).items()}
-    write_whole(target, draft(target.stem, base, models, statistics=statistics, keep=keep, lean=lean))
+    here, folder = Path.cwd(), target.parent
+    models = {name: moved(str(model), here, folder) for name, model in named_models(experts).items()}
+    text = draft(target.stem, moved(base, here, folder), models, statistics=statistics, keep=keep, lean=lean)
+    write_whole(target, text)
     return target
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -94,4 +95,7 @@ def sweep(
     console.print_table(*outcome.table())
     for line in [*outcome.statement(), *outcome.cautions()]:
         console.stdout().print(line, markup=False, highlight=False)
-    console.print_pairs({name: str(path) for name, path in api.sweep_files(out).items()})
+    files = {name: str(path) for name, path in api.sweep_files(out).items()}
+    if outcome.chosen is not None:
+        files["blend it"] = f"ktmerge blend --recipe {shlex.quote(files['chosen recipe'])} --out blended"
+    console.print_pairs(files)

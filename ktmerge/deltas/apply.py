@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.digests import digest_of
 from ktmerge.checkpoints.files import clear_os_errors, refuse_overlap, write_all
+from ktmerge.checkpoints.header import TensorInfo, read_header
 from ktmerge.checkpoints.reader import Reader
 from ktmerge.checkpoints.staging import Staging, sync_tree
 from ktmerge.checkpoints.workers import Workers
@@ -99,6 +101,7 @@ def _write(folder: Path, manifest: Manifest, base: Checkpoint, blobs: _Blobs, pr
     try:
         for file, (size, header) in manifest.files.items():
             descriptors[file] = _opened(folder / file, size, _header(blobs.get(header), file))
+        _require_laid_out(folder, manifest)
         with (
             base.reader() as reader,
             progress.task(f"apply to {base.root.name}", total, "bytes") as step,
@@ -107,8 +110,6 @@ def _write(folder: Path, manifest: Manifest, base: Checkpoint, blobs: _Blobs, pr
 
             def made(item: tuple[str, Tensor]) -> None:
                 name, tensor = item
-                if tensor.file not in descriptors or tensor.end > manifest.files[tensor.file][0]:
-                    raise KtmergeError(f"tensor '{name}' lies in no file of this delta; it is broken.")
                 _tensor(name, tensor, base, reader, blobs, descriptors[tensor.file])
                 step.advance(tensor.end - tensor.begin)
 
@@ -143,6 +144,24 @@ def _opened(path: Path, size: int, header: bytes) -> int:
     return descriptor
 
 
+def _require_laid_out(folder: Path, manifest: Manifest) -> None:
+    """Hold the tensors of a delta to the headers that it brings along: each has its place, and none is missing.
+
+    Raises:
+        KtmergeError: they are others.
+    """
+    try:
+        laid = [info for file in manifest.files for info in read_header(folder / file, file).tensors]
+    except UsageError as error:
+        raise KtmergeError(f"the delta is broken: {error}") from None
+    if _places(laid) != _places(manifest.tensors.values()):
+        raise KtmergeError("the delta has other tensors than the headers of its files; it is broken.")
+
+
+def _places(tensors: Iterable[Tensor | TensorInfo]) -> list[tuple[str, int, int, str]]:
+    return sorted((one.file, one.begin, one.end, one.dtype) for one in tensors)
+
+
 def _tensor(name: str, tensor: Tensor, base: Checkpoint, reader: Reader, blobs: _Blobs, descriptor: int) -> None:
     twin = base.tensors.get(name) if tensor.base else None
     if tensor.base and twin is None:
@@ -161,7 +180,7 @@ def _tensor(name: str, tensor: Tensor, base: Checkpoint, reader: Reader, blobs: 
         try:
             found = [blobs.get(span) for span in piece.blobs]
             bits = decoded(piece.coding, piece.parameters, found, piece.count, reference, tensor.dtype)
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, OverflowError) as error:
             raise KtmergeError(f"tensor '{name}': the delta is broken: {error}.") from None
         raw = bits.tobytes()
         digest.update(raw)
@@ -191,4 +210,8 @@ def _other(path: Path, file: str, other: Other, base: Checkpoint, blobs: _Blobs)
             raise KtmergeError(f"{file}: does not come out as it went in; the delta is broken.")
     with clear_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(raw)
+        try:
+            with path.open("xb") as stream:
+                stream.write(raw)
+        except FileExistsError:  # it would take the place of one that was checked
+            raise KtmergeError(f"{file}: stands in the delta twice; it is broken.") from None

@@ -21,7 +21,7 @@ from ktmerge.checkpoints.reader import Reader
 from ktmerge.checkpoints.staging import Staging, sync_tree
 from ktmerge.checkpoints.workers import Workers
 from ktmerge.deltas.coding import Array, bits, packed
-from ktmerge.deltas.manifest import BLOBS, FILE, Manifest, Other, Piece, Tensor
+from ktmerge.deltas.manifest import BLOBS, FILE, LARGEST_OTHER, LARGEST_PIECE, Manifest, Other, Piece, Tensor
 from ktmerge.deltas.pieces import cast, code, code_within, relative, width
 from ktmerge.deltas.report import DeltaReport
 from ktmerge.errors import UsageError
@@ -30,12 +30,9 @@ from ktmerge.progress import SILENT, Progress
 Result = TypeVar("Result")
 
 _EXACT_PIECE = 1 << 22
-_LOSSY_PIECE = 1 << 25
 _THREADS = 2
 _RECORDS = frozenset({"ktmerge.json", "ktmerge-run.json"})
 """What a model's folder says of how it was made; it does not travel into blends of it, but belongs to the model."""
-_SMALL = 1 << 26
-"""Bytes of a file beside the weights that a delta holds; larger ones are no part of a model."""
 
 
 def export_delta(
@@ -164,7 +161,7 @@ class _Export:
         blobs: list[list[bytes]] = []
         left_out, change = 0.0, 0.0
         lossy = self._error is not None and twin is not None and info.dtype in FLOATS and info.dtype != "F64"
-        for start, stop in _spans(info, _LOSSY_PIECE if lossy else _EXACT_PIECE):
+        for start, stop in _spans(info, LARGEST_PIECE if lossy else _EXACT_PIECE):
             target = read_bits(above, info, start, stop)
             reference: Array | None = None
             if twin is not None:
@@ -197,7 +194,7 @@ class _Export:
         twin = self._base.root / file
         if twin.is_file() and digest_of(twin) == found:
             return Other(found.size, found.sha256, None)
-        if found.size > _SMALL:
+        if found.size > LARGEST_OTHER:
             raise UsageError(
                 f"{path}: {found.size / 1e6:.0f} MB beside the weights are too much for a delta; move the file away."
             )

@@ -99,6 +99,8 @@ def multiply(parameters: dict[str, Any], blobs: list[bytes]) -> Tensor:
     import torch
 
     rank, shape = int(parameters["rank"]), [int(size) for size in parameters["shape"]]
+    if rank > MOST_RANK:
+        raise ValueError(f"factors of rank {rank}")
     left, right = (
         from_planes(unpacked(blob, size * rank * 2), np.dtype(np.uint16)).view(np.int16).reshape(size, rank)
         for blob, size in zip(blobs, shape, strict=True)

@@ -16,6 +16,10 @@ BLOBS = "delta.bin"
 VERSION = 1
 _LARGEST = 1 << 28
 """Bytes of a manifest that is read; one of a million tensors is smaller."""
+LARGEST_PIECE = 1 << 25
+"""Elements of a piece; those of packed types, which have no places of their own, come whole."""
+LARGEST_OTHER = 1 << 26
+"""Bytes of a file beside the weights that a delta holds; larger ones are no part of a model."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ class Manifest:
                 tensors={name: _tensor(one) for name, one in document["tensors"].items()},
                 others={_name(file): _other(one) for file, one in document["others"].items()},
             )
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UsageError(f"{path}: the manifest is broken: {error}.") from None
 
 
@@ -140,11 +144,16 @@ def _tensor(one: Mapping[str, Any]) -> Tensor:
     dtype, base, sha256 = str(one["dtype"]), str(one["base"]), str(one["sha256"])
     if dtype not in BITS:
         raise ValueError(f"unknown type '{dtype}'")
+    if not all(piece.count >= 0 and (piece.count <= LARGEST_PIECE or BITS[dtype] % 8) for piece in pieces):
+        raise ValueError(f"a piece has less than no elements, or more than {LARGEST_PIECE}")
     return Tensor(_name(one["file"]), dtype, begin, end, base, sha256, float(one["error"]), pieces)
 
 
 def _other(one: Mapping[str, Any]) -> Other:
-    return Other(int(one["size"]), str(one["sha256"]), None if one["blob"] is None else _span(one["blob"]))
+    other = Other(int(one["size"]), str(one["sha256"]), None if one["blob"] is None else _span(one["blob"]))
+    if other.blob is not None and other.size > LARGEST_OTHER:
+        raise ValueError(f"a file beside the weights has more than {LARGEST_OTHER} bytes")
+    return other
 
 
 def _span(value: Any) -> tuple[int, int]:

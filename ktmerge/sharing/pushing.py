@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from ktmerge.sharing import contents
 from ktmerge.sharing.archive import write_archive
 from ktmerge.sharing.hub import FOLDER, asked
 from ktmerge.sharing.places import place_of
+from ktmerge.sharing.web import put, without_query
 
 _EMPTY = {contents.CARD, ".gitattributes", "LICENSE"}
 """What a repository may have that holds nothing yet."""
@@ -67,20 +69,19 @@ def push(
         raise UsageError(f"{into}: is no repository of the hub; write org/name.")
     if place.kind == "file":
         raise UsageError(f"{place.name}: is a file; 'ktmerge recipe pack' writes bundles into files.")
+    told = without_query(place.name) if place.kind == "url" else place.name
     sizes = {path.relative_to(files).as_posix(): path.stat().st_size for path in files.rglob("*") if path.is_file()}
-    with progress.task(f"push to {place.name}", None):
+    with progress.task(f"push to {told}", None):
         if place.kind == "hub":
             commit = _to_hub(files, list(sizes), place.name, place.revision, private=private, inside=into is not None)
             to = f"{place.name}@{commit}"
             command = f"ktmerge recipe pull {'--into ' if into is not None else ''}{to}"
         elif place.kind == "url":
-            from ktmerge.sharing.web import put
-
             put(place.name, lambda archive: write_archive(archive, {name: files / name for name in sizes}))
-            to, command = place.name, f"ktmerge recipe pull {place.name}"
+            to, command = told, f"ktmerge recipe pull {shlex.quote(told)}"
         else:
             _to_folder(files, Path(place.name), overwrite)
-            to, command = place.name, f"ktmerge recipe pull {place.name}"
+            to, command = told, f"ktmerge recipe pull {shlex.quote(told)}"
     return Pushed(to, command, len(sizes), sum(sizes.values()))
 
 

@@ -92,9 +92,10 @@ class Offer:
         told = [f"{_printable(one.model)} ({_megabytes(one.size)})" for one in there.values()]
         sentences = [f"A blend of it downloads {', '.join(told)} from the hub." if told else ""]
         if own:
-            sentences.append(f"You give {', '.join(own)} yourself; another than locked is refused.")
+            sentences.append(f"Whoever blends it gives {', '.join(own)}; another than locked is refused.")
         if self.manifest.statistics:
-            sentences.append(f"You give the statistics of {', '.join(map(_printable, self.manifest.statistics))}, too.")
+            given = ", ".join(map(_printable, self.manifest.statistics))
+            sentences.append(f"Statistics of {given} are given likewise.")
         return " ".join(filter(None, sentences))
 
     def to_json(self) -> dict[str, Any]:

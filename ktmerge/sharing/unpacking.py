@@ -14,7 +14,7 @@ from ktmerge.progress import SILENT, Progress, Step
 from ktmerge.sharing import contents
 from ktmerge.sharing.checking import require_bundle
 from ktmerge.sharing.command import apply_command, blend_command
-from ktmerge.sharing.manifest import FileEntry, Manifest
+from ktmerge.sharing.manifest import FileEntry, Manifest, read_manifest
 from ktmerge.sharing.source import Offer, offer_of
 
 
@@ -81,7 +81,7 @@ def _fetched(offer: Offer, folder: Path) -> Any:
 def _copy(offer: Offer, manifest: Manifest, place: Path, scratch: Path, step: Step) -> None:
     """Every file as the manifest says, to the byte; nothing is read past the size it tells."""
     raw = offer.source.manifest()
-    if Manifest.model_validate_json(raw) != manifest:
+    if read_manifest(raw, offer.where) != manifest:
         raise UsageError(f"{offer.where}: is not what was shown; it changed meanwhile.")
     with clear_os_errors(place):
         (place / contents.MANIFEST).write_bytes(raw)

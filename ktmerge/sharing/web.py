@@ -10,7 +10,7 @@ import sys
 import urllib.error
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from http.client import HTTPException, HTTPResponse, IncompleteRead
+from http.client import HTTPException, HTTPResponse, IncompleteRead, InvalidURL
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -42,7 +42,7 @@ class UrlSource:
     def __init__(self, address: str) -> None:
         _require_safe(address)
         self._address = address
-        self.where = _without_query(address)
+        self.where = without_query(address)
 
     @property
     def size(self) -> int | None:
@@ -151,7 +151,7 @@ def put(address: str, write: Callable[[Path], None]) -> None:
                 headers = {"Content-Type": "application/zip", "Content-Length": str(size)}
                 _opened(address, headers, method="PUT", data=data).close()
 
-        _asked(send, _without_query(address))
+        _asked(send, without_query(address))
 
 
 class _Pieces(io.RawIOBase):
@@ -220,6 +220,8 @@ def _asked(call: Callable[[], Any], where: str) -> Any:
         raise kind(f"{where}: the server says {error.code} {error.reason}.") from None
     except urllib.error.URLError as error:
         raise KtmergeError(f"{where}: cannot be reached: {error.reason}.") from None
+    except (InvalidURL, UnicodeError):
+        raise UsageError(f"{where}: is no address; write spaces and the like in it as %20.") from None
     except HTTPException as error:
         raise KtmergeError(f"{where}: the server broke off: {type(error).__name__}.") from None
     except (ConnectionError, TimeoutError) as error:
@@ -239,17 +241,17 @@ def _require_safe(address: str, redirected_by: str | None = None) -> None:
         host = parts.hostname or ""
     except ValueError as error:
         raise UsageError(f"{address}: is no address: {error}.") from None
-    by = f"{_without_query(redirected_by)} leads to " if redirected_by else ""
+    by = f"{without_query(redirected_by)} leads to " if redirected_by else ""
     local = _is_local(host)
     if parts.scheme != "https" and not (parts.scheme == "http" and local):
-        raise UsageError(
-            f"{by}{_without_query(address)}: only https is taken; anyone on the way could change the rest."
-        )
+        raise UsageError(f"{by}{without_query(address)}: only https is taken; anyone on the way could change the rest.")
     if not host:
         raise UsageError(f"{address}: names no server.")
+    if "@" in parts.netloc:
+        raise UsageError(f"{by}{without_query(address)}: user and password cannot be sent; leave them out.")
     if redirected_by and _is_inner(host) and not _is_inner(urlsplit(redirected_by).hostname or ""):
         raise UsageError(
-            f"{by}{_without_query(address)}, which is on this machine or in a network of its own; that is not followed."
+            f"{by}{without_query(address)}, which is on this machine or in a network of its own; that is not followed."
         )
 
 
@@ -271,7 +273,10 @@ def _is_inner(host: str) -> bool:
     return any(not (getattr(one, "ipv4_mapped", None) or one).is_global for one in found)
 
 
-def _without_query(address: str) -> str:
+def without_query(address: str) -> str:
     """An address as it can be told: what follows ``?`` may be a key, and so may what stands before ``@``."""
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+    except ValueError:
+        return address.partition("?")[0]
     return parts._replace(query="", fragment="", netloc=parts.netloc.rpartition("@")[2]).geturl()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -16,6 +15,7 @@ from ktmerge.checkpoints.files import write_whole
 from ktmerge.errors import UsageError
 from ktmerge.recipes.document import yaml_text
 from ktmerge.recipes.load import parse_recipe
+from ktmerge.recipes.references import moved, way_to
 from ktmerge.recipes.schema import Recipe
 from ktmerge.sweep.candidates import RECIPE
 from ktmerge.sweep.outcome import Outcome
@@ -60,7 +60,7 @@ def begin(out: Path, settings: SweepSettings, study: str, *, resume: bool, overw
         "ktmerge_sweep": 1,
         "study": study,
         "storage": storage,
-        "recipes from": os.path.relpath(settings.recipe.folder, out),
+        "recipes from": way_to(settings.recipe.folder, out),
     }
     write_whole(out / DEFINITION, json.dumps(document, indent=1) + "\n")
 
@@ -130,26 +130,15 @@ def chosen_text(outcome: Outcome, out: Path) -> str:
     recipe = outcome.settings.recipe
     document = json.loads(json.dumps(outcome.shown.recipe))
     document["name"] = f"{recipe.name}-chosen"
-
-    def moved(reference: str) -> str:
-        return "+".join(_moved(part, recipe.folder, out) for part in reference.split("+"))
-
-    document["base"] = moved(document["base"])
+    document["base"] = moved(document["base"], recipe.folder, out)
     for expert in document["experts"].values():
-        expert["model"] = moved(expert["model"])
+        expert["model"] = moved(expert["model"], recipe.folder, out)
     for owner in (document, *document["experts"].values()):
         if isinstance(owner.get("statistics"), str):
-            owner["statistics"] = _moved(owner["statistics"], recipe.folder, out)
+            owner["statistics"] = moved(owner["statistics"], recipe.folder, out)
     said = [*outcome.statement(), *outcome.cautions()]
     heading = "".join(f"# {line}\n" for line in said)
     return heading + yaml_text(document)
-
-
-def _moved(reference: str, source: Path, out: Path) -> str:
-    path = Path(reference).expanduser()
-    if path.is_absolute() or not (source / path).exists():
-        return reference
-    return os.path.relpath((source / path).absolute(), out.absolute())
 
 
 def _definition(folder: Path) -> dict[str, Any]:

@@ -109,7 +109,8 @@ class Outcome:
             said = [
                 f"No recipe found: none of the {len(self.finals)} finalists of {len(self.candidates)} candidates keeps "
                 f"{self.settings.limit:g} % of the base's upstream score on {counts} selection items. Trial "
-                f"{self.nearest.number} ({told(self.nearest.point)}) keeps most."
+                f"{self.nearest.number} ({told(self.nearest.point)}) keeps most. Blends nearer to the base, "
+                "other methods or a lower --keep-upstream may find one."
             ]
         own, base = self.confirmed, self.held_out["base"]
         counts = f"{self._items('upstream', base)} upstream and {self._items('downstream', base)} downstream"

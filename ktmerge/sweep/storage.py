@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import time
+import zlib
+from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
@@ -23,6 +25,7 @@ _BUSY_SECONDS = 600
 """How long a worker waits for others that write to an SQLite file; on slow disks that takes long."""
 _LOCKED_SECONDS = 30
 """How long a lock on a journal nobody writes to is respected."""
+_CHECKSUM = "crc32"
 _MAKING = re.compile(
     r"table .* already exists|no such table|database is locked|relation .* (already exists|does not exist)|"
     r"duplicate key|UNIQUE constraint",
@@ -55,26 +58,56 @@ def open_storage(where: str) -> BaseStorage:
 def _journal(path: Path) -> BaseStorage:
     _mend(path)
     try:
-        return JournalStorage(JournalFileBackend(str(path), lock_obj=_lock(str(path))))
-    except OSError:
+        return JournalStorage(_Journal(str(path), lock_obj=_lock(str(path))))
+    except (OSError, UsageError):
         raise
     except Exception as error:  # whatever Optuna meets in it
-        at = f", line {line}" if (line := _damaged(path)) else ""
-        raise UsageError(
-            f"{path}{at}: the sweep's journal is damaged, or of a later Optuna ({first_line(error)}); put an earlier "
-            "copy in its place, or begin the sweep anew with --overwrite."
-        ) from None
+        raise _damaged(str(path), f"damaged, or of a later Optuna ({first_line(error)})") from None
 
 
-def _damaged(path: Path) -> int | None:
-    """The first line of a journal that is none of its entries, if one shows it."""
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+class _Journal(JournalFileBackend):
+    """Optuna's journal; every entry has a checksum of itself, so that another digit in a score does not go unnoticed.
+
+    Optuna reads it as its own. Entries without checksum, of an earlier ktmerge, are taken as they are.
+    """
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        super().append_logs([{**one, _CHECKSUM: _checksum(one)} for one in logs])
+
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        line = log_number_from + 1
         try:
-            if not isinstance(json.loads(line).get("op_code"), int):
-                return number
-        except (ValueError, AttributeError):
-            return number
-    return None
+            for entry in super().read_logs(log_number_from):
+                _require_intact(entry)
+                yield entry
+                line += 1
+        except ValueError:
+            raise _damaged(f"{self._file_path}, line {line}", "damaged") from None
+
+
+def _require_intact(entry: Any) -> None:
+    """Take the checksum out of an entry, and hold it to that.
+
+    Raises:
+        ValueError: it is another, or the entry is none.
+    """
+    if not isinstance(entry, dict):
+        raise ValueError("no entry")
+    told = entry.pop(_CHECKSUM, None)
+    if told not in (None, _checksum(entry)):
+        raise ValueError("another checksum")
+
+
+def _checksum(entry: Mapping[str, Any]) -> int:
+    """CRC-32 of an entry as JSON, which is the same once it was written and read."""
+    return zlib.crc32(json.dumps(entry, separators=(",", ":")).encode())
+
+
+def _damaged(where: str, how: str) -> UsageError:
+    return UsageError(
+        f"{where}: the sweep's journal is {how}; put an earlier copy in its place, or begin the sweep anew with "
+        "--overwrite."
+    )
 
 
 def _database(url: str) -> BaseStorage:

@@ -149,11 +149,23 @@ def test_broken_deltas_are_refused(place: Path) -> None:
         ({"others": {"/etc/x": {"size": 1, "sha256": "", "blob": [0, 1]}}}, "outside of the delta"),
         ({"tensors": {"a": {}}}, "the manifest is broken"),
         ({"tensors": []}, "the manifest is broken"),
+        ({"others": {"bomb": {"size": 1 << 40, "sha256": "", "blob": [0, 1]}}}, "has more than"),
     ):
         (place / "delta" / FILE).write_text(json.dumps({**document, **change}))
         refused(words, UsageError)
+    for alias in (WEIGHTS, f"./{WEIGHTS}"):
+        others = {**document["others"], alias: document["others"]["notes.md"]}
+        (place / "delta" / FILE).write_text(json.dumps({**document, "others": others}))
+        refused("twice")
+    (place / "delta" / FILE).write_text(json.dumps({**document, "tensors": {}}))
+    refused("other tensors than the headers")
     one = document["tensors"]["layer.weight"]
-    for change, words in (({"sha256": "0" * 64}, "does not come out"), ({"end": 10**15}, "lies in no file")):
+    for change, words in (
+        ({"sha256": "0" * 64}, "does not come out"),
+        ({"end": 10**15}, "other tensors"),
+        ({"end": float("inf")}, "the manifest is broken"),
+        ({"pieces": [{**one["pieces"][0], "count": -1}]}, "the manifest is broken"),
+    ):
         changed = {**document["tensors"], "layer.weight": {**one, **change}}
         (place / "delta" / FILE).write_text(json.dumps({**document, "tensors": changed}))
         refused(words)

@@ -137,6 +137,15 @@ def test_links_in_a_folder(place: Path) -> None:
     assert not Path("out").exists()
 
 
+def test_a_manifest_that_is_none_once_it_was_shown(place: Path) -> None:
+    api.unpack("r.ktr", "theirs")
+    offer = api.look("theirs")
+    Path("theirs", MANIFEST).write_text("{}")
+    with pytest.raises(UsageError, match="no manifest of a bundle"):
+        api.unpack(offer, "out")
+    assert not Path("out").exists()
+
+
 def test_bombs_by_ratio(place: Path) -> None:
     refused(written({**good(place), "scores/bomb.json": b"0" * 30_000_000}, place / "bad.ktr"), "grows from")
 

@@ -253,6 +253,14 @@ def test_keys_in_addresses_are_not_told(place: Path, serve: Serve) -> None:
     with pytest.raises(KtmergeError) as caught:
         api.look(serve(statuses=[404] * 9) + "?key=secret")
     assert "secret" not in str(caught.value)
+    for changed in (address.replace("http://", "http://me:secret@"), address.replace("/r.ktr", "/my r.ktr")):
+        with pytest.raises(UsageError, match=r"user and password|as %20") as caught:
+            api.look(changed)
+        assert "secret" not in str(caught.value)
+    with pytest.raises(UsageError, match="is no address"):
+        api.push("r.ktr", "https://[::1/r.ktr?key=secret")
+    pushed = api.push("r.ktr", serve(sent=[]) + "?X-Signature=secret")
+    assert "secret" not in str(pushed.to_json())
 
 
 def test_a_push_to_an_address(place: Path, serve: Serve) -> None:
