@@ -90,11 +90,16 @@ def _nowhere() -> TextIO:
 
 
 def _spare_collections() -> None:
-    """Look for garbage only in commands that take longer."""
+    """Look for garbage only in commands that take longer, and never among what they began with."""
     gc.disable()
-    later = threading.Timer(SPARED_SECONDS, gc.enable)
+    later = threading.Timer(SPARED_SECONDS, _collect)
     later.daemon = True
     later.start()
+
+
+def _collect() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def _exit_code(arguments: list[str] | None) -> int:

@@ -263,7 +263,7 @@ def test_what_is_in_an_interval_is_found_by_vectors_and_one_by_one() -> None:
     from ktmerge.merge.kernels import gathering
 
     random = np.random.default_rng(0)
-    for size in (1024, 1000, 17, 16, 15, 1, 0):
+    for size in (1024, 1000, 17, 16, 15, 9, 8, 7, 1, 0):
         patterns = random.integers(0, 2**32, size, dtype=np.uint32)  # of both signs
         for low, last in [(0, 2**31 - 1), (1 << 30, 1 << 28), (5, 0), (int(patterns[-1:].sum()) & 0x7FFFFFFF, 0)]:
             magnitudes = (patterns & 0x7FFFFFFF).astype(np.int64)
@@ -273,6 +273,20 @@ def test_what_is_in_an_interval_is_found_by_vectors_and_one_by_one() -> None:
                 with np.errstate(over="ignore"):
                     count = int(collect(patterns, np.uint32(low), np.uint32(last), found))
                 assert found[:count].tolist() == expected.tolist(), (size, low, last, collect)
+
+
+def test_what_stays_is_not_stored_by_masks() -> None:
+    """Which the compiler would do where only some of an array's elements change, and AVX2 does slowly."""
+    from ktmerge.merge.kernels import settling, transforming
+
+    values = np.ones(100, np.float32)
+    for function, arguments in [
+        (settling.settle_expert, (values, values, values, values)),
+        (settling.settle_base, (values, values, values)),
+        (transforming._keep_within, (values, np.uint32(1), np.uint32(2))),
+    ]:
+        function(*arguments)
+        assert all("maskmov" not in code for code in function.inspect_asm().values()), function
 
 
 def test_compiled_words_are_the_references() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ktmerge.merge.kernels.bits import as_it_was, nothing
 from ktmerge.merge.kernels.codes import ELECT_LARGEST, ELECT_MEAN, LARGEST, SUM
 from ktmerge.merge.kernels.compiler import compiled, inlined
 
@@ -33,8 +34,10 @@ def _sign_into(delta, sign):
 
 @compiled
 def _break_ties(vote, fallback):
+    none = nothing()
     for i in range(vote.size):
-        vote[i] = fallback if vote[i] == _ZERO else vote[i]
+        own = as_it_was(vote[i], none)
+        vote[i] = fallback if own == _ZERO else own
 
 
 @compiled
@@ -69,9 +72,10 @@ def copy(values, out):
 
 @compiled
 def _extend(delta, high, low):
+    none = nothing()
     for i in range(high.size):
-        high[i] = max(high[i], delta[i])
-        low[i] = min(low[i], delta[i])
+        high[i] = max(as_it_was(high[i], none), delta[i])
+        low[i] = min(as_it_was(low[i], none), delta[i])
 
 
 @compiled

@@ -1,7 +1,7 @@
 """Magnitudes of deltas in an interval, with their places; how many are above it. A loop, or vector instructions.
 
 Compiled by numba; see `ktmerge.merge.kernels.compiled`. Two bf16 rows without transforms, the common case, are taken
-from the raw elements to the packed result in registers where the processor packs vectors by a mask (AVX-512).
+from the raw elements to the packed result in registers where the processor packs vectors by a mask.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call,attr-defined,call-arg"
@@ -20,19 +20,19 @@ from numba.types import uint64
 from ktmerge.merge.kernels.codes import BF16
 from ktmerge.merge.kernels.compiler import compiled
 from ktmerge.merge.kernels.conversion import load
-from ktmerge.merge.kernels.gathering import LANES, VECTOR, WORD, collect, compress, packs, repeated
+from ktmerge.merge.kernels.gathering import LANES, LONG, VECTOR, WORD, Packing, collect, repeated
 from ktmerge.merge.kernels.transforming import subtract
 
 _U32, _U64, _F32 = np.uint32, np.uint64, np.float32
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _INFINITY = np.uint32(0x7F800000)
-_SHORTS = ir.VectorType(ir.IntType(16), LANES)
-_FLOATS = ir.VectorType(ir.FloatType(), LANES)
+_SHORTS = ir.VectorType(ir.IntType(16), LANES or 1)
+_FLOATS = ir.VectorType(ir.FloatType(), LANES or 1)
 
 
 @intrinsic
 def _scan_vectors(typing_context, base, expert, first, stop, low, last, name, places, patterns, found):
-    """Elements ``first .. stop``, a multiple of 16, of two bf16 rows: how many deltas' magnitudes are in
+    """Elements ``first .. stop``, a multiple of `LANES`, of two bf16 rows: how many deltas' magnitudes are in
     ``[low, low + last]``; their indices, from ``name`` on, and patterns are packed into ``places`` and ``patterns``.
     ``found`` takes how many are above that, and the largest of all."""
 
@@ -47,8 +47,7 @@ def _scan_vectors(typing_context, base, expert, first, stop, low, last, name, pl
         floors, widths = repeated(builder, floor), repeated(builder, width)
         tops = repeated(builder, builder.add(floor, width))
         above, worst = (cgutils.alloca_once_value(builder, ir.Constant(VECTOR, [0] * LANES)) for _ in range(2))
-        count: Any = cgutils.alloca_once_value(builder, ir.Constant(ir.IntType(64), 0))
-        pack = compress(builder.module)
+        count: Any = cgutils.alloca_once_value(builder, ir.Constant(LONG, 0))
 
         def values(row: str, index: Any) -> Any:
             pointer = builder.bitcast(builder.gep(data[row], [index]), _SHORTS.as_pointer())
@@ -69,18 +68,15 @@ def _scan_vectors(typing_context, base, expert, first, stop, low, last, name, pl
             builder.store(builder.add(builder.load(above), beyond), above)
             larger = builder.icmp_unsigned(">", size, builder.load(worst))
             builder.store(builder.select(larger, size, builder.load(worst)), worst)
-            named = repeated(builder, builder.add(builder.trunc(index, WORD), origin))
-            lanes = builder.add(named, ir.Constant(VECTOR, list(range(LANES))))
-            nothing = ir.Constant(VECTOR, ir.Undefined)
-            keep("places", builder.call(pack, [lanes, nothing, inside]))
-            keep("patterns", builder.call(pack, [size, nothing, inside]))
-            number = builder.zext(builder.ctpop(builder.bitcast(inside, ir.IntType(LANES))), ir.IntType(64))
-            builder.store(builder.add(builder.load(count), number), count)
+            packing = Packing(builder, inside)
+            keep("places", packing.numbers(builder.add(builder.trunc(index, WORD), origin)))
+            keep("patterns", packing.values(size))
+            builder.store(builder.add(builder.load(count), packing.count), count)
         for position, (kind, vector) in enumerate((("add", above), ("umax", worst))):
             reduce = cgutils.get_or_insert_function(
                 builder.module, ir.FunctionType(WORD, [VECTOR]), f"llvm.vector.reduce.{kind}.v{LANES}i32"
             )
-            target = builder.gep(data["found"], [ir.Constant(ir.IntType(64), position)])
+            target = builder.gep(data["found"], [ir.Constant(LONG, position)])
             builder.store(builder.call(reduce, [builder.load(vector)]), target)
         return builder.load(count)
 
@@ -145,7 +141,7 @@ def scan_delta(delta, low, last, origin, places, patterns, found):
     return count
 
 
-scan = njit(nogil=True, error_model="numpy")(_scan_packed if packs() else _scan_in_steps)
+scan = njit(nogil=True, error_model="numpy")(_scan_packed if LANES else _scan_in_steps)
 """``scan(base, expert, first, low, last, origin, places, patterns, found, own, other, delta)``: elements ``first ..
 first + delta.size`` of two bf16 rows. How many magnitudes of their deltas are in ``[low, low + last]``; their indices,
 plus ``origin``, and patterns go into ``places`` and ``patterns``, which have room for all; ``found`` takes how many are

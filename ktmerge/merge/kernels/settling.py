@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba.types import int64
 
+from ktmerge.merge.kernels.bits import as_it_was, nothing
 from ktmerge.merge.kernels.compiler import compiled, compiled_sums, inlined
 
 _U32, _F32, _F64 = np.uint32, np.float32, np.float64
@@ -27,15 +28,17 @@ def scale_and_add(merged, factor, base, out):
 
 @compiled
 def settle_expert(merged, expert, base, out):
+    none = nothing()
     for i in range(out.size):
-        theirs, value = expert[i], out[i]
+        theirs, value = expert[i], as_it_was(out[i], none)
         out[i] = theirs if merged[i] == theirs - base[i] else value
 
 
 @compiled
 def settle_base(merged, base, out):
+    none = nothing()
     for i in range(out.size):
-        own, value = base[i], out[i]
+        own, value = base[i], as_it_was(out[i], none)
         out[i] = own if merged[i] == _ZERO else value
 
 

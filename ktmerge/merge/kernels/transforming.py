@@ -7,6 +7,7 @@ from __future__ import annotations
 import numpy as np
 from numba.types import int64
 
+from ktmerge.merge.kernels.bits import nothing
 from ktmerge.merge.kernels.codes import DROP, TRIM
 from ktmerge.merge.kernels.compiler import compiled, inlined
 from ktmerge.merge.kernels.gathering import collect
@@ -27,9 +28,9 @@ def subtract(expert, base, out):
 @compiled
 def _keep_within(delta, floor, span):
     """Zero what has a magnitude pattern outside ``[floor, floor + span)``."""
-    patterns = delta.view(np.uint32)
+    patterns, none = delta.view(np.uint32), nothing()
     for i in range(delta.size):
-        pattern = patterns[i]
+        pattern = _U32(patterns[i] ^ none)  # as `as_it_was`
         patterns[i] = pattern if _U32(_U32(pattern & _MAGNITUDE) - floor) < span else _U32(0)
 
 
