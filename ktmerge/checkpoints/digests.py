@@ -14,7 +14,7 @@ from pathlib import Path
 from ktmerge.checkpoints.adapter import CONFIG, WEIGHTS, is_adapter
 from ktmerge.checkpoints.cache import cache_folder
 from ktmerge.checkpoints.checkpoint import Checkpoint
-from ktmerge.checkpoints.files import clear_os_errors, file_digest
+from ktmerge.checkpoints.files import clear_os_errors, file_digest, write_whole
 from ktmerge.checkpoints.header import FileStamp
 from ktmerge.errors import KtmergeError
 
@@ -133,8 +133,6 @@ def _recall(path: Path, stamp: FileStamp) -> FileDigest | None:
 def _keep(path: Path, stamp: FileStamp, found: FileDigest) -> None:
     """Whole or not at all; a memory that cannot be written costs only time."""
     place = _place(path)
-    temporary = place.with_name(f"{place.name}.{os.getpid()}.{threading.get_ident()}")
-    with suppress(OSError):
+    with suppress(OSError, KtmergeError):
         place.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"stamp": vars(stamp), "sha256": found.sha256}), encoding="ascii")
-        temporary.replace(place)
+        write_whole(place, json.dumps({"stamp": vars(stamp), "sha256": found.sha256}), sync=False)

@@ -209,13 +209,15 @@ def files_beside(root: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple[
     Raises:
         UsageError: one is unreadable, or neither file nor folder.
     """
+    modules = _modules(root)
     carried: list[str] = []
     left_behind: list[str] = []
     for path in _files_below(os.fspath(root)):
         relative = os.path.relpath(path, root).replace(os.sep, "/")
         if relative in weights:
             continue
-        if _STAYS.match(os.path.basename(path)):
+        folder, name = os.path.split(relative)
+        if _STAYS.match(name) and not (folder in modules and name.endswith((".safetensors", ".bin"))):
             left_behind.append(relative)
             continue
         try:
@@ -228,13 +230,25 @@ def files_beside(root: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple[
     return tuple(sorted(carried)), tuple(sorted(left_behind))
 
 
+def _modules(root: Path) -> set[str]:
+    """Folders with the further modules (pooling, dense) of a sentence-transformers model, whose weights are its own."""
+    try:
+        listed = json.loads(read_regular(root / "modules.json"))
+    except (OSError, ValueError, RecursionError):
+        return set()
+    found = [one.get("path") for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
+    return {path for path in found if isinstance(path, str) and path}
+
+
 def _files_below(root: str) -> Iterator[str]:
-    """All files but hidden ones and those of training runs; linked folders are entered, each once."""
+    """All files but hidden ones and those of training runs; linked folders are entered, each once, but for those that
+    ``root`` lies in.
+    """
 
     def refuse(error: OSError) -> None:
         raise UsageError(f"{error.filename}: cannot be read: {error.strerror}.") from None
 
-    entered: set[str] = set()
+    entered = {os.fspath(parent) for parent in Path(os.path.realpath(root)).parents}
     for folder, folders, files in os.walk(root, followlinks=True, onerror=refuse):
         real = os.path.realpath(folder)
         if real in entered:

@@ -173,6 +173,8 @@ def _decided(tensor: TensorPlan, setting: Setting, rule: Rule | None) -> TensorP
 
 def _notes(base: Checkpoint, experts: Iterable[ExpertPlan]) -> Iterable[str]:
     yield from (f"base: {note}" for note in base.notes)
+    modules = [file for file in base.other_files if file.endswith(".safetensors")]
+    yield from (f"base: {file} is a module by itself; it is carried, not blended." for file in modules)
     for expert in experts:
         yield from (f"{expert.name}: {note}" for note in expert.checkpoint.notes)
         renamed = expert.alignment.renamed

@@ -7,8 +7,8 @@ the weights before the blend; another density needs no sample. What is recalled 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from ktmerge.checkpoints.cache import cache_folder
 from ktmerge.checkpoints.digests import FileDigest, input_files, recalled
+from ktmerge.checkpoints.files import write_whole
+from ktmerge.errors import KtmergeError
 from ktmerge.merge.kernels.search import Threshold
 from ktmerge.merge.record import inputs_of, said_of_inputs
 from ktmerge.merge.selection import Recollected, Sample
@@ -62,13 +64,13 @@ class Recollection:
         samples = [[list(key), one.size] for key, one in self.found.samples.items()]
         text = np.frombuffer(json.dumps([thresholds, samples]).encode(), np.uint8)
         orders = np.array([one.ordered for one in self.found.samples.values()], np.uint32)
-        temporary = place.with_name(f".{place.name}.{os.getpid()}")
-        with suppress(OSError):
+        content = io.BytesIO()
+        np.savez(content, text=text, samples=orders)
+        with suppress(OSError, KtmergeError):
             place.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as stream:
-                np.savez(stream, text=text, samples=orders)
-            temporary.replace(place)
-            for old in sorted(place.parent.glob("*.npz"), key=lambda path: path.stat().st_mtime_ns)[:-_MOST]:
+            write_whole(place, content.getvalue(), sync=False)
+            # Also what killed runs left half written.
+            for old in sorted(place.parent.iterdir(), key=lambda path: path.stat().st_mtime_ns)[:-_MOST]:
                 old.unlink()
 
     def _read(self, place: Path) -> None:

@@ -271,8 +271,18 @@ def test_linked_folders_are_entered_once(make_checkpoint: MakeCheckpoint) -> Non
     (root.parent / "assets" / "vocab.txt").write_text("v")
     (root / "assets").symlink_to(root.parent / "assets")
     (root / "code" / "loop").symlink_to(root)
+    (root / "code" / "up").symlink_to(root.parent)
     (root / "pipe.txt.d").mkdir()
     assert Checkpoint.open(root).other_files == ("assets/vocab.txt", "code/model.py", "config.json")
+
+
+@pytest.mark.parametrize("listed", ['[{"path": ""}, {"path": "2_Dense"}]', '[{"path": 3}, 4]', "{", '{"path": "x"}'])
+def test_modules_of_sentence_transformers_have_their_weights(make_checkpoint: MakeCheckpoint, listed: str) -> None:
+    weights = "2_Dense/model.safetensors"
+    root = make_checkpoint(files={"modules.json": listed, weights: "w", "2_Dense/optimizer.pt": "", "3/model.bin": ""})
+    opened = Checkpoint.open(root)
+    assert (weights in opened.other_files) == listed.endswith('"2_Dense"}]')
+    assert {"2_Dense/optimizer.pt", "3/model.bin"} <= set(opened.left_behind)
 
 
 def test_reading_a_changed_file_fails(make_checkpoint: MakeCheckpoint) -> None:

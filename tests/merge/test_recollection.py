@@ -137,9 +137,27 @@ def test_only_so_many_are_kept(
     models: Path, cache: Path, recipe_in: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recollection, "_MOST", 2)
+    cache.mkdir(parents=True)
+    (cache / ".killed.npz.1.1.tmp").write_bytes(b"half")
     for seed in range(4):
         blend(recipe_in(models, TWO, ties(), seed=seed), tmp_path / str(seed), device="cpu")
     assert len(list(cache.iterdir())) == 2
+
+
+def test_an_interrupt_leaves_nothing_half_written(
+    models: Path, cache: Path, recipe_in: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.replace
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if target.parent == cache:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        blend(recipe_in(models, TWO, ties()), tmp_path / "first", device="cpu")
+    assert list(cache.iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written_is_no_harm(models: Path, cache: Path, recipe_in: Any, tmp_path: Path) -> None:
