@@ -106,7 +106,7 @@ def trial_recipe(folder: Path, number: int, storage: str | None = None) -> Recip
 
     quietly()
     known = _definition(folder)
-    where = storage or known["storage"] or journal(folder)
+    where = storage or known.get("storage") or journal(folder)
     if "://" not in where and not Path(where).is_file():
         raise UsageError(f"{where}: the sweep's journal is not there.")
     trial = trial_numbered(open_storage(where), str(known["study"]), number)
@@ -146,12 +146,14 @@ def _definition(folder: Path) -> dict[str, Any]:
         document: Any = json.loads((folder / DEFINITION).read_text(encoding="utf-8"))
     except OSError:
         raise UsageError(f"{folder}: no sweep; 'ktmerge sweep' writes {DEFINITION} there.") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UsageError(f"{folder / DEFINITION}: damaged; not JSON.") from None
     version = document.get("ktmerge_sweep") if isinstance(document, dict) else None
     if isinstance(version, int) and version > 1:
         raise UsageError(f"{folder / DEFINITION}: a sweep of version {version}, this ktmerge knows 1; upgrade ktmerge.")
-    if version != 1 or "study" not in document:
+    told = document if version == 1 else {}
+    texts = [told.get("study"), told.get("recipes from"), told.get("storage") or ""]
+    if not all(isinstance(one, str) and "\0" not in one for one in texts):
         raise UsageError(f"{folder / DEFINITION}: no sweep that 'ktmerge sweep' wrote; choose another folder.")
     known: dict[str, Any] = document
     return known

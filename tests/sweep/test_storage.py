@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from optuna.study import StudyDirection
 
 from ktmerge import api
 from ktmerge.errors import UsageError
-from ktmerge.sweep.folder import begin
+from ktmerge.sweep.folder import begin, trial_recipe
 from ktmerge.sweep.settings import SweepSettings
 from ktmerge.sweep.storage import open_storage, study_names
 
@@ -94,3 +95,16 @@ def test_another_sweep_takes_the_place_of_one_and_of_nothing_else(tmp_path: Path
         begin(tmp_path, cast(SweepSettings, settings), "two", resume=False, overwrite=False)
     begin(tmp_path, cast(SweepSettings, settings), "two", resume=False, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "sweep.json"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"study": None}, {"storage": 3}, {"recipes from": []}, {"recipes from": "a\0b"}, {"ktmerge_sweep": 2}]
+)
+def test_a_sweep_that_is_none_has_no_trials(tmp_path: Path, change: dict[str, object]) -> None:
+    whole = {"ktmerge_sweep": 1, "study": "s", "storage": None, "recipes from": "."}
+    (tmp_path / "sweep.json").write_text(json.dumps({**whole, **change}))
+    with pytest.raises(UsageError, match=r"sweep\.json: (no sweep|a sweep of version 2)"):
+        trial_recipe(tmp_path, 0)
+    (tmp_path / "sweep.json").write_text("[" * 100_000)
+    with pytest.raises(UsageError, match="not JSON"):
+        trial_recipe(tmp_path, 0)
