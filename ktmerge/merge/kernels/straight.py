@@ -19,6 +19,7 @@ from ktmerge.merge.kernels.bits import as_bits, as_float
 from ktmerge.merge.kernels.codes import BF16, COLUMNS, F16, F32, FINE, OVERFLOW, STRIP
 from ktmerge.merge.kernels.compiler import compiled
 from ktmerge.merge.kernels.conversion import load, store
+from ktmerge.merge.kernels.gathering import collect
 from ktmerge.merge.kernels.randomness import hash_of, random_words
 
 _U32, _U64, _F32 = np.uint32, np.uint64, np.float32
@@ -161,12 +162,14 @@ def _add_trimmed(base, expert, weight, lambda_, floor, half, odd_bit, mask, out)
 
 
 @compiled
-def _drop_tied(base, expert, floor, least, key, start, half, odd_bit, mask, out):
+def _drop_tied(base, expert, floor, least, key, start, half, odd_bit, mask, patterns, tied, out):
     """Give back the base's value to what has just the magnitude ``floor`` and a hash below ``least``."""
     for i in range(out.size):
-        own = as_float(base[i])
-        if _U32(as_bits(as_float(expert[i]) - own) & _MAGNITUDE) == floor and hash_of(key, start + _U64(i)) < least:
-            out[i] = _rounded(as_bits(own), half, odd_bit, mask)
+        patterns[i] = as_bits(as_float(expert[i]) - as_float(base[i]))
+    for j in range(collect(patterns, floor, _U32(0), tied)):
+        i = tied[j]
+        kept, own = out[i], _rounded(as_bits(as_float(base[i])), half, odd_bit, mask)
+        out[i] = own if hash_of(key, start + _U64(i)) < least else kept
 
 
 @compiled
@@ -221,7 +224,10 @@ def _piece(base, expert, given, row, rates, places, values, experts, work):
             largest, worst, tied = _add_trimmed(own, theirs, rates[0], rates[1], floor, half, odd_bit, mask, made)
             fine = fine and worst < _EXPONENT
             if tied and least:
-                _drop_tied(own, theirs, floor, least, key, _U64(start + first), half, odd_bit, mask, made)
+                _drop_tied(
+                    own, theirs, floor, least, key, _U64(start + first), half, odd_bit, mask, work[1][: made.size],
+                    work[2][: made.size], made,
+                )  # fmt: skip
         fine = fine and largest <= limit
         if otherwise:
             fine = _round_otherwise(made, first, row, target, work) and fine
