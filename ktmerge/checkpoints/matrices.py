@@ -9,7 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ktmerge.checkpoints.header import TensorInfo
 
 # transformers' Conv1D, a linear layer with its weight stored inputs first.
 _CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp_decoder"})
@@ -59,6 +62,26 @@ def matrix_layout(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) 
     if models & _INTERLEAVED:
         return MatrixLayout(transposed, (outputs,))
     return MatrixLayout(transposed, _fused(name, outputs, inputs, sections))
+
+
+def bias_layout(
+    name: str, shape: tuple[int, ...], tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]
+) -> MatrixLayout | None:
+    """How the maps that share a weight share its bias ``[o]``, or ``[E, o]`` of stacked experts; None of any other.
+
+    Args:
+        name: full tensor name.
+        shape: of the tensor.
+        tensors: of the checkpoint, the weight among them, by name.
+        config: the checkpoint's ``config.json``, or empty.
+    """
+    weight = next((one for one in (name[:-4] + "weight", name[:-5]) if one in tensors), None)
+    if not name.endswith(("_bias", ".bias")) or weight is None:
+        return None
+    layout = matrix_layout(weight, tensors[weight].shape, config)
+    if layout is None or len(layout.outputs) < 2 or shape[-1:] != (sum(layout.outputs),):
+        return None
+    return MatrixLayout(False, layout.outputs)
 
 
 def _stack_is_transposed(name: str, shape: tuple[int, ...], sections: list[Any], models: set[str]) -> bool:

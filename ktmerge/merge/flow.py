@@ -191,6 +191,7 @@ class Flow:
             layout=tensor.layout,
             measured=self._sources.measurements(tensor, chunk.start, base) if use.stage.needs(use.parameters) else None,
             deltas=tuple(chunk.deltas),
+            output=tensor.dtype,
         )
 
 

@@ -102,7 +102,8 @@ class MergedDeltasOfPlan:
         self._held, self._plan = held, plan
         weights = {expert.name: expert.weight for expert in plan.experts}
         measured = {name: one.digest for name, one in plan.statistics.items()}
-        self._common = json.dumps([models, plan.recipe.seed, plan.recipe.output.not_finite, weights, measured])
+        output = plan.recipe.output
+        self._common = json.dumps([models, plan.recipe.seed, output.dtype, output.not_finite, weights, measured])
         self._specs: dict[int, str] = {}
         self._open: dict[str, MergedDelta] = {}
         self._wanted: dict[int, bool] = {}

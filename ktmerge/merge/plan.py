@@ -33,7 +33,7 @@ class TensorPlan:
         pipeline: the stages, for the action ``blend``.
         lambda_: scale of the merged delta, for the action ``blend``.
         rule: index of the ``where`` rule that decided, if one did.
-        layout: where the linear maps are, of class matrix.
+        layout: where the linear maps are, of class matrix; of the bias of several, how they share it.
     """
 
     info: TensorInfo

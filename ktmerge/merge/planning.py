@@ -9,7 +9,7 @@ from ktmerge.checkpoints.alignment import align
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.classes import TensorClass
 from ktmerge.checkpoints.experts import fit_experts
-from ktmerge.checkpoints.matrices import matrix_layout
+from ktmerge.checkpoints.matrices import MatrixLayout, bias_layout, matrix_layout
 from ktmerge.checkpoints.opening import open_model
 from ktmerge.checkpoints.parts import Parts
 from ktmerge.checkpoints.quantised import scheme_of
@@ -125,8 +125,14 @@ def _bare(recipe: Recipe, base: Checkpoint, experts: Iterable[ExpertPlan], parts
             dtype=tag if tag is not None and info.is_float and kind not in ("buffer", "quant") else own,
             key=key,
             sources={one.name: one.alignment.mapping[name] for one in experts if name in one.alignment.mapping},
-            layout=matrix_layout(key, info.shape, base.config) if kind == "matrix" else None,
+            layout=_layout(base, key, kind, info.shape),
         )
+
+
+def _layout(base: Checkpoint, name: str, kind: TensorClass, shape: tuple[int, ...]) -> MatrixLayout | None:
+    if kind == "vector":
+        return bias_layout(name, shape, base.tensors, base.config)
+    return matrix_layout(name, shape, base.config) if kind == "matrix" else None
 
 
 def decide(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args, get_origin
+from reprlib import repr
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -235,7 +236,7 @@ def _sentence(stage: Stage, problem: Any, where: str) -> str:
         return f"{where}: stage '{stage.name}' has no parameter '{name}'.{did_you_mean(name, fields)}"
     if problem["type"] == "missing":
         return f"{where}.{name}: '{stage.name}' needs it."
-    return f"{where}.{name}: must be {_allowed(fields[name])}, not {problem['input']!r}."
+    return f"{where}.{name}: must be {_allowed(fields[name])}, not {repr(problem['input'])}."
 
 
 _KINDS: dict[Any, str] = {
@@ -250,6 +251,8 @@ _KINDS: dict[Any, str] = {
 def _kind(annotation: Any) -> str:
     """What values a type has, in words."""
     choices = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        return _kind(choices[0]) + _bounds(mark for one in choices[1:] for mark in getattr(one, "metadata", ()))
     if choices and all(isinstance(choice, str) for choice in choices):
         return f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]
     if get_origin(annotation) is list:
@@ -268,10 +271,11 @@ def _allowed(field: Any) -> str:
         return words
     if any(getattr(mark, "min_length", 0) for mark in field.metadata):
         return words.replace("a list", "a list of one or more", 1)
+    return words + _bounds(field.metadata)
+
+
+def _bounds(marks: Iterable[Any]) -> str:
+    """`` of at least 0 and at most 1``, or nothing."""
     names = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-    bounds = [
-        f"{word} {getattr(mark, key):g}" for mark in field.metadata for key, word in names.items() if hasattr(mark, key)
-    ]
-    if bounds:
-        words += " of " + " and ".join(bounds) if bounds[0].startswith("at") else " " + " and ".join(bounds)
-    return words
+    found = [f"{word} {getattr(mark, key):g}" for mark in marks for key, word in names.items() if hasattr(mark, key)]
+    return (" of " if found and found[0].startswith("at") else " " if found else "") + " and ".join(found)

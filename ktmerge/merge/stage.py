@@ -35,6 +35,9 @@ class Parameters(Strict):
     """Parameters of a stage: typed, with ranges, defaults and descriptions. Nothing is coerced, nothing is extra."""
 
 
+Amount = Annotated[float, Field(ge=0, le=1e38)]
+"""Of a parameter that may be anything from 0 on that fp32 can hold."""
+
 SplitFused = Annotated[bool, Field(description="take maps that share a tensor (query, key and value) apart")]
 """Of a parameter ``split_fused``."""
 
@@ -90,9 +93,11 @@ class Context:
         base: theta_0 of this piece, fp32.
         statistics: what the stage's own `Statistic` declarations found, by name.
         kernels: the arithmetic that has a fast form on some device.
-        layout: where the linear maps are in a tensor of class matrix; see `ktmerge.merge.matrices`.
+        layout: where the linear maps are in a tensor of class matrix; see `ktmerge.merge.matrices`. Of the bias of
+            several, how they share it.
         measured: what `Stage.needs` asked for.
         deltas: of all experts in this piece, flat, before any stage; for statistics of stages that are not given them.
+        output: the safetensors tag of the type that the tensor is stored in, e.g. ``BF16``.
     """
 
     tensor: str
@@ -111,6 +116,7 @@ class Context:
     layout: MatrixLayout | None = None
     measured: Measurements | None = None
     deltas: tuple[Tensor, ...] = ()
+    output: str = "F32"
 
     @property
     def place(self) -> Place:

@@ -77,13 +77,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def blended(folder: Path, share: float, *scale: object, **blend_section: object) -> dict[str, Tensor]:
+def blended(
+    folder: Path, share: float, *scale: object, output: object = None, **blend_section: object
+) -> dict[str, Tensor]:
     document = {
         "ktmerge": 1,
         "base": "base",
         "statistics": "stats/base",
         "experts": {"tuned": {"model": "tuned"}},
         "blend": {"stages": {"combine": "mean", "scale": [{"interpolate": {"a": share}}, *scale]}, **blend_section},
+        "output": output or {},
     }
     blend(parse_recipe(document, "recipe", folder), folder / "out", overwrite=True)
     return read(folder / "out")
@@ -106,6 +109,17 @@ def test_halfway_what_is_stored_is_one_of_two_neighbours(folder: Path) -> None:
     assert bool(((stored == low) | (stored == high)).all())
     assert not found[name].equal(nearest[name])
     assert found["model.norm.weight"].equal(nearest["model.norm.weight"])
+
+
+def test_the_type_is_the_output_s(folder: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    half, plain = {"dtype": "float16", "rounding": "stochastic"}, {"dtype": "float32"}
+    wanted = blended(folder, 0.3, output=plain)[name]
+    low, high = neighbours(wanted, torch.float16)
+    found = blended(folder, 0.3, "diffuse", output=half)[name].double()
+    assert bool(((found == low) | (found == high)).all())
+    assert not found.equal(wanted.half().double())
+    assert blended(folder, 0.3, "diffuse", output=plain)[name].equal(wanted)
 
 
 def test_it_comes_last_and_is_not_scaled(folder: Path) -> None:

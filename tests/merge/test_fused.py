@@ -37,6 +37,7 @@ BLENDS: list[dict[str, Any]] = [
     {"method": "ties", "density": 0.0},
     {"method": "dare", "density": 0.3},
     {"method": "dare", "density": 0.3, "rescale": "none"},
+    {"method": "dare", "density": 1e-300},
     {"method": "dare_ties", "density": 0.6, "lambda": 0.7},
     {"stages": {"transform": [{"dare": {"density": 0.5}}, "trim"], "combine": "sum"}},
     {"method": "breadcrumbs", "density": 0.3, "gamma": 0.1},

@@ -246,7 +246,7 @@ class TestDarexQ:
         "blend", [{"rescale": "q"}, {"rescale": "q", "q": 0.2}, {"rescale": "q", "q": 1.5}, {"q": 0.6}]
     )
     def test_other_q_are_refused(self, bench: Workbench, blend: dict[str, Any]) -> None:
-        with pytest.raises(UsageError, match=r"rescale:? q"):
+        with pytest.raises(UsageError, match=r"rescale:? q|at most 1 or analytic"):
             bench.merged({"a": noise(1)}, {"method": "dare", "density": 0.25, **blend})
 
     @pytest.mark.parametrize("density", [0.1, 0.5, 0.8])
@@ -356,6 +356,18 @@ class TestHalfReset:
             kept = apply("half_reset", "transform", torch.ones(12, 4), where)
             for kind, rows in zip("qkv", kept.split((6, 3, 3)), strict=True):
                 assert bool(rows.all()) == bool(rows.any()) == is_kept(seed, attention(0, kind), kind)
+
+    def test_biases_go_with_their_maps(self, bench: Workbench) -> None:
+        """Of GPT-2, whose projections lie along the columns; pieces cut within what the maps share."""
+        weight, bias = "h.0.attn.c_attn.weight", "h.0.attn.c_attn.bias"
+        deltas = {"a": {weight: torch.ones(4, 12), bias: torch.ones(12)}}
+        config = {"model_type": "gpt2", "hidden_size": 4, "num_attention_heads": 2}
+        mixed = 0
+        for seed in range(8):
+            merged = bench.merged(deltas, {"method": "half_reset"}, seed=seed, config=config, chunk=5)
+            assert merged[weight][0].equal(merged[bias])
+            mixed += bool(merged[bias].any()) and not bool(merged[bias].all())
+        assert mixed
 
     def test_the_rest_is_the_bases_or_the_experts(self, bench: Workbench) -> None:
         deltas = {"a": noise(1)}
@@ -551,18 +563,24 @@ class TestArceeFusion:
             assert apply("arcee_fusion", "transform", scale * values, context()).equal(scale * kept)
 
 
+FACTOR = "a number of at least -1e+38 and at most 1e+38"
+
+
 @pytest.mark.parametrize(
     ("blend", "words"),
     [
-        ({"method": "lines", "alpha": "most"}, "blend.alpha: must be a number or auto, not 'most'"),
-        ({"method": "dare", "rescale": "q", "q": "best"}, "blend.q: must be a number or analytic or null, not 'best'"),
+        ({"method": "lines", "alpha": "most"}, f"blend.alpha: must be {FACTOR} or auto, not 'most'"),
         (
-            {"method": "bands", "coefficients": 1.0},
-            "blend.coefficients: must be a list of one or more, each a number, not 1",
+            {"method": "dare", "rescale": "q", "q": "best"},
+            "blend.q: must be a number above 0 and at most 1 or analytic or null, not 'best'",
         ),
         (
-            {"method": "bands", "coefficients": []},
-            "blend.coefficients: must be a list of one or more, each a number, not []",
+            {"method": "bands", "coefficients": 1.0},
+            f"blend.coefficients: must be a list of one or more, each {FACTOR}, not 1",
+        ),
+        (
+            {"method": "bands", "coefficients": [10**400]},
+            f"blend.coefficients: must be a list of one or more, each {FACTOR}, not 100",
         ),
         (
             {"method": "neuron_fusion", "head_size": 0},

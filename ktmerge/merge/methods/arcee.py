@@ -9,14 +9,25 @@ from pydantic import Field
 
 from ktmerge.merge.matrices import row_size
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Place, Promises, Stages, Statistic
+from ktmerge.merge.stage import (
+    Amount,
+    Context,
+    Domain,
+    Method,
+    Observer,
+    Parameters,
+    Place,
+    Promises,
+    Stages,
+    Statistic,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class ArceeFusionParameters(Parameters):
-    k: float = Field(1.5, ge=0, description="how many interquartile ranges above the median an importance has to be")
+    k: Amount = Field(1.5, description="how many interquartile ranges above the median an importance has to be")
 
 
 def _limit(parameters: ArceeFusionParameters) -> tuple[Statistic, ...]:

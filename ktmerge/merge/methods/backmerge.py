@@ -9,7 +9,7 @@ from pydantic import Field
 from ktmerge.checkpoints.classes import TensorClass
 from ktmerge.merge.program import Ramp
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Need, Parameters, Promises, Stages
+from ktmerge.merge.stage import Amount, Context, Method, Need, Parameters, Promises, Stages
 from ktmerge.merge.weights import positive
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ class TrustParameters(Parameters):
 class BackParameters(TrustParameters):
     eta: float = Field(0.9, ge=0, le=1, description="factor on all covariances of two different inputs; 0: diagonal")
     ridge: float = Field(1e-3, ge=1e-9, le=1, description="added to every input's variance, relative to the mean one")
-    prior_u: float = Field(0.0, ge=0, description="more of that upstream: pulls directions no sample has to the base")
-    prior_d: float = Field(0.0, ge=0, description="more of it downstream: pulls them to the tuned model")
+    prior_u: Amount = Field(0.0, description="more of that upstream: pulls directions no sample has to the base")
+    prior_d: Amount = Field(0.0, description="more of it downstream: pulls them to the tuned model")
 
 
 NEEDS = (Need("inputs", "base"), Need("inputs", "experts"))

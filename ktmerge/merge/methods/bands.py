@@ -10,13 +10,14 @@ from pydantic import Field
 from ktmerge.merge.methods.trim import hash_key
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
+from ktmerge.recipes.schema import Factor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class BandsParameters(Parameters):
-    coefficients: list[float] = Field(
+    coefficients: list[Factor] = Field(
         [0.0, 0.25, 0.5, 0.75, 1.0],
         min_length=1,
         description="of equally many elements each, from the smallest magnitudes to the largest; to be searched for",

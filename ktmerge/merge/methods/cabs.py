@@ -44,7 +44,8 @@ def cabs(deltas: list[Tensor], parameters: CabsParameters, context: Context) -> 
     import torch
     from torch.nn.functional import pad
 
-    count, m = deltas[0].numel(), parameters.m
+    count = deltas[0].numel()
+    m = max(1, min(parameters.m, count))  # where there is but one block, it is not filled up
     blocks = -(-count // m)
     positions = torch.arange(context.start, context.start + blocks * m, device=deltas[0].device).view(blocks, m)
     taken = torch.zeros(blocks, m, dtype=torch.bool, device=deltas[0].device)
@@ -52,7 +53,7 @@ def cabs(deltas: list[Tensor], parameters: CabsParameters, context: Context) -> 
     for delta, expert in zip(deltas, context.experts, strict=True):
         own = pad(delta, (0, blocks * m - count)).view(blocks, m)
         key = stream_key(context.seed, "cabs", expert, context.tensor)
-        pruned = torch.where(_chosen(own, taken, positions, parameters.n, key), own, 0.0)
+        pruned = torch.where(_chosen(own, taken, positions, min(parameters.n, m), key), own, 0.0)
         taken = taken | (pruned != 0)
         kept.append(pruned.reshape(-1)[:count])
     return weighted_total(kept, context.weights)

@@ -30,6 +30,7 @@ class SvcParameters(Parameters):
     alpha: float | None = Field(
         None,
         gt=0,
+        le=1e38,
         description="least response that each expert counts with in every direction; 1 / N if not given, right after a "
         "mean; 1 after a sum",
     )

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, SplitFused, Stages
+from ktmerge.merge.stage import Amount, Context, Method, Parameters, Promises, SplitFused, Stages
 from ktmerge.merge.weights import positive
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ class CartParameters(Parameters):
     fraction: float = Field(
         0.06, ge=0, le=1, description="of the smaller dimension: directions kept of each difference"
     )
-    mu: float = Field(1.0, ge=0, description="weight of the specific part; 0 leaves the average")
+    mu: Amount = Field(1.0, description="weight of the specific part; 0 leaves the average")
     split_fused: SplitFused = True
 
 

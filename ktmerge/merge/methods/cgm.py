@@ -10,7 +10,7 @@ from pydantic import Field
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.methods.fisher import BOTH, information
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Need, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.stage import Amount, Context, Method, Need, Parameters, Promises, Stages, Statistic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class CgmParameters(Parameters):
-    alpha: float = Field(0.1, ge=0, description="how much upstream information counts; 0 keeps the tuned model")
+    alpha: Amount = Field(0.1, description="how much upstream information counts; 0 keeps the tuned model")
     norm: Literal["none", "global"] = Field(
         "none", description="take Fisher information as it is, or divide it by its norm over all tensors of the model"
     )

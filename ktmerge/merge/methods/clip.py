@@ -8,7 +8,18 @@ from pydantic import Field
 
 from ktmerge.merge.program import Cap, Clamp
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Domain, Method, Observer, OnePass, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.stage import (
+    Amount,
+    Context,
+    Domain,
+    Method,
+    Observer,
+    OnePass,
+    Parameters,
+    Promises,
+    Stages,
+    Statistic,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,13 +29,13 @@ class ClipParameters(Parameters):
     cap: Literal["norm", "spectral", "quantile"] = Field(
         "norm", description="what is capped: the change's norm, its singular values, or its elements' magnitudes"
     )
-    rho: float = Field(0.05, ge=0, description="cap norm and spectral: as a share of the base's norm, or largest value")
+    rho: Amount = Field(0.05, description="cap norm and spectral: as a share of the base's norm, or largest value")
     quantile: float = Field(0.99, ge=0, le=1, description="cap quantile: of the tensor's magnitudes, the cap on all")
     split_fused: bool = Field(True, description="cap spectral: take maps that share a tensor apart")
 
 
 class NearswapParameters(Parameters):
-    t: float = Field(1e-3, ge=0, description="the largest magnitude a change may have, in units of the weights")
+    t: Amount = Field(1e-3, description="the largest magnitude a change may have, in units of the weights")
 
 
 class _Norms(OnePass):

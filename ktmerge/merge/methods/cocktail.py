@@ -13,16 +13,17 @@ from ktmerge.merge.program import Sum
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
 from ktmerge.merge.weights import positive
+from ktmerge.recipes.schema import Factor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class CocktailParameters(Parameters):
-    losses: dict[str, float] = Field(
+    losses: dict[str, Factor] = Field(
         {}, description="of each expert, by name, on a few examples of the task; none: all the same"
     )
-    temperature: float = Field(5.0, gt=0, description="how little the losses matter")
+    temperature: float = Field(5.0, gt=0, le=1e38, description="how little the losses matter")
 
 
 def _objection(parameters: CocktailParameters, weights: Mapping[str, float]) -> str | None:

@@ -11,15 +11,15 @@ from ktmerge.merge.arithmetic import weighted_total
 from ktmerge.merge.kernels.codes import CONSENSUS
 from ktmerge.merge.program import Ruled, Sum
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
+from ktmerge.merge.stage import Amount, Context, Method, Parameters, Promises, Stages
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class ConsensusParameters(Parameters):
-    selectivity: float = Field(
-        0.4, ge=0, description="an expert votes where its change is above this times what the others add to it"
+    selectivity: Amount = Field(
+        0.4, description="an expert votes where its change is above this times what the others add to it"
     )
     agree: int = Field(2, ge=0, description="how many experts must vote; 0 is task arithmetic")
 

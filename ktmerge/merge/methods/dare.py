@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -27,7 +27,7 @@ class DareParameters(Parameters):
         "unbiased",
         description="kept elements times 1/density, unchanged, to the tensor's former L1 or L2 norm, or times 1/q",
     )
-    q: float | Literal["analytic"] | None = Field(
+    q: Annotated[float, Field(gt=0, le=1)] | Literal["analytic"] | None = Field(
         None, description="of rescale q: from density to 1, or analytic: the best for the expert's measured inputs"
     )
 
@@ -83,7 +83,7 @@ def _compiled(parameters: DareParameters) -> Drop | None:
 
 def _factor(parameters: DareParameters) -> float:
     """What kept elements are multiplied by, where that is known beforehand."""
-    if parameters.rescale == "none" or parameters.density == 0:
+    if parameters.rescale == "none" or _chance(parameters.density) == 0:
         return 1.0
     return 1 / (parameters.q if isinstance(parameters.q, float) else parameters.density)
 
@@ -132,6 +132,11 @@ def _best_q(delta: Tensor, density: float, context: Context) -> float:
     return float(torch.cat(chosen).mean())
 
 
+def _chance(density: float) -> int:
+    """Of 2^32 words, how many keep an element."""
+    return round(density * 2**32)
+
+
 def drop(delta: Tensor, density: float, context: Context) -> Tensor:
     """The delta with elements that the stream ``dare`` did not choose set to zero."""
     import torch
@@ -140,7 +145,7 @@ def drop(delta: Tensor, density: float, context: Context) -> Tensor:
         return delta
     key = stream_key(context.seed, "dare", context.expert, context.tensor)
     words = context.kernels.words(key, context.start, delta.numel(), delta.device).view(delta.shape)
-    return torch.where(words < round(density * 2**32), delta, 0.0)
+    return torch.where(words < _chance(density), delta, 0.0)
 
 
 # Random choice among the few values of a norm or bias, or the rarely touched rows of an embedding, only adds noise

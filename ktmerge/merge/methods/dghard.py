@@ -8,14 +8,14 @@ from pydantic import Field
 
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, SplitFused, Stages
+from ktmerge.merge.stage import Amount, Context, Method, Parameters, Promises, SplitFused, Stages
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class DgHardParameters(Parameters):
-    scale: float = Field(1.0, ge=0, description="times the noise threshold; 0 keeps everything, larger keeps less")
+    scale: Amount = Field(1.0, description="times the noise threshold; 0 keeps everything, larger keeps less")
     min_numel: int = Field(1024, ge=0, description="maps with fewer elements pass: too few to tell noise by")
     split_fused: SplitFused = True
 

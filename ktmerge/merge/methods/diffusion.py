@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -20,7 +20,6 @@ _BLOCK = 64
 
 
 class DiffusionParameters(Parameters):
-    dtype: Literal["bfloat16", "float16"] = Field("bfloat16", description="the type that the output has")
     damp: float = Field(0.01, ge=1e-9, le=1, description="added to the inputs' variances, relative to their mean")
 
 
@@ -35,14 +34,18 @@ def diffuse(merged: Tensor, parameters: DiffusionParameters, context: Context) -
     Inputs from first to last, H^-1 = R^T R of H = C_u + damp * mean variance: what rounding adds to W_j, over R_jj, is
     added times R_jk to every later W_k. A weight goes to one of its two neighbours in the type, as with stochastic
     rounding; one that is there stays, and so do those that M leaves at the base's or puts at an expert's own value.
-    Comes last, at lambda 1: ``scale: [{interpolate: {a: 0.5}}, diffuse]``.
+    The type is the output's; of fp32 nothing is to be rounded. Comes last, at lambda 1, for instance
+    ``scale: [{interpolate: {a: 0.5}}, diffuse]``.
     """
     import torch
 
+    from ktmerge.checkpoints.dtypes import torch_dtype
     from ktmerge.merge.matrices import by_map
     from ktmerge.merge.sampled import Sampled
 
-    sampled, dtype = Sampled(context), getattr(torch, parameters.dtype)
+    if context.output not in ("BF16", "F16"):
+        return merged
+    sampled, dtype = Sampled(context), torch_dtype(context.output)
     settled = merged == 0
     for delta in context.deltas:
         settled |= merged == delta.view_as(merged)

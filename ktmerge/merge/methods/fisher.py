@@ -11,7 +11,7 @@ from ktmerge.merge.arithmetic import quotient
 from ktmerge.merge.kernels.codes import INFORMED
 from ktmerge.merge.program import Ruled, Sum
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Need, Parameters, Promises, Stages
+from ktmerge.merge.stage import Amount, Context, Method, Need, Parameters, Promises, Stages
 from ktmerge.merge.weights import positive
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ class InformationParameters(Parameters):
 
 
 class FisherParameters(InformationParameters):
-    base_weight: float = Field(
-        0.0, ge=0, description="weight of the base, on upstream data, as a member that wants no change; 0: none"
+    base_weight: Amount = Field(
+        0.0, description="weight of the base, on upstream data, as a member that wants no change; 0: none"
     )
 
 

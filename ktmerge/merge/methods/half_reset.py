@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING, Literal
 
@@ -31,8 +32,9 @@ class HalfResetParameters(Parameters):
 
 def _maps(parameters: HalfResetParameters, place: Place) -> int:
     """The elements of all projections that share a tensor."""
-    fused = place.layout is not None and len(place.layout.outputs) > 1
-    return place.shape[-1] * place.shape[-2] if parameters.mode == "projections" and fused else 1
+    if parameters.mode == "element" or place.layout is None or len(place.layout.outputs) == 1:
+        return 1
+    return math.prod(place.shape[-2:] if place.tensor_class == "matrix" else place.shape[-1:])
 
 
 def is_kept(seed: int, name: str, kind: str) -> bool | None:
@@ -84,7 +86,8 @@ def half_reset(delta: Tensor, parameters: HalfResetParameters, context: Context)
     """Keep the change of a random half of {q, k, v, o} and of {gate, up, down} of each module (after arXiv:2404.18466).
 
     The choice depends on the seed and the tensor's name alone, so every expert's is the same; fused projections are
-    taken apart. ``element``: of a random half of all elements, as dare with density 1/2 and without rescale.
+    taken apart, and so are their biases. ``element``: of a random half of all elements, as dare with density 1/2 and
+    without rescale.
     """
     import torch
 
@@ -94,13 +97,20 @@ def half_reset(delta: Tensor, parameters: HalfResetParameters, context: Context)
     if all(kept) or not any(kept):
         return delta if all(kept) else torch.zeros_like(delta)
 
-    from ktmerge.merge.matrices import split
-
     reset = delta.clone()
-    for number, one in enumerate(split(reset.view(-1, *context.shape[-2:]), context)):
+    for number, one in enumerate(_parts(reset, context)):
         if not kept[number % len(kept)]:
             one.zero_()
     return reset
+
+
+def _parts(values: Tensor, context: Context) -> list[Tensor]:
+    """Views of what each of the maps that share a tensor has of it, or of their bias."""
+    from ktmerge.merge.matrices import split
+
+    if context.tensor_class == "matrix" or context.layout is None:
+        return split(values.view(-1, *context.shape[-2:]), context)
+    return [one for row in values.view(-1, context.shape[-1]) for one in row.split(context.layout.outputs)]
 
 
 method(
@@ -113,5 +123,6 @@ method(
         formula="tau in half of {q, k, v, o} and of {gate, up, down}, 0 elsewhere",
         cost="oi",
         promises=Promises(neutral=None, identical="other"),
+        semantics=2,
     )
 )

@@ -9,17 +9,18 @@ from pydantic import Field
 from ktmerge.merge.program import Ramp
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, OnePass, Parameters, Promises, Stages, Statistic
+from ktmerge.recipes.schema import Factor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class LinesParameters(Parameters):
-    alpha: float | Literal["auto"] = Field(
+    alpha: Factor | Literal["auto"] = Field(
         0.5,
         description="scale of the first layer; auto: what gives the merge the L1 norm of the sum of N experts, over N",
     )
-    beta: float | None = Field(None, description="what the last layer gets on top; if not given 1 - alpha")
+    beta: Factor | None = Field(None, description="what the last layer gets on top; if not given 1 - alpha")
     outside: Literal["alpha", "alpha+beta"] = Field(
         "alpha", description="scale of what is in no layer: embeddings, the final norm, the head, connectors"
     )

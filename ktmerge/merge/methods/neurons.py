@@ -10,7 +10,7 @@ from pydantic import Field
 
 from ktmerge.merge.projections import ATTENTION, FEED_FORWARD, kinds_in, module_of
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, OnePass, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.stage import Amount, Context, Method, OnePass, Parameters, Promises, Stages, Statistic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ Owner = tuple[str, int]
 class NeuronFusionParameters(Parameters):
     rho: float = Field(0.3, ge=0, le=1, description="fraction of the neurons of each module whose change is kept")
     gamma: float = Field(0.1, ge=0, le=1, description="what the change of the other neurons is multiplied by")
-    alpha: float = Field(1.0, ge=0, description="norm of the module's change afterwards, relative to before")
+    alpha: Amount = Field(1.0, description="norm of the module's change afterwards, relative to before")
     head_size: int | None = Field(
         None, ge=1, description="width of an attention head: whole heads, not dimensions of one, are then the neurons"
     )
@@ -55,7 +55,10 @@ class _Energies(OnePass):
 
 def _maps(values: Tensor, context: Context) -> Iterator[tuple[Owner, str, Tensor]]:
     from ktmerge.merge.matrices import split
+    from ktmerge.merge.spectra import has_maps
 
+    if not has_maps(context):
+        return
     kinds = kinds_in(context.tensor, context.layout)
     for number, one in enumerate(split(values, context)):
         yield (module_of(context.tensor), number // len(kinds)), kinds[number % len(kinds)], one
@@ -108,8 +111,9 @@ def neuron_fusion(delta: Tensor, parameters: NeuronFusionParameters, context: Co
     Differs from the paper, which gives no formulas: the score, gamma and the rescaling are a reconstruction.
     """
     from ktmerge.merge.matrices import join
+    from ktmerge.merge.spectra import has_maps
 
-    if parameters.rho == 1 and parameters.alpha == 1:
+    if (parameters.rho == 1 and parameters.alpha == 1) or not has_maps(context):
         return delta
     scaled = []
     for owner, kind, one in _maps(delta, context):

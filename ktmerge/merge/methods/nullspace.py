@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Need, Parameters, Promises, Stages
+from ktmerge.merge.stage import Amount, Context, Method, Need, Parameters, Promises, Stages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,7 @@ class NullspaceParameters(Parameters):
     mode: Literal["soft", "hard"] = Field(
         "soft", description="damp every direction by what it carries, or cut some out"
     )
-    kappa: float = Field(1.0, ge=0, description="soft: strength; 0 changes nothing, 100 leaves little of what is felt")
+    kappa: Amount = Field(1.0, description="soft: strength; 0 changes nothing, 100 leaves little of what is felt")
     energy: float = Field(
         0.95, ge=0, le=1, description="hard: share of the inputs' energy whose directions are cut out"
     )

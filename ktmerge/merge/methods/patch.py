@@ -11,7 +11,7 @@ from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.methods.backmerge import NEEDS
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Need, Parameters, Promises, SplitFused, Stages
+from ktmerge.merge.stage import Amount, Context, Method, Need, Parameters, Promises, SplitFused, Stages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ class PatchParameters(Parameters):
     density: float = Field(
         0.1, ge=0, le=1, description="fraction of each row's entries, or of the columns, that may move"
     )
-    kappa: float = Field(0.0, ge=0, description="weight of leaving the outputs for upstream inputs as they were")
+    kappa: Amount = Field(0.0, description="weight of leaving the outputs for upstream inputs as they were")
     support: Literal["row", "shared"] = Field(
         "row", description="which entries move is chosen for every row, or columns for all rows: one solve, not o"
     )

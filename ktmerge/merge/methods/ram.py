@@ -12,7 +12,7 @@ from ktmerge.merge.arithmetic import weighted_total
 from ktmerge.merge.kernels.codes import OVERLAP
 from ktmerge.merge.program import Ruled
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, OnePass, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.stage import Amount, Context, Method, OnePass, Parameters, Promises, Stages, Statistic
 from ktmerge.merge.weights import relative
 
 if TYPE_CHECKING:
@@ -23,14 +23,14 @@ _BF16_STEP = 2.0**-7
 
 
 class RamParameters(Parameters):
-    epsilon: float = Field(
-        0.5, ge=0, description="smallest change that counts, in bf16 steps of the base's weight; 0 is any change"
+    epsilon: Amount = Field(
+        0.5, description="smallest change that counts, in bf16 steps of the base's weight; 0 is any change"
     )
 
 
 class RamPlusParameters(RamParameters):
-    r: float = Field(0.1, ge=0, description="how much more an expert's own changes count, per overlap")
-    alpha: float = Field(0.2, ge=0, description="largest overlap (shared over own changes) that counts")
+    r: Amount = Field(0.1, description="how much more an expert's own changes count, per overlap")
+    alpha: Amount = Field(0.2, description="largest overlap (shared over own changes) that counts")
     scope: Literal["tensor", "global"] = Field("global", description="overlap of each tensor, or of the whole model")
 
 

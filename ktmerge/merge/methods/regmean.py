@@ -11,7 +11,7 @@ from ktmerge.merge.methods.mean import mean
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.program import Sum
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Need, Parameters, Promises, Stages
+from ktmerge.merge.stage import Amount, Context, Method, Need, Parameters, Promises, Stages
 from ktmerge.merge.weights import positive, relative
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ class MemberParameters(Parameters):
     normalise: Literal["none", "trace"] = Field(
         "none", description="whether experts with larger inputs count for more, or every one alike"
     )
-    base_weight: float = Field(
-        0.0, ge=0, description="weight of the base, on upstream inputs, as a member that wants no change; 0: none"
+    base_weight: Amount = Field(
+        0.0, description="weight of the base, on upstream inputs, as a member that wants no change; 0: none"
     )
 
 

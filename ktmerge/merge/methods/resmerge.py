@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, SplitFused, Stages
+from ktmerge.merge.stage import Amount, Context, Method, Parameters, Promises, SplitFused, Stages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,11 +17,9 @@ if TYPE_CHECKING:
 
 class ResmergeParameters(Parameters):
     rank: int = Field(1, ge=0, description="directions of each expert that are its head")
-    beta_min: float = Field(0.7, ge=0, description="how much disagreement shortens the rest where experts agree most")
-    beta_max: float = Field(1.0, ge=0, description="the same where they agree least")
-    head: float = Field(
-        0.2, ge=0, description="length of the merged head, relative to the merged rest, at full agreement"
-    )
+    beta_min: Amount = Field(0.7, description="how much disagreement shortens the rest where experts agree most")
+    beta_max: Amount = Field(1.0, description="the same where they agree least")
+    head: Amount = Field(0.2, description="length of the merged head, relative to the merged rest, at full agreement")
     split_fused: SplitFused = True
 
 

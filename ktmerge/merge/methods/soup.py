@@ -11,14 +11,14 @@ from pydantic import Field
 from ktmerge.merge.arithmetic import weighted_total
 from ktmerge.merge.program import Sum
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
+from ktmerge.merge.stage import Amount, Context, Method, Parameters, Promises, Stages
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class SoupParameters(Parameters):
-    base_weight: float = Field(0.0, ge=0, description="weight of the base as one of the models; 1 for an equal share")
+    base_weight: Amount = Field(0.0, description="weight of the base as one of the models; 1 for an equal share")
 
 
 class EmaParameters(Parameters):

@@ -31,7 +31,9 @@ class TailorParameters(Parameters):
         description="how kept entries make up for the others: not, by one factor, column by column, exactly, or "
         "column by column with the sign of the published code",
     )
-    kappa: float = Field(0.1, gt=0, description="of score up_aware: added to what upstream feels, over its mean")
+    kappa: float = Field(
+        0.1, gt=0, le=1e38, description="of score up_aware: added to what upstream feels, over its mean"
+    )
     block: int = Field(128, ge=1, description="columns that are ranked together")
     damp: float = Field(0.01, ge=1e-9, le=1, description="added to the inputs' variances, relative to their mean")
     split_fused: SplitFused = True

@@ -10,7 +10,7 @@ from pydantic import Field
 from ktmerge.merge.arithmetic import weighted_total
 from ktmerge.merge.methods.elect import disjoint, relative
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Need, Parameters, Promises, Stages
+from ktmerge.merge.stage import Amount, Context, Method, Need, Parameters, Promises, Stages
 from ktmerge.merge.weights import positive
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 class BaseVoteParameters(Parameters):
-    kappa: float = Field(
-        0.5, ge=0, description="the base's vote at an input of mean square, as a share of what all experts could muster"
+    kappa: Amount = Field(
+        0.5, description="the base's vote at an input of mean square, as a share of what all experts could muster"
     )
 
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ktmerge.checkpoints.classes import TensorClass
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, SplitFused, Stages
+from ktmerge.merge.stage import Amount, Context, Method, Parameters, Promises, SplitFused, Stages
 from ktmerge.merge.weights import positive, relative
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ class SpectralRegmeanParameters(Parameters):
         "none", description="how far a direction goes from init to the regression: all the way, 1 - exp(-lambda T), or "
         "lambda / (lambda + ridge * mean lambda)",
     )  # fmt: skip
-    time: float = Field(300.0, ge=0, description="T of the exp filter: how long the gradient flow it stands for runs")
-    ridge: float = Field(1e-3, ge=0, description="of the tikhonov filter, relative to the mean eigenvalue")
+    time: Amount = Field(300.0, description="T of the exp filter: how long the gradient flow it stands for runs")
+    ridge: Amount = Field(1e-3, description="of the tikhonov filter, relative to the mean eigenvalue")
     rank: Literal["all", "fraction", "energy", "nuclear", "stable", "participation"] = Field(
         "participation",
         description="how many directions take part: all, a fraction of the inputs, those that hold a share of the "
@@ -36,7 +36,7 @@ class SpectralRegmeanParameters(Parameters):
         "fro2", description="divide tau^T tau by its trace before the power, or after, by nothing, or by its largest"
     )
     cov_power: float = Field(1.0, gt=0, le=4, description="power of tau^T tau; below 1 flattens its spectrum")
-    base_weight: float = Field(0.0, ge=0, description="weight of the base as a member that wants no change; 0: none")
+    base_weight: Amount = Field(0.0, description="weight of the base as a member that wants no change; 0: none")
     base_cov: Literal["weights", "identity"] = Field(
         "weights", description="what the base's inputs look like: its weights' theta_0^T theta_0, or all the same"
     )
