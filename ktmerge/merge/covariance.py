@@ -136,11 +136,11 @@ class Covariance:
             return values / self.diagonal
         if rows >= self.inputs or not bool((self.diagonal > 0).all()):
             return torch.cholesky_solve(values.T, torch.linalg.cholesky(self.dense())).T
-        inner, scaled = self.factor / self.diagonal, values / self.diagonal
+        scaled = values / self.diagonal
         small = gram((self.factor / self.diagonal.sqrt()).T)
         small.diagonal().add_(1)
         weights = torch.cholesky_solve((scaled @ self.factor.T).T, torch.linalg.cholesky(small)).T
-        return scaled - weights @ inner
+        return scaled - weights @ (self.factor / self.diagonal)
 
     def frame(self) -> Frame:
         """The eigenvectors of C; with fewer rows than inputs and no diagonal, from the rows' own Gram matrix.

@@ -141,6 +141,7 @@ def spectral_regmean(
     if not mean > 0:
         return start
     target = _target(weighted, covariances)
+    del weighted  # as large as the deltas themselves, while what follows takes most memory
     if whole and float(common.diagonal.min()) + strength * mean > _DEFINITE * mean:
         return start + common.ridged(strength * mean).solve(target - common.times(start))
     frame = common.frame()

@@ -8,7 +8,7 @@ No function's result depends on the signs of the vectors.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Literal
@@ -289,9 +289,10 @@ def members(maps: Sequence[Tensor], base: Tensor, context: Context) -> list[Tens
     return [maps[n] if weight == 1 else maps[n] * weight for n, weight in zip(numbers, weights, strict=True)]
 
 
-def total(deltas: Sequence[Tensor]) -> Tensor:
-    """sum_t tau_t in float64."""
-    added = deltas[0].double()
-    for delta in deltas[1:]:
+def total(deltas: Iterable[Tensor]) -> Tensor:
+    """sum_t tau_t ``[o, i]`` in float64, of one or more, taken one at a time."""
+    rest = iter(deltas)
+    added = next(rest).double()
+    for delta in rest:
         added = added + delta.double()
     return added

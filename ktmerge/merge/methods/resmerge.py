@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -36,21 +37,21 @@ def resmerge(deltas: list[Tensor], parameters: ResmergeParameters, context: Cont
 
     The formula has no weights: each delta is multiplied by its weight over the mean of their magnitudes.
     """
-    import torch
-
-    from ktmerge.merge.spectra import combined, draws, top
+    from ktmerge.merge.spectra import combined, draws, top, total
 
     def merge(own: list[Tensor]) -> Tensor:
         if len(own) == 1:
             return own[0]
-        heads = [top(one, parameters.rank, draws(context)).matrix() for one in own]
-        rests = [one.double() - head for one, head in zip(own, heads, strict=True)]
+        tops = [top(one, parameters.rank, draws(context)) for one in own]
         # of a delta that is all head only rounding is left
-        rests = [_unless_rounding(rest, one) for rest, one in zip(rests, own, strict=True)]
-        merged = _rest(rests, parameters)
+        merged = _rest(
+            [_unless_rounding(one.double() - head.matrix(), one) for one, head in zip(own, tops, strict=True)],
+            parameters,
+        )
+        heads = [head.matrix() for head in tops]
         agreement = [max(0.0, cosine) for cosine in _cosines(heads)]
         length = parameters.head * sum(agreement) / len(agreement) * float(merged.norm())
-        common = torch.stack(heads).mean(0)
+        common = total(heads) / len(heads)
         size = float(common.norm())
         return merged + common * (length / size) if size > 0 else merged
 
@@ -62,16 +63,19 @@ def _unless_rounding(rest: Tensor, delta: Tensor) -> Tensor:
 
 
 def _rest(rests: list[Tensor], parameters: ResmergeParameters) -> Tensor:
-    import torch
+    from ktmerge.merge.spectra import total
 
     count = len(rests)
     lengths = [float(rest.norm()) for rest in rests]
-    units = [rest / length if length > 0 else rest for rest, length in zip(rests, lengths, strict=True)]
-    added = torch.stack(units).sum(0)
+
+    def units() -> Iterator[Tensor]:
+        return (rest / length if length > 0 else rest for rest, length in zip(rests, lengths, strict=True))
+
+    added = total(units())
     size = float(added.norm())
-    agreement = sum(float((unit * added).sum()) for unit in units) / size / count if size > 0 else 0.0
+    agreement = sum(float((unit * added).sum()) for unit in units()) / size / count if size > 0 else 0.0
     if agreement <= 1 / math.sqrt(count):
-        return torch.stack(rests).mean(0)
+        return total(rests) / count
     pairs = _cosines(rests)
     score = ((sum(pairs) / len(pairs) + 1) / 2 + (agreement + 1) / 2) / 2
     beta = parameters.beta_max - (parameters.beta_max - parameters.beta_min) * score
