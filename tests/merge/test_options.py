@@ -14,9 +14,9 @@ from merge_memory import Workbench
 from merge_models import Tensors, same_bytes
 
 from ktmerge.errors import UsageError
-from ktmerge.merge.planning import check_recipe
 from ktmerge.merge.registry import methods, stages
 from ktmerge.merge.schema import FOLDER
+from ktmerge.merge.sections import check_recipe
 from ktmerge.merge.settings import blend_setting
 from ktmerge.merge.stage import Method, Stage
 from ktmerge.recipes.load import parse_recipe
