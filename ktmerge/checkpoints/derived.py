@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
-from ktmerge.checkpoints.dtypes import BITS, torch_dtype
+from ktmerge.checkpoints.dtypes import BITS
 from ktmerge.checkpoints.header import TensorInfo
-from ktmerge.checkpoints.reader import BLOCK, Reader
+from ktmerge.checkpoints.reader import BLOCK, Reader, elements
 
 if TYPE_CHECKING:
     import torch
@@ -90,16 +90,7 @@ class DerivedReader:
             reader.close()
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        import torch
-
-        info = self._tensors[name]
-        stop = info.numel if stop is None else stop
-        if not 0 <= start <= stop <= info.numel:
-            raise ValueError(f"elements [{start}, {stop}) of '{name}', which has {info.numel}")
-        raw = torch.empty((stop - start) * (BITS[info.dtype] // 8), dtype=torch.uint8)
-        if raw.numel():
-            self.read_into(name, start, raw.numpy().data)
-        return raw.view(torch_dtype(info.dtype))
+        return elements(self, name, self._tensors[name], start, stop)
 
     def read_into(self, name: str, start: int, target: memoryview) -> None:
         made = self._made.get(name)

@@ -37,6 +37,20 @@ class Reader(Protocol):
     def check_unchanged(self) -> None: ...
 
 
+def elements(reader: Reader, name: str, info: TensorInfo, start: int, stop: int | None) -> torch.Tensor:
+    """What `Reader.read` gives, by way of `Reader.read_into`."""
+    import torch
+
+    dtype = torch_dtype(info.dtype)
+    stop = info.numel if stop is None else stop
+    if not 0 <= start <= stop <= info.numel:
+        raise ValueError(f"elements [{start}, {stop}) of '{name}', which has {info.numel}")
+    raw = torch.empty((stop - start) * (BITS[info.dtype] // 8), dtype=torch.uint8)
+    if raw.numel():
+        reader.read_into(name, start, raw.numpy().data)
+    return raw.view(dtype)
+
+
 class TensorReader:
     """Positional reads from the weight files of one checkpoint; one descriptor a file, safe to share among threads."""
 
@@ -66,18 +80,7 @@ class TensorReader:
         Raises:
             KtmergeError: the file cannot be read, is truncated or was changed, or torch has no such element type.
         """
-        import torch
-
-        info = self._tensors[name]
-        dtype = torch_dtype(info.dtype)
-        stop = info.numel if stop is None else stop
-        if not 0 <= start <= stop <= info.numel:
-            raise ValueError(f"elements [{start}, {stop}) of '{name}', which has {info.numel}")
-        width = BITS[info.dtype] // 8
-        raw = torch.empty((stop - start) * width, dtype=torch.uint8)
-        if raw.numel():
-            self.read_into(name, start, raw.numpy().data)
-        return raw.view(dtype)
+        return elements(self, name, self._tensors[name], start, stop)
 
     def read_into(self, name: str, start: int, target: memoryview) -> None:
         """Fill ``target``, bytes, with the elements from ``start`` on, in the tensor's own type; loads no torch.

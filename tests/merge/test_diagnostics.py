@@ -150,6 +150,8 @@ def test_zero_bases_give_no_infinite_json(tmp_path: Path) -> None:
     json.dumps(found.to_json(), allow_nan=False)
     assert "∞" in str(list(found.tables()))
     assert "4G+" in str(list(found.tables())), "a step of zero is the least number there is"
+    (said,) = found.warnings
+    assert said.startswith("x changed matrices that are all 0 in the base")
 
 
 def test_tables_fit_120_columns_and_fold_layers(llavas: Path) -> None:

@@ -52,6 +52,9 @@ def _one(found: Inspection, name: str, far: bool) -> Iterator[str]:
     if not any(moved.changed for moved in found.movements[name].values()):
         yield f"{name} equals the base everywhere."
         return
+    if far and not matrices.base:
+        yield f"{name} changed matrices that are all 0 in the base, so it was tuned from another; find its own base."
+        return
     if far and _unlike(matrices):
         yield (
             f"{name} is not a fine-tune of this base: its matrices have nothing of the base's (cosine "
