@@ -108,8 +108,8 @@ class _Engine:
                 self._done[tensor.name] = TensorReport(**earlier)
         copied = [tensor for tensor in left if self._is_copy(tensor)]
         blended = [tensor for tensor in left if not self._is_copy(tensor)]
-        straight = frozenset() if self._measured else self._straight(blended)
-        blended = [tensor for tensor in blended if tensor.name not in straight]
+        made = frozenset() if self._measured else self._multi_tensor(blended)
+        blended = [tensor for tensor in blended if tensor.name not in made]
         away = [tensor for tensor in blended if self._is_away(tensor)]
         blended = [tensor for tensor in blended if not self._is_away(tensor)]
         self._say_what_stays(blended)
@@ -119,8 +119,8 @@ class _Engine:
             on_device = self._general(away, lanes)
             total = sum(tensor.info.nbytes for tensor in self._plan.tensors)
             with self._progress.task("blend", total, "bytes") as step:
-                made = straight | self._done.keys()
-                step.advance(sum(tensor.info.nbytes for tensor in self._plan.tensors if tensor.name in made))
+                done = made | self._done.keys()
+                step.advance(sum(tensor.info.nbytes for tensor in self._plan.tensors if tensor.name in done))
                 self._take(copied, step)
                 refused: list[TensorPlan] = []
                 if fused is not None:
@@ -161,12 +161,12 @@ class _Engine:
             result = TensorReport(tensor.name, tensor.part, tensor.method, tensor.info.numel)
             self._finish(tensor, result, step)
 
-    def _straight(self, left: Sequence[TensorPlan]) -> frozenset[str]:
+    def _multi_tensor(self, left: Sequence[TensorPlan]) -> frozenset[str]:
         """Make what takes one pass with nothing to find out or to report; the names."""
         pristine, merged, sink, kernels = self._pristine, self._merged, self._sink, native()
         if pristine is None or merged is None or not isinstance(sink, LiveSink) or self._device != "cpu" or not kernels:
             return frozenset()
-        way = pristine.straight(self._plan, sink, kernels)
+        way = pristine.multi_tensor(self._plan, sink, kernels)
         return frozenset() if way is None else way.run(self._plan, left, pristine.thresholds(self._plan), merged)
 
     def _fused(self, left: Sequence[TensorPlan], chunk: int | None) -> AbstractContextManager[Fused | None]:

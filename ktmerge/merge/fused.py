@@ -20,16 +20,16 @@ import numpy as np
 
 from ktmerge.checkpoints.workers import Workers
 from ktmerge.merge.device import cores
-from ktmerge.merge.given import Target
 from ktmerge.merge.kernels.codes import FINE
 from ktmerge.merge.kernels.exact import HALF, exact_value
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.kernels.native import Native
-from ktmerge.merge.measuring import answered, energies_of, weights_of
 from ktmerge.merge.program import Budget, Cap, Chosen, Clamp, Measured, Program, Ramp, Ruled, Sum, Trim, program_of
+from ktmerge.merge.reductions import answered, energies_of, weights_of
 from ktmerge.merge.report import TensorReport
 from ktmerge.merge.ruling import blend_ruled, informed
 from ktmerge.merge.selection import Found, Job, Key, Recollected, Run, Thresholds, Work, find_thresholds
+from ktmerge.merge.settling import Target
 from ktmerge.merge.steps import Steps
 from ktmerge.merge.workspace import KINDS, Blended, Combine, Row, Workspace
 

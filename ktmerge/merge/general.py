@@ -21,7 +21,6 @@ from ktmerge.checkpoints.workers import Workers
 from ktmerge.errors import KtmergeError
 from ktmerge.merge.device import cores
 from ktmerge.merge.flow import Flow
-from ktmerge.merge.given import Target, settle_given
 from ktmerge.merge.kernels import kernels_for
 from ktmerge.merge.kernels.codes import FINE
 from ktmerge.merge.kernels.keys import stream_key
@@ -29,6 +28,7 @@ from ktmerge.merge.kernels.native import native
 from ktmerge.merge.merged import MergedDeltasOfPlan
 from ktmerge.merge.plan import Plan, TensorPlan
 from ktmerge.merge.report import TensorReport
+from ktmerge.merge.settling import Target, settle_given
 from ktmerge.merge.sinks import LiveSink, Sink
 from ktmerge.merge.source import CHUNK, DEVICE_CHUNK, Chunk, Sources
 from ktmerge.merge.workspace import KINDS, WIDTHS

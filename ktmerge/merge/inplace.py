@@ -21,10 +21,10 @@ from ktmerge.merge.fused import Fused, pools
 from ktmerge.merge.kernels.codes import BLOCK, F32, FINE
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.kernels.native import Native
+from ktmerge.merge.multi_tensor import terms
 from ktmerge.merge.pristine import HostReader
 from ktmerge.merge.program import Budget, Cap, Clamp, Given, Measured, Program, Ruled, Trim
 from ktmerge.merge.report import TensorReport
-from ktmerge.merge.straight import terms
 from ktmerge.merge.workspace import KINDS, WIDTHS, Combine, spelled
 
 if TYPE_CHECKING:

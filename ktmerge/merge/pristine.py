@@ -15,9 +15,9 @@ from ktmerge.checkpoints.dtypes import BITS, torch_dtype
 from ktmerge.checkpoints.header import TensorInfo
 from ktmerge.checkpoints.reader import Reader
 from ktmerge.merge.merged import MergedDeltas, MergedDeltasOfPlan
+from ktmerge.merge.multi_tensor import MultiTensor
 from ktmerge.merge.record import said_of_inputs
 from ktmerge.merge.replanning import Planner
-from ktmerge.merge.straight import Straight
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -52,7 +52,7 @@ class Pristine:
         self._planner = Planner()
         self._names: dict[int, tuple[Checkpoint, str]] = {}
         self._sinks: WeakKeyDictionary[Any, tuple[Checkpoint, LiveSink]] = WeakKeyDictionary()
-        self._straights: WeakKeyDictionary[LiveSink, tuple[list[Checkpoint], Straight]] = WeakKeyDictionary()
+        self._multi_tensors: WeakKeyDictionary[LiveSink, tuple[list[Checkpoint], MultiTensor]] = WeakKeyDictionary()
 
     def plan(self, recipe: Recipe) -> Plan:
         """The recipe's plan; the headers of models that were planned with before are not read again."""
@@ -96,15 +96,18 @@ class Pristine:
             known = self._sinks[model] = base, LiveSink(model, base)
         return known[1]
 
-    def straight(self, plan: Plan, sink: LiveSink, native: Native) -> Straight | None:
-        """The shortest way into a model for plans like this one; None with copies on a device."""
+    def multi_tensor(self, plan: Plan, sink: LiveSink, native: Native) -> MultiTensor | None:
+        """All tensors in one call, for plans like this one into this model; None with copies on a device."""
         if self.device != "cpu":
             return None
         models = [plan.base, *(expert.checkpoint for expert in plan.experts)]
-        known = self._straights.get(sink)
+        known = self._multi_tensors.get(sink)
         if known is None or any(one is not other for one, other in zip_longest(known[0], models)):
             experts = [self.reader(plan, expert.name) for expert in plan.experts]
-            known = self._straights[sink] = models, Straight(plan, self.reader(plan, None), experts, sink, native)
+            known = self._multi_tensors[sink] = (
+                models,
+                MultiTensor(plan, self.reader(plan, None), experts, sink, native),
+            )
         return known[1]
 
     def _models(self, plan: Plan) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ktmerge.merge.kernels.native import Native, native
 from ktmerge.merge.kernels.radix import magnitude_bits
-from ktmerge.merge.ranks import LOW_BITS, quantile_rank
+from ktmerge.merge.ranking import LOW_BITS, quantile_rank
 from ktmerge.merge.stage import Context
 
 _BLOCK = 1 << 21

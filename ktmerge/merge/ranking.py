@@ -1,11 +1,20 @@
-"""The largest of a tensor's scores, or of each row's, exactly so many, whatever ties."""
+"""Which elements are the largest, exactly so many, whatever ties; which is a quantile. Importing it loads no torch."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+LOW_BITS = 16
+"""Bits in the lower half of a magnitude's pattern: exact quantiles take one pass for each half."""
+
+
+def quantile_rank(share: float, elements: int) -> int:
+    """Rank, from the smallest and from 0, of the least value that ``share`` of the elements do not exceed."""
+    return max(0, math.ceil(round(share * elements, 6)) - 1)
 
 
 def largest(scores: Tensor, count: int, key: int) -> Tensor:

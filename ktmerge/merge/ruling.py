@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ktmerge.merge.given import Target, settle_given
 from ktmerge.merge.kernels.codes import FINE, INPUT_NOT_FINITE
+from ktmerge.merge.settling import Target, settle_given
 from ktmerge.merge.workspace import WIDTHS, Blended
 
 if TYPE_CHECKING:

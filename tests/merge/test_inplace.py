@@ -18,12 +18,12 @@ from ktmerge.checkpoints.header import TensorInfo
 from ktmerge.errors import KtmergeError
 from ktmerge.merge import blend, blend_into
 from ktmerge.merge.flow import Flow
+from ktmerge.merge.inexact import inexact_places
 from ktmerge.merge.merged import MergedDeltas
-from ktmerge.merge.odd import odd_places
+from ktmerge.merge.multi_tensor import MultiTensor
 from ktmerge.merge.planning import plan_blend
 from ktmerge.merge.pristine import HostReader, Pristine
 from ktmerge.merge.replanning import Planner
-from ktmerge.merge.straight import Straight
 
 TWO = {"a": ("a", 0.7), "b": ("b", 0.4)}
 ONE = {"a": ("a", 1.0)}
@@ -169,7 +169,7 @@ def test_candidates_that_are_not_measured_equal_the_files(
 
     Pieces are so small that tensors take several.
     """
-    monkeypatch.setattr("ktmerge.merge.straight.PIECE", 256)
+    monkeypatch.setattr("ktmerge.merge.multi_tensor.PIECE", 256)
     shutil.copytree(llamas, tmp_path / "models")
     if expert == "float32":
         draw = torch.Generator().manual_seed(5)
@@ -177,13 +177,13 @@ def test_candidates_that_are_not_measured_equal_the_files(
         shutil.rmtree(tmp_path / "models" / "a")
         write(tmp_path / "models" / "a", tensors, json.loads((llamas / "a" / "config.json").read_text()))
     model, sources = Model(read(llamas / "base"), torch.float32), Pristine()
-    taken, run = [], Straight.run
+    taken, run = [], MultiTensor.run
 
-    def counted(self: Straight, *arguments: Any) -> frozenset[str]:
+    def counted(self: MultiTensor, *arguments: Any) -> frozenset[str]:
         taken.append(run(self, *arguments))
         return taken[-1]
 
-    monkeypatch.setattr(Straight, "run", counted)
+    monkeypatch.setattr(MultiTensor, "run", counted)
     wanted = []
     for number, given in enumerate(CANDIDATES):
         recipe = recipe_in(tmp_path / "models", {"a": ("a", weight)}, given, output=output)
@@ -222,13 +222,13 @@ def test_other_lambdas_of_several_experts_take_one_pass(
     """A merged delta is kept when it is asked for again, or at once if the whole tensor had to be looked at."""
     dtype = getattr(torch, kind)
     model, sources = Model(read(llamas / "base"), dtype), Pristine()
-    taken, run = [], Straight.run
+    taken, run = [], MultiTensor.run
 
-    def counted(self: Straight, *arguments: Any) -> frozenset[str]:
+    def counted(self: MultiTensor, *arguments: Any) -> frozenset[str]:
         taken.append(run(self, *arguments))
         return taken[-1]
 
-    monkeypatch.setattr(Straight, "run", counted)
+    monkeypatch.setattr(MultiTensor, "run", counted)
     for number, given in enumerate(SEVERAL):
         for lambda_ in (1.0, 0.4, 1.7):
             recipe = recipe_in(llamas, TWO, {**given, "lambda": lambda_}, output={"rounding": rounding, "dtype": kind})
@@ -247,7 +247,7 @@ def test_a_rule_s_merged_delta_needs_no_torch(llamas: Path, recipe_in: Any, monk
             blend_into(model, recipe_in(llamas, TWO, {**given, "lambda": lambda_}), sources, measured=False)
 
 
-def test_odd_places_are_where_adding_misses_the_expert() -> None:
+def test_inexact_places_are_where_adding_misses_the_expert() -> None:
     """The difference is rounded at 20, the expert is -0 at 60; elsewhere the sum is exact, or nothing changed."""
     base, first = torch.linspace(0.5, 1, 100), torch.linspace(0.5, 1, 100) + 2.0**-10
     base[20], first[20] = 1.0, 2.0**-30
@@ -257,13 +257,13 @@ def test_odd_places_are_where_adding_misses_the_expert() -> None:
         HostReader({"w": TensorInfo("w", "F32", (100,), "", 0, 400)}, {"w": one.numpy().view(np.uint8)})
         for one in (base, first, base.clone())
     ]
-    found = odd_places(readers[0], "w", [(readers[1], "w"), (readers[2], "w")], 100)
+    found = inexact_places(readers[0], "w", [(readers[1], "w"), (readers[2], "w")], 100)
     assert found is not None
     assert found.places.tolist() == [20, 60]
     assert found.values.view(np.float32)[:, 0].tolist() == [2.0**-30, 0.0]
     assert found.values.view(np.float32)[:, 1].tolist() == base[[20, 60]].tolist()
     first[99] = float("inf")
-    assert odd_places(readers[0], "w", [(readers[1], "w")], 100) is None
+    assert inexact_places(readers[0], "w", [(readers[1], "w")], 100) is None
 
 
 def test_a_candidate_that_is_not_finite_is_refused(llamas: Path, tmp_path: Path, recipe_in: Any) -> None:

@@ -16,7 +16,7 @@ from ktmerge.merge.kernels.codes import BLOCK, FINE, INPUT_NOT_FINITE
 from ktmerge.merge.kernels.compiler import compiled, compiled_sums
 from ktmerge.merge.kernels.conversion import load
 from ktmerge.merge.kernels.randomness import hash_of
-from ktmerge.merge.kernels.transforming import count_kept, subtract, transform
+from ktmerge.merge.kernels.transforming import count_kept, steps_at, subtract, transform
 
 _U32, _U64, _F64 = np.uint32, np.uint64, np.float64
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
@@ -26,7 +26,7 @@ _ALL = 1 << 60
 _ROUND = np.float64(3 << 51)
 """Added and taken off again, rounds to a whole number, ties to even."""
 _HALF = 17
-"""Bits of half an integer; see `ktmerge.merge.gram`."""
+"""Bits of half an integer; see `ktmerge.merge.geometry`."""
 
 
 def spread(
@@ -40,8 +40,8 @@ def spread(
     """
     all16, all32 = carray(memory16, (_ALL,)), carray(memory32, (_ALL,))
     own_kinds, own_places = carray(kinds, (number + 1,)), carray(places, (number + 1,))
-    per_step = (step_count, number)
-    own_steps, own_kept = carray(steps, (step_count,)), carray(kept, (number,))
+    all_steps = steps_at(number, step_count, steps, floors, leasts, spans, tops, keys, cuts, factors)
+    own_kept = carray(kept, (number,))
     values = carray(out, (number + 1, count))
     work = carray(scratch, (3, BLOCK))
     for first in range(0, count, BLOCK):
@@ -55,11 +55,7 @@ def spread(
             if load(own_kinds[t + 1], all16[place:], all32[place:], 0, other):
                 return int64(INPUT_NOT_FINITE)
             subtract(other.view(np.float32), base, delta)
-            transform(
-                own_steps, delta, start + first, t, carray(floors, per_step), carray(leasts, per_step),
-                carray(spans, per_step), carray(tops, per_step), carray(keys, per_step), carray(cuts, per_step),
-                carray(factors, per_step), work[1], work[2],
-            )  # fmt: skip
+            transform(all_steps, delta, start + first, t, work[1], work[2])
             own_kept[t] += count_kept(delta.view(np.uint32))
     return int64(FINE)
 

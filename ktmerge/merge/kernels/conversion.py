@@ -15,7 +15,7 @@ from ktmerge.merge.kernels.compiler import compiled
 
 _U32, _F32 = np.uint32, np.float32
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
-_EXPONENT = np.uint32(0x7F800000)
+EXPONENT = np.uint32(0x7F800000)
 _SIGN = np.uint32(0x80000000)
 _ONE = np.uint32(1)
 _LARGEST16 = np.uint32(0x7F7F0000)
@@ -29,8 +29,8 @@ def load_bf16(raw, out):
     for i in range(out.size):
         pattern = _U32(_U32(raw[i]) << _U32(16))
         out[i] = pattern
-        worst = _U32(max(worst, _U32(pattern & _EXPONENT)))
-    return worst == _EXPONENT
+        worst = _U32(max(worst, _U32(pattern & EXPONENT)))
+    return worst == EXPONENT
 
 
 @compiled
@@ -38,8 +38,8 @@ def _load_f32(raw, out):
     worst = _U32(0)
     for i in range(out.size):
         out[i] = raw[i]
-        worst = _U32(max(worst, _U32(raw[i] & _EXPONENT)))
-    return worst == _EXPONENT
+        worst = _U32(max(worst, _U32(raw[i] & EXPONENT)))
+    return worst == EXPONENT
 
 
 @compiled
@@ -68,7 +68,8 @@ def load(kind, raw16, raw32, first, out):
 
 
 @compiled
-def _largest(patterns):
+def largest(patterns):
+    """The largest magnitude."""
     worst = _U32(0)
     for i in range(patterns.size):
         worst = _U32(max(worst, _U32(patterns[i] & _MAGNITUDE)))
@@ -90,7 +91,7 @@ def _store_bf16_stochastic(patterns, words, out, stored):
     for i in range(out.size):
         bits = patterns[i]
         carried = _U32(bits + _U32(words[i] >> _U32(16)))
-        carried = bits if _U32(carried & _EXPONENT) == _EXPONENT else carried
+        carried = bits if _U32(carried & EXPONENT) == EXPONENT else carried
         out[i] = uint16(_U32(carried >> _U32(16)))
         stored[i] = _U32(carried & _U32(0xFFFF0000))
 
@@ -116,7 +117,7 @@ def store(kind, stochastic, patterns, words, out16, out32, stored):
     """Round once; whether a value is beyond the type. Leaves what was stored as fp32 patterns in ``stored``."""
     if kind == F32:
         return _load_f32(patterns, out32) or _load_f32(patterns, stored)
-    worst = _largest(patterns)
+    worst = largest(patterns)
     if kind == F16:
         if worst <= _LARGEST_HALF:
             _store_f16(patterns, out16, stored)

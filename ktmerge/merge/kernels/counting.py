@@ -14,11 +14,11 @@ from numba.types import int64
 from ktmerge.merge.kernels.codes import BF16, BLOCK, F32, FINE, INPUT_NOT_FINITE, UNREADABLE, WINDOW
 from ktmerge.merge.kernels.compiler import compiled, compiled_sums
 from ktmerge.merge.kernels.conversion import load
-from ktmerge.merge.kernels.files import fetch, fetch_all
+from ktmerge.merge.kernels.files import fetch, fetch_all, rows_at
 from ktmerge.merge.kernels.gathering import collect
 from ktmerge.merge.kernels.randomness import hash_of
 from ktmerge.merge.kernels.scanning import not_finite, scan, scan_delta
-from ktmerge.merge.kernels.transforming import subtract, transform
+from ktmerge.merge.kernels.transforming import steps_at, subtract, transform
 
 _U32, _U64, _F64 = np.uint32, np.uint64, np.float64
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
@@ -63,24 +63,20 @@ def _count_hashes(found, key, start, low, last, shift, counts):
 
 
 @compiled
-def _magnitudes(delta):
+def _magnitudes(delta, out):
     patterns = delta.view(np.uint32)
     for i in range(delta.size):
-        patterns[i] = _U32(patterns[i] & _MAGNITUDE)
+        out[i] = _U32(patterns[i] & _MAGNITUDE)
 
 
 @compiled
-def _delta(
-    raw16, raw32, kinds, row, first, start, steps, floors, leasts, spans, tops, keys, cuts, factors, own, other, d,
-    lanes, words,
-):  # fmt: skip
+def _delta(raw16, raw32, kinds, row, first, start, steps, own, other, d, lanes, words):
     """One expert's delta after the transforms, elements ``first .. first + d.size`` of the rows, whose first element is
     ``start`` in the tensor; whether one is not finite. ``own`` holds the base's."""
-    t = row - 1
     if load(kinds[row], raw16[row], raw32[row], first, other[: d.size]):
         return True
     subtract(other[: d.size].view(np.float32), own[: d.size].view(np.float32), d)
-    transform(steps, d, start + first, t, floors, leasts, spans, tops, keys, cuts, factors, lanes, words)
+    transform(steps, d, start + first, row - 1, lanes, words)
     return False
 
 
@@ -96,8 +92,7 @@ def _fetch_wanted(raw16, kinds, files, places, wanted, begin, size):
 
 @compiled
 def _measure(
-    raw16, raw32, kinds, wanted, start, origin, count, steps, floors, leasts, spans, tops, keys, cuts, factors,
-    searches, counts, lows, own, other, delta, lanes, words,
+    raw16, raw32, kinds, wanted, start, origin, count, steps, searches, counts, lows, own, other, delta, lanes, words
 ):  # fmt: skip
     """``count`` elements of the rows, which begin with element ``origin`` of the piece."""
     for first in range(0, count, BLOCK):
@@ -108,14 +103,13 @@ def _measure(
         for w in range(wanted.size):
             known = w > 0 and wanted[w] == wanted[w - 1]
             if not known and _delta(
-                raw16, raw32, kinds, wanted[w], first, start + origin, steps, floors, leasts, spans, tops, keys, cuts,
-                factors, own, other, d, lanes, words,
-            ):  # fmt: skip
+                raw16, raw32, kinds, wanted[w], first, start + origin, steps, own, other, d, lanes, words
+            ):
                 return int64(INPUT_NOT_FINITE)
             hashed, floor, key, low = searches[w][0], _U32(searches[w][1]), searches[w][2], searches[w][3]
             last, shift, bins = searches[w][4], searches[w][5], int64(searches[w][6])
-            _magnitudes(d)
             magnitudes = d.view(np.uint32)
+            _magnitudes(d, magnitudes)
             if hashed:
                 tied = words[: collect(magnitudes, floor, _U32(0), words)]
                 above = _count_hashes(tied, key, start + origin + first, low, last, shift, counts[w])
@@ -141,16 +135,9 @@ def measure(
     ``(key - low) >> shift``, and keys above all that in number ``bins``; ``lows`` uint32 ``[wanted, width]``, the union
     of the bits that magnitudes lose in that shift. ``scratch`` holds ``BLOCK * 5`` words.
     """
-    raw16 = carray(rows16, (number + 1, stride // 2))
-    raw32 = carray(rows32, (number + 1, stride // 4))
-    own_kinds, own_files, own_places = (
-        carray(kinds, (number + 1,)),
-        carray(files, (number + 1,)),
-        carray(places, (number + 1,)),
-    )
-    own_wanted = carray(wanted, (wanted_count,))
-    per_step = (step_count, number)
-    work = carray(scratch, (5, BLOCK))
+    raw16, raw32, own_kinds, own_files, own_places = rows_at(rows16, rows32, stride, number, kinds, files, places)
+    all_steps = steps_at(number, step_count, steps, floors, leasts, spans, tops, keys, cuts, factors)
+    own_wanted, work = carray(wanted, (wanted_count,)), carray(scratch, (5, BLOCK))
     fetched = own_files[0] >= 0
     window = WINDOW if fetched else count
     for begin in range(0, count, window):
@@ -158,9 +145,7 @@ def measure(
         if fetched and not _fetch_wanted(raw16, own_kinds, own_files, own_places, own_wanted, begin, size):
             return int64(UNREADABLE)
         status = _measure(
-            raw16, raw32, own_kinds, own_wanted, start, begin, size,
-            carray(steps, (step_count,)), carray(floors, per_step), carray(leasts, per_step), carray(spans, per_step),
-            carray(tops, per_step), carray(keys, per_step), carray(cuts, per_step), carray(factors, per_step),
+            raw16, raw32, own_kinds, own_wanted, start, begin, size, all_steps,
             carray(searches, (wanted_count, 7)), carray(counts, (wanted_count, width + 1)),
             carray(lows, (wanted_count, width)), work[0], work[1], work[2].view(np.float32), work[3], work[4],
         )  # fmt: skip
@@ -171,11 +156,11 @@ def measure(
 
 @compiled
 def _note(
-    raw16, raw32, kinds, wanted, start, origin, count, steps, floors, leasts, spans, tops, keys, cuts, factors,
-    bounds, places, patterns, taken, above, found, own, other, delta, lanes, words,
+    raw16, raw32, kinds, wanted, start, origin, count, steps, bounds, places, patterns, taken, above, found, own, other,
+    delta, lanes, words,
 ):  # fmt: skip
     """``count`` elements of the rows, which begin with element ``origin`` of the piece."""
-    plain = steps.size == 0 and kinds[0] == BF16
+    plain = steps[0].size == 0 and kinds[0] == BF16
     for w in range(wanted.size):
         row, low, last = wanted[w], bounds[w][0], bounds[w][1]
         for first in range(0, count, BLOCK):
@@ -188,9 +173,8 @@ def _note(
             if plain and kinds[row] == BF16:
                 taken[w] += scan(raw16[0], raw16[row], first, low, last, origin, at, of, found, own, other, d)
             elif load(kinds[0], raw16[0], raw32[0], first, own[: d.size]) or _delta(
-                raw16, raw32, kinds, row, first, start + origin, steps, floors, leasts, spans, tops, keys, cuts,
-                factors, own, other, d, lanes, words,
-            ):  # fmt: skip
+                raw16, raw32, kinds, row, first, start + origin, steps, own, other, d, lanes, words
+            ):
                 return int64(INPUT_NOT_FINITE)
             else:
                 taken[w] += scan_delta(d, low, last, _U32(origin + first), at, of, found)
@@ -212,16 +196,9 @@ def note(
     ``capacity - BLOCK``; ``taken`` int64 ``[wanted]`` counts them, and is beyond the capacity where that did not do:
     ``above`` int64 ``[wanted]`` is then too small. ``scratch`` holds ``BLOCK * 5`` words and 2.
     """
-    raw16 = carray(rows16, (number + 1, stride // 2))
-    raw32 = carray(rows32, (number + 1, stride // 4))
-    own_kinds, own_files, own_places = (
-        carray(kinds, (number + 1,)),
-        carray(files, (number + 1,)),
-        carray(places, (number + 1,)),
-    )
-    own_wanted = carray(wanted, (wanted_count,))
-    per_step = (step_count, number)
-    work = carray(scratch, (5, BLOCK))
+    raw16, raw32, own_kinds, own_files, own_places = rows_at(rows16, rows32, stride, number, kinds, files, places)
+    all_steps = steps_at(number, step_count, steps, floors, leasts, spans, tops, keys, cuts, factors)
+    own_wanted, work = carray(wanted, (wanted_count,)), carray(scratch, (5, BLOCK))
     fetched = own_files[0] >= 0
     window = WINDOW if fetched else count
     for begin in range(0, count, window):
@@ -229,9 +206,7 @@ def note(
         if fetched and not _fetch_wanted(raw16, own_kinds, own_files, own_places, own_wanted, begin, size):
             return int64(UNREADABLE)
         status = _note(
-            raw16, raw32, own_kinds, own_wanted, start, begin, size,
-            carray(steps, (step_count,)), carray(floors, per_step), carray(leasts, per_step), carray(spans, per_step),
-            carray(tops, per_step), carray(keys, per_step), carray(cuts, per_step), carray(factors, per_step),
+            raw16, raw32, own_kinds, own_wanted, start, begin, size, all_steps,
             carray(bounds, (wanted_count, 2)), carray(noted, (wanted_count, capacity)),
             carray(patterns, (wanted_count, capacity)), carray(taken, (wanted_count,)), carray(above, (wanted_count,)),
             carray(scratch, (5 * BLOCK + 2,))[5 * BLOCK :],
@@ -243,27 +218,14 @@ def note(
 
 
 @compiled
-def _magnitudes_into(delta, out):
-    patterns = delta.view(np.uint32)
-    for i in range(delta.size):
-        out[i] = _U32(patterns[i] & _MAGNITUDE)
-
-
-@compiled
-def _sample(
-    raw16, raw32, kinds, start, count, steps, floors, leasts, spans, tops, keys, cuts, factors, out,
-    own, other, delta, lanes, words,
-):  # fmt: skip
+def _sample(raw16, raw32, kinds, start, count, steps, out, own, other, delta, lanes, words):
     d = delta[:count]
     if load(kinds[0], raw16[0], raw32[0], 0, own[:count]):
         return True
     for row in range(1, kinds.size):
-        if _delta(
-            raw16, raw32, kinds, row, 0, start, steps, floors, leasts, spans, tops, keys, cuts, factors, own, other, d,
-            lanes, words,
-        ):  # fmt: skip
+        if _delta(raw16, raw32, kinds, row, 0, start, steps, own, other, d, lanes, words):
             return True
-        _magnitudes_into(d, out[row - 1])
+        _magnitudes(d, out[row - 1])
     return False
 
 
@@ -277,23 +239,16 @@ def sample(
     Blocks of ``count`` elements begin with those of ``blocks``, int64, multiples of 4, counted from ``start``; ``out``
     is uint32 ``[block_count, N, count]``. Rows that do not lie in files hold one block. ``scratch``: ``BLOCK * 5``.
     """
-    per_step = (step_count, number)
+    raw16, raw32, own_kinds, own_files, own_places = rows_at(rows16, rows32, stride, number, kinds, files, places)
+    all_steps = steps_at(number, step_count, steps, floors, leasts, spans, tops, keys, cuts, factors)
     work = carray(scratch, (5, BLOCK))
-    raw16, raw32 = carray(rows16, (number + 1, stride // 2)), carray(rows32, (number + 1, stride // 4))
-    own_kinds, own_files, own_places = (
-        carray(kinds, (number + 1,)),
-        carray(files, (number + 1,)),
-        carray(places, (number + 1,)),
-    )
     own_blocks, target = carray(blocks, (block_count,)), carray(out, (block_count, number, count))
     for b in range(block_count):
         if own_files[0] >= 0 and not fetch_all(raw16, own_kinds, own_files, own_places, own_blocks[b], count):
             return int64(UNREADABLE)
         if _sample(
-            raw16, raw32, own_kinds, start + own_blocks[b], count,
-            carray(steps, (step_count,)), carray(floors, per_step), carray(leasts, per_step), carray(spans, per_step),
-            carray(tops, per_step), carray(keys, per_step), carray(cuts, per_step), carray(factors, per_step),
-            target[b], work[0], work[1], work[2].view(np.float32), work[3], work[4],
+            raw16, raw32, own_kinds, start + own_blocks[b], count, all_steps, target[b], work[0], work[1],
+            work[2].view(np.float32), work[3], work[4],
         ):  # fmt: skip
             return int64(INPUT_NOT_FINITE)
     return int64(FINE)

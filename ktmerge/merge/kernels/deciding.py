@@ -12,6 +12,7 @@ from numba import carray
 from numba.types import int64
 
 from ktmerge.merge.kernels.codes import FINE
+from ktmerge.merge.kernels.combining import copy
 from ktmerge.merge.kernels.compiler import compiled
 from ktmerge.merge.kernels.randomness import hash_of
 
@@ -44,12 +45,6 @@ def _place(patterns, shift, counts, out):
         counts[digit] = _U32(counts[digit] + _ONE)
 
 
-@compiled
-def _copy(patterns, out):
-    for i in range(out.size):
-        out[i] = patterns[i]
-
-
 def sort(patterns, rows, size, other, scratch):
     """Bring each row of patterns, uint32 ``[rows, size]``, into ascending order; FINE.
 
@@ -63,7 +58,7 @@ def sort(patterns, rows, size, other, scratch):
         for digit in range(_DIGITS):
             _place(source, _U64(digit * _DIGIT), counts[digit], target)
             source, target = target, source
-        _copy(spare, given[row])  # where an odd number of passes ends
+        copy(spare, given[row])  # where an odd number of passes ends
     return int64(FINE)
 
 

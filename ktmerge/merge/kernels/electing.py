@@ -21,15 +21,15 @@ from numba.types import int64, uint16
 from ktmerge.merge.kernels.bits import as_bits, as_float
 from ktmerge.merge.kernels.codes import BLOCK, FINE, INPUT_NOT_FINITE, MOST, OVERFLOW, TRIM, UNREADABLE, WINDOW
 from ktmerge.merge.kernels.compiler import compiled
-from ktmerge.merge.kernels.conversion import load_bf16
-from ktmerge.merge.kernels.files import fetch_all
+from ktmerge.merge.kernels.conversion import EXPONENT, load_bf16
+from ktmerge.merge.kernels.files import fetch_all, rows_at
 from ktmerge.merge.kernels.gathering import collect
 from ktmerge.merge.kernels.randomness import hash_of, random_words
 from ktmerge.merge.kernels.settling import sum_up
+from ktmerge.merge.kernels.transforming import steps_at
 
 _U32, _U64, _F32 = np.uint32, np.uint64, np.float32
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
-_EXPONENT = np.uint32(0x7F800000)
 _LARGEST16 = np.uint32(0x7F7F0000)
 _SIGN = np.uint32(0x80000000)
 _ONE = np.uint32(1)
@@ -43,7 +43,7 @@ def _trim(raw, own, floor, span, theirs, delta):
     worst, kept, tied = _U32(0), _U32(0), False
     for i in range(delta.size):
         pattern = _U32(_U32(raw[i]) << _U32(16))
-        worst = _U32(max(worst, _U32(pattern & _EXPONENT)))
+        worst = _U32(max(worst, _U32(pattern & EXPONENT)))
         theirs[i] = pattern
         bits = as_bits(as_float(pattern) - as_float(own[i]))
         magnitude = _U32(bits & _MAGNITUDE)
@@ -60,7 +60,7 @@ def _drop(raw, own, words, cut, factor, theirs, delta):
     worst, kept = _U32(0), _U32(0)
     for i in range(delta.size):
         pattern = _U32(_U32(raw[i]) << _U32(16))
-        worst = _U32(max(worst, _U32(pattern & _EXPONENT)))
+        worst = _U32(max(worst, _U32(pattern & EXPONENT)))
         theirs[i] = pattern
         scaled = (as_float(pattern) - as_float(own[i])) * factor
         bits = as_bits(scaled if _U64(words[i]) < cut else _ZERO)
@@ -159,11 +159,11 @@ def _transform(step, raw, own, floor, least, span, key, cut, factor, start, thei
 
 @compiled
 def _elect(
-    raw16, start, begin, end, origin, steps, floors, leasts, spans, keys, cuts, factors, mean, rates, fallback, lambda_,
-    out, sums, kept, work, lanes, words,
+    raw16, start, begin, end, origin, steps, mean, rates, fallback, lambda_, out, sums, kept, work, lanes, words
 ):  # fmt: skip
     """The elements from ``begin`` to ``end`` of the piece; the rows begin with its element ``origin``."""
     number = kept.size
+    codes, floors, leasts, spans, _, keys, cuts, factors = steps
     status = int64(FINE)
     for first in range(begin, end, BLOCK):
         n = min(BLOCK, end - first)
@@ -175,12 +175,12 @@ def _elect(
         for t in range(number):
             theirs, delta = work[(t + 1) * BLOCK :][:n], work[(number + 1 + t) * BLOCK :][:n]
             largest, count = _transform(
-                steps[0], raw16[t + 1][at : at + n], own, floors[0][t], leasts[0][t], spans[0][t], keys[0][t],
+                codes[0], raw16[t + 1][at : at + n], own, floors[0][t], leasts[0][t], spans[0][t], keys[0][t],
                 cuts[0][t], factors[0][t], _U64(start + first), theirs, delta, lanes, words,
             )  # fmt: skip
             worst = max(worst, largest)
             kept[t] += int64(count)
-        if worst == _EXPONENT:
+        if worst == EXPONENT:
             return int64(INPUT_NOT_FINITE)
         if number == 1:
             largest = _elect_one(work, rates, fallback, mean, lambda_, block)
@@ -205,13 +205,8 @@ def elect(
     transform, a trim without outliers or a drop, is followed by an election: of the weighted mean if ``mean``, else of
     the weighted sum. ``scratch`` holds ``BLOCK * (2 N + 5)`` words.
     """
-    raw16 = carray(rows16, (number + 1, stride // 2))
-    own_kinds, own_files, own_places = (
-        carray(kinds, (number + 1,)),
-        carray(files, (number + 1,)),
-        carray(places, (number + 1,)),
-    )
-    per_step = (step_count, number)
+    raw16, _, own_kinds, own_files, own_places = rows_at(rows16, rows32, stride, number, kinds, files, places)
+    all_steps = steps_at(number, step_count, steps, floors, leasts, spans, tops, keys, cuts, factors)
     work = carray(scratch, (BLOCK * (2 * number + 5),))
     lanes, words = work[BLOCK * (2 * number + 3) :][:BLOCK], work[BLOCK * (2 * number + 4) :]
     fetched = own_files[0] >= 0
@@ -223,9 +218,7 @@ def elect(
         if fetched and not fetch_all(raw16, own_kinds, own_files, own_places, begin, end - begin):
             return int64(UNREADABLE)
         status = _elect(
-            raw16, start, begin, end, origin, carray(steps, (step_count,)), carray(floors, per_step),
-            carray(leasts, per_step), carray(spans, per_step), carray(keys, per_step), carray(cuts, per_step),
-            carray(factors, per_step), mean != 0, carray(rates, (3, number)), fallback, lambda_,
+            raw16, start, begin, end, origin, all_steps, mean != 0, carray(rates, (3, number)), fallback, lambda_,
             carray(out16, (count,)), carray(sums, (4,)), carray(kept, (number,)), work, lanes, words,
         )  # fmt: skip
         if status == INPUT_NOT_FINITE:

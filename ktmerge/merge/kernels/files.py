@@ -5,11 +5,12 @@
 from __future__ import annotations
 
 import numpy as np
+from numba import carray
 from numba.core.types import ExternalFunction
 from numba.types import int32, int64, uint64, voidptr
 
 from ktmerge.merge.kernels.codes import F32
-from ktmerge.merge.kernels.compiler import compiled
+from ktmerge.merge.kernels.compiler import compiled, inlined
 
 _pread = ExternalFunction("pread", int64(int32, voidptr, uint64, int64))
 
@@ -40,3 +41,12 @@ def fetch_all(raw16, kinds, files, places, first, count):
     for row in range(kinds.size):
         whole = whole and fetch(row, raw16, kinds, files, places, first, count)
     return whole
+
+
+@inlined
+def rows_at(rows16, rows32, stride, number, kinds, files, places):
+    """Rows ``[N + 1, stride]`` as 16-bit and as 32-bit words, their kinds, and their files and places in those."""
+    return (
+        carray(rows16, (number + 1, stride // 2)), carray(rows32, (number + 1, stride // 4)),
+        carray(kinds, (number + 1,)), carray(files, (number + 1,)), carray(places, (number + 1,)),
+    )  # fmt: skip

@@ -19,6 +19,7 @@ from typing import Any
 
 from ktmerge.checkpoints.cache import cache_folder
 from ktmerge.merge.kernels import codes
+from ktmerge.merge.kernels.codes import SIGNATURES
 
 Entry = Callable[..., int]
 
@@ -29,7 +30,7 @@ GROUPS = {
     "thresholds": ("measure", "note", "sample", "sort", "rank_noted", "hash_noted", "rank_hashes"),
     "norms": ("squares",),
     "memory": ("direct",),
-    "candidates": ("straight",),
+    "candidates": ("multi_tensor",),
     "choices": ("rank", "words"),
     "arrays": ("spread", "add_up", "tally", "tally_hashes", "select", "products"),
     "rules": ("rule",),
@@ -37,9 +38,9 @@ GROUPS = {
 """What is compiled together, when the first of it is asked for: a first blend need not wait for all."""
 _GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 _MODULES = (
-    "arrays.py", "bits.py", "combining.py", "compiled.py", "compiler.py", "conversion.py", "counting.py", "deciding.py",
-    "direct.py", "electing.py", "files.py", "gathering.py", "ordering.py", "randomness.py", "ruling.py", "scanning.py",
-    "settling.py", "straight.py", "transforming.py",
+    "arrays.py", "bits.py", "blending.py", "combining.py", "compiled.py", "compiler.py", "conversion.py",
+    "counting.py", "deciding.py", "electing.py", "files.py", "gathering.py", "multi_tensor.py", "ordering.py",
+    "randomness.py", "ruling.py", "scanning.py", "settling.py", "transforming.py",
 )  # fmt: skip
 _SOURCES = (Path(codes.__file__), *(Path(__file__).with_name(name) for name in _MODULES))
 # What numba's code would call to raise or to count references. The kernels do neither, but the linker wants them.
@@ -47,65 +48,11 @@ _UNUSED = (
     "NRT_Free", "NRT_MemInfo_call_dtor", "numba_do_raise", "numba_gil_ensure", "numba_gil_release",
     "numba_runtime_build_excinfo_struct", "numba_unpickle",
 )  # fmt: skip
-_ARGUMENTS = {
-    "p": ctypes.c_void_p,
-    "i": ctypes.c_int64,
-    "w": ctypes.c_uint32,
-    "l": ctypes.c_uint64,
-    "f": ctypes.c_float,
-}
-_ROWS, _STEPS, _COMBINE = "ppipi", "ipppppppp", "iip"
-_SIGNATURES = {
-    "blend": f"{_ROWS}ppii{_STEPS}{_COMBINE}piilppppp",
-    "elect": f"{_ROWS}ppii{_STEPS}ipffpppp",
-    "direct": f"ppppiii{_STEPS}{_COMBINE}piiliiippp",
-    "straight": "ppppiiiipp",
-    "squares": f"{_ROWS}ppii{_STEPS}{_COMBINE}fppp",
-    "measure": f"{_ROWS}ppii{_STEPS}ippippp",
-    "note": f"{_ROWS}ppii{_STEPS}ippippppp",
-    "sample": f"{_ROWS}ppii{_STEPS}ippp",
-    "sort": "piipp",
-    "rank_noted": "piiwippp",
-    "hash_noted": "ppiwlip",
-    "rank_hashes": "piipp",
-    "energy": "ppiipp",
-    "rank": "ppliipppp",
-    "words": "liipp",
-    "spread": f"ppppiii{_STEPS}ppp",
-    "add_up": "piip",
-    "tally": "piwwwip",
-    "tally_hashes": "piiwlllwip",
-    "select": "piiwllp",
-    "products": "ppiiippp",
-    "rule": "ipiipippp",
-}
+_ARGUMENTS = {"i": ctypes.c_int64, "w": ctypes.c_uint32, "l": ctypes.c_uint64, "f": ctypes.c_float}
 
 
 class Native:
     """The kernels of `ktmerge.merge.kernels.compiled`, by the same names; arrays are passed as addresses."""
-
-    blend: Entry
-    elect: Entry
-    direct: Entry
-    straight: Entry
-    squares: Entry
-    measure: Entry
-    note: Entry
-    sample: Entry
-    sort: Entry
-    rank_noted: Entry
-    hash_noted: Entry
-    rank_hashes: Entry
-    energy: Entry
-    rank: Entry
-    words: Entry
-    spread: Entry
-    add_up: Entry
-    tally: Entry
-    tally_hashes: Entry
-    select: Entry
-    products: Entry
-    rule: Entry
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -131,8 +78,9 @@ class Native:
         engine.finalize_object()
         self._engines.append(engine)
         for name in GROUPS[group]:
-            kind = ctypes.CFUNCTYPE(ctypes.c_int64, *(_ARGUMENTS[letter] for letter in _SIGNATURES[name]))
-            self.__dict__[name] = kind(engine.get_function_address(_symbol(name)))
+            types = [_ARGUMENTS.get(letter, ctypes.c_void_p) for letter in SIGNATURES[name]]
+            made = ctypes.CFUNCTYPE(ctypes.c_int64, *types)(engine.get_function_address(_symbol(name)))
+            self.__dict__[name] = made
 
 
 def native() -> Native | None:
@@ -205,13 +153,12 @@ def _compile(names: Iterable[str]) -> bytes:
     """Machine code of some entry points for this processor."""
     from numba import cfunc
 
-    from ktmerge.merge.kernels.compiled import ENTRIES
+    from ktmerge.merge.kernels.compiled import ENTRIES, signature
 
     llvm = _llvm()
     module: Any = None
     for name in names:
-        function, signature = ENTRIES[name]
-        compiled = cfunc(signature, error_model="numpy")(function)
+        compiled = cfunc(signature(name), error_model="numpy")(ENTRIES[name])
         part = llvm.parse_assembly(compiled.inspect_llvm())
         part.get_function(compiled.native_name).name = _symbol(name)
         if module is None:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numba import carray
 from numba.types import int64
 
 from ktmerge.merge.kernels.bits import nothing
@@ -81,10 +82,21 @@ def count_kept(patterns):
 
 
 @inlined
-def transform(steps, d, start, t, floors, leasts, spans, tops, keys, cuts, factors, lanes, words):
+def steps_at(number, count, steps, floors, leasts, spans, tops, keys, cuts, factors):
+    """The transforms' codes, and their numbers by transform and expert."""
+    shape = (count, number)
+    return (
+        carray(steps, (count,)), carray(floors, shape), carray(leasts, shape), carray(spans, shape),
+        carray(tops, shape), carray(keys, shape), carray(cuts, shape), carray(factors, shape),
+    )  # fmt: skip
+
+
+@inlined
+def transform(steps, d, start, t, lanes, words):
     """Take the delta of expert ``t``, whose first element is ``start``, through all transforms."""
-    for s in range(steps.size):
+    codes, floors, leasts, spans, tops, keys, cuts, factors = steps
+    for s in range(codes.size):
         _apply(
-            steps[s], d, start, floors[s][t], leasts[s][t], spans[s][t], tops[s][t], keys[s][t], cuts[s][t],
+            codes[s], d, start, floors[s][t], leasts[s][t], spans[s][t], tops[s][t], keys[s][t], cuts[s][t],
             factors[s][t], lanes, words,
         )  # fmt: skip

@@ -69,7 +69,7 @@ class _Balance:
 
     def _start(self, experts: int) -> None:
         from ktmerge.merge.quantiles import RankedMagnitudes
-        from ktmerge.merge.ranks import quantile_rank
+        from ktmerge.merge.ranking import quantile_rank
 
         tail, density = self._parameters.tail, self._parameters.density
         shares = [1 - density] if self._magnitudes else [tail, 1 - tail]

@@ -34,7 +34,7 @@ _LINE = 64
 _folded = njit(nogil=True, error_model="numpy", forceinline=True)
 # Columns of the table, see `codes`.
 _BASE, _EXPERT, _KIND, _TARGET, _OWN, _THEIRS, _OUT, _COUNT, _START = 0, 1, 2, 3, 4, 5, 6, 7, 8
-_GIVEN, _FLOOR, _LEAST, _HASH, _STOCHASTIC, _ROUND, _ODD, _ODDS, _VALUES = 9, 10, 11, 12, 13, 14, 15, 16, 17
+_GIVEN, _FLOOR, _LEAST, _HASH, _STOCHASTIC, _ROUND, _INEXACT, _INEXACTS, _VALUES = 9, 10, 11, 12, 13, 14, 15, 16, 17
 
 
 @intrinsic
@@ -114,7 +114,7 @@ def _add_all(base, expert, weight, lambda_, half, odd_bit, mask, out):
 
 @_folded
 def _add_given(base, given, lambda_, half, odd_bit, mask, out):
-    """The same of a delta that was merged before, where `_set_odd` has nothing to say."""
+    """The same of a delta that was merged before, where `_set_inexact` has nothing to say."""
     largest = _U32(0)
     for i in range(out.size):
         own = as_float(base[i])
@@ -126,7 +126,7 @@ def _add_given(base, given, lambda_, half, odd_bit, mask, out):
 
 
 @compiled
-def _set_odd(base, given, lambda_, half, odd_bit, mask, out, first, places, values, experts):
+def _set_inexact(base, given, lambda_, half, odd_bit, mask, out, first, places, values, experts):
     """Let what is an expert's delta make that expert's value, at the places where adding it to the base does not.
 
     ``first`` is the index of the first element; ``values`` ``[places * N]`` are the experts'. Returns how many of the
@@ -213,7 +213,7 @@ def _piece(base, expert, given, row, rates, places, values, experts, work):
             merged = given[first:last]
             largest = _add_given(own, merged, rates[1], half, odd_bit, mask, made)
             if done < places.size:
-                done += _set_odd(
+                done += _set_inexact(
                     own, merged, rates[1], half, odd_bit, mask, made, start + first, places[done:],
                     values[done * experts :], experts,
                 )  # fmt: skip
@@ -250,11 +250,11 @@ def _with_expert(short, long, base, given, row, rates, places, values, experts, 
     return _piece(base, long[theirs : theirs + count], given, row, rates, places, values, experts, work)
 
 
-def straight(memory16, memory32, table, rates, experts, first, last, wide, status, scratch):
-    """Blend the pieces ``first .. last`` of a table; FINE, or the worst that became of one.
+def multi_tensor(memory16, memory32, table, rates, experts, first, last, wide, status, scratch):
+    """Blend the pieces ``first .. last`` of a table, of any number of tensors; FINE, or the worst that became of one.
 
     ``memory16`` and ``memory32`` are the address 0. ``table`` int64 ``[pieces, COLUMNS]``, see `codes`; ``rates`` fp32
-    ``[pieces, 2]`` are weight and lambda. ``experts`` N is how many values there are at each odd place. ``status``
+    ``[pieces, 2]`` are weight and lambda. ``experts`` N is how many values there are at each inexact place. ``status``
     int64 ``[pieces]``: FINE, or OVERFLOW where an input or the result is not finite. ``scratch`` holds ``5 * STRIP + 2
     * wide`` words, where no piece has more than ``wide`` elements.
     """
@@ -266,9 +266,9 @@ def straight(memory16, memory32, table, rates, experts, first, last, wide, statu
         row, own = pieces[piece], numbers[piece]
         base, count, begin = row[_OWN], row[_COUNT], row[_GIVEN]
         given = long[begin : begin + (count if begin else 0)].view(np.float32)
-        odd, odds, firsts = row[_ODD], row[_ODDS] if begin else 0, row[_VALUES]
-        places = long[2 * odd : 2 * (odd + odds)].view(np.int64)
-        values = long[firsts : firsts + odds * experts]
+        inexact, inexacts, firsts = row[_INEXACT], row[_INEXACTS] if begin else 0, row[_VALUES]
+        places = long[2 * inexact : 2 * (inexact + inexacts)].view(np.int64)
+        values = long[firsts : firsts + inexacts * experts]
         if row[_BASE] == BF16:
             half_base = short[base : base + count]
             found[piece] = _with_expert(

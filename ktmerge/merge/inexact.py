@@ -1,4 +1,4 @@
-"""Where base + (expert - base) is not the expert: the difference or the sum was rounded, or the expert is -0.
+"""Where base + (expert - base) is inexact: the difference or the sum was rounded, or the expert is -0.
 
 A merged delta that is an expert's is to make that expert's value bit for bit. Elsewhere than at these places, which are
 few where fine-tunes changed little, adding it to the base does so, and the experts need not be read beside it.
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 _CHUNK = 1 << 22
 """Elements looked at together."""
 _FEW = 16
-"""Odd places are at most one element in so many."""
+"""Inexact places are at most one element in so many."""
 
 
 @dataclass(frozen=True)
-class Odd:
-    """The odd places of one tensor.
+class Inexact:
+    """The inexact places of one tensor.
 
     Attributes:
         places: indices of elements, ascending, int64.
@@ -36,7 +36,9 @@ class Odd:
     values: NDArray[np.uint32]
 
 
-def odd_places(base: HostReader, name: str, experts: Sequence[tuple[HostReader, str]], elements: int) -> Odd | None:
+def inexact_places(
+    base: HostReader, name: str, experts: Sequence[tuple[HostReader, str]], elements: int
+) -> Inexact | None:
     """Those of a tensor, of any of the experts; None if they are many, or an input is not finite.
 
     Args:
@@ -58,10 +60,10 @@ def odd_places(base: HostReader, name: str, experts: Sequence[tuple[HostReader, 
         made = own + deltas
         if not bool((made.isfinite() & theirs.isfinite()).all()):
             return None
-        odd = ((made.view(torch.int32) != theirs.view(torch.int32)) & (deltas != 0)).any(0).nonzero()[:, 0]
-        found += len(odd)
+        missed = ((made.view(torch.int32) != theirs.view(torch.int32)) & (deltas != 0)).any(0).nonzero()[:, 0]
+        found += len(missed)
         if _FEW * found > elements:
             return None
-        places.append(odd.numpy() + start)
-        values.append(theirs[:, odd].T.contiguous().numpy().view(np.uint32))
-    return Odd(np.concatenate(places), np.concatenate(values))
+        places.append(missed.numpy() + start)
+        values.append(theirs[:, missed].T.contiguous().numpy().view(np.uint32))
+    return Inexact(np.concatenate(places), np.concatenate(values))

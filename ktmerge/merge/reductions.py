@@ -17,7 +17,7 @@ from ktmerge.merge.geometry import Geometry, geometry_of, units
 from ktmerge.merge.kernels.codes import SENSITIVITY
 from ktmerge.merge.kernels.exact import HALF, exact_value
 from ktmerge.merge.program import Energies, Measured, Ruled
-from ktmerge.merge.ranks import LOW_BITS, quantile_rank
+from ktmerge.merge.ranking import LOW_BITS, quantile_rank
 from ktmerge.merge.selection import Job, Run
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ import numpy as np
 
 from ktmerge.checkpoints.workers import Workers
 from ktmerge.merge.device import cores
+from ktmerge.merge.inexact import Inexact, inexact_places
 from ktmerge.merge.kernels.codes import COLUMNS, FINE, STRIP
 from ktmerge.merge.kernels.keys import stream_key
-from ktmerge.merge.odd import Odd, odd_places
 from ktmerge.merge.order import Orders, Pool
 from ktmerge.merge.program import Elect, Program, Sum, Trim, program_of
 from ktmerge.merge.steps import edge
@@ -38,10 +38,10 @@ PIECE = 1 << 16
 _SHARES = 8
 """Parts of the work a worker: one that is held up leaves some to the others."""
 # Columns of the kernel's table, see `codes`.
-_FIRSTS, _COUNT, _START, _GIVEN, _CHOICE, _STOCHASTIC, _ROUND, _ODD = slice(4, 7), 7, 8, 9, slice(9, 13), 13, 14, 15
+_FIRSTS, _COUNT, _START, _GIVEN, _CHOICE, _STOCHASTIC, _ROUND, _INEXACT = slice(4, 7), 7, 8, 9, slice(9, 13), 13, 14, 15
 
 
-class Straight:
+class MultiTensor:
     """The way of all plans with the same base and experts into one model.
 
     Args:
@@ -59,7 +59,7 @@ class Straight:
         self._names = [expert.name for expert in plan.experts]
         self._orders = Orders(base, experts[0], self._names[0], native)
         self._numbers: dict[str, int] = {}
-        self._odd: dict[int, Odd | None] = {}
+        self._inexact: dict[int, Inexact | None] = {}
         self._round_keys: tuple[int, NDArray[np.int64]] | None = None
         self._keys: list[str] = []
         columns: list[list[int]] = []
@@ -78,19 +78,19 @@ class Straight:
         self._table[:, _COUNT] = np.minimum(PIECE, self._table[:, _COUNT] - starts)
         self._table[:, _START] = starts
 
-    def _knows_odd(self, number: int, tensor: TensorPlan) -> bool:
+    def _knows_inexact(self, number: int, tensor: TensorPlan) -> bool:
         """Whether it is known where adding an expert's delta does not make that expert."""
-        if number not in self._odd:
+        if number not in self._inexact:
             readers = [(one, tensor.sources[name]) for one, name in zip(self._experts, self._names, strict=True)]
-            found = self._odd[number] = odd_places(self._base, tensor.name, readers, tensor.info.numel)
+            found = self._inexact[number] = inexact_places(self._base, tensor.name, readers, tensor.info.numel)
             if found is not None:
                 pieces = np.flatnonzero(self._tensors == number)
                 ends = found.places.searchsorted(self._table[pieces, _START] + self._table[pieces, _COUNT])
                 firsts = np.concatenate([[0], ends[:-1]])
-                self._table[pieces, _ODD] = found.places.ctypes.data // 8 + firsts
-                self._table[pieces, _ODD + 1] = ends - firsts
-                self._table[pieces, _ODD + 2] = found.values.ctypes.data // 4 + firsts * len(self._experts)
-        return self._odd[number] is not None
+                self._table[pieces, _INEXACT] = found.places.ctypes.data // 8 + firsts
+                self._table[pieces, _INEXACT + 1] = ends - firsts
+                self._table[pieces, _INEXACT + 2] = found.values.ctypes.data // 4 + firsts * len(self._experts)
+        return self._inexact[number] is not None
 
     def _row(self, plan: Plan, tensor: TensorPlan, sink: LiveSink) -> list[int] | None:
         """What the kernel has to know of a tensor, whatever the candidate; None if it does not cover it."""
@@ -134,7 +134,7 @@ class Straight:
             rates[number] = 1.0 if weight is None else weight, tensor.lambda_
             if weight is None:
                 held = merged.get(tensor)
-                mine[number] = held is not None and self._knows_odd(number, tensor)
+                mine[number] = held is not None and self._knows_inexact(number, tensor)
                 if held is not None:
                     choices[number, 0] = held.values.ctypes.data // held.values.itemsize
             elif step is None:
@@ -168,7 +168,7 @@ class Straight:
         def walk() -> None:
             scratch = np.empty(5 * STRIP + 2 * PIECE, np.uint32)
             while (share := next(turn)) < shares:
-                self._native.straight(
+                self._native.multi_tensor(
                     0, 0, table.ctypes.data, scales.ctypes.data, len(self._experts), ends[share], ends[share + 1],
                     PIECE, status.ctypes.data, scratch.ctypes.data,
                 )  # fmt: skip
