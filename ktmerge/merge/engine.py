@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -71,56 +72,48 @@ def execute(
     return report
 
 
+@dataclass
 class _Engine:
-    """One run over one plan."""
+    """One run over one plan; see `execute`."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        sink: Sink,
-        sources: Sources,
-        device: str,
-        progress: Progress,
-        pristine: Pristine | None,
-        recollected: Recollected | None,
-        measured: bool,
-    ) -> None:
-        self._plan = plan
-        self._sink = sink
-        self._sources = sources
-        self._device = device
-        self._progress = progress
-        self._pristine = pristine
-        self._recollected = recollected
-        self._measured = measured
-        self._merged = None if pristine is None else pristine.merged(plan)
+    plan: Plan
+    sink: Sink
+    sources: Sources
+    device: str
+    progress: Progress
+    pristine: Pristine | None
+    recollected: Recollected | None
+    measured: bool
+
+    def __post_init__(self) -> None:
+        self._merged = None if self.pristine is None else self.pristine.merged(self.plan)
         self._done: dict[str, TensorReport] = {}
         self._running = ExitStack()
 
     def run(self, chunk: int | None) -> dict[str, TensorReport]:
         """Make every tensor; reports by name."""
         left = []
-        for tensor in self._plan.tensors:
-            earlier = self._sink.finished(tensor.name)
+        for tensor in self.plan.tensors:
+            earlier = self.sink.finished(tensor.name)
             if earlier is None:
                 left.append(tensor)
             else:
                 self._done[tensor.name] = TensorReport(**earlier)
         copied = [tensor for tensor in left if self._is_copy(tensor)]
         blended = [tensor for tensor in left if not self._is_copy(tensor)]
-        made = frozenset() if self._measured else self._multi_tensor(blended)
+        made = frozenset() if self.measured else self._multi_tensor(blended)
         blended = [tensor for tensor in blended if tensor.name not in made]
         away = [tensor for tensor in blended if self._is_away(tensor)]
         blended = [tensor for tensor in blended if not self._is_away(tensor)]
         self._say_what_stays(blended)
         with self._fused(blended, chunk) as fused, self._lanes(away) as lanes, self._running:
-            mine = fused.prepare(self._plan.tensors, self._progress) if fused is not None else frozenset()
+            mine = fused.prepare(self.plan.tensors, self.progress) if fused is not None else frozenset()
             general = self._general([tensor for tensor in blended if tensor.name not in mine])
             on_device = self._general(away, lanes)
-            total = sum(tensor.info.nbytes for tensor in self._plan.tensors)
-            with self._progress.task("blend", total, "bytes") as step:
+            total = sum(tensor.info.nbytes for tensor in self.plan.tensors)
+            with self.progress.task("blend", total, "bytes") as step:
                 done = made | self._done.keys()
-                step.advance(sum(tensor.info.nbytes for tensor in self._plan.tensors if tensor.name in done))
+                step.advance(sum(tensor.info.nbytes for tensor in self.plan.tensors if tensor.name in done))
                 self._take(copied, step)
                 refused: list[TensorPlan] = []
                 if fused is not None:
@@ -137,19 +130,19 @@ class _Engine:
         """Whether another's tensor is taken as it is."""
         if tensor.action == "blend":
             return False
-        checkpoint = self._plan.base if tensor.expert is None else self._plan.expert(tensor.expert).checkpoint
-        return checkpoint.tensors[self._source(tensor)].dtype == self._sink.dtype(tensor.name, tensor.dtype)
+        checkpoint = self.plan.base if tensor.expert is None else self.plan.expert(tensor.expert).checkpoint
+        return checkpoint.tensors[self._source(tensor)].dtype == self.sink.dtype(tensor.name, tensor.dtype)
 
     def _is_away(self, tensor: TensorPlan) -> bool:
         """Whether it is made on a device."""
-        return self._device != "cpu" and tensor.pipeline is not None and tensor.pipeline.portable
+        return self.device != "cpu" and tensor.pipeline is not None and tensor.pipeline.portable
 
     def _say_what_stays(self, tensors: Iterable[TensorPlan]) -> None:
         """What was asked of a device and is done here."""
         found = [tensor.method for tensor in tensors if tensor.pipeline is not None]
-        if found and self._device != "cpu" and self._measured:
+        if found and self.device != "cpu" and self.measured:
             names = ", ".join(sorted(set(found)))
-            self._progress.note(f"{len(found)} tensors are blended on the CPU: a GPU would round {names} otherwise")
+            self.progress.note(f"{len(found)} tensors are blended on the CPU: a GPU would round {names} otherwise")
 
     def _source(self, tensor: TensorPlan) -> str:
         """Its name where it is taken from."""
@@ -157,33 +150,33 @@ class _Engine:
 
     def _take(self, tensors: Iterable[TensorPlan], step: Step) -> None:
         for tensor in tensors:
-            self._sink.copy(tensor.name, self._sources.of(tensor.expert), self._source(tensor))
+            self.sink.copy(tensor.name, self.sources.of(tensor.expert), self._source(tensor))
             result = TensorReport(tensor.name, tensor.part, tensor.method, tensor.info.numel)
             self._finish(tensor, result, step)
 
     def _multi_tensor(self, left: Sequence[TensorPlan]) -> frozenset[str]:
         """Make what takes one pass with nothing to find out or to report; the names."""
-        pristine, merged, sink, kernels = self._pristine, self._merged, self._sink, native()
-        if pristine is None or merged is None or not isinstance(sink, LiveSink) or self._device != "cpu" or not kernels:
+        pristine, merged, sink, kernels = self.pristine, self._merged, self.sink, native()
+        if pristine is None or merged is None or not isinstance(sink, LiveSink) or self.device != "cpu" or not kernels:
             return frozenset()
-        way = pristine.multi_tensor(self._plan, sink, kernels)
-        return frozenset() if way is None else way.run(self._plan, left, pristine.thresholds(self._plan), merged)
+        way = pristine.multi_tensor(self.plan, sink, kernels)
+        return frozenset() if way is None else way.run(self.plan, left, pristine.thresholds(self.plan), merged)
 
     def _fused(self, left: Sequence[TensorPlan], chunk: int | None) -> AbstractContextManager[Fused | None]:
         """The compiled way, if there is one here and something for it to do."""
         if not any(tensor.pipeline for tensor in left):
             return nullcontext()
         if not is_compiled(*_groups(left)):
-            self._progress.note("compiling the kernels for this processor, once; it takes about twenty seconds")
+            self.progress.note("compiling the kernels for this processor, once; it takes about twenty seconds")
         kernels = native()
         if kernels is None:
             return nullcontext()
-        if self._pristine is None or self._merged is None:
-            return Fused(self._plan, self._sources, self._sink, kernels, chunk, recollected=self._recollected)
-        known = self._pristine.thresholds(self._plan)
-        if not isinstance(self._sink, LiveSink):
-            return Fused(self._plan, self._sources, self._sink, kernels, chunk, known)
-        return InPlace(self._plan, self._sources, self._sink, kernels, chunk, known, self._merged)
+        if self.pristine is None or self._merged is None:
+            return Fused(self.plan, self.sources, self.sink, kernels, chunk, recollected=self.recollected)
+        known = self.pristine.thresholds(self.plan)
+        if not isinstance(self.sink, LiveSink):
+            return Fused(self.plan, self.sources, self.sink, kernels, chunk, known)
+        return InPlace(self.plan, self.sources, self.sink, kernels, chunk, known, self._merged)
 
     def _lanes(self, away: Sequence[TensorPlan]) -> AbstractContextManager[Lanes | None]:
         """The ways to the device, if it has something to do."""
@@ -191,7 +184,7 @@ class _Engine:
             return nullcontext()
         from ktmerge.merge.lanes import Cuda, Lanes
 
-        return Lanes(Cuda(self._device))
+        return Lanes(Cuda(self.device))
 
     def _general(
         self, left: Sequence[TensorPlan], lanes: Lanes | None = None
@@ -201,15 +194,15 @@ class _Engine:
             return ()
         from ktmerge.merge.general import General
 
-        general = General(self._plan, self._sink, self._sources, lanes, self._merged)
-        general.prepare(left, self._progress)
+        general = General(self.plan, self.sink, self.sources, lanes, self._merged)
+        general.prepare(left, self.progress)
         running = general.run(left)
         self._running.callback(running.close)  # whatever fails here, its threads end before what they work with
         return running
 
     def _finish(self, tensor: TensorPlan, result: TensorReport, step: Step) -> None:
         self._done[tensor.name] = result
-        self._sink.finish(tensor.name, result)
+        self.sink.finish(tensor.name, result)
         step.advance(tensor.info.nbytes)
 
 

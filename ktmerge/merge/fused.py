@@ -7,10 +7,10 @@ takes the general way, and every result equals that bit for bit.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
@@ -24,14 +24,13 @@ from ktmerge.merge.kernels.codes import FINE
 from ktmerge.merge.kernels.exact import HALF, exact_value
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.kernels.native import Native
-from ktmerge.merge.program import Budget, Cap, Chosen, Clamp, Measured, Program, Ramp, Ruled, Sum, Trim, program_of
+from ktmerge.merge.program import Budget, Cap, Chosen, Measured, Program, Ramp, Ruled, Sum, Trim, program_of
 from ktmerge.merge.reductions import answered, energies_of, weights_of
 from ktmerge.merge.report import TensorReport
 from ktmerge.merge.ruling import blend_ruled, informed
 from ktmerge.merge.selection import Found, Job, Key, Recollected, Run, Thresholds, Work, find_thresholds
-from ktmerge.merge.settling import Target
 from ktmerge.merge.steps import Steps
-from ktmerge.merge.workspace import KINDS, Blended, Combine, Row, Workspace
+from ktmerge.merge.workspace import KINDS, Blended, Combine, Row, Target, Workspace
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -217,9 +216,15 @@ class Fused:
 
     def _make_alone(self, jobs: Sequence[Job]) -> Made:
         """Make some tensors in one worker."""
+        with self._space() as space:
+            return [(job.tensor, self._make(job, self._alone(space), space.probe)) for job in jobs]
+
+    @contextmanager
+    def _space(self) -> Iterator[Workspace]:
+        """Buffers that nobody else uses meanwhile."""
         space = self._spaces.get()
         try:
-            return [(job.tensor, self._make(job, self._alone(space), space.probe)) for job in jobs]
+            yield space
         finally:
             self._spaces.put(space)
 
@@ -237,22 +242,13 @@ class Fused:
     def _spread(self, jobs: Iterable[Job], work: Work) -> Iterator[Any]:
         """``work`` on every piece of every job, on all cores; results in order."""
 
-        def task(job: Job, start: int) -> Any:
-            space = self._spaces.get()
-            try:
+        def piece(job: Job, start: int) -> Any:
+            with self._space() as space:
                 space.hold(job.rows, start, min(start + self._piece, job.elements))
                 return work(space, job)
-            finally:
-                self._spaces.put(space)
 
-        running: deque[Future[Any]] = deque()
-        for job in jobs:
-            for start in range(0, job.elements, self._piece):
-                running.append(self._pool.submit(task, job, start))
-                if len(running) > self._ahead:
-                    yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
+        pieces = (partial(piece, job, start) for job in jobs for start in range(0, job.elements, self._piece))
+        return self._pool.in_order(pieces, self._ahead)
 
     def _make(self, job: Job, run: Run, probe: Workspace) -> TensorReport | None:
         tensor = job.tensor
@@ -358,14 +354,13 @@ class Fused:
         return None if energies is None else after.factor(energies, merged, list(self._weights.values()))
 
     def _blend(self, space: Workspace, job: Job, combine: Combine | Ruled, factor: float) -> Blended | None:
-        tensor, after = job.tensor, job.program.after
+        tensor = job.tensor
         key = stream_key(self._plan.recipe.seed, "round", "", tensor.key)
-        limit = after.limit if isinstance(after, Clamp) else math.inf
+        target = Target(job.kind, job.stochastic, key, tensor.lambda_, factor, job.program.limit)
         if isinstance(combine, Ruled):
-            target = Target(job.kind, job.stochastic, key, tensor.lambda_, factor, limit)
             piece = blend_ruled(space, job.steps, combine, target)
         else:
-            piece = space.blend(job.steps, combine, tensor.lambda_, job.kind, job.stochastic, key, factor, limit)
+            piece = space.blend(job.steps, combine, target)
         if piece.status != FINE:
             return None  # the general way finds the same and says where
         self._sink.write_bytes(tensor.name, piece.data, space.start * job.width)

@@ -6,7 +6,6 @@ It is what the compiled kernels are held against.
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,10 +27,10 @@ from ktmerge.merge.kernels.native import native
 from ktmerge.merge.merged import MergedDeltasOfPlan
 from ktmerge.merge.plan import Plan, TensorPlan
 from ktmerge.merge.report import TensorReport
-from ktmerge.merge.settling import Target, settle_given
+from ktmerge.merge.settling import settle_given
 from ktmerge.merge.sinks import LiveSink, Sink
 from ktmerge.merge.source import CHUNK, DEVICE_CHUNK, Chunk, Sources
-from ktmerge.merge.workspace import KINDS, WIDTHS
+from ktmerge.merge.workspace import KINDS, WIDTHS, Target
 from ktmerge.progress import Progress
 
 if TYPE_CHECKING:
@@ -131,23 +130,12 @@ class General:
             return
         room = _Room(_ROOM * workers)
         with _one_thread_each(), Workers(workers, "blend") as pool:
-            running: deque[tuple[TensorPlan, Future[TensorReport]]] = deque()
-            try:
-                for tensor in tensors:
-                    running.append((tensor, pool.submit(self._make_within, room, tensor)))
-                    while len(running) > 2 * workers:
-                        first, future = running.popleft()
-                        yield first, future.result()
-                while running:
-                    first, future = running.popleft()
-                    yield first, future.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+            yield from pool.in_order((partial(self._make_within, room, tensor) for tensor in tensors), 2 * workers)
 
-    def _make_within(self, room: _Room, tensor: TensorPlan) -> TensorReport:
+    def _make_within(self, room: _Room, tensor: TensorPlan) -> tuple[TensorPlan, TensorReport]:
         whole = tensor.pipeline is not None and tensor.pipeline.reach == "tensor"
         with room.take(4 * tensor.info.numel * (3 + 2 * len(tensor.sources)) if whole else 0):
-            return self._make(tensor)
+            return tensor, self._make(tensor)
 
     def _make(self, tensor: TensorPlan) -> TensorReport:
         result = TensorReport(tensor.name, tensor.part, tensor.method, tensor.info.numel)

@@ -23,7 +23,7 @@ from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.kernels.native import Native
 from ktmerge.merge.multi_tensor import terms
 from ktmerge.merge.pristine import HostReader
-from ktmerge.merge.program import Budget, Cap, Clamp, Given, Measured, Program, Ruled, Trim
+from ktmerge.merge.program import Budget, Cap, Given, Measured, Program, Ruled, Trim
 from ktmerge.merge.report import TensorReport
 from ktmerge.merge.workspace import KINDS, WIDTHS, Combine, spelled
 
@@ -188,11 +188,8 @@ class InPlace(Fused):
         return [one.result() if isinstance(one, Future) else one for one in found]
 
     def _settle_alone(self, job: Job) -> Settled | None:
-        space = self._spaces.get()
-        try:
+        with self._space() as space:
             return self._settle(job, self._alone(space), space.probe)
-        finally:
-            self._spaces.put(space)
 
     def _ruled(self, jobs: Sequence[Job], settled: Sequence[Settled | None]) -> list[Settled | None]:
         """The same once the merged deltas that follow a rule are made: they are given then."""
@@ -225,7 +222,7 @@ class InPlace(Fused):
         rule, factor = rules[job.tensor.name]
         assert isinstance(rule, Ruled)
         values, kept = self._given[job.tensor.name].values, np.zeros(len(self._plan.experts), np.int64)
-        begin, limit = 0, _limit(job.program)
+        begin, limit = 0, job.program.limit
         for part in space.parts(job.steps, kept):
             own = values[space.start + begin :][: part.shape[1]]
             np.multiply(space.ruled(rule, part, begin), np.float32(factor), out=own)
@@ -253,7 +250,7 @@ class InPlace(Fused):
             self._rates[id(combine)] = combine, spelled(combine)
         code, counted, rates, fallback = self._rates[id(combine)][1]
         given = tensor.name in self._given
-        ends = np.array([fallback, factor, math.inf if given else _limit(job.program), tensor.lambda_], np.float32)
+        ends = np.array([fallback, factor, math.inf if given else job.program.limit, tensor.lambda_], np.float32)
         key = stream_key(self._plan.recipe.seed, "round", "", tensor.key) if job.stochastic else 0
         steps = job.steps.arguments(len(job.steps)) if job.program.steps and not given else self._arguments
         tag, address = self._model.place(tensor.name) or ("", 0)
@@ -311,11 +308,6 @@ class _Arguments:
 def _is_measured(program: Program) -> bool:
     """Whether it takes a look at whole tensors that is not kept: its merged delta is."""
     return isinstance(program.combine, Measured | Ruled) or isinstance(program.after, Budget)
-
-
-def _limit(program: Program) -> float:
-    """Of an element of the merged delta."""
-    return program.after.limit if isinstance(program.after, Clamp) else math.inf
 
 
 def _rows(array: NDArray[Any]) -> Iterable[int]:

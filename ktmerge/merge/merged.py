@@ -54,10 +54,6 @@ class MergedDeltas:
         self._asked: set[int] = set()
         self._lock = threading.Lock()
 
-    def of(self, plan: Plan, models: str) -> MergedDeltasOfPlan:
-        """Those of a plan whose models are called ``models``."""
-        return MergedDeltasOfPlan(self, plan, models)
-
     def holds(self, elements: int) -> bool:
         """Whether there can be room for so many."""
         return 4 * elements <= self._most
@@ -93,6 +89,11 @@ class MergedDeltas:
 
 class MergedDeltasOfPlan:
     """The merged deltas of one plan's tensors.
+
+    Args:
+        held: where they are kept.
+        plan: theirs.
+        models: what decides the values of its base and experts.
 
     Attributes:
         fits: whether there is room for all of them.

@@ -18,7 +18,7 @@ from ktmerge.merge.device import cores
 from ktmerge.merge.inexact import Inexact, inexact_places
 from ktmerge.merge.kernels.codes import COLUMNS, FINE, STRIP
 from ktmerge.merge.kernels.keys import stream_key
-from ktmerge.merge.order import Orders, Pool
+from ktmerge.merge.order import Orders, Pools
 from ktmerge.merge.program import Elect, Program, Sum, Trim, program_of
 from ktmerge.merge.steps import edge
 from ktmerge.merge.workspace import KINDS, WIDTHS
@@ -118,7 +118,7 @@ class MultiTensor:
             known: thresholds of these inputs that were found before; those that are read off are added.
             merged: merged deltas that were found before.
         """
-        weights, pool = {one.name: one.weight for one in plan.experts}, Pool(plan)
+        weights, of_plan = {one.name: one.weight for one in plan.experts}, Pools(plan)
         programs: dict[int, tuple[float | None, Trim | None, str]] = {}
         mine = np.zeros(len(self._numbers), bool)
         rates = np.zeros((len(mine), 2), np.float32)
@@ -140,7 +140,7 @@ class MultiTensor:
             elif step is None:
                 mine[number] = True
             else:
-                found = self._orders.threshold(pool, prefix, tensor, step, known)
+                found = self._orders.threshold(of_plan, prefix, tensor, step, known)
                 mine[number] = found is not None
                 if found is not None:
                     floor, least = edge(found)

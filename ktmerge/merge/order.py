@@ -43,19 +43,21 @@ class Orders:
         self._asked: dict[tuple[str, ...], str] = {}
         self._held: dict[tuple[str, ...], NDArray[np.uint64] | None] = {}
 
-    def threshold(self, pool: Pool, prefix: str, tensor: TensorPlan, step: Trim, known: Thresholds) -> Threshold | None:
+    def threshold(
+        self, of_plan: Pools, prefix: str, tensor: TensorPlan, step: Trim, known: Thresholds
+    ) -> Threshold | None:
         """Of the first transform of a tensor; None if it is not known yet, and better found by looking at all.
 
         Args:
-            pool: the tensors of the tensor's plan.
+            of_plan: the pools of the tensor's plan.
             prefix: that transform, spelled out.
             tensor: one of them.
             step: its first transform.
             known: thresholds that were found before; one that is read off is added.
         """
-        members = pool.of(prefix) if step.scope == "global" else (tensor,)
-        names = pool.names(prefix) if step.scope == "global" else (tensor.name,)
-        key = prefix, names if step.scope == "global" else tensor.name
+        shared = step.scope == "global"
+        members, names = of_plan.of(prefix) if shared else ((tensor,), (tensor.name,))
+        key = prefix, names if shared else tensor.name
         if key not in known:
             if self._asked.setdefault(names, prefix) == prefix:
                 return None
@@ -64,7 +66,7 @@ class Orders:
             order = self._held[names]
             if order is None:
                 return None
-            known[key] = [(self._read_off(order, members, step, pool.seed), None)]
+            known[key] = [(self._read_off(order, members, step, of_plan.seed), None)]
         return known[key][0][0]
 
     def _ordered(self, members: tuple[TensorPlan, ...]) -> NDArray[np.uint64] | None:
@@ -122,29 +124,21 @@ class Orders:
         return found
 
 
-class Pool:
+class Pools:
     """The tensors of one plan that share thresholds, by the stages up to the trim."""
 
     def __init__(self, plan: Plan) -> None:
         self.seed, self._plan = plan.recipe.seed, plan
 
-    def of(self, prefix: str) -> tuple[TensorPlan, ...]:
-        """Those over which a threshold is taken."""
-        return self._members[prefix]
-
-    def names(self, prefix: str) -> tuple[str, ...]:
-        """Theirs."""
-        return self._names[prefix]
+    def of(self, prefix: str) -> tuple[tuple[TensorPlan, ...], tuple[str, ...]]:
+        """Those over which a threshold is taken, and their names."""
+        return self._found[prefix]
 
     @cached_property
-    def _members(self) -> Mapping[str, tuple[TensorPlan, ...]]:
-        found = pools(self._plan.tensors).items()
-        return {
-            prefix: tuple(tensor for tensor in members if not tensor.is_alias)
-            for (position, prefix), members in found
-            if position == 0
-        }
-
-    @cached_property
-    def _names(self) -> Mapping[str, tuple[str, ...]]:
-        return {prefix: tuple(one.name for one in members) for prefix, members in self._members.items()}
+    def _found(self) -> Mapping[str, tuple[tuple[TensorPlan, ...], tuple[str, ...]]]:
+        found = {}
+        for (position, prefix), members in pools(self._plan.tensors).items():
+            if position == 0:
+                own = tuple(tensor for tensor in members if not tensor.is_alias)
+                found[prefix] = own, tuple(one.name for one in own)
+        return found

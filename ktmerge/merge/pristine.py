@@ -85,7 +85,7 @@ class Pristine:
 
     def merged(self, plan: Plan) -> MergedDeltasOfPlan:
         """Merged deltas that blends left, and are to leave."""
-        return self._merged.of(plan, self._models(plan))
+        return MergedDeltasOfPlan(self._merged, plan, self._models(plan))
 
     def sink(self, model: Any, base: Checkpoint) -> LiveSink:
         """The way into a model: the last one, as long as the model's tensors are where they were."""

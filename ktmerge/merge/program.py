@@ -231,6 +231,11 @@ class Program:
     combine: Sum | Largest | Elect | Given | Measured | Ruled
     after: Clamp | Cap | Ramp | Budget | None = None
 
+    @property
+    def limit(self) -> float:
+        """The largest magnitude of an element of the merged delta."""
+        return self.after.limit if isinstance(self.after, Clamp) else math.inf
+
 
 def program_of(pipeline: Pipeline, weights: Mapping[str, float]) -> Program | None:
     """The program of a pipeline for experts, sorted by name, of these weights; None if a stage has none."""

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ktmerge.merge.kernels.codes import FINE, INPUT_NOT_FINITE
-from ktmerge.merge.settling import Target, settle_given
-from ktmerge.merge.workspace import WIDTHS, Blended
+from ktmerge.merge.settling import settle_given
+from ktmerge.merge.workspace import WIDTHS, Blended, Target
 
 if TYPE_CHECKING:
     from ktmerge.checkpoints.reader import TensorReader

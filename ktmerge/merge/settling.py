@@ -6,39 +6,17 @@ Loads no torch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import inf
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ktmerge.merge.kernels.codes import BLOCK, GIVEN
-from ktmerge.merge.workspace import WIDTHS, Blended
+from ktmerge.merge.workspace import WIDTHS, Blended, Target
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ktmerge.merge.kernels.native import Native
-
-
-@dataclass(frozen=True)
-class Target:
-    """How a tensor is stored.
-
-    Attributes:
-        kind: the code of its type.
-        stochastic: whether values are rounded by chance, of the stream ``key``.
-        lambda_: last factor of the merged delta.
-        factor: what it is multiplied by before that.
-        limit: its largest magnitude in between.
-    """
-
-    kind: int
-    stochastic: bool
-    key: int
-    lambda_: float
-    factor: float = 1.0
-    limit: float = inf
 
 
 def settle_given(

@@ -90,6 +90,26 @@ class Noted:
 
 
 @dataclass(frozen=True)
+class Target:
+    """How a tensor is stored.
+
+    Attributes:
+        kind: the code of its type.
+        stochastic: whether values are rounded by chance, of the stream ``key``.
+        lambda_: last factor of the merged delta.
+        factor: what it is multiplied by before that.
+        limit: its largest magnitude in between.
+    """
+
+    kind: int
+    stochastic: bool
+    key: int
+    lambda_: float
+    factor: float = 1.0
+    limit: float = inf
+
+
+@dataclass(frozen=True)
 class Blended:
     """One piece as the kernel made it.
 
@@ -427,46 +447,36 @@ class Workspace:
         )  # fmt: skip
         return bins if status == FINE else None
 
-    def blend(
-        self,
-        steps: Steps,
-        combine: Combine,
-        lambda_: float,
-        kind: int,
-        stochastic: bool,
-        round_key: int,
-        factor: float = 1.0,
-        limit: float = inf,
-    ) -> Blended:
-        """Blend what is held; of the merged delta, ``factor`` times it with elements up to ``limit``."""
-        width = WIDTHS[kind]
-        if self._out.size < self._count * width:
-            self._out = np.empty(self._count * width, np.uint8)
+    def blend(self, steps: Steps, combine: Combine, target: Target) -> Blended:
+        """Blend what is held."""
+        size = self._count * WIDTHS[target.kind]
+        if self._out.size < size:
+            self._out = np.empty(size, np.uint8)
         out = self._out.ctypes.data
         code, counted, rates, fallback = spelled(combine)
-        ends = np.array([fallback, factor, limit, lambda_], np.float32)
         sums, kept = np.zeros(4), np.zeros(self._number, np.int64)
-        nearest = kind == BF16 and not stochastic and factor == 1 and limit == inf
-        if nearest and self._is_plain(steps, combine):
+        if self._has_own_loop(steps, combine, target):
             status = self._call(
-                self._native.elect, self._count, self.start, *steps.arguments(1),
-                int(code == ELECT_MEAN), rates.ctypes.data, fallback, lambda_, out, sums.ctypes.data, kept.ctypes.data,
+                self._native.elect, self._count, self.start, *steps.arguments(1), int(code == ELECT_MEAN),
+                rates.ctypes.data, fallback, target.lambda_, out, sums.ctypes.data, kept.ctypes.data,
                 self._scratch.ctypes.data,
             )  # fmt: skip
-            return Blended(status, self._out[: self._count * width].data, sums, kept)
-        status = self._call(
-            self._native.blend, self._count, self.start, *steps.arguments(len(steps)),
-            code, counted, rates.ctypes.data, ends.ctypes.data, kind, int(stochastic), round_key,
-            out, out, sums.ctypes.data, kept.ctypes.data, self._scratch.ctypes.data,
-        )  # fmt: skip
-        return Blended(status, self._out[: self._count * width].data, sums, kept)
+        else:
+            ends = np.array([fallback, target.factor, target.limit, target.lambda_], np.float32)
+            status = self._call(
+                self._native.blend, self._count, self.start, *steps.arguments(len(steps)), code, counted,
+                rates.ctypes.data, ends.ctypes.data, target.kind, int(target.stochastic), target.key, out, out,
+                sums.ctypes.data, kept.ctypes.data, self._scratch.ctypes.data,
+            )  # fmt: skip
+        return Blended(status, self._out[:size].data, sums, kept)
 
-    def _is_plain(self, steps: Steps, combine: Combine) -> bool:
-        """Whether it is an election that has a loop of its own, up to what becomes of the merged delta."""
+    def _has_own_loop(self, steps: Steps, combine: Combine, target: Target) -> bool:
+        """Whether it is an election among bf16 rows for which there is a loop of its own."""
         if not isinstance(combine, Elect) or combine.counted or combine.aggregate == "largest":
             return False
+        nearest = target.kind == BF16 and not target.stochastic and target.factor == 1 and target.limit == inf
         plain = len(steps) == 1 and not steps.has_outliers and self._number <= MOST
-        return plain and all(row.kind == BF16 for row in self._wanted)
+        return nearest and plain and all(row.kind == BF16 for row in self._wanted)
 
     def _inputs(self) -> tuple[int, ...]:
         address = self._rows.ctypes.data

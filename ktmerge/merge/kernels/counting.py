@@ -108,7 +108,7 @@ def _measure(
                 return int64(INPUT_NOT_FINITE)
             hashed, floor, key, low = searches[w][0], _U32(searches[w][1]), searches[w][2], searches[w][3]
             last, shift, bins = searches[w][4], searches[w][5], int64(searches[w][6])
-            magnitudes = d.view(np.uint32)
+            magnitudes = other[:n]
             _magnitudes(d, magnitudes)
             if hashed:
                 tied = words[: collect(magnitudes, floor, _U32(0), words)]

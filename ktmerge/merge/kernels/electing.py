@@ -175,8 +175,8 @@ def _elect(
         for t in range(number):
             theirs, delta = work[(t + 1) * BLOCK :][:n], work[(number + 1 + t) * BLOCK :][:n]
             largest, count = _transform(
-                codes[0], raw16[t + 1][at : at + n], own, floors[0][t], leasts[0][t], spans[0][t], keys[0][t],
-                cuts[0][t], factors[0][t], _U64(start + first), theirs, delta, lanes, words,
+                codes[0], raw16[t + 1][at : at + n], own, floors[0, t], leasts[0, t], spans[0, t], keys[0, t],
+                cuts[0, t], factors[0, t], _U64(start + first), theirs, delta, lanes, words,
             )  # fmt: skip
             worst = max(worst, largest)
             kept[t] += int64(count)

@@ -97,6 +97,6 @@ def transform(steps, d, start, t, lanes, words):
     codes, floors, leasts, spans, tops, keys, cuts, factors = steps
     for s in range(codes.size):
         _apply(
-            codes[s], d, start, floors[s][t], leasts[s][t], spans[s][t], tops[s][t], keys[s][t], cuts[s][t],
-            factors[s][t], lanes, words,
+            codes[s], d, start, floors[s, t], leasts[s, t], spans[s, t], tops[s, t], keys[s, t], cuts[s, t],
+            factors[s, t], lanes, words,
         )  # fmt: skip
