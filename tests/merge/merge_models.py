@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 Tensors = dict[str, Tensor]
 
@@ -109,6 +109,18 @@ def write(
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text(text)
     return folder
+
+
+class Model(nn.Module):
+    """Parameters by the checkpoint's names."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+        super().__init__()
+        for name, values in tensors.items():
+            self.register_parameter(name.replace(".", "/"), nn.Parameter(values.to(dtype), requires_grad=False))
+
+    def state_dict(self, *_: Any, **__: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        return {name.replace("/", "."): values for name, values in super().state_dict().items()}
 
 
 def read(folder: Path) -> Tensors:

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from merge_models import read, same_bytes, write
-from torch import nn
+from merge_models import Model, read, same_bytes, write
 
 from ktmerge.checkpoints.header import TensorInfo
 from ktmerge.errors import KtmergeError
@@ -38,18 +37,6 @@ BLENDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (ONE, {"method": "dg_hard"}),
     (TWO, {"method": "tsv_m"}),
 ]
-
-
-class Model(nn.Module):
-    """Parameters by the checkpoint's names."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-        super().__init__()
-        for name, values in tensors.items():
-            self.register_parameter(name.replace(".", "/"), nn.Parameter(values.to(dtype), requires_grad=False))
-
-    def state_dict(self, *_: Any, **__: Any) -> dict[str, torch.Tensor]:  # type: ignore[override]
-        return {name.replace("/", "."): values for name, values in super().state_dict().items()}
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ and the kernels read them by themselves, window by window into ``rows``: what is
 still. A first descriptor below 0 means that ``rows`` holds everything already.
 """
 
+# mypy: disable-error-code="attr-defined"
+
 from __future__ import annotations
 
 from typing import Any
