@@ -48,7 +48,7 @@ _UNUSED = (
     "NRT_Free", "NRT_MemInfo_call_dtor", "numba_do_raise", "numba_gil_ensure", "numba_gil_release",
     "numba_runtime_build_excinfo_struct", "numba_unpickle",
 )  # fmt: skip
-_ARGUMENTS = {"i": ctypes.c_int64, "w": ctypes.c_uint32, "l": ctypes.c_uint64, "f": ctypes.c_float}
+_ARGUMENTS: dict[str, Any] = {"i": ctypes.c_int64, "w": ctypes.c_uint32, "l": ctypes.c_uint64, "f": ctypes.c_float}
 
 
 class Native:
