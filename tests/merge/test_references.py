@@ -70,3 +70,16 @@ def test_every_kernel_equals_plain_torch(
         blend_into(model, recipe, sources, measured=False)
         assert all(same_bytes(values, stored[0][name]) for name, values in model.state_dict().items())
     assert not SIGNATURES.keys() - called
+
+
+@pytest.mark.slow
+def test_hundreds_of_experts_equal_plain_torch(
+    llamas: Path, tmp_path: Path, recipe_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = {f"e{number}": ("abc"[number % 3], 1 / 520) for number in range(520)}
+    recipe = recipe_in(llamas, experts, {"method": "task_arithmetic"})
+    blend(recipe, tmp_path / "compiled")
+    monkeypatch.setenv("KTMERGE_KERNELS", "reference")
+    blend(recipe, tmp_path / "plain")
+    plain = read(tmp_path / "plain")
+    assert all(same_bytes(plain[name], values) for name, values in read(tmp_path / "compiled").items())

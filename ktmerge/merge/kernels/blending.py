@@ -18,7 +18,7 @@ from numba.types import int64
 from ktmerge.merge.kernels.arrays import add_squares
 from ktmerge.merge.kernels.codes import BLOCK, F32, FINE, GIVEN, INPUT_NOT_FINITE, OVERFLOW, SUM, UNREADABLE, WINDOW
 from ktmerge.merge.kernels.combining import clamp, conclude, copy, shrink, take_in
-from ktmerge.merge.kernels.compiler import compiled
+from ktmerge.merge.kernels.compiler import compiled, inlined
 from ktmerge.merge.kernels.conversion import EXPONENT, largest, load, store
 from ktmerge.merge.kernels.files import fetch_all, rows_at
 from ktmerge.merge.kernels.randomness import random_words
@@ -170,6 +170,14 @@ def direct(
     )  # fmt: skip
 
 
+@inlined
+def _room(scratch, number):
+    """Blocks to work in, and behind them a place for each row: of any number of experts."""
+    blocks = 2 * number + 8
+    behind = carray(scratch, (blocks * BLOCK + 2 * number + 2,))[blocks * BLOCK :]
+    return carray(scratch, (blocks, BLOCK)), behind.view(np.int64)
+
+
 @compiled
 def _place_rows(kinds, stride, origin, places):
     """Let ``places`` say where element 0 of a piece would lie in rows that begin with its element ``origin``."""
@@ -190,12 +198,11 @@ def blend(
     a last factor.
     The result is stored as ``kind``, rounded to the nearest or stochastically. Added to: ``sums`` fp64 ``[4]``, squared
     norms of merged delta and base, inner product of the former with what was stored, number of changed elements;
-    ``kept`` int64 ``[N]``, non-zeros after the transforms. ``scratch`` holds ``BLOCK * (2 N + 9)`` words.
+    ``kept`` int64 ``[N]``, non-zeros after the transforms. ``scratch`` holds ``BLOCK * (2 N + 8) + 2 N + 2`` words.
     """
     raw16, _, own_kinds, own_files, own_places = rows_at(rows16, rows32, stride, number, kinds, files, places)
     all_steps = steps_at(number, step_count, steps, floors, leasts, spans, tops, keys, cuts, factors)
-    work = carray(scratch, (2 * number + 9, BLOCK))
-    held = work[2 * number + 8].view(np.int64)
+    work, held = _room(scratch, number)
     halves, words = (0, count) if kind == F32 else (count, 0)
     fetched = own_files[0] >= 0
     window = WINDOW if fetched else count
@@ -209,7 +216,7 @@ def blend(
             carray(rows16, (_ALL,)), carray(rows32, (_ALL,)), own_kinds, held, begin, end, start, all_steps, combine,
             counted, carray(rates, (3, number)), carray(ends, (4,)), kind, stochastic, round_key, kind,
             carray(out16, (halves,)), carray(out32, (words,)), 0, 0, carray(sums, (4,)), carray(kept, (number,)),
-            work[: 2 * number + 8],
+            work,
         )  # fmt: skip
         if status == INPUT_NOT_FINITE:
             return status
@@ -248,8 +255,7 @@ def squares(
     """
     raw16, _, own_kinds, own_files, own_places = rows_at(rows16, rows32, stride, number, kinds, files, places)
     all_steps = steps_at(number, step_count, steps, floors, leasts, spans, tops, keys, cuts, factors)
-    work = carray(scratch, (2 * number + 9, BLOCK))
-    held = work[2 * number + 8].view(np.int64)
+    work, held = _room(scratch, number)
     fetched = own_files[0] >= 0
     window = WINDOW if fetched else count
     for begin in range(0, count, window):
