@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 _BLOCK = 1 << 20
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
+UNFINISHED = r"\.\d+\.\d+\.tmp"
+"""How a file is called that `write_whole` was killed at, after a dot and its name."""
+
 
 def copy_files(checkpoint: Checkpoint, folder: Path, skip: Collection[str] = ()) -> list[str]:
     """Copy everything but the weights (tokenizer, processor, chat template, remote code) into ``folder``.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from ktmerge.checkpoints.files import write_whole
+from ktmerge.checkpoints.files import UNFINISHED, write_whole
 from ktmerge.errors import UsageError
 from ktmerge.recipes.document import yaml_text
 from ktmerge.recipes.load import parse_recipe
@@ -24,10 +25,10 @@ from ktmerge.sweep.settings import SweepSettings, journal
 DEFINITION, RESULT, CHOSEN, TABLE, PICTURE, CURVE = (
     "sweep.json", "result.json", "chosen.yaml", "candidates.csv", "front", "curve.csv",
 )  # fmt: skip
-_BEFORE = re.compile(rf"journal\.log(\.lock)?|\.{re.escape(DEFINITION)}\.\d+\.tmp")
+_BEFORE = re.compile(rf"journal\.log(\.lock)?|\.{re.escape(DEFINITION)}{UNFINISHED}")
 """What a worker that was killed early may leave without a definition."""
 _NAMES = "|".join(map(re.escape, (DEFINITION, RESULT, CHOSEN, TABLE, CURVE, f"{PICTURE}.png", f"{PICTURE}.svg")))
-_OWN = re.compile(rf"{_BEFORE.pattern}|{_NAMES}|\.({_NAMES})\.\d+\.tmp")
+_OWN = re.compile(rf"{_BEFORE.pattern}|{_NAMES}|\.({_NAMES}){UNFINISHED}")
 
 
 def begin(out: Path, settings: SweepSettings, study: str, *, resume: bool, overwrite: bool) -> None:
@@ -107,7 +108,7 @@ def trial_recipe(folder: Path, number: int, storage: str | None = None) -> Recip
     quietly()
     known = _definition(folder)
     where = storage or known.get("storage") or journal(folder)
-    if "://" not in where and not Path(where).is_file():
+    if "://" not in where and not os.path.isfile(where):
         raise UsageError(f"{where}: the sweep's journal is not there.")
     trial = trial_numbered(open_storage(where), str(known["study"]), number)
     if RECIPE not in trial.user_attrs:

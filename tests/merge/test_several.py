@@ -492,6 +492,7 @@ def test_knots_adds_what_experts_did_to_different_outputs(bench: Workbench) -> N
         ("slerp", {"a": 1.0, "b": 1.0, "c": 1.0}, {}, "takes 2 experts, not 3"),
         ("model_stock", {"a": 1.0}, {}, "takes 2 or more experts, not 1"),
         ("cabs", {"a": 1.0, "b": 1.0}, {"n": 9, "m": 8}, "choose n up to m"),
+        ("resmerge", {"a": 1.0, "b": 1.0}, {"beta_min": 1.5}, "beta_min = 1.5 is above beta_max = 1;"),
         ("lm_cocktail", {"a": 1.0, "b": 1.0}, {"losses": {"a": 1.0}}, r"one for each expert \(a, b\)"),
         ("lm_cocktail", {"a": 1.0}, {"losses": {"a": float("inf")}}, "for each name, not inf"),
         ("opcm", {"a": 1.0, "b": 2.0}, {}, "give all experts the same"),

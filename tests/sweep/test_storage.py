@@ -85,11 +85,11 @@ def test_a_lock_that_a_killed_worker_left_is_taken_away(tmp_path: Path, monkeypa
 
 def test_another_sweep_takes_the_place_of_one_and_of_nothing_else(tmp_path: Path) -> None:
     settings = SimpleNamespace(storage=str(tmp_path / "journal.log"), recipe=SimpleNamespace(folder=tmp_path))
-    left = ["journal.log", "journal.log.lock", ".sweep.json.17.tmp"]
+    left = ["journal.log", "journal.log.lock", ".sweep.json.17.4711.tmp"]
     for name in left:  # of a worker that was killed at once
         (tmp_path / name).touch()
     begin(tmp_path, cast(SweepSettings, settings), "one", resume=False, overwrite=False)
-    for name in ("chosen.yaml", ".result.json.17.tmp", "notes.txt"):
+    for name in ("chosen.yaml", ".result.json.17.4711.tmp", "notes.txt"):
         (tmp_path / name).touch()
     with pytest.raises(UsageError, match="holds another sweep"):
         begin(tmp_path, cast(SweepSettings, settings), "two", resume=False, overwrite=False)
@@ -104,6 +104,9 @@ def test_a_sweep_that_is_none_has_no_trials(tmp_path: Path, change: dict[str, ob
     whole = {"ktmerge_sweep": 1, "study": "s", "storage": None, "recipes from": "."}
     (tmp_path / "sweep.json").write_text(json.dumps({**whole, **change}))
     with pytest.raises(UsageError, match=r"sweep\.json: (no sweep|a sweep of version 2)"):
+        trial_recipe(tmp_path, 0)
+    (tmp_path / "sweep.json").write_text(json.dumps({**whole, "storage": "x" * 9999}))
+    with pytest.raises(UsageError, match="journal is not there"):
         trial_recipe(tmp_path, 0)
     (tmp_path / "sweep.json").write_text("[" * 100_000)
     with pytest.raises(UsageError, match="not JSON"):

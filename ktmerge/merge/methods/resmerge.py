@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -24,7 +24,13 @@ class ResmergeParameters(Parameters):
     split_fused: SplitFused = True
 
 
-@stage("resmerge", "combine", ResmergeParameters, reach="tensor")
+def _objection(parameters: ResmergeParameters, weights: Mapping[str, float]) -> str | None:
+    if parameters.beta_min > parameters.beta_max:
+        return f"beta_min = {parameters.beta_min:g} is above beta_max = {parameters.beta_max:g}; choose it up to that"
+    return None
+
+
+@stage("resmerge", "combine", ResmergeParameters, reach="tensor", objection=_objection)
 def resmerge(deltas: list[Tensor], parameters: ResmergeParameters, context: Context) -> Tensor:
     """The rest of each delta averaged by direction, plus a short common head (arXiv:2606.02252).
 
