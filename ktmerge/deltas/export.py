@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.digests import digest_of
@@ -26,8 +25,6 @@ from ktmerge.deltas.pieces import cast, code, code_within, relative, width
 from ktmerge.deltas.report import DeltaReport
 from ktmerge.errors import UsageError
 from ktmerge.progress import SILENT, Progress
-
-Result = TypeVar("Result")
 
 _EXACT_PIECE = 1 << 22
 _THREADS = 2
@@ -93,20 +90,6 @@ class _Blobs:
         return begin, len(blob)
 
 
-def _in_order(
-    pool: Workers, work: Callable[[TensorInfo], Result], infos: Iterable[TensorInfo]
-) -> Iterator[tuple[TensorInfo, Result]]:
-    """Results in the order of ``infos``, a few of them made ahead: the same model gives the same bytes."""
-    running: deque[tuple[TensorInfo, Future[Result]]] = deque()
-    for info in infos:
-        running.append((info, pool.submit(work, info)))
-        if len(running) > 2 * _THREADS:
-            first, future = running.popleft()
-            yield first, future.result()
-    for info, future in running:
-        yield info, future.result()
-
-
 class _Export:
     """One export: what it reads and where it writes."""
 
@@ -128,7 +111,9 @@ class _Export:
                 return found
 
             tensors: dict[str, Tensor] = {}
-            for info, (tensor, blobs) in _in_order(pool, coded, self._model.tensors.values()):
+            infos = list(self._model.tensors.values())
+            made = pool.in_order((partial(coded, info) for info in infos), 2 * _THREADS)
+            for info, (tensor, blobs) in zip(infos, made, strict=True):  # the same model gives the same bytes
                 places = (tuple(map(self._blobs.add, piece)) for piece in blobs)
                 pieces = (replace(piece, blobs=spans) for piece, spans in zip(tensor.pieces, places, strict=True))
                 tensors[info.name] = replace(tensor, pieces=tuple(pieces))

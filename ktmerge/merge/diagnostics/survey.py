@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -190,17 +189,8 @@ class _Worker:
 def _in_order(worker: _Worker, found: Sequence[_Rows]) -> Iterator[tuple[_Rows, Piece]]:
     """All pieces of all tensors, worked on some way ahead of where the caller is."""
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    pool = Workers(threads, "inspect")
-    waiting: deque[tuple[_Rows, Future[Piece]]] = deque()
-    try:
-        for rows in found:
-            for start in range(0, max(rows.info.numel, 1), PIECE):
-                waiting.append((rows, pool.submit(worker.piece, rows, start)))
-                if len(waiting) > 2 * threads:
-                    done, future = waiting.popleft()
-                    yield done, future.result()
-        while waiting:
-            done, future = waiting.popleft()
-            yield done, future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    places = [(rows, start) for rows in found for start in range(0, max(rows.info.numel, 1), PIECE)]
+    with Workers(threads, "inspect") as pool:
+        pieces = pool.in_order((partial(worker.piece, rows, start) for rows, start in places), 2 * threads)
+        for (rows, _), piece in zip(places, pieces, strict=True):
+            yield rows, piece
