@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import pytest
 import torch
@@ -130,5 +130,10 @@ def extreme(annotation: Any, marks: list[Any], end: str, default: Any) -> Any:
         return choices[0 if end == "least" else -1]
     if type(None) in choices and get_origin(choices[0]) is None and choices[0] in (int, float):
         return extreme(choices[0], marks, end, default)
+    if get_origin(annotation) in (list, dict):
+        return default
+    if choices and get_origin(choices[0]) is Annotated and end == "most":
+        kind, field = get_args(choices[0])
+        return extreme(kind, field.metadata, end, default)
     words = [get_args(one)[-1] for one in choices if get_origin(one) is Literal]
     return words[0] if words and end == "most" else default

@@ -21,8 +21,8 @@ from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners.processes import Processes, passes_of, require_shareable
 from ktmerge.tuners.sharing import Share, SharedBatches, muted
 
-TOLERANCE = 2e-6
-"""Of weights that moved by up to 5e-3: sums in another order."""
+TOLERANCE = 1e-5
+"""Of weights that moved by up to 5e-3: sums in another order, 3e-6 on processors with AVX2 alone."""
 
 WATCHED = """
 import json, sys
