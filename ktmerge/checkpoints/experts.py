@@ -17,7 +17,7 @@ from ktmerge.checkpoints.header import TensorInfo
 from ktmerge.checkpoints.reader import Reader
 
 _SINGLE = re.compile(
-    r"^(?P<owner>.+)\.experts\.(?P<number>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$"
+    r"^(?P<owner>.+)\.experts\.(?P<number>\d{1,5})\.(?P<leaf>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$"
 )
 _STYLES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 """What gate, up and down are called."""

@@ -52,7 +52,15 @@ def resolve(reference: str, folder: Path) -> Path:
 def hub_name(reference: str, folder: Path) -> str | None:
     """``org/name`` if `resolve` takes the reference from the hub; None if it means a folder here."""
     match = _HUB_ID.match(reference)
-    return None if match is None or (Path(folder) / reference).is_dir() else match["name"]
+    return None if match is None or is_folder(reference, folder) else match["name"]
+
+
+def is_folder(reference: str, folder: Path) -> bool:
+    """Whether a reference means a folder here; False, too, where it cannot be looked up: `resolve` says why."""
+    try:
+        return (folder / Path(reference).expanduser()).is_dir()
+    except (OSError, RuntimeError):
+        return False
 
 
 def cached_as(root: Path) -> str | None:

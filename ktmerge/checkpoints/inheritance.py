@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ktmerge.checkpoints.journal import FILE, Entry, Remains, read_journal
+from ktmerge.checkpoints.journal import Entry, Remains, read_journal
 
 
 class Inheritance:
@@ -40,19 +39,10 @@ class Inheritance:
         self._others.append(remains)
         return False
 
-    def take(self, folder: Path) -> dict[str, Entry]:
-        """The finished tensors of the folder taken over; of its other files, only weights stay.
-
-        Raises:
-            OSError: a file cannot be removed.
-        """
-        if self._taken is None:
-            return {}
-        for root, _, files in os.walk(folder):
-            for file in files:
-                if not file.endswith(".safetensors") and file != FILE:
-                    os.unlink(Path(root) / file)
-        return self._taken.entries
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """The finished tensors of the folder taken over."""
+        return {} if self._taken is None else self._taken.entries
 
     def notes(self, removed: int) -> list[str]:
         """What a person should know, at most a line: ``removed`` folders of dead runs are gone."""

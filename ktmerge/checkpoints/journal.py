@@ -55,7 +55,7 @@ class Remains:
     """
 
     pin: dict[str, Any]
-    entries: dict[str, Entry]
+    entries: Mapping[str, Entry]
 
 
 class Journal:

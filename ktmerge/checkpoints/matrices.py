@@ -109,6 +109,8 @@ def _fused(name: str, outputs: int, inputs: int, sections: list[Any]) -> tuple[i
             continue
         size = section.get("head_dim") or wide // heads
         groups = section.get("num_key_value_heads") or heads
+        if type(size) is not int or type(groups) is not int:  # of every layer its own, as OpenELM has them
+            continue
         if (heads + 2 * groups) * size == outputs and wide == inputs:
             return (heads * size, groups * size, groups * size)
     return (outputs // 3,) * 3 if outputs == 3 * inputs else (outputs,)

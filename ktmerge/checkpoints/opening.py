@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ktmerge.checkpoints.adapter import is_adapter, open_adapter
 from ktmerge.checkpoints.checkpoint import Checkpoint
-from ktmerge.checkpoints.hub import resolve
+from ktmerge.checkpoints.hub import is_folder, resolve
 from ktmerge.checkpoints.quantised import dequantise
 from ktmerge.errors import UsageError
 
@@ -54,12 +54,12 @@ def locate_model(reference: str, folder: Path) -> tuple[Path, Path | None]:
     Raises:
         UsageError: there is no such folder or hub id, or what is named as an adapter is none.
     """
-    count = reference.count("+")
-    if count == 0 or (folder / Path(reference).expanduser()).is_dir():
+    pluses = [position for position, character in enumerate(reference) if character == "+"]
+    if not pluses or is_folder(reference, folder):
         return resolve(reference, folder), None
-    splits = [_halves(reference, position) for position, character in enumerate(reference) if character == "+"]
-    there = [pair for pair in splits if all((folder / Path(one).expanduser()).is_dir() for one in pair)]
-    if not there and count > 1:
+    splits = [(reference[:plus], reference[plus + 1 :]) for plus in pluses]
+    there = [pair for pair in splits if all(is_folder(one, folder) for one in pair)]
+    if not there and len(pluses) > 1:
         raise UsageError(
             f"{reference}: means no folders here; write model+adapter. Several adapters over one model are not folded: "
             "give each as an expert of its own."
@@ -71,7 +71,3 @@ def locate_model(reference: str, folder: Path) -> tuple[Path, Path | None]:
     if not is_adapter(found):
         raise UsageError(f"{reference}: '{adapter}' is no PEFT adapter: it has no adapter_config.json.")
     return resolve(model, folder), found
-
-
-def _halves(reference: str, position: int) -> tuple[str, str]:
-    return reference[:position], reference[position + 1 :]

@@ -30,6 +30,7 @@ _CONNECTOR = re.compile(
     r"^vision_adapter$|^mlp1$|^query_tokens$|^t2i|^i2t|(^|_)logit_(scale|bias)$",
     re.I,
 )
+_NUMBER = re.compile(r"^\d{1,5}$")
 _CONTAINER = re.compile(r"^(layers?|blocks?|h|resblocks|stages?|encoder_layers|decoder_layers|transformer_blocks)$")
 _EMBED = re.compile(r"embed(?!ding_norm$)|^wte$|^wpe$|^shared$|^relative_attention_bias$", re.I)
 # The table of the tokens: where there is one, there is a language model.
@@ -202,7 +203,7 @@ def _find_blocks(names: Iterable[str]) -> dict[str, tuple[str, int]]:
     for name in names:
         segments = name.split(".")
         for position, segment in enumerate(segments):
-            if segment.isdigit():
+            if _NUMBER.match(segment):
                 members[".".join(segments[:position])][int(segment)].add(".".join(segments[position + 1 :]))
     alike = {
         container
@@ -212,7 +213,7 @@ def _find_blocks(names: Iterable[str]) -> dict[str, tuple[str, int]]:
     blocks: dict[str, tuple[str, int]] = {}
     for name in names:
         segments = name.split(".")
-        numbers = [position for position, segment in enumerate(segments) if position and segment.isdigit()]
+        numbers = [position for position, segment in enumerate(segments) if position and _NUMBER.match(segment)]
         paths = [(".".join(segments[:position]), int(segments[position])) for position in numbers]
         usual = [path for path in paths if _CONTAINER.match(path[0].rpartition(".")[2])]
         found = usual or [path for path in paths if path[0] in alike]

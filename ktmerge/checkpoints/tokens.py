@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ktmerge.checkpoints.regular import read_regular
 
 FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "added_tokens.json", "tokenizer_config.json")
 """What `read_tokens` reads."""
+_NUMBER = re.compile(r"^\d{1,18}$")
 
 
 def read_tokens(root: Path) -> dict[str, int]:
@@ -33,7 +35,7 @@ def read_tokens(root: Path) -> dict[str, int]:
         tokens = tokens or {token: number for number, token in enumerate(lines) if lines != [""]}
     tokens |= read_object(root / "added_tokens.json")
     for number, entry in mapping(config.get("added_tokens_decoder")).items():
-        tokens[content(entry)] = int(number) if str(number).isdigit() else -1
+        tokens[content(entry)] = int(number) if _NUMBER.match(str(number)) else -1
     added = whole.get("added_tokens")
     for entry in added if isinstance(added, list) else ():
         tokens[content(entry)] = entry.get("id", -1) if isinstance(entry, Mapping) else -1

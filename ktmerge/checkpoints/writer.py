@@ -38,7 +38,7 @@ class Writer:
     """Context manager around one output folder; leaving it cleanly publishes the folder, any exception removes it.
 
     Inside: `plan` (or `plan_like`) once, then `write`, `write_bytes` and `copy_range` from any thread until every
-    planned tensor is complete, `copy_files` and `add_text` at any time.
+    planned tensor is complete, `copy_files` and `add_text` at any time after it.
 
     With a ``pin``, each tensor that `finish` is told of is written down, so that the next writer of the same output
     with the same pin can go on where this one was killed: what `finished` answers for need not be written again.
@@ -62,7 +62,7 @@ class Writer:
         self._pin: dict[str, Any] = json.loads(json.dumps(pin or {}))  # as it will be read back
         self._resume = resume and pin is not None
         self._inheritance = Inheritance(self._pin, self._resume)
-        self._remains: dict[str, Entry] = {}
+        self._remains: Mapping[str, Entry] = {}
         self._journal: Journal | None = None
         self._staging = Staging(self.out, overwrite)
         self._planned: dict[str, TensorInfo] = {}
@@ -76,9 +76,9 @@ class Writer:
         try:
             removed = self._staging.open(self._inheritance.fits)
             self.notes += self._inheritance.notes(len(removed))
-            with clear_os_errors(self.folder):
-                self._remains = self._inheritance.take(self.folder)
-                if self._pin:
+            self._remains = self._inheritance.entries
+            if self._pin:
+                with clear_os_errors(self.folder):
                     self._journal = Journal(self.folder, Remains(self._pin, self._remains))
         except BaseException as error:
             self._end(isinstance(error, KeyboardInterrupt))
@@ -167,6 +167,8 @@ class Writer:
         sizes = {
             file: max([len(header), *(info.end for info in tensors)]) for file, (header, tensors) in headers.items()
         }
+        if self._inheritance.is_taken:
+            self._keep_only({*sizes, FILE})
         room = journal_room(self._planned.values()) if self._pin else 0
         there = sum(path.stat().st_blocks * 512 for file in sizes if (path := self.folder / file).exists())
         self._staging.require_space(sum(sizes.values()) - there + extra_bytes + room + _SPARE)
@@ -177,6 +179,13 @@ class Writer:
             self._files[file].write(memoryview(header), 0)
         with uninterrupted():
             self._follower = Follower(self._files, self._arrived)
+
+    def _keep_only(self, files: Collection[str]) -> None:
+        """Remove whatever else is there: what an interrupted run had carried may be cut off."""
+        with clear_os_errors(self.folder):
+            for path in self.folder.rglob("*"):
+                if path.is_file() and path.relative_to(self.folder).as_posix() not in files:
+                    path.unlink()
 
     def write(self, name: str, tensor: torch.Tensor, start: int = 0) -> None:
         """Write the elements of ``tensor`` from element ``start`` of the planned tensor ``name`` on; any thread may.

@@ -256,6 +256,8 @@ def test_an_adapter_that_does_not_fit_is_refused(copy: Path, rename: tuple[str, 
         ("model+nothing", "no such folder"),
         ("adapter", "is a PEFT adapter, not a whole model"),
         ("model+", "write model\\+adapter"),
+        ("~nobody-of-this-name/model+adapter", "cannot be looked up"),
+        ("x" * 300 + "+adapter", "cannot be looked up"),
     ],
 )
 def test_wrong_references_are_refused(plain: Path, reference: str, complaint: str) -> None:

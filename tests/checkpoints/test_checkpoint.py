@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.experts import fit_experts
 from ktmerge.errors import KtmergeError, UsageError
 
 MakeCheckpoint = Callable[..., Path]
@@ -291,3 +292,9 @@ def test_reading_a_changed_file_fails(make_checkpoint: MakeCheckpoint) -> None:
     os.utime(root / "model.safetensors", ns=(1, 1))
     with pytest.raises(KtmergeError, match=r"model\.safetensors: was changed"):
         checkpoint.content_digest()
+
+
+def test_experts_are_numbered_by_numbers(make_checkpoint: MakeCheckpoint) -> None:
+    odd = f"model.layers.0.mlp.experts.{'1' * 5000}.up_proj.weight"
+    opened = Checkpoint.open(make_checkpoint(tensors={odd: np.zeros((2, 2), np.float32)}))
+    assert fit_experts(opened, opened) is opened

@@ -97,6 +97,8 @@ def test_other_ranks_hold_no_maps(shape: tuple[int, ...]) -> None:
         {"num_attention_heads": 6, "hidden_size": None},
         {"text_config": None},
         {"text_config": [1]},
+        {"num_attention_heads": 6, "hidden_size": 96, "num_key_value_heads": [1, 2]},
+        {"num_attention_heads": 6, "hidden_size": 96, "head_dim": {"0": 16}},
     ],
 )
 def test_configs_that_say_odd_things_are_survived(settings: dict[str, Any]) -> None:

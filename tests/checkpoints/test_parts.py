@@ -522,6 +522,12 @@ def test_families(family: str) -> None:
     assert parts.of("no.such.tensor") == "other"
 
 
+@pytest.mark.parametrize("number", ["²", pytest.param("1" * 5000, id="long")])
+def test_what_is_no_number_is_no_layers(number: str) -> None:
+    parts = Parts([f"model.layers.{place}.mlp.up_proj.weight" for place in ("0", "1", number)])
+    assert parts.layers == {"llm": 2}
+
+
 def test_order_of_names_does_not_matter() -> None:
     for names, config, expected, _ in FAMILIES.values():
         backwards = Parts(names[::-1], config)

@@ -164,3 +164,31 @@ def test_another_input_starts_from_the_beginning(tmp_path: Path, llamas: Path, r
     assert any("differs in input files" in note for note in progress.notes)
     blend(recipe, tmp_path / "whole", device="cpu")
     assert files(out) == files(tmp_path / "whole")
+
+
+@pytest.mark.every(3)
+def test_a_carried_module_that_was_cut_off_is_carried_anew(
+    tmp_path: Path, llamas: Path, recipe_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is called as weights are, which stay when a run is gone on with."""
+    shutil.copytree(llamas, tmp_path / "models")
+    base = tmp_path / "models" / "base"
+    (base / "modules.json").write_text(json.dumps([{"path": "2_Dense"}]))
+    shutil.copytree(llamas / "a", base / "2_Dense")
+    recipe = recipe_in(tmp_path / "models", TWO, TIES)
+    copy = shutil.copyfile
+
+    def killed(source: Path, target: Path) -> None:
+        if target.name != "model.safetensors":
+            copy(source, target)
+            return
+        target.write_bytes(Path(source).read_bytes()[:100])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copyfile", killed)
+        with pytest.raises(KeyboardInterrupt):
+            blend(recipe, tmp_path / "out", device="cpu", resume=True)
+    blend(recipe, tmp_path / "out", device="cpu", resume=True)
+    dense = Path("2_Dense", "model.safetensors")
+    assert (tmp_path / "out" / dense).read_bytes() == (base / dense).read_bytes()
