@@ -1,10 +1,10 @@
-"""Eigenvectors and singular vectors, kept on disk when asked: a sweep decomposes every matrix once.
+"""Eigenvectors, kept on disk when asked: a sweep decomposes every matrix once.
 
 Off unless ``KTMERGE_CACHE_GB`` is above 0 or `keeping` is in force. Entries are named by the content of the matrix and
 what was done to it, so that nothing ever has to be invalidated; what was not used for longest goes first.
 
 They are found on the CPU, whatever device the rest runs on, as no two devices agree in the last bits; on a GPU if
-``KTMERGE_DECOMPOSE_ON`` asks for that.
+``KTMERGE_DECOMPOSE_ON`` asks for that, several of equal shape in one call.
 """
 
 from __future__ import annotations
@@ -12,21 +12,25 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import xxhash
 
 from ktmerge.checkpoints.cache import cache_folder
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.merge.device import choose_device
+from ktmerge.merge.lockstep import ask, lockstep
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 VARIABLE = "KTMERGE_CACHE_GB"
 PLACE = "KTMERGE_DECOMPOSE_ON"
@@ -37,6 +41,12 @@ _DIGEST = 16
 """Bytes of xxh3 before an entry's content."""
 _DEAD = 3600
 """Seconds after which an unfinished entry was left by a process that is no more."""
+_SHARE = 0.25
+"""Of a device's memory that one call's matrices take, at most, with all that is made of them."""
+_COPIES = 5
+"""Times its own size that a matrix takes there: itself, its eigenvectors, and what the solver works in."""
+_HELD = 1 << 30
+"""Bytes of what waits here for one call, at most."""
 
 
 @dataclass(frozen=True)
@@ -161,71 +171,90 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
         UsageError: the environment asks for a cache of a size that is no number, or for a device that is not there.
         KtmergeError: that device's memory is full.
     """
-    found = _kept(matrix, "eigh", _eigh)
-    return found["values"], found["vectors"]
-
-
-def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U ``[o, m]``, singular values ``[m]``, descending, and V^T ``[m, i]``, m = min(o, i), in the matrix's type.
-
-    Raises:
-        UsageError, KtmergeError: as for `eigh`.
-    """
-    found = _kept(matrix, "svd", _svd)
-    return found["left"], found["values"], found["right"]
-
-
-def _kept(matrix: Tensor, operation: str, compute: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
-    there = place()
-    if there != "cpu":
-        compute = partial(_elsewhere, compute, there)
-    store = _store()
-    if store is None:
-        return compute(matrix)
-    name = _name(matrix, operation, there)
-    found = store.get(name)
+    there, store = place(), _store()
+    name = "" if store is None else _name(matrix, there)
+    found = None if store is None else store.get(name)
     if found is None:
-        found = compute(matrix)
-        store.put(name, found)
-    return {key: values.to(matrix.device) for key, values in found.items()}
+        pair = _eigh(matrix) if there == "cpu" else ask([matrix], partial(_on_device, there))[0]
+        found = dict(zip(("values", "vectors"), pair, strict=True))
+        if store is not None:
+            store.put(name, found)
+    return found["values"].to(matrix.device), found["vectors"].to(matrix.device)
 
 
-def _elsewhere(compute: Callable[[Tensor], dict[str, Tensor]], there: str, matrix: Tensor) -> dict[str, Tensor]:
+def together(work: Callable[[Item], Result], items: Sequence[Item], size: int = 0) -> list[Result]:
+    """``[work(item) for item in items]``; where a device decomposes, it is given the matrices of several in one call.
+
+    On the CPU one comes after the other, as that takes the least memory.
+
+    Args:
+        work: finds its eigenvectors by `eigh`.
+        items: what it is done with.
+        size: bytes that one takes, if many could take too much; as many as `_HELD` has room for go together.
+    """
     import torch
 
-    try:
-        return {key: values.to(matrix.device) for key, values in compute(matrix.to(there)).items()}
-    except torch.OutOfMemoryError as error:
-        shape = " x ".join(map(str, matrix.shape))
-        raise KtmergeError(
-            f"{there}: out of memory for the decomposition of a {shape} matrix; free some of it, or unset {PLACE}."
-        ) from error
+    there = place()
+    if there == "cpu" or len(items) < 2:
+        return [work(item) for item in items]
+    inside = partial(torch.inference_mode, torch.is_inference_mode_enabled())
+    each = max(1, _HELD // size) if size else len(items)
+    parts = [items[start : start + each] for start in range(0, len(items), each)]
+    return [one for part in parts for one in lockstep(work, part, partial(_on_device, there), inside)]
 
 
-def _name(matrix: Tensor, operation: str, there: str) -> str:
+def _on_device(there: str, matrices: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Eigenvalues and eigenvectors of each, in one call for all of the same shape and type that there is room for."""
+    import torch
+
+    alike: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
+    for number, matrix in enumerate(matrices):
+        alike.setdefault((matrix.shape, matrix.dtype), []).append(number)
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for (shape, dtype), numbers in alike.items():
+        each = _most(there, shape.numel() * dtype.itemsize)
+        for start in range(0, len(numbers), each):
+            part = numbers[start : start + each]
+            try:
+                batch = torch.empty(len(part), *shape, dtype=dtype, device=there)
+                for own, number in zip(batch, part, strict=True):
+                    own.copy_(matrices[number])
+                values, vectors = (one.to(matrices[part[0]].device) for one in _eigh(batch))
+            except torch.OutOfMemoryError as error:
+                size = " x ".join(map(str, shape))
+                raise KtmergeError(
+                    f"{there}: out of memory for the decomposition of {size} matrices ({len(part)} at once); free some "
+                    f"of it, or unset {PLACE}."
+                ) from error
+            found.update(zip(part, zip(values, vectors, strict=True), strict=True))
+    return [found[number] for number in range(len(matrices))]
+
+
+def _most(there: str, size: int) -> int:
+    """How many matrices of so many bytes go in one call.
+
+    Of the device's whole memory, not of what is free: other batches could give other last bits.
+    """
+    import torch
+
+    if not there.startswith("cuda"):
+        return max(1, _HELD // (_COPIES * size or 1))
+    return max(1, int(_SHARE * torch.cuda.get_device_properties(there).total_memory) // (_COPIES * size or 1))
+
+
+def _name(matrix: Tensor, there: str) -> str:
     """Of an entry: content, type, shape and operation; device, library and threads, as other bits could come out."""
     import torch
 
     digest = xxhash.xxh3_128(matrix.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    how = (operation, str(matrix.dtype), tuple(matrix.shape), there.partition(":")[0], torch.__version__)
+    how = ("eigh", str(matrix.dtype), tuple(matrix.shape), there.partition(":")[0], torch.__version__)
     digest.update(repr((*how, torch.get_num_threads())).encode())
     return digest.hexdigest()
 
 
-def _eigh(matrix: Tensor) -> dict[str, Tensor]:
+def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Of one ``[n, n]`` or several ``[N, n, n]``."""
     import torch
 
-    values, vectors = torch.linalg.eigh(matrix)
-    return {"values": values, "vectors": vectors}
-
-
-def _svd(matrix: Tensor) -> dict[str, Tensor]:
-    """On failure once more in float64 on the CPU, where the divide-and-conquer driver fails on other matrices."""
-    import torch
-
-    try:
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        found = torch.linalg.svd(matrix.double().cpu(), full_matrices=False)
-        left, values, right = (one.to(matrix) for one in found)
-    return {"left": left, "values": values, "right": right}
+    values, vectors = torch.linalg.eigh(matrices)
+    return values, vectors

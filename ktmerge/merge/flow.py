@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ktmerge.merge.decompositions import together
 from ktmerge.merge.kernels import Kernels
 from ktmerge.merge.plan import Plan, TensorPlan
 from ktmerge.merge.source import Chunk, Sources
@@ -143,9 +145,9 @@ class Flow:
         for position, use in enumerate(pipeline.transforms[:stop]):
             deltas = [_shaped(tensor, use, delta) for delta in deltas]
             contexts = [self._context(tensor, chunk, position, expert) for expert in tensor.sources]
-            deltas = [
-                use.stage.apply(delta, use.parameters, context) for delta, context in zip(deltas, contexts, strict=True)
-            ]
+            pairs = list(zip(deltas, contexts, strict=True))
+            apply = partial(_applied, use)
+            deltas = together(apply, pairs) if use.reach == "tensor" else [apply(pair) for pair in pairs]
         return deltas
 
     def _finish(self, tensor: TensorPlan, chunk: Chunk, deltas: list[Tensor], stop: int) -> Tensor:
@@ -207,6 +209,11 @@ def _pipeline(tensor: TensorPlan) -> Pipeline:
 def _shaped(tensor: TensorPlan, use: StageUse, values: Tensor) -> Tensor:
     """Values as a stage takes them: shaped if it works on whole tensors, else flat, whatever the others do."""
     return values.reshape(tensor.info.shape if use.reach == "tensor" else -1)
+
+
+def _applied(use: StageUse, pair: tuple[Tensor, Context]) -> Tensor:
+    transformed: Tensor = use.stage.apply(pair[0], use.parameters, pair[1])
+    return transformed
 
 
 def _wants(pipeline: Pipeline | None, position: int, scope: Scope) -> bool:

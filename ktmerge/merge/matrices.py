@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from ktmerge.merge.decompositions import together
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -61,14 +63,16 @@ def by_map(
     base = split(context.base, context, fused=fused)
     own = [split(delta, context, fused=fused) for delta in deltas]
 
-    def one(maps: list[Tensor], number: int) -> Tensor:
+    def one(number: int) -> Tensor:
+        maps = [delta[number] for delta in own]
         exponent = _far(maps, base[number])
         if not exponent:
             return merge(maps, base[number], number)
         near = [_times(values, -exponent) for values in maps]
         return _times(merge(near, _times(base[number], -exponent), number), exponent)
 
-    return join([one(list(maps), n) for n, maps in enumerate(zip(*own, strict=True))], context, fused=fused)
+    size = max((8 * len(own) * values.numel() for values in base), default=0)
+    return join(together(one, range(len(base)), size), context, fused=fused)
 
 
 def _far(maps: Sequence[Tensor], base: Tensor) -> int:

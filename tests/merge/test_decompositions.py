@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.merge import blend, decompositions
-from ktmerge.merge.decompositions import Store, eigh, keeping, svd
+from ktmerge.merge.decompositions import Store, eigh, keeping
 
 
 def symmetric(seed: int, size: int = 20) -> Tensor:
@@ -34,18 +34,13 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is really decomposed."""
     done: list[str] = []
 
-    def counting(name: str) -> Any:
-        exact = getattr(decompositions, name)
+    exact = decompositions._eigh
 
-        def count(matrix: Tensor) -> dict[str, Tensor]:
-            done.append(name)
-            result: dict[str, Tensor] = exact(matrix)
-            return result
+    def count(matrices: Tensor) -> tuple[Tensor, Tensor]:
+        done.append("_eigh")
+        return exact(matrices)
 
-        return count
-
-    for name in ("_eigh", "_svd"):
-        monkeypatch.setattr(decompositions, name, counting(name))
+    monkeypatch.setattr(decompositions, "_eigh", count)
     return done
 
 
@@ -74,27 +69,25 @@ def test_the_environment_switches_it_on(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_what_was_kept_comes_back_bit_for_bit(tmp_path: Path, counted: list[str]) -> None:
     matrix = symmetric(0)
-    wide = torch.randn(4, 9)
-    exact = (*eigh(matrix), *svd(wide))
+    exact = eigh(matrix)
     counted.clear()
     with keeping(0.01, tmp_path):
         for _ in range(3):
-            found = (*eigh(matrix), *svd(wide))
-            assert all(a.equal(b) and a.dtype == b.dtype for a, b in zip(found, exact, strict=True))
-    assert sorted(counted) == ["_eigh", "_svd"]
+            assert all(a.equal(b) and a.dtype == b.dtype for a, b in zip(eigh(matrix), exact, strict=True))
+    assert counted == ["_eigh"]
     eigh(matrix)
-    assert len(counted) == 3  # off again
+    assert len(counted) == 2  # off again
 
 
 def test_other_matrices_shapes_and_types_are_other_entries(tmp_path: Path, counted: list[str]) -> None:
     with keeping(0.01, tmp_path):
-        whole = torch.arange(36.0).reshape(6, 6)
-        for one in (whole, whole.reshape(4, 9), whole.T, -whole, whole.double(), torch.zeros(6, 6), -torch.zeros(6, 6)):
-            svd(one)
-    assert len(counted) == len(entries(tmp_path)) == 7
+        whole = symmetric(0, 6)
+        for one in (whole, whole[:4, :4], -whole, whole.float(), torch.zeros(6, 6), -torch.zeros(6, 6)):
+            eigh(one)
+    assert len(counted) == len(entries(tmp_path)) == 6
     with keeping(0.01, tmp_path):
-        svd(whole.T.contiguous())  # the same matrix, laid out otherwise
-    assert len(counted) == 7
+        eigh(whole.T)  # the same matrix, laid out otherwise
+    assert len(counted) == 6
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "header"])
@@ -221,27 +214,6 @@ def test_processes_share_it_and_may_be_killed(tmp_path: Path) -> None:
     assert sum(path.stat().st_size for path in entries(tmp_path)) <= room * 1e9
 
 
-def test_a_failing_driver_is_helped_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    matrix = torch.randn(5, 8)
-    exact = svd(matrix)
-    real = {name: getattr(torch.linalg, name) for name in ("svd", "svdvals")}
-
-    def failing(name: str) -> Any:
-        def fail(one: Tensor, **options: Any) -> Any:
-            if one.dtype == torch.float32:
-                raise torch.linalg.LinAlgError("did not converge")
-            return real[name](one, **options)
-
-        return fail
-
-    for name in real:
-        monkeypatch.setattr(torch.linalg, name, failing(name))
-    torch.testing.assert_close(svd(matrix), exact)
-    left, values, right = svd(matrix)
-    torch.testing.assert_close((left * values) @ right, matrix)
-    assert left.dtype == torch.float32
-
-
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> str:
     """Has decompositions made on a device that is the CPU under another name."""
@@ -253,10 +225,9 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_device_is_given_them_if_asked_for(elsewhere: str, counted: list[str]) -> None:
     matrix = symmetric(3)
     values, vectors = decompositions.eigh(matrix)
-    left, singular, right = decompositions.svd(matrix)
-    assert counted == ["_eigh", "_svd"]
+    assert counted == ["_eigh"]
     assert torch.equal(values, torch.linalg.eigh(matrix)[0])
-    assert {one.device.type for one in (values, vectors, left, singular, right)} == {"cpu"}
+    assert {one.device.type for one in (values, vectors)} == {"cpu"}
 
 
 def test_what_a_device_found_is_not_taken_for_what_the_cpu_finds(
@@ -265,7 +236,8 @@ def test_what_a_device_found_is_not_taken_for_what_the_cpu_finds(
     with decompositions.keeping(1, tmp_path):
         decompositions.eigh(symmetric(3))
         monkeypatch.setattr(decompositions, "_place", lambda wanted: "cuda:0")
-        monkeypatch.setattr(torch.Tensor, "to", lambda values, *_: values)  # there is none here
+        there_is_none_here = lambda there, matrices: [decompositions._eigh(one) for one in matrices]  # noqa: E731
+        monkeypatch.setattr(decompositions, "_on_device", there_is_none_here)
         decompositions.eigh(symmetric(3))
         decompositions.eigh(symmetric(3))
     assert counted == ["_eigh", "_eigh"]
@@ -277,7 +249,7 @@ def test_a_device_whose_memory_is_full_is_named(elsewhere: str, monkeypatch: pyt
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(torch.linalg, "eigh", full)
-    with pytest.raises(KtmergeError, match=r"cpu:0: out of memory for the decomposition of a 20 x 20 matrix"):
+    with pytest.raises(KtmergeError, match=r"cpu:0: out of memory for the decomposition of 20 x 20 matrices"):
         decompositions.eigh(symmetric(3))
 
 

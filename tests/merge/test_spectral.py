@@ -389,10 +389,9 @@ def test_signs_of_singular_vectors_do_not_matter(
     generator = torch.Generator().manual_seed(1)
     exact = decompositions._eigh
 
-    def flipped(matrix: Tensor) -> dict[str, Tensor]:
-        found = exact(matrix)
-        signs = torch.randint(0, 2, found["values"].shape, generator=generator).double() * 2 - 1
-        return {**found, "vectors": found["vectors"] * signs}
+    def flipped(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        values, vectors = exact(matrix)
+        return values, vectors * (torch.randint(0, 2, values.shape, generator=generator).double() * 2 - 1)
 
     monkeypatch.setattr(decompositions, "_eigh", flipped)
     torch.testing.assert_close(

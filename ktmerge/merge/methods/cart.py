@@ -34,6 +34,7 @@ def cart(deltas: list[Tensor], parameters: CartParameters, context: Context) -> 
     """
     import torch
 
+    from ktmerge.merge.decompositions import together
     from ktmerge.merge.matrices import by_map, changed
     from ktmerge.merge.methods.mean import mean
     from ktmerge.merge.spectra import draws, has_maps, top
@@ -52,10 +53,11 @@ def cart(deltas: list[Tensor], parameters: CartParameters, context: Context) -> 
         count = math.ceil(parameters.fraction * min(base.shape) * (1 - 1e-9))
         if parameters.mu == 0 or count in (0, min(base.shape)):
             return centre.float()
-        parts = [w * _low_rank(one - centre, one, count) for one, w in zip(own, weights, strict=True)]
+        pairs = list(zip(own, weights, strict=True))
+        parts = together(lambda pair: pair[1] * low_rank(pair[0] - centre, pair[0], count), pairs)
         return (centre + parameters.mu * torch.stack(parts).sum(0)).float()
 
-    def _low_rank(difference: Tensor, delta: Tensor, count: int) -> Tensor:
+    def low_rank(difference: Tensor, delta: Tensor, count: int) -> Tensor:
         if float(difference.norm()) <= 1e-7 * float(delta.norm()):
             return torch.zeros_like(difference)  # equal experts differ from their average by rounding
         return top(difference, count, draws(context)).matrix()

@@ -89,22 +89,24 @@ def iso_cts(deltas: list[Tensor], parameters: IsoCtsParameters, context: Context
 def _common_and_specific(own: list[Tensor], common: float) -> Tensor:
     import torch
 
+    from ktmerge.merge.decompositions import together
     from ktmerge.merge.spectra import Spectrum, one_sided, polar, total
 
     added = total(own)
     size = min(added.shape)
     count = specific_count(size, common, len(own))
     shared = one_sided(added).top(size - count * len(own))
-    triplets: list[Spectrum] = []
-    for delta in own:
+
+    def specific(delta: Tensor) -> Spectrum:
         rest = delta.double() - shared.left @ (shared.left.T @ delta.double())
         found = one_sided(rest).top(count) if count else shared.first(0)
         # what is left of a delta inside the common space is rounding
-        triplets.append(found.first(int((found.values > 1e-6 * float(delta.norm())).sum())))
-    triplets.append(shared)
+        return found.first(int((found.values > 1e-6 * float(delta.norm())).sum()))
+
+    triplets = [*together(specific, own), shared]
     strength = torch.cat([one.values for one in triplets]).sum() / size
-    left = polar(torch.cat([one.left for one in triplets], dim=1))
-    right = polar(torch.cat([one.right for one in triplets], dim=1))
+    sides = ([one.left for one in triplets], [one.right for one in triplets])
+    left, right = together(lambda side: polar(torch.cat(side, dim=1)), sides)
     return strength * left @ right.T
 
 

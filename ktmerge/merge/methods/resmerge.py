@@ -43,12 +43,13 @@ def resmerge(deltas: list[Tensor], parameters: ResmergeParameters, context: Cont
 
     The formula has no weights: each delta is multiplied by its weight over the mean of their magnitudes.
     """
+    from ktmerge.merge.decompositions import together
     from ktmerge.merge.spectra import combined, draws, top, total
 
     def merge(own: list[Tensor]) -> Tensor:
         if len(own) == 1:
             return own[0]
-        tops = [top(one, parameters.rank, draws(context)) for one in own]
+        tops = together(lambda one: top(one, parameters.rank, draws(context)), own)
         # of a delta that is all head only rounding is left
         merged = _rest(
             [_unless_rounding(one.double() - head.matrix(), one) for one, head in zip(own, tops, strict=True)],

@@ -36,6 +36,7 @@ def tsv_m(deltas: list[Tensor], parameters: TsvParameters, context: Context) -> 
     """
     import torch
 
+    from ktmerge.merge.decompositions import together
     from ktmerge.merge.spectra import combined, draws, polar, top
 
     def merge(own: list[Tensor]) -> Tensor:
@@ -44,10 +45,9 @@ def tsv_m(deltas: list[Tensor], parameters: TsvParameters, context: Context) -> 
         size = min(own[0].shape)
         share = 1 / len(own) if parameters.fraction is None else parameters.fraction
         count = max(1, size // len(own) if parameters.fraction is None else int(size * share))
-        found = [top(one, count, draws(context)) for one in own]
-        left, right = (
-            polar(torch.cat(sides, dim=1)) for sides in zip(*((f.left, f.right) for f in found), strict=True)
-        )
+        found = together(lambda one: top(one, count, draws(context)), own)
+        sides = ([one.left for one in found], [one.right for one in found])
+        left, right = together(lambda side: polar(torch.cat(side, dim=1)), sides)
         return (left * torch.cat([one.values for one in found])) @ right.T
 
     return combined(deltas, context, merge, fused=parameters.split_fused)

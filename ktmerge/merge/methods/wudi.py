@@ -58,6 +58,7 @@ def spectral_regmean(deltas: list[Tensor], parameters: SpectralRegmeanParameters
     import torch
 
     from ktmerge.merge.covariance import of_delta
+    from ktmerge.merge.decompositions import together
     from ktmerge.merge.matrices import by_map, changed
     from ktmerge.merge.regression import Filter
     from ktmerge.merge.regression import spectral_regmean as solve
@@ -71,7 +72,7 @@ def spectral_regmean(deltas: list[Tensor], parameters: SpectralRegmeanParameters
         if len(members) == 1 and parameters.init != "zero" and not parameters.base_weight:
             return maps[members[0]]
         own = [maps[t] for t in members]
-        covariances = [of_delta(one, parameters.cov_norm, parameters.cov_power) for one in own]
+        covariances = together(lambda one: of_delta(one, parameters.cov_norm, parameters.cov_power), own)
         weights = relative([context.weights[t] for t in members])
         return solve(own, covariances, filter, parameters.init, weights=weights, base=_base(base, parameters)).float()
 
