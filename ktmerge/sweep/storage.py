@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 import zlib
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,10 @@ _BUSY_SECONDS = 600
 """How long a worker waits for others that write to an SQLite file; on slow disks that takes long."""
 _LOCKED_SECONDS = 30
 """How long a lock on a journal nobody writes to is respected."""
-_CHECKSUM = "crc32"
+_CHECKSUM, _AFTER = "crc32", "after"
+"""Keys of a journal's entry: its checksum, which is over the other one, too: that of the entry before it."""
+_COMPACT = (",", ":")
+_BLOCK = 1 << 14
 _MAKING = re.compile(
     r"table .* already exists|no such table|database is locked|relation .* (already exists|does not exist)|"
     r"duplicate key|UNIQUE constraint",
@@ -58,49 +63,104 @@ def open_storage(where: str) -> BaseStorage:
 def _journal(path: Path) -> BaseStorage:
     _mend(path)
     try:
-        return JournalStorage(_Journal(str(path), lock_obj=_lock(str(path))))
+        return JournalStorage(_Journal(str(path), _lock(str(path))))
     except (OSError, UsageError):
         raise
     except Exception as error:  # whatever Optuna meets in it
         raise _damaged(str(path), f"damaged, or of a later Optuna ({first_line(error)})") from None
 
 
-class _Journal(JournalFileBackend):
-    """Optuna's journal; every entry has a checksum of itself, so that another digit in a score does not go unnoticed.
+class _OutOfOrderError(ValueError):
+    """A line of the journal is intact, but not in its place."""
 
-    Optuna reads it as its own. Entries without checksum, of an earlier ktmerge, are taken as they are.
+
+class _Journal(JournalFileBackend):
+    """Optuna's journal; every entry has a checksum of itself, and that of the entry before it, so that neither another
+    digit in a score nor a line that was lost, doubled or moved goes unnoticed.
+
+    Optuna reads it as its own. Entries without either, of an earlier ktmerge, are taken as they are.
     """
 
+    def __init__(self, path: str, lock: JournalFileOpenLock) -> None:
+        super().__init__(path, lock)
+        self._names = {0}
+        self._links: set[tuple[int, int]] = set()
+        self._checked = 0
+
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        super().append_logs([{**one, _CHECKSUM: _checksum(one)} for one in logs])
+        path = Path(self._file_path)
+        with _locked(path):
+            whole, last = _last_line(path)
+            if whole < os.path.getsize(path):  # a worker died, or had no room, while it wrote
+                os.truncate(path, whole)
+            before, lines = _name(last, path), []
+            for one in logs:
+                entry = {**one, _AFTER: before}
+                before = _checksum(entry)
+                lines.append(json.dumps({**entry, _CHECKSUM: before}, separators=_COMPACT) + "\n")
+            with path.open("ab") as file:
+                file.write("".join(lines).encode())
+                file.flush()
+                os.fsync(file.fileno())
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
-        line = log_number_from + 1
+        number = min(log_number_from, self._checked)
         try:
-            for entry in super().read_logs(log_number_from):
-                _require_intact(entry)
-                yield entry
-                line += 1
-        except ValueError:
-            raise _damaged(f"{self._file_path}, line {line}", "damaged") from None
+            for entry in super().read_logs(number):
+                name, after = _require_intact(entry)
+                if number == self._checked:
+                    self._require_next(name, after)
+                number += 1
+                if number > log_number_from:
+                    yield entry
+        except ValueError as error:
+            how = str(error) if isinstance(error, _OutOfOrderError) else "damaged"
+            raise _damaged(f"{self._file_path}, line {number + 1}", how) from None
+
+    def _require_next(self, name: int, after: int | None) -> None:
+        """Hold an entry to those before it.
+
+        It follows any of them, not only the last: of two workers, one that was held up for longer than its lock is
+        respected writes after the same entry as the other.
+
+        Raises:
+            _OutOfOrderError: it stands there a second time, or what it follows is missing.
+        """
+        if after is not None:
+            if after not in self._names:
+                raise _OutOfOrderError("damaged: a line before this one was lost or moved")
+            if (name, after) in self._links:
+                raise _OutOfOrderError("damaged: this line stands there twice")
+            self._links.add((name, after))
+        self._names.add(name)
+        self._checked += 1
 
 
-def _require_intact(entry: Any) -> None:
-    """Take the checksum out of an entry, and hold it to that.
+def _require_intact(entry: Any) -> tuple[int, int | None]:
+    """Take the checksums out of an entry, and hold it to them: its own, and that of the one before, if it tells.
 
     Raises:
         ValueError: it is another, or the entry is none.
     """
     if not isinstance(entry, dict):
-        raise ValueError("no entry")
-    told = entry.pop(_CHECKSUM, None)
-    if told not in (None, _checksum(entry)):
-        raise ValueError("another checksum")
+        raise ValueError("damaged")
+    told, found = entry.pop(_CHECKSUM, None), _checksum(entry)
+    if told not in (None, found):
+        raise ValueError("damaged")
+    return found, entry.pop(_AFTER, None)
+
+
+def _name(line: bytes, path: Path) -> int:
+    """The checksum of an entry as it is written; 0 where there is none."""
+    try:
+        return _require_intact(json.loads(line))[0] if line else 0
+    except ValueError:
+        raise _damaged(f"{path}, its last line", "damaged") from None
 
 
 def _checksum(entry: Mapping[str, Any]) -> int:
     """CRC-32 of an entry as JSON, which is the same once it was written and read."""
-    return zlib.crc32(json.dumps(entry, separators=(",", ":")).encode())
+    return zlib.crc32(json.dumps(entry, separators=_COMPACT).encode())
 
 
 def _damaged(where: str, how: str) -> UsageError:
@@ -127,18 +187,23 @@ def _database(url: str) -> BaseStorage:
 
 def _mend(path: Path) -> None:
     """Cut off a line that a full disk or a power cut left unfinished: it would keep the journal from being read."""
-    size = _unfinished(path)
-    if size is None:
+    if not _is_unfinished(path):
         return
     time.sleep(1.0)  # somebody may be writing it just now
+    with _locked(path):
+        if _is_unfinished(path):
+            os.truncate(path, _last_line(path)[0])
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
     lock = _lock(str(path))
     lock.acquire()
     try:
-        if (now := _unfinished(path)) is not None:
-            with path.open("r+b") as file:
-                file.truncate(now)
+        yield
     finally:
-        lock.release()
+        with suppress(RuntimeError):  # others took it away, since this took so long
+            lock.release()
 
 
 def _lock(where: str) -> JournalFileOpenLock:
@@ -149,10 +214,21 @@ def _lock(where: str) -> JournalFileOpenLock:
     return JournalFileOpenLock(where, grace_period=_LOCKED_SECONDS)
 
 
-def _unfinished(path: Path) -> int | None:
-    """How much of the journal is whole, if not all."""
-    content = path.read_bytes() if path.exists() else b""
-    return None if not content or content.endswith(b"\n") else content.rfind(b"\n") + 1
+def _is_unfinished(path: Path) -> bool:
+    return path.exists() and _last_line(path)[0] < path.stat().st_size
+
+
+def _last_line(path: Path) -> tuple[int, bytes]:
+    """Where the last whole line of a journal ends, in bytes, and that line."""
+    tail = b""
+    with path.open("rb") as file:
+        start = size = file.seek(0, os.SEEK_END)
+        while start and tail.count(b"\n") < 2:
+            start = max(0, size - max(_BLOCK, 4 * len(tail)))
+            file.seek(start)
+            tail = file.read(size - start)
+    end = tail.rfind(b"\n") + 1
+    return start + end, tail[tail.rfind(b"\n", 0, max(0, end - 1)) + 1 : end]
 
 
 def study_names(storage: BaseStorage) -> list[str]:

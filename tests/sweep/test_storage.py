@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -58,6 +59,56 @@ def test_another_digit_in_a_score_is_seen(tmp_path: Path) -> None:
     assert optuna.load_study(study_name="s", storage=plain).best_value == 0.125
     optuna.create_study(storage=plain, study_name="without checksums")
     assert study_names(open_storage(str(path))) == ["s", "without checksums"]
+
+
+def _lose(lines: list[bytes]) -> list[bytes]:
+    return [*lines[:2], *lines[3:]]
+
+
+def _double(lines: list[bytes]) -> list[bytes]:
+    return [*lines[:3], lines[2], *lines[3:]]
+
+
+def _move(lines: list[bytes]) -> list[bytes]:
+    return [*lines[:2], lines[3], lines[2], *lines[4:]]
+
+
+@pytest.mark.parametrize(("harm", "line"), [(_lose, 3), (_double, 4), (_move, 3)])
+def test_a_line_lost_doubled_or_moved_is_seen(
+    tmp_path: Path, harm: Callable[[list[bytes]], list[bytes]], line: int
+) -> None:
+    path = tmp_path / "journal.log"
+    study = optuna.create_study(storage=open_storage(str(path)), study_name="s")
+    for value in (0.125, 0.25, 0.5):
+        trial = study.ask()
+        trial.set_user_attr("text", "x" * 40_000)  # longer than what is read at once to find the last line
+        study.tell(trial, value)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(harm(lines)))
+    with pytest.raises(UsageError, match=rf"log, line {line}: .* is damaged: (a|this) line"):
+        open_storage(str(path))
+    path.write_bytes(b"".join(lines[:-1]))  # an earlier copy
+    study = optuna.load_study(study_name="s", storage=open_storage(str(path)))
+    study.tell(2, -1.0)
+    assert optuna.load_study(study_name="s", storage=open_storage(str(path))).best_value == -1.0
+
+
+def test_what_others_and_earlier_versions_wrote_is_gone_on_with(tmp_path: Path) -> None:
+    path = tmp_path / "journal.log"
+    optuna.create_study(storage=JournalStorage(JournalFileBackend(str(path))), study_name="plain")
+    ours = open_storage(str(path))
+    optuna.create_study(storage=ours, study_name="ours")
+    fork = path.read_bytes()
+    optuna.create_study(storage=ours, study_name="in time")
+    late = path.read_bytes()
+    path.write_bytes(fork)  # as a worker saw it whose lock was taken away
+    optuna.create_study(storage=open_storage(str(path)), study_name="too late")
+    path.write_bytes(late + path.read_bytes()[len(fork) :] + b'{"op_code": 0, "stu')  # and of one the disk was full
+    optuna.create_study(storage=ours, study_name="last")
+    assert study_names(open_storage(str(path))) == ["plain", "ours", "in time", "too late", "last"]
+    path.write_bytes(path.read_bytes().split(b"\n", 1)[1])
+    with pytest.raises(UsageError, match=r"line 1: .* a line before this one was lost"):
+        open_storage(str(path))
 
 
 def test_damage_while_a_sweep_runs_is_told_too(tmp_path: Path) -> None:
