@@ -8,17 +8,24 @@ from typing import TypeVar
 
 Found = TypeVar("Found")
 
+_LONGEST, _MOST_LINES = 20_000, 500
+"""Letters of a line, and lines, that a message has at most."""
+
 
 class KtmergeError(Exception):
     """The run failed for a reason ktmerge understands. The command line prints it without a traceback.
 
-    A message may quote a stranger's file; what could steer a terminal, or cannot be written to one, is shown escaped.
+    A message may quote a stranger's file; what could steer a terminal, or cannot be written to one, is shown escaped,
+    and what nobody would read to its end is cut short.
     """
 
     exit_code = 1
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(printable_lines(message))
+        lines = [line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..." for line in message.split("\n")]
+        if len(lines) > _MOST_LINES:
+            lines[_MOST_LINES - 1 :] = ["... and more."]
+        super().__init__(printable_lines("\n".join(lines)))
 
 
 class UsageError(KtmergeError):

@@ -78,8 +78,10 @@ def parse_yaml(text: str, where: str) -> Any:
     """
     try:
         root = compose(text)
-        if root is not None and _nodes(root) > MAX_NODES:
-            raise UsageError(f"{where}: more than {MAX_NODES} values once aliases are expanded; write it without them.")
+        count, depth = (0, 0) if root is None else _extent(root)
+        if count > MAX_NODES or depth > MAX_DEPTH:
+            what = f"more than {MAX_NODES} values" if count > MAX_NODES else "nested too deeply"
+            raise UsageError(f"{where}: {what} once aliases are expanded; write it without them.")
         return None if root is None else _construct(root)
     except EndlessError as error:
         raise UsageError(f"{where}: {error}") from None
@@ -133,6 +135,10 @@ def compose(text: str) -> yaml.Node | None:
     """
     depth = count = 0
     for event in yaml.parse(text, Loader=_SafeLoader):
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            problem = f"a recipe or suite has no tags such as {printable(tag)[:80]}"
+            raise yaml.parser.ParserError(None, None, problem, event.start_mark)  # type: ignore[arg-type]
         count += isinstance(event, yaml.NodeEvent)
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
@@ -150,26 +156,27 @@ def _construct(root: yaml.Node) -> Any:
         loader.dispose()
 
 
-def _nodes(root: yaml.Node) -> int:
-    """Count nodes as if every alias were written out, without writing them out."""
-    counted: dict[int, int] = {}
+def _extent(root: yaml.Node) -> tuple[int, int]:
+    """How many nodes there are, and how deep, as if every alias were written out, without writing them out."""
+    measured: dict[int, tuple[int, int]] = {}
     open_nodes: set[int] = set()
 
-    def count(node: yaml.Node) -> int:
+    def measure(node: yaml.Node) -> tuple[int, int]:
         if id(node) in open_nodes:
-            return MAX_NODES + 1  # an alias inside its own anchor
-        if id(node) not in counted:
+            return MAX_NODES + 1, 0  # an alias inside its own anchor
+        if id(node) not in measured:
             open_nodes.add(id(node))
             children: list[yaml.Node] = []
             if isinstance(node, yaml.MappingNode):
                 children = [child for pair in node.value for child in pair]
             elif isinstance(node, yaml.SequenceNode):
                 children = list(node.value)
-            counted[id(node)] = min(1 + sum(count(child) for child in children), MAX_NODES + 1)
+            counts, depths = zip((0, 0), *map(measure, children), strict=True)
+            measured[id(node)] = min(1 + sum(counts), MAX_NODES + 1), bool(children) + max(depths)
             open_nodes.discard(id(node))
-        return counted[id(node)]
+        return measured[id(node)]
 
-    return count(root)
+    return measure(root)
 
 
 def _first_problem(error: yaml.YAMLError) -> str:

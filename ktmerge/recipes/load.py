@@ -24,6 +24,9 @@ from ktmerge.recipes.suites import SUITE_VERSION, AnyTask, Suite
 
 Model = TypeVar("Model", bound=BaseModel)
 
+_MOST_PROBLEMS, _MOST_LETTERS = 50, 200
+"""Of one file that are told; of a key or value that is shown."""
+
 
 def load_recipe(
     reference: str | Path,
@@ -132,8 +135,10 @@ def validate(model: type[Model], document: Any, where: str, file: Path | None = 
         places = Places(file) if file is not None else None
         problems = [
             f"{where if places is None else places.at(problem['loc'])}: {_sentence(model, problem)}"
-            for problem in error.errors()
+            for problem in error.errors()[:_MOST_PROBLEMS]
         ]
+        if error.error_count() > _MOST_PROBLEMS:
+            problems.append(f"{where}: and {error.error_count() - _MOST_PROBLEMS} more of that kind.")
         raise UsageError("\n".join(dict.fromkeys(problems))) from None
 
 
@@ -149,14 +154,14 @@ def _sentence(model: type[BaseModel], problem: Any) -> str:
         tag = str(problem["ctx"]["tag"])
         return f"{key}.kind: there is no kind '{tag}'.{did_you_mean(tag, sorted(_KINDS - {'lm_eval'}))}"
     if problem["type"] == "string_pattern_mismatch" and location[-1] == "name":
-        return f"{key}: letters, digits and _ . - make a name, a letter or digit first, not {problem['input']!r}."
+        return f"{key}: letters, digits and _ . - make a name, a letter or digit first, not {_shown(problem['input'])}."
     if key and problem["type"] in _SHAPES:
         return f"{key}: must be {_SHAPES[problem['type']]}, not {_shape(problem['input'])}."
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if not key:
         return f"{message}."
-    given = "" if isinstance(problem["input"], (dict, list)) else f", not {problem['input']!r}"
+    given = "" if isinstance(problem["input"], (dict, list)) else f", not {_shown(problem['input'])}"
     return f"{key}: {message}{given}."
 
 
@@ -165,7 +170,15 @@ _SHAPES = {"model_type": "keys with values", "dict_type": "keys with values", "l
 
 
 def _shape(value: Any) -> str:
-    return "a list" if isinstance(value, list) else "keys with values" if isinstance(value, dict) else repr(value)
+    return "a list" if isinstance(value, list) else "keys with values" if isinstance(value, dict) else _shown(value)
+
+
+def _shown(value: Any) -> str:
+    return _short(repr(value))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MOST_LETTERS else f"{text[:_MOST_LETTERS]}..."
 
 
 def _keys(model: type[BaseModel]) -> list[str]:
@@ -212,7 +225,7 @@ def _spell(model: type[BaseModel], location: tuple[str | int, ...]) -> str:
             continue
         else:
             text += f".{step}"
-    return printable(text.lstrip("."))
+    return printable(_short(text.lstrip(".")))
 
 
 _KINDS = frozenset(str(_tag(task)) for task in (*typing.get_args(AnyTask), HarnessTask))

@@ -47,12 +47,15 @@ def launch(settings: SweepSettings, workers: int, where: Where, jobs: Path, prog
 
 def _here(settings: SweepSettings, workers: int, progress: Progress) -> Outcome:
     """This process is the first; that one of the others dies costs only its time."""
+    import torch
+
     context = multiprocessing.get_context("spawn")
-    others = [context.Process(target=search, args=(settings,), daemon=True) for _ in range(workers - 1)]
+    threads = max(1, torch.get_num_threads() // workers)
+    others = [context.Process(target=_search, args=(settings, threads), daemon=True) for _ in range(workers - 1)]
     try:
         for other in others:
             _start(other)
-        outcome = search(settings, progress)
+        outcome = _search(settings, threads, progress)
         for other in others:
             other.join()
         return outcome
@@ -60,6 +63,18 @@ def _here(settings: SweepSettings, workers: int, progress: Progress) -> Outcome:
         for other in others:
             if other.pid is not None:
                 other.terminate()
+
+
+def _search(settings: SweepSettings, threads: int, progress: Progress = SILENT) -> Outcome:
+    """Take part with so many threads: each worker with as many as there are cores, they would wait for one another."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return search(settings, progress)
+    finally:
+        torch.set_num_threads(before)
 
 
 def _start(process: BaseProcess) -> None:
