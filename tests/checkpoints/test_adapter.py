@@ -181,7 +181,7 @@ def test_any_piece_has_the_bits_of_the_whole(case: str, tmp_path: Path) -> None:
             whole = reader.read(name)
             assert b"".join(bytes(block) for block in reader.blocks(name)) == whole.numpy().tobytes()
             for size in (1, 7, 17, 100):
-                if size == 1 and info.numel > 400:
+                if info.numel > 400 * size:
                     continue
                 with named.reader() as other:
                     pieces = [

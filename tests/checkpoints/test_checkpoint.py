@@ -131,7 +131,7 @@ NAME = st.text(max_size=4) | st.sampled_from(["a", "model.safetensors", "x" * 30
 VALUE = NAME | NAME.map(lambda name: name + ".safetensors") | st.integers() | st.none() | st.lists(NAME, max_size=1)
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(weight_map=st.dictionaries(NAME, VALUE, max_size=3) | VALUE)
 def test_any_index_is_read_or_refused(tmp_path: Path, weight_map: Any) -> None:
     save_file({"a": np.ones(1, np.float32)}, tmp_path / "model.safetensors")

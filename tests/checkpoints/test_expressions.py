@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ktmerge.checkpoints.expressions import PartExpression
@@ -46,6 +46,7 @@ def test_matches(text: str, parts: list[str]) -> None:
 BOUND = st.none() | st.integers(-15, 15)
 
 
+@settings(max_examples=40, deadline=None)
 @given(start=BOUND, stop=BOUND, step=st.none() | st.integers(1, 5), count=st.integers(1, 12))
 def test_slices_are_pythons(start: int | None, stop: int | None, step: int | None, count: int) -> None:
     def shown(bound: int | None) -> str:

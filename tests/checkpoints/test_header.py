@@ -22,7 +22,7 @@ from ktmerge.errors import UsageError
 
 RawFile = Callable[..., Path]
 ONE = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-FUZZ = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @dataclass(frozen=True)

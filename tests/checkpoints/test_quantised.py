@@ -41,7 +41,7 @@ def shown(folder: Path, name: str = NAME) -> torch.Tensor:
     found = open_model(str(folder), Path("/"), dequantised=True)
     with found.reader() as reader:
         whole, size = reader.read(name), found[name].numel
-        for step in (1, 7, 33):
+        for step in (1 if size < 100 else 3, 7, 33):
             pieces = [reader.read(name, start, min(start + step, size)) for start in range(0, size, step)]
             assert torch.cat(pieces).view(torch.int32).equal(whole.view(torch.int32))
         assert b"".join(map(bytes, reader.blocks(name))) == whole.numpy().tobytes()

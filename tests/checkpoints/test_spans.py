@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ktmerge.checkpoints.spans import Spans
@@ -10,6 +10,7 @@ from ktmerge.checkpoints.spans import Spans
 ranges = st.tuples(st.integers(0, 40), st.integers(0, 40))
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(ranges, max_size=20), ranges)
 def test_equals_a_set(added: list[tuple[int, int]], asked: tuple[int, int]) -> None:
     first, last = sorted(asked)

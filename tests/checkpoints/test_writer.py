@@ -403,13 +403,13 @@ def test_a_copy_on_a_full_disk_is_clear(make_checkpoint: MakeCheckpoint, monkeyp
 @pytest.mark.every(3)
 @pytest.mark.parametrize("shards", [1, 3])
 def test_digests_follow_what_is_written(make_checkpoint: MakeCheckpoint, shards: int) -> None:
-    """Pieces of a few megabytes, from the end to the beginning and from two threads."""
-    values = np.random.default_rng(0).integers(0, 255, (5, 1 << 21), dtype=np.uint8)
+    """Tensors of a megabyte in pieces, from the end to the beginning and from two threads."""
+    values = np.random.default_rng(0).integers(0, 255, (5, 1 << 20), dtype=np.uint8)
     base = Checkpoint.open(make_checkpoint(tensors={f"t{i}": row for i, row in enumerate(values)}, shards=shards))
     out = base.root.parent / "out"
     with Writer(out) as writer, ThreadPoolExecutor(2) as pool:
         writer.plan_like(base)
-        pieces = [(i, start) for i in range(5) for start in range(0, 1 << 21, 300_000)]
+        pieces = [(i, start) for i in range(5) for start in range(0, 1 << 20, 300_000)]
         list(
             pool.map(
                 lambda p: writer.write_bytes(f"t{p[0]}", values[p[0]][p[1] : p[1] + 300_000].data, p[1]), pieces[::-1]

@@ -22,7 +22,7 @@ TYPES = (np.uint8, np.uint16, np.uint32, np.uint64)
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("floats", [False, True])
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_every_pattern_comes_back(dtype: Any, floats: bool, data: st.DataObject) -> None:
     reference = data.draw(npst.arrays(dtype, st.integers(0, 40)))
     target = data.draw(npst.arrays(dtype, len(reference)))

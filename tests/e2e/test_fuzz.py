@@ -20,7 +20,7 @@ from ktmerge import api
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.errors import KtmergeError
 
-QUICK = settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 LONG = settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
 
 FILES = ["model.safetensors.index.json", "config.json", "tokenizer.json"]

@@ -66,6 +66,13 @@ def write_rows(folder: Path, name: str, rows: Iterable[Any]) -> str:
 
 
 @pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without gains and scores drawn, which takes longer than all else of them."""
+    monkeypatch.setattr("ktmerge.eval.page.tradeoff", lambda *_: None)
+    monkeypatch.setattr("ktmerge.eval.page.score_pictures", lambda results: [])
+
+
+@pytest.fixture
 def suite(tmp_path: Path) -> Suite:
     """All three kinds of task on both sides."""
     return write_suite(tmp_path)

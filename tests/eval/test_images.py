@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +117,12 @@ def same(found: dict[str, Any], wanted: dict[str, Any]) -> None:
                 assert found[name].details[column] == values, (name, column)
 
 
-def check_family(seeing: Seeing, folder: Path, chat: bool) -> None:
+def check_family(
+    seeing: Seeing, folder: Path, chat: bool, batches: Sequence[tuple[int, str]] = ((3, "right"), (16, "left"))
+) -> None:
     suite = every_kind(folder, chat)
     alone = seeing.score(suite, batch_size=1)
-    for batch_size, side in ((3, "right"), (16, "left")):
+    for batch_size, side in batches:
         seeing.tokenizer.padding_side = seeing.sight._processor.tokenizer.padding_side = side
         same(seeing.score(suite, batch_size), alone)
     from PIL import Image
@@ -138,8 +140,13 @@ def check_family(seeing: Seeing, folder: Path, chat: bool) -> None:
             assert found == pytest.approx(seeing.logprob(text, [image], ending), abs=1e-3)
 
 
-@pytest.mark.parametrize("chat", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_llava(models: Callable[[str], Seeing], folder: Path, chat: bool) -> None:
+def test_llava(models: Callable[[str], Seeing], folder: Path) -> None:
+    check_family(models("llava"), folder, False, [(4, "left")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chat", [False, True])
+def test_llava_in_other_batches(models: Callable[[str], Seeing], folder: Path, chat: bool) -> None:
     check_family(models("llava"), folder, chat)
 
 

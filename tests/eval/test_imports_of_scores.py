@@ -89,6 +89,7 @@ def test_items_of_lm_eval_are_paired(tmp_path: Path) -> None:
     assert api.report(tmp_path / "scores.json", tmp_path / "report.html").is_file()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_totals_alone_say_what_they_cannot(tmp_path: Path) -> None:
     files = [f"base={lm_eval(tmp_path / 'base', MARKS['base'])}",
              f"tuned={lm_eval(tmp_path / 'tuned', MARKS['tuned'], samples=False)}"]  # fmt: skip

@@ -178,6 +178,7 @@ def test_it_is_written_whole_or_not_at_all(results: Results, tmp_path: Path) -> 
     assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_report_on_a_score_file_tells_of_tunings_and_of_adapters(
     make_results: Callable[..., Results], tmp_path: Path
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ktmerge.eval.encode import Request
@@ -51,6 +51,7 @@ def test_an_item_that_ends_inside_the_others_beginning_keeps_its_logits() -> Non
         assert all(place >= 0 for one in group.passes for _, places in one.targets for place in places)
 
 
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=12), st.lists(st.integers(0, 2), min_size=1,
              max_size=4)), min_size=1, max_size=20),

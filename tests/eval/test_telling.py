@@ -139,6 +139,7 @@ def test_recipe_and_lock_come_from_the_model_s_folder(make_results: Make, tmp_pa
     assert "model-1" not in render(results)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_several_runs_in_one_page(make_results: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = {"up": [1.0, 1.0], "down": [0.0, 0.0]}
     for name in ("a", "b"):

@@ -54,16 +54,17 @@ def late(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Late]:
     return make
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("kind", BLENDS)
+@pytest.mark.parametrize(("seed", "held"), [(1, 0), (2, 1 << 20)])
 def test_a_late_device_gives_the_bytes_of_the_cpu(
-    kind: str, llamas: Path, tmp_path: Path, recipe_in: Any, late: Callable[..., Late]
+    kind: str, seed: int, held: int, llamas: Path, tmp_path: Path, recipe_in: Any, late: Callable[..., Late]
 ) -> None:
     recipe = recipe_in(llamas, TWO, BLENDS[kind], output={"rounding": "stochastic"}, seed=3)
     expected = blend(recipe, tmp_path / "cpu", device="cpu").out
-    for seed, held in [(1, 0), (2, 1 << 20)]:
-        device = late(Late(seed, eager=True), held)
-        assert blend(recipe, tmp_path / str(seed), device="cuda").out == expected
-        assert device.rooms, "nothing was done there"
+    device = late(Late(seed, eager=True), held)
+    assert blend(recipe, tmp_path / "late", device="cuda").out == expected
+    assert device.rooms, "nothing was done there"
 
 
 def test_what_is_not_finite_keeps_its_bits(tmp_path: Path, recipe_in: Any, late: Callable[..., Late]) -> None:
@@ -103,7 +104,7 @@ def loaded(folder: Path) -> dict[str, torch.Tensor]:
     return {name: values for file in folder.glob("*.safetensors") for name, values in load_file(file).items()}
 
 
-@pytest.mark.parametrize("pristine", [False, True])
+@pytest.mark.parametrize("pristine", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_in_place_as_in_files(
     pristine: bool, llamas: Path, tmp_path: Path, recipe_in: Any, late: Callable[..., Late]
 ) -> None:

@@ -48,12 +48,15 @@ BLENDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
         pytest.param(torch.float32, "nearest", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.parametrize(
+    "blends", [BLENDS[::2], pytest.param(BLENDS[1::2], marks=pytest.mark.slow)], ids=["some", "others"]
+)
 def test_any_number_of_candidates_equal_the_files(
-    dtype: torch.dtype, rounding: str, llamas: Path, tmp_path: Path, recipe_in: Any
+    dtype: torch.dtype, rounding: str, blends: Any, llamas: Path, tmp_path: Path, recipe_in: Any
 ) -> None:
     """Whatever is kept from one candidate to the next: plans, thresholds, merged deltas."""
     model, sources = Model(read(llamas / "base"), dtype), Pristine()
-    for number, (experts, given) in enumerate(BLENDS):
+    for number, (experts, given) in enumerate(blends):
         for lambda_ in (1.0, 0.4):
             recipe = recipe_in(llamas, experts, {**given, "lambda": lambda_}, output={"rounding": rounding})
             report = blend_into(model, recipe, sources)
@@ -203,8 +206,11 @@ SEVERAL: list[dict[str, Any]] = [
         pytest.param("float32", "nearest", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.parametrize(
+    "blends", [SEVERAL[::2], pytest.param(SEVERAL[1::2], marks=pytest.mark.slow)], ids=["some", "others"]
+)
 def test_other_lambdas_of_several_experts_take_one_pass(
-    kind: str, rounding: str, llamas: Path, tmp_path: Path, recipe_in: Any, monkeypatch: pytest.MonkeyPatch
+    kind: str, rounding: str, blends: Any, llamas: Path, tmp_path: Path, recipe_in: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A merged delta is kept when it is asked for again, or at once if the whole tensor had to be looked at."""
     dtype = getattr(torch, kind)
@@ -216,7 +222,7 @@ def test_other_lambdas_of_several_experts_take_one_pass(
         return taken[-1]
 
     monkeypatch.setattr(MultiTensor, "run", counted)
-    for number, given in enumerate(SEVERAL):
+    for number, given in enumerate(blends):
         for lambda_ in (1.0, 0.4, 1.7):
             recipe = recipe_in(llamas, TWO, {**given, "lambda": lambda_}, output={"rounding": rounding, "dtype": kind})
             blend(recipe, tmp_path / f"{number}-{lambda_}", device="cpu")

@@ -113,7 +113,7 @@ def by_sorting(values: list[torch.Tensor], count: int) -> list[torch.Tensor]:
     return list(torch.split(torch.from_numpy(kept), [tensor.numel() for tensor in values]))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     kind=st.sampled_from(["noise", "ties", "one value", "zeros", "subnormal", "wide"]),
@@ -139,7 +139,7 @@ def test_radix_select_equals_sorting(seed: int, kind: str, sizes: list[int], sha
         assert kept.equal(expected)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
     share=st.floats(0.01, 0.99),
@@ -188,7 +188,7 @@ def test_ties_do_not_prefer_the_first_rows() -> None:
     assert abs(int(halves[0]) - 5_000) < 5 * 50  # five standard deviations of a fair choice
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=50), st.integers(1, 2))
 def test_exact_sums_are_exact(values: list[float], power: int) -> None:
     total = ExactSum(power)
@@ -275,6 +275,7 @@ def test_what_is_in_an_interval_is_found_by_vectors_and_one_by_one() -> None:
                 assert found[:count].tolist() == expected.tolist(), (size, low, last, collect)
 
 
+@pytest.mark.slow
 def test_what_stays_is_not_stored_by_masks() -> None:
     """Which the compiler would do where only some of an array's elements change, and AVX2 does slowly."""
     from ktmerge.merge.kernels import settling, transforming

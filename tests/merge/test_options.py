@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -46,14 +47,21 @@ SHAPES: dict[str, tuple[int, ...]] = {
 SCHEMA = json.loads((FOLDER / "recipe.schema.json").read_text())["$defs"]["Blend"]["properties"]["stages"]["properties"]
 
 
+@cache
+def valid_for(schema: str) -> list[bool]:
+    """Which of the odd values a JSON Schema takes."""
+    validator = Draft202012Validator(json.loads(schema))
+    return [validator.is_valid(value) for value in ODD]
+
+
 @pytest.mark.parametrize(("stage", "option"), OPTIONS, ids=[f"{stage.name}-{name}" for stage, name in OPTIONS])
 def test_odd_values_are_refused_by_name_and_the_schema_agrees(stage: Stage, option: str) -> None:
     published = next(
         one["properties"] for one in SCHEMA[stage.kind]["anyOf"] if stage.name in one.get("properties", {})
     )
-    own = Draft202012Validator(published[stage.name]["properties"][option])
+    own = published[stage.name]["properties"][option]
     taken = 0
-    for value in ODD:
+    for value, is_valid in zip(ODD, valid_for(json.dumps({**own, "description": ""})), strict=True):
         blend = {"stages": {"combine": "mean", stage.kind: {stage.name: {option: value}}}}
         try:
             check_recipe(parse_recipe({"ktmerge": 1, "blend": blend}, "recipe", Path()))
@@ -62,9 +70,9 @@ def test_odd_values_are_refused_by_name_and_the_schema_agrees(stage: Stage, opti
             message = str(error)
             assert f".{option}: must be " in message, message
             assert len(message) < 300
-            assert not own.is_valid(value) or "nan" in message or "inf" in message, value  # YAML has them, JSON not
+            assert not is_valid or "nan" in message or "inf" in message, value  # YAML has them, JSON not
         else:
-            assert own.is_valid(value), value
+            assert is_valid, value
     assert taken < len(ODD) / 2
 
 

@@ -138,12 +138,12 @@ def test_llava_equals_the_formulas_whatever_the_names(
 ) -> None:
     published = list(llava_tensors("published", buffers=False))
     namings = {"a": "published", "b": "saved", "c": "modules"}
-    experts = {
-        name: dict(
-            zip(published, (read(llavas / name)[there] for there in llava_tensors(naming, buffers=False)), strict=True)
-        )
-        for name, naming in namings.items()
-    }
+    experts = {}
+    for name, naming in namings.items():
+        tensors = read(llavas / name)
+        experts[name] = {
+            there: tensors[own] for there, own in zip(published, llava_tensors(naming, buffers=False), strict=True)
+        }
     check(llavas, tmp_path / "out", experts, case, recipe_in)
 
 

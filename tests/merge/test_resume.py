@@ -42,7 +42,7 @@ class Interrupting:
         self.notes.append(text)
 
 
-@pytest.fixture(autouse=True, params=["cached", "direct"])
+@pytest.fixture(autouse=True, params=["cached", pytest.param("direct", marks=pytest.mark.slow)])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Files through the page cache, as small ones are, or past it in blocks."""
     if request.param == "direct":

@@ -49,7 +49,7 @@ BLENDS = st.tuples(
 ).map(lambda two: two[0] | two[1])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(blend=BLENDS, weight=st.sampled_from([1, 0.5, "0.5", True, None]))
 def test_schema_and_loader_say_the_same(blend: dict[str, Any], weight: Any) -> None:
     document = {"ktmerge": 1, "blend": blend, "experts": {"a": {"model": "m", "weight": weight}, "b": {"model": "n"}}}

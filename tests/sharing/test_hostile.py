@@ -472,7 +472,7 @@ def test_what_is_no_file(place: Path) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_no_byte_of_a_bundle_can_be_changed_unseen(packed_once: Path, tmp_path: Path, data: st.DataObject) -> None:
     """Whatever bytes are replaced, what is unpacked is what was packed, or nothing."""

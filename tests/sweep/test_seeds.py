@@ -24,13 +24,13 @@ def test_scores_are_the_mean_of_the_draws_item_by_item(world, tmp_path: Path) ->
     live = LiveModel(recipe, "cpu", None, 0, SILENT)
     (items,) = live.cut(read_sets(load_suite(world.suite), "selection"), [1.0])
     draws, digests = [], set()
-    for seed in range(recipe.seed, recipe.seed + 3):
+    for seed in range(recipe.seed, recipe.seed + 2):
         other = LiveModel(recipe, "cpu", None, 0, SILENT)
         drawn = load_recipe(world.recipe, overrides=[*DARE, f"seed={seed}"])
         draws.append(other.score_blend(drawn, items, ""))
         digests.add(other.digest(drawn))
-    assert len(digests) == 3
-    found = live.score_blend(recipe, items, "", seeds=3)
+    assert len(digests) == 2
+    found = live.score_blend(recipe, items, "", seeds=2)
     assert found == {name: np.mean([one[name] for one in draws], axis=0).tolist() for name in draws[0]}
     assert live.score_blend(recipe, items, "") == draws[0]
     api.blend(recipe, tmp_path / "own")

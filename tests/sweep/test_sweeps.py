@@ -66,7 +66,7 @@ def test_a_sweep_in_this_process_chooses_by_its_rule_and_every_trial_is_rebuilt(
     out = tmp_path / "found"
     methods, ranges = ["ties", "linear"], ["blend.lambda=0:1.2", "blend.density=0.2:1"]
     outcome = api.sweep(
-        world.recipe, out, ranges=ranges, methods=methods, trials=6, sampler="grid", keep_upstream=0.6, finalists=3
+        world.recipe, out, ranges=ranges, methods=methods, trials=6, sampler="grid", keep_upstream=0.6, finalists=2
     )
     keeping = [one for one in outcome.finals if one.retention >= 60]
     assert outcome.chosen is not None
@@ -99,7 +99,7 @@ def test_a_sweep_in_this_process_chooses_by_its_rule_and_every_trial_is_rebuilt(
     assert Checkpoint.open(chosen).content_digest() == digests[outcome.chosen.number]
     with pytest.raises(UsageError, match="add --resume"):
         api.sweep(
-            world.recipe, out, ranges=ranges, methods=methods, trials=6, sampler="grid", keep_upstream=0.6, finalists=3
+            world.recipe, out, ranges=ranges, methods=methods, trials=6, sampler="grid", keep_upstream=0.6, finalists=2
         )
     with pytest.raises(UsageError, match="another sweep"):
         api.sweep(world.recipe, out, ranges=ranges, methods=methods, trials=6, keep_upstream=0.5, resume=True)
