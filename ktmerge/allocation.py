@@ -5,7 +5,7 @@ from __future__ import annotations
 _ARENA_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -8, -3, -1
 _LARGE = 1 << 20
 """Bytes from which an array has pages of its own, which go back to the system with it."""
-_KEPT = 4 << 20
+_KEPT = 32 << 20
 """Bytes that the one heap keeps for what comes next."""
 
 

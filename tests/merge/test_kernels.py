@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from merge_oracles import philox_block, splitmix, stream_key, words
+from numba import njit
 
 from ktmerge.merge.kernels import kernels_for, keys, philox, radix
 from ktmerge.merge.kernels.rounding import round_to
@@ -273,6 +274,30 @@ def test_what_is_in_an_interval_is_found_by_vectors_and_one_by_one() -> None:
                 with np.errstate(over="ignore"):
                     count = int(collect(patterns, np.uint32(low), np.uint32(last), found))
                 assert found[:count].tolist() == expected.tolist(), (size, low, last, collect)
+
+
+@pytest.mark.slow
+def test_a_trim_by_vectors_and_in_steps_keeps_an_interval_and_finds_its_ties() -> None:
+    from ktmerge.merge.kernels import trimming
+
+    random = np.random.default_rng(0)
+    in_steps = njit(error_model="numpy")(trimming._trim_in_steps)
+    for size in (1024, 1000, 17, 16, 15, 9, 8, 7, 1):
+        raw, own = random.integers(0x3F00, 0x3F40, (2, size), dtype=np.uint16)  # few values, so that many are tied
+        raw[::5] = own[::5]
+        base = own.astype(np.uint32) << 16
+        theirs = raw.astype(np.uint32) << 16
+        delta = (theirs.view(np.float32) - base.view(np.float32)).view(np.uint32)
+        magnitudes = (delta & 0x7FFFFFFF).astype(np.int64)
+        for floor, span in [(1, 2**31 - 1), (int(magnitudes[-1]) or 1, 2**31), (0x3D800000, 1 << 22), (1, 0)]:
+            inside = (magnitudes >= floor) & (magnitudes < floor + span)
+            for trim in (trimming.trim, in_steps):
+                (patterns, kept, tied), found = np.zeros((3, size), np.uint32), np.zeros(2, np.uint32)
+                count = int(trim(raw, base, np.uint32(floor), np.uint32(span), patterns, kept, tied, found))
+                assert patterns.tolist() == theirs.tolist()
+                assert kept.tolist() == np.where(inside, delta, 0).tolist(), (size, floor, span)
+                assert tied[:count].tolist() == np.flatnonzero(inside & (magnitudes == floor)).tolist(), (size, floor)
+                assert found.tolist() == [magnitudes.max(), inside.sum()]
 
 
 @pytest.mark.slow

@@ -23,10 +23,10 @@ from ktmerge.merge.kernels.codes import BLOCK, FINE, INPUT_NOT_FINITE, MOST, OVE
 from ktmerge.merge.kernels.compiler import compiled
 from ktmerge.merge.kernels.conversion import EXPONENT, load_bf16
 from ktmerge.merge.kernels.files import fetch_all, rows_at
-from ktmerge.merge.kernels.gathering import collect
 from ktmerge.merge.kernels.randomness import hash_of, random_words
 from ktmerge.merge.kernels.settling import sum_up
 from ktmerge.merge.kernels.transforming import steps_at
+from ktmerge.merge.kernels.trimming import trim
 
 _U32, _U64, _F32 = np.uint32, np.uint64, np.float32
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
@@ -37,26 +37,9 @@ _ZERO = np.float32(0)
 
 
 @compiled
-def _trim(raw, own, floor, span, theirs, delta):
-    """An expert's patterns, and those of its delta whose magnitude is in ``[floor, floor + span)``; the largest
-    exponent of the former, how many of the latter are not zero, and whether one has just the magnitude ``floor``."""
-    worst, kept, tied = _U32(0), _U32(0), False
-    for i in range(delta.size):
-        pattern = _U32(_U32(raw[i]) << _U32(16))
-        worst = _U32(max(worst, _U32(pattern & EXPONENT)))
-        theirs[i] = pattern
-        bits = as_bits(as_float(pattern) - as_float(own[i]))
-        magnitude = _U32(bits & _MAGNITUDE)
-        inside = _U32(magnitude - floor) < span
-        delta[i] = bits if inside else _U32(0)
-        kept = _U32(kept + (_ONE if inside & (magnitude != _U32(0)) else _U32(0)))
-        tied = tied | (magnitude == floor)
-    return worst, kept, tied
-
-
-@compiled
 def _drop(raw, own, words, cut, factor, theirs, delta):
-    """The same of a delta of which numbers with a random word below ``cut`` stay, ``factor`` times as large."""
+    """An expert's patterns, and those of its delta of which numbers with a random word below ``cut`` stay, ``factor``
+    times as large; the largest exponent of the former, and how many of the latter are not zero."""
     worst, kept = _U32(0), _U32(0)
     for i in range(delta.size):
         pattern = _U32(_U32(raw[i]) << _U32(16))
@@ -143,23 +126,25 @@ _elect_one, _elect_two, _elect_three, _elect_four = (_election(number) for numbe
 
 
 @compiled
-def _transform(step, raw, own, floor, least, span, key, cut, factor, start, theirs, delta, lanes, words):
+def _transform(step, raw, own, floor, least, span, key, cut, factor, start, theirs, delta, lanes, words, found):
     """One expert's block; the largest exponent, and how many numbers of its delta are not zero afterwards."""
     if step == TRIM:
-        worst, kept, tied = _trim(raw, own, floor, span, theirs, delta)
-        if tied and least != _U64(0):
-            near = words[: collect(delta, floor, _U32(0), words)]
-            dropped = _judge(near, least, key, start, lanes[: near.size])
+        low = _U32(max(floor, _ONE))  # whether a zero is kept makes no difference
+        end = _U32(floor + span)
+        near = words[: trim(raw, own, low, _U32(max(end, low) - low), theirs, delta, words, found)]
+        worst, kept = found[0], found[1]
+        if near.size != 0 and floor == low and least != _U64(0):
+            kept = _U32(kept - _judge(near, least, key, start, lanes[: near.size]))
             _mask(delta, near, lanes)
-            kept = _U32(kept - (dropped if floor != _U32(0) else _U32(0)))
-        return worst, kept
+        # Of finite numbers differences may be infinite.
+        return EXPONENT if worst >= EXPONENT and load_bf16(raw, theirs) else _U32(0), kept
     random_words(key, start, lanes, words[: (delta.size + 3) // 4 * 4])
     return _drop(raw, own, words, cut, factor, theirs, delta)
 
 
 @compiled
 def _elect(
-    raw16, start, begin, end, origin, steps, mean, rates, fallback, lambda_, out, sums, kept, work, lanes, words
+    raw16, start, begin, end, origin, steps, mean, rates, fallback, lambda_, out, sums, kept, work, lanes, words, found
 ):  # fmt: skip
     """The elements from ``begin`` to ``end`` of the piece; the rows begin with its element ``origin``."""
     number = kept.size
@@ -176,7 +161,7 @@ def _elect(
             theirs, delta = work[(t + 1) * BLOCK :][:n], work[(number + 1 + t) * BLOCK :][:n]
             largest, count = _transform(
                 codes[0], raw16[t + 1][at : at + n], own, floors[0, t], leasts[0, t], spans[0, t], keys[0, t],
-                cuts[0, t], factors[0, t], _U64(start + first), theirs, delta, lanes, words,
+                cuts[0, t], factors[0, t], _U64(start + first), theirs, delta, lanes, words, found,
             )  # fmt: skip
             worst = max(worst, largest)
             kept[t] += int64(count)
@@ -203,12 +188,13 @@ def elect(
 ):  # fmt: skip
     """As `compiled.blend` where rows and result are bf16, rounded to the nearest, experts ``MOST`` at most, and one
     transform, a trim without outliers or a drop, is followed by an election: of the weighted mean if ``mean``, else of
-    the weighted sum. ``scratch`` holds ``BLOCK * (2 N + 5)`` words.
+    the weighted sum. ``scratch`` holds ``BLOCK * (2 N + 5) + 2`` words.
     """
     raw16, _, own_kinds, own_files, own_places = rows_at(rows16, rows32, stride, number, kinds, files, places)
     all_steps = steps_at(number, step_count, steps, floors, leasts, spans, tops, keys, cuts, factors)
-    work = carray(scratch, (BLOCK * (2 * number + 5),))
-    lanes, words = work[BLOCK * (2 * number + 3) :][:BLOCK], work[BLOCK * (2 * number + 4) :]
+    work = carray(scratch, (BLOCK * (2 * number + 5) + 2,))
+    lanes, words = work[BLOCK * (2 * number + 3) :][:BLOCK], work[BLOCK * (2 * number + 4) :][:BLOCK]
+    found = work[BLOCK * (2 * number + 5) :]
     fetched = own_files[0] >= 0
     window = WINDOW if fetched else count
     worst = int64(FINE)
@@ -220,6 +206,7 @@ def elect(
         status = _elect(
             raw16, start, begin, end, origin, all_steps, mean != 0, carray(rates, (3, number)), fallback, lambda_,
             carray(out16, (count,)), carray(sums, (4,)), carray(kept, (number,)), work, lanes, words,
+            found,
         )  # fmt: skip
         if status == INPUT_NOT_FINITE:
             return status

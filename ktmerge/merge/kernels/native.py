@@ -40,7 +40,7 @@ _GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 _MODULES = (
     "arrays.py", "bits.py", "blending.py", "combining.py", "compiled.py", "compiler.py", "conversion.py",
     "counting.py", "deciding.py", "electing.py", "files.py", "gathering.py", "multi_tensor.py", "ordering.py",
-    "randomness.py", "ruling.py", "scanning.py", "settling.py", "transforming.py",
+    "randomness.py", "ruling.py", "scanning.py", "settling.py", "transforming.py", "trimming.py", "vectors.py",
 )  # fmt: skip
 _SOURCES = (Path(codes.__file__), *(Path(__file__).with_name(name) for name in _MODULES))
 # What numba's code would call to raise or to count references. The kernels do neither, but the linker wants them.

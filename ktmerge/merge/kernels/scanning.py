@@ -20,14 +20,13 @@ from numba.types import uint64
 from ktmerge.merge.kernels.codes import BF16
 from ktmerge.merge.kernels.compiler import compiled
 from ktmerge.merge.kernels.conversion import load
-from ktmerge.merge.kernels.gathering import LANES, LONG, VECTOR, WORD, Packing, collect, repeated
+from ktmerge.merge.kernels.gathering import collect
 from ktmerge.merge.kernels.transforming import subtract
+from ktmerge.merge.kernels.vectors import LANES, LONG, VECTOR, Vectors
 
 _U32, _U64, _F32 = np.uint32, np.uint64, np.float32
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _INFINITY = np.uint32(0x7F800000)
-_SHORTS = ir.VectorType(ir.IntType(16), LANES or 1)
-_FLOATS = ir.VectorType(ir.FloatType(), LANES or 1)
 
 
 @intrinsic
@@ -43,41 +42,25 @@ def _scan_vectors(typing_context, base, expert, first, stop, low, last, name, pl
                 "found": arguments[9]}  # fmt: skip
         data = {key: context.make_array(kinds[key])(context, builder, rows[key]).data for key in rows}
         begin, end, floor, width, origin = arguments[2:7]
-        magnitude = repeated(builder, ir.Constant(WORD, 0x7FFFFFFF))
-        floors, widths = repeated(builder, floor), repeated(builder, width)
-        tops = repeated(builder, builder.add(floor, width))
-        above, worst = (cgutils.alloca_once_value(builder, ir.Constant(VECTOR, [0] * LANES)) for _ in range(2))
+        vectors = Vectors(builder)
+        floors, widths, tops = (vectors.repeated(word) for word in (floor, width, builder.add(floor, width)))
+        above, worst = (cgutils.alloca_once_value(builder, vectors.constant(0)) for _ in range(2))
         count: Any = cgutils.alloca_once_value(builder, ir.Constant(LONG, 0))
 
-        def values(row: str, index: Any) -> Any:
-            pointer = builder.bitcast(builder.gep(data[row], [index]), _SHORTS.as_pointer())
-            short = builder.load(pointer)
-            short.align = 2
-            shifted = builder.shl(builder.zext(short, VECTOR), ir.Constant(VECTOR, [16] * LANES))
-            return builder.bitcast(shifted, _FLOATS)
-
-        def keep(row: str, vector: Any) -> None:
-            place = builder.gep(data[row], [builder.load(count)])
-            builder.store(vector, builder.bitcast(place, VECTOR.as_pointer())).align = 4
-
         with cgutils.for_range_slice(builder, begin, end, ir.Constant(begin.type, LANES)) as (index, _):
-            delta = builder.bitcast(builder.fsub(values("expert", index), values("base", index)), VECTOR)
-            size = builder.and_(delta, magnitude)
+            theirs, own = (vectors.bf16(data[row], index) for row in ("expert", "base"))
+            size = vectors.magnitude(vectors.difference(theirs, own))
             inside = builder.icmp_unsigned("<=", builder.sub(size, floors), widths)
             beyond = builder.zext(builder.icmp_unsigned(">", size, tops), VECTOR)
             builder.store(builder.add(builder.load(above), beyond), above)
-            larger = builder.icmp_unsigned(">", size, builder.load(worst))
-            builder.store(builder.select(larger, size, builder.load(worst)), worst)
-            packing = Packing(builder, inside)
-            keep("places", packing.numbers(builder.add(builder.trunc(index, WORD), origin)))
-            keep("patterns", packing.values(size))
-            builder.store(builder.add(builder.load(count), packing.count), count)
+            builder.store(vectors.larger(size, builder.load(worst)), worst)
+            packing, at = vectors.packing(inside), builder.load(count)
+            vectors.put(packing.numbers(builder.add(index, builder.zext(origin, LONG))), data["places"], at)
+            vectors.put(packing.values(size), data["patterns"], at)
+            builder.store(builder.add(at, packing.count), count)
         for position, (kind, vector) in enumerate((("add", above), ("umax", worst))):
-            reduce = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(WORD, [VECTOR]), f"llvm.vector.reduce.{kind}.v{LANES}i32"
-            )
             target = builder.gep(data["found"], [ir.Constant(LONG, position)])
-            builder.store(builder.call(reduce, [builder.load(vector)]), target)
+            builder.store(vectors.reduced(kind, builder.load(vector)), target)
         return builder.load(count)
 
     return uint64(base, expert, first, stop, low, last, name, places, patterns, found), code

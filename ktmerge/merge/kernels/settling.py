@@ -66,7 +66,7 @@ def _sum_briefly(base, merged, stored):
         intended += merged[i] * merged[i]
         own += base[i] * base[i]
         along += moved * merged[i]
-        changed += _U32(1) if moved != _ZERO else _U32(0)
+        changed = _U32(changed + (_U32(1) if moved != _ZERO else _U32(0)))
     return intended, own, along, changed
 
 
