@@ -7,12 +7,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr
 from typing import Any
 
 from ktmerge.checkpoints.alignment import locate
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.dtypes import FLOATS
 from ktmerge.checkpoints.header import TensorInfo
+from ktmerge.checkpoints.limits import is_finite
 from ktmerge.errors import UsageError
 
 PREFIX = "base_model.model."
@@ -135,9 +137,9 @@ def _scale(folder: Path, config: Mapping[str, Any], module: str, factors: Mappin
             f"{folder}: the adapter's factors of '{module}' have shapes {list(first.shape)} and {list(second.shape)}, "
             f"which do not make the rank {told} of its config."
         )
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise UsageError(f"{folder}: the adapter's lora_alpha for '{module}' is {alpha!r}, not a number.")
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    if not is_finite(alpha):
+        raise UsageError(f"{folder}: the adapter's lora_alpha for '{module}' is {repr(alpha)}, not a number.")
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _setting(folder: Path, config: Mapping[str, Any], key: str, module: str, default: Any) -> Any:

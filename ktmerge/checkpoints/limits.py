@@ -1,7 +1,8 @@
-"""What a checkpoint's configuration says about how much its model can take."""
+"""Numbers in a checkpoint's configuration: how much its model can take, and whether something is one."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,3 +17,8 @@ def context_length(config: Mapping[str, Any]) -> int | None:
             if isinstance(part.get(key), int) and part[key] > 0:
                 return int(part[key])
     return None
+
+
+def is_finite(value: object) -> bool:
+    """Whether something out of a JSON file is a number that a float can hold; whole numbers there have no end."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[operator]

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.derived import DerivedReader, Made, derive, shown
 from ktmerge.checkpoints.header import TensorInfo
+from ktmerge.checkpoints.limits import is_finite
 from ktmerge.errors import UsageError
 
 Kind = Literal["scaled", "mxfp4", "bnb4", "int8"]
@@ -180,7 +181,7 @@ def _maxima_fit(count: int, stored: Mapping[str, TensorInfo], said: Mapping[str,
         stored["absmax"].dtype == "U8"
         and type(outer) is int
         and outer > 0
-        and isinstance(said.get("nested_offset", 0.0), (int, float))
+        and is_finite(said.get("nested_offset", 0.0))
         and stored["nested_absmax"].is_float
         and stored["nested_absmax"].numel == -(-stored["absmax"].numel // outer)
         and "nested_map" in stored
@@ -195,7 +196,7 @@ def read_state(checkpoint: Checkpoint, state: TensorInfo) -> dict[str, Any]:
         raw = b"".join(bytes(block) for block in reader.blocks(state.name))
     try:
         found = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -80,7 +80,7 @@ class Statistics:
             float((document["fisher"] or {"norm": 0.0})["norm"])
             str(document["model"]["headers"]), str(document["model"]["fingerprint"])
             scales = None if document.get("scales") is None else frozenset(map(str, document["scales"]))
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
             raise UsageError(f"{root / RECORD}: is not a record of statistics; make them again.") from None
         tensors: dict[str, TensorInfo] = {}
         stamps: dict[str, FileStamp] = {}

@@ -221,6 +221,7 @@ def _config(folder: Path, **changes: Any) -> None:
         ({"rank_pattern": {"q_proj": 5}}, "do not make the rank 5"),
         ({"alpha_pattern": {"q_(": 5}}, "alpha_pattern has the pattern"),
         ({"lora_alpha": "much"}, "lora_alpha .*'much', not a number"),
+        ({"lora_alpha": 10**400}, "lora_alpha .*, not a number"),
         ({"use_dora": True}, "says DoRA .* no lora_magnitude_vector of"),
     ],
 )

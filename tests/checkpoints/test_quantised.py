@@ -183,17 +183,26 @@ def test_what_is_not_quantised_stays_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"blocksize": 0}, {"shape": ["x"]}, {"blocksize": 32}, {"nested_offset": "x"}, {"shape": [6, 63]}],
+    [
+        {"blocksize": 0},
+        {"shape": ["x"]},
+        {"blocksize": 32},
+        {"nested_offset": "x"},
+        {"shape": [6, 63]},
+        {"nested_offset": 10**400},
+        None,
+    ],
 )
-def test_a_state_that_does_not_fit_its_codes_is_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
-    state = {"blocksize": 64, "shape": [6, 64], "nested_blocksize": 6, "nested_offset": 0.5, **wrong}
+def test_a_state_that_does_not_fit_its_codes_is_refused(tmp_path: Path, wrong: dict[str, Any] | None) -> None:
+    state = {"blocksize": 64, "shape": [6, 64], "nested_blocksize": 6, "nested_offset": 0.5, **(wrong or {})}
+    nested = torch.full((100_000,), ord("["), dtype=torch.uint8)
     tensors = {
         NAME: torch.zeros(192, 1, dtype=torch.uint8),
         f"{NAME}.quant_map": torch.tensor(NF4),
         f"{NAME}.absmax": torch.zeros(6, dtype=torch.uint8),
         f"{NAME}.nested_absmax": torch.ones(1),
         f"{NAME}.nested_quant_map": torch.ones(256),
-        f"{NAME}.quant_state.bitsandbytes__nf4": _state(**state),
+        f"{NAME}.quant_state.bitsandbytes__nf4": nested if wrong is None else _state(**state),
     }
     write(tmp_path / "q", tensors, "bitsandbytes")
     with pytest.raises(UsageError, match=r"stored otherwise|do not fit together"):

@@ -132,8 +132,9 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path, weighed: None) ->
     said = refusal(tmp_path, document)
     assert "holds no statistics" in said
     assert "is not there yet; 'ktmerge run' and 'ktmerge stats --recipe' make it" in said
-    (tmp_path / "base" / "statistics.json").write_text(json.dumps({"ktmerge_statistics": 1}))
-    assert "not a record of statistics" in refusal(tmp_path, document)
+    for text in (json.dumps({"ktmerge_statistics": 1}), "[" * 100_000):
+        (tmp_path / "base" / "statistics.json").write_text(text)
+        assert "not a record of statistics" in refusal(tmp_path, document)
 
 
 def test_an_output_depends_on_the_statistics(tmp_path: Path, weighed: None) -> None:
