@@ -56,6 +56,7 @@ def open_adapter(folder: Path, model: Checkpoint) -> Derived:
         other = "only adapter_model.bin, a pickle" if (folder / "adapter_model.bin").exists() else f"no {WEIGHTS}"
         raise UsageError(f"{folder}: has {other}; save the adapter again as safetensors (PeftModel.save_pretrained).")
     header = read_header(folder / WEIGHTS, WEIGHTS)
+    own_tensors = {info.name: info for info in header.tensors}
     stored = {info.name.removeprefix(PREFIX): info for info in header.tensors}
     modules, replaced = understand(folder, config, stored, model)
     tensors = dict(model.tensors)
@@ -69,7 +70,7 @@ def open_adapter(folder: Path, model: Checkpoint) -> Derived:
     def opened() -> DerivedReader:
         from ktmerge.checkpoints.folding import Shelf, fold
 
-        weights, own, shelf = model.reader(), TensorReader(folder, _by_name(header.tensors), stamps), Shelf()
+        weights, own, shelf = model.reader(), TensorReader(folder, own_tensors, stamps), Shelf()
         made: dict[str, Made] = {name: _Replaced(info, own) for name, info in replaced.items()}
         for module in modules:
             whole = replaced.get(module.target)
@@ -107,10 +108,6 @@ class _Replaced:
 
     def fill(self, start: int, target: memoryview) -> None:
         self.own.read_into(self.info.name, start, target)
-
-
-def _by_name(tensors: tuple[TensorInfo, ...]) -> dict[str, TensorInfo]:
-    return {info.name: info for info in tensors}
 
 
 def _require_foldable(folder: Path, config: Mapping[str, Any]) -> None:

@@ -126,6 +126,10 @@ def clear_os_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             raise KtmergeError(f"{path}: the disk is full; free some space and start again.") from error
+        if error.errno == errno.EFBIG:
+            raise KtmergeError(
+                f"{path}: is larger than files may be here; raise the limit (ulimit -f), or choose another disk."
+            ) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise KtmergeError(f"{error.filename or path}: no permission to read or write here.") from error
         raise KtmergeError(f"{error.filename or path}: {error.strerror or error}.") from error

@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from ktmerge.checkpoints.dtypes import BITS, FLOATS
+from ktmerge.checkpoints.regular import once, open_regular
 from ktmerge.errors import UsageError, did_you_mean
 
 MAX_HEADER = 100_000_000
@@ -100,9 +100,7 @@ def read_header(path: Path, file: str) -> Header:
         UsageError: the file is unreadable or malformed in any way; file and tensor are named.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UsageError(f"{path}: not a regular file.")
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             stamp = FileStamp.of(os.fstat(stream.fileno()))
             prefix = stream.read(8)
             length = _header_length(prefix, stamp.size)
@@ -146,18 +144,9 @@ def _refuse_other_formats(prefix: bytes) -> None:
         )
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _MalformedError(f"its header has the key {twice!r} twice")
-    return found
-
-
 def _entries(text: bytes) -> tuple[dict[str, Any], dict[str, str]]:
     try:
-        document = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        document = json.loads(text.decode("utf-8"), object_pairs_hook=once)
     except UnicodeDecodeError:
         raise _MalformedError("its header is not UTF-8") from None
     except RecursionError:

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase, translate
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ktmerge.checkpoints.regular import read_regular
+from ktmerge.checkpoints.regular import once, read_regular
 from ktmerge.errors import UsageError
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -182,7 +182,7 @@ def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
         UsageError: unreadable, not JSON, or not an object.
     """
     try:
-        document = json.loads(read_regular(path).decode("utf-8"), object_pairs_hook=_once if unique else None)
+        document = json.loads(read_regular(path).decode("utf-8"), object_pairs_hook=once if unique else None)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}.") from None
     except RecursionError:
@@ -192,15 +192,6 @@ def read_json(path: Path, *, unique: bool = False) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise UsageError(f"{path}: not a JSON object.")
     return document
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {key!r} stands twice")
-        found[key] = value
-    return found
 
 
 def files_beside(root: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

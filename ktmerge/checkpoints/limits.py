@@ -21,4 +21,4 @@ def context_length(config: Mapping[str, Any]) -> int | None:
 
 def is_finite(value: object) -> bool:
     """Whether something out of a JSON file is a number that a float can hold; whole numbers there have no end."""
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[operator]
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

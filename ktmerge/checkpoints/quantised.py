@@ -123,16 +123,14 @@ def _understand(checkpoint: Checkpoint, scheme: str, label: str) -> tuple[dict[s
         found: tuple[str, Packed] | None = None
         if info.dtype in ("F8_E4M3", "F8_E5M2"):
             scales = next((tensors[name + end] for end in _SCALES if name + end in tensors), None)
-            found = (
-                None
-                if scales is None
-                else (name, Packed("scaled", {"codes": info, "scales": scales}, info.shape, size))
-            )
+            if scales is not None:
+                found = name, Packed("scaled", {"codes": info, "scales": scales}, info.shape, size)
         elif name.endswith("_blocks") and info.dtype == "U8" and len(info.shape) == 4:
             weight = name.removesuffix("_blocks")
             scales = tensors.get(f"{weight}_scales")
             shape = (info.shape[0], info.shape[2] * info.shape[3] * 2, info.shape[1])
-            found = None if scales is None else (weight, Packed("mxfp4", {"codes": info, "scales": scales}, shape))
+            if scales is not None:
+                found = weight, Packed("mxfp4", {"codes": info, "scales": scales}, shape)
         elif info.dtype == "I8" and len(info.shape) == 2 and f"{name.removesuffix('weight')}SCB" in tensors:
             scales = tensors[f"{name.removesuffix('weight')}SCB"]
             found = name, Packed("int8", {"codes": info, "scales": scales}, info.shape)

@@ -1,23 +1,44 @@
-"""Reads files whole, and nothing but files: a pipe may never begin, a device never end."""
+"""What is read with distrust: files and nothing but files, as a pipe may never begin; JSON that says things once."""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 
-def read_regular(path: Path) -> bytes:
-    """All bytes of a regular file.
+@contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """A regular file, for reading.
 
     Raises:
         OSError: it cannot be read, or is no regular file.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
-        mode = os.fstat(stream.fileno()).st_mode
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if not stat.S_ISREG(mode):
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
+        yield stream
+
+
+def read_regular(path: Path) -> bytes:
+    """All bytes of a regular file. Raises as `open_regular` does."""
+    with open_regular(path) as stream:
         return stream.read()
+
+
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which no key stands twice, as its ``object_pairs_hook``.
+
+    Raises:
+        ValueError: one does.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"the key {next(key for key in found if counts[key] > 1)!r} stands twice")
+    return found

@@ -24,8 +24,7 @@ from ktmerge.checkpoints.journal import FILE, Entry, Journal, Remains, journal_r
 from ktmerge.checkpoints.output import OutputFile
 from ktmerge.checkpoints.signals import uninterrupted
 from ktmerge.checkpoints.staging import Staging, sync_tree
-from ktmerge.checkpoints.verify import verify_headers
-from ktmerge.errors import KtmergeError
+from ktmerge.errors import KtmergeError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -298,11 +297,21 @@ class Writer:
         for file in self._files.values():
             file.sync()
         self._close()
-        verify_headers(self.folder, self.out, self._planned)
+        self._verify_headers()
         with clear_os_errors(self.folder):
             (self.folder / FILE).unlink(missing_ok=True)
         sync_tree(self.folder, skip=frozenset(self._files))
         self._staging.publish()
+
+    def _verify_headers(self) -> None:
+        """Read the headers back from the disk and hold them against the plan."""
+        try:
+            found = Checkpoint.open(self.folder).tensors
+        except UsageError as error:
+            raise KtmergeError(f"{self.out}: what was written does not read back: {error}") from None
+        wrong = sorted(name for name in {*found, *self._planned} if found.get(name) != self._planned.get(name))
+        if wrong:
+            raise KtmergeError(f"{self.out}: the written header differs from the plan at '{wrong[0]}'.")
 
     def _require_complete(self) -> None:
         for info in self._planned.values():

@@ -22,7 +22,6 @@ _CLASSES = {
     "vector": "norms and biases",
     "conv": "convolutions",
     "buffer": "integer tensors",
-    "extra": "other tensors",
 }
 _KINDS = {
     "transform": "each expert's change by itself",
@@ -183,14 +182,11 @@ def _steps(pipeline: Pipeline, lambda_: float, alone: bool) -> str:
     """The stages in words, in order; with one expert alone its mean or sum is no step."""
     if lambda_ == 0:
         return "stay the base's, as lambda is 0."
-    steps = [f"{_KINDS[use.stage.kind]}: {_step(use)}" for use in pipeline.uses if not (alone and _is_plain(use))]
+    told = [use for use in pipeline.uses if not (alone and use.stage.name in ("mean", "sum"))]
+    steps = [f"{_KINDS[use.stage.kind]}: {_step(use)}" for use in told]
     steps = steps or ["the expert's change as it is"]
     scale = "added to the base." if lambda_ == 1 else f"times lambda {lambda_:g}, added to the base."
     return "; ".join([*steps, scale])
-
-
-def _is_plain(use: StageUse) -> bool:
-    return use.stage.name in ("mean", "sum")
 
 
 def _step(use: StageUse) -> str:

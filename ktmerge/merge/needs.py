@@ -95,12 +95,9 @@ def _open(recipe: Recipe, base: Checkpoint, owner: str, measures: set[Measure]) 
     assert folder is not None
     assert section is not None
     if not folder.exists():
-        way = "'ktmerge run' and 'ktmerge stats --recipe' make it" if section.is_job else ""
-        raise UsageError(
-            f"{where}: {folder} is not there yet; {way}."
-            if way
-            else f"{where}: no such folder: {folder}. {_command(recipe, owner, measures)}"
-        )
+        if section.is_job:
+            raise UsageError(f"{where}: {folder} is not there yet; 'ktmerge run' and 'ktmerge stats --recipe' make it.")
+        raise UsageError(f"{where}: no such folder: {folder}. {_command(recipe, owner, measures)}")
     from ktmerge.checkpoints.opening import open_model
     from ktmerge.checkpoints.statistics import Statistics
 

@@ -121,18 +121,8 @@ class Plan:
     def table(self) -> tuple[list[str], list[list[str]], str]:
         """Columns, rows and title: what happens to which part, a row for each group of tensors treated alike."""
         columns = ["part", "class", "what", "lambda", "parameters", "tensors", "MB"]
-        rows = [
-            [
-                g["part"],
-                g["class"],
-                g["method"],
-                g["lambda"],
-                g["parameters"],
-                str(g["tensors"]),
-                f"{g['bytes'] / 1e6:.1f}",
-            ]
-            for g in self._groups()
-        ]
+        shown = ("part", "class", "method", "lambda", "parameters", "tensors")
+        rows = [[*(str(group[key]) for key in shown), f"{group['bytes'] / 1e6:.1f}"] for group in self._groups()]
         return columns, rows, f"{self.recipe.name}: {len(self.tensors)} tensors, {len(self.experts)} experts"
 
     def summary(self) -> str:

@@ -9,20 +9,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 from ktmerge.errors import UsageError, did_you_mean
-from ktmerge.merge.stage import (
-    Kind,
-    Method,
-    Parameters,
-    Place,
-    Reach,
-    Stage,
-    _each_alone,
-    _never,
-    _no_needs,
-    _no_objection,
-    _no_statistics,
-    _not_compiled,
-)
+from ktmerge.merge.stage import Kind, Method, Parameters, Stage
 
 Apply = TypeVar("Apply", bound=Callable[..., Any])
 Provider = Callable[[str], Method]
@@ -35,40 +22,21 @@ _PROVIDERS: dict[str, Provider] = {}
 
 
 def stage(
-    name: str,
-    kind: Kind,
-    parameters: type[Parameters] = Parameters,
-    *,
-    reach: Reach = "element",
-    statistics: Callable[[Any], Any] = _no_statistics,
-    objection: Callable[[Any, Any], str | None] = _no_objection,
-    compiled: Callable[..., Any] = _not_compiled,
-    needs: Callable[[Any], Any] = _no_needs,
-    whole: Callable[[Any], bool] = _never,
-    grain: Callable[[Any, Place], int] = _each_alone,
-    portable: bool = True,
-    last: bool = False,
+    name: str, kind: Kind, parameters: type[Parameters] = Parameters, **declared: Any
 ) -> Callable[[Apply], Apply]:
-    """Register the decorated function as a stage; see `Stage` for what it must be like."""
-
-    def register(apply: Apply) -> Apply:
-        given = (reach, statistics, objection, compiled, needs, whole, grain, portable, last)
-        add_stage(Stage(name, kind, parameters, apply, *given))
-        return apply
-
-    return register
-
-
-def add_stage(new: Stage) -> Stage:
-    """Register a stage.
+    """Register the decorated function as a stage; ``declared`` are further attributes of `Stage`.
 
     Raises:
         ValueError: the name is taken.
     """
-    if new.name in _STAGES:
-        raise ValueError(f"two stages are called '{new.name}'")
-    _STAGES[new.name] = new
-    return new
+
+    def register(apply: Apply) -> Apply:
+        if name in _STAGES:
+            raise ValueError(f"two stages are called '{name}'")
+        _STAGES[name] = Stage(name, kind, parameters, apply, **declared)
+        return apply
+
+    return register
 
 
 def method(new: Method) -> Method:

@@ -27,6 +27,7 @@ _SECTIONS = {
     "random": "seed and random numbers",
     "coefficients": "what happens to every tensor",
     "statistics": "measured statistics",
+    "versions": "versions",
 }
 
 
@@ -181,28 +182,14 @@ def _sections(record: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Che
     for name in names:
         before, after = record["inputs"].get(name), now["inputs"].get(name)
         what = "headers of the base" if name == "base" else f"headers of expert {name}"
-        yield (
-            Check(what, "recipe", "equal")
-            if before == after
-            else Check(
-                what,
-                "recipe",
-                "differs",
-                "tensors, types or shapes are others" if before and after else "on one side only",
-            )
-        )
+        why = "tensors, types or shapes are others" if before and after else "on one side only"
+        yield Check(what, "recipe", "equal") if before == after else Check(what, "recipe", "differs", why)
     for key, what in _SECTIONS.items():
         before, after = record.get(key), now.get(key)
-        if before is None and after is None:
-            continue
-        yield (
-            Check(what, "recipe", "equal") if before == after else Check(what, "recipe", "differs", told(before, after))
-        )
-    before, after = record["versions"], now["versions"]
-    if before == after:
-        yield Check("versions", "recipe", "equal")
-    else:
-        yield Check("versions", "recipe", "may differ", told(before, after))
+        if before != after:
+            yield Check(what, "recipe", "may differ" if key == "versions" else "differs", told(before, after))
+        elif before is not None:
+            yield Check(what, "recipe", "equal")
 
 
 def _inputs(locked: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Check]:

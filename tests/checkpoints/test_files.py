@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.files import clear_os_errors, copy_files, refuse_overlap
+from ktmerge.checkpoints.regular import read_regular
 from ktmerge.errors import KtmergeError, UsageError
 
 MakeCheckpoint = Callable[..., Path]
@@ -63,3 +65,20 @@ def test_os_errors_become_sentences(code: int, reason: str) -> None:
     with pytest.raises(KtmergeError, match=reason) as caught, clear_os_errors(Path("some/file")):
         raise OSError(code, os.strerror(code))
     assert "some/file" in str(caught.value)
+
+
+def test_what_is_no_file_leaves_nothing_open(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    before = os.listdir("/proc/self/fd")
+    for place in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(OSError, match=r"directory|regular file"):
+            read_regular(place)
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_file_larger_than_allowed_is_told_from_a_full_disk(tmp_path: Path) -> None:
+    with (
+        pytest.raises(KtmergeError, match=r"f: is larger than files may be here; raise the limit"),
+        clear_os_errors(tmp_path / "f"),
+    ):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))

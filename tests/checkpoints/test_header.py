@@ -76,8 +76,8 @@ MALFORMED: list[tuple[Any, bytes, str]] = [
     (b' {"a": 1}', b"", "not a JSON object"),
     (b"\xff\xfe{}", b"", "not UTF-8"),
     (b"[" * 100_000, b"", "nested too deeply|not JSON"),
-    (b'{"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}, "a": {}}', b"", "key 'a' twice"),
-    (b'{"a": {"dtype": "F32", "dtype": "F16", "shape": [0], "data_offsets": [0, 0]}}', b"", "key 'dtype' twice"),
+    (b'{"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}, "a": {}}', b"", "key 'a' stands twice"),
+    (b'{"a": {"dtype": "F32", "dtype": "F16", "shape": [0], "data_offsets": [0, 0]}}', b"", "key 'dtype' stands twice"),
     (b'{"\\ud800": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}', b"", "not plain text"),
     ({"a\x1b[2Jb": ONE}, bytes(8), r"name 'a\\x1b\[2Jb' is not plain text"),
     ({"a\nb": ONE}, bytes(8), "not plain text"),
@@ -151,7 +151,7 @@ def test_what_was_downloaded_instead_is_named(tmp_path: Path, content: bytes, sa
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for name, reason in (("pipe", "not a regular file"), (".", "not a regular file"), ("none", "No such file")):
+    for name, reason in (("pipe", "not a regular file"), (".", "Is a directory"), ("none", "No such file")):
         with pytest.raises(UsageError, match=reason):
             read_header(tmp_path / name, name)
 

@@ -84,7 +84,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "flipped length": (lambda a: flip(a / SHARD, 5, 0), "its header claims"),
     "flipped brace": (lambda a: flip(a / SHARD, 8, 0), "not JSON"),
     "flipped letter": (lambda a: flip(a / SHARD, 9, 7), "not UTF-8|not JSON"),
-    "duplicate key": (lambda a: duplicate_key(a / SHARD), "has the key 'model.* twice"),
+    "duplicate key": (lambda a: duplicate_key(a / SHARD), "the key 'model.* stands twice"),
     "overlap": (lambda a: edit(a / SHARD, overlap), "overlaps the tensor before it"),
     "hole": (
         lambda a: edit(a / SHARD, lambda h: h.pop(next(name for name in h if name != "__metadata__"))),

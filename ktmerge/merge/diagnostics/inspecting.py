@@ -9,7 +9,6 @@ from typing import Any
 
 from ktmerge.checkpoints.alignment import Alignment, align
 from ktmerge.checkpoints.checkpoint import Checkpoint
-from ktmerge.checkpoints.classes import tensor_class
 from ktmerge.checkpoints.opening import open_model
 from ktmerge.checkpoints.parts import Parts
 from ktmerge.errors import UsageError
@@ -95,7 +94,7 @@ def _measure(
 ) -> None:
     from ktmerge.merge.diagnostics.survey import survey
 
-    classes = {name: tensor_class(name, info, base.config) for name, info in base.tensors.items()}
+    classes = base.classes
     names = [name for name, what in classes.items() if what not in ("buffer", "quant")]
     found.movements = {name: {} for name in others}
     found.matrices = {name: Movement() for name in others}
@@ -128,7 +127,7 @@ def _compare(
 ) -> None:
     from ktmerge.merge.diagnostics.commonality import commonalities
 
-    names = [name for name, info in base.tensors.items() if tensor_class(name, info, base.config) == "matrix"]
+    names = [name for name, what in base.classes.items() if what == "matrix"]
     mappings = {name: alignment.mapping for name, alignment in alignments.items()}
     for name, one in commonalities(base, names, others, mappings, progress):
         _add(found.common, parts.of(name), one)

@@ -5,7 +5,6 @@ Loads numba and no torch. Sums are taken in the order of the tensors, so that th
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,6 +18,7 @@ from ktmerge.checkpoints.dtypes import BITS
 from ktmerge.checkpoints.header import TensorInfo
 from ktmerge.checkpoints.reader import Reader
 from ktmerge.checkpoints.workers import Workers
+from ktmerge.merge.device import cores
 from ktmerge.merge.diagnostics.measures import Movement, Pair, Spread
 from ktmerge.progress import Progress
 
@@ -188,7 +188,7 @@ class _Worker:
 
 def _in_order(worker: _Worker, found: Sequence[_Rows]) -> Iterator[tuple[_Rows, Piece]]:
     """All pieces of all tensors, worked on some way ahead of where the caller is."""
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = cores()
     places = [(rows, start) for rows in found for start in range(0, max(rows.info.numel, 1), PIECE)]
     with Workers(threads, "inspect") as pool:
         pieces = pool.in_order((partial(worker.piece, rows, start) for rows, start in places), 2 * threads)
