@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ktmerge.merge.decompositions import together
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -60,6 +58,8 @@ def by_map(
     Squares of huge changes leave fp32's range, and those of tiny ones vanish: a map with such changes is merged at
     another size, base and all, and brought back. The factor is a power of two, so that nothing is rounded.
     """
+    from ktmerge.merge.decompositions import together
+
     base = split(context.base, context, fused=fused)
     own = [split(delta, context, fused=fused) for delta in deltas]
 
