@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
@@ -156,7 +157,7 @@ class Entry:
     load: Callable[[], Tensor]
 
 
-def write_tensors(path: Path, entries: Iterable[Entry]) -> str:
+def write_tensors(path: Path, entries: Iterable[Entry], metadata: Mapping[str, str] = MappingProxyType({})) -> str:
     """Write a safetensors file tensor by tensor, in name order; return its sha256.
 
     Raises:
@@ -165,7 +166,7 @@ def write_tensors(path: Path, entries: Iterable[Entry]) -> str:
     import torch
 
     ordered = {entry.name: entry for entry in sorted(entries, key=lambda entry: entry.name)}
-    header, placed = build_header(FilePlan(path.name, list(ordered.values())))
+    header, placed = build_header(FilePlan(path.name, list(ordered.values()), metadata))
     digest = hashlib.sha256(header)
     with clear_os_errors(path), path.open("wb") as stream:
         stream.write(header)

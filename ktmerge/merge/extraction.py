@@ -14,10 +14,12 @@ from ktmerge.checkpoints.adapter import CONFIG, WEIGHTS
 from ktmerge.checkpoints.alignment import align
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.classes import tensor_class
+from ktmerge.checkpoints.files import write_whole
 from ktmerge.checkpoints.matrices import matrix_layout
 from ktmerge.checkpoints.opening import open_model
 from ktmerge.checkpoints.parts import Parts
 from ktmerge.checkpoints.staging import Staging
+from ktmerge.checkpoints.statistics import Entry, write_tensors
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.progress import SILENT, Progress
 
@@ -204,7 +206,8 @@ def _config(base: str, reference: Checkpoint, found: Extraction) -> dict[str, An
     ranks = {one.name.removesuffix(".weight"): one.rank for one in found.tensors if one.rank}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     others = {module: rank for module, rank in ranks.items() if rank != usual}
-    architectures = reference.config.get("architectures") or [""]
+    architectures = reference.config.get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else ""
     transposed = any(
         layout is not None and layout.transposed
         for one in found.tensors
@@ -212,7 +215,7 @@ def _config(base: str, reference: Checkpoint, found: Extraction) -> dict[str, An
     )
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if str(architectures[0]).endswith("ForCausalLM") else None,
+        "task_type": "CAUSAL_LM" if str(first).endswith("ForCausalLM") else None,
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": usual,
@@ -227,14 +230,12 @@ def _config(base: str, reference: Checkpoint, found: Extraction) -> dict[str, An
 
 
 def _write(staging: Staging, factors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    from safetensors.torch import save_file
-
+    entries = [Entry(name, "F32", tuple(one.shape), one.contiguous) for name, one in factors.items()]
     staging.open()
     try:
         staging.require_space(sum(factor.nbytes for factor in factors.values()))
-        save_file(dict(factors), staging.folder / WEIGHTS, {"format": "pt"})
-        text = json.dumps(config, indent=2) + "\n"
-        (staging.folder / CONFIG).write_text(text, encoding="utf-8")
+        write_tensors(staging.folder / WEIGHTS, entries, {"format": "pt"})
+        write_whole(staging.folder / CONFIG, json.dumps(config, indent=2) + "\n")
         staging.publish()
     finally:
         staging.discard()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import transformers
 from merge_models import Tensors, llama_tensors, read, write
 
 from ktmerge.cli import main
-from ktmerge.errors import UsageError
+from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.merge import blend
 from ktmerge.merge.extraction import extract_lora
 
@@ -158,3 +159,22 @@ def test_the_command_says_what_it_kept(pair: tuple[Path, Tensors, Tensors], caps
     told = json.loads(capsys.readouterr().out)
     assert 0.5 <= told["share"] < 1
     assert (folder / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_its_files_are_like_others_and_a_full_disk_is_told(
+    pair: tuple[Path, Tensors, Tensors],
+) -> None:
+    folder, *_ = pair
+    (folder / "base" / "config.json").write_text(json.dumps({**CONFIG, "architectures": 5}))
+    extract_lora(folder / "base", folder / "tuned", folder / "adapter")
+    (folder / "plain").touch()
+    modes = {path.stat().st_mode for path in (folder / "adapter").iterdir()}
+    assert modes == {(folder / "plain").stat().st_mode}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        with pytest.raises(KtmergeError, match="raise the limit"):
+            extract_lora(folder / "base", folder / "tuned", folder / "other")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not [path for path in folder.iterdir() if "other" in path.name]
