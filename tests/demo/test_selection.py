@@ -29,9 +29,9 @@ def test_rewriting_changes_the_one_number() -> None:
         rewrite("blend:\n  method: linear\n", 0.5)
 
 
-@pytest.fixture
-def workshop(tmp_path: Path, tiny_llama: Path) -> Path:
-    """A recipe of the tiny model and a copy that learned a sentence, and a suite."""
+@pytest.fixture(scope="module")
+def expert(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tiny model that learned a sentence. Read-only."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -43,10 +43,17 @@ def workshop(tmp_path: Path, tiny_llama: Path) -> Path:
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
-    model.save_pretrained(tmp_path / "expert")
-    tokenizer.save_pretrained(tmp_path / "expert")
+    folder = tmp_path_factory.mktemp("learned") / "expert"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def workshop(tmp_path: Path, tiny_llama: Path, expert: Path) -> Path:
+    """A recipe of the tiny model and the expert, and a suite."""
     (tmp_path / "recipe.yaml").write_text(
-        f"ktmerge: 1\nname: back\nbase: {tiny_llama}\nexperts:\n  one: {{model: expert}}\n"
+        f"ktmerge: 1\nname: back\nbase: {tiny_llama}\nexperts:\n  one: {{model: {expert}}}\n"
         "blend:\n  method: linear\n  lambda: 0.5\noutput: {dtype: float32}\n"
     )
     texts = [{"text": PROSE * 6} for _ in range(3)]

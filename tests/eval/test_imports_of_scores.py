@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas
 import pytest
 
 from ktmerge import api
@@ -57,6 +56,8 @@ def lmms_eval(folder: Path, marks: list[int]) -> Path:
 
 
 def vlmevalkit(folder: Path, marks: list[int]) -> Path:
+    import pandas
+
     folder.mkdir(parents=True)
     name = folder.name
     rows = [

@@ -131,6 +131,17 @@ def read(folder: Path) -> Tensors:
     return found
 
 
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    """Float32 noise; the same for the same seed."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(found: Tensor, expected: Any, tolerance: float = 1e-5) -> None:
+    """Equal within a share of the largest value expected, in float64."""
+    wanted = torch.as_tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
+
+
 def same_bytes(first: Tensor, second: Tensor) -> bool:
     """Equal type, shape and bits: tells a negative zero from zero."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):

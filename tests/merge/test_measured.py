@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from merge_models import close, normal
 from torch import Tensor
 
 from ktmerge.checkpoints.matrices import MatrixLayout
@@ -48,13 +49,9 @@ class Measured:
         return {"": 2.0, "a": 3.0, "b": 0.5}[expert]
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def correlated(tokens: int, inputs: int, seed: int) -> Tensor:
     """Inputs of unequal strength that have to do with each other."""
-    return (random(tokens, inputs, seed=seed) * torch.linspace(0.3, 2, inputs)) @ random(inputs, inputs, seed=seed + 1)
+    return (normal(tokens, inputs, seed=seed) * torch.linspace(0.3, 2, inputs)) @ normal(inputs, inputs, seed=seed + 1)
 
 
 def measured(experts: str = "a", inputs: int = 10, tokens: int = 40) -> Measured:
@@ -77,7 +74,7 @@ def run(
     context = Context(
         tensor=tensor, part="llm.layers[0]", layers={"llm": 2}, tensor_class="matrix", shape=shape, start=0, seed=1,
         experts=tuple("abc"[: len(deltas)]), weights=weights or (1.0,) * len(deltas),
-        base=random(*shape, seed=50) if base is None else base, kernels=kernels_for(torch.device("cpu")),
+        base=normal(*shape, seed=50) if base is None else base, kernels=kernels_for(torch.device("cpu")),
         layout=layout or MatrixLayout(False, shape[-2:-1]), measured=found,
     )  # fmt: skip
     one = stages()[stage]
@@ -88,11 +85,6 @@ def run(
     assert result.dtype == torch.float32
     assert result.shape == shape
     return result
-
-
-def close(found: Tensor, expected: Any, tolerance: float = 1e-5) -> None:
-    wanted = torch.as_tensor(expected, dtype=torch.float64)
-    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
 
 
 def second_moment(inputs: Tensor, eta: float = 1.0) -> np.ndarray:
@@ -114,7 +106,7 @@ def objective(merged: Tensor, found: Measured, delta: Tensor, a: float) -> float
 @pytest.mark.parametrize("normalise", ["none", "trace"])
 @pytest.mark.parametrize("base_weight", [0.0, 0.4])
 def test_regmean_is_its_formula(tokens: int, normalise: str, base_weight: float) -> None:
-    deltas, weights = [random(7, 10, seed=t) for t in range(3)], (0.5, 2.0, 0.5)
+    deltas, weights = [normal(7, 10, seed=t) for t in range(3)], (0.5, 2.0, 0.5)
     found = measured("abc", tokens=tokens)
     merged = run("regmean", deltas, found, weights=weights, eta=0.8, normalise=normalise, base_weight=base_weight)
     grams = {name: second_moment(found.inputs(name), 0.8) for name in ("", *"abc")}
@@ -130,7 +122,7 @@ def test_regmean_is_its_formula(tokens: int, normalise: str, base_weight: float)
 
 
 def test_regmean_of_equal_inputs_is_the_mean_and_of_one_expert_the_expert() -> None:
-    deltas = [random(7, 10, seed=t) for t in range(2)]
+    deltas = [normal(7, 10, seed=t) for t in range(2)]
     same = correlated(30, 10, 3)
     found = Measured({"a": same, "b": same})
     close(run("regmean", deltas, found, weights=(1.0, 3.0)), (deltas[0].double() + 3 * deltas[1].double()) / 4)
@@ -143,7 +135,7 @@ def test_regmean_of_equal_inputs_is_the_mean_and_of_one_expert_the_expert() -> N
 
 @pytest.mark.parametrize("base_weight", [0.0, 0.4])
 def test_scales_of_norms_are_the_least_squares_fit_to_what_they_multiply(base_weight: float) -> None:
-    deltas, weights = [random(10, seed=t) for t in range(3)], (0.5, 2.0, 0.5)
+    deltas, weights = [normal(10, seed=t) for t in range(3)], (0.5, 2.0, 0.5)
     rows = {name: correlated(30, 10, seed).double().numpy() for seed, name in enumerate(("", *"abc"), 5)}
     for name in rows:
         rows[name][:, 3] = 0  # a feature that nobody uses
@@ -164,7 +156,7 @@ def test_scales_of_norms_are_the_least_squares_fit_to_what_they_multiply(base_we
 
 
 def test_biases_are_means_and_so_are_scales_unless_asked() -> None:
-    deltas = [random(10, seed=t) for t in range(2)]
+    deltas = [normal(10, seed=t) for t in range(2)]
     mean = (deltas[0].double() + 3 * deltas[1].double()) / 4
     found = Measured(scales={"a": torch.full((10,), 9.0)})
     close(run("regmean_vectors", deltas, Measured(), weights=(1.0, 3.0), vectors=True), mean)
@@ -179,7 +171,7 @@ def test_biases_are_means_and_so_are_scales_unless_asked() -> None:
 @pytest.mark.parametrize("tokens", [6, 40])
 @pytest.mark.parametrize("priors", [(0.0, 0.0), (0.3, 0.01)])
 def test_back_merge_is_its_formula(tokens: int, priors: tuple[float, float]) -> None:
-    delta, found, a = random(7, 10), measured(tokens=tokens), 0.3
+    delta, found, a = normal(7, 10), measured(tokens=tokens), 0.3
     merged = run("regmean_back", [delta], found, a=a, eta=0.7, ridge=0.01, prior_u=priors[0], prior_d=priors[1])
     up, down = (second_moment(found.inputs(name), 0.7) for name in ("", "a"))
     unit = (np.trace(up) + np.trace(down)) / 20
@@ -188,7 +180,7 @@ def test_back_merge_is_its_formula(tokens: int, priors: tuple[float, float]) -> 
 
 
 def test_ends_of_the_back_merge_are_exact() -> None:
-    delta, found = random(7, 10), measured()
+    delta, found = normal(7, 10), measured()
     for stage in ("regmean_back", "cstar"):
         assert run(stage, [delta], found, a=1.0).equal(delta)
         assert not run(stage, [delta], found, a=0.0).any()
@@ -196,12 +188,12 @@ def test_ends_of_the_back_merge_are_exact() -> None:
 
 @pytest.mark.parametrize("stage", ["regmean_back", "cstar"])
 def test_equal_sides_are_plain_interpolation(stage: str) -> None:
-    delta, same = random(7, 10), correlated(30, 10, 3)
+    delta, same = normal(7, 10), correlated(30, 10, 3)
     close(run(stage, [delta], Measured({"": same, "a": same}), a=0.3), 0.3 * delta.double())
 
 
 def test_back_merge_is_where_the_objective_is_flat() -> None:
-    deltas, shares, a = [random(6, 10, seed=t).double() for t in range(2)], [0.25, 0.75], 0.4
+    deltas, shares, a = [normal(6, 10, seed=t).double() for t in range(2)], [0.25, 0.75], 0.4
     up, downs = with_priors(
         of_inputs(correlated(40, 10, 1)), [of_inputs(correlated(40, 10, seed)) for seed in (5, 9)], 1e-3, 1e-3
     )
@@ -211,7 +203,7 @@ def test_back_merge_is_where_the_objective_is_flat() -> None:
 
 
 def test_back_merge_beats_interpolation_on_its_own_objective() -> None:
-    delta, found = random(7, 10), measured(tokens=200)
+    delta, found = normal(7, 10), measured(tokens=200)
     merged = run("regmean_back", [delta], found, a=0.5, eta=1.0, ridge=1e-6)
     assert objective(merged, found, delta, 0.5) < 0.9 * min(
         objective(share * delta, found, delta, 0.5) for share in torch.linspace(0, 1, 21).tolist()
@@ -222,8 +214,8 @@ def test_back_merge_beats_interpolation_on_its_own_objective() -> None:
 
 
 def test_priors_decide_about_inputs_nobody_saw() -> None:
-    delta = random(5, 10)
-    seen = torch.cat([random(30, 6), torch.zeros(30, 4)], 1)
+    delta = normal(5, 10)
+    seen = torch.cat([normal(30, 6), torch.zeros(30, 4)], 1)
     found = Measured({"": seen, "a": seen.flip(0)})
     for prior_u, prior_d, expected in ((0.0, 0.0, 0.5), (9.0, 0.0, 0.0), (0.0, 9.0, 1.0)):
         merged = run("regmean_back", [delta], found, eta=1.0, prior_u=prior_u, prior_d=prior_d)
@@ -231,7 +223,7 @@ def test_priors_decide_about_inputs_nobody_saw() -> None:
 
 
 def test_without_correlations_every_input_is_by_itself() -> None:
-    delta, found = random(7, 10), measured()
+    delta, found = normal(7, 10), measured()
     merged = run("regmean_back", [delta], found, a=0.3, eta=0.0, ridge=1e-9)
     up, down = ((found.inputs(name).double() ** 2).mean(0) for name in ("", "a"))
     close(merged, delta.double() * 0.3 * down / (0.7 * up + 0.3 * down))
@@ -246,7 +238,7 @@ def energies(delta: np.ndarray, inputs: Tensor) -> np.ndarray:
 
 
 def test_coefficients_are_their_formula() -> None:
-    delta, found, a = random(6, 10), measured(), 0.3
+    delta, found, a = normal(6, 10), measured(), 0.3
     values = delta.double().numpy()
     up, down = energies(values, found.inputs()), energies(values, found.inputs("a"))
     close(
@@ -260,7 +252,7 @@ def test_coefficients_are_their_formula() -> None:
 
 
 def test_coefficients_of_heads() -> None:
-    delta, found = random(6, 10), measured()
+    delta, found = normal(6, 10), measured()
     knobs: dict[str, Any] = {"a": 0.3, "granularity": "head", "head_size": 2}
     rows = [run("cstar", [delta[start : start + 2]], found, a=0.3) for start in (0, 2, 4)]
     close(run("cstar", [delta], found, tensor=QUERY, **knobs), torch.cat(rows), 1e-7)
@@ -276,7 +268,7 @@ def test_coefficients_of_heads() -> None:
 
 
 def test_coefficients_of_several_experts_minimise_the_error() -> None:
-    deltas, found, a, weights = [random(6, 10, seed=t) for t in range(2)], measured("ab"), 0.6, (1.0, 3.0)
+    deltas, found, a, weights = [normal(6, 10, seed=t) for t in range(2)], measured("ab"), 0.6, (1.0, 3.0)
     merged = deltas[0] + deltas[1]
     scaled = run("cstar", deltas, found, merged, a=a, weights=weights)
     ratio = float((scaled / merged).mean())
@@ -294,7 +286,7 @@ def test_coefficients_of_several_experts_minimise_the_error() -> None:
 
 
 def test_coefficients_without_data() -> None:
-    deltas, base = [random(6, 10, seed=t) for t in range(2)], random(6, 10, seed=50)
+    deltas, base = [normal(6, 10, seed=t) for t in range(2)], normal(6, 10, seed=50)
     merged, a = deltas[0] + deltas[1], 0.7
     own, m, w = [one.double().numpy() for one in deltas], merged.double().numpy(), base.double().numpy()
     grams = [one.T @ one / (one**2).sum() for one in own]
@@ -309,8 +301,8 @@ def test_coefficients_without_data() -> None:
 
 
 def test_what_upstream_does_not_feel_is_kept_whole() -> None:
-    delta = random(6, 10)
-    apart = {"": torch.cat([random(30, 5), torch.zeros(30, 5)], 1), "a": correlated(30, 10, 2)}
+    delta = normal(6, 10)
+    apart = {"": torch.cat([normal(30, 5), torch.zeros(30, 5)], 1), "a": correlated(30, 10, 2)}
     delta[:, :5] = 0
     assert run("cstar", [delta], Measured(apart), a=0.2).equal(delta)
     silent = Measured({"": torch.zeros(30, 10), "a": torch.zeros(30, 10)})
@@ -322,7 +314,7 @@ def test_what_upstream_does_not_feel_is_kept_whole() -> None:
 
 @pytest.mark.parametrize("tokens", [6, 40])
 def test_null_space_guards_are_their_formulas(tokens: int) -> None:
-    delta, found = random(7, 10), measured(tokens=tokens)
+    delta, found = normal(7, 10), measured(tokens=tokens)
     up = second_moment(found.inputs())
     values, vectors = np.linalg.eigh(up)
     own = delta.double().numpy()
@@ -336,7 +328,7 @@ def test_null_space_guards_are_their_formulas(tokens: int) -> None:
 
 
 def test_null_space_guards_never_add_to_what_upstream_feels() -> None:
-    delta, found = random(7, 10), measured(tokens=30)
+    delta, found = normal(7, 10), measured(tokens=30)
     felt = [float(((run("nullspace", [delta], found, kappa=k) @ found.inputs().T) ** 2).sum()) for k in (0, 1, 10, 1e6)]
     assert felt == sorted(felt, reverse=True)
     assert felt[-1] < 1e-8 * felt[0]
@@ -354,14 +346,14 @@ def test_null_space_guards_never_add_to_what_upstream_feels() -> None:
 
 @pytest.mark.parametrize("stage", [*COMBINES, "cstar", "nullspace"])
 def test_stacked_and_transposed_maps_meet_their_own_inputs(stage: str) -> None:
-    deltas = [random(3, 6, 10, seed=t) for t in range(2)]
+    deltas = [normal(3, 6, 10, seed=t) for t in range(2)]
     inputs = {
         name: torch.stack([correlated(30, 10, 7 * n + t) for t in range(3)]) for n, name in enumerate(("", "a", "b"))
     }
     stacked = run(stage, deltas, Measured(inputs))
     for t in range(3):
         own = Measured({name: values[t] for name, values in inputs.items()})
-        base = random(3, 6, 10, seed=50)[t]
+        base = normal(3, 6, 10, seed=50)[t]
         close(run(stage, [delta[t] for delta in deltas], own, base=base), stacked[t].double(), 1e-6)
     single = Measured({name: values[0] for name, values in inputs.items()})
     turned = run(stage, [delta[0].T for delta in deltas], single, layout=MatrixLayout(True, (6,)))
@@ -370,7 +362,7 @@ def test_stacked_and_transposed_maps_meet_their_own_inputs(stage: str) -> None:
 
 @pytest.mark.parametrize("stage", [*COMBINES, "cstar", "nullspace"])
 def test_measurements_that_are_missing_or_do_not_fit_are_refused(stage: str) -> None:
-    deltas = [random(6, 10, seed=t) for t in range(2)]
+    deltas = [normal(6, 10, seed=t) for t in range(2)]
     with pytest.raises(KtmergeError, match="ktmerge stats"):
         run(stage, deltas, None)
     with pytest.raises(KtmergeError, match="has 10 inputs, but 9 were measured"):
@@ -379,7 +371,7 @@ def test_measurements_that_are_missing_or_do_not_fit_are_refused(stage: str) -> 
 
 @pytest.mark.parametrize("stage", [*COMBINES, "cstar", "nullspace"])
 def test_samples_without_a_token_are_no_obstacle(stage: str) -> None:
-    deltas = [random(6, 10, seed=t) for t in range(2)]
+    deltas = [normal(6, 10, seed=t) for t in range(2)]
     assert run(stage, deltas, Measured({name: torch.empty(0, 10) for name in ("", "a", "b")})).isfinite().all()
 
 
@@ -395,8 +387,8 @@ def test_samples_without_a_token_are_no_obstacle(stage: str) -> None:
     ids=str,
 )
 def test_turned_maps_and_inputs_give_the_turned_merge(stage: str, parameters: dict[str, Any]) -> None:
-    left, right = (torch.linalg.qr(random(n, n, seed=n).double())[0] for n in (6, 10))
-    deltas, found = [random(6, 10, seed=t) for t in range(2)], measured("ab")
+    left, right = (torch.linalg.qr(normal(n, n, seed=n).double())[0] for n in (6, 10))
+    deltas, found = [normal(6, 10, seed=t) for t in range(2)], measured("ab")
     turned = Measured({name: (found.inputs(name).double() @ right).float() for name in ("", "a", "b")})
     merged = run(stage, deltas, found, **parameters)
     there = run(stage, [(left @ delta.double() @ right).float() for delta in deltas], turned, **parameters)
@@ -405,8 +397,8 @@ def test_turned_maps_and_inputs_give_the_turned_merge(stage: str, parameters: di
 
 def test_without_the_turn_of_inputs_it_is_another_merge() -> None:
     """So the test above can fail: shrinking off the diagonal knows the axes."""
-    right = torch.linalg.qr(random(10, 10, seed=10).double())[0]
-    delta, found = random(6, 10), measured()
+    right = torch.linalg.qr(normal(10, 10, seed=10).double())[0]
+    delta, found = normal(6, 10), measured()
     turned = Measured({name: (found.inputs(name).double() @ right).float() for name in ("", "a")})
     merged = run("regmean_back", [delta], found, eta=0.3).double() @ right
     there = run("regmean_back", [(delta.double() @ right).float()], turned, eta=0.3).double()

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from merge_models import close, normal
 from torch import Tensor
 
 from ktmerge.checkpoints.matrices import MatrixLayout
@@ -33,16 +34,12 @@ class Measured:
         raise AssertionError
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def correlated(tokens: int, seed: int) -> Tensor:
-    return random(tokens, 12, seed=seed) @ (torch.eye(12) + 0.6 * random(12, 12, seed=seed + 1))
+    return normal(tokens, 12, seed=seed) @ (torch.eye(12) + 0.6 * normal(12, 12, seed=seed + 1))
 
 
 FOUND = Measured(base=correlated(60, 5), a=correlated(60, 7))
-BASE, DELTA = random(*SHAPE, seed=3), 0.3 * random(*SHAPE, seed=4)
+BASE, DELTA = normal(*SHAPE, seed=3), 0.3 * normal(*SHAPE, seed=4)
 
 
 def run(stage: str, found: Measured = FOUND, delta: Tensor = DELTA, **parameters: Any) -> Tensor:
@@ -55,11 +52,6 @@ def run(stage: str, found: Measured = FOUND, delta: Tensor = DELTA, **parameters
     result: Tensor = one.apply(delta, one.parameters(**parameters), context)
     assert result.dtype == torch.float32
     return result
-
-
-def close(found: Tensor, expected: Any, tolerance: float = 1e-5) -> None:
-    wanted = torch.as_tensor(expected, dtype=torch.float64)
-    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
 
 
 def moment(name: str = "a", found: Measured = FOUND) -> np.ndarray:
@@ -88,7 +80,7 @@ def test_the_factor_of_the_inverse_is_upper_triangular() -> None:
 
 
 def test_rows_are_ranked_each_for_itself() -> None:
-    scores = random(6, 9).round(decimals=0).abs()  # many are equal
+    scores = normal(6, 9).round(decimals=0).abs()  # many are equal
     for count in (0, 1, 4, 9):
         alone = [largest(row, count, 5 + number) for number, row in enumerate(scores)]
         assert largest_of_rows(scores, count, 5).equal(torch.stack(alone))
@@ -99,7 +91,7 @@ def test_rows_are_ranked_each_for_itself() -> None:
 def test_fitted_patches_are_least_squares(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ktmerge.merge.patching._ROOM", 40)  # several batches
     monkeypatch.setattr("ktmerge.merge.patching._PIECE", 2)
-    h, target = torch.as_tensor(damped(0.1)), random(*SHAPE).double()
+    h, target = torch.as_tensor(damped(0.1)), normal(*SHAPE).double()
     mask = torch.rand(SHAPE, generator=torch.Generator().manual_seed(2)) < 0.4
     if case == "shared":
         mask = mask[:1].expand(SHAPE)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from merge_memory import MATRIX, Workbench
+from merge_models import normal
 from torch import Tensor
 
 from ktmerge.checkpoints.matrices import MatrixLayout
@@ -24,10 +25,6 @@ STACKED = "model.layers.0.mlp.experts.gate_up_proj"
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     return Workbench(tmp_path_factory.mktemp("bench"))
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def merged(bench: Workbench, method: str, deltas: list[Tensor], name: str = MATRIX, **parameters: Any) -> Tensor:

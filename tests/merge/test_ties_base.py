@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from merge_models import normal
 from torch import Tensor
 
 from ktmerge.checkpoints.matrices import MatrixLayout
@@ -32,17 +33,13 @@ class Inputs:
         raise AssertionError
 
 
-def drawn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
 def run(
     deltas: list[Tensor], rows: Tensor, weights: tuple[float, ...], stage: str = "elect_base", **given: float
 ) -> Tensor:
     context = Context(
         tensor="model.layers.0.mlp.up_proj.weight", part="llm.layers[0]", layers={"llm": 1}, tensor_class="matrix",
         shape=(OUT, IN), start=0, seed=1, experts=tuple("abc"[: len(deltas)]), weights=weights,
-        base=drawn(OUT, IN, seed=9), kernels=kernels_for(torch.device("cpu")), layout=MatrixLayout(False, (OUT,)),
+        base=normal(OUT, IN, seed=9), kernels=kernels_for(torch.device("cpu")), layout=MatrixLayout(False, (OUT,)),
         measured=Inputs(rows),
     )  # fmt: skip
     one = find_stage(stage, "combine")
@@ -52,8 +49,8 @@ def run(
 
 @pytest.mark.parametrize("kappa", [0.2, 0.5, 1.0, 3.0])
 def test_is_its_formula(kappa: float) -> None:
-    deltas, weights = [drawn(OUT, IN, seed=seed) for seed in range(3)], (1.0, 0.5, 2.0)
-    rows = drawn(40, IN, seed=5) * torch.tensor([0.0, 0.1, 0.5, 1, 1, 2, 4])
+    deltas, weights = [normal(OUT, IN, seed=seed) for seed in range(3)], (1.0, 0.5, 2.0)
+    rows = normal(40, IN, seed=5) * torch.tensor([0.0, 0.1, 0.5, 1, 1, 2, 4])
     found = run(deltas, rows, weights, kappa=kappa)
     own = np.stack([delta.double().numpy() for delta in deltas])
     shares = np.array(weights)[:, None, None] / 2
@@ -68,14 +65,14 @@ def test_is_its_formula(kappa: float) -> None:
 
 
 def test_without_a_vote_it_is_ties_and_a_heavy_vote_keeps_the_base() -> None:
-    deltas, rows = [drawn(OUT, IN, seed=seed) for seed in range(3)], drawn(30, IN, seed=5)
+    deltas, rows = [normal(OUT, IN, seed=seed) for seed in range(3)], normal(30, IN, seed=5)
     assert run(deltas, rows, (1.0, 1.0, 2.0), kappa=0.0).equal(run(deltas, rows, (1.0, 1.0, 2.0), stage="elect"))
     assert not run(deltas, rows, (1.0, 1.0, 2.0), kappa=100.0).any()
     assert run(deltas, rows * 0, (1.0, 1.0, 2.0), kappa=9.0).equal(run(deltas, rows, (1.0, 1.0, 2.0), stage="elect"))
 
 
 def test_a_larger_vote_only_takes_away() -> None:
-    deltas, rows = [drawn(OUT, IN, seed=seed) for seed in range(3)], drawn(30, IN, seed=5)
+    deltas, rows = [normal(OUT, IN, seed=seed) for seed in range(3)], normal(30, IN, seed=5)
     kept = [run(deltas, rows, (1.0, 1.0, 1.0), kappa=kappa) for kappa in (0.1, 0.4, 0.9)]
     for more, less in pairwise(kept):
         assert torch.where(less != 0, more, 0.0).equal(less)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,15 @@ from ktmerge.tuners import FinetuneReport
 def _losses_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than training here; the ``tuned`` fixture's picture is one, and is looked at."""
     monkeypatch.setattr("ktmerge.tuners.result.draw_losses", lambda log, name: b"not drawn")
+
+
+@pytest.fixture
+def model(tiny_llama: Path) -> Any:
+    """The tiny model in memory, fp32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")

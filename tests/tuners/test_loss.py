@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-from array import array
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tuning import sample
 
 from ktmerge.tuners.collate import IGNORED, Collator
-from ktmerge.tuners.encode import Encoded
 from ktmerge.tuners.loss import PASS_TOKENS, answer_loss, count_trained, cuts, pieces, projects_faithfully
-
-
-def sample(length: int, trained: int, start: int = 5) -> Encoded:
-    flags = [False] * (length - trained) + [True] * trained
-    return Encoded(array("i", range(start, start + length)), bytes(flags))
-
-
-@pytest.fixture
-def model(tiny_llama: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
 
 
 def test_the_collator_pads_on_the_right_and_labels_only_what_is_trained() -> None:

@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import json
-from array import array
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tuning import tune, weights
+from tuning import sample, tune, weights
 
 from ktmerge.errors import UsageError
 from ktmerge.tuners.collate import IGNORED, Collator
-from ktmerge.tuners.encode import Encoded
 from ktmerge.tuners.loss import answer_loss, count_trained, pieces
 from ktmerge.tuners.packing import LengthSampler, PackingCollator, fill, packs_faithfully
-
-
-def sample(length: int, trained: int, start: int = 5) -> Encoded:
-    flags = [False] * (length - trained) + [True] * trained
-    return Encoded(array("i", range(start, start + length)), bytes(flags))
-
-
-@pytest.fixture
-def model(tiny_llama: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-
 
 SAMPLES = [sample(30, 4), sample(17, 9, 40), sample(8, 8, 90), sample(12, 2, 200), sample(3, 1, 300)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners import FinetuneReport, finetune
+from ktmerge.tuners.encode import Encoded
 
 ROWS = [{"prompt": f"Is {n} good?", "completion": " yes" * (1 + n % 3) if n % 2 else " no"} for n in range(30)]
 CHATS = [
@@ -45,6 +47,12 @@ class Listener:
 
     def advance(self, amount: float = 1) -> None:
         self.tasks[self._name] += amount
+
+
+def sample(length: int, trained: int, start: int = 5) -> Encoded:
+    """Tokens that count up from ``start``; the last ``trained`` of them are learned."""
+    flags = [False] * (length - trained) + [True] * trained
+    return Encoded(array("i", range(start, start + length)), bytes(flags))
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
