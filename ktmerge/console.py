@@ -138,7 +138,8 @@ def fail(message: str) -> None:
 
 def print_json(value: Any) -> None:
     """Print machine-readable output: indented, keys in the order given, never wrapped."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    is_utf = (sys.stdout.encoding or "").lower().startswith("utf")
+    text = json.dumps(value, indent=2, ensure_ascii=not is_utf) + "\n"
     sys.stdout.write(text.encode("utf-8", "backslashreplace").decode("utf-8"))  # halves of characters, as JSON escapes
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 
 import pytest
 
-from ktmerge import console
+from ktmerge import cli, console
 
 
 def test_no_bars_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,6 +73,20 @@ def test_names_cannot_steer_the_terminal_or_break_it(capsys: pytest.CaptureFixtu
     assert printed.count(r"a\x1b[2J\u202e\udcff") == 2
     assert json.loads(printed[printed.index("{") :]) == {"file": name}
     printed.encode("utf-8")
+
+
+def test_words_that_a_locale_has_no_letters_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    cli._escape_what_has_no_letters()
+    console.print_pairs({"recipe": "Grüße"})
+    console.print_table(["recipe"], [["Grüße"]])
+    sys.stdout.flush()
+    assert raw.getvalue().count(rb"Gr\xfc\xdfe") == 2
+    raw.truncate(raw.seek(0))
+    console.print_json({"recipe": "Grüße"})
+    sys.stdout.flush()
+    assert json.loads(raw.getvalue()) == {"recipe": "Grüße"}
 
 
 def test_trained_tokens_are_marked(capsys: pytest.CaptureFixture[str]) -> None:

@@ -167,10 +167,20 @@ def read_lock(path: Path) -> dict[str, Any]:
 def departures(locked: Mapping[str, Any], now: Mapping[str, Any]) -> list[Departure]:
     """Where a lock made now is not as one made before."""
     found = []
+    recut = False
     for name in dict.fromkeys([*locked["inputs"], *now["inputs"]]):
         before, after = locked["inputs"].get(name), now["inputs"].get(name)
         if before is None or after is None:
             found.append(Departure(f"input {name}", "is in the lock only" if after is None else "is not in the lock"))
+        elif _are_cut_otherwise(before, after):
+            recut = True
+            told_by, there = (", ".join(sorted(_weights(one["files"]))) for one in (before, after))
+            found.append(
+                Departure(
+                    f"input {name}", f"has the same tensors, but in {there}, where {told_by} was locked; whether the "
+                    "numbers are the same cannot be told by the digests of files: take or save it as it was locked"
+                )
+            )  # fmt: skip
         else:
             if _apart(before["files"]) != _apart(after["files"]):
                 found += _changed_files(name, before["files"], after["files"])
@@ -180,7 +190,7 @@ def departures(locked: Mapping[str, Any], now: Mapping[str, Any]) -> list[Depart
                       ("statistics", "measured statistics")):  # fmt: skip
         if locked.get(key) != now.get(key):
             found.append(Departure(what, told(locked.get(key), now.get(key))))
-    if locked["coefficients"] != now["coefficients"]:
+    if locked["coefficients"] != now["coefficients"] and not recut:  # they stand in the order of the files
         found.append(Departure("what happens to every tensor", "method, parameters, rules or weights are others"))
     if locked["versions"] != now["versions"]:
         found.append(Departure("versions", told(locked["versions"], now["versions"]), decides=False))
@@ -249,6 +259,16 @@ def _apart(files: Mapping[str, Any]) -> list[Any]:
     """Files of a model with an adapter over it, whose names start with what their folders happen to be called."""
     folders = all("/" in file for file in files)
     return sorted((file.partition("/")[2] if folders else file, str(one)) for file, one in files.items())
+
+
+def _are_cut_otherwise(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether one model's tensors, by name, type and shape, lie in files of other names."""
+    same = before.get("headers") == after.get("headers") is not None
+    return same and _weights(before["files"]) != _weights(after["files"])
+
+
+def _weights(files: Mapping[str, Any]) -> set[str]:
+    return {file for file, _ in _apart(files) if file.endswith(".safetensors")}
 
 
 def _changed_files(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Departure]:

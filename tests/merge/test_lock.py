@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from ktmerge import api
 from ktmerge.checkpoints import digests
@@ -227,3 +229,18 @@ def test_a_broken_lock_is_refused_whoever_reads_it(
 def test_two_that_say_the_same_are_told_in_a_line(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _exit_code(["recipe", "diff", str(made / "recipe.yaml"), str(made / "out")]) == 0
     assert capsys.readouterr().out.split() == ["same", "the", "two", "say", "the", "same"]
+
+
+def test_the_same_model_in_other_files_is_told_as_such(made: Path) -> None:
+    tensors = load_file(made / "base" / WEIGHTS)
+    (made / "base" / WEIGHTS).unlink()
+    names = sorted(tensors, reverse=True)
+    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, own in parts.items():
+        save_file({name: tensors[name] for name in own}, made / "base" / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, own in parts.items() for name in own}}
+    (made / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UsageError) as caught:
+        api.blend(made / "recipe.yaml", made / "again", lock=made / "out" / FILE)
+    (told,) = str(caught.value).splitlines()
+    assert "input base: has the same tensors, but in model-00001-of-00002.safetensors, model-00002" in told
