@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ktmerge.api.inputs import failing_clearly, named_models, refuse_existing, text_of
+from ktmerge.api.inputs import named_models, refuse_existing, text_of
 from ktmerge.checkpoints.files import write_whole
 from ktmerge.errors import UsageError
 from ktmerge.pipeline import recipe_text
@@ -66,8 +66,7 @@ def import_recipe(source: Path, out: Path | None, *, overwrite: bool = False) ->
     document, differences = import_mergekit(text_of(source))
     text = yaml_text(document)
     if out is not None:
-        with failing_clearly(out):
-            out.write_text(text, encoding="utf-8")
+        write_whole(out, text)
     return text, differences
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ktmerge.checkpoints.regular import read_regular
@@ -51,15 +50,6 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         raise UsageError(f"{path} exists; choose another name, or add --overwrite.")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"{path}: the folder {path.absolute().parent} does not exist.")
-
-
-@contextmanager
-def failing_clearly(path: Path) -> Iterator[None]:
-    """Turn an operating system's refusal into a sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}.") from None
 
 
 def text_of(path: Path) -> str:

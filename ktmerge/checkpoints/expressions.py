@@ -58,7 +58,6 @@ class PartExpression:
     ``llm`` covers the language model's layers, embeddings, final norm and head; ``vision`` all of the vision tower.
     """
 
-    text: str
     terms: tuple[_Term, ...]
 
     @classmethod
@@ -68,7 +67,9 @@ class PartExpression:
         Raises:
             UsageError: it is malformed, or names a part no model can have.
         """
-        return cls(text, tuple(_term(piece.strip(), text) for piece in _split(text)))
+        if not text.strip():
+            raise UsageError(f"a part expression is empty; write one, {EXAMPLE}.")
+        return cls(tuple(_term(piece.strip(), text) for piece in text.split(",")))
 
     def matches(self, part: str, layers: Mapping[str, int] | None = None) -> bool:
         """Whether a part is among those named.
@@ -81,15 +82,6 @@ class PartExpression:
             UsageError: the expression counts from the end, and ``layers`` doesn't say where that is.
         """
         return any(term.matches(part, layers or {}) for term in self.terms)
-
-    def __str__(self) -> str:
-        return self.text
-
-
-def _split(text: str) -> list[str]:
-    if not text.strip():
-        raise UsageError(f"a part expression is empty; write one, {EXAMPLE}.")
-    return text.split(",")
 
 
 def _term(piece: str, text: str) -> _Term:
