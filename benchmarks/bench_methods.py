@@ -15,6 +15,7 @@ import argparse
 import csv
 import io
 import json
+import multiprocessing
 import os
 import platform
 import shutil
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +68,7 @@ def main() -> None:
 
     names = arguments.methods.split(",") if arguments.methods else list(methods())
     compile_kernels(arguments.folder)
-    compile_groups()
+    apart(compile_groups)
     folder = arguments.folder / f"{arguments.size}-{arguments.experts}"
     base, experts = make(folder, arguments.size, arguments.experts)
     print(f"{platform.machine()}, {os.cpu_count()} cores; {arguments.size} ({count(arguments.size) / 1e6:.0f}M), bf16")
@@ -79,6 +81,15 @@ def main() -> None:
             arguments.csv.write_text(to_csv(rows), encoding="utf-8")
     if arguments.markdown:
         arguments.markdown.write_text(to_markdown(rows), encoding="utf-8")
+
+
+def apart(work: Callable[..., object], *arguments: object) -> None:
+    """Do it in a process of its own: Linux counts what this one ever held as the peak of every process it starts."""
+    process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit(f"{work.__name__}: failed")
 
 
 def compile_groups() -> None:
@@ -172,7 +183,8 @@ def _recipe(name: str, folder: Path, base: Path, used: list[Path], needs: set[Ne
         wanted = measures[of]
         if not wanted:
             return {}
-        made = write_statistics(model, folder / f"stats-{model.name}-{'-'.join(sorted(wanted))}", wanted, TOKENS)
+        made = folder / f"stats-{model.name}-{'-'.join(sorted(wanted))}"
+        apart(write_statistics, model, made, wanted, TOKENS)
         return {"statistics": str(made)}
 
     document |= statistics(base, "base")

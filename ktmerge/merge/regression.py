@@ -118,8 +118,6 @@ def spectral_regmean(
     Returns:
         ``[o, i]`` float64.
     """
-    import torch
-
     alphas = [1.0] * len(members) if weights is None else list(weights)
     share = {"sum": 1.0, "mean": 1 / sum(alphas), "zero": 0.0}[init]
     traces = sum(alpha * one.trace() for one, alpha in zip(covariances, alphas, strict=True))
@@ -134,14 +132,12 @@ def spectral_regmean(
         solve = solver(lambda values: filter.of(values, unit, mean, inputs), _FLOOR * unit, ridge, whole=whole)
         return regressed(_rows(covariances, alphas, share), [one.factor for one in others], solve)
 
-    weighted = [member.double() * alpha for member, alpha in zip(members, alphas, strict=True)]
-    start = share * torch.stack(weighted).sum(0)
+    start, target = _sums(members, covariances, alphas)
+    start *= share
     common = total([*covariances, *others], [*alphas, *(1.0 for _ in others)])
     mean = common.trace() / inputs
     if not mean > 0:
         return start
-    target = _target(weighted, covariances)
-    del weighted  # as large as the deltas themselves, while what follows takes most memory
     if whole and float(common.diagonal.min()) + strength * mean > _DEFINITE * mean:
         return start + common.ridged(strength * mean).solve(target - common.times(start))
     frame = common.frame()
@@ -158,9 +154,13 @@ def _rows(covariances: Sequence[Covariance], alphas: Sequence[float], share: flo
     ]  # fmt: skip
 
 
-def _target(weighted: Sequence[Tensor], covariances: Sequence[Covariance]) -> Tensor:
-    """D = sum_t alpha_t tau_t C_t, ``[o, i]``."""
-    target = covariances[0].times(weighted[0])
-    for delta, one in zip(weighted[1:], covariances[1:], strict=True):
-        target = target + one.times(delta)
-    return target
+def _sums(
+    members: Sequence[Tensor], covariances: Sequence[Covariance], alphas: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """sum_t alpha_t tau_t and D = sum_t alpha_t tau_t C_t, ``[o, i]`` each, with one delta in float64 at a time."""
+    added, target = members[0].double().new_zeros(2, *members[0].shape)
+    for member, one, alpha in zip(members, covariances, alphas, strict=True):
+        weighted = member.double() * alpha
+        added += weighted
+        target += one.times(weighted)
+    return added, target

@@ -33,6 +33,8 @@ _SMALL = 512
 _FEW = 32
 """Matrices of at least `_SMALL` rows and columns are sampled for fewer than one in `_FEW` of their directions."""
 _SPARE = 16
+_BLOCK = 512
+"""Columns worked on at a time."""
 _ITERATIONS = 4
 
 
@@ -53,6 +55,11 @@ class Spectrum:
     def matrix(self) -> Tensor:
         """The matrix of these triplets, ``[o, i]``."""
         return (self.left * self.values) @ self.right.T
+
+    def product(self, other: Spectrum) -> float:
+        """The inner product of the two matrices, which are not made."""
+        sides = (self.left.T @ other.left) * (self.right.T @ other.right)
+        return float(self.values @ sides @ other.values)
 
     def first(self, count: int) -> Spectrum:
         """The triplets of the ``count`` largest values."""
@@ -104,6 +111,27 @@ class OneSided:
         if self.is_left:
             return own @ coordinates
         return self.whole @ (own @ (coordinates / self.values[:count].unsqueeze(1)))
+
+    def responses(self, others: Sequence[Tensor], count: int) -> list[tuple[Tensor, Tensor]]:
+        """<a_r, b_r> and ||b_r||^2, ``[count]`` each, of a_r = u_r^T whole and b_r = u_r^T other, for every other."""
+        own, values = self.vectors[:, :count], self.values[:count].unsqueeze(1)
+        found = [(values.new_zeros(count), values.new_zeros(count)) for _ in others]
+
+        def add(number: int, answers: Tensor, response: Tensor) -> None:
+            along, energy = found[number]
+            along += (answers * response).sum(1)
+            energy += (response**2).sum(1)
+
+        if not self.is_left:
+            for number, other in enumerate(others):
+                add(number, values * own.T, own.T @ (self.whole.T @ other.double()) / values)
+            return found
+        for start in range(0, self.whole.shape[1], _BLOCK):
+            part = slice(start, start + _BLOCK)
+            answers = own.T @ self.whole[:, part]
+            for number, other in enumerate(others):
+                add(number, answers, own.T @ other[:, part].double())
+        return found
 
     def inner(self, other: Tensor, count: int) -> Tensor:
         """U^T other V of the first triplets, ``[count, count]``, for another ``[o, i]``."""

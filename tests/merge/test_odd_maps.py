@@ -1,4 +1,4 @@
-"""Regression methods on maps of odd shapes, with experts that left some as they were: the oracle's, map by map."""
+"""Regression and spectral methods on maps of odd shapes, which some experts left alone: the oracle's, map by map."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from merge_memory import Workbench
 from merge_models import Tensors
 from oracles_regression import DEFAULTS, common_then_specific, merge_map
+from oracles_spectral import merge_matrix
 
 CONFIG = {"model_type": "gpt2", "hidden_size": 6, "num_attention_heads": 2}
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -30,6 +31,23 @@ MEASURED = [
     "regmean", "regmean_back", "diag_back", "cstar", "cts_guard", "nullspace", "fisher", "fisher_back", "cgm",
     "cgm_hard", "guarded", "model_tailor", "model_tailor_paper", "exact_patch",
 ]  # fmt: skip
+ODD: dict[str, dict[str, Any]] = {
+    "dg_hard": {"min_numel": 0, "scale": 0.4},
+    "svd_truncate": {"rule": "fraction", "share": 0.4, "keep": "tail"},
+    "star": {},
+    "wiener": {"a": 0.4},
+    "tsv_m": {},
+    "iso_c": {},
+    "soft_iso": {},
+    "iso_cts": {"common": 0.4},
+    "cart": {"fraction": 0.3},
+    "resmerge": {"rank": 2},
+    "knots": {},
+    "task_arithmetic_svc": {},
+    "tsv_m_svc": {},
+    "swudi_a_svc": {"alpha": 0.2},
+}
+"""Options that matter on maps so small."""
 
 
 def models() -> tuple[Tensors, dict[str, Tensors]]:
@@ -58,29 +76,42 @@ def maps(name: str, values: torch.Tensor) -> list[np.ndarray]:
     return [array]
 
 
-@pytest.mark.parametrize("method", [*DEFAULTS, "cts"])
-def test_every_map_is_merged_by_itself(tmp_path: Path, method: str) -> None:
+def check(folder: Path, blend: dict[str, Any], rule: Any, weights: dict[str, float] = WEIGHTS) -> None:
+    """``rule(deltas, base)`` for every map; means elsewhere."""
     base, experts = models()
-    blended = Workbench(tmp_path).blend(
-        base, experts, {"method": method, "lambda": 1.0}, weights=WEIGHTS, config=CONFIG
-    )
+    blended = Workbench(folder).blend(base, experts, {"lambda": 1.0, **blend}, weights=weights, config=CONFIG)
     for name in SHAPES:
         if not base[name].numel():
             continue
         deltas = [one[name] - base[name] for one in experts.values()]
         if base[name].dim() < 2:
-            wanted = [sum(w * d.double().numpy() for w, d in zip(WEIGHTS.values(), deltas, strict=True)) / 3.5]
+            own = zip(weights.values(), deltas, strict=True)
+            wanted = [sum(w * d.double().numpy() for w, d in own) / sum(weights.values())]
             found = [(blended[name] - base[name]).double().numpy()]
         else:
             found = maps(name, blended[name] - base[name])
-            own = zip(*(maps(name, delta) for delta in deltas), strict=True)
-            rule: Any = common_then_specific if method == "cts" else merge_map
-            wanted = [
-                rule(list(one), start, list(WEIGHTS.values()), **DEFAULTS.get(method, {}))
-                for one, start in zip(own, maps(name, base[name]), strict=True)
-            ]
+            all_maps = zip(*(maps(name, delta) for delta in deltas), strict=True)
+            wanted = [rule(list(one), start) for one, start in zip(all_maps, maps(name, base[name]), strict=True)]
         for one, expected in zip(found, wanted, strict=True):
             np.testing.assert_allclose(one, expected, rtol=0, atol=5e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("method", [*DEFAULTS, "cts"])
+def test_every_map_is_merged_by_itself(tmp_path: Path, method: str) -> None:
+    rule: Any = common_then_specific if method == "cts" else merge_map
+    weights = list(WEIGHTS.values())
+    check(tmp_path, {"method": method}, lambda own, start: rule(own, start, weights, **DEFAULTS.get(method, {})))
+
+
+@pytest.mark.every(4)
+@pytest.mark.parametrize("method", ODD)
+def test_every_map_is_decomposed_by_itself(tmp_path: Path, method: str) -> None:
+    weights, names = list(WEIGHTS.values()), list(WEIGHTS)
+
+    def rule(own: list[np.ndarray], start: np.ndarray) -> np.ndarray:
+        return merge_matrix(method, own, start, weights, names, 0, **ODD[method])
+
+    check(tmp_path, {"method": method, **ODD[method]}, rule)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from ktmerge.checkpoints.matrices import MatrixLayout
 from ktmerge.merge import decompositions, matrices, spectra
 from ktmerge.merge.kernels import kernels_for
 from ktmerge.merge.methods.isotropy import specific_count
+from ktmerge.merge.methods.opcm import Normed
 from ktmerge.merge.registry import stages
 from ktmerge.merge.stage import Context
 
@@ -446,7 +447,7 @@ def test_huge_and_tiny_changes_are_merged_like_others(stage: str, power: int) ->
         context = Context(
             tensor="x", part="llm", layers={}, tensor_class="matrix", shape=(6, 8), start=0, seed=0, experts=("a", "b"),
             weights=(1.0, 1.0), base=_times(base, factor), kernels=kernels_for(torch.device("cpu")),
-            layout=MatrixLayout(False, (6,)), statistics={"ratio": 1.0},
+            layout=MatrixLayout(False, (6,)), statistics={"ratio": Normed(1.0, None)},
         )  # fmt: skip
         one = stages()[stage]
         settings = {"scope": "tensor"} if stage == "opcm" else {}

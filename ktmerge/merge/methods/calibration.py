@@ -67,17 +67,13 @@ def svc(merged: Tensor, deltas: list[Tensor], parameters: SvcParameters, context
         own = members(maps[1:], base, context)
         if not own or not bool(whole.any()) or (len(own) == 1 and whole.equal(own[0])):
             return whole
-        found = one_sided(whole).top(min(whole.shape), _SKIPPED)
-        answers = found.values[:, None] * found.right.T
+        found = one_sided(whole)
         alpha = 1 / len(own) if parameters.alpha is None else parameters.alpha
-        counted = torch.zeros_like(found.values)
-        for delta in own:
-            response = found.left.T @ delta.double()
-            energy = (response**2).sum(1)
-            answered = (answers * response).sum(1) / energy
-            responds = energy > _NO_RESPONSE * float((delta.double() ** 2).sum())
-            counted += torch.where(responds, answered, alpha).clamp(min=alpha)
-        return ((found.left * (len(own) / counted)) @ answers).float()
+        counted = torch.zeros_like(found.values[: found.above(_SKIPPED)])
+        for delta, (along, energy) in zip(own, found.responses(own, counted.numel()), strict=True):
+            responds = energy > _NO_RESPONSE * float(delta.norm(dtype=torch.float64)) ** 2
+            counted += torch.where(responds, along / energy, alpha).clamp(min=alpha)
+        return found.filtered(len(own) / counted).float()
 
     return by_map([merged, *deltas], context, calibrate, fused=parameters.split_fused)
 
@@ -190,7 +186,7 @@ for _name, _summary, _from, _stages, _merged, _cost in _CALIBRATED:
                 identical="other" if _name == "tsv_m_svc" else "mean",
                 elements=False, rotations=_name != "ties_svc", tolerance=2e-5,
             ),
-            semantics=2 if _name == "swudi_a_svc" else 1,
+            semantics=3 if _name == "swudi_a_svc" else 2,
         )
     )  # fmt: skip
 

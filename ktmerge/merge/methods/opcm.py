@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -26,14 +27,23 @@ class OpcmParameters(Parameters):
     split_fused: SplitFused = True
 
 
+@dataclass(frozen=True)
+class Normed:
+    """What a merge is multiplied by: mean_t ||tau_t|| / ||M||; and the merge, if it is of this tensor alone."""
+
+    ratio: float
+    merged: Tensor | None
+
+
 class _NormRatio(OnePass):
-    """Observer of mean_t ||tau_t|| / ||M||, from exact sums of squares."""
+    """Observer of the ratio, from exact sums of squares."""
 
     def __init__(self, parameters: OpcmParameters) -> None:
         from ktmerge.merge.kernels.sums import ExactSum
 
         self._parameters = parameters
         self._merged = ExactSum(2)
+        self._last: Tensor | None = None
         self._experts: list[ExactSum] = []
 
     def observe(self, values: list[Tensor], context: Context) -> None:
@@ -42,15 +52,16 @@ class _NormRatio(OnePass):
         self._experts = self._experts or [ExactSum(2) for _ in values]
         for square, delta in zip(self._experts, values, strict=True):
             square.add(delta)
-        self._merged.add(_added(values, self._parameters, context))
+        merged = _added(values, self._parameters, context)
+        self._merged.add(merged)
+        self._last = merged if self._parameters.scope == "tensor" else None
 
-    def result(self) -> float:
+    def result(self) -> Normed:
         norms = [math.sqrt(one.value()) for one in self._experts]
         moved = [norm for norm in norms if norm > 0]
         merged = math.sqrt(self._merged.value())
-        if len(moved) < 2 or not merged:
-            return 1.0
-        return sum(moved) / len(moved) / merged
+        ratio = 1.0 if len(moved) < 2 or not merged else sum(moved) / len(moved) / merged
+        return Normed(ratio, self._last)
 
 
 def _ratio(parameters: OpcmParameters) -> tuple[Statistic, ...]:
@@ -75,9 +86,9 @@ def opcm(deltas: list[Tensor], parameters: OpcmParameters, context: Context) -> 
 
     Norms are the mean of the experts that moved anything. The formula has no weights: they have to be equal.
     """
-    merged = _added(deltas, parameters, context)
-    ratio = context.statistics["ratio"]
-    return merged if ratio == 1 else merged * ratio
+    found: Normed = context.statistics["ratio"]
+    merged = _added(deltas, parameters, context) if found.merged is None else found.merged
+    return merged if found.ratio == 1 else merged * found.ratio
 
 
 def _added(deltas: list[Tensor], parameters: OpcmParameters, context: Context) -> Tensor:
@@ -112,7 +123,7 @@ def _added_maps(maps: list[Tensor], base: Tensor, alpha: float) -> Tensor:
         rank = int((values.cumsum(0) < alpha * values.sum()).sum()) + 1 if alpha > 0 else 0
         closed = torch.eye(values.numel(), dtype=torch.bool, device=held.device)
         closed[:rank, :rank] = True
-        merged = merged + delta - found.outer(torch.where(closed, held, 0.0))
+        merged = (merged + delta).sub_(found.outer(torch.where(closed, held, 0.0)))
     return merged.float()
 
 
@@ -125,7 +136,7 @@ method(
         otherwise=MEANS,
         capped=True,
         formula="M <- M + tau_t - U (D * U^T tau_t V) V^T, M = U S V^T; then M mean_t |tau_t| / |M|",
-        cost="N eigh m^3, twice",
+        cost="N eigh m^3, twice; scope tensor: once",
         promises=Promises(identical="other", experts=False, elements=False, rotations=True, tolerance=1e-5),
     )
 )

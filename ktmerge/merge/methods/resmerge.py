@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import Field
 
@@ -14,6 +15,13 @@ from ktmerge.merge.stage import Amount, Context, Method, Parameters, Promises, S
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ktmerge.merge.spectra import Spectrum
+
+Member = TypeVar("Member")
+
+_ROUNDING = 1e-12
+"""By which the sum of cosines of deltas at right angles may miss their number."""
 
 
 class ResmergeParameters(Parameters):
@@ -44,60 +52,63 @@ def resmerge(deltas: list[Tensor], parameters: ResmergeParameters, context: Cont
     The formula has no weights: each delta is multiplied by its weight over the mean of their magnitudes.
     """
     from ktmerge.merge.decompositions import together
-    from ktmerge.merge.spectra import combined, draws, top, total
+    from ktmerge.merge.spectra import Spectrum, combined, draws, top
 
     def merge(own: list[Tensor]) -> Tensor:
         if len(own) == 1:
             return own[0]
-        tops = together(lambda one: top(one, parameters.rank, draws(context)), own)
-        # of a delta that is all head only rounding is left
-        merged = _rest(
-            [_unless_rounding(one.double() - head.matrix(), one) for one, head in zip(own, tops, strict=True)],
-            parameters,
-        )
-        heads = [head.matrix() for head in tops]
-        agreement = [max(0.0, cosine) for cosine in _cosines(heads)]
-        length = parameters.head * sum(agreement) / len(agreement) * float(merged.norm())
-        common = total(heads) / len(heads)
+        heads = together(lambda one: top(one, parameters.rank, draws(context)), own)
+        merged = _merged_rest([_rest(one, head) for one, head in zip(own, heads, strict=True)], parameters)
+        common = heads[0].matrix()
+        for head in heads[1:]:
+            common.addmm_(head.left * head.values, head.right.T)
         size = float(common.norm())
-        return merged + common * (length / size) if size > 0 else merged
+        _, cosines = _angles(heads, Spectrum.product)
+        length = parameters.head * _mean_of_pairs(cosines.clamp(min=0)) * float(merged.norm())
+        return merged.add_(common, alpha=length / size) if size > 0 else merged
 
     return combined(deltas, context, merge, fused=parameters.split_fused)
 
 
-def _unless_rounding(rest: Tensor, delta: Tensor) -> Tensor:
-    return rest if float(rest.norm()) > 1e-6 * float(delta.norm()) else rest * 0
+def _rest(delta: Tensor, head: Spectrum) -> Tensor:
+    """Of a delta that is all head only rounding is left, which is nothing."""
+    rest = delta.double().sub_(head.matrix())
+    return rest if float(rest.norm()) > 1e-6 * float(delta.norm()) else rest.zero_()
 
 
-def _rest(rests: list[Tensor], parameters: ResmergeParameters) -> Tensor:
-    from ktmerge.merge.spectra import total
-
+def _merged_rest(rests: list[Tensor], parameters: ResmergeParameters) -> Tensor:
+    """A, in place of the first; with the sum k of all cosines c = sqrt(k) / N, as ||sum q_t||^2 = k."""
     count = len(rests)
-    lengths = [float(rest.norm()) for rest in rests]
-
-    def units() -> Iterator[Tensor]:
-        return (rest / length if length > 0 else rest for rest, length in zip(rests, lengths, strict=True))
-
-    added = total(units())
-    size = float(added.norm())
-    agreement = sum(float((unit * added).sum()) for unit in units()) / size / count if size > 0 else 0.0
-    if agreement <= 1 / math.sqrt(count):
-        return total(rests) / count
-    pairs = _cosines(rests)
-    score = ((sum(pairs) / len(pairs) + 1) / 2 + (agreement + 1) / 2) / 2
-    beta = parameters.beta_max - (parameters.beta_max - parameters.beta_min) * score
-    length = float(min(agreement, 1.0) ** beta) * sum(lengths) / count
-    return added * (length / size)
+    lengths, cosines = _angles(rests, lambda one, other: float(one.reshape(-1).dot(other.reshape(-1))))
+    whole = float(cosines.sum())
+    factors = [1 / count] * count
+    if whole > count * (1 + _ROUNDING):
+        agreement = min(math.sqrt(whole) / count, 1.0)
+        score = ((_mean_of_pairs(cosines) + 1) / 2 + (agreement + 1) / 2) / 2
+        beta = parameters.beta_max - (parameters.beta_max - parameters.beta_min) * score
+        length = agreement**beta * sum(lengths) / count / math.sqrt(whole)
+        factors = [length / one if one else 0.0 for one in lengths]
+    merged = rests[0].mul_(factors[0])
+    for rest, factor in zip(rests[1:], factors[1:], strict=True):
+        merged.add_(rest, alpha=factor)
+    return merged
 
 
-def _cosines(matrices: list[Tensor]) -> list[float]:
-    """Of all pairs; 0 with a matrix of zeros."""
-    lengths = [float(one.norm()) for one in matrices]
-    return [
-        float((matrices[i] * matrices[j]).sum()) / (lengths[i] * lengths[j]) if lengths[i] * lengths[j] > 0 else 0.0
-        for j in range(len(matrices))
-        for i in range(j)
-    ]
+def _angles(members: Sequence[Member], product: Callable[[Member, Member], float]) -> tuple[list[float], Tensor]:
+    """Lengths, and cosines ``[N, N]`` of all pairs; 0 with what has no length."""
+    import torch
+
+    lengths = [math.sqrt(product(one, one)) for one in members]
+    cosines = torch.eye(len(members), dtype=torch.float64) * (torch.tensor(lengths) > 0)
+    for a, b in combinations(range(len(members)), 2):
+        if lengths[a] * lengths[b] > 0:
+            cosines[a, b] = cosines[b, a] = product(members[a], members[b]) / (lengths[a] * lengths[b])
+    return lengths, cosines
+
+
+def _mean_of_pairs(cosines: Tensor) -> float:
+    count = cosines.shape[0]
+    return float(cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1))
 
 
 method(
@@ -111,5 +122,6 @@ method(
         formula="c^b mean ||R_t|| q + 0.2 S ||A|| h, tau_t = H_t + R_t, q and h the mean directions of R_t and H_t",
         cost="N eigh min(o, i)^3",
         promises=Promises(identical="other", elements=False, rotations=True, tolerance=1e-5),
+        semantics=2,
     )
 )
