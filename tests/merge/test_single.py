@@ -18,6 +18,7 @@ from ktmerge.checkpoints.parts import Parts
 from ktmerge.errors import UsageError
 from ktmerge.merge.kernels import kernels_for
 from ktmerge.merge.methods.half_reset import is_kept
+from ktmerge.merge.methods.soup import ema_shares
 from ktmerge.merge.registry import find_stage
 from ktmerge.merge.rows import by_row
 from ktmerge.merge.stage import Context, Domain, Kind
@@ -592,3 +593,9 @@ def test_what_a_parameter_may_be(bench: Workbench, blend: dict[str, Any], words:
     with pytest.raises(UsageError) as error:
         bench.merged({"a": noise(1)}, blend)
     assert words in str(error.value)
+
+
+def test_checkpoints_are_in_the_order_of_their_numbers_however_long() -> None:
+    names = ["step1000", "step900", f"step{'9' * 5000}", "step0900", "last"]
+    shares = dict(zip(names, ema_shares(0.5, names, [1.0] * 5), strict=True))
+    assert sorted(names, key=shares.__getitem__) == ["last", "step0900", "step900", "step1000", f"step{'9' * 5000}"]

@@ -31,13 +31,13 @@ _ALL = 1 << 60
 """Elements of an array that is all memory: addresses are its indices."""
 
 
-@compiled
+@inlined
 def _row(kind, memory32, place, buffer):
     """Elements of a row: where they are, or for another type than fp32 where `_load` puts them."""
     return memory32[place : place + buffer.size] if kind == F32 else buffer
 
 
-@compiled
+@inlined
 def _load(kind, memory16, memory32, place, row):
     """Whether one is not finite."""
     return largest(row) >= EXPONENT if kind == F32 else load(kind, memory16, memory32, place, row)
@@ -56,7 +56,7 @@ def _one_delta(base, expert, weight, lambda_, merged, out):
         out[i] = own if scaled == _F32(0) else value
 
 
-@compiled
+@inlined
 def _merge(
     memory16, memory32, kinds, places, start, first, steps, combine, counted, rates, fallback, kept, own, theta, delta,
     lanes, words, v, share, m,

@@ -11,7 +11,7 @@ import numpy as np
 from numba.types import uint16
 
 from ktmerge.merge.kernels.codes import BF16, F16, F32
-from ktmerge.merge.kernels.compiler import compiled
+from ktmerge.merge.kernels.compiler import compiled, inlined
 
 _U32, _F32 = np.uint32, np.float32
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
@@ -57,7 +57,7 @@ def _load_f16(raw, out):
     return worst == _U32(0x7C00)
 
 
-@compiled
+@inlined
 def load(kind, raw16, raw32, first, out):
     """One row's elements from ``first`` on as fp32 patterns; whether one is not finite."""
     if kind == BF16:
@@ -112,7 +112,7 @@ def _store_f16(patterns, out, stored):
         out[i] = uint16(_U32(half | _U32(_U32(patterns[i] & _SIGN) >> _U32(16))))
 
 
-@compiled
+@inlined
 def store(kind, stochastic, patterns, words, out16, out32, stored):
     """Round once; whether a value is beyond the type. Leaves what was stored as fp32 patterns in ``stored``."""
     if kind == F32:

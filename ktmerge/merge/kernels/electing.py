@@ -20,7 +20,7 @@ from numba.types import int64, uint16
 
 from ktmerge.merge.kernels.bits import as_bits, as_float
 from ktmerge.merge.kernels.codes import BLOCK, FINE, INPUT_NOT_FINITE, MOST, OVERFLOW, TRIM, UNREADABLE, WINDOW
-from ktmerge.merge.kernels.compiler import compiled
+from ktmerge.merge.kernels.compiler import compiled, inlined
 from ktmerge.merge.kernels.conversion import EXPONENT, load_bf16
 from ktmerge.merge.kernels.files import fetch_all, rows_at
 from ktmerge.merge.kernels.randomness import hash_of, random_words
@@ -125,7 +125,7 @@ def _election(number: int) -> Any:
 _elect_one, _elect_two, _elect_three, _elect_four = (_election(number) for number in range(1, MOST + 1))
 
 
-@compiled
+@inlined
 def _transform(step, raw, own, floor, least, span, key, cut, factor, start, theirs, delta, lanes, words, found):
     """One expert's block; the largest exponent, and how many numbers of its delta are not zero afterwards."""
     if step == TRIM:

@@ -62,9 +62,13 @@ def ema_shares(beta: float, names: Sequence[str], weights: Sequence[float]) -> l
     return [one / total if total else 0.0 for one in decayed]
 
 
-def _natural(name: str) -> list[tuple[bool, int, str]]:
-    """Sort key that takes numbers by value."""
-    return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
+def _natural(name: str) -> list[tuple[bool, int, str, str]]:
+    """Sort key that takes numbers by value, be they longer than Python would make numbers of."""
+    parts = re.split(r"([0-9]+)", name)
+    return [
+        (False, len(part.lstrip("0")), part.lstrip("0"), part) if place % 2 else (True, 0, part, "")
+        for place, part in enumerate(parts)
+    ]
 
 
 def _ema_compiled(parameters: EmaParameters, weights: Mapping[str, float]) -> Sum:
