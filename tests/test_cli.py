@@ -193,6 +193,7 @@ def test_output_on_a_full_disk_is_an_error_in_a_sentence() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_streams_that_are_closed_are_not_asked() -> None:
     code = f'exec {sys.executable} -c \'from ktmerge.cli import main; main(["recipe", "check", "ties"])\' >&- 2>&-'
     assert subprocess.run(["sh", "-c", code], check=False).returncode == 0

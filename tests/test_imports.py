@@ -105,6 +105,7 @@ def loaded_by(commands: list[list[str]]) -> dict[str, set[str]]:
     return {" ".join(command): set(words[3:]) for command, words in zip(commands, told, strict=True)}
 
 
+@pytest.mark.slow
 def test_light_commands_load_nothing_heavy(toy_pair: tuple[Path, Path]) -> None:
     base, tuned = map(str, toy_pair)
     loaded = loaded_by(
@@ -120,6 +121,7 @@ def test_light_commands_load_nothing_heavy(toy_pair: tuple[Path, Path]) -> None:
     assert not any(loaded.values()), loaded
 
 
+@pytest.mark.slow
 def test_a_checked_recipe_is_told_to_a_pipe_without_what_draws_on_terminals() -> None:
     script = (
         "import sys\nfrom ktmerge.cli import main\n"
@@ -129,6 +131,7 @@ def test_a_checked_recipe_is_told_to_a_pipe_without_what_draws_on_terminals() ->
     assert done.stdout.startswith("recipe  ties is valid\n")
 
 
+@pytest.mark.slow
 def test_a_method_is_found_without_loading_the_others() -> None:
     script = (
         "import sys\nfrom ktmerge.merge.registry import find_method, find_stage, methods\n"

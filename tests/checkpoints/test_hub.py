@@ -147,6 +147,7 @@ def test_a_hub_id_is_fetched_once_and_then_found_offline(hub: str, tmp_path: Pat
     assert ask(hub, tmp_path / "home", "org/tiny", offline=True) == found[:1]
 
 
+@pytest.mark.slow
 def test_refusals_of_the_hub_are_one_sentence(hub: str, tmp_path: Path) -> None:
     fetched, gated, private, unknown, revision, down, malformed = ask(
         hub, tmp_path / "home",

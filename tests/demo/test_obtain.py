@@ -95,6 +95,7 @@ def test_a_package_is_fetched_once_and_again_when_damaged(index: Path, tmp_path:
     assert fetch(package, cache).read_bytes() == data
 
 
+@pytest.mark.slow
 def test_other_bytes_than_the_pinned_ones_are_refused(index: Path, tmp_path: Path) -> None:
     package = toy(wheel("hello"))
     (index / package.file).write_bytes(wheel("other"))

@@ -75,6 +75,7 @@ def path(workshop: Path, base: Path, suite: Suite | None = None) -> list[PathPoi
     return found["back"].points
 
 
+@pytest.mark.slow
 def test_points_equal_the_scores_of_written_blends(workshop: Path, tiny_llama: Path) -> None:
     from ktmerge.eval import evaluate
     from ktmerge.merge import blend

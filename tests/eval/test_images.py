@@ -140,6 +140,7 @@ def check_family(
             assert found == pytest.approx(seeing.logprob(text, [image], ending), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_llava(models: Callable[[str], Seeing], folder: Path) -> None:
     check_family(models("llava"), folder, False, [(4, "left")])
 

@@ -64,6 +64,7 @@ def test_one_side_has_no_tradeoff(make_results: Make) -> None:
     assert tradeoff(make_results({"base": {"up_a": [1.0]}, "m": {"up_a": [0.0]}})) is None
 
 
+@pytest.mark.slow
 def test_pictures_are_the_same_bytes_whatever_the_users_settings(results: Results, pictures: tuple[str, str]) -> None:
     import matplotlib as mpl
 

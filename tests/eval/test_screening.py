@@ -187,6 +187,7 @@ def test_what_cannot_be_measured_is_named(tiny_llama: Path, tuned_llama: Path, s
         screen({"a": other}, sets, base=tiny_llama, device="cpu")
 
 
+@pytest.mark.slow
 def test_on_the_command_line(
     tiny_llama: Path, tuned_llama: Path, sets: Suite, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

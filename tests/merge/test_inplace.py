@@ -197,6 +197,7 @@ SEVERAL: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "rounding"),
     [

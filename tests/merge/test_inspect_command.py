@@ -18,6 +18,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
 
 
+@pytest.mark.slow
 def test_tables_warnings_and_a_picture(llavas: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     floats = {name: values for name, values in read(llavas / "base").items() if values.is_floating_point()}
     write(tmp_path / "alien", tuned(floats, 1.0, 5))

@@ -19,6 +19,7 @@ from ktmerge.sweep.live import LiveModel
 DARE = ["blend.method=dare", "blend.density=0.3", "blend.lambda=0.8"]
 
 
+@pytest.mark.slow
 def test_scores_are_the_mean_of_the_draws_item_by_item(world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     recipe = load_recipe(world.recipe, overrides=DARE)
     live = LiveModel(recipe, "cpu", None, 0, SILENT)

@@ -56,6 +56,7 @@ def counted(trials: list) -> list:  # type: ignore[type-arg]
     return [one for one in trials if "void" not in one.user_attrs]
 
 
+@pytest.mark.slow
 def test_a_sweep_in_this_process_chooses_by_its_rule_and_every_trial_is_rebuilt(world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     import torch
     from transformers import AutoModelForCausalLM

@@ -65,6 +65,7 @@ def test_everything_at_once_resumes_to_the_same_bytes(tiny_llama: Path, tmp_path
         tune(tiny_llama, tmp_path, **EVERYTHING)
 
 
+@pytest.mark.slow
 def test_replay_is_counted_in_every_batch(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """30 samples in batches of 4 with one replayed: 10 batches an epoch."""
     batches: list[tuple[int, int]] = []

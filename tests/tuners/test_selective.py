@@ -83,6 +83,7 @@ def test_everything_chosen_is_full_tuning(tiny_llama: Path, tmp_path: Path) -> N
     assert sha256(tmp_path / "full") == sha256(tmp_path / "all")
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_it_and_refuses_what_does_not_fit(
     tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

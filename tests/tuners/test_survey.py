@@ -134,6 +134,7 @@ def test_a_table_of_what_is_there_says_what_is_missing(parts: list[Place]) -> No
     assert "Not told apart from it in H: last:1." in text
 
 
+@pytest.mark.slow
 def test_a_second_seed_counts_once_every_way_has_it(parts: list[Place]) -> None:
     for way in tunings("text"):
         for part in parts:
