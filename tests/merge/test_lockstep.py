@@ -59,7 +59,7 @@ def test_lockstep_within_lockstep_is_one_call_for_all() -> None:
 
 @pytest.mark.parametrize("deep", [False, True])
 def test_one_failure_ends_all(deep: bool) -> None:
-    squares, before, ended = Squares(), threading.active_count(), []
+    squares, before, ended = Squares(), set(threading.enumerate()), []
 
     def work(item: int) -> int:
         try:
@@ -75,7 +75,7 @@ def test_one_failure_ends_all(deep: bool) -> None:
 
     with pytest.raises(ValueError, match="two"):
         squares.lockstep(pair if deep else work, [1, 5] if deep else [1, 2, 3])
-    for thread in threading.enumerate()[before:]:
+    for thread in set(threading.enumerate()) - before:
         thread.join(10)
     assert sorted(ended) == ([1, 2, 5, 6] if deep else [1, 2, 3])
     with pytest.raises(ZeroDivisionError):
