@@ -205,8 +205,7 @@ def elect(
             return int64(UNREADABLE)
         status = _elect(
             raw16, start, begin, end, origin, all_steps, mean != 0, carray(rates, (3, number)), fallback, lambda_,
-            carray(out16, (count,)), carray(sums, (4,)), carray(kept, (number,)), work, lanes, words,
-            found,
+            carray(out16, (count,)), carray(sums, (4,)), carray(kept, (number,)), work, lanes, words, found,
         )  # fmt: skip
         if status == INPUT_NOT_FINITE:
             return status

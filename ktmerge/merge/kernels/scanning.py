@@ -58,9 +58,7 @@ def _scan_vectors(typing_context, base, expert, first, stop, low, last, name, pl
             vectors.put(packing.numbers(builder.add(index, builder.zext(origin, LONG))), data["places"], at)
             vectors.put(packing.values(size), data["patterns"], at)
             builder.store(builder.add(at, packing.count), count)
-        for position, (kind, vector) in enumerate((("add", above), ("umax", worst))):
-            target = builder.gep(data["found"], [ir.Constant(LONG, position)])
-            builder.store(vectors.reduced(kind, builder.load(vector)), target)
+        vectors.leave(data["found"], ("add", above), ("umax", worst))
         return builder.load(count)
 
     return uint64(base, expert, first, stop, low, last, name, places, patterns, found), code

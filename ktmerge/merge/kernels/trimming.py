@@ -51,9 +51,7 @@ def _trim_vectors(typing_context, raw, own, stop, floor, span, theirs, delta, ti
             packing, at = vectors.packing(builder.icmp_unsigned("==", size, floors)), builder.load(count)
             vectors.put(packing.numbers(index), places["tied"], at)
             builder.store(builder.add(at, packing.count), count)
-        for position, (kind, vector) in enumerate((("umax", worst), ("add", kept))):
-            target = builder.gep(places["found"], [ir.Constant(LONG, position)])
-            builder.store(vectors.reduced(kind, builder.load(vector)), target)
+        vectors.leave(places["found"], ("umax", worst), ("add", kept))
         return builder.load(count)
 
     return uint64(raw, own, stop, floor, span, theirs, delta, tied, found), code

@@ -80,6 +80,12 @@ class Vectors:
         """The sum of the lanes ("add"), or the largest ("umax")."""
         return self.call(f"llvm.vector.reduce.{operation}.v{LANES}i32", WORD, vector)
 
+    def leave(self, data: Any, *found: tuple[str, Any]) -> None:
+        """Write what each variable comes to by its operation, as in `reduced`, one word after the other."""
+        for position, (operation, variable) in enumerate(found):
+            target = self._builder.gep(data, [ir.Constant(LONG, position)])
+            self._builder.store(self.reduced(operation, self._builder.load(variable)), target)
+
     def packing(self, mask: Any) -> Packing:
         """Of the lanes of a mask."""
         return Packing(self, self._builder, mask)
