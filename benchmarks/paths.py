@@ -82,13 +82,14 @@ def _way(number: _Number, nothing: Any, neutral: Any) -> Way:
     if number.name == "density":
         return Way(number.name, _DENSITIES, None, even=False)
     low, high = (nothing, neutral) if _finite(nothing) and _finite(neutral) else (number.least, number.most)
-    if low is not None and high is not None:
+    if _finite(low) and _finite(high):
         values = tuple(low + (high - low) * share for share in _SHARES)
         return Way(number.name, values, low if _finite(nothing) else None)
     return Way(number.name, tuple((number.default or 1.0) * factor for factor in _FACTORS), None, even=False)
 
 
 def _finite(value: Any) -> bool:
+    """Whether a number is an end to go to, not the last one that a parameter takes."""
     return isinstance(value, (int, float)) and abs(value) < 1e6
 
 

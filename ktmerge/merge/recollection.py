@@ -23,10 +23,13 @@ from ktmerge.merge.record import inputs_of, said_of_inputs
 from ktmerge.merge.selection import Recollected, Sample
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from ktmerge.checkpoints.checkpoint import Checkpoint
     from ktmerge.merge.plan import Plan
 
-_VERSION = 1
+_VERSION = 2
 """Of the file, and of what decides a threshold: the generator, the hash, what a trim means."""
 _MOST = 64
 """Files that are kept."""
@@ -61,11 +64,14 @@ class Recollection:
             [list(key), [[_plain(kept), outliers and _plain(outliers)] for kept, outliers in one]]
             for key, one in self.found.thresholds.items()
         ]
-        samples = [[list(key), one.size] for key, one in self.found.samples.items()]
+        samples = [
+            [list(key), [(one.size, one.edges.size) for one in found]] for key, found in self.found.samples.items()
+        ]
         text = np.frombuffer(json.dumps([thresholds, samples]).encode(), np.uint8)
-        orders = np.array([one.ordered for one in self.found.samples.values()], np.uint32)
+        every = [(one.edges, one.below) for found in self.found.samples.values() for one in found]
+        tables = np.concatenate([np.zeros((2, 0), np.uint32), *every], axis=1)
         content = io.BytesIO()
-        np.savez(content, text=text, samples=orders)
+        np.savez(content, text=text, samples=tables)
         with suppress(OSError, KtmergeError):
             place.parent.mkdir(parents=True, exist_ok=True)
             write_whole(place, content.getvalue(), sync=False)
@@ -83,11 +89,16 @@ class Recollection:
             np.load(place, allow_pickle=False) as stored,
         ):
             thresholds, samples = json.loads(stored["text"].tobytes())
-            orders = stored["samples"]
+            ends = np.cumsum([wide for _, every in samples for _, wide in every])
+            tables = iter(np.split(stored["samples"], ends, axis=1))
             self.found = Recollected(
                 {_key(key): [_threshold(one) for one in found] for key, found in thresholds},
-                {_key(key): Sample(orders[number], size) for number, (key, size) in enumerate(samples)},
+                {_key(key): [_sample(next(tables), size) for size, _ in every] for key, every in samples},
             )
+
+
+def _sample(table: NDArray[np.uint32], size: int) -> Sample:
+    return Sample(table[0], table[1], size)
 
 
 def _recalled(checkpoint: Checkpoint) -> dict[str, FileDigest] | None:

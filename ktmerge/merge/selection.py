@@ -32,8 +32,10 @@ _BLOCKS = 32
 """Blocks of a sample of a million elements, spread evenly; of more elements as many more as the square root of them."""
 _MOST = 1 << 12
 """Blocks of a sample."""
-_KEPT = (1 << 9) + 1
-"""Patterns of a sample that are kept for later."""
+_KEPT = 1 << 9
+"""Bins of a sample that are kept for later, at most."""
+_SHIFT, _BINS = 14, 1 << 13
+"""A sample is counted in bins of ``2**_SHIFT`` patterns: 512 to a power of two, 16 powers down from its largest."""
 
 
 @dataclass(frozen=True)
@@ -103,15 +105,25 @@ Thresholds = dict[Key, Found]
 
 @dataclass(frozen=True)
 class Sample:
-    """Magnitude patterns of the experts' deltas, in part.
+    """How a part of an expert's delta is distributed, by magnitude patterns.
 
     Attributes:
-        ordered: uint32 ``[N, m]``, ascending: ``m`` of them at even distances, the least and the largest among them.
-        size: how many of each expert there were.
+        edges: uint32 ``[m]``, ascending from 0 on.
+        below: uint32 ``[m]``: how many are smaller than each.
+        size: how many there are.
     """
 
-    ordered: NDArray[np.uint32]
+    edges: NDArray[np.uint32]
+    below: NDArray[np.uint32]
     size: int
+
+    def thinned(self, most: int) -> Sample:
+        """With so many edges at most, where they divide the elements most evenly."""
+        if self.edges.size <= most:
+            return self
+        places = self.below.searchsorted(np.linspace(0, self.size, most), side="right") - 1
+        places[0] = 0
+        return Sample(self.edges[places], self.below[places], self.size)
 
 
 @dataclass
@@ -120,12 +132,12 @@ class Recollected:
 
     Attributes:
         thresholds: not to be trusted before the blend that uses them has counted what they keep.
-        samples: by the stages before the trim.
+        samples: of each expert, by the stages before the trim.
         is_new: something was added.
     """
 
     thresholds: Thresholds = field(default_factory=dict)
-    samples: dict[Key, Sample] = field(default_factory=dict)
+    samples: dict[Key, list[Sample]] = field(default_factory=dict)
     is_new: bool = False
 
     def add(self, key: Key, found: Found) -> None:
@@ -222,30 +234,43 @@ def _hint(
     pipeline = jobs[0].tensor.pipeline
     names = tuple(job.tensor.name for job in jobs)
     key = (pipeline.prefix(position - 1) if pipeline is not None else "", names if len(names) > 1 else names[0])
-    kept = recollected.samples.get(key)
-    if kept is None or kept.ordered.shape[0] != len(jobs[0].rows) - 1:
-        ordered = _sample(jobs, position, probe)
-        if ordered is None:
+    samples = recollected.samples.get(key)
+    if samples is None or len(samples) != len(jobs[0].rows) - 1:
+        patterns = _sample(jobs, position, probe)
+        if patterns is None:
             return  # the pass over everything finds the same
-        size = ordered.shape[1]
-        places = np.linspace(0, size - 1, _KEPT).round().astype(np.int64)
-        recollected.samples[key] = Sample(ordered[:, places], size)
+        samples = [distribution(row, probe) for row in patterns]
+        recollected.samples[key] = [one.thinned(_KEPT) for one in samples]
         recollected.is_new = True
-    else:
-        ordered, size = kept.ordered, kept.size
     for search, expert in zip(searches, experts, strict=True):
         if not search.done:
-            search.hint(ordered[expert], size)
+            search.hint(samples[expert].edges, samples[expert].below, samples[expert].size)
+
+
+def distribution(patterns: NDArray[np.uint32], probe: Workspace) -> Sample:
+    """Of so many patterns."""
+    top = int(patterns.max()) + 1
+    low = max(0, top - (_BINS << _SHIFT))
+    counts = np.zeros(_BINS + 1, np.int64)
+    probe.tally(patterns, low, _SHIFT, counts)
+    filled = np.flatnonzero(counts)
+    below = patterns.size - counts[filled][::-1].cumsum()[::-1]
+    edges = low + (filled << _SHIFT)
+    return Sample(
+        np.concatenate(([0], edges, [top])).astype(np.uint32),
+        np.concatenate(([0], below, [patterns.size])).astype(np.uint32),
+        patterns.size,
+    )
 
 
 def _sample(jobs: Sequence[Job], position: int, probe: Workspace) -> NDArray[np.uint32] | None:
-    """Blocks at even distances: ``[N, elements]``, ascending; None if an input is not finite."""
+    """Blocks at even distances: ``[N, elements]``; None if an input is not finite."""
     ends = np.cumsum([job.elements for job in jobs])
     places = np.linspace(0, ends[-1], _blocks(int(ends[-1])), endpoint=False).astype(np.int64)
     numbers = ends.searchsorted(places, side="right")
     sizes = [min(BLOCK, job.elements) for job in jobs]
-    ordered = np.empty((len(jobs[0].rows) - 1, sum(sizes[number] for number in numbers)), np.uint32)
-    rest = ordered
+    patterns = np.empty((len(jobs[0].rows) - 1, sum(sizes[number] for number in numbers)), np.uint32)
+    rest = patterns
     for number in np.unique(numbers):
         job, size = jobs[number], sizes[number]
         first = ends[number] - job.elements
@@ -256,8 +281,7 @@ def _sample(jobs: Sequence[Job], position: int, probe: Workspace) -> NDArray[np.
             return None
         rest[:, : blocks.size * size].reshape(sampled.shape)[:] = sampled  # in place: no second copy
         rest = rest[:, blocks.size * size :]
-    probe.sort(ordered)
-    return ordered
+    return patterns
 
 
 def _blocks(elements: int) -> int:

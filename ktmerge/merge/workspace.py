@@ -43,8 +43,8 @@ _NOTED = 1 << 17
 """Elements of a piece that can always be noted."""
 _SPARE = 8
 """How many times as many as are expected can be."""
-_DIGITS = 3 << 11
-"""Words that sorts and ranks count digits in."""
+_DIGITS = 1 << 11
+"""Words that ranks count digits in."""
 _LINE = 64
 _PART = 1 << 15
 """Elements of base and deltas that are worked on as fp32 arrays: they stay in the processor's second cache."""
@@ -380,8 +380,10 @@ class Workspace:
         made: NDArray[np.float32] = self._ruled[1][:size]
         return made
 
-    def tally(self, values: NDArray[np.float32], low: int, shift: int, counts: NDArray[np.int64]) -> None:
-        """How many magnitude patterns are in each of some bins of ``2**shift`` from ``low`` on, and above them."""
+    def tally(
+        self, values: NDArray[np.float32] | NDArray[np.uint32], low: int, shift: int, counts: NDArray[np.int64]
+    ) -> None:
+        """How many magnitudes, of numbers or patterns, are in bins of ``2**shift`` from ``low`` on, and above them."""
         bins = counts.size - 1
         self._native.tally(
             values.ctypes.data, values.size, low, (bins << shift) - 1, shift, bins, counts.ctypes.data
@@ -431,13 +433,6 @@ class Workspace:
             *steps.arguments(position), len(blocks), firsts.ctypes.data, out.ctypes.data, self._scratch.ctypes.data,
         )  # fmt: skip
         return bool(status == FINE)
-
-    def sort(self, patterns: NDArray[np.uint32]) -> None:
-        """Bring each row into ascending order."""
-        other = np.empty(patterns.shape[1], np.uint32)
-        self._native.sort(
-            patterns.ctypes.data, *patterns.shape, other.ctypes.data, self._digits.ctypes.data,
-        )  # fmt: skip
 
     def squares(self, steps: Steps, combine: Combine) -> NDArray[np.uint64] | None:
         """Sums of squares of base and merged delta by exponent, as the kernel says; None if one is not finite."""

@@ -163,7 +163,8 @@ def test_a_hint_changes_passes_but_never_the_result(
     for hint in (False, True):
         search = Search(int(share * size), size)
         if hint:
-            search.hint(np.sort(shown), shown.size)
+            edges = np.unique(np.concatenate(([0], shown, [shown.max(initial=0) + 1]))).astype(np.uint32)
+            search.hint(edges, np.sort(shown).searchsorted(edges), shown.size)
         while not search.done:
             interval = search.interval
             chosen = (keys[magnitudes == interval.floor] if interval.hashed else magnitudes).astype(np.uint64)

@@ -123,13 +123,35 @@ def test_samples_are_the_deltas_of_all_experts(kernels: Native, pair: tuple[np.n
     assert not found[1].any()
 
 
-@pytest.mark.parametrize("size", [1, 2, 5000])
-def test_sorts_rows_of_patterns(kernels: Native, size: int) -> None:
+@pytest.mark.parametrize("most", [2, 64, 1 << 20])
+@pytest.mark.parametrize("bits", [0, 1, 20, 31])
+@pytest.mark.parametrize("size", [1, 2, 50_000])
+def test_says_how_patterns_are_distributed(kernels: Native, size: int, bits: int, most: int) -> None:
     generator = np.random.default_rng(size)
-    patterns = (generator.integers(0, 1 << 31, (3, size)) >> generator.integers(0, 31, (3, 1))).astype(np.uint32)
-    expected = np.sort(patterns, axis=1)
-    Workspace(kernels, 3).sort(patterns)
-    np.testing.assert_array_equal(patterns, expected)
+    patterns = generator.integers(0, 1 << bits, size, np.uint32)
+    patterns[generator.random(size) < 0.1] = 0
+    found = selection.distribution(patterns, Workspace(kernels, 3)).thinned(most)
+    assert found.size == size
+    assert found.edges.size <= max(most, 4) or most > 1 << 14
+    assert found.edges[0] == 0
+    assert found.edges[-1] == patterns.max() + 1
+    np.testing.assert_array_equal(found.below, np.sort(patterns).searchsorted(found.edges))
+
+
+@pytest.mark.parametrize("keep", [1, 100, 10_000, 25_000, 49_999])
+@pytest.mark.parametrize("most", [32, 512, 1 << 20])
+def test_looks_near_the_threshold_of_a_sample(kernels: Native, keep: int, most: int) -> None:
+    """Within six standard deviations, and what the bins of a whole sample add to that."""
+    patterns = np.abs(np.random.default_rng(keep).standard_normal(50_000).astype(np.float32)).view(np.uint32)
+    sample = selection.distribution(patterns, Workspace(kernels, 1)).thinned(most)
+    search = Search(keep, patterns.size)
+    search.hint(sample.edges, sample.below, sample.size)
+    inside = (patterns >= search.interval.low) & (patterns <= search.interval.low + search.interval.last)
+    assert inside[np.argsort(patterns)[-keep]]
+    share = keep / patterns.size
+    reach = 2 * (6 * (patterns.size * share * (1 - share)) ** 0.5 + 2)
+    assert inside.sum() <= reach * 1.1 + patterns.size * (2 / most + 2 / 512)
+    assert abs(search.expected - inside.sum()) <= patterns.size * 2 / 512
 
 
 @pytest.mark.parametrize("keep", [1, 7, 500, 7999, 8000, 9999])
@@ -159,7 +181,7 @@ def test_decides_as_a_sort_by_magnitude_and_hash(kernels: Native, keep: int, val
 @pytest.mark.parametrize("above", [True, False])
 def test_a_threshold_outside_what_was_noted_is_looked_for_there(kernels: Native, above: bool) -> None:
     search = Search(100, 10_000)
-    search.hint(np.full(2000, 5000, np.uint32), 2000)
+    search.hint(np.array([0, 5000, 5001], np.uint32), np.array([0, 0, 2000], np.uint32), 2000)
     notes = Notes(search, 0)
     low = search.interval.low
     notes.add(Noted(np.arange(3, dtype=np.uint32), np.full(3, low, np.uint32), 0, 0, 200 if above else 5))

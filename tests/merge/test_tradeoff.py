@@ -100,6 +100,7 @@ def test_values_of_a_knob_are_ones_the_method_takes(name: str) -> None:
     if knob is None:
         return
     assert len(set(knob.values)) == COARSE
+    assert all(abs(value) <= 1000 for value in knob.values)  # not the last numbers that are taken at all
     assert list(knob.values) == sorted(knob.values) or knob.start is not None
     taken = 0
     for value in knob.values:

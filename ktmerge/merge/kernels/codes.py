@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-BLOCK = 1024
-"""Elements worked on at a time: a dozen arrays of them stay in the processor's first caches."""
+BLOCK = 1040
+"""Elements worked on at a time: a dozen arrays of them stay in the processor's first caches. No power of two, as arrays
+side by side would all want the same few places there."""
 
 WINDOW = 32 * BLOCK
 """Elements read from files at a time: those of base and a few experts stay in the processor's second cache."""
@@ -43,7 +44,6 @@ SIGNATURES = {
     "measure": f"{_ROWS}ii{_STEPS}iILiWWW",
     "note": f"{_ROWS}ii{_STEPS}iIWiWWIIW",
     "sample": f"{_ROWS}ii{_STEPS}iIWW",
-    "sort": "WiiWW",
     "rank_noted": "WiiwiLII",
     "hash_noted": "WWiwliL",
     "rank_hashes": "LiiIL",

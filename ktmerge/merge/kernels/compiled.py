@@ -30,7 +30,7 @@ from ktmerge.merge.kernels.arrays import add_up, products, select, spread, tally
 from ktmerge.merge.kernels.blending import blend, direct, squares
 from ktmerge.merge.kernels.codes import SIGNATURES
 from ktmerge.merge.kernels.counting import energy, measure, note, sample
-from ktmerge.merge.kernels.deciding import hash_noted, rank_hashes, rank_noted, sort
+from ktmerge.merge.kernels.deciding import hash_noted, rank_hashes, rank_noted
 from ktmerge.merge.kernels.electing import elect
 from ktmerge.merge.kernels.multi_tensor import multi_tensor
 from ktmerge.merge.kernels.ordering import rank
@@ -46,7 +46,7 @@ ENTRIES: dict[str, Any] = {
     function.__name__: function
     for function in (
         add_up, blend, direct, elect, energy, hash_noted, measure, multi_tensor, note, products, rank, rank_hashes,
-        rank_noted, rule, sample, select, sort, spread, squares, tally, tally_hashes, words,
+        rank_noted, rule, sample, select, spread, squares, tally, tally_hashes, words,
     )
 }  # fmt: skip
 """Entry points by name."""

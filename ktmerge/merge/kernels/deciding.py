@@ -1,4 +1,4 @@
-"""The first and the last step of a search: a sample in order, and the threshold among elements that were noted.
+"""The last step of a search: the threshold among elements that were noted.
 
 Compiled by numba; see `ktmerge.merge.kernels.compiled`.
 """
@@ -12,54 +12,13 @@ from numba import carray
 from numba.types import int64
 
 from ktmerge.merge.kernels.codes import FINE
-from ktmerge.merge.kernels.combining import copy
 from ktmerge.merge.kernels.compiler import compiled
+from ktmerge.merge.kernels.gathering import collect
 from ktmerge.merge.kernels.randomness import hash_of
 
 _U32, _U64 = np.uint32, np.uint64
-_DIGIT, _DIGITS = 11, 3
-_ONE = np.uint32(1)
+_DIGIT = 11
 _MASK = np.uint64((1 << _DIGIT) - 1)
-
-
-@compiled
-def _count_all_digits(patterns, counts):
-    counts[:, :] = _U32(0)
-    for i in range(patterns.size):
-        wide = _U64(patterns[i])
-        for digit in range(_DIGITS):
-            counts[digit][int64((wide >> _U64(digit * _DIGIT)) & _MASK)] += _ONE
-
-
-@compiled
-def _place(patterns, shift, counts, out):
-    """Put patterns where their digit belongs, equals in the order they have."""
-    before = _U32(0)
-    for digit in range(counts.size):
-        count = counts[digit]
-        counts[digit] = before
-        before = _U32(before + count)
-    for i in range(patterns.size):
-        digit = int64((_U64(patterns[i]) >> shift) & _MASK)
-        out[counts[digit]] = patterns[i]
-        counts[digit] = _U32(counts[digit] + _ONE)
-
-
-def sort(patterns, rows, size, other, scratch):
-    """Bring each row of patterns, uint32 ``[rows, size]``, into ascending order; FINE.
-
-    Scratch: ``other`` is as long as a row, ``scratch`` holds ``3 * 2**11`` words.
-    """
-    counts = carray(scratch, (_DIGITS, 1 << _DIGIT))
-    given, spare = carray(patterns, (rows, size)), carray(other, (size,))
-    for row in range(rows):
-        source, target = given[row], spare
-        _count_all_digits(source, counts)
-        for digit in range(_DIGITS):
-            _place(source, _U64(digit * _DIGIT), counts[digit], target)
-            source, target = target, source
-        copy(spare, given[row])  # where an odd number of passes ends
-    return int64(FINE)
 
 
 @compiled
@@ -81,15 +40,22 @@ def _keep_digit(keys, shift, digit):
 
 
 @compiled
+def _descend(counts, rank):
+    """The digit of the ``rank``-th largest, from 1 on, and its rank among those of that digit."""
+    digit = counts.size - 1
+    while counts[digit] < rank:
+        rank -= counts[digit]
+        digit -= 1
+    return digit, rank
+
+
+@compiled
 def _largest(keys, rank, bits, counts):
     """The key of the ``rank``-th largest, from 1 on; keys are below ``2**bits``, and their order is lost."""
     shift = max(int64(bits) - _DIGIT, 0)
     while True:
         _count_digits(keys, _U64(shift), counts)
-        digit = counts.size - 1
-        while counts[digit] < rank:
-            rank -= counts[digit]
-            digit -= 1
+        digit, rank = _descend(counts, rank)
         keys = keys[: _keep_digit(keys, _U64(shift), digit)]
         if shift == 0 or keys.size == 1:
             return keys[0]
@@ -97,9 +63,21 @@ def _largest(keys, rank, bits, counts):
 
 
 @compiled
-def _widen(patterns, low, keys):
+def _count_first(patterns, low, shift, counts):
+    """How often each first digit occurs of patterns counted from ``low``."""
+    counts[:] = 0
     for i in range(patterns.size):
-        keys[i] = _U64(_U32(patterns[i] - low))
+        counts[int64(_U32(patterns[i] - low) >> shift)] += 1
+
+
+@compiled
+def _widen(patterns, low, last, keys):
+    """Those from ``low`` to ``low + last``, counted from there, as keys; how many they are."""
+    found = keys.view(np.uint32)  # half as wide, so that from the last on each is read before a key takes its place
+    count = collect(patterns, low, last, found)
+    for j in range(count - 1, -1, -1):
+        keys[j] = _U64(_U32(patterns[found[j]] - low))
+    return count
 
 
 @compiled
@@ -118,19 +96,23 @@ def rank_noted(patterns, noted, rank, low, bits, keys, scratch, decision):
     uint64, ``scratch`` int64 ``[2**11]``.
     """
     own, wide, found = carray(patterns, (noted,)), carray(keys, (noted,)), carray(decision, (3,))
-    _widen(own, low, wide)
-    found[0] = int64(_largest(wide, rank, bits, carray(scratch, (1 << _DIGIT,)))) + int64(low)
+    counts = carray(scratch, (1 << _DIGIT,))
+    shift = max(int64(bits) - _DIGIT, 0)
+    _count_first(own, low, _U32(shift), counts)
+    digit, place = _descend(counts, rank)
+    first = _U32(int64(low) + (digit << shift))
+    count = _widen(own, first, _U32((int64(1) << shift) - 1), wide)
+    found[0] = int64(first) + int64(_largest(wide[:count], place, shift, counts))
     found[1], found[2] = _compare(own, _U32(found[0]))
     return int64(FINE)
 
 
 @compiled
 def _hash_equal(places, patterns, floor, key, start, out):
-    count = 0
-    for j in range(places.size):
-        if patterns[j] == floor:
-            out[count] = hash_of(key, _U64(start) + _U64(places[j]))
-            count += 1
+    found = out.view(np.uint32)  # see `_widen`
+    count = collect(patterns, floor, _U32(0), found)
+    for j in range(count - 1, -1, -1):
+        out[j] = hash_of(key, _U64(start) + _U64(places[found[j]]))
     return count
 
 

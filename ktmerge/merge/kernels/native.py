@@ -27,12 +27,12 @@ GROUPS = {
     "blend": ("blend",),
     "elections": ("elect",),
     "energies": ("energy",),
-    "thresholds": ("measure", "note", "sample", "sort", "rank_noted", "hash_noted", "rank_hashes"),
+    "thresholds": ("measure", "note", "sample", "tally", "rank_noted", "hash_noted", "rank_hashes"),
     "norms": ("squares",),
     "memory": ("direct",),
     "candidates": ("multi_tensor",),
     "choices": ("rank", "words"),
-    "arrays": ("spread", "add_up", "tally", "tally_hashes", "select", "products"),
+    "arrays": ("spread", "add_up", "tally_hashes", "select", "products"),
     "rules": ("rule",),
 }
 """What is compiled together, when the first of it is asked for: a first blend need not wait for all."""

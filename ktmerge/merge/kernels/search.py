@@ -77,6 +77,8 @@ class Search:
         self._expected = float(elements)
         self._result = Threshold(0, 0, keep, elements)
         self.done = keep <= 0 or keep >= elements
+        self._counts: NDArray[np.int64]
+        self._lows: NDArray[np.uint32]
         self._start_pass()
 
     @property
@@ -89,24 +91,23 @@ class Search:
         """About how many elements are in the interval; as many as there are where that is not known."""
         return self._expected
 
-    def hint(self, ordered: NDArray[Any], size: int) -> None:
+    def hint(self, edges: NDArray[Any], below: NDArray[Any], size: int) -> None:
         """Begin where a sample of magnitude patterns says that the threshold is.
 
         Args:
-            ordered: ascending: the sample, or so many of it at even distances, the least and the largest among them.
-            size: of the whole sample.
+            edges: patterns, ascending from 0 on.
+            below: how many of the sample are smaller than each.
+            size: of the sample.
         """
         share = self._keep / max(self._elements, 1)
-        reach = _LIKELY * math.sqrt(size * share * (1 - share)) + 2
-        step = (ordered.size - 1) / max(size - 1, 1)
-        first = math.floor((size * (1 - share) - reach - 1) * step)
-        last = math.ceil((size * (1 - share) + reach) * step)
-        low = int(ordered[first]) if first >= 0 else 0
-        high = int(ordered[last]) + 1 if last < ordered.size else _MAGNITUDES
+        middle, reach = size * (1 - share), _LIKELY * math.sqrt(size * share * (1 - share)) + 2
+        first = max(0, int(below.searchsorted(middle - reach, side="right")) - 1)
+        last = int(below.searchsorted(middle + reach))
+        low, high, count = int(edges[first]), _MAGNITUDES, size
+        if last < edges.size:
+            high, count = max(int(edges[last]), low + 1), int(below[last])
         self._interval = _covering(low, high, self._bins)
-        edges = [self._interval.low, self._interval.low + self._interval.last + 1]
-        left, right = ordered.searchsorted(edges).tolist()
-        self._expected = self._elements * min(1.0, (right - left + 1) / ordered.size)
+        self._expected = self._elements * min(1.0, (count - int(below[first]) + 1) / size)
         self._start_pass()
 
     def add(self, counts: NDArray[Any], lows: NDArray[Any] | None = None) -> None:
@@ -117,6 +118,9 @@ class Search:
             lows: ``[bins]``: the union of the bits that the magnitudes in a bin lose by the shift. A bin without any
                 holds one value only, which saves the pass that would tell.
         """
+        if self._counts.size == 0:  # only now: what is noted is not counted
+            self._counts = np.zeros(self._interval.bins + 1, np.int64)
+            self._lows = np.zeros(self._interval.bins, np.uint32)
         self._counts += counts
         if lows is None:
             self._lows.fill(1)
@@ -167,9 +171,7 @@ class Search:
         return _HASHES if self._interval.hashed else _MAGNITUDES
 
     def _start_pass(self) -> None:
-        bins = self._interval.bins
-        self._counts = np.zeros(bins + 1, np.int64)
-        self._lows = np.zeros(bins, np.uint32)
+        self._counts, self._lows = np.zeros(0, np.int64), np.zeros(0, np.uint32)
 
     def _narrow(self, wanted: int, inside: NDArray[Any]) -> None:
         above = inside[::-1].cumsum()  # elements in this bin or a higher one
