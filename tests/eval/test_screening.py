@@ -62,6 +62,7 @@ def kl(teacher: Any, student: Any, ids: list[int], start: int) -> float:
     return float((p * np.log(p / q)).sum(axis=1).mean())
 
 
+@pytest.mark.slow
 def test_distances_are_kl_on_prompts_and_on_the_experts_own_answers(
     tiny_llama: Path, tuned_llama: Path, half: Path, sets: Suite, tokenizer: Any
 ) -> None:

@@ -54,7 +54,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Late]:
     return make
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 @pytest.mark.parametrize("kind", BLENDS)
 @pytest.mark.parametrize(("seed", "held"), [(1, 0), (2, 1 << 20)])
 def test_a_late_device_gives_the_bytes_of_the_cpu(
@@ -296,6 +296,7 @@ def cases() -> Iterator[Any]:
 QUICK = ("ties", "della_linear", "nuslerp", "fisher", "sce", "bitdelta")
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("wanted", cases())
 def test_what_a_device_is_asked_rounds_alike_and_is_there(
     wanted: dict[str, Any], tmp_path: Path, late: Callable[..., Late], monkeypatch: pytest.MonkeyPatch

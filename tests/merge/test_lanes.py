@@ -74,6 +74,7 @@ def test_bytes_arrive_whatever_runs_first() -> None:
     assert all(through(Late(seed)) for seed in SEEDS[:10])
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("without", WAITS)
 def test_every_wait_is_needed(without: str) -> None:
     assert not all(through(Late(seed, without=without)) for seed in SEEDS)

@@ -54,6 +54,7 @@ def valid_for(schema: str) -> list[bool]:
     return [validator.is_valid(value) for value in ODD]
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize(("stage", "option"), OPTIONS, ids=[f"{stage.name}-{name}" for stage, name in OPTIONS])
 def test_odd_values_are_refused_by_name_and_the_schema_agrees(stage: Stage, option: str) -> None:
     published = next(

@@ -122,7 +122,7 @@ def first_of(kind: Callable[[str], str]) -> Iterator[Any]:
         seen.add(kind(case[0]))
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(5)
 @pytest.mark.parametrize("case", first_of(str))
 def test_llama_equals_the_formulas(
     llamas: Path, tuned_llamas: dict[str, Tensors], tmp_path: Path, recipe_in: Any, case: tuple[Any, ...]

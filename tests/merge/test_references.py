@@ -52,6 +52,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return names
 
 
+@pytest.mark.slow
 def test_every_kernel_equals_plain_torch(
     called: set[str], llamas: Path, tmp_path: Path, recipe_in: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -169,6 +169,7 @@ def test_a_storage_that_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest
             open_storage(where)
 
 
+@pytest.mark.every(4)
 @pytest.mark.parametrize("name", ["nsga2", "tpe", "qmc", "curve"])
 def test_a_killed_worker_changes_nothing_that_is_drawn(tmp_path: Path, name: Sampler) -> None:
     whole = drawn_by(name, tmp_path / "whole", dying=())
