@@ -53,8 +53,11 @@ def attach_saved(model: Any, folder: Path) -> Any:
     if not (folder / WEIGHTS).exists():
         raise UsageError(f"{folder}: has no {WEIGHTS}; save the adapter as safetensors (PeftModel.save_pretrained).")
     if config.get("peft_type") == OWN:
+        before = {name for name, _ in model.named_parameters()}
         attach_own(model, folder, config)
-        _fill(model, folder)
+        missing = {name for name, _ in model.named_parameters()} - before - _fill(model, folder)
+        if missing:
+            raise UsageError(f"{folder}: the adapter's '{min(missing)}' is not in {WEIGHTS}; save the adapter again.")
         return model.eval()
     return _by_peft(model, folder)
 
@@ -77,20 +80,27 @@ def attach_own(model: Any, folder: Path, config: Mapping[str, Any]) -> None:
         else:
             conditioned = {"bottleneck": False, "conditioned": True}[config["kind"]]
             attach_bottlenecks(model, config["places"], config["width"], conditioned=conditioned)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         raise UsageError(f"{folder}: its {CONFIG} does not fit this model: {first_line(error)}.") from None
 
 
-def _fill(model: Any, folder: Path) -> None:
+def _fill(model: Any, folder: Path) -> set[str]:
+    """Copy the adapter's tensors into a model; returns their names."""
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     own = dict(model.named_parameters())
-    for name, tensor in load_file(folder / WEIGHTS).items():
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{folder / WEIGHTS}: cannot be read: {first_line(error)}.") from None
+    for name, tensor in tensors.items():
         if name not in own or own[name].shape != tensor.shape:
             raise UsageError(f"{folder}: the adapter's '{name}' does not fit this model; it belongs to another one.")
         with torch.no_grad():
             own[name].copy_(tensor)
+    return set(tensors)
 
 
 def _by_peft(model: Any, folder: Path) -> Any:
@@ -100,16 +110,22 @@ def _by_peft(model: Any, folder: Path) -> Any:
         warnings.filterwarnings("ignore", message=said)  # at every forward pass of a prompt, which takes none
     loader: Any = PeftModel
     reader: Any = PeftConfig
+    from safetensors import SafetensorError
+
     try:
         config = reader.from_pretrained(str(folder))
         if config.peft_type == "XLORA":
             model.config.use_cache = False  # X-LoRA refuses a model that has it
             config.adapters = {name: str(folder / Path(name).name) for name in config.adapters}
-        with quiet_transformers():
+        with quiet_transformers(), warnings.catch_warnings():
+            if config.peft_type != "XLORA":  # whose base is not among its weights
+                warnings.filterwarnings("error", message="Found missing adapter keys")
             found = loader.from_pretrained(model, str(folder), config=config, is_trainable=False).eval()
         if config.peft_type == "XLORA":
             _fill(found, folder)  # PEFT passes over a router that is not there
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+    except UserWarning:
+        raise UsageError(f"{folder / WEIGHTS}: not all of the adapter is in it; save the adapter again.") from None
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
         raise UsageError(f"{folder}: PEFT cannot attach this adapter to the model: {first_line(error)}") from error
     if getattr(found.active_peft_config, "is_prompt_learning", False):
         _answer_tokens_only(found)

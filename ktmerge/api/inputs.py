@@ -24,12 +24,11 @@ def loaded_recipe(
 
 def named_models(models: Sequence[str | Path] | Mapping[str, str | Path]) -> dict[str, str | Path]:
     if isinstance(models, Mapping):
-        return dict(models)
+        pairs = [(f"{name}={path}", name, str(path)) for name, path in models.items()]
+    else:
+        pairs = [(str(model), *_named(str(model))) for model in models]
     named: dict[str, str | Path] = {}
-    for model in models:
-        name, equals, path = str(model).partition("=")
-        if not equals:
-            name, path = Path(os.path.abspath(str(model))).name, str(model)  # of "." and "..", too
+    for model, name, path in pairs:
         if not name or not path:
             raise UsageError(f"'{model}': give a model as folder or name=folder.")
         if name == "base":
@@ -40,12 +39,20 @@ def named_models(models: Sequence[str | Path] | Mapping[str, str | Path]) -> dic
     return named
 
 
+def _named(model: str) -> tuple[str, str]:
+    """Name and path of a folder or ``name=folder``."""
+    name, equals, path = model.partition("=")
+    return (name, path) if equals else (Path(os.path.abspath(model)).name, model)  # of "." and "..", too
+
+
 def refuse_existing(path: Path, overwrite: bool) -> None:
     """Refuse to replace a file silently.
 
     Raises:
         UsageError: ``path`` exists and ``overwrite`` is not set, or its folder does not exist.
     """
+    if path.is_dir():
+        raise UsageError(f"{path}: is a folder; name a file.")
     if path.exists() and not overwrite:
         raise UsageError(f"{path} exists; choose another name, or add --overwrite.")
     if not path.absolute().parent.is_dir():

@@ -74,6 +74,7 @@ def evaluate(
         progress=progress,
     )
     if out is not None:
+        refuse_existing(Path(out), overwrite)  # another run may have written it meanwhile
         results.save(Path(out))
     return results
 
@@ -107,6 +108,8 @@ def import_scores(
     """
     from ktmerge.eval.imports import joining
 
+    if not files:
+        raise UsageError("nothing to join: name at least one result or sample file.")
     models: dict[str, list[Path]] = {}
     for text in files:
         name, equals, path = text.partition("=")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -79,14 +80,52 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
+def by_length(
+    texts: Sequence[Sequence[int]], views: Sequence[Any], sequences: int, tokens: int | None = None
+) -> Iterator[list[int]]:
+    """Numbers of texts that go together: longest first, with and without images apart.
+
+    Args:
+        texts: token ids.
+        views: of each text, its images or None.
+        sequences: most texts of a batch.
+        tokens: most tokens of a batch, padding included; a single text may exceed it.
+    """
+    for with_images in (True, False):
+        own = [i for i, view in enumerate(views) if (view is not None) == with_images]
+        order = sorted(own, key=lambda i: (-len(texts[i]), tuple(texts[i])))
+        while order:
+            room = sequences if tokens is None else min(sequences, tokens // len(texts[order[0]]))
+            yield order[: max(1, room)]
+            order = order[max(1, room) :]
+
+
+def padded(texts: Sequence[Sequence[int]], side: Literal["left", "right"], fill: int = 0) -> dict[str, torch.Tensor]:
+    """Token ids and mask [rows, longest]. On the left, so that answers start in one column, or on the right."""
+    longest = max(map(len, texts))
+    ids = torch.full((len(texts), longest), fill)
+    mask = torch.zeros_like(ids)
+    for row, text in enumerate(texts):
+        start = longest - len(text) if side == "left" else 0
+        ids[row, start : start + len(text)] = torch.tensor(text)
+        mask[row, start : start + len(text)] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
 def _activations(config: Any, width: int) -> int:
     """Bytes a token takes at the widest place of a forward pass, generously."""
-    hidden = int(config.hidden_size)
-    return width * (12 * hidden + 4 * int(getattr(config, "intermediate_size", None) or 4 * hidden))
+    hidden = _most(config, "hidden_size", 1)
+    return width * (12 * hidden + 4 * _most(config, "intermediate_size", 4 * hidden))
 
 
 def _keys_and_values(config: Any, width: int) -> int:
-    """Bytes of a token's keys and values in all layers."""
-    heads = int(config.num_attention_heads)
-    size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return 2 * width * int(config.num_hidden_layers) * int(getattr(config, "num_key_value_heads", None) or heads) * size
+    """Bytes of a token's keys and values in all layers; of models that carry a state instead, more than it takes."""
+    heads = _most(config, "num_attention_heads", 1)
+    size = _most(config, "head_dim", _most(config, "hidden_size", 1) // heads)
+    return 2 * width * _most(config, "num_hidden_layers", 1) * _most(config, "num_key_value_heads", heads) * size
+
+
+def _most(config: Any, name: str, default: int) -> int:
+    """A size from a configuration, the largest where every layer has its own; ``default`` where it is not said."""
+    value = getattr(config, name, None)
+    return int(max(value) if isinstance(value, list | tuple) else value) if value else default

@@ -8,7 +8,7 @@ from ktmerge.errors import UsageError
 from ktmerge.eval.images import RowImages
 from ktmerge.eval.items import ChoiceItem, LetterItem
 from ktmerge.eval.letters import LETTERS, lettered
-from ktmerge.eval.templates import Template, is_template, missing_column
+from ktmerge.eval.templates import Column, Template
 from ktmerge.recipes.images import MARK
 from ktmerge.recipes.rows import Row
 from ktmerge.recipes.suites import ChoiceTask, ClassifyTask, LetterTask, TaskBase
@@ -28,15 +28,13 @@ class ChoiceMaker:
         self._key = "labels" if isinstance(task, ClassifyTask) else "choices"
         self._prompt = Template(task.prompt, _where(task, "prompt"))
         self._answer = Template(task.answer, _where(task, "answer"))
-        self._choices: list[Template] | tuple[str, ...] | Template | str | None
+        self._choices: list[Template] | tuple[str, ...] | Column | None
         if isinstance(task, ClassifyTask):
             self._choices = tuple(task.labels)
         elif isinstance(task.choices, list):
             self._choices = [Template(choice, _where(task, "choices")) for choice in task.choices]
-        elif task.choices is not None and is_template(task.choices):
-            self._choices = Template(task.choices, _where(task, "choices"))
         else:
-            self._choices = task.choices
+            self._choices = None if task.choices is None else Column(task.choices, _where(task, "choices"))
 
     def item(self, row: Row) -> ChoiceItem | LetterItem:
         """The item of ``row``.
@@ -108,12 +106,7 @@ class ChoiceMaker:
             return list(self._choices)
         if isinstance(self._choices, list):
             return [template.text(row) for template in self._choices]
-        if isinstance(self._choices, Template):
-            values = self._choices.value(row)
-        elif self._choices in row.values:
-            values = row.values[self._choices]
-        else:
-            raise missing_column(where, row, [str(self._choices)])
+        values = self._choices.value(row) if self._choices is not None else None
         if not isinstance(values, list | tuple):
             raise UsageError(f"{where}: {row.where} gives {values!r}, a list of texts is needed.")
         for value in values:

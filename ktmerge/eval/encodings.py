@@ -10,7 +10,7 @@ from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.limits import context_length
 from ktmerge.errors import UsageError
 from ktmerge.eval.encode import Encoded, has_images
-from ktmerge.eval.fingerprints import fingerprint
+from ktmerge.eval.fingerprints import date_in, fingerprint
 from ktmerge.eval.loading import load_sight, load_tokenizer, tokenizer_files_digest
 from ktmerge.eval.sets import TaskSet, encode_sets
 
@@ -77,12 +77,22 @@ class Encodings:
                     f"'{name}' has another tokenizer or chat template than '{base}' and is scored with its own: "
                     "prompts may differ, and next-token accuracy does not compare (perplexity per byte does)."
                 )
+        if date_in(own.tokenizer.chat_template) and any(getattr(one.task, "chat", False) for one in sets):
+            self.warnings.append(
+                f"the chat template of '{base}' writes today's date into prompts: runs of other days ask otherwise."
+            )
+        distinct = {id(encoding): (name, encoding) for name, encoding in reversed(self.of.items())}
         for one in sets:
-            encoded = own.tasks[one.task.name]
-            if encoded.truncated:
-                self.warnings.append(f"task '{one.task.name}': {encoded.truncated} prompts were cut to fit the model.")
-            if encoded.skipped:
-                self.warnings.append(f"task '{one.task.name}': {encoded.skipped} rows are too short to score.")
+            for name, encoding in reversed(distinct.values()):
+                encoded, whose = encoding.tasks[one.task.name], "" if encoding is own else f" of '{name}'"
+                if encoded.truncated:
+                    self.warnings.append(
+                        f"task '{one.task.name}': {encoded.truncated} prompts{whose} were cut to fit the model."
+                    )
+                if encoded.skipped:
+                    self.warnings.append(
+                        f"task '{one.task.name}': {encoded.skipped} rows{whose} are too short to score."
+                    )
         self._refuse_uneven(sets, base)
 
     def _refuse_uneven(self, sets: Sequence[TaskSet], base: str) -> None:

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ktmerge import __version__
 from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.files import file_digest
 from ktmerge.errors import UsageError, did_you_mean
 from ktmerge.eval.encode import Encoded
 from ktmerge.eval.encodings import Encoding, Encodings
@@ -29,10 +30,7 @@ from ktmerge.eval.items import (
     TextItem,
     whole_prompt,
 )
-from ktmerge.eval.loading import (
-    choose_device,
-    choose_dtype,
-)
+from ktmerge.eval.loading import choose_device, choose_dtype
 from ktmerge.eval.results import Results
 from ktmerge.eval.rows import part_named
 from ktmerge.eval.scores import ModelInfo, TaskInfo, TaskScore
@@ -41,9 +39,6 @@ from ktmerge.eval.store import ScoreStore
 from ktmerge.eval.subject import Reference, Subject, subject
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.suites import Suite
-
-if TYPE_CHECKING:
-    pass
 
 
 def evaluate(
@@ -162,7 +157,7 @@ class _Run:
         )
         keys = self._keys(info, checkpoint)
         scores = self._stored(keys, encoding)
-        if scores and self.progress is not SILENT:
+        if scores:
             self.progress.note(f"{name}: {len(scores)} of {len(self.sets)} sets were scored before")
         missing = [one for one in self.sets if one.task.name not in scores]
         if missing:
@@ -226,7 +221,7 @@ def _configuration(checkpoint: Checkpoint) -> str:
         key: value for key, value in checkpoint.config.items() if key not in ("transformers_version", "_name_or_path")
     }
     file = checkpoint.root / "generation_config.json"
-    ends = file.read_text(encoding="utf-8") if file.is_file() else ""
+    ends = file_digest(file) if file.is_file() else ""
     return hashlib.sha256(json.dumps([said, ends], sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,11 +22,17 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase, sight: Sight | None = None) 
         rules = sorted(tokenizer.get_vocab().items())
     special = {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
     seen = [] if sight is None else [sight.fingerprint()]
+    seen += date_in(tokenizer.chat_template)
     text = json.dumps([rules, special, tokenizer.chat_template, *seen], sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 _STATE = ("padding", "truncation")  # of the last call, not of the tokenizer
+
+
+def date_in(template: Any) -> list[str]:
+    """Today, if a chat template writes it into every prompt, as Llama's do: other days' prompts are others."""
+    return [date.today().isoformat()] if "strftime_now" in str(template) else []
 
 
 def prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from ktmerge.errors import KtmergeError
+from ktmerge.eval.batching import by_length, out_of_memory, padded
 from ktmerge.eval.finite import NotFiniteError
 from ktmerge.progress import SILENT, Progress
 
@@ -49,16 +50,16 @@ def generate(
     stops = [text for text in stop if text]
     answers = [""] * len(prompts)
     seen = list(views) or [None] * len(prompts)
-    ends = end_tokens(model, tokenizer)
+    ends = sorted({*end_tokens(model, tokenizer), *_special(tokenizer, stops)})
     pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
     with progress.task(label, len(prompts), "items") as step, torch.inference_mode(), _plain_greedy(model):
-        for chosen in _batches(prompts, seen, batch_size):
+        for chosen in by_length(prompts, seen, batch_size):
             asked = [view for i in chosen if (view := seen[i]) is not None]
             tokens = [prompts[i] for i in chosen]
             if asked and sight is not None:
                 inputs = sight.inputs(asked, tokens, "left", model.dtype)
             else:
-                inputs = _left_padded(tokens, pad)
+                inputs = padded(tokens, "left", pad)
             try:
                 new = _continue(model, tokenizer, inputs, ends, pad, max_new_tokens, stops)
             except NotFiniteError as error:
@@ -69,25 +70,6 @@ def generate(
     return answers
 
 
-def _batches(prompts: Sequence[Sequence[int]], views: Sequence[View | None], batch_size: int) -> Iterator[list[int]]:
-    """Numbers of prompts that go together: longest first, with and without images apart."""
-    for with_images in (True, False):
-        own = [i for i, view in enumerate(views) if (view is not None) == with_images]
-        order = sorted(own, key=lambda i: (-len(prompts[i]), tuple(prompts[i])))
-        yield from (order[start : start + batch_size] for start in range(0, len(order), batch_size))
-
-
-def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> dict[str, torch.Tensor]:
-    """Token ids and mask [rows, longest], padded on the left, so that all answers start in one column."""
-    longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), pad)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    return {"input_ids": ids, "attention_mask": mask}
-
-
 def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token id that ends a text, as the tokenizer, the config and the generation config know it."""
     found: set[int] = set()
@@ -96,6 +78,11 @@ def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         value = getattr(config, "eos_token_id", None)
         found |= set(value if isinstance(value, list) else [value]) - {None}
     return sorted(found)
+
+
+def _special(tokenizer: PreTrainedTokenizerBase, stops: Sequence[str]) -> list[int]:
+    """The stop strings that are special tokens: texts are decoded without these, so that only their ids tell."""
+    return [number for number, token in tokenizer.added_tokens_decoder.items() if token.special and str(token) in stops]
 
 
 def cut_at(text: str, stops: Sequence[str]) -> str:
@@ -129,7 +116,9 @@ def _continue(
             logits_processor=LogitsProcessorList([_Finite()]),
             stopping_criteria=StoppingCriteriaList([_Stop(tokenizer, stops, longest)] if stops else []),
         )
-    except torch.OutOfMemoryError as error:
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
         raise KtmergeError(f"out of memory on {model.device}; choose a smaller batch size.") from error
     new: list[list[int]] = output[:, longest:].tolist()
     return new

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lm_eval.models.huggingface import HFLM
 
+from ktmerge.errors import KtmergeError
 from ktmerge.eval.encode import Request
 from ktmerge.progress import Progress
 
@@ -53,4 +54,6 @@ class LoadedModel(HFLM):  # type: ignore[misc]
         """Too long is cut from the left; of the last token nothing is read, it is only predicted."""
         whole = (context + continuation)[-(self.max_length + 1) :]
         given = len(whole) - len(continuation)
+        if given < 1:
+            raise KtmergeError(f"a choice is {len(continuation)} tokens long, the model reads {self.max_length}.")
         return Request(tuple(whole[:given]), tuple(whole[given:]))

@@ -10,7 +10,7 @@ from typing import Any
 
 from ktmerge.errors import UsageError
 from ktmerge.eval.hub import HUB
-from ktmerge.eval.templates import Template, is_template, missing_column
+from ktmerge.eval.templates import Column
 from ktmerge.recipes.images import Image, ImageError, check_images, images_of
 from ktmerge.recipes.rows import Row, listing
 from ktmerge.recipes.suites import AnyTask
@@ -50,7 +50,7 @@ def row_images(task: AnyTask, rows: Sequence[Row], folder: Path) -> RowImages:
     found: dict[str, dict[str, tuple[Image, ...]]] = {"image": {}, "choice_images": {}}
     problems: list[str] = []
     for key, sources in given.items():
-        columns = [_Column(one, f"task '{task.name}', {key}") for one in _as_list(sources)]
+        columns = [Column(one, f"task '{task.name}', {key}") for one in _as_list(sources)]
         take = _choices_of if key == "choice_images" else _images_of
         for row in rows:
             try:
@@ -83,21 +83,6 @@ def _choices_of(values: Sequence[Any], root: Path) -> tuple[Image, ...]:
         if len(images) != 1:
             raise ImageError(f"choice {number} has {len(images)} images, exactly one is needed.")
     return tuple(images[0] for images in found)
-
-
-class _Column:
-    """A column by its name, or an expression over the row."""
-
-    def __init__(self, source: str, where: str) -> None:
-        self._source, self._where = source, where
-        self._template = Template(source, where) if is_template(source) else None
-
-    def value(self, row: Row) -> Any:
-        if self._template is not None:
-            return self._template.value(row)
-        if self._source not in row.values:
-            raise missing_column(self._where, row, [self._source])
-        return row.values[self._source]
 
 
 def _as_list(value: list[str] | str) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ktmerge.errors import KtmergeError
-from ktmerge.eval.batching import limits, out_of_memory
+from ktmerge.eval.batching import limits, out_of_memory, padded
 from ktmerge.eval.encode import Request
 from ktmerge.eval.finite import NotFiniteError
 from ktmerge.eval.passes import Pass, batches, plan_passes
@@ -171,11 +171,9 @@ class LikelihoodScorer:
         inputs = {name: value.to(self._device) for name, value in self._inputs(batch, before).items()}
         rows, columns = places.to(self._device).unbind(1)
         cache = None if kept is None else _cache(kept, len(batch))
-        with _only_at(self._head, rows, columns):
+        with _only_at(self._head, rows, columns) as asked:
             logits: torch.Tensor = self.model(**inputs, past_key_values=cache, use_cache=cache is not None).logits
-        if logits.shape[:2] == inputs["input_ids"].shape:  # the head was not the module that made them
-            return logits[rows, columns]
-        return logits[0]
+        return logits[0] if asked else logits[rows, columns]  # the head need not be the module that made them
 
     def _inputs(self, batch: list[Pass], before: int) -> dict[str, torch.Tensor]:
         """Token ids [rows, longest], padded on the right, with the mask that padding or packing needs.
@@ -185,14 +183,10 @@ class LikelihoodScorer:
         views = [one.view for one in batch if one.view is not None]
         if views and self._sight is not None:
             return self._sight.inputs(views, [one.tokens for one in batch], "right", self._dtype)
-        longest = max(len(one.tokens) for one in batch)
-        ids = torch.zeros(len(batch), longest, dtype=torch.long)
-        for row, one in enumerate(batch):
-            ids[row, : len(one.tokens)] = torch.tensor(one.tokens)
+        inputs = padded([one.tokens for one in batch], "right")
         if before or any(one.branches for one in batch):
-            return {"input_ids": ids} | self._packed_inputs(batch, longest, before)
-        lengths = torch.tensor([len(one.tokens) for one in batch])
-        return {"input_ids": ids, "attention_mask": (torch.arange(longest) < lengths[:, None]).long()}
+            inputs |= self._packed_inputs(batch, inputs["input_ids"].shape[1], before)
+        return inputs
 
     def _packed_inputs(self, batch: list[Pass], longest: int, before: int) -> dict[str, torch.Tensor]:
         """Positions [rows, longest] and additive mask [rows, 1, longest, before + longest]."""
@@ -258,17 +252,24 @@ def _cache(kept: KeysAndValues, rows: int) -> Any:
 
 
 @contextmanager
-def _only_at(head: Any, rows: torch.Tensor, columns: torch.Tensor) -> Iterator[None]:
+def _only_at(head: Any, rows: torch.Tensor, columns: torch.Tensor) -> Iterator[list[bool]]:
     """Let the output head see only the hidden states at (row, column): [rows, length, size] becomes [1, n, size].
 
-    Done by a hook and not by calling the head, because some models scale or cap the logits after it.
+    Done by a hook and not by calling the head, because some models scale or cap the logits after it. Yields a list that
+    is empty until the head was asked.
     """
+    asked: list[bool] = []
     if head is None:
-        yield
+        yield asked
         return
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0][rows, columns][None], *args[1:]))
+
+    def chosen(_: Any, args: Any) -> Any:
+        asked.append(True)
+        return (args[0][rows, columns][None], *args[1:])
+
+    handle = head.register_forward_pre_hook(chosen)
     try:
-        yield
+        yield asked
     finally:
         handle.remove()
 

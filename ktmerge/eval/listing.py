@@ -18,7 +18,7 @@ _HEADINGS = {"E": "E gain", "F": "F upstream", "O": "O overall", "avg": "Avg", "
 def markdown(results: Results) -> str:
     """Leaderboard, raw scores and formulas, as a model card has them."""
     keys = [key for key in _HEADINGS if any(getattr(one, key) is not None for one in results.summary.models.values())]
-    order = _ranked(results)
+    order = [results.base, *results.summary.ranked(name for name in results.models if name != results.base)]
     board = [["model", *(_HEADINGS[key] for key in keys)]]
     for name in order:
         summary = results.summary.models[name]
@@ -61,13 +61,6 @@ def comma_separated(results: Results) -> str:
                 [name, task.name, task.side, task.metric, len(task.rows), f"{score.mean:.6g}", "", "", stderr]
             )
     return stream.getvalue()
-
-
-def _ranked(results: Results) -> list[str]:
-    """The base first, then the models by O, best first."""
-    overall = {name: one.O.value if one.O is not None else 0.0 for name, one in results.summary.models.items()}
-    others = [name for name in results.models if name != results.base]
-    return [results.base, *sorted(others, key=lambda name: -overall[name])]
 
 
 def _score(results: Results, model: str, task: str) -> str:

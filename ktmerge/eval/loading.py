@@ -6,6 +6,8 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ktmerge.checkpoints.files import file_digest
+from ktmerge.checkpoints.layout import INDEX_SUFFIX
 from ktmerge.checkpoints.quiet import hide_broken_torchvision, quiet_transformers
 from ktmerge.errors import KtmergeError, UsageError, first_line
 
@@ -15,11 +17,9 @@ if TYPE_CHECKING:
 
     from ktmerge.eval.sight import Sight
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+_TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+"""Files of tokenizers and processors end so, whatever each family calls them."""
+_OTHERS = ("config.json", "generation_config.json", "trainer_state.json")
 
 
 def choose_device(device: str) -> torch.device:
@@ -75,7 +75,7 @@ def load_model(path: Path, device: torch.device, dtype: torch.dtype) -> Any:
             model = model.to(device).eval()
     except torch.OutOfMemoryError as error:
         raise KtmergeError(f"{path}: does not fit into the memory of {device}.") from error
-    except (OSError, RuntimeError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # transformers raises whatever it likes at broken files and settings
         raise UsageError(f"{path}: transformers cannot load it: {first_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
@@ -126,10 +126,14 @@ def load_sight(path: Path) -> Sight:
 
 
 def tokenizer_files_digest(path: Path) -> str:
-    """sha256 over the tokenizer's and the processor's files: equal files need not be loaded twice."""
+    """sha256 over all that may be of the tokenizer and the processor: equal files need not be loaded twice."""
     digest = hashlib.sha256()
-    for name in (*TOKENIZER_FILES, *PROCESSOR_FILES):
-        file = path / name
-        if file.is_file():
-            digest.update(f"{name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    for file in sorted([*path.iterdir(), *path.glob("*templates/*")]):
+        if (
+            file.suffix in _TEXTS
+            and file.name not in _OTHERS
+            and not file.name.endswith(INDEX_SUFFIX)
+            and file.is_file()
+        ):
+            digest.update(f"{file.relative_to(path)}\0{file_digest(file)}\n".encode())
     return digest.hexdigest()

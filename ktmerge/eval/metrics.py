@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import exp, log
+from math import exp, inf, log
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -54,9 +54,16 @@ def next_token_accuracy(correct: int, tokens: int) -> float:
     return correct / tokens
 
 
+def _exp(number: float) -> float:
+    try:
+        return exp(number)
+    except OverflowError:  # of a model whose logits are of no use any more
+        return inf
+
+
 def perplexity_per_byte(nll: float, size: int) -> float:
     """exp(NLL / bytes), ``nll`` in nats. Comparable between tokenizers, as perplexity per token is not."""
-    return exp(nll / size)
+    return _exp(nll / size)
 
 
 def bits_per_byte(nll: float, size: int) -> float:
@@ -66,9 +73,9 @@ def bits_per_byte(nll: float, size: int) -> float:
 
 def perplexity_per_token(nll: float, tokens: int) -> float:
     """exp(NLL / scored tokens), ``nll`` in nats. Compares only models with one tokenizer."""
-    return exp(nll / tokens)
+    return _exp(nll / tokens)
 
 
 def perplexity_per_word(nll: float, words: int) -> float:
     """exp(NLL / words), ``nll`` in nats; words are what stands between white space."""
-    return exp(nll / words)
+    return _exp(nll / words)

@@ -10,6 +10,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ktmerge.checkpoints.files import write_whole
 from ktmerge.errors import UsageError, did_you_mean
 from ktmerge.eval.partition import FORMULAS as PARTITION_FORMULAS
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
     from ktmerge.eval.table import DifferencesTable, ScoreTable
 
 SCHEMA_VERSION = 1
-RIGHT_OR_WRONG = ("acc", "acc_norm", "exact_match", "relaxed_accuracy")  # metrics with nothing between
+RIGHT_OR_WRONG = ("acc", "acc_norm", "exact_match", "relaxed_accuracy", "prompt_strict", "prompt_loose")
+"""Metrics with nothing between; some harnesses give parts of a point under the same names, which are left out."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,14 @@ class Results:
         """
         for name in (a, b):
             self._known(name)
-        counted = [one.name for one in self.paired() if one.metric.split(",")[0] in RIGHT_OR_WRONG]
-        return {name: mcnemar(self.scores[a][name].scores, self.scores[b][name].scores) for name in counted}
+        return {
+            name: mcnemar(self.scores[a][name].scores, self.scores[b][name].scores) for name in self._right_or_wrong
+        }
+
+    @cached_property
+    def _right_or_wrong(self) -> list[str]:
+        names = [task.name for task in self.paired() if task.metric.split(",")[0] in RIGHT_OR_WRONG]
+        return [name for name in names if all(np.isin(own[name].scores, (0, 1)).all() for own in self.scores.values())]
 
     def partition(self, model: str) -> Partition | None:
         """What became of the items that the reference fine-tune changed; None without a reference.
@@ -171,14 +180,7 @@ class Results:
             },
             "formulas": FORMULAS | (PARTITION_FORMULAS if self.reference is not None else {}),
             "models": {name: self._model_json(name) for name in self.models},
-            "differences": [
-                {
-                    "a": a, "b": b, **{key: asdict(one) for key, one in self.difference(a, b).numbers.items()},
-                    "tasks": {task: asdict(one) for task, one in self.difference(a, b).tasks.items()},
-                    "mcnemar": {task: asdict(one) for task, one in self.mcnemar(a, b).items()},
-                }
-                for a, b in self.pairs()
-            ],
+            "differences": [self._pair_json(a, b) for a, b in self.pairs()],
             "cautions": self.cautions,
             "versions": self.versions,
             "warnings": self.warnings,
@@ -235,6 +237,14 @@ class Results:
         if shares is not None:
             summary["partition"] = asdict(shares)
         return {**asdict(self.models[name]), "summary": summary, "tasks": tasks}
+
+    def _pair_json(self, a: str, b: str) -> dict[str, Any]:
+        found = self.difference(a, b)
+        return {
+            "a": a, "b": b, **{key: asdict(one) for key, one in found.numbers.items()},
+            "tasks": {task: asdict(one) for task, one in found.tasks.items()},
+            "mcnemar": {task: asdict(one) for task, one in self.mcnemar(a, b).items()},
+        }  # fmt: skip
 
     def _known(self, name: str) -> None:
         if name not in self.models:

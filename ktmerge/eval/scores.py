@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -40,6 +40,8 @@ class TaskInfo:
     choices: list[list[str]] = field(default_factory=list)
     truncated: int = 0
     skipped: int = 0
+
+    __pydantic_config__: ClassVar = {"extra": "forbid"}  # of files that are read
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,10 @@ class TaskScore:
 
     @classmethod
     def from_json(cls, one: dict[str, Any]) -> TaskScore:
+        figures = {name: float(value) for name, value in one.get("figures", {}).items()}
         return cls(
-            np.array(one["scores"], dtype=float), dict(one["details"]),
-            dict(one.get("figures", {})), str(one.get("signature", "")), _total(one.get("total")),
+            np.array(one["scores"], dtype=float), dict(one["details"]), figures, str(one.get("signature", "")),
+            _total(one.get("total")),
         )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ktmerge.errors import UsageError
-from ktmerge.eval.templates import Template, is_template, missing_column
+from ktmerge.eval.templates import Column, Template, missing_column
 from ktmerge.recipes.rows import Row
 
 
@@ -68,9 +68,10 @@ def joined(rows: Sequence[Row], others: Sequence[Row], by: str, key: str, task: 
         if name in by_name:
             raise UsageError(f"{where}: '{name}' stands in {by_name[name].where} and in {other.where}.")
         by_name[name] = other
+    named = Column(by, where)
     found: list[Row] = []
     for row in rows:
-        name = str(_value(by, row, where))
+        name = str(named.value(row))
         if name not in by_name:
             raise UsageError(
                 f"{where}: {row.where} asks for {key} '{name}', which is in none of the {len(others)} rows."
@@ -93,14 +94,6 @@ def kept(rows: Sequence[Row], condition: str | None, task: str) -> list[Row]:
     if not found:
         raise UsageError(f"{where}: true for none of the {len(rows)} rows.")
     return found
-
-
-def _value(source: str, row: Row, where: str) -> Any:
-    if is_template(source):
-        return Template(source, where).value(row)
-    if source not in row.values:
-        raise missing_column(where, row, [source])
-    return row.values[source]
 
 
 def _is_true(value: Any, row: Row, where: str) -> bool:

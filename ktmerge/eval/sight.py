@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ktmerge.errors import UsageError, first_line
-from ktmerge.eval.fingerprints import prefix
+from ktmerge.eval.fingerprints import date_in, prefix
 from ktmerge.eval.items import Shot
 from ktmerge.eval.prefixes import common
 from ktmerge.recipes.images import MARK, Image
@@ -117,6 +117,7 @@ class Sight:
         own = self._processor
         said = [own.image_processor.to_dict(), type(own).__name__, own.chat_template, self._place, self._begins]
         said += [getattr(own, name, None) for name in ("image_seq_len", "image_seq_length", "patch_size")]
+        said += date_in(own.chat_template)
         return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 
     @property

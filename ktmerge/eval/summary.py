@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -137,6 +137,16 @@ class Summary:
             {key: _estimate(first[key] - second[key]) for key in COMPARED if key in first},
             {task: _estimate(first[f"task {task}"] - second[f"task {task}"]) for task in self._sides},
         )
+
+    def ranked(self, names: Iterable[str]) -> list[str]:
+        """Models by O, best first; where the suite has one side only, by E or F."""
+
+        def overall(name: str) -> float:
+            one = self.models[name]
+            decisive = one.O or one.E or one.F
+            return decisive.value if decisive else 0.0
+
+        return sorted(names, key=overall, reverse=True)
 
     def sequence(self, stages: Mapping[str, str]) -> Sequential:
         """Backward transfer and forgetting of models tuned one after the other, each on the set named with it."""

@@ -119,11 +119,35 @@ class Template:
             raise UsageError(f"{self._where}: the template fails on {row.where}: {error}{column}.") from None
         except RecursionError:
             raise UsageError(f"{self._where}: the template fails on {row.where}: it calls itself endlessly.") from None
+        except MemoryError:
+            raise UsageError(
+                f"{self._where}: the template fails on {row.where}: it makes something too large."
+            ) from None
         except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise UsageError(f"{self._where}: the template fails on {row.where}: {str(error).rstrip('.')}.") from None
 
     def _undefined(self, row: Row, message: str) -> UsageError:
         return missing_column(self._where, row, sorted(self._columns - row.values.keys()), message)
+
+
+class Column:
+    """A column by its name, or an expression over the row; ``where`` names it in messages."""
+
+    def __init__(self, source: str, where: str) -> None:
+        self._source, self._where = source, where
+        self._template = Template(source, where) if is_template(source) else None
+
+    def value(self, row: Row) -> Any:
+        """What it holds in ``row``.
+
+        Raises:
+            UsageError: there is no such column, or the expression fails.
+        """
+        if self._template is not None:
+            return self._template.value(row)
+        if self._source not in row.values:
+            raise missing_column(self._where, row, [self._source])
+        return row.values[self._source]
 
 
 def missing_column(where: str, row: Row, missing: list[str], message: str = "") -> UsageError:

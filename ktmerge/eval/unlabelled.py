@@ -6,13 +6,14 @@ yet; both are single forward passes. Neighbour disagreement needs no second mode
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ktmerge.errors import UsageError
+from ktmerge.eval.batching import by_length, padded
 from ktmerge.eval.finite import NotFiniteError
 from ktmerge.eval.normalisation import NORMALISATIONS
 from ktmerge.progress import SILENT, Progress
@@ -60,7 +61,7 @@ def divergence(
     found = np.zeros(len(texts))
     seen = list(views) or [None] * len(texts)
     with progress.task(label, len(texts), "items") as step, torch.inference_mode():
-        for chosen in _batches(texts, seen, batch_size):
+        for chosen in by_length(texts, seen, batch_size, MOST_TOKENS):
             own = [texts[i] for i in chosen]
             inputs = _inputs(own, [view for i in chosen if (view := seen[i]) is not None], sight, student)
             found[chosen] = _batch(teacher, student, inputs, own, [first[i] for i in chosen])
@@ -70,17 +71,6 @@ def divergence(
     return found
 
 
-def _batches(texts: Sequence[Sequence[int]], views: Sequence[View | None], batch_size: int) -> Iterator[list[int]]:
-    """Numbers of texts that go together: longest first, with and without images apart."""
-    for with_images in (True, False):
-        own = [i for i, view in enumerate(views) if (view is not None) == with_images]
-        order = sorted(own, key=lambda i: (-len(texts[i]), tuple(texts[i])))
-        while order:
-            rows = max(1, min(batch_size, MOST_TOKENS // len(texts[order[0]])))
-            yield order[:rows]
-            order = order[rows:]
-
-
 def _inputs(
     texts: Sequence[Sequence[int]], views: Sequence[View], sight: Sight | None, model: Any
 ) -> dict[str, torch.Tensor]:
@@ -88,12 +78,7 @@ def _inputs(
     read = [text[:-1] for text in texts]
     if views and sight is not None:
         return sight.inputs(views, read, "right", model.dtype)
-    ids = torch.zeros(len(read), max(map(len, read)), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, text in enumerate(read):
-        ids[row, : len(text)] = torch.tensor(text)
-        mask[row, : len(text)] = 1
-    return {"input_ids": ids, "attention_mask": mask}
+    return padded(read, "right")
 
 
 def _batch(

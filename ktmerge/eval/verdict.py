@@ -27,7 +27,7 @@ def verdict(results: Results, tuned: Sequence[str] = ()) -> list[str]:
     if not others:
         return [f"Only the base, '{results.base}', was scored."]
     sentences = [_tuned_sentence(name, summaries[name]) for name in full]
-    ranked = _by_overall(blends or others, summaries)
+    ranked = results.summary.ranked(blends or others)
     if blends or not full:
         best = ranked[0]
         kind = "blend" if full else "model"
@@ -37,15 +37,6 @@ def verdict(results: Results, tuned: Sequence[str] = ()) -> list[str]:
             sentences += _against_tuned(results, best, full)
             sentences += [said for name in full if (said := _better_kept(results, name, blends)) is not None]
     return [sentence.replace(" %", NBSP + "%").replace("O = ", f"O{NBSP}={NBSP}") for sentence in sentences]
-
-
-def _by_overall(names: Sequence[str], summaries: dict[str, ModelSummary]) -> list[str]:
-    def key(name: str) -> float:
-        one = summaries[name]
-        decisive = one.O or one.E or one.F
-        return decisive.value if decisive else 0.0
-
-    return sorted(names, key=key, reverse=True)
 
 
 def _what_it_does(one: ModelSummary) -> str:
@@ -67,7 +58,7 @@ def _tuned_sentence(name: str, one: ModelSummary) -> str:
 
 
 def _against_tuned(results: Results, best: str, full: Sequence[str]) -> list[str]:
-    rival = _by_overall(full, results.summary.models)[0]
+    rival = results.summary.ranked(full)[0]
     overall = results.difference(best, rival).numbers.get("O")
     if overall is None:
         return []

@@ -212,6 +212,33 @@ def test_fingerprints_tell_tokenizers_apart(tokenizer: Any, tiny_llama: Any) -> 
     assert fingerprint(other) != fingerprint(tokenizer)
 
 
+def test_a_template_that_writes_the_date_is_another_each_day(tiny_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datetime import date
+
+    from ktmerge.eval import fingerprints
+    from ktmerge.eval.loading import load_tokenizer
+
+    dated = load_tokenizer(tiny_llama)
+    dated.chat_template = "{{ strftime_now('%d %B %Y') }}" + str(dated.chat_template)
+    today = fingerprint(dated)
+    assert fingerprint(dated) == today
+    monkeypatch.setattr(fingerprints, "date", type("Tomorrow", (), {"today": staticmethod(lambda: date.max)}))
+    assert fingerprint(dated) != today
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "tekken.json", "additional_chat_templates/tool.jinja"])
+def test_whatever_a_tokenizer_s_files_are_called_they_count(tmp_path: Path, name: str) -> None:
+    from ktmerge.eval.loading import tokenizer_files_digest
+
+    digests = set()
+    for content in ("one", "two"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+        (tmp_path / "config.json").write_text(content)
+        digests.add(tokenizer_files_digest(tmp_path))
+    assert len(digests) == 2
+
+
 def test_what_does_not_fit_names_the_task_s_line(tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"text": "The quick brown fox"}\n')
     (tmp_path / "s.yaml").write_text("upstream:\n\n- {name: t, kind: text, data: x.jsonl, chunk_tokens: 64}\n")

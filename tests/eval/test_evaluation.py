@@ -272,6 +272,18 @@ def test_another_chat_template_is_used_and_warned_of(tiny_llama: Path, suite: Su
     assert results.models["base"].tokenizer != results.models["other"].tokenizer
 
 
+def test_prompts_cut_for_any_tokenizer_are_warned_of(tiny_llama: Path, suite: Suite, tmp_path: Path) -> None:
+    from ktmerge.checkpoints.checkpoint import Checkpoint
+    from ktmerge.eval.encodings import Encodings
+
+    other = tmp_path / "other"
+    shutil.copytree(tiny_llama, other)
+    (other / "chat_template.jinja").write_text("{% for m in messages %}{{ 'wordy ' * 600 + m.content }}{% endfor %}")
+    asked = [one for one in read_sets(suite) if one.task.name == "verdict"]
+    found = Encodings(asked, {name: Checkpoint.open(path) for name, path in (("b", tiny_llama), ("o", other))}, "b")
+    assert found.warnings[1:] == ["task 'verdict': 12 prompts of 'o' were cut to fit the model."]
+
+
 def test_another_vocabulary_cannot_be_paired_on_text(tiny_llama: Path, suite: Suite, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(tiny_llama, other)
@@ -318,3 +330,42 @@ def test_a_set_that_does_not_fit_the_base_is_found_without_a_model(tiny_llama: P
     said = next(task for task in suite.downstream if task.name == "say").model_copy(update={"max_new_tokens": 4000})
     with pytest.raises(UsageError, match="task 'say': max_new_tokens is 4000"):
         require_scorable(tiny_llama, suite.model_copy(update={"downstream": [said]}))
+
+
+OWN = {"peft_type": "KTMERGE", "kind": "bottleneck", "places": ["model.layers.0"], "width": 4}
+
+
+@pytest.mark.parametrize(
+    ("config", "weights", "said"),
+    [
+        ({"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}, {}, "not all of the adapter is in it"),
+        ({"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}, None, "PEFT cannot attach this adapter"),
+        (OWN, {}, r"'model\.layers\.0\.bottleneck\.down\.bias' is not in adapter_model"),
+        (OWN, None, "cannot be read"),
+        ({"peft_type": "KTMERGE", "kind": "prompt", "shape": [-1, 4]}, {}, "does not fit this model"),
+    ],
+)
+def test_an_adapter_that_is_not_whole_is_refused(
+    tiny_llama: Path, suite: Suite, tmp_path: Path, config: dict[str, Any], weights: Any, said: str
+) -> None:
+    """What is missing would be random, or nothing: the base would be scored in the adapter's name."""
+    from safetensors.torch import save_file
+
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    path.write_bytes(b"garbage") if weights is None else save_file(weights, path)
+    alone = Suite(upstream=[one for one in suite.tasks() if one.name == "say"], folder=suite.folder)
+    with pytest.raises(UsageError, match=said):
+        evaluate({"base": tiny_llama, "adapted": tmp_path / "adapter"}, alone, device="cpu", cache=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": "abc"}, {"num_attention_heads": 0}])
+def test_a_configuration_that_makes_no_model_is_named(tiny_llama: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    from ktmerge.eval.loading import load_model
+
+    shutil.copytree(tiny_llama, tmp_path / "odd")
+    config = json.loads((tmp_path / "odd/config.json").read_text())
+    (tmp_path / "odd/config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(UsageError, match="odd: transformers cannot load it"):
+        load_model(tmp_path / "odd", torch.device("cpu"), torch.float32)

@@ -80,6 +80,19 @@ def test_an_end_token_of_the_model_ends_an_answer(llama: Any, tokenizer: Any, pr
     assert found == tokenizer.decode(new[: new.index(new[3])], skip_special_tokens=True)
 
 
+def test_a_special_token_may_be_a_stop(llama: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
+    import copy
+
+    from tokenizers import AddedToken
+
+    new = greedy(llama, prompts[1], 8)
+    marked = copy.deepcopy(tokenizer)
+    marked.add_special_tokens({"additional_special_tokens": [AddedToken(marked.convert_ids_to_tokens(new[3]))]})
+    stop = marked.decode([new[3]])
+    (found,) = generate(llama, marked, [prompts[1]], max_new_tokens=8, stop=[stop])
+    assert found == marked.decode(new[: new.index(new[3])], skip_special_tokens=True)
+
+
 def test_the_checkpoints_sampling_settings_do_not_count(llama: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
     import copy
 

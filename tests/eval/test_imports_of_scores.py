@@ -140,6 +140,45 @@ def test_a_groups_items_are_those_of_its_tasks(tmp_path: Path) -> None:
     assert results.scores["tuned"]["both"].scores.tolist() == MARKS["tuned"][::-1] * 2
 
 
+def test_a_total_is_a_fraction_or_percent_for_all_models(tmp_path: Path) -> None:
+    for name, overall in (("base", 55.0), ("ruined", 0.8)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}_TextVQA_VAL_acc.csv").write_text(f"Overall\n{overall}\n")
+    results = api.import_scores([str(tmp_path / "base"), str(tmp_path / "ruined")], items=["TextVQA_VAL=100"])
+    assert [tasks["TextVQA_VAL"].mean for tasks in results.scores.values()] == [55.0, 0.8]
+
+
+def test_what_is_better_when_less_is_no_score(tmp_path: Path) -> None:
+    said = {"acc,none": 0.5, "acc_stderr,none": 0.1, "odds,none": 0.2, "odds_stderr,none": 0.1,
+            "word_perplexity,none": 20.0, "word_perplexity_stderr,none": 1.0, "CIDEr,none": 0.9, "bleu,none": 0.9,
+            "bleu_stderr,none": 0.1}  # fmt: skip
+    document = {"results": {"quiz": said}, "higher_is_better": {"quiz": {"acc": True, "odds": False}}}
+    (tmp_path / "results_1.json").write_text(json.dumps(document))
+    files = [f"base={tmp_path}", f"tuned={tmp_path}"]
+    assert api.import_scores(files).scores["base"]["quiz"].total == (50, 10)
+    assert api.import_scores(files, metrics=["quiz=bleu"]).scores["base"]["quiz"].total == (0.9, 0.1)
+    for metric in ("odds", "word_perplexity", "CIDEr"):
+        with pytest.raises(UsageError, match=f"no metric '{metric}'"):
+            api.import_scores(files, metrics=[f"quiz={metric}"])
+
+
+def test_options_of_sets_that_are_not_there_are_named(tmp_path: Path) -> None:
+    file = f"base={lm_eval(tmp_path / 'base', MARKS['base'])}"
+    for option in ({"items": ["quizz=3"]}, {"metrics": ["quizz=acc"]}):
+        with pytest.raises(UsageError, match=r"'quizz' is none of the sets that are joined\. Did you mean 'quiz'"):
+            api.import_scores([file], **option)
+    with pytest.raises(UsageError, match="nothing to join"):
+        api.import_scores([])
+
+
+@pytest.mark.parametrize("name", ["samples_q_2026-11-21T14-51-07.1.jsonl", "m_OCRBench_score.json", "results_1.json"])
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[" * 100_000, b"{"])
+def test_what_is_no_text_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=name):
+        api.import_scores([f"base={tmp_path / name}"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -7,6 +7,7 @@ import pytest
 from ktmerge.errors import UsageError
 from ktmerge.eval.items import ChoiceItem, GenerateItem
 from ktmerge.eval.rendering import make_items
+from ktmerge.eval.templates import Template
 from ktmerge.recipes.rows import Row
 from ktmerge.recipes.suites import ChoiceTask, GenerateTask, TextTask
 
@@ -165,3 +166,8 @@ def test_what_is_no_text_stands_in_a_prompt_only_where_that_is_said() -> None:
     assert choice({"q": ["a", "b"]}, prompt="{{ q | string }} {{ q | join(' or ') }} {{ 3 }}").prompt == (
         "['a', 'b'] a or b 3"
     )
+
+
+def test_a_template_that_fills_the_memory_is_refused() -> None:
+    with pytest.raises(UsageError, match="it makes something too large"):
+        Template("{{ '%99999999999s' % x }}", "task 't', prompt").text(Row(0, "x:1", {"x": 1}))

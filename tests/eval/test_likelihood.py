@@ -178,5 +178,32 @@ def test_broken_weights_are_an_error(llama: Any) -> None:
         LikelihoodScorer(broken).score(make_requests(300)[:3])
 
 
+def test_every_place_of_a_single_row_in_another_order(llama: Any) -> None:
+    requests = [Request((5, 6, 7, 8), (9,)), Request((5,), (6, 7, 8))]
+    found = LikelihoodScorer(llama).score(requests).logprob
+    np.testing.assert_allclose(found, [oracle(llama, one)[0] for one in requests], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["mamba", pytest.param("gemma3n", marks=pytest.mark.slow)])
+def test_configurations_of_other_shapes(kind: str) -> None:
+    """Without attention heads, and with a width of its own in every layer."""
+    from transformers import Gemma3nTextConfig, MambaConfig
+
+    small = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2}
+    made = {
+        "mamba": lambda: MambaConfig(**small, state_size=4),
+        "gemma3n": lambda: Gemma3nTextConfig(
+            **small, intermediate_size=[48, 64], num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+            vocab_size_per_layer_input=101, hidden_size_per_layer_input=8, num_kv_shared_layers=0, laurel_rank=4,
+            activation_sparsity_pattern=[0.0, 0.0], layer_types=["full_attention", "full_attention"],
+            pad_token_id=0,
+        ),
+    }  # fmt: skip
+    model = build(made[kind]())
+    requests = make_requests(101, seed=2)[:12]
+    found = LikelihoodScorer(model).score(requests).logprob
+    np.testing.assert_allclose(found, [oracle(model, one)[0] for one in requests], atol=1e-4, rtol=0)
+
+
 def test_nothing_to_score(llama: Any) -> None:
     assert len(LikelihoodScorer(llama).score([]).logprob) == 0

@@ -47,6 +47,8 @@ def test_perplexity_of_text(make_results: Make) -> None:
     assert score.extras()["perplexity_per_byte"] == pytest.approx(np.exp(12 / 8))
     assert score.extras()["bits_per_byte"] == pytest.approx(12 / 8 / np.log(2))
     assert TaskScore(np.array([0.5]), {}).extras() == {}
+    lost = TaskScore(np.array([0.5]), {"nll": [8000.0], "bytes": [4], "tokens": [2], "words": [1]}).extras()
+    assert list(lost) == ["bits_per_byte"], "a perplexity beyond all numbers is left out"
 
 
 def damage(document: dict[str, Any], way: str) -> Any:
@@ -71,6 +73,18 @@ def damage(document: dict[str, Any], way: str) -> Any:
         tasks["up_z"] = tasks.pop("up_a")
     elif way == "unknown key":
         document["suite"]["tasks"][0]["what"] = 1
+    elif way == "no resamples":
+        document["settings"]["bootstrap"] = 0
+    elif way == "no such reference":
+        document["settings"]["reference"] = "nobody"
+    elif way == "other side":
+        document["suite"]["tasks"][0]["side"] = "left"
+    elif way == "seconds":
+        document["models"]["tuned"]["seconds"] = "long"
+    elif way == "few outputs":
+        tasks["up_a"]["details"]["outputs"] = ["x"]
+    elif way == "figure":
+        tasks["up_a"]["figures"]["unread"] = "many"
     elif way == "null":
         document["models"]["tuned"] = None
     return document
@@ -80,7 +94,8 @@ def damage(document: dict[str, Any], way: str) -> Any:
     "way",
     [
         "not a dict", "no mark", "newer", "no models", "no base", "short", "out of range", "text for number",
-        "other tasks", "unknown key", "null",
+        "other tasks", "unknown key", "null", "no resamples", "no such reference", "other side", "seconds",
+        "few outputs", "figure",
     ],
 )  # fmt: skip
 def test_garbage_is_refused_with_its_name(make_results: Make, tmp_path: Path, way: str) -> None:
@@ -155,3 +170,13 @@ def test_merging_refuses_what_does_not_compare(make_results: Make) -> None:
             merge_results([first, dataclasses.replace(other, source="two.json")])
     with pytest.raises(UsageError, match="at least one"):
         merge_results([])
+
+
+def test_models_are_named_alike_however_they_are_given(tmp_path: Path) -> None:
+    from ktmerge.api.inputs import named_models, refuse_existing
+
+    assert named_models({"a": tmp_path}) == named_models([f"a={tmp_path}"]) == {"a": str(tmp_path)}
+    with pytest.raises(UsageError, match="only the untuned model is called 'base'"):
+        named_models({"base": tmp_path})
+    with pytest.raises(UsageError, match="is a folder; name a file"):
+        refuse_existing(tmp_path, overwrite=True)

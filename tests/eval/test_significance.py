@@ -93,6 +93,13 @@ def test_results_tell_partition_mcnemar_and_cautions(make_results: Callable[...,
     assert list(replace(results, tasks=graded).mcnemar("blend", "tuned")) == ["down"], "only of right and wrong"
 
 
+def test_mcnemar_is_of_sets_with_nothing_between_right_and_wrong(make_results: Callable[..., Results]) -> None:
+    scores = {"base": {"up_a": [1, 0, 1], "up_b": [0.3, 0, 1]}, "tuned": {"up_a": [0, 0, 1], "up_b": [1, 1, 1]}}
+    results = make_results(scores)
+    found = [replace(task, metric="prompt_strict" if task.name == "up_a" else "exact_match") for task in results.tasks]
+    assert list(replace(results, tasks=found).mcnemar("tuned", "base")) == ["up_a"]
+
+
 def test_many_candidates_are_spoken_of(make_results: Callable[..., Results]) -> None:
     few = make_results(SCORES)
     many = make_results(SCORES | {f"b{i}": SCORES["blend"] for i in range(4)})

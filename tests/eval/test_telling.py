@@ -101,6 +101,12 @@ def test_a_table_for_a_model_card(make_results: Make) -> None:
     assert "down\\|x (downstream)" in text
 
 
+def test_the_best_stands_first_with_one_side_too(make_results: Make) -> None:
+    results = make_results({"base": {"down": [0, 0]}, "good": {"down": [1, 0]}, "best": {"down": [1, 1]}})
+    names = [line.split(" |")[0] for line in markdown(results).splitlines() if line.startswith("| ")]
+    assert names[2:5] == ["| base", "| best", "| good"]
+
+
 def test_every_score_in_a_file(make_results: Make) -> None:
     results = make_results({"base": {"up": [1, 1], "down": [0, 0]}, "a, b": {"up": [1, 0], "down": [1, 1]}})
     rows = list(csv.DictReader(io.StringIO(comma_separated(results))))

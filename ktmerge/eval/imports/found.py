@@ -25,11 +25,16 @@ class Items:
 
 @dataclass(frozen=True)
 class Total:
-    """A score of the whole set on 0-100; ``stderr`` None: the file has none; ``items`` None: nor their number."""
+    """A score of the whole set as the file has it; ``stderr`` None: there is none; ``items`` None: nor their number.
+
+    Attributes:
+        scale: what makes points on 0-100 of it; None: nothing says whether it is a fraction or percent.
+    """
 
     score: float
     stderr: float | None = None
     items: int | None = None
+    scale: int | None = None
 
 
 @dataclass(frozen=True)

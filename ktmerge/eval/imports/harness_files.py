@@ -22,6 +22,10 @@ SAMPLES = "samples"  # of either harness
 _NOT_METRICS = {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "filter", "metrics", "doc_hash",
                 "prompt_hash", "target_hash", "input"}  # fmt: skip
 
+_NO_SHARE = re.compile("perplexity|bits_per_byte|^ter$|brier|cider", re.IGNORECASE)
+"""Metrics that go beyond 1, or of which less is better; newer files say the latter themselves."""
+_PERCENT = ("bleu", "chrf")
+
 
 def sampled_task(path: Path) -> str | None:
     """The task whose samples a file holds, by its name."""
@@ -43,13 +47,14 @@ def read_results(path: Path) -> tuple[str, list[FoundSet]]:
         results = document["results"]
         version = document.get("lm_eval_version") or document.get("lmms_eval_version") or ""
         sets = [_totals(name, one, document, str(version)) for name, one in results.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path}: not a results file of lm_eval or lmms-eval ({type(error).__name__}).") from None
     name = str(document.get("model_name") or path.parent.name)
     return Path(name).name or path.parent.name, [one for one in sets if one.totals]
 
 
 def _totals(name: str, one: dict[str, Any], document: dict[str, Any], version: str) -> FoundSet:
+    better = (document.get("higher_is_better") or {}).get(name) or {}
     counted = (document.get("n-samples") or {}).get(name) or {}
     items = counted.get("effective") or one.get("sample_len")
     totals = {}
@@ -58,10 +63,10 @@ def _totals(name: str, one: dict[str, Any], document: dict[str, Any], version: s
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
         error = one.get(f"{metric}_stderr,{by}")
-        scale = 100 if 0 <= value <= 1 else 1
-        if 0 <= value * scale <= 100:
-            stderr = float(error) * scale if isinstance(error, int | float) else None
-            totals[_metric(metric, by)] = Total(float(value) * scale, stderr, int(items) if items else None)
+        if 0 <= value <= 100 and better.get(metric, True) and not _NO_SHARE.search(metric):
+            stderr = float(error) if isinstance(error, int | float) else None
+            scale = 1 if metric in _PERCENT else None
+            totals[_metric(metric, by)] = Total(float(value), stderr, int(items) if items else None, scale)
     shots = (document.get("n-shot") or {}).get(name)
     return FoundSet(
         name, f"{_harness(document)} {version}".strip(), totals=totals, asked={} if shots is None else {"shots": shots},
@@ -91,7 +96,7 @@ def read_samples(path: Path, task: str) -> FoundSet:
         own = [row for row in rows if str(row.get("filter", "none")) == by]
         for metric in own[0].get("metrics") or [key for key in own[0] if key not in _NOT_METRICS]:
             scores = [_number(row.get(metric)) for row in own]
-            if all(score is not None and 0 <= score <= 1 for score in scores):
+            if not _NO_SHARE.search(metric) and all(score is not None and 0 <= score <= 1 for score in scores):
                 found.items[_metric(metric, by)] = _items(own, [score for score in scores if score is not None])
     return found
 
@@ -107,7 +112,7 @@ def _lines(path: Path) -> Iterable[dict[str, Any]]:
     for number, line in rows:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UsageError(f"{path}, line {number}: not JSON.") from None
         if not isinstance(row, dict) or "doc_id" not in row:
             raise UsageError(f"{path}, line {number}: a sample has a 'doc_id'; this line has none.")

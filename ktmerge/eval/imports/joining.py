@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ktmerge import __version__
-from ktmerge.errors import UsageError, did_you_mean
+from ktmerge.errors import UsageError, did_you_mean, first_line
 from ktmerge.eval.imports import harness_files, vlmevalkit
 from ktmerge.eval.imports.found import FoundSet, Items, Total
 from ktmerge.eval.results import Results
@@ -53,6 +53,9 @@ def import_scores(
     ordered = [base, *(name for name in files if name != base)]
     found = {name: read_files(files[name]) for name in ordered}
     sides = _sides(found, upstream, downstream)
+    for name in (*(metrics or ()), *(items or ())):
+        if name not in sides:
+            raise UsageError(f"'{name}' is none of the sets that are joined.{did_you_mean(name, sides)}")
     tasks: list[TaskInfo] = []
     scores: dict[str, dict[str, TaskScore]] = {name: {} for name in ordered}
     warnings: list[str] = []
@@ -119,6 +122,13 @@ def model_name(path: Path) -> str:
 
 
 def _read(path: Path) -> list[FoundSet]:
+    try:
+        return _found(path)
+    except (OSError, ValueError, RecursionError) as error:  # no text in UTF-8, no JSON
+        raise UsageError(f"{path}: cannot be read: {first_line(error)}") from None
+
+
+def _found(path: Path) -> list[FoundSet]:
     task = harness_files.sampled_task(path)
     if task is not None:
         return [harness_files.read_samples(path, task)]
@@ -217,7 +227,12 @@ def _joined(
         return info, {
             model: _by_item(name, model, one.items[metric], items.keys, one.harness) for model, one in own.items()
         }
-    return info, {model: _by_total(name, model, _total(one, metric), count, one.harness) for model, one in own.items()}
+    totals = {model: _total(one, metric) for model, one in own.items()}
+    scale = 100 if all(one.score <= 1 for one in totals.values()) else 1  # the same for all, however bad one is
+    return info, {
+        model: _by_total(name, model, one, one.scale or scale, count, own[model].harness)
+        for model, one in totals.items()
+    }
 
 
 def _by_item(name: str, model: str, items: Items, keys: Sequence[str], harness: str) -> TaskScore:
@@ -239,18 +254,19 @@ def _total(one: FoundSet, metric: str) -> Total:
     if metric in one.totals:
         return one.totals[metric]
     scores = np.array(one.items[metric].scores)
-    return Total(100 * float(scores.mean()), items=len(scores))
+    return Total(float(scores.mean()), items=len(scores), scale=100)
 
 
-def _by_total(name: str, model: str, total: Total, count: int | None, harness: str) -> TaskScore:
+def _by_total(name: str, model: str, total: Total, scale: int, count: int | None, harness: str) -> TaskScore:
     """A total without a standard error gets the largest there can be: items from 0 to 1 vary by p (1 - p) at most."""
-    items = count or total.items
-    stderr = total.stderr
-    if stderr is None:
+    items, score = count or total.items, scale * total.score
+    if total.stderr is not None:
+        stderr = scale * total.stderr
+    else:
         if not items:
             raise UsageError(
                 f"set '{name}': '{model}' has neither items nor a standard error; import the table of items' marks, "
                 f"or say how many items there were: --items {name}=N."
             )
-        stderr = sqrt(total.score * (100 - total.score) / items)
-    return TaskScore(np.array([]), {}, {}, harness, total=(total.score, stderr))
+        stderr = sqrt(score * (100 - score) / items)
+    return TaskScore(np.array([]), {}, {}, harness, total=(score, stderr))

@@ -1,7 +1,7 @@
 """Tables of VLMEvalKit: ``<model>_<set>_acc.csv`` and ``_score.csv|json`` with totals, and tables with items' marks.
 
 An item's mark stands in ``hit`` (choices) or ``eval_score``; totals in ``Overall``, OCRBench's in ``Final Score Norm``.
-Choices are marked as fractions, questions as percent: a total of at most 1 counts as a fraction.
+Choices are marked as fractions, questions as percent: totals of at most 1, of all models, count as fractions.
 """
 
 from __future__ import annotations
@@ -59,7 +59,6 @@ def read_total(path: Path) -> FoundSet:
             value = float(row[key])
         except (KeyError, TypeError, ValueError):
             continue
-        value *= 100 if 0 <= value <= 1 else 1
         if 0 <= value <= 100:
             return FoundSet(set_of(path), HARNESS, totals={"acc" if "_acc." in path.name else "score": Total(value)})
     raise UsageError(f"{path}: none of {', '.join(_WHOLE)} is a number between 0 and 100 in it.")
