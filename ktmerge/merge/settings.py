@@ -32,7 +32,7 @@ class Setting:
 
     def lambda_of(self, tensor_class: TensorClass) -> float:
         """Scale of the merged delta of tensors of one class."""
-        if self.method.capped and tensor_class in self.method.otherwise:
+        if tensor_class in self.method.otherwise:
             return max(-1.0, min(1.0, self.lambda_))
         return self.lambda_
 
@@ -93,13 +93,15 @@ def _method_of(blend: Blend) -> Method:
         with located("blend.method"):
             return find_method(blend.method)
     stages = _spelled_out(blend.stages or {})
+    rest = _without_maps(stages)
     return Method(
         name=_SPELLED_OUT,
         summary="stages spelled out in the recipe",
         source="",
         stages=stages,
-        otherwise=_without_maps(stages),
+        otherwise=rest,
         promises=Promises(neutral=None, identical="other"),
+        semantics=2 if rest else 1,
     )
 
 

@@ -387,9 +387,8 @@ class Method:
         source: paper, arXiv id.
         lambda_: default scale of the merged delta.
         experts: least and most number of experts; None for no limit.
-        otherwise: stages for tensor classes that the method proper does not suit.
-        capped: those classes never get a lambda above 1 (or below -1): a matrix may be pushed beyond its experts, a
-            norm times 1.5 breaks the model.
+        otherwise: stages for tensor classes that the method proper does not suit. They never get a lambda above 1 (or
+            below -1): a matrix may be pushed beyond its experts, a norm times 1.5 breaks the model.
         formula: of the merged delta, in one line of plain text.
         cost: per matrix of o outputs, i inputs and N experts, e.g. ``N oi`` or ``eigh i^3``.
         semantics: raised whenever the same recipe would give other bytes.
@@ -403,7 +402,6 @@ class Method:
     lambda_: float = 1.0
     experts: tuple[int, int | None] = (1, None)
     otherwise: Mapping[TensorClass, Stages] = field(default_factory=dict)
-    capped: bool = False
     formula: str = ""
     cost: str = "N oi"
     promises: Promises = Promises()

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+
+
+def used(items: Iterable[Item], weights: Sequence[float]) -> list[Item]:
+    """Those of the experts whose weight is not 0."""
+    return [item for item, weight in zip(items, weights, strict=True) if weight]
 
 
 def relative(weights: Sequence[float]) -> list[float]:
-    """Weights over the mean of their magnitudes, so that equal ones are exactly 1 and negative ones subtract."""
-    if len(set(weights)) == 1 and weights[0] > 0:
-        return [1.0] * len(weights)
-    mean = sum(abs(weight) for weight in weights) / len(weights)
+    """Weights over the mean of their magnitudes, so that equal ones are exactly 1 and negative ones subtract.
+
+    Those of 0 are no part of the mean: such an expert might as well not be there.
+    """
+    own = used(weights, weights)
+    if len(set(own)) == 1 and own[0] > 0:
+        return [float(weight != 0) for weight in weights]
+    mean = sum(abs(weight) for weight in own) / len(own)
     return [weight / mean for weight in weights]
 
 

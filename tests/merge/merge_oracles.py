@@ -134,7 +134,7 @@ def merged_deltas(
         deltas = {
             expert: {
                 name: delta
-                if classes[name] in ("vector", "embed")
+                if classes[name] in ("vector", "embed", "conv")
                 else dare_one(delta, density, rescale, expert, name, seed)
                 for name, delta in deltas[expert].items()
             }
@@ -180,7 +180,8 @@ def assert_rounded(stored: torch.Tensor, exact: np.ndarray, scale: np.ndarray, n
     values = stored.double().numpy()
     bits = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}[stored.dtype]
     # at a power of two the spacing below is half the spacing above: measure it at the larger of the two
-    exponent = np.floor(np.log2(np.maximum(np.maximum(np.abs(exact), np.abs(values)), 2.0**-126)))
+    least = 2.0**-14 if stored.dtype == torch.float16 else 2.0**-126
+    exponent = np.floor(np.log2(np.maximum(np.maximum(np.abs(exact), np.abs(values)), least)))
     half = 2.0 ** (exponent - bits) / 2
     slack = 4 * 2.0**-24 * scale
     wrong = np.abs(values - exact) > half + slack

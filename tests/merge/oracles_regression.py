@@ -29,6 +29,7 @@ CASES: list[tuple[str, dict[str, Any], dict[str, float], float]] = [
     ("cts", {}, EVEN, 1.0),
     ("cts", {"residual": "sum", "mu": 0.5}, {"a": 1.0, "b": 1.0}, 1.1),
     ("cts", {"residual": "wudi_cf"}, UNEVEN, 0.6),
+    ("cts", {"power": 0.5, "residual": "mean"}, EVEN, 1.0),
     ("cts", {"residual": "root"}, {"a": 1.0, "c": -0.5}, 1.0),
 ]
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -127,6 +128,11 @@ def common_then_specific(deltas: list[np.ndarray], base: np.ndarray, weights: li
     kappa = (responses.sum(0) ** 2).sum(0) / (n * (responses**2).sum((0, 1)))
     gate = np.clip((kappa - 1 / n) / (1 - 1 / n), 0, 1)
     common = (responses.mean(0) * gate) @ vectors.T
+    if "power" in p:
+        u, s, vt = np.linalg.svd(common, full_matrices=False)
+        kept = s > 1e-5 * s[0]
+        raised = s[kept] ** p["power"]
+        common = (u[:, kept] * raised) @ vt[kept] * np.linalg.norm(s[kept]) / (np.linalg.norm(raised) or 1.0)
     specific = [delta - (delta @ vectors * gate) @ vectors.T for delta in own]
     rule = p.get("residual", "swudi_a")
     if rule in ("sum", "root", "mean"):

@@ -57,8 +57,8 @@ CASES: list[tuple[str, dict[str, Any], dict[str, float], float]] = [
 
 PLAIN = {
     "breadcrumbs": ("vector",),
-    "della": ("vector", "embed"),
-    "dare": ("vector", "embed"),
+    "della": ("vector", "embed", "conv"),
+    "dare": ("vector", "embed", "conv"),
     "bands": ("vector",),
     "bitdelta": ("vector", "embed"),
     "neuron_fusion": ("vector", "embed", "conv"),

@@ -118,7 +118,7 @@ def test_the_record_says_how_it_was_made(llamas: Path, tmp_path: Path, recipe_in
     assert str(tmp_path) not in text
     assert record["recipe"]["experts"]["a"] == {"model": "a", "weight": 1.0}
     assert record["recipe"]["blend"]["density"] == 0.3
-    assert record["methods"] == {"ties": 1}
+    assert record["methods"] == {"ties": 2}
     digest = hashlib.sha256((tmp_path / "out/model.safetensors").read_bytes()).hexdigest()
     assert record["output"]["sha256"] == {"model.safetensors": digest} == report.out
     assert {part["part"] for part in record["parts"]} == {"embed", "llm.layers", "norm"}

@@ -160,6 +160,28 @@ def order_of_experts_changes_nothing(bench: Workbench, method: Method) -> None:
     assert_same(first, bench.merged(turned, {"method": method.name}, weights=weights))
 
 
+@promise(lambda method: method.experts[1] is None and method.promises.experts and method.name != "ema")
+def an_expert_of_weight_0_might_as_well_not_be_there(bench: Workbench, method: Method) -> None:
+    deltas, weights = several(method), {"a": 1.0, "b": 0.0, "c": 0.7}
+    if blend_setting(Blend(method=method.name)).objections(weights):
+        return
+    for further in ({}, {"elect": "count", "aggregate": "wsum_over_count"}, {"elect": "mass", "tie": "majority"}):
+        if takes(method, further):
+            blend = {"method": method.name, **further}
+            without = bench.merged({name: deltas[name] for name in "ac"}, blend, weights=weights)
+            merged = bench.merged(deltas, blend, weights=weights)
+            assert_same(without, merged, max(method.promises.tolerance, 1e-6))
+
+
+@promise(lambda method: method.otherwise)
+def a_lambda_above_1_is_for_what_the_method_is_for(bench: Workbench, method: Method) -> None:
+    deltas = several(method)
+    once, more = (bench.merged(deltas, {"method": method.name, "lambda": scale}) for scale in (1.0, 1.5))
+    assert not once[MATRIX].equal(more[MATRIX]) or method.name in ("dg_hard", "exact_patch")
+    for name, kind in ((NORM, "vector"), (EMBED, "embed")):
+        assert once[name].equal(more[name]) == (kind in method.otherwise), name
+
+
 @promise(lambda method: method.promises.scale or method.promises.sign)
 def scaled_and_negated_deltas_give_such_a_merge(bench: Workbench, method: Method) -> None:
     deltas = several(method)

@@ -102,6 +102,13 @@ class TestLines:
         plain = bench.merged(deltas, {"method": "task_arithmetic", "lambda": 0.25})
         assert all(merged[name].equal(plain[name]) for name in merged)
 
+    def test_auto_counts_the_experts_that_have_a_weight(self, bench: Workbench) -> None:
+        deltas = {name: noise(number) for number, name in enumerate("abc")}
+        stages = {"combine": "sum", "scale": {"lines": {"alpha": "auto", "beta": 0.0}}}
+        merged = bench.merged(deltas, {"stages": stages}, weights={"b": 0.0})
+        plain = bench.merged(deltas, {"method": "task_arithmetic", "lambda": 0.5}, weights={"b": 0.0})
+        assert all(merged[name].equal(plain[name]) for name in merged)
+
     def test_auto_restores_the_norm_of_the_sum(self, bench: Workbench) -> None:
         deltas = {name: noise(number) for number, name in enumerate("abc")}
         stages = {"transform": "trim", "combine": "elect", "scale": {"lines": {"alpha": "auto", "beta": 0.0}}}

@@ -187,6 +187,22 @@ def test_iso_c_makes_all_directions_equal(bench: Workbench) -> None:
     assert np.linalg.norm(soft) == pytest.approx(np.linalg.norm(expected), rel=1e-5)
 
 
+@pytest.mark.parametrize(("power", "preserve"), [(0.0, "nuclear"), (0.5, "frobenius")])
+def test_only_what_stands_out_from_noise_is_evened_out(bench: Workbench, power: float, preserve: str) -> None:
+    left, right = frames(48, 60, 3)
+    delta = ((left * torch.tensor([200.0, 120.0, 60.0])) @ right.T).float() + normal(48, 60, seed=9)
+    before = values(delta)
+    raised = before[:3] ** power
+    raised *= (
+        before[:3].sum() / raised.sum()
+        if preserve == "nuclear"
+        else np.linalg.norm(before[:3]) / np.linalg.norm(raised)
+    )
+    found = merged(bench, "iso_c", [delta], above="noise", power=power, preserve=preserve)
+    np.testing.assert_allclose(values(found), [*raised, *before[3:]], rtol=1e-4)
+    assert merged(bench, "iso_c", [normal(48, 60, seed=9)], above="noise").equal(normal(48, 60, seed=9))
+
+
 @pytest.mark.parametrize("method", ["iso_c", "iso_cts"])
 def test_one_expert_does_not_come_back_from_iso(bench: Workbench, method: str) -> None:
     """G3: documented, with its documented value: all singular values are the mean of the expert's."""

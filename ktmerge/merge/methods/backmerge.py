@@ -10,7 +10,7 @@ from ktmerge.checkpoints.classes import TensorClass
 from ktmerge.merge.program import Ramp
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Amount, Context, Method, Need, Parameters, Promises, Stages
-from ktmerge.merge.weights import positive
+from ktmerge.merge.weights import positive, used
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,11 +77,12 @@ def regmean_back(deltas: list[Tensor], parameters: BackParameters, context: Cont
         wide = base.shape[1]
         upstream, downstream = with_priors(
             sampled.covariance("", number, wide, parameters.eta),
-            [sampled.covariance(expert, number, wide, parameters.eta) for expert in context.experts],
+            [sampled.covariance(expert, number, wide, parameters.eta) for expert in used(context.experts, shares)],
             parameters.ridge + parameters.prior_u,
             parameters.ridge + parameters.prior_d,
         )
-        return back(maps, shares, upstream, downstream, parameters.a).float()
+        own = used(maps, shares), used(shares, shares)
+        return back(*own, upstream, downstream, parameters.a).float()
 
     return by_map(deltas, context, merge, fused=False)
 
@@ -102,6 +103,7 @@ method(
         formula="a D ((1-a) C_u + a C_d)^-1, D = sum_t w_t tau_t C_t, C_d = sum_t w_t C_t",
         cost="i^3 / 3 + R i^2 + N oi R",
         promises=_PROMISES,
+        semantics=2,
     )
 )
 method(
@@ -114,5 +116,6 @@ method(
         formula="tau_ij a E_d[x_j^2] / ((1-a) E_u[x_j^2] + a E_d[x_j^2])",
         cost="N oi",
         promises=_PROMISES,
+        semantics=2,
     )
 )

@@ -65,5 +65,6 @@ method(
         formula="c_m tau_j, m the band of quantiles of |tau| that |tau_j| is in",
         cost="N M oi",
         promises=Promises(neutral={"coefficients": [1.0, 1.0]}, identical="sum"),
+        semantics=2,
     )
 )

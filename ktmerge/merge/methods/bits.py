@@ -54,5 +54,6 @@ method(
         otherwise={"embed": _SUM, "vector": _SUM},
         formula="mean |tau| sign(tau)",
         promises=Promises(neutral=None, identical="other"),
+        semantics=2,
     )
 )

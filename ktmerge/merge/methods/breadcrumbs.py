@@ -82,6 +82,7 @@ method(
         otherwise={"vector": _SUM},
         formula="sum_t w_t (tau_t without its gamma n largest, then its density n largest)",
         promises=Promises(neutral=_KEEP_ALL, identical="sum"),
+        semantics=2,
     )
 )
 method(
@@ -93,5 +94,6 @@ method(
         otherwise={"vector": _ELECT},
         formula="disjoint mean, by elected sign, of breadcrumbs(tau_t)",
         promises=Promises(neutral=_KEEP_ALL, identical="mean"),
+        semantics=2,
     )
 )

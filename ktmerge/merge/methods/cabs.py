@@ -88,5 +88,6 @@ method(
         formula="sum_t w_t m_t tau_t, m_t: n of m by |tau_t|, outside m_1 .. m_{t-1} first",
         cost="N oi log m",
         promises=Promises(neutral={"n": 128}, identical="sum", experts=False, elements=False),
+        semantics=2,
     )
 )

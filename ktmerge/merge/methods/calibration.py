@@ -178,7 +178,6 @@ for _name, _summary, _from, _stages, _merged, _cost in _CALIBRATED:
             source=_from,
             stages=_stages,
             otherwise=MEANS,
-            capped=True,
             formula=f"U g S V^T of {_merged} = U S V^T, g = N / sum_t max(alpha, <u M, u tau_t> / ||u tau_t||^2)",
             cost=f"{_cost} + N oi min(o, i)",
             promises=Promises(
@@ -186,7 +185,7 @@ for _name, _summary, _from, _stages, _merged, _cost in _CALIBRATED:
                 identical="other" if _name == "tsv_m_svc" else "mean",
                 elements=False, rotations=_name != "ties_svc", tolerance=2e-5,
             ),
-            semantics=3 if _name == "swudi_a_svc" else 2,
+            semantics=2 if _name in ("task_arithmetic_svc", "tsv_m_svc") else 3,
         )
     )  # fmt: skip
 
@@ -197,7 +196,6 @@ method(
         source="ktmerge; the rule for lengths after OPCM, arXiv:2501.09522",
         stages=Stages(combine=("mean", {}), calibrate=(("norm_budget", {}),)),
         otherwise=MEANS,
-        capped=True,
         formula="mean_t ||tau_t|| M / ||M||, M = mean_t tau_t",
         cost="N oi",
         promises=Promises(identical="mean", elements=False, rotations=True, tolerance=1e-6),

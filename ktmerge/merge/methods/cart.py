@@ -72,7 +72,6 @@ method(
         source="Choi et al., 2024, arXiv:2412.12153",
         stages=Stages(combine=("cart", {})),
         otherwise=MEANS,
-        capped=True,
         formula="c + mu sum_t SVD_k(tau_t - c), c = mean_t tau_t, k = 6 % of min(o, i)",
         cost="N eigh min(o, i)^3",
         promises=Promises(identical="mean", elements=False, rotations=True, tolerance=1e-5),

@@ -139,6 +139,7 @@ method(
         formula="c M, c = a <tau, M>_d / (a <M, M>_d + (1-a) <M, M>_u)",
         cost="N oi R",
         promises=_PROMISES,
+        semantics=2,
     )
 )
 method(
@@ -153,6 +154,6 @@ method(
         promises=Promises(
             neutral={"kappa": 0.0, "a": 1.0}, nothing={"a": 0.0}, identical="mean", elements=False, tolerance=1e-5
         ),
-        semantics=3,
+        semantics=4,
     )
 )

@@ -24,6 +24,9 @@ class CtsParameters(Parameters):
         "sum, their sum over sqrt(N), their mean",
     )
     mu: float = Field(1.0, ge=0, le=2, description="weight of the specific part; 0 leaves only what is common")
+    power: float = Field(
+        1.0, ge=0, le=1, description="of the common part's singular values, at one norm; 0.5 raises its weak directions"
+    )
     split_fused: SplitFused = True
 
 
@@ -37,6 +40,7 @@ def cts(deltas: list[Tensor], parameters: CtsParameters, context: Context) -> Te
     The regressions take each expert's covariance from its whole delta, which tells of its inputs as before, so that one
     decomposition serves both parts. Equal experts give the one; experts that read different inputs give, with
     ``residual: sum``, their sum. Of a single expert that changed a map the delta is returned.
+    ``power`` p below 1 makes the common part U S^p V^T at its former Frobenius norm: soft isotropy (arXiv:2502.04959).
 
     The formula has no weights: each delta is multiplied by its weight over the mean of their magnitudes.
     """
@@ -44,6 +48,7 @@ def cts(deltas: list[Tensor], parameters: CtsParameters, context: Context) -> Te
 
     from ktmerge.merge.common import shared
     from ktmerge.merge.matrices import by_map
+    from ktmerge.merge.methods.isotropy import evened
     from ktmerge.merge.spectra import members
 
     def merge(maps: list[Tensor], base: Tensor, number: int) -> Tensor:
@@ -52,7 +57,10 @@ def cts(deltas: list[Tensor], parameters: CtsParameters, context: Context) -> Te
             return own[0] if own else torch.zeros_like(base)
         found = shared(own)
         gate = found.gate()
-        merged = found.mean() * gate + parameters.mu * _specific(found, gate, parameters.residual)
+        common = found.mean() * gate
+        if parameters.power < 1:
+            common = evened(common, parameters.power, "frobenius")
+        merged = common + parameters.mu * _specific(found, gate, parameters.residual)
         return found.frame.back(merged).float()
 
     return by_map(deltas, context, merge, fused=parameters.split_fused)
@@ -96,7 +104,6 @@ method(
         source="ktmerge; the regression of what is specific after arXiv:2606.07289",
         stages=Stages(combine=("cts", {})),
         otherwise=MEANS,
-        capped=True,
         formula="mean(a) g V^T + mu merge(tau - a g V^T), a = tau V, g = clip((k - 1/N) / (1 - 1/N), 0, 1)",
         cost="eigh min(i, N o)^3 + N oi min(i, N o)",
         promises=Promises(identical="mean", elements=False, rotations=True, tolerance=1e-5),

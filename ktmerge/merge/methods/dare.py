@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
+from ktmerge.checkpoints.classes import TensorClass
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.program import Drop
 from ktmerge.merge.registry import method, stage
@@ -148,10 +149,9 @@ def drop(delta: Tensor, density: float, context: Context) -> Tensor:
     return torch.where(words < _chance(density), delta, 0.0)
 
 
-# Random choice among the few values of a norm or bias, or the rarely touched rows of an embedding, only adds noise
-# (arXiv:2410.09344 leaves them out too): there the drop is left out and the rest of the method stays.
-_NO_DROP_SUM = Stages(combine=("sum", {}))
-_NO_DROP_ELECT = Stages(combine=("elect", {}))
+LEFT_OUT: tuple[TensorClass, ...] = ("embed", "vector", "conv")
+"""Random choice among the few values of a norm, bias or filter, or the rarely touched rows of an embedding, only adds
+noise (arXiv:2410.09344 leaves them out too): there the drop is left out and the rest of the method stays."""
 
 method(
     Method(
@@ -160,8 +160,9 @@ method(
         formula="sum_t w_t m_t tau_t / density, m_t ~ Bernoulli(density)",
         source="Yu et al., ICML 2024, arXiv:2311.03099",
         stages=Stages(transform=(("dare", {}),), combine=("sum", {})),
-        otherwise={"embed": _NO_DROP_SUM, "vector": _NO_DROP_SUM},
+        otherwise=dict.fromkeys(LEFT_OUT, Stages(combine=("sum", {}))),
         promises=Promises(neutral={"density": 1.0}, identical="other", elements=False, unbiased=True),
+        semantics=2,
     )
 )
 method(
@@ -171,7 +172,8 @@ method(
         formula="elect(m_t tau_t / density), m_t ~ Bernoulli(density)",
         source="Yu et al., ICML 2024, arXiv:2311.03099, with the election of arXiv:2306.01708",
         stages=Stages(transform=(("dare", {}),), combine=("elect", {})),
-        otherwise={"embed": _NO_DROP_ELECT, "vector": _NO_DROP_ELECT},
+        otherwise=dict.fromkeys(LEFT_OUT, Stages(combine=("elect", {}))),
         promises=Promises(neutral={"density": 1.0}, identical="other", elements=False),
+        semantics=2,
     )
 )

@@ -10,6 +10,7 @@ from pydantic import Field
 from ktmerge.merge.arithmetic import quotient
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.matrices import row_size
+from ktmerge.merge.methods.dare import LEFT_OUT
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, Parameters, Place, Promises, Stages
 
@@ -87,9 +88,6 @@ def _ratio(delta: Tensor, pruned: Tensor) -> float:
     return float(before.value() / after.value()) if after.value() else 0.0
 
 
-# As with dare: a random choice among the few values of a norm, or rarely touched rows, only adds noise.
-_SUM, _ELECT = Stages(combine=("sum", {})), Stages(combine=("elect", {}))
-
 method(
     Method(
         name="della",
@@ -97,10 +95,11 @@ method(
         source="Deep et al., 2024, arXiv:2406.11617",
         stages=Stages(transform=(("magprune", {}),), combine=("elect", {})),
         lambda_=1.1,
-        otherwise={"embed": _ELECT, "vector": _ELECT},
+        otherwise=dict.fromkeys(LEFT_OUT, Stages(combine=("elect", {}))),
         formula="disjoint mean, by elected sign, of m tau_t / pi, m ~ Bernoulli(pi), pi by rank in the row",
         cost="N oi log i",
         promises=Promises(neutral={"density": 1.0}, identical="other", elements=False),
+        semantics=2,
     )
 )
 method(
@@ -110,9 +109,10 @@ method(
         source="Deep et al., 2024, arXiv:2406.11617",
         stages=Stages(transform=(("magprune", {}),), combine=("sum", {})),
         lambda_=1.1,
-        otherwise={"embed": _SUM, "vector": _SUM},
+        otherwise=dict.fromkeys(LEFT_OUT, Stages(combine=("sum", {}))),
         formula="sum_t w_t m tau_t / pi, m ~ Bernoulli(pi), pi by rank in the row",
         cost="N oi log i",
         promises=Promises(neutral={"density": 1.0}, identical="other", elements=False, unbiased=True),
+        semantics=2,
     )
 )

@@ -60,5 +60,6 @@ method(
         formula="U [s > omega(b) median(s) / mu(b)] S V^T of tau = U S V^T, b = min(o, i) / max(o, i)",
         cost="eigh min(o, i)^3",
         promises=Promises(neutral={"scale": 0.0}, identical="mean", elements=False, rotations=True, tolerance=1e-5),
+        semantics=2,
     )
 )

@@ -11,7 +11,7 @@ from ktmerge.merge.arithmetic import weighted_total
 from ktmerge.merge.program import Elect
 from ktmerge.merge.registry import stage
 from ktmerge.merge.stage import Context, OnePass, Parameters, Scope, Statistic
-from ktmerge.merge.weights import positive
+from ktmerge.merge.weights import positive, used
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +53,8 @@ class _SignBalance(OnePass):
         self._balance = 0
 
     def observe(self, values: list[Tensor], context: Context) -> None:
-        votes = _vote(values, self._parameters, relative(context.weights))
+        weights = relative(used(context.weights, context.weights))
+        votes = _vote(used(values, context.weights), self._parameters, weights)
         self._balance += int((votes > 0).sum()) - int((votes < 0).sum())
 
     def result(self) -> int:
@@ -69,7 +70,8 @@ def _majority(parameters: ElectParameters) -> tuple[Statistic, ...]:
 
 
 def _compiled(parameters: ElectParameters, weights: Mapping[str, float]) -> Elect | None:
-    if parameters.tie == "majority":
+    asks_all = parameters.elect != "weighted" or parameters.aggregate == "wsum_over_count"
+    if parameters.tie == "majority" or (asks_all and not all(weights.values())):
         return None
     own, equal = relative(list(weights.values())), [1.0] * len(weights)
     return Elect(
@@ -92,7 +94,7 @@ def elect(deltas: list[Tensor], parameters: ElectParameters, context: Context) -
     """
     import torch
 
-    weights = relative(context.weights)
+    deltas, weights = used(deltas, context.weights), relative(used(context.weights, context.weights))
     sign = torch.sign(_vote(deltas, parameters, weights))
     if parameters.tie != "zero":
         fallback = 1 if parameters.tie == "plus" else context.statistics["majority"]

@@ -14,12 +14,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+Preserved = Literal["nuclear", "frobenius"]
+Edge = Literal["rounding", "noise"]
+
+
 class IsotropyParameters(Parameters):
     power: float = Field(
         0.0, ge=0, le=1, description="of the singular values; 0 makes all equal, 1 leaves the sum as is"
     )
-    preserve: Literal["nuclear", "frobenius"] = Field(
+    preserve: Preserved = Field(
         "nuclear", description="what stays the same: the mean singular value, as published, or the Frobenius norm"
+    )
+    above: Edge = Field(
+        "rounding",
+        description="what is evened out: all singular values, but those that are rounding go; or those above the noise "
+        "that the median tells of, and the others stay",
     )
     split_fused: SplitFused = True
 
@@ -35,7 +44,8 @@ def isotropy(deltas: list[Tensor], parameters: IsotropyParameters, context: Cont
 
     c keeps the mean of the min(o, i) singular values (``nuclear``; with p = 0 Iso-C's mean(S) U V^T) or ||S||
     (``frobenius``). With p = 0 the weakest directions, noise most of all, are raised to the mean; p = 0.5 is milder.
-    One expert does not come back as it was unless p = 1. Tensors that are no linear maps are averaged.
+    One expert does not come back as it was unless p = 1. With ``above: noise`` only what stands out from noise, as in
+    dg_hard, is evened out, by itself. Tensors that are no linear maps are averaged.
 
     The formula has no weights: each delta is multiplied by its weight over the mean of their magnitudes.
 
@@ -44,26 +54,35 @@ def isotropy(deltas: list[Tensor], parameters: IsotropyParameters, context: Cont
     from ktmerge.merge.spectra import combined, total
 
     def merge(own: list[Tensor]) -> Tensor:
-        return total(own) if parameters.power == 1 else _evened(total(own), parameters)
+        added = total(own)
+        return (
+            added if parameters.power == 1 else evened(added, parameters.power, parameters.preserve, parameters.above)
+        )
 
     return combined(deltas, context, merge, fused=parameters.split_fused)
 
 
-def _evened(added: Tensor, parameters: IsotropyParameters) -> Tensor:
-    from ktmerge.merge.spectra import NOISE, one_sided
+def evened(matrix: Tensor, power: float, preserve: Preserved, above: Edge = "rounding") -> Tensor:
+    """c U S^p V^T of ``[o, i]``, float64; see `isotropy`."""
+    import torch
 
-    found = one_sided(added)
-    values = found.values[found.values > NOISE * found.values[0]]
+    from ktmerge.merge.spectra import NOISE, one_sided, threshold
+
+    found = one_sided(matrix)
+    noise = above == "noise"
+    edge = threshold(found.values, (matrix.shape[0], matrix.shape[1])) if noise else NOISE * float(found.values[0])
+    values, rest = found.values[found.values > edge], found.values[found.values <= edge]
     if not values.numel():
-        return added
-    powers = values**parameters.power
-    if parameters.preserve == "frobenius":
+        return matrix
+    powers = values**power
+    if preserve == "frobenius":
         scale = values.norm() / powers.norm()
     else:
         # with p = 0 the mean over all of min(o, i), those that stay out included
-        count = found.values.numel() if parameters.power == 0 else float(powers.sum())
+        count = float(powers.sum()) if noise or power else found.values.numel()
         scale = values.sum() / count
-    return found.filtered(scale * powers / values)
+    factors = scale * powers / values
+    return found.filtered(torch.cat([factors, torch.ones_like(rest)]) if noise else factors)
 
 
 @stage("iso_cts", "combine", IsoCtsParameters, reach="tensor")
@@ -146,7 +165,6 @@ for _name, _summary, _formula, _cost, _stages in (
             source="Marczak et al., ICML 2025, arXiv:2502.04959" + ("; softened by ktmerge" if "soft" in _name else ""),
             stages=_stages,
             otherwise=MEANS,
-            capped=True,
             formula=_formula,
             cost=_cost,
             promises=Promises(

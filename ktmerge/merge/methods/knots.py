@@ -115,6 +115,6 @@ method(
         formula="U ties(S V_1^T, ..., S V_N^T), [tau_1 ... tau_N] = U S [V_1^T ... V_N^T]",
         cost="eigh min(o, N i)^3 + N oi min(o, N i)",
         promises=Promises(neutral={"density": 1.0}, identical="mean", elements=False, tolerance=1e-5),
-        semantics=3,
+        semantics=4,
     )
 )

@@ -9,6 +9,7 @@ from pydantic import Field
 from ktmerge.merge.program import Ramp
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, OnePass, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.weights import used
 from ktmerge.recipes.schema import Factor
 
 if TYPE_CHECKING:
@@ -38,9 +39,11 @@ class _Share(OnePass):
     def observe(self, values: Tensor, context: Context) -> None:
         from ktmerge.merge.arithmetic import weighted_total
 
-        self._plain.add(weighted_total(context.deltas, [1.0] * len(context.deltas)))
+        members = used(context.deltas, context.weights)
+        if members:
+            self._plain.add(weighted_total(members, [1.0] * len(members)))
         self._merged.add(values)
-        self._experts = len(context.experts)
+        self._experts = len(members)
 
     def result(self) -> float:
         merged = self._merged.value()
@@ -84,5 +87,6 @@ method(
         stages=Stages(combine=("mean", {}), scale=(("lines", {}),)),
         formula="(alpha + beta l / (L-1)) tau in layer l of L",
         promises=Promises(neutral={"alpha": 1.0}, nothing={"alpha": 0.0, "beta": 0.0}, identical="mean"),
+        semantics=2,
     )
 )

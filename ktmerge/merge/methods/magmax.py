@@ -51,5 +51,6 @@ method(
         lambda_=0.5,
         formula="tau_t*, t* = argmax_t |tau_t|",
         promises=Promises(identical="mean"),
+        semantics=2,
     )
 )

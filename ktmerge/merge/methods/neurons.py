@@ -137,5 +137,6 @@ method(
         otherwise={"embed": _SUM, "vector": _SUM, "conv": _SUM},
         formula="s tau_n of the rho n neurons of largest ||tau_n||, gamma tau_n of the others; ||M|| = alpha ||tau||",
         promises=Promises(neutral={"rho": 1.0}, identical="other", elements=False),
+        semantics=2,
     )
 )

@@ -70,5 +70,6 @@ method(
         formula="M (I + kappa C_u / mean eigenvalue)^-1",
         cost="min(R, i)^3 / 3 + R oi",
         promises=Promises(neutral={"kappa": 0.0}, identical="mean", elements=False, tolerance=1e-5),
+        semantics=2,
     )
 )

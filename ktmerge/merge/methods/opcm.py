@@ -134,7 +134,6 @@ method(
         source="Tang et al., 2025, arXiv:2501.09522",
         stages=Stages(combine=("opcm", {})),
         otherwise=MEANS,
-        capped=True,
         formula="M <- M + tau_t - U (D * U^T tau_t V) V^T, M = U S V^T; then M mean_t |tau_t| / |M|",
         cost="N eigh m^3, twice; scope tensor: once",
         promises=Promises(identical="other", experts=False, elements=False, rotations=True, tolerance=1e-5),

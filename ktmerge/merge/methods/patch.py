@@ -90,6 +90,6 @@ method(
         formula="[(H_d + kappa C_u)_SS]^-1 (H_d tau^T)_S on the support S of each row, 0 elsewhere",
         cost="o (density i)^3 / 3 + R i^2",
         promises=Promises(neutral={"density": 1.0}, identical="mean", elements=False, tolerance=1e-5),
-        semantics=2,
+        semantics=3,
     )
 )

@@ -11,7 +11,7 @@ from pydantic import Field
 from ktmerge.merge.arithmetic import VECTORS
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, Parameters, Place, Promises, Stages, Statistic
-from ktmerge.merge.weights import relative
+from ktmerge.merge.weights import relative, used
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +44,7 @@ class _Balance:
     def observe(self, values: list[Tensor], context: Context) -> None:
         if not values[0].numel():
             return
+        values = used(values, context.weights)
         if not self._ranked:
             self._start(len(values))
         shown = _scores(values, self._magnitudes) if self._magnitudes else values
@@ -108,8 +109,9 @@ def balance(deltas: list[Tensor], parameters: PcbParameters, context: Context) -
         return torch.zeros_like(deltas[0])
     total = torch.zeros_like(deltas[0], dtype=torch.float64)
     share = torch.zeros_like(total)
-    scores = _scores(deltas, levels.magnitudes)
-    for delta, score, (low, high), weight in zip(deltas, scores, levels.scores, relative(context.weights), strict=True):
+    members, weights = used(deltas, context.weights), relative(used(context.weights, context.weights))
+    scores = _scores(members, levels.magnitudes)
+    for delta, score, (low, high), weight in zip(members, scores, levels.scores, weights, strict=True):
         grade = _scaled(score.double(), low, high)
         total += delta.double() * weight * grade
         share += grade
@@ -148,5 +150,6 @@ method(
         formula="sum_t tau_t g_t / sum_t g_t, g_t = top d of exp(N a_t^2) tanh(s_t sum_k s_k)",
         cost="N oi, four passes",
         promises=Promises(neutral=None, identical="other"),
+        semantics=2,
     )
 )

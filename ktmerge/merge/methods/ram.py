@@ -71,12 +71,16 @@ def _objection(parameters: RamParameters, weights: Mapping[str, float]) -> str |
     return None if any(weights.values()) else "all expert weights are 0; nothing would be merged"
 
 
-def _ruled(parameters: RamParameters, weights: Mapping[str, float]) -> Ruled:
+def _ruled(parameters: RamParameters, weights: Mapping[str, float]) -> Ruled | None:
+    if not all(weights.values()):
+        return None  # the kernel knows no expert that does not count
     return Ruled(OVERLAP, relative(list(weights.values())), (parameters.epsilon * _BF16_STEP,))
 
 
-def _ruled_plus(parameters: RamPlusParameters, weights: Mapping[str, float]) -> Ruled:
+def _ruled_plus(parameters: RamPlusParameters, weights: Mapping[str, float]) -> Ruled | None:
     plain = _ruled(parameters, weights)
+    if plain is None:
+        return None
 
     def with_factors(shared: Sequence[int], unique: Sequence[int]) -> Ruled:
         return replace(plain, factors=_factors(parameters, shared, unique))
@@ -118,12 +122,13 @@ def _merged(deltas: list[Tensor], factors: list[float], parameters: RamParameter
 
 
 def _active(deltas: list[Tensor], parameters: RamParameters, context: Context) -> list[Tensor]:
-    """Where each expert's change counts."""
+    """Where each expert's change counts; nowhere if it has no weight."""
     import torch
 
     power_of_two = (context.base.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
     floor = parameters.epsilon * _BF16_STEP * power_of_two
-    return [(delta.abs() >= floor) & (delta != 0) for delta in deltas]
+    pairs = zip(deltas, context.weights, strict=True)
+    return [(delta.abs() >= floor) & (delta != 0) if weight else torch.zeros_like(delta) > 0 for delta, weight in pairs]
 
 
 method(
@@ -134,6 +139,7 @@ method(
         stages=Stages(combine=("overlap_mean", {})),
         formula="sum_A tau_t / |A|, A = {t: |tau_t| >= e}",
         promises=Promises(neutral={"epsilon": 0.0}, identical="mean", scale=False),
+        semantics=2,
     )
 )
 method(
@@ -144,5 +150,6 @@ method(
         stages=Stages(combine=("overlap_plus", {})),
         formula="as ram, tau_t (1 + r clip(shared_t / own_t, 0, alpha)) where |A| = 1",
         promises=Promises(neutral={"epsilon": 0.0}, identical="mean", scale=False),
+        semantics=2,
     )
 )

@@ -140,5 +140,6 @@ method(
         formula="(sum_t w_t tau_t G_t + rho mean) (sum_t w_t G_t + w_0 G_0 + rho I)^-1",
         cost="i^3 / 3 + N R i^2",
         promises=Promises(identical="mean", elements=False, tolerance=1e-5),
+        semantics=2,
     )
 )

@@ -118,7 +118,6 @@ method(
         source="arXiv:2606.02252",
         stages=Stages(combine=("resmerge", {})),
         otherwise=MEANS,
-        capped=True,
         formula="c^b mean ||R_t|| q + 0.2 S ||A|| h, tau_t = H_t + R_t, q and h the mean directions of R_t and H_t",
         cost="N eigh min(o, i)^3",
         promises=Promises(identical="other", elements=False, rotations=True, tolerance=1e-5),

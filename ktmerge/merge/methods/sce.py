@@ -11,7 +11,7 @@ from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.methods.elect import disjoint, relative
 from ktmerge.merge.registry import method, stage
 from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages, Statistic
-from ktmerge.merge.weights import positive
+from ktmerge.merge.weights import positive, used
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +43,7 @@ class _Selection:
     def observe(self, values: list[Tensor], context: Context) -> None:
         from ktmerge.merge.kernels.sums import ExactSum
 
+        values = used(values, context.weights)
         if self._phase == "count":
             self._nonzero += int(_spread(values).count_nonzero())
         elif self._phase == "search":
@@ -92,9 +93,10 @@ def sce(deltas: list[Tensor], parameters: SceParameters, context: Context) -> Te
     if not deltas[0].numel():
         return deltas[0].clone()
     threshold, energies = context.statistics["selection"]
-    weights = [energy * weight for energy, weight in zip(energies, context.weights, strict=True)]
+    deltas, shares = used(deltas, context.weights), used(context.weights, context.weights)
+    weights = [energy * weight for energy, weight in zip(energies, shares, strict=True)]
     if not any(weights):
-        weights = list(context.weights)
+        weights = shares
     selected = _masked(deltas, threshold, context) if parameters.mask_deltas else deltas
     sign = torch.sign(weighted_total(selected, [1.0] * len(selected)))
     if parameters.tie == "plus":
@@ -133,5 +135,6 @@ method(
         formula="sum_A w_t tau_t / sum_A w_t, w_t ~ |m tau_t|^2, m = top k of the variance, A = {t: sign of the sum}",
         cost="N oi, radix select",
         promises=Promises(neutral={"select_topk": 1.0}, identical="mean", elements=False, nothing={"select_topk": 0.0}),
+        semantics=2,
     )
 )

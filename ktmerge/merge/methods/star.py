@@ -52,5 +52,6 @@ method(
         formula="mean_t U_r (S_r sum s / sum_r s) V_r^T of tau_t = U S V^T, sum_r s >= 0.4 sum s",
         cost="N eigh min(o, i)^3",
         promises=Promises(neutral={"eta": 1.0}, identical="other", elements=False, rotations=True, tolerance=1e-5),
+        semantics=2,
     )
 )

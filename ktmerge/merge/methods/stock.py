@@ -45,7 +45,7 @@ def stock(deltas: list[Tensor], parameters: StockParameters, context: Context) -
     """M = t mean_t tau_t with t = N c / (1 + (N - 1) c), c the mean cosine of pairs (arXiv:2403.19522).
 
     t is kept within 0 and 1: no positive cosine, no step. N, c and the (weighted) mean are of the experts that moved
-    the tensor or row; one alone has no angle to judge by and stays.
+    the tensor or row and have a weight; one alone has no angle to judge by and stays.
     Differs from mergekit, where t goes below 0 and beyond 1 with negative cosines (-12 for N = 4 and c = -0.3), and
     where deltas of norms whose product is below 1e-6 count as orthogonal, which gives small tensors back to the base.
     """
@@ -61,10 +61,11 @@ def _coefficients(geometry: Geometry, weights: tuple[float, ...]) -> Any:
     """``[G, N]``."""
     import numpy as np
 
-    moved = geometry.norms > 0
+    moved = (geometry.norms > 0) & (np.asarray(weights) > 0)
     number = moved.sum(1)
     pairs = np.maximum(number * (number - 1) / 2, 1)
-    cosine = np.triu(geometry.cosines, 1).sum((1, 2)) / pairs
+    cosines = geometry.cosines * (moved[:, :, None] & moved[:, None, :])
+    cosine = np.triu(cosines, 1).sum((1, 2)) / pairs
     cosine = np.clip(np.where(number == 1, 1.0, cosine), 0.0, 1.0)
     ratio = number * cosine / (1 + np.maximum(number - 1, 0) * cosine)
     shares = np.where(moved, np.asarray(weights), 0.0)
@@ -82,5 +83,6 @@ method(
         formula="t mean_t tau_t, t = N c / (1 + (N-1) c) within [0, 1], c = mean cosine of pairs",
         cost="N^2 oi",
         promises=Promises(neutral=None, identical="mean", tolerance=1e-6),
+        semantics=2,
     )
 )

@@ -67,5 +67,6 @@ method(
         formula="U_r S_r V_r^T of tau = U S V^T, r the fewest with sum_r s^2 >= 0.9 sum s^2",
         cost="eigh min(o, i)^3",
         promises=Promises(neutral={"share": 1.0}, identical="mean", elements=False, rotations=True, tolerance=1e-5),
+        semantics=2,
     )
 )

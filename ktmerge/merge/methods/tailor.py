@@ -153,5 +153,6 @@ for _name, _summary, _parameters, _promises in (
             formula="m (tau + correction), m the entries of largest score in each block of columns",
             cost="i^3 + R i^2 + oi^2; of R < i / 2 samples i R^2 + oi R",
             promises=_promises,
+            semantics=2,
         )
     )

@@ -13,5 +13,6 @@ method(
         source="Yadav et al., NeurIPS 2023, arXiv:2306.01708",
         stages=Stages(transform=(("trim", {}),), combine=("elect", {})),
         promises=Promises(neutral={"density": 1.0}, identical="mean"),
+        semantics=2,
     )
 )

@@ -73,5 +73,6 @@ method(
         formula="elect(trim tau_t) where |sum_t w_t tau_t| > kappa r_j sum_t w_t |tau_t|, else 0; r_j^2 ~ E x_j^2",
         cost="N oi + R i",
         promises=Promises(neutral={"density": 1.0, "kappa": 0.0}, identical="other", elements=False),
+        semantics=2,
     )
 )

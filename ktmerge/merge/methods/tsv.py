@@ -60,7 +60,6 @@ method(
         source="Gargiulo et al., CVPR 2025, arXiv:2412.00081",
         stages=Stages(combine=("tsv_m", {})),
         otherwise=MEANS,
-        capped=True,
         formula="polar(U) diag(S) polar(V)^T, [U, S, V] = top min(o, i) / N singular triplets of each tau_t",
         cost="(N + 2) eigh min(o, i)^3",
         promises=Promises(identical="other", elements=False, rotations=True, tolerance=1e-5),

@@ -74,6 +74,6 @@ method(
         formula="U (s^3 / (s^2 + n^2)) V^T of tau = U S V^T, n^2 = (1 - a) / a ||tau||^2 / i",
         cost="eigh min(o, i)^3; prior weights: eigh min(i, 2 o)^3",
         promises=Promises(neutral={"a": 1.0}, identical="mean", elements=False, rotations=True, tolerance=1e-5),
-        semantics=2,
+        semantics=3,
     )
 )

@@ -143,7 +143,6 @@ for _name, _summary, _source, _formula, _parameters, _cost in (
             source=_source,
             stages=Stages(combine=("spectral_regmean", _parameters)),
             otherwise=MEANS,
-            capped=True,
             formula=_formula,
             cost=_cost,
             promises=_PROMISES,
