@@ -85,12 +85,17 @@ def test_a_special_token_may_be_a_stop(llama: Any, tokenizer: Any, prompts: list
 
     from tokenizers import AddedToken
 
-    new = greedy(llama, prompts[1], 8)
-    marked = copy.deepcopy(tokenizer)
-    marked.add_special_tokens({"additional_special_tokens": [AddedToken(marked.convert_ids_to_tokens(new[3]))]})
-    stop = marked.decode([new[3]])
-    (found,) = generate(llama, marked, [prompts[1]], max_new_tokens=8, stop=[stop])
-    assert found == marked.decode(new[: new.index(new[3])], skip_special_tokens=True)
+    (new,) = greedy(llama, prompts[1], 1)
+    ending, stop = copy.deepcopy(tokenizer), tokenizer.convert_ids_to_tokens(new)
+    ending.add_special_tokens({"additional_special_tokens": [AddedToken(stop, special=True)]})
+    calls: list[int] = []
+    handle = llama.model.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        found = generate(llama, ending, [prompts[1]], max_new_tokens=8, stop=[stop])
+    finally:
+        handle.remove()
+    assert found == [""]
+    assert len(calls) == 1, "texts are decoded without special tokens: their ids have to tell"
 
 
 def test_the_checkpoints_sampling_settings_do_not_count(llama: Any, tokenizer: Any, prompts: list[list[int]]) -> None:
