@@ -94,8 +94,12 @@ def staged(jobs: Sequence[NamedJob]) -> list[NamedJob]:
     as many steps as without, of as many samples.
 
     Raises:
-        UsageError: there is one such expert only, or they have different settings.
+        UsageError: two go into one folder; there is one such expert only, or they have different settings.
     """
+    owners: dict[Path, str] = {}
+    for job in jobs:
+        if owners.setdefault(job.out, job.name) != job.name:
+            raise UsageError(f"{job.out}: experts {owners[job.out]} and {job.name} go there; give each a folder.")
     together = [job for job in jobs if job.job.curriculum == "shared"]
     if not together:
         return list(jobs)

@@ -13,6 +13,7 @@ from ktmerge.errors import UsageError
 from ktmerge.measurement import measurements_of
 from ktmerge.recipes.load import parse_recipe
 from ktmerge.recipes.schema import Recipe
+from ktmerge.staging import jobs_of
 
 JOB = {"data": "train.jsonl", "max_steps": 2}
 TASK = {"name": "prose", "kind": "text", "data": "prose.jsonl"}
@@ -56,6 +57,21 @@ def test_an_expert_is_measured_on_the_images_it_was_tuned_on(
     (one,) = measurements_of(whole)
     assert (one.job.data, one.job.images) == (["train.jsonl"], expected)
     assert (one.model, one.adapter) == (workshop / "base", workshop / "lora")
+
+
+def test_two_experts_cannot_go_into_one_folder(workshop: Path) -> None:
+    whole = recipe(
+        workshop,
+        experts={name: {"model": "runs/same"} for name in "ab"},
+        finetune={"experts": dict.fromkeys("ab", JOB)},
+    )
+    with pytest.raises(UsageError, match="experts a and b go there"):
+        jobs_of(whole)
+
+
+def test_a_shared_stage_needs_several_in_python_too(workshop: Path) -> None:
+    with pytest.raises(UsageError, match="needs several experts"):
+        api.finetune(workshop / "base", "train.jsonl", workshop / "out", curriculum="shared", max_steps=4)
 
 
 def test_losses_of_a_shared_stage_are_told_too(workshop: Path) -> None:

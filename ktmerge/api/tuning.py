@@ -49,7 +49,7 @@ def finetune(
     paths = [data] if isinstance(data, (str, Path)) else data
     document = {"data": [str(path) for path in paths], **settings}
     job = _job(document, "finetune", Path.cwd(), str(base), Path(out))
-    return finetune_all([job], resume=resume, overwrite=overwrite, progress=progress)[0]
+    return finetune_all(staged([job]), resume=resume, overwrite=overwrite, progress=progress)[0]
 
 
 def finetune_jobs(

@@ -59,6 +59,8 @@ class Image:
             raise ImageError(f"{self.path}: is a folder, not an image.") from None
         except OSError as error:
             raise ImageError(f"{self.path}: cannot be read: {error.strerror or error}.") from None
+        except ValueError:  # half a character
+            raise ImageError(f"{str(self.path)!r} names no file.") from None
 
     def digest(self) -> str:
         """sha256 of the image file's bytes."""

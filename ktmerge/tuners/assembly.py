@@ -17,6 +17,7 @@ from ktmerge.tuners.arguments import training_arguments
 from ktmerge.tuners.assignment import Assignment
 from ktmerge.tuners.images.agreement import require_agreement
 from ktmerge.tuners.loss import projects_faithfully
+from ktmerge.tuners.material import room_of
 from ktmerge.tuners.model import load_model
 from ktmerge.tuners.order import by_curriculum, by_length
 from ktmerge.tuners.partial import Saved
@@ -77,8 +78,7 @@ def assemble(
     model: Any = load_model(given.base, given.progress, sees="vision_config" in given.base.config)
     if not processes.is_several:
         model.to(given.machine.device)  # before anything is copied of it
-    alone = not processes.is_several
-    staged = by_curriculum(given, model) if alone else None  # an untrained adapter need not be the base
+    staged = by_curriculum(given, model)  # an untrained adapter need not be the base
     adapted = _attach(given, model)
     trained = choose_trained(model, given.base, job) if adapted is None else adapted.trained
     model = model if adapted is None else adapted.model
@@ -95,7 +95,6 @@ def assemble(
         samples=(len(given.samples), len(given.replayed)),
     )  # fmt: skip
     lengths = by_length(given)
-    staged = staged if alone else by_curriculum(given, model)
     budgets = [] if adapted is None or adapted.budget is None else [adapted.budget]
     trainer = _kind_of_trainer(given)(
         lean=lean,
@@ -248,7 +247,10 @@ def _speakers(given: Assignment) -> list[Any]:
 
     encoder = given.encoder
     prompts = choose_prompts(given.evaluated, given.job.show_samples, encoder.image_token)
-    speaker = Speaker(prompts, encoder.tokenizer, encoder.stops, given.partial.log, given.progress, encoder.extras)
+    room = room_of(given.job, given.base)
+    speaker = Speaker(
+        prompts, encoder.tokenizer, encoder.stops, given.partial.log, given.progress, encoder.extras, room
+    )
     return [speaker] if prompts else []
 
 

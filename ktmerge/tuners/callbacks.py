@@ -145,6 +145,7 @@ class EvaluationCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> Any:
         if self._watch(int(state.global_step), float(metrics["eval_upstream_loss"])):
             control.should_training_stop = True
+            control.should_save = False  # a run that goes on from here would not know that it is over
         return control
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional
 from ktmerge.progress import Progress
 from ktmerge.tuners.collate import IGNORED
 from ktmerge.tuners.encode import Encoded
-from ktmerge.tuners.loss import following
+from ktmerge.tuners.loss import following, for_model
 from ktmerge.tuners.mode import evaluating
 from ktmerge.tuners.partial import read_object, write_object
 
@@ -75,7 +75,7 @@ def difficulties(
     def of(inputs: Mapping[str, Tensor]) -> Tensor:
         targets = following(inputs["labels"])
         wanted = targets != IGNORED
-        logits = model(**_given(inputs), use_cache=False).logits[wanted].float()
+        logits = model(**for_model(inputs), use_cache=False).logits[wanted].float()
         losses = functional.cross_entropy(logits, targets[wanted], reduction="none").double()
         rows = wanted.nonzero()[:, 0]
         total = torch.zeros(len(wanted), dtype=torch.float64, device=losses.device).index_add(0, rows, losses)
@@ -104,7 +104,7 @@ def strangeness(
     """
 
     def of(inputs: Mapping[str, Tensor]) -> Tensor:
-        hidden = model(**_given(inputs), use_cache=False, output_hidden_states=True).hidden_states[-1].double()
+        hidden = model(**for_model(inputs), use_cache=False, output_hidden_states=True).hidden_states[-1].double()
         mask = inputs["attention_mask"].to(hidden).unsqueeze(2)
         mean: Tensor = (hidden * mask).sum(1) / mask.sum(1)
         return mean
@@ -173,7 +173,3 @@ def _of_each(
             step.advance(len(batch))
     joined = torch.cat(found)
     return torch.empty_like(joined).index_copy_(0, torch.tensor(order), joined)
-
-
-def _given(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in inputs.items() if name not in ("labels", "taught")}

@@ -33,7 +33,7 @@ _GENERATION = re.compile(r"\{%-?\s*generation\b")
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sample: token ids, and for each whether the model learns to say it (1) or only reads it (0).
+    """One sample: token ids, and for each whether the model learns to say it (1) or only reads it (0, as the first).
 
     ``replayed``: it is an upstream sample among those of the downstream task. ``images``: those it shows, in order;
     their tokens are among the ids.
@@ -63,8 +63,8 @@ class EncodedSet:
 
     @property
     def trained_tokens(self) -> int:
-        """Tokens that enter the loss; the first of a sample has nothing before it and never does."""
-        return sum(sum(sample.trained[1:]) for sample in self.samples)
+        """Tokens that enter the loss."""
+        return sum(sum(sample.trained) for sample in self.samples)
 
     @property
     def longest(self) -> int:
@@ -145,7 +145,7 @@ class Encoder:
 
                 loader: Any = AutoTokenizer
                 tokenizer = loader.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, ImportError, KeyError) as error:
+        except Exception as error:  # broken files end in errors of every type
             raise UsageError(f"{base}: its tokenizer cannot be loaded: {first_line(error)}") from None
         config = read_config(base)
         stops = stop_ids(tokenizer, base, config)
@@ -195,7 +195,8 @@ class Encoder:
             raise SampleError("has an image, but the base model takes none.")
         ids, trained = self._plain(sample) if isinstance(sample, PlainSample) else self._chat(sample)
         self._require_known(ids)
-        if not any(trained[1:]):
+        trained[0] = False  # there is nothing before it
+        if not any(trained):
             raise SampleError("has no token to learn after it is tokenised.")
         return Encoded(array("i", ids), bytes(trained), images=sample.images)
 

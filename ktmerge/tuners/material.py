@@ -56,7 +56,7 @@ class Material:
         fisher = _open_fisher(job, folder, checkpoint)
         data = _read(job, folder)
         encoder, seen = open_encoder(checkpoint, [one for found in data.values() for one in found.samples], progress)
-        encoded = _encode(encoder, data, _longest_allowed(job, checkpoint), progress)
+        encoded = _encode(encoder, data, longest_allowed(job, checkpoint), progress)
         return cls(checkpoint, fisher, data, encoder, encoded, seen)
 
 
@@ -113,14 +113,29 @@ def _encode(
     return encoded
 
 
-def _longest_allowed(job: FinetuneJob, checkpoint: Checkpoint) -> int:
-    length = context_length(checkpoint.config)
+def longest_allowed(job: FinetuneJob, base: Checkpoint) -> int:
+    """Tokens that a sample may have.
+
+    Raises:
+        UsageError: an adapter's prompt leaves no room.
+    """
+    room = room_of(job, base)
+    return job.max_length if room is None else min(job.max_length, room)
+
+
+def room_of(job: FinetuneJob, base: Checkpoint) -> int | None:
+    """Tokens that the model reads beside an adapter's prompt; None where its configuration names no end.
+
+    Raises:
+        UsageError: the prompt leaves none.
+    """
+    length = context_length(base.config)
     prompt = job.adapter.prompt_length if job.adapter is not None else 0
     if length is None:
-        return job.max_length
+        return None
     if prompt >= length:
         raise UsageError(
             f"adapter.tokens: {prompt} vectors before the text leave no room for it in the {length} positions of the "
             "model; take fewer."
         )
-    return min(job.max_length, length - prompt)
+    return length - prompt

@@ -7,6 +7,7 @@ from typing import Any
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.errors import UsageError, first_line
 from ktmerge.progress import Progress
+from ktmerge.tuners.machine import is_out_of_memory
 
 
 def load_model(base: Checkpoint, progress: Progress, *, sees: bool = False) -> Any:
@@ -33,7 +34,9 @@ def load_model(base: Checkpoint, progress: Progress, *, sees: bool = False) -> A
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # broken configurations end in errors of every type
+        if is_out_of_memory(error):
+            raise
         what = "vision-language" if sees else "text"
         kind = base.config.get("model_type", "unknown")
         raise UsageError(

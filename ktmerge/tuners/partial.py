@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ktmerge.checkpoints.files import clear_os_errors, file_digest
+from ktmerge.checkpoints.files import clear_os_errors, file_digest, write_whole
 from ktmerge.checkpoints.signals import uninterrupted
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.tuners.processes import ALONE, Processes
@@ -263,7 +263,7 @@ def _trim_log(path: Path, step: int) -> None:
         with contextlib.suppress(ValueError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+    write_whole(path, "".join(kept))
 
 
 def _remove(path: Path) -> None:

@@ -17,6 +17,7 @@ from ktmerge.tuners.data import read_data
 from ktmerge.tuners.encode import Encoded, Encoder, SampleError
 from ktmerge.tuners.images.check import Seen
 from ktmerge.tuners.images.opening import open_encoder
+from ktmerge.tuners.material import longest_allowed
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class PreviewSample:
             one image, or a piece of one, the first says how many there are.
         where: file and row.
         images: what the sample shows: names and sizes.
-        dropped: it is longer than ``max_length`` and would be left out.
+        dropped: it is longer than ``max_length``, or than the model reads, and would be left out.
     """
 
     tokens: list[tuple[str, bool]]
@@ -54,7 +55,9 @@ def preview(job: FinetuneJob, base: Path, n: int, folder: Path) -> list[PreviewS
     """
     images = None if job.image_root is None else folder / job.image_root
     samples = read_data(job.data, folder, job.format, images).samples[:n]
-    encoder, seen = open_encoder(Checkpoint.open(base), samples)
+    checkpoint = Checkpoint.open(base)
+    longest = longest_allowed(job, checkpoint)
+    encoder, seen = open_encoder(checkpoint, samples)
     encoder.require_template(samples)
     shown: list[PreviewSample] = []
     problems: list[str] = []
@@ -65,7 +68,7 @@ def preview(job: FinetuneJob, base: Path, n: int, folder: Path) -> list[PreviewS
             problems.append(f"{sample.where}: {error}")
             continue
         named = tuple(_named(image, seen) for image in sample.images)
-        shown.append(PreviewSample(_texts(encoder, encoded), sample.where, len(encoded) > job.max_length, named))
+        shown.append(PreviewSample(_texts(encoder, encoded), sample.where, len(encoded) > longest, named))
     if problems:
         raise UsageError(listing(problems))
     return shown

@@ -19,7 +19,7 @@ LOSSES = "ktmerge-losses.png"
 SAMPLES = "samples"
 """Key of those lines of a log that hold what the model wrote."""
 _NO_EFFECT = frozenset(
-    {"data", "format", "image_root", "eval_upstream", "eval_downstream", "replay", "fisher"}
+    {"data", "image_root", "eval_upstream", "eval_downstream", "replay", "fisher"}
     | {"log_every", "save_every", "show_samples", "tensorboard"}
     | {"activation_checkpointing", "offload_optimizer", "optimizer_in_backward", "packing"}
 )
@@ -92,6 +92,8 @@ def inputs_of(job: FinetuneJob, base: Checkpoint, base_digest: str, data: dict[s
     """All that decides the result; two runs with equal inputs, and equal settings of memory, on one machine give the
     same bytes."""
     told = job.model_dump(mode="json", exclude=set(_NO_EFFECT))
+    if job.format == "auto":
+        del told["format"]  # the files decide then
     if not job.replay:  # how a step is split into batches decides nothing then
         told["samples a step"] = told.pop("batch_size") * told.pop("gradient_accumulation")
     return {

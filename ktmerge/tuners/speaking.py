@@ -45,11 +45,7 @@ def choose_prompts(sets: Mapping[str, Sequence[Encoded]], count: int, image_toke
     """Of every set the first ``count`` samples that ask something, and show nothing (``image_token``) later on."""
     found = []
     for name, samples in sets.items():
-        suited = [
-            sample
-            for sample in samples
-            if not sample.trained[0] and image_token not in sample.ids[sample.trained.index(1) :]
-        ]
+        suited = [sample for sample in samples if image_token not in sample.ids[sample.trained.index(1) :]]
         found += [_prompt(name, sample) for sample in suited[:count]]
     return found
 
@@ -71,6 +67,7 @@ class Speaker(TrainerCallback):  # type: ignore[misc, unused-ignore]
         log: lines of JSON.
         progress: where answers are shown.
         extras: what makes the tensors of images.
+        room: tokens that the model reads, prompt and answer together; None: any number.
     """
 
     def __init__(
@@ -81,8 +78,9 @@ class Speaker(TrainerCallback):  # type: ignore[misc, unused-ignore]
         log: Path,
         progress: Progress,
         extras: Extras | None = None,
+        room: int | None = None,
     ) -> None:
-        self._extras = extras
+        self._extras, self._room = extras, room
         self._prompts, self._tokenizer, self._stops = prompts, tokenizer, list(stops)
         self._log, self._progress = log, progress
 
@@ -109,8 +107,9 @@ class Speaker(TrainerCallback):  # type: ignore[misc, unused-ignore]
 
     def _answer(self, model: Any, prompt: Prompt) -> list[int]:
         plain: Callable[..., Any] = GenerationConfig
+        most = min(_MOST_TOKENS, len(prompt.expected) + _BEYOND)
         how = plain(
-            max_new_tokens=min(_MOST_TOKENS, len(prompt.expected) + _BEYOND),
+            max_new_tokens=most if self._room is None else min(most, self._room - len(prompt.asked)),
             do_sample=False,
             eos_token_id=self._stops,
             pad_token_id=self._stops[0],

@@ -73,6 +73,11 @@ def require_folded(base: Path, folder: Path, targets: str) -> None:
     }
 
 
+def test_an_adapter_trained_in_bfloat16_is_held_to_its_logits_in_float32(tiny_llama: Path, tmp_path: Path) -> None:
+    told = tune(tiny_llama, tmp_path, adapter="lora", precision="bfloat16", **SHORT).record["run"]["folded"]
+    assert told["largest_logit_difference"] < told["tolerance"]
+
+
 def test_a_lora_is_folded_and_kept(tiny_llama: Path, tmp_path: Path) -> None:
     listener = Listener()
     report = tune(

@@ -57,6 +57,7 @@ def test_answers_are_the_most_likely_tokens(tiny_llama: Path) -> None:
             if ids[-1] == 2:
                 break
         assert said == ids[len(prompt.asked) :]
+    assert list(map(len, Speaker(prompts, None, [2], Path("-"), Listener(), room=4).answers(model))) == [1, 2]
 
 
 @pytest.mark.slow

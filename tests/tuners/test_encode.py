@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,13 @@ def test_thoughts_that_the_template_drops_are_no_part_of_the_answer(tiny_llama: 
     assert runs(encoder, encoded) == ["yes" + STOP]
 
 
+def test_the_first_token_is_never_trained(encoder: Encoder) -> None:
+    """Nothing comes before it; the Trainer counts it for some models, and divides by the count."""
+    encoded = encoder.encode(PlainSample("", "yes no", "x"))
+    assert not encoded.trained[0]
+    assert all(encoded.trained[1:])
+
+
 def test_a_foreign_tokenizer_is_noticed(tiny_llama: Path) -> None:
     encoder = Encoder.load(tiny_llama)
     small = Encoder(encoder.tokenizer, [2], vocabulary=10)
@@ -216,6 +224,13 @@ def test_a_base_without_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UsageError, match="its tokenizer cannot be loaded"):
         Encoder.load(tmp_path)
+
+
+def test_a_broken_tokenizer_is_told(tiny_llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "base")
+    (tmp_path / "base/tokenizer_config.json").write_text("[]")
+    with pytest.raises(UsageError, match="its tokenizer cannot be loaded"):
+        Encoder.load(tmp_path / "base")
 
 
 def test_preview_shows_text_and_flags(tmp_path: Path, tiny_llama: Path) -> None:
@@ -233,3 +248,10 @@ def test_preview_shows_text_and_flags(tmp_path: Path, tiny_llama: Path) -> None:
     for one, sample in zip(told["o"], shown, strict=True):
         assert [(token["text"], token["trained"]) for token in one["tokens"]] == sample.tokens
         assert not one["dropped"]  # max_length is what it is by default
+
+
+def test_preview_knows_the_context_of_the_model(tmp_path: Path, tiny_llama: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "Q", "completion": "a b " * 300}))
+    (shown,) = preview(FinetuneJob(data=["a.jsonl"]), tiny_llama, 1, tmp_path)
+    assert 512 < len(shown.tokens) < 2048
+    assert shown.dropped

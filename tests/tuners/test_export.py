@@ -142,6 +142,16 @@ def test_a_base_that_lacks_weights_is_refused(tiny_llama: Path, tmp_path: Path) 
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.parametrize("wrong", [{"hidden_size": 32}, {"hidden_size": "64"}, {"num_attention_heads": 0}])
+def test_a_configuration_that_does_not_fit_is_told(tiny_llama: Path, tmp_path: Path, wrong: dict[str, Any]) -> None:
+    restored(tiny_llama, tmp_path / "base", lambda tensors: tensors)
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps({**config, **wrong}))
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        tune(tmp_path / "base", tmp_path)
+    assert not (tmp_path / "out.partial").exists()
+
+
 @pytest.mark.slow
 def test_other_kinds_of_models_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
     restored(tiny_llama, tmp_path / "base", lambda tensors: tensors)

@@ -15,7 +15,7 @@ import pytest
 from stopping import KILLED, StopsAt
 from tuning import CHATS, JOB, ROWS, Listener, sha256, tune, weights, write
 
-from ktmerge.errors import UsageError
+from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.tuners.collate import Collator
 
 EVERYTHING: dict[str, Any] = {
@@ -135,6 +135,28 @@ def test_a_stopped_run_saves_the_last_evaluation_within_the_limit(tiny_llama: Pa
     assert sha256(tmp_path / "held") == sha256(tmp_path / "short")
     tune(tiny_llama, tmp_path, "never", **settings, max_steps=8, stop_upstream=100.0)
     assert sha256(tmp_path / "never") == sha256(tmp_path / "free")
+
+
+@pytest.mark.slow
+def test_a_run_that_was_over_is_over_when_it_goes_on(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It failed between the evaluation that stopped it and its result: no checkpoint of that step may be there."""
+    settings: dict[str, Any] = {"scheduler": "constant", "warmup": 0, "eval_upstream": "chats.jsonl", "eval_every": 2,
+                                "max_steps": 8, "stop_upstream": 1e-6, "save_every": 1}  # fmt: skip
+    whole = tune(tiny_llama, tmp_path, "whole", **settings).record["run"]
+    assert whole["stopped_at"] < 8
+
+    def fails(*_: Any) -> None:
+        raise KtmergeError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ktmerge.tuners.run.seal", fails)
+        with pytest.raises(KtmergeError, match="full"):
+            tune(tiny_llama, tmp_path, **settings)
+    again = tune(tiny_llama, tmp_path, **settings, resume=True).record["run"]
+    assert again["stopped_at"] == whole["stopped_at"]
+    assert sha256(tmp_path / "out") == sha256(tmp_path / "whole")
 
 
 @pytest.mark.slow

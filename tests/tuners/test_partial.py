@@ -46,6 +46,15 @@ def test_a_run_goes_on_from_the_newest_state(left: Partial) -> None:
         assert steps == list(range(16))
 
 
+def test_the_log_is_cut_by_a_rename(left: Partial, tmp_path: Path) -> None:
+    """Cut in place, a kill or a full disk at that moment would cost all of it."""
+    (tmp_path / "same").hardlink_to(left.log)
+    before = left.log.read_text()
+    with left:
+        left.open(resume=True, overwrite=False)
+        assert (tmp_path / "same").read_text() == before != left.log.read_text()
+
+
 def cut_short(path: Path) -> None:
     (path / "optimizer.pt").write_bytes(b"mom")
 

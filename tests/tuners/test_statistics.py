@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from tuning import CHATS, ROWS, write
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.statistics import FISHER, INPUTS, RECORD, Statistics
-from ktmerge.errors import UsageError
+from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.recipes.schema import Statistics as Job
 from ktmerge.tuners.data import read_data
 from ktmerge.tuners.encode import Encoded, Encoder
@@ -193,6 +194,28 @@ def test_rows_are_drawn_evenly_and_however_they_arrive(tmp_path: Path) -> None:
     deviations = (counts - trials * share) / (trials * share * (1 - share)) ** 0.5
     assert np.abs(deviations).max() < 4.5
     assert 0.4 < (deviations**2).mean() < 1.8
+
+
+def test_thousands_of_samples_need_few_open_files(tmp_path: Path) -> None:
+    """A mixture has one for each expert of each layer."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+    try:
+        many = [Reservoir(tmp_path / str(number), 4, 3) for number in range(60)]
+        for number, one in enumerate(many):
+            one.add(torch.full((2, 3), float(number)), priorities(0, "text", 0, 2), 0, np.arange(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [one.sample().unique().tolist() for one in many] == [[float(number)] for number in range(60)]
+
+
+def test_a_scratch_file_that_lost_rows_is_noticed(tmp_path: Path) -> None:
+    one = Reservoir(tmp_path / "rows", 4, 3)
+    one.add(torch.ones(2, 3), priorities(0, "text", 0, 2), 0, np.arange(2))
+    state = one.state()
+    (tmp_path / "rows").write_bytes(b"")
+    with pytest.raises(KtmergeError, match="lacks rows"):
+        Reservoir(tmp_path / "rows", 4, 3).restore(state)
 
 
 def test_fisher_is_the_mean_of_each_examples_squared_gradient(tiny_llama: Path, tmp_path: Path) -> None:

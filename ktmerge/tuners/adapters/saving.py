@@ -18,7 +18,7 @@ from ktmerge.tuners.adapters.attach import Adapted
 from ktmerge.tuners.adapters.folding import TOLERANCE, fold
 from ktmerge.tuners.adapters.starts import ADAPTER, Start
 from ktmerge.tuners.encode import Encoded
-from ktmerge.tuners.keeping.distil import TAUGHT
+from ktmerge.tuners.loss import for_model
 from ktmerge.tuners.trainer import AnswerTrainer
 
 _PROBED = 32
@@ -52,9 +52,10 @@ def save_result(adapted: Adapted, folder: Path, kept: Path, logits: Callable[[An
 
 def probe(trainer: AnswerTrainer, samples: Sequence[Encoded]) -> Callable[[Any], Tensor]:
     """What a model says to the shortest of the first samples, fp32 ``[1, tokens, vocabulary]``."""
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # in bfloat16 no two ways to add agree
     collator: Any = trainer.data_collator
     inputs = trainer._prepare_inputs(collator([min(samples[:_PROBED], key=len)]))
-    given = {name: value for name, value in inputs.items() if name not in ("labels", TAUGHT)}
+    given = for_model(inputs)
 
     def logits(model: Any) -> Tensor:
         with torch.no_grad():

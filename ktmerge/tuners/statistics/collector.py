@@ -125,8 +125,8 @@ class Collector:
             sums = load_file(folder / _SUMS)
             self._fisher.restore(sums, int(sums.pop("examples ")))
 
-    def write(self, folder: Path, **facts: Any) -> dict[str, Any]:
-        """Write the statistics into ``folder``; return a few numbers about them.
+    def write(self, folder: Path, **facts: Any) -> None:
+        """Write the statistics into ``folder``.
 
         Raises:
             KtmergeError: something is not finite, or cannot be written.
@@ -156,8 +156,6 @@ class Collector:
             folder, model=told_model(self._checkpoint), samples=self._inputs.samples(), fisher=fisher, files=files,
             tokens=counts, scales=scales, **facts,
         )  # fmt: skip
-        images = [name for name in counts if name.endswith(":image")]
-        return {"inputs": len(counts) - len(images), "maps": len(self._inputs.leaders), "fisher": fisher}
 
     def _entries(self, name: str, members: list[str]) -> list[Entry]:
         """What is stored of one input: of stacked experts, those of all of them, in their order."""

@@ -18,7 +18,7 @@ from ktmerge.checkpoints.files import refuse_overlap
 from ktmerge.checkpoints.quiet import quiet_transformers
 from ktmerge.checkpoints.staging import Staging, refuse_output
 from ktmerge.checkpoints.statistics import RECORD, told_model
-from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.errors import KtmergeError, UsageError, first_line
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.schema import Statistics
 from ktmerge.tuners.encode import Encoder
@@ -164,7 +164,9 @@ def _collect(
         if is_out_of_memory(error):
             raise KtmergeError("out of memory while measuring; give shorter samples (max_length).") from error
         if is_disk_trouble(error):
-            raise KtmergeError(f"{working.folder}: cannot be written; free some space and add --resume.") from error
+            raise KtmergeError(
+                f"{working.folder}: cannot be written ({first_line(error)}); free some space and add --resume."
+            ) from error
         raise
 
 

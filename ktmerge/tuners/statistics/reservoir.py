@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from ktmerge.errors import KtmergeError
 
 Priorities = NDArray[np.uint64]
 
@@ -38,8 +41,9 @@ class Reservoir:
     """
 
     def __init__(self, path: Path, size: int, width: int) -> None:
-        self._rows = np.memmap(path, np.float32, "r+" if path.exists() else "w+", shape=(size, width))
-        self._size, self.width = size, width
+        # neither mapped, where a full disk is no error but a signal, nor kept open: mixtures have thousands of them
+        path.touch()
+        self._path, self._size, self.width = path, size, width
         self._order = np.empty((0, 3), np.uint64)
         self.count = 0
         self.square = torch.zeros(width, dtype=torch.float64)
@@ -74,17 +78,19 @@ class Reservoir:
         both[comes, 2] = free
         if len(comes):
             found = rows[torch.from_numpy(comes - self.kept).to(rows.device)].float().cpu().numpy()
-            self._rows[free] = found
+            self._write(found, free)
         self._order = both[np.concatenate([stays, comes])]
 
     def sample(self) -> Tensor:
         """The rows kept, ``[kept, width]`` fp32, in the order in which they went by."""
         order = self._order[np.argsort(self._order[:, 1])]
-        return torch.from_numpy(np.asarray(self._rows[order[:, 2].astype(np.int64)]))
+        rows = np.fromfile(self._path, np.float32).reshape(-1, self.width)
+        return torch.from_numpy(rows[order[:, 2].astype(np.int64)])
 
     def state(self) -> dict[str, Tensor]:
         """What has to be known to go on, beside the scratch file."""
-        self._rows.flush()
+        with self._path.open("rb") as file:
+            os.fsync(file.fileno())
         return {
             "order": torch.from_numpy(self._order.astype(np.int64)),
             "count": torch.tensor(self.count),
@@ -93,7 +99,23 @@ class Reservoir:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a `state`."""
+        """Go on from a `state`.
+
+        Raises:
+            KtmergeError: rows are missing in the scratch file.
+        """
         self._order = state["order"].numpy().astype(np.uint64)
+        if self._path.stat().st_size < 4 * self.width * self.kept:
+            raise KtmergeError(f"{self._path}: lacks rows that were kept; start afresh with --overwrite.")
         self.count = int(state["count"])
         self.square, self.absolute = state["square"].clone(), state["absolute"].clone()
+
+    def _write(self, rows: NDArray[np.float32], places: NDArray[np.intp]) -> None:
+        """Put rows into places, which rise; neighbours at once."""
+        ends = [*np.flatnonzero(np.diff(places) != 1) + 1, len(places)]
+        start = 0
+        with self._path.open("r+b") as file:
+            for end in ends:
+                file.seek(4 * self.width * int(places[start]))
+                file.write(rows[start:end].tobytes())
+                start = end
