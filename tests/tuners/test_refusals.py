@@ -10,9 +10,27 @@ import pytest
 from tuning import JOB, Listener, sha256, tune, write
 
 from ktmerge import api
+from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.recipes.images import Image, ImageError
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners import finetune
+from ktmerge.tuners.partial import differences
+from ktmerge.tuners.report import inputs_of
+
+
+def test_another_format_is_another_job(toy_pair: tuple[Path, Path]) -> None:
+    """A file may hold the columns of two."""
+    base = Checkpoint.open(toy_pair[0])
+    plain, asked = (
+        inputs_of(FinetuneJob.model_validate({**JOB, "format": one}), base, "", {}) for one in ("auto", "alpaca")
+    )
+    assert differences(plain, asked) == ["format was None, now alpaca"]
+
+
+def test_a_picture_that_no_file_can_be_called_is_told() -> None:
+    with pytest.raises(ImageError, match="names no file"):
+        Image(Path("\ud800.png")).content()
 
 
 def test_mistakes_are_found_before_anything_is_made(tiny_llama: Path, tmp_path: Path) -> None:
