@@ -62,13 +62,34 @@ def digest_of(path: Path, stop: threading.Event | None = None, *, rehash: bool =
             if stop is not None and stop.is_set():
                 raise Stopped
 
-        digest = file_digest(path, look)
-        if FileStamp.of(path.stat()) != stamp:
-            raise KtmergeError(f"{path}: changed while it was read.")
+        while True:
+            digest = file_digest(path, look)
+            before, stamp = stamp, FileStamp.of(path.stat())
+            if stamp == before:
+                break
+            if not stamp.may_have_bytes_of(before):
+                raise KtmergeError(f"{path}: changed while it was read.")
     found = FileDigest(stamp.size, digest)
     if time.time_ns() - stamp.mtime_ns > _SETTLED_NS:
         _keep(path, stamp, found)
     return found
+
+
+def holds_still(path: Path, before: FileStamp) -> bool:
+    """Whether a file of which no more than the ctime has changed has the bytes that it had with an earlier stamp.
+
+    It is read for that; what was not remembered before cannot be told, and is denied.
+
+    Raises:
+        KtmergeError: it cannot be read, or changes meanwhile.
+    """
+    known = _recall(path, before)
+    if known is None:
+        return False
+    with clear_os_errors(path):
+        stamp = FileStamp.of(path.stat())
+        same = stamp.may_have_bytes_of(before) and file_digest(path) == known.sha256
+        return same and FileStamp.of(path.stat()) == stamp
 
 
 def recalled(path: Path) -> FileDigest | None:

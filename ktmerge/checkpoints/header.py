@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -78,6 +78,10 @@ class FileStamp:
     def of(cls, status: os.stat_result) -> FileStamp:
         """Take the stamp from a stat result."""
         return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+    def may_have_bytes_of(self, other: FileStamp) -> bool:
+        """Whether nothing but the ctime differs, as after ``chmod`` or ``ln``; or after a copy that keeps times."""
+        return replace(self, ctime_ns=other.ctime_ns) == other
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,7 @@ class TensorReader:
         self._root = root
         self._tensors = tensors
         self._stamps = stamps
+        self._same: dict[str, FileStamp] = {}
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -121,8 +122,19 @@ class TensorReader:
             self._compare(file, status)
 
     def _compare(self, file: str, status: os.stat_result) -> None:
-        if FileStamp.of(status) != self._stamps[file]:
-            raise KtmergeError(f"{self._root / file}: was changed while it was in use; start again.")
+        path, before, stamp = self._root / file, self._stamps[file], FileStamp.of(status)
+        if stamp in (before, self._same.get(file)):
+            return
+        if not stamp.may_have_bytes_of(before):
+            raise KtmergeError(f"{path}: was changed while it was in use; start again.")
+        from ktmerge.checkpoints.digests import holds_still
+
+        if not holds_still(path, before):
+            raise KtmergeError(
+                f"{path}: its permissions, owner or links were changed while it was in use, and that its bytes were "
+                "not cannot be told; start again."
+            )
+        self._same[file] = stamp
 
     def _descriptor(self, file: str) -> int:
         with self._lock:

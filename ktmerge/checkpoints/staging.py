@@ -90,21 +90,43 @@ class Staging:
                 f"{self._given}: needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free on that disk."
             )
 
-    def publish(self) -> None:
+    def publish(self, without: str | None = None) -> None:
         """Make the folder the output in one step; what it replaces is removed afterwards.
+
+        Args:
+            without: a file in the folder that is no part of the output: it goes last of all, and is there again if
+                nothing was published.
 
         Raises:
             UsageError: something else appeared at the output meanwhile.
             KtmergeError: the rename failed.
         """
         refuse_output(self._given, self._overwrite)
-        with clear_os_errors(self._out):
+        with clear_os_errors(self._out), self._taken_out(without):
             if self._out.exists() and any(self._out.iterdir()):
                 _exchange(self.folder, self._out)
             else:
                 os.rename(self.folder, self._out)
-            self._made = []
-            _sync_folder(self._out.parent)
+        self._made = []
+        _sync_folder(self._out.parent)
+
+    @contextlib.contextmanager
+    def _taken_out(self, name: str | None) -> Iterator[None]:
+        path = None if name is None else self.folder / name
+        if path is None or not path.exists():
+            yield
+            return
+        content = path.read_bytes()
+        try:
+            path.unlink()
+            _sync_folder(self.folder)
+            yield
+        except BaseException:
+            # Once the folder is the output, another may have its name: the one it replaced.
+            with contextlib.suppress(OSError):
+                if self._lock is not None and os.path.samestat(os.fstat(self._lock), os.stat(self.folder)):
+                    path.write_bytes(content)
+            raise
 
     def discard(self) -> None:
         """Remove whatever stands under the temporary name: the unfinished output, or the replaced one."""

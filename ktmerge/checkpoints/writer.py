@@ -298,10 +298,8 @@ class Writer:
             file.sync()
         self._close()
         self._verify_headers()
-        with clear_os_errors(self.folder):
-            (self.folder / FILE).unlink(missing_ok=True)
-        sync_tree(self.folder, skip=frozenset(self._files))
-        self._staging.publish()
+        sync_tree(self.folder, skip={*self._files, FILE})
+        self._staging.publish(without=FILE)
 
     def _verify_headers(self) -> None:
         """Read the headers back from the disk and hold them against the plan."""

@@ -182,11 +182,13 @@ def recipe_show(recipe: Annotated[str, typer.Argument(help="Recipe file or galle
                 json_: JsonOption = False) -> None:  # fmt: skip
     """Print a recipe; with --set or --json as ktmerge understands it, defaults written out."""
     from ktmerge import api, console
+    from ktmerge.errors import printable_lines
 
     if json_:
         console.print_json(api.load_recipe(recipe, overrides=set_ or ()).model_dump(mode="json", by_alias=True))
     else:
-        sys.stdout.write(api.show_recipe(recipe, set_ or ()))
+        text = api.show_recipe(recipe, set_ or ())
+        sys.stdout.write(printable_lines(text) if sys.stdout.isatty() else text)
 
 
 @recipes.command("list", epilog="Example: ktmerge recipe list")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ktmerge.merge.plan import Plan
@@ -68,7 +69,9 @@ def differences(one: Side, other: Side) -> Iterator[Difference]:
     """Everything in which two sides differ."""
     yield from _plain(one, other)
     yield from _inputs(one, other)
-    yield from _blend(one, other)
+    alike = _treat_alike(one, other)
+    for found in _blend(one, other):
+        yield replace(found, changes="no", why="every tensor is treated alike") if alike else found
     yield from _output(one, other)
     yield from _recorded(one, other)
 
@@ -127,10 +130,32 @@ def _same_model(name: str, before: str, after: str, one: Side, other: Side) -> I
             yield _difference(what, before, after, "no", "the same files by another name")
         return
     told = [side.origin["inputs"].get(name, {}).get("headers") if side.origin else None for side in (one, other)]
+    here, there = _places(one, name), _places(other, name)
     if None not in told and told[0] != told[1]:
         yield _difference(what, before, after, "yes", "its tensors, types or shapes are others")
+    elif here is not None and here == there:
+        yield from _differing(what, before, after, "no", "the same folder")
     elif before != after:
         yield _difference(what, before, after, "perhaps", "only their locks can tell whether they are the same")
+    elif here is not None and there is not None:
+        yield _difference(
+            what, here, there, "perhaps", "another folder; only their locks can tell whether it is the same"
+        )
+
+
+def _places(side: Side, name: str) -> str | None:
+    """Where a model lies, if that is known."""
+    if side.plan is None:
+        return None
+    checkpoint = side.plan.base if name == "base" else side.plan.expert(name).checkpoint
+    return ", ".join(os.path.realpath(root) for root in checkpoint.roots)
+
+
+def _treat_alike(one: Side, other: Side) -> bool:
+    """Whether the same happens to every tensor, whatever it is called in the recipes."""
+    left, right = one.origin, other.origin
+    keys = ("coefficients", "methods")
+    return left is not None and right is not None and all(left[key] == right[key] for key in keys)
 
 
 def _blend(one: Side, other: Side) -> Iterator[Difference]:

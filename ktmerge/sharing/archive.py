@@ -30,6 +30,8 @@ _RATIO = 250
 _SMALL = 1 << 20
 _HEADER = 30
 _ENCRYPTED = 0x1 | 0x40 | 0x2000
+_DESCRIBED, _WIDE = 0x8, 0xFFFFFFFF
+"""In a header: checksum and sizes follow the bytes; a size stands in an extra field."""
 _TIME = (1980, 1, 1, 0, 0, 0)
 _BROKEN = (
     zipfile.BadZipFile,
@@ -82,10 +84,12 @@ class Archive:
 
     def __init__(self, stream: IO[bytes], size: int, where: str) -> None:
         self._where = where
+        self._stream = stream
         with self._clear():
-            self._require_plain_end(stream, size)
+            begin = self._require_plain_end(stream, size)
             self._zip = zipfile.ZipFile(stream)
-        self._entries = self._checked(self._zip.infolist(), size)
+        self._ends: dict[str, int] = {}
+        self._entries = self._checked(self._zip.infolist(), begin)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -107,6 +111,8 @@ class Archive:
             UsageError: it is not as the archive tells.
         """
         info, count = self._entries[name], 0
+        with self._clear():
+            self._require_told_alike(info)
         with self._clear(), self._zip.open(info) as entry:
             while block := entry.read(_BLOCK):
                 count += len(block)
@@ -116,8 +122,8 @@ class Archive:
         if count != info.file_size:
             raise UsageError(f"{self._where}: '{name}' is shorter than the archive tells; it is broken.")
 
-    def _require_plain_end(self, stream: IO[bytes], size: int) -> None:
-        """Find out how long the table of contents is before it is read, from an end that can be read one way only."""
+    def _require_plain_end(self, stream: IO[bytes], size: int) -> int:
+        """Where the table of contents begins, and that it is short, told before it is read by an end of one meaning."""
         stream.seek(max(0, size - _END_SIZE - _LOCATOR_SIZE))
         tail = stream.read(_END_SIZE + _LOCATOR_SIZE)
         end, locator = tail[-_END_SIZE:], tail[:-_END_SIZE]
@@ -137,21 +143,34 @@ class Archive:
             raise UsageError(f"{self._where}: is no bundle: its table of contents is not where it says.")
         if count > contents.MAX_FILES + len(contents.FOLDERS) or length > _DIRECTORY:
             raise UsageError(f"{self._where}: holds more than {contents.MAX_FILES} files; nothing was unpacked.")
+        return int(begin)
 
-    def _checked(self, infos: list[zipfile.ZipInfo], size: int) -> dict[str, zipfile.ZipInfo]:
+    def _checked(self, infos: list[zipfile.ZipInfo], directory: int) -> dict[str, zipfile.ZipInfo]:
         files = [info for info in infos if not self._is_folder(info)]
         contents.require_names([info.orig_filename for info in files], self._where)
-        end = 0
-        for info in sorted(infos, key=lambda one: one.header_offset):
+        ordered = sorted(infos, key=lambda one: one.header_offset)
+        starts = [*(info.header_offset for info in ordered), directory]
+        for info, end in zip(ordered, starts[1:], strict=True):
             self._require_plain(info)
-            if info.header_offset < end or (not end and info.header_offset):
+            self._ends[info.orig_filename] = end
+            if starts[0] or info.header_offset + _HEADER + len(info.orig_filename) + info.compress_size > end:
                 raise UsageError(f"{self._where}: entries share bytes, or there is something before them.")
-            end = info.header_offset + _HEADER + len(info.orig_filename) + info.compress_size
-        if end > size:
-            raise UsageError(f"{self._where}: ends too early; it was cut short.")
         entries = {info.filename: info for info in files}
         contents.require_sizes({name: info.file_size for name, info in entries.items()}, self._where)
         return entries
+
+    def _require_told_alike(self, info: zipfile.ZipInfo) -> None:
+        """Hold what stands before an entry's bytes to the table of contents: other programs believe the former."""
+        self._stream.seek(info.header_offset)
+        flags, method, *numbers, name, extra = struct.unpack("<6x2H4x3L2H", self._stream.read(_HEADER))
+        later = (0, 0, 0) if flags & _DESCRIBED else ()
+        told = (info.CRC, info.compress_size, info.file_size)
+        if (flags, method) != (info.flag_bits, info.compress_type) or not all(
+            number in (wanted, _WIDE, *later) for number, wanted in zip(numbers, told, strict=True)
+        ):
+            raise UsageError(f"{self._where}: '{info.filename}' has two headers that contradict each other.")
+        if info.header_offset + _HEADER + name + extra + info.compress_size > self._ends[info.filename]:
+            raise UsageError(f"{self._where}: '{info.filename}' shares bytes with what follows it.")
 
     def _is_folder(self, info: zipfile.ZipInfo) -> bool:
         """A folder's own entry, as some programs write it: only of those that a bundle has, and empty."""

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ktmerge.checkpoints.regular import once
 from ktmerge.errors import UsageError, printable
 from ktmerge.sharing import contents
 
@@ -88,14 +89,6 @@ class Manifest(_Strict):
         return {name: one.size for name, one in self.files.items()}
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A mapping whose keys stand once: of two, other programs might believe the other."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key stands twice")
-    return found
-
-
 def read_manifest(raw: bytes, where: str) -> Manifest:
     """A manifest from its bytes.
 
@@ -103,7 +96,7 @@ def read_manifest(raw: bytes, where: str) -> Manifest:
         UsageError: it is none, a newer ktmerge wrote it, or what it names is no bundle.
     """
     try:
-        document: Any = json.loads(raw.decode("utf-8"), object_pairs_hook=_once)
+        document: Any = json.loads(raw.decode("utf-8"), object_pairs_hook=once)
     except (ValueError, RecursionError):
         raise UsageError(
             f"{where}: its {contents.MANIFEST} is no JSON, or has a key twice; the bundle is broken."

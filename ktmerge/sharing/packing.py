@@ -12,6 +12,7 @@ from ktmerge import __version__
 from ktmerge.checkpoints.digests import digest_of
 from ktmerge.checkpoints.files import clear_os_errors
 from ktmerge.errors import UsageError
+from ktmerge.merge import record
 from ktmerge.merge.card import FILE as MODEL_CARD
 from ktmerge.merge.card import licence
 from ktmerge.merge.lock import lock_text, locked_now, read_lock, require_unchanged
@@ -71,7 +72,7 @@ def pack_into(
     _write(folder, contents.LOCK, lock_text(_told(locked, inputs)))
     for file in scores:
         _write(folder, f"{contents.SCORES}/{_plain(file.stem)}.json", portable_scores(file))
-    licences = {name: stated for name, one in _checkpoints(plan).items() if (stated := licence(one))}
+    licences = {name: stated for name, one in record.inputs_of(plan).items() if (stated := licence(one))}
     _write(folder, contents.CARD, card(recipe, text, inputs, licences, delta=with_deltas))
     if blended is not None:
         if with_deltas:
@@ -131,7 +132,7 @@ def _suite_into(folder: Path, recipe: Recipe, section: dict[str, Any]) -> dict[s
     target = f"{contents.SUITES}/{_plain(file.stem)}.yaml"
     document = read_yaml(file)
     told = portable_tasks(document)
-    text = file.read_text(encoding="utf-8") if told == document else _dump(told)
+    text = file.read_text(encoding="utf-8") if told == document else yaml_text(told)
     _write(folder, target, text)
     return {**section, "suite": target}
 
@@ -140,15 +141,7 @@ def _text(document: dict[str, Any], source: Path | None) -> str:
     """The recipe as it was written if it says the same, comments and all; else written out."""
     if source is not None and read_yaml(source) == document:
         return source.read_text(encoding="utf-8")
-    return _dump(document)
-
-
-def _dump(document: Mapping[str, Any]) -> str:
-    return yaml_text(dict(document))
-
-
-def _checkpoints(plan: Plan) -> dict[str, Any]:
-    return {"base": plan.base, **{expert.name: expert.checkpoint for expert in plan.experts}}
+    return yaml_text(document)
 
 
 def _plain(stem: str) -> str:

@@ -40,6 +40,7 @@ def begin(out: Path, settings: SweepSettings, study: str, *, resume: bool, overw
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; choose another folder.")
     known = _definition(out) if (out / DEFINITION).exists() else None
+    storage = None if settings.storage == journal(out) else _without_password(settings.storage)
     if known is None:
         if out.exists() and any(not _BEFORE.fullmatch(one.name) for one in out.iterdir()):
             raise UsageError(f"{out}: holds something else than a sweep; choose another folder.")
@@ -54,9 +55,12 @@ def begin(out: Path, settings: SweepSettings, study: str, *, resume: bool, overw
             f"{out}: holds another sweep: of another recipe, other models, data, ranges or settings; "
             "choose another folder, or add --overwrite."
         )
+    elif resume and known["storage"] != storage and not _has_study(settings.storage, study):
+        raise UsageError(
+            f"{out}: holds this sweep, its trials are in {known['storage'] or journal(out)}: name that by --storage."
+        )
     elif not resume:
         raise UsageError(f"{out}: holds this sweep; add --resume to go on with it or to join it, or --overwrite.")
-    storage = None if settings.storage == journal(out) else _without_password(settings.storage)
     document = {
         "ktmerge_sweep": 1,
         "study": study,
@@ -137,8 +141,8 @@ def chosen_text(outcome: Outcome, out: Path) -> str:
     for owner in (document, *document["experts"].values()):
         if isinstance(owner.get("statistics"), str):
             owner["statistics"] = moved(owner["statistics"], recipe.folder, out)
-    said = [*outcome.statement(), *outcome.cautions()]
-    heading = "".join(f"# {line}\n" for line in said)
+    said = "\n".join([*outcome.statement(), *outcome.cautions()])
+    heading = "".join(f"# {line}\n" for line in said.splitlines())
     return heading + yaml_text(document)
 
 
@@ -158,6 +162,12 @@ def _definition(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{folder / DEFINITION}: no sweep that 'ktmerge sweep' wrote; choose another folder.")
     known: dict[str, Any] = document
     return known
+
+
+def _has_study(where: str, study: str) -> bool:
+    from ktmerge.sweep.storage import open_storage, study_names
+
+    return ("://" in where or os.path.isfile(where)) and study in study_names(open_storage(where))
 
 
 def _without_password(url: str) -> str:

@@ -2,49 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 
-from ktmerge.sweep.ledger import place_of
-from ktmerge.sweep.space import METHOD, Range, Space
+from ktmerge.sweep.ledger import VOID, place_of
+from ktmerge.sweep.space import METHOD, Point, Range, Space
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.trial import FrozenTrial, TrialState
 
 
+_DRAWS = 20
+"""Times that a candidate is drawn before one that is there already is taken: there may be no others."""
+
+
 class KeyedSampler(BaseSampler):
-    """A sampler made anew for every trial, with a seed of the trial's own.
+    """A sampler made anew for every draw, with a seed of the trial's own.
 
     What is drawn follows from the seed, the trial's place and the trials before it: a sweep that was killed and goes on
-    draws what it would have drawn, and workers that start together never draw the same.
+    draws what it would have drawn, and workers that start together never draw the same. In place of a candidate that
+    is there already another is drawn.
 
     Args:
         make: the sampler from a seed.
+        ranges: what is drawn.
+        used: of a point, the values that make it a candidate: those that its method knows.
         seed: of the sweep.
     """
 
-    def __init__(self, make: Callable[[int], BaseSampler], seed: int) -> None:
-        self._make, self._seed = make, seed
+    def __init__(
+        self,
+        make: Callable[[int], BaseSampler],
+        ranges: Mapping[str, BaseDistribution],
+        used: Callable[[Point], Point],
+        seed: int,
+    ) -> None:
+        self._make, self._ranges, self._used, self._seed = make, dict(ranges), used, seed
         self._inner = make(seed)
-
-    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
-        place = place_of(trial.number, study.get_trials(deepcopy=False))
-        self._inner = self._make(int(np.random.default_rng([self._seed, place]).integers(2**31)))
-        self._inner.before_trial(study, trial)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         # Nothing is drawn for a trial that was set beforehand, or is a dead worker's.
-        return {} if trial.params else self._inner.infer_relative_search_space(study, trial)
+        return {} if trial.params else self._ranges
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        return {} if trial.params else self._inner.sample_relative(study, trial, search_space)
+        if not search_space:
+            return {}
+        found = study.get_trials(deepcopy=False)
+        whole = [one for one in found if VOID not in one.user_attrs and one.params.keys() == search_space.keys()]
+        taken = [self._used(one.params) for one in whole]
+        seeds = np.random.default_rng([self._seed, place_of(trial.number, found)])
+        point: Point = {}
+        for _ in range(_DRAWS):
+            self._inner = self._make(int(seeds.integers(2**31)))
+            point = self._drawn(study, trial)
+            if self._used(point) not in taken:
+                break
+        return point
+
+    def _drawn(self, study: Study, trial: FrozenTrial) -> Point:
+        inner = self._inner
+        inner.before_trial(study, trial)
+        related = inner.sample_relative(study, trial, inner.infer_relative_search_space(study, trial))
+        return {
+            name: related[name] if name in related else inner.sample_independent(study, trial, name, one)
+            for name, one in self._ranges.items()
+        }
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import socket
+from contextlib import suppress
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal
 
 from ktmerge.checkpoints.signals import uninterrupted
@@ -15,11 +19,13 @@ from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.progress import SILENT, Progress
 from ktmerge.sweep.outcome import Outcome
 from ktmerge.sweep.settings import SweepSettings
+from ktmerge.sweep.voices import Chorus, Voice
 from ktmerge.sweep.worker import Worker, search
 
 Where = Literal["here", "slurm", "local jobs", "ray"]
 
 _ANSWER_SECONDS = 10.0
+_CONTEXT = multiprocessing.get_context("spawn")
 
 
 def launch(settings: SweepSettings, workers: int, where: Where, jobs: Path, progress: Progress = SILENT) -> Outcome:
@@ -49,20 +55,54 @@ def _here(settings: SweepSettings, workers: int, progress: Progress) -> Outcome:
     """This process is the first; that one of the others dies costs only its time."""
     import torch
 
-    context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // workers)
-    others = [context.Process(target=_search, args=(settings, threads), daemon=True) for _ in range(workers - 1)]
+    if workers == 1:
+        return _search(settings, threads, progress)
+    chorus = Chorus(progress)
+    others: list[BaseProcess] = []
+    listeners = []
     try:
-        for other in others:
-            _start(other)
-        outcome = _search(settings, threads, progress)
-        for other in others:
-            other.join()
+        for number in range(2, workers + 1):
+            notes, told = _CONTEXT.Pipe(duplex=False)
+            others.append(_CONTEXT.Process(target=_beside, args=(settings, threads, told), daemon=True))
+            with told:  # the process has its own
+                _start(others[-1])
+            listeners.append(Thread(target=chorus.listen, args=(number, others[-1], notes), daemon=True))
+            with uninterrupted():
+                listeners[-1].start()
+        with chorus.first.speaking():
+            outcome = _search(settings, threads, chorus.first)
+        for listener in listeners:
+            listener.join()
         return outcome
     finally:
+        chorus.end()
         for other in others:
             if other.pid is not None:
                 other.terminate()
+
+
+def _beside(settings: SweepSettings, threads: int, told: Connection[str, Any]) -> None:
+    """The life of another worker, which ends with the first: nobody would know of it, nor end it."""
+    Thread(target=_follow, daemon=True).start()
+
+    def say(text: str) -> None:
+        with suppress(OSError):
+            told.send(text)
+
+    voice = Voice(say)
+    try:
+        with voice.speaking():
+            _search(settings, threads, voice)
+    except KtmergeError as error:
+        say(f"cannot go on: {error}")
+
+
+def _follow() -> None:
+    first = multiprocessing.parent_process()
+    if first is not None:
+        first.join()
+        os._exit(1)
 
 
 def _search(settings: SweepSettings, threads: int, progress: Progress = SILENT) -> Outcome:

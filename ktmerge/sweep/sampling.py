@@ -40,7 +40,7 @@ def make_sampler(name: Sampler, space: Space, limit: float, seed: int) -> BaseSa
         return SobolSampler(space, seed)
     if name == "curve" and space.knob is not None:
         return CurveSampler(space.knob, limit)
-    return KeyedSampler(_MAKERS.get(name, RandomSampler), seed)
+    return KeyedSampler(_MAKERS.get(name, RandomSampler), distributions(space), space.used, seed)
 
 
 _MAKERS: dict[str, Callable[[int], BaseSampler]] = {

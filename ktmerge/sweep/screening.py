@@ -83,6 +83,8 @@ class Screening:
         if self.settings.screen == "divergence":
             found = [self._distances(one) for one in drawn(recipe, self.settings.seeds)]
             up, down = (sum(values) / len(found) for values in zip(*found, strict=True))
+            if not math.isfinite(up + down):
+                raise KtmergeError("what it computes on some items is not finite, so that it cannot be compared.")
             return -up, -down
         return objectives(joined(self._scored(trial, recipe)), self.base, self.sides)
 

@@ -24,7 +24,7 @@ Screen = Literal["subset", "divergence", "full"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 SCREENS: tuple[Screen, ...] = get_args(Screen)
 
-_VERSION = 3
+_VERSION = 4
 """Raise when the same settings would search otherwise."""
 
 

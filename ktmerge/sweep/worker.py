@@ -84,9 +84,7 @@ class Worker:
         self._ledger = Ledger(storage, name, settings.grace)
         self._ledger.study.sampler = make_sampler(self._sampler, self._space, settings.limit, settings.seed)
         self._tasks = Ledger(storage, f"{name}-tasks", settings.grace)
-        self._live = LiveModel(
-            settings.recipe, settings.device, settings.batch_size, settings.gigabytes, progress
-        )  # fmt: skip
+        self._live = LiveModel(settings.recipe, settings.device, settings.batch_size, settings.gigabytes, progress)
         self._rounds = self._live.cut(self._selection, _ends(settings))
         self._sides: dict[str, Side] = {one.task.name: one.side for one in self._selection}
         self._base: ItemScores = {}

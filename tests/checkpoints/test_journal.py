@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -252,6 +254,33 @@ def test_what_was_taken_over_is_not_lost_by_an_error(
     check_equal(base, out)
 
 
+@pytest.mark.parametrize("cause", ["appeared", "rename", "interrupt"])
+def test_what_was_taken_over_is_not_lost_at_the_very_last(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cause: str
+) -> None:
+    """Something else has appeared at the output, or the rename fails: all is there for the next run."""
+    out = tmp_path / "place" / "out"
+    kill(base, out, 4)
+
+    def rename(*_: object) -> None:
+        raise KeyboardInterrupt if cause == "interrupt" else OSError(errno.EACCES, "Permission denied")
+
+    def last(*_: object, **__: object) -> None:
+        if cause == "appeared":
+            (out / "x").mkdir(parents=True)
+        else:
+            monkeypatch.setattr("ktmerge.checkpoints.staging.os.rename", rename)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ktmerge.checkpoints.writer.sync_tree", last)
+        with pytest.raises((KtmergeError, KeyboardInterrupt)):
+            go_on(base, out)
+    monkeypatch.undo()
+    shutil.rmtree(out, ignore_errors=True)
+    assert go_on(base, out)[0] == NAMES
+    check_equal(base, out)
+
+
 def test_an_interrupt_while_publishing_leaves_nothing_old(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -261,8 +290,9 @@ def test_an_interrupt_while_publishing_leaves_nothing_old(
     checkpoint = Checkpoint.open(base)
     (out / "stale.txt").write_text("old")
 
-    def sync(_: Path) -> None:
-        raise KeyboardInterrupt
+    def sync(folder: Path) -> None:
+        if folder == out.parent:
+            raise KeyboardInterrupt
 
     def again() -> None:
         with Writer(out, overwrite=True, pin=PIN, resume=True) as writer, checkpoint.reader() as reader:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.digests import digest_of
 from ktmerge.errors import KtmergeError
 
 MakeCheckpoint = Callable[..., Path]
@@ -35,7 +36,8 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def root(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> Path:
+def root(tmp_path: Path, tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KTMERGE_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "model"
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors")
@@ -127,6 +129,49 @@ def test_replaced_or_removed_between_header_and_read(root: Path, tensors: dict[s
         for call in (reader.check_unchanged, lambda: reader.read("full")):
             with pytest.raises(KtmergeError, match=r"model\.safetensors: cannot be"):
                 call()
+
+
+def remembered(root: Path) -> Path:
+    """The weights, written long ago, with their digest in memory."""
+    path = root / "model.safetensors"
+    os.utime(path, ns=(10**18, 10**18))
+    digest_of(path)
+    return path
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_other_permissions_and_links_are_no_other_bytes(root: Path, begun: bool) -> None:
+    path = remembered(root)
+    checkpoint = Checkpoint.open(root)
+    with checkpoint.reader() as reader, checkpoint.reader() as other:
+        if begun:
+            reader.read("full")
+        path.chmod(0o600)
+        os.link(path, root / "again")
+        before = reader.read("half")
+        reader.check_unchanged()
+        other.check_unchanged()
+        assert same_bits(before, other.read("half"))
+
+
+def test_other_bytes_with_the_old_time_are_noticed(root: Path) -> None:
+    path = remembered(root)
+    with Checkpoint.open(root).reader() as reader:
+        reader.read("full")
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        os.utime(path, ns=(10**18, 10**18))
+        with pytest.raises(KtmergeError, match="that its bytes were not cannot be told"):
+            reader.check_unchanged()
+
+
+def test_what_was_never_read_before_cannot_be_told(root: Path) -> None:
+    with Checkpoint.open(root).reader() as reader:
+        reader.read("full")
+        (root / "model.safetensors").chmod(0o600)
+        with pytest.raises(KtmergeError, match="permissions, owner or links were changed"):
+            reader.check_unchanged()
 
 
 def test_read_errors_name_the_tensor(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

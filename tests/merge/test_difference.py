@@ -98,6 +98,34 @@ def test_locks_know_the_same_weights_by_other_names(made: Path) -> None:
     assert {one.what: one.changes for one in other.differences} == {"experts.a.model": "yes", "output": "yes"}
 
 
+def diffed(first: Path, second: Path) -> dict[str, tuple[str, str]]:
+    return {one.what: (one.changes, one.why) for one in api.diff(str(first), str(second)).differences}
+
+
+def test_what_is_only_written_otherwise_changes_nothing(made: Path, tmp_path: Path) -> None:
+    """Another way to the same folder, rules in another order or of no effect, the stages of a method by name."""
+    rules = [{"part": "embed", "keep": "base"}, {"part": "head", "lambda": 0.5}]
+    first = changed(blend={"method": "ties", "density": 0.3, "where": rules})
+    second = changed(
+        base=str(made / "base"), experts__a__model="../work/a", blend=first["blend"] | {"where": rules[::-1]}
+    )
+    for name, document in (("first", first), ("second", second)):
+        (made / f"{name}.yaml").write_text(yaml.safe_dump({**document, "eval": None}))
+    found = diffed(made / "first.yaml", made / "second.yaml")
+    assert {what: changes for what, (changes, _) in found.items()} == dict.fromkeys(
+        ["base", "experts.a.model", "blend.where[0]", "blend.where[1]"], "no"
+    )
+    assert found["base"][1] == "the same folder"
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("base", "a", "b"):
+        shutil.copytree(made / name, tmp_path / "elsewhere" / name)
+    shutil.copyfile(made / "first.yaml", tmp_path / "elsewhere" / "first.yaml")
+    apart = diffed(made / "first.yaml", tmp_path / "elsewhere" / "first.yaml")
+    assert {what: changes for what, (changes, _) in apart.items()} == dict.fromkeys(
+        ["base", "experts.a.model", "experts.b.model"], "perhaps"
+    )
+
+
 def test_the_command_prints_it(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _exit_code(["recipe", "diff", str(made / "out"), str(made / "copied"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["changes_output"] == "no"

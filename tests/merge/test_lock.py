@@ -173,6 +173,27 @@ def test_a_file_is_read_once_while_it_stays(tmp_path: Path, monkeypatch: pytest.
         digests.digest_of(path)
 
 
+def test_a_file_whose_permissions_change_meanwhile_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KTMERGE_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "weights"
+    path.write_bytes(b"one")
+    read, changes = digests.file_digest, [lambda: path.chmod(0o600), lambda: path.write_bytes(b"three")]
+
+    def digest(*arguments: Any) -> str:
+        found = read(*arguments)
+        if changes:
+            changes.pop(0)()
+        return found
+
+    monkeypatch.setattr(digests, "file_digest", digest)
+    with pytest.raises(KtmergeError, match="changed while it was read"):
+        digests.digest_of(path)
+    changes[:] = [lambda: path.chmod(0o644)]
+    assert digests.digest_of(path).sha256 == hashlib.sha256(b"three").hexdigest()
+
+
 def _only_names(real: Any) -> Any:
     """sha256 for the names of kept digests; reading a file for it fails."""
 

@@ -193,6 +193,47 @@ def test_headers_that_lie(place: Path, fields: dict[str, int]) -> None:
     refused(patched(place / "r.ktr", "recipe.yaml", **fields))
 
 
+@pytest.mark.parametrize(
+    ("offset", "kind", "value"),
+    [(6, "<H", 0x800), (8, "<H", 0), (14, "<L", 5), (18, "<L", 7), (22, "<L", 10), (28, "<H", 60_000)],
+)
+def test_a_header_of_its_own_that_says_otherwise(place: Path, offset: int, kind: str, value: int) -> None:
+    """Flags, method, checksum, sizes and room of an entry as programs read them that go from its start."""
+    raw = bytearray((place / "r.ktr").read_bytes())
+    with zipfile.ZipFile(place / "r.ktr") as archive:
+        start = archive.getinfo("recipe.yaml").header_offset
+    struct.pack_into(kind, raw, start + offset, value)
+    (place / "bad.ktr").write_bytes(raw)
+    refused(place / "bad.ktr", "contradict each other|shares bytes")
+
+
+def test_sizes_may_follow_the_bytes(place: Path) -> None:
+    """As programs write them that cannot go back in what they write."""
+
+    class Pipe(io.BytesIO):
+        def seekable(self) -> bool:
+            return False
+
+        def seek(self, *_: int) -> int:
+            raise io.UnsupportedOperation
+
+        def tell(self) -> int:
+            raise io.UnsupportedOperation
+
+    stream = Pipe()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, raw in good(place).items():
+            archive.writestr(name, raw)
+    (place / "piped.ktr").write_bytes(stream.getvalue())
+    assert api.unpack("piped.ktr", "out").out.is_dir()
+
+
+def test_bytes_that_reach_into_the_table_of_contents(place: Path) -> None:
+    with zipfile.ZipFile(place / "r.ktr") as archive:
+        last = max(archive.infolist(), key=lambda info: info.header_offset)
+    refused(patched(place / "r.ktr", last.filename, packed=last.compress_size + 20), "share bytes")
+
+
 def test_real_size_beyond_what_all_headers_tell(place: Path) -> None:
     """The data hold a megabyte, headers and manifest say a hundred bytes."""
     files = good(place)

@@ -18,7 +18,7 @@ from ktmerge.sweep.ledger import VOID, Ledger
 from ktmerge.sweep.liveness import WORKER, Watch, ended_here, mark
 from ktmerge.sweep.sampling import distributions, make_sampler, quietly
 from ktmerge.sweep.settings import Sampler
-from ktmerge.sweep.space import METHOD, Range, Space
+from ktmerge.sweep.space import METHOD, Point, Range, Space
 from ktmerge.sweep.storage import open_storage, trial_numbered
 
 RANGES = {"x": FloatDistribution(0, 1)}
@@ -181,7 +181,7 @@ def drawn_by(name: Sampler, path: Path, dying: Sequence[int]) -> list[list[float
     """The points of a study of twelve, in whose trials ``dying`` a worker ends and another begins."""
     keys = ["a"] if name == "curve" else ["a", "b"]
     ranges = dict.fromkeys(keys, FloatDistribution(0, 1))
-    space = SimpleNamespace(knob=Range("a", 0, 1), ranges=[Range(key, 0, 1) for key in keys], methods=())
+    space = SimpleNamespace(knob=Range("a", 0, 1), ranges=[Range(key, 0, 1) for key in keys], methods=(), used=dict)
     count = 0
     while True:
         ledger = Ledger(open_storage(str(path)), "s", 60)
@@ -199,12 +199,44 @@ def drawn_by(name: Sampler, path: Path, dying: Sequence[int]) -> list[list[float
 
 @pytest.mark.parametrize("name", ["nsga2", "tpe", "gp", "qmc"])
 def test_workers_that_begin_together_draw_different_points(tmp_path: Path, name: Sampler) -> None:
-    space = cast(Space, SimpleNamespace(knob=None, ranges=[Range("x", 0, 1)], methods=()))
+    space = cast(Space, SimpleNamespace(knob=None, ranges=[Range("x", 0, 1)], methods=(), used=dict))
     workers = [Ledger(open_storage(str(tmp_path / "j")), "s", 60) for _ in range(2)]
     for worker in workers:
         worker.study.sampler = make_sampler(name, space, 90.0, 3)
     points = [trial.params["x"] for _ in range(4) for worker in workers if (trial := worker.begin(8, RANGES))]
     assert len(set(points)) == 8
+
+
+@pytest.mark.parametrize("key", ["", "b"])
+def test_a_candidate_that_is_there_is_not_drawn_again(tmp_path: Path, key: str) -> None:
+    """NSGA-II copies parents, and changes what a method may not know."""
+    ranges = {key: FloatDistribution(0, 1) for key in ("a", "b")}
+
+    def used(point: Point) -> Point:
+        return {name: value for name, value in point.items() if name != key or point["a"] > 0.5}
+
+    space = SimpleNamespace(knob=None, ranges=[Range(name, 0, 1) for name in ranges], methods=(), used=used)
+    ledger = Ledger(open_storage(str(tmp_path / "j")), "s", 60)
+    ledger.study.sampler = make_sampler("nsga2", cast(Space, space), 90.0, 3)
+    points = []
+    while (trial := ledger.begin(48, ranges)) is not None:
+        a, b = (trial.params[name] for name in ranges)
+        ledger.finish(trial, (100 - 20 * a, b * (2 - a)))
+        points.append(used(trial.params))
+    assert all(point not in points[:number] for number, point in enumerate(points))
+
+
+def test_a_candidate_that_is_there_is_not_drawn_by_another_worker(tmp_path: Path) -> None:
+    space = SimpleNamespace(knob=None, ranges=[Range("x", choices=(1, 2, 3))], methods=(), used=dict)
+    workers = [Ledger(open_storage(str(tmp_path / "j")), "s", 60) for _ in range(3)]
+    for worker in workers:
+        worker.study.sampler = make_sampler("nsga2", cast(Space, space), 90.0, 3)
+    ranges = distributions(cast(Space, space))
+    points = [trial.params["x"] for worker in workers if (trial := worker.begin(4, ranges))]
+    assert sorted(points) == [1, 2, 3]
+    last = workers[0].begin(4, ranges)  # when there is no other, one is taken again
+    assert last is not None
+    assert last.params["x"] in points
 
 
 def test_a_trial_whose_worker_died_while_it_was_drawn_is_drawn_again(ledger: Ledger) -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import optuna
 import pytest
@@ -18,7 +18,8 @@ from optuna.study import StudyDirection
 
 from ktmerge import api
 from ktmerge.errors import UsageError
-from ktmerge.sweep.folder import begin, trial_recipe
+from ktmerge.recipes.document import parse_yaml
+from ktmerge.sweep.folder import begin, chosen_text, trial_recipe
 from ktmerge.sweep.settings import SweepSettings
 from ktmerge.sweep.storage import open_storage, study_names
 
@@ -59,6 +60,36 @@ def test_another_digit_in_a_score_is_seen(tmp_path: Path) -> None:
     assert optuna.load_study(study_name="s", storage=plain).best_value == 0.125
     optuna.create_study(storage=plain, study_name="without checksums")
     assert study_names(open_storage(str(path))) == ["s", "without checksums"]
+
+
+def test_going_on_elsewhere_than_where_the_trials_are_is_refused(tmp_path: Path) -> None:
+    out, other = tmp_path / "out", f"sqlite:///{tmp_path}/trials.db"
+    recipe = SimpleNamespace(folder=tmp_path)
+
+    def go_on(storage: str) -> None:
+        settings = cast(SweepSettings, SimpleNamespace(storage=storage, recipe=recipe))
+        begin(out, settings, "s", resume=out.exists(), overwrite=False)
+
+    go_on(other)
+    open_storage(other).create_new_study([StudyDirection.MAXIMIZE], "s")
+    with pytest.raises(UsageError, match=r"its trials are in sqlite:.*trials\.db: name that by --storage"):
+        go_on(str(out / "journal.log"))
+    assert [one.name for one in out.iterdir()] == ["sweep.json"]
+    go_on(other.replace("/trials", "/./trials"))  # the same by another name
+    assert json.loads((out / "sweep.json").read_text())["storage"].endswith("/./trials.db")
+
+
+def test_a_reason_of_several_lines_leaves_the_chosen_recipe_readable(tmp_path: Path) -> None:
+    written = {"ktmerge": 1, "base": "base", "experts": {"e": {"model": "e"}}, "blend": {"method": "linear"}}
+    outcome: Any = SimpleNamespace(
+        settings=SimpleNamespace(recipe=SimpleNamespace(name="r", folder=tmp_path)),
+        shown=SimpleNamespace(recipe=written),
+        statement=lambda: ["Trial 1."],
+        cautions=lambda: ["2 trials could not be blended, such as 0: blend.density: too much.\nblend: no."],
+    )
+    text = chosen_text(outcome, tmp_path)
+    assert parse_yaml(text, "chosen") == {**written, "name": "r-chosen"}
+    assert "# blend: no.\n" in text
 
 
 def _lose(lines: list[bytes]) -> list[bytes]:
