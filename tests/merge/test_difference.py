@@ -104,7 +104,7 @@ def diffed(first: Path, second: Path) -> dict[str, tuple[str, str]]:
 
 def test_what_is_only_written_otherwise_changes_nothing(made: Path, tmp_path: Path) -> None:
     """Another way to the same folder, rules in another order or of no effect, the stages of a method by name."""
-    rules = [{"part": "embed", "keep": "base"}, {"part": "head", "lambda": 0.5}]
+    rules = [{"part": "embed", "keep": "base"}, {"part": "norm", "lambda": 0.5}]
     first = changed(blend={"method": "ties", "density": 0.3, "where": rules})
     second = changed(
         base=str(made / "base"), experts__a__model="../work/a", blend=first["blend"] | {"where": rules[::-1]}

@@ -44,6 +44,13 @@ def refused(folder: Path, text: str, **options: object) -> str:
     return str(caught.value)
 
 
+def test_a_name_that_no_file_can_have() -> None:
+    for load in (load_recipe, load_suite):
+        for name, words in (("x" * 300, "cannot be looked up"), ("../gallery/ties", "no such"), ("a\0b", "neither")):
+            with pytest.raises(UsageError, match=words):
+                load(name)
+
+
 def test_reads_everything(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, RECIPE))
     assert recipe.experts["spam"].weight == 0.5

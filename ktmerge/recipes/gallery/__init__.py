@@ -20,11 +20,14 @@ def locate(reference: str | Path) -> tuple[Path, bool]:
     Raises:
         UsageError: neither a file nor a gallery name.
     """
-    path = Path(reference)
-    if path.is_file():
-        return path, False
-    if str(reference) in names():
-        return _FOLDER / f"{reference}.yaml", True
+    path, own = Path(reference), _FOLDER / f"{reference}.yaml"
+    try:
+        if path.is_file():
+            return path, False
+        if own.parent == _FOLDER and own.is_file():
+            return own, True
+    except OSError as error:  # a name too long, a folder not to be entered
+        raise UsageError(f"{reference}: cannot be looked up: {error.strerror}.") from None
     if path.is_dir():
         raise UsageError(f"{reference}: is a folder; name the recipe's file.")
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:

@@ -25,8 +25,11 @@ def locate(reference: str | Path) -> tuple[Path, Path]:
         UsageError: neither a file nor a ready suite.
     """
     path = Path(reference)
-    if path.is_file():
-        return path, path.resolve().parent
+    try:
+        if path.is_file():
+            return path, path.resolve().parent
+    except OSError as error:  # a name too long, a folder not to be entered
+        raise UsageError(f"{reference}: cannot be looked up: {error.strerror}.") from None
     if str(reference) in names():
         return _FOLDER / f"{reference}.yaml", Path(os.environ.get("KTMERGE_DATASETS") or Path.cwd())
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
