@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ktmerge.eval.harness import HarnessSet
     from ktmerge.eval.sight import Sight
 
-SCORING_VERSION = 4  # raise when the same task on the same data would score differently
+SCORING_VERSION = 5  # raise when the same task on the same data would score differently
 _PLACES = ("data", "shots_from", "images")  # where data lie does not change a score
 _OPTIONAL = ("image", "choice_images", "each", "join", "where", "shots_by", "shot", "intro")
 

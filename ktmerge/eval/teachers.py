@@ -40,17 +40,17 @@ class Texts:
     views: list[View | None]
 
 
-def prompts(encoded: Encoded, sight: Sight | None) -> Texts:
-    """The prompts of a set as they are: all their words are predicted, and what comes first after them.
+def whole(texts: Texts, sight: Sight | None) -> Texts:
+    """The same texts, of which all words count; where there are images, all that follow the last of them."""
+    pairs = zip(texts.ids, texts.views, strict=True)
+    starts = [max(1, sight.after_images(ids)) if view is not None and sight is not None else 1 for ids, view in pairs]
+    return Texts(texts.ids, starts, texts.views)
 
-    Of a prompt with images, what follows the last of them counts.
-    """
+
+def prompts(encoded: Encoded, sight: Sight | None) -> Texts:
+    """The prompts of a set as they are: all their words are predicted, and what comes first after them."""
     asked = _asked(encoded)
-    return Texts(
-        [ids for ids, _ in asked],
-        [max(1, sight.after_images(ids)) if view is not None and sight is not None else 1 for ids, view in asked],
-        [view for _, view in asked],
-    )
+    return whole(Texts([ids for ids, _ in asked], [], [view for _, view in asked]), sight)
 
 
 @dataclass(frozen=True)

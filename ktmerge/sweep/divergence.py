@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from ktmerge.eval.encode import Encoded
 from ktmerge.eval.items import ChoiceItem, GenerateItem, LetterItem
 from ktmerge.eval.letters import LETTERS
 from ktmerge.eval.sets import TaskSet
+from ktmerge.eval.teachers import Texts, prompts, whole
 from ktmerge.eval.unlabelled import divergence
 from ktmerge.recipes.suites import Side
 from ktmerge.sweep.rounds import Round
@@ -19,8 +20,7 @@ from ktmerge.sweep.rounds import Round
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Text = tuple[list[int], int]
-"""Token ids, and the first one whose prediction counts."""
+    from ktmerge.eval.sight import Sight, View
 
 
 class Teachers:
@@ -33,15 +33,23 @@ class Teachers:
         experts: loaded, by name.
         texts: the items measured on.
         tokenizer: the base's.
+        sight: prepares the items' images, if they have some.
 
     Raises:
         UsageError: a side has no texts.
     """
 
-    def __init__(self, base: Any, experts: Mapping[str, Any], texts: Round, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._base, self._experts = base, dict(experts)
-        self._texts: dict[tuple[Side, str], list[Text]] = {
-            (one.side, one.task.name): _texts(one, texts.encoded[one.task.name], tokenizer)
+    def __init__(
+        self,
+        base: Any,
+        experts: Mapping[str, Any],
+        texts: Round,
+        tokenizer: PreTrainedTokenizerBase,
+        sight: Sight | None = None,
+    ) -> None:
+        self._base, self._experts, self._sight = base, dict(experts), sight
+        self._texts: dict[tuple[Side, str], Texts] = {
+            (one.side, one.task.name): _texts(one, texts.encoded[one.task.name], tokenizer, sight)
             for one in texts.sets
             if one.harness is None
         }
@@ -56,33 +64,34 @@ class Teachers:
         up, down = [], []
         for (side, name), texts in self._texts.items():
             if side == "upstream":
-                up.append(_mean(self._base, model, [(ids, 1) for ids, _ in texts]))
+                up.append(self._mean(self._base, model, whole(texts, self._sight)))
             else:
                 asked = [self._experts[name]] if name in self._experts else list(self._experts.values())
-                down.append(float(np.mean([_mean(expert, model, texts) for expert in asked])))
+                down.append(float(np.mean([self._mean(expert, model, texts) for expert in asked])))
         return float(np.mean(up)), float(np.mean(down))
 
+    def _mean(self, teacher: Any, model: Any, texts: Texts) -> float:
+        found = divergence(teacher, model, texts.ids, starts=texts.starts, views=texts.views, sight=self._sight)
+        return float(found.mean())
 
-def _mean(teacher: Any, model: Any, texts: Sequence[Text]) -> float:
-    return float(divergence(teacher, model, [ids for ids, _ in texts], starts=[start for _, start in texts]).mean())
 
-
-def _texts(one: TaskSet, encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[Text]:
+def _texts(one: TaskSet, encoded: Encoded, tokenizer: PreTrainedTokenizerBase, sight: Sight | None) -> Texts:
     """The items of a set as prompts with their right answers."""
-    found: list[Text] = []
+    found: list[tuple[list[int], int, View | None]] = []
     for i, item in enumerate(one.items):
         if isinstance(item, GenerateItem | LetterItem):
             answer = item.answers[0] if isinstance(item, GenerateItem) else LETTERS[item.answer]
             said = tokenizer.encode(f" {answer.strip()}", add_special_tokens=False)
             prompt = list(encoded.prompts[i])
-            found.append((prompt + said, len(prompt)))
+            found.append((prompt + said, len(prompt), encoded.views[i] if encoded.views else None))
         elif isinstance(item, ChoiceItem):
             request = encoded.requests[encoded.offsets[i] + item.answer]
-            found.append(([*request.context, *request.continuation], len(request.context)))
-    if not found:  # plain text; a row may be several requests
-        found = [([*one.context, *one.continuation], 1) for one in encoded.requests]
-    if any(len(ids) < 2 for ids, _ in found):
+            found.append(([*request.context, *request.continuation], len(request.context), request.view))
+    texts = Texts([ids for ids, *_ in found], [start for _, start, _ in found], [view for *_, view in found])
+    if not found:  # plain text, or instructions: nothing is the one right answer
+        texts = prompts(encoded, sight)
+    if any(len(ids) < 2 for ids in texts.ids):
         raise UsageError(
             f"task '{one.task.name}': an item is too short to be measured by divergence; use another screen."
         )
-    return found
+    return texts

@@ -54,7 +54,7 @@ class LiveModel:
         self.tokenizer = load_tokenizer(root)
         self._length = context_length(Checkpoint.open(root).config)
         self._root = root
-        self._sight: Sight | None = None
+        self.sight: Sight | None = None  # loaded with the first set that has images
         self._sources = Pristine(str(self._device))
         self._blended: Recipe | None = None
 
@@ -65,9 +65,9 @@ class LiveModel:
 
     def cut(self, sets: Sequence[TaskSet], ends: Sequence[float]) -> list[Round]:
         """The sets in rounds, in this model's tokens."""
-        if self._sight is None and any(has_images(item) for one in sets for item in one.items):
-            self._sight = load_sight(self._root)
-        return cut(sets, ends, self.tokenizer, self._length, self._sight)
+        if self.sight is None and any(has_images(item) for one in sets for item in one.items):
+            self.sight = load_sight(self._root)
+        return cut(sets, ends, self.tokenizer, self._length, self.sight)
 
     def blend(self, recipe: Recipe) -> None:
         """Make the model what the recipe gives, if that is not what it is.
@@ -98,7 +98,7 @@ class LiveModel:
         """The item scores of what the model is now."""
         found = score_model(
             self.model, self.tokenizer, one.sets, batch_size=self._batch_size, encoded=one.encoded,
-            sight=self._sight, progress=self._progress, label=label,
+            sight=self.sight, progress=self._progress, label=label,
         )  # fmt: skip
         return {name: score.scores.tolist() for name, score in found.items()}
 

@@ -120,7 +120,9 @@ class Screening:
     def _teachers(self) -> Teachers:
         recipe = self.settings.recipe
         experts = {name: self.live.copy_of(expert_alone(recipe, name)) for name in recipe.experts}
-        return Teachers(self.live.copy_of(base_alone(recipe)), experts, self.rounds[0], self.live.tokenizer)
+        return Teachers(
+            self.live.copy_of(base_alone(recipe)), experts, self.rounds[0], self.live.tokenizer, self.live.sight
+        )
 
 
 def candidates_of(ledger: Ledger) -> list[Candidate]:

@@ -409,3 +409,33 @@ def test_divergence_sees_the_images(models: Callable[[str], Seeing], folder: Pat
     with torch.inference_mode():
         p, q = (one(**inputs).logits[0, -words - 1 :].double().log_softmax(-1) for one in (seeing.model, student))
     assert found[0][1] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
+
+
+def test_a_sweep_screens_with_the_images(models: Callable[[str], Seeing], folder: Path) -> None:
+    import copy
+
+    import torch
+
+    from ktmerge.sweep.divergence import Teachers
+    from ktmerge.sweep.rounds import cut
+
+    seeing = models("llava")
+    student = copy.deepcopy(seeing.model)
+    with torch.no_grad():
+        student.get_output_embeddings().weight.mul_(1.5)
+    suite = every_kind(folder, chat=False)
+
+    def distances() -> list[tuple[float, float]]:
+        found = []
+        for task in suite.upstream:
+            sets = read_sets(Suite(upstream=[task], downstream=[task.model_copy(update={"name": "down"})], folder=folder))
+            rounds = cut(sets, [1.0], seeing.tokenizer, None, seeing.sight)
+            teachers = Teachers(seeing.model, {"x": seeing.model}, rounds[0], seeing.tokenizer, seeing.sight)
+            found.append(teachers.distances(student))
+        return found
+
+    before = np.array(distances())
+    assert (before > 0).all()
+    for number, shape in enumerate(SHAPES):
+        picture(folder / "pictures" / f"{number}.png", shape, number + 50)
+    assert (before != np.array(distances())).all()
