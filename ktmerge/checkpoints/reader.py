@@ -131,8 +131,8 @@ class TensorReader:
 
         if not holds_still(path, before):
             raise KtmergeError(
-                f"{path}: its permissions, owner or links were changed while it was in use, and that its bytes were "
-                "not cannot be told; start again."
+                f"{path}: was changed while it was in use, if only its permissions, owner or links: whether its bytes "
+                "are the same cannot be told; start again."
             )
         self._same[file] = stamp
 

@@ -40,9 +40,9 @@ def step(name):
 
 def stopping(name):
     whole = getattr(staging.Staging, name)
-    def wrapped(self, *arguments):
+    def wrapped(self, *arguments, **named):
         step(name)
-        return whole(self, *arguments)
+        return whole(self, *arguments, **named)
     setattr(staging.Staging, name, wrapped)
 
 stopping("publish"), stopping("discard")

@@ -428,7 +428,9 @@ def test_a_sweep_screens_with_the_images(models: Callable[[str], Seeing], folder
     def distances() -> list[tuple[float, float]]:
         found = []
         for task in suite.upstream:
-            sets = read_sets(Suite(upstream=[task], downstream=[task.model_copy(update={"name": "down"})], folder=folder))
+            sets = read_sets(
+                Suite(upstream=[task], downstream=[task.model_copy(update={"name": "down"})], folder=folder)
+            )
             rounds = cut(sets, [1.0], seeing.tokenizer, None, seeing.sight)
             teachers = Teachers(seeing.model, {"x": seeing.model}, rounds[0], seeing.tokenizer, seeing.sight)
             found.append(teachers.distances(student))
