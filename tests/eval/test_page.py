@@ -77,7 +77,7 @@ def results(make_results: Make) -> Results:
     for name, answers in outputs.items():
         hits = [float(a == b) for a, b in zip(answers, made.tasks[-1].references, strict=True)]
         made.scores[name]["say"] = TaskScore(np.array(hits), {"outputs": answers})
-    made.scores["base"]["up_a"].details.update(nll=[10.0], bytes=[20])
+    made.scores["base"]["up_a"].details.update(nll=[1.0] * 10, bytes=[2] * 10)
     return made
 
 

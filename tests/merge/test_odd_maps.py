@@ -62,7 +62,7 @@ ODD: dict[str, dict[str, Any]] = {
     "iso_cts": {"common": 0.4},
     "cart": {"fraction": 0.3},
     "resmerge": {"rank": 2},
-    "knots": {},
+    "knots": {"density": 0.5},  # no part of coordinates that are as large as one another
     "task_arithmetic_svc": {},
     "tsv_m_svc": {},
     "swudi_a_svc": {"alpha": 0.2},
