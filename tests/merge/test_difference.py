@@ -77,7 +77,7 @@ def test_what_matters_stands_first(tmp_path: Path) -> None:
 @pytest.fixture
 def made(llamas: Path, tmp_path: Path, recipe_in: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("KTMERGE_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "work"
+    folder = tmp_path / "made"
     shutil.copytree(llamas, folder)
     shutil.copytree(folder / "a", folder / "copy")
     experts = {"a": ("a", 1.0), "b": ("b", 0.5)}
@@ -107,7 +107,7 @@ def test_what_is_only_written_otherwise_changes_nothing(made: Path, tmp_path: Pa
     rules = [{"part": "embed", "keep": "base"}, {"part": "norm", "lambda": 0.5}]
     first = changed(blend={"method": "ties", "density": 0.3, "where": rules})
     second = changed(
-        base=str(made / "base"), experts__a__model="../work/a", blend=first["blend"] | {"where": rules[::-1]}
+        base=str(made / "base"), experts__a__model="../made/a", blend=first["blend"] | {"where": rules[::-1]}
     )
     for name, document in (("first", first), ("second", second)):
         (made / f"{name}.yaml").write_text(yaml.safe_dump({**document, "eval": None}))
