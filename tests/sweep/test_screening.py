@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from optuna.samplers import RandomSampler
 
 from ktmerge.progress import SILENT
 from ktmerge.recipes.schema import Recipe
@@ -23,7 +24,9 @@ quietly()
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
-    return Ledger(open_storage(str(tmp_path / "journal.log")), "s", 60)
+    made = Ledger(open_storage(str(tmp_path / "journal.log")), "s", 60)
+    made.study.sampler = RandomSampler(seed=1)  # six draws of one and the same are none of the cases
+    return made
 
 
 def screening(ledger: Ledger, live: object, **settings: object) -> Any:
