@@ -170,7 +170,7 @@ class InPlace(Fused):
 
     def _work(self, turn: Iterator[int], calls: Sequence[tuple[Any, ...]], status: NDArray[np.int64]) -> None:
         """One worker's share: the next piece that nobody has begun, until there is none."""
-        scratch = np.empty((2 * len(self._plan.experts) + 8) * BLOCK, np.uint32)
+        scratch = np.empty((2 * len(self._plan.experts) + 7) * BLOCK, np.uint32)
         address, direct = scratch.ctypes.data, self._native.direct
         while (number := next(turn)) < len(calls):
             status[number] = direct(*calls[number], address)

@@ -166,7 +166,7 @@ class MultiTensor:
         turn = count()
 
         def walk() -> None:
-            scratch = np.empty(5 * STRIP + 2 * PIECE, np.uint32)
+            scratch = np.empty(4 * STRIP + 2 * PIECE, np.uint32)
             while (share := next(turn)) < shares:
                 self._native.multi_tensor(
                     0, 0, table.ctypes.data, scales.ctypes.data, len(self._experts), ends[share], ends[share + 1],

@@ -47,7 +47,7 @@ def settle_given(
     out = np.empty(count * WIDTHS[target.kind], np.uint8) if room is None else room
     ends = np.array([0.0, target.factor, target.limit, target.lambda_], np.float32)
     sums, kept, rates = np.zeros(4), np.zeros(experts, np.int64), np.zeros((3, experts), np.float32)
-    scratch = np.empty((2 * experts + 8) * BLOCK, np.uint32)
+    scratch = np.empty((2 * experts + 7) * BLOCK, np.uint32)
     no_steps = (0, *(kept.ctypes.data,) * 8)
     status = native.direct(
         0, 0, codes.ctypes.data, firsts.ctypes.data, experts, count, start, *no_steps, GIVEN, 0, rates.ctypes.data,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ktmerge.merge.kernels.codes import DROP, TRIM
+from ktmerge.merge.kernels.codes import DROP, NOTHING, TRIM
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.kernels.search import Threshold
 from ktmerge.merge.program import Drop, Trim
@@ -26,17 +26,19 @@ class Steps:
     """
 
     def __init__(self, steps: Sequence[Trim | Drop], experts: Sequence[str], seed: int, tensor: str) -> None:
-        shape = (len(steps), len(experts))
-        self._codes = np.array([TRIM if isinstance(step, Trim) else DROP for step in steps], np.int64)
+        self._count = len(steps)
+        shape = (max(1, len(steps)), len(experts))
+        self._codes = np.full(shape[0], NOTHING, np.int64)
         self._floors = np.zeros(shape, np.uint32)
         self._leasts = np.zeros(shape, np.uint64)
         self._spans = np.zeros(shape, np.uint32)
         self._tops = np.zeros(shape, np.uint64)
         self._cuts = np.zeros(shape, np.uint64)
         self._factors = np.zeros(shape, np.float32)
-        keys = [[stream_key(seed, step.purpose, expert, tensor) for expert in experts] for step in steps]
-        self._keys = np.array(keys, np.uint64).reshape(shape)
+        self._keys = np.zeros(shape, np.uint64)
         for position, step in enumerate(steps):
+            self._codes[position] = TRIM if isinstance(step, Trim) else DROP
+            self._keys[position] = [stream_key(seed, step.purpose, expert, tensor) for expert in experts]
             if isinstance(step, Drop):
                 self._cuts[position] = round(step.density * 2**32)
                 self._factors[position] = step.factor
@@ -60,14 +62,17 @@ class Steps:
         return bool(self._tops.any())
 
     def arguments(self, count: int) -> tuple[int, ...]:
-        """The kernels' arguments for the first ``count`` transforms; valid as long as this object is."""
+        """The kernels' arguments for the first ``count`` transforms, 1 also where there is none: NOTHING is done then.
+
+        Valid as long as this object is.
+        """
         arrays = (
             self._codes, self._floors, self._leasts, self._spans, self._tops, self._keys, self._cuts, self._factors,
         )  # fmt: skip
         return (count, *(array.ctypes.data for array in arrays))
 
     def __len__(self) -> int:
-        return len(self._codes)
+        return self._count
 
 
 def edge(threshold: Threshold) -> tuple[int, int]:

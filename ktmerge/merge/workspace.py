@@ -138,7 +138,7 @@ class Workspace:
         self._kinds = np.zeros(experts + 1, np.int64)
         self._files, self._places = np.full(experts + 1, -1, np.int64), np.zeros(experts + 1, np.int64)
         self._scratch = np.empty(
-            (2 * experts + 8) * BLOCK + 2 * experts + 2, np.uint32
+            (2 * experts + 7) * BLOCK + 2 * experts + 2, np.uint32
         )  # as much as the neediest kernel asks for
         most = 2 * experts  # thresholds that are looked for at once
         self._counts, self._lows = np.zeros((most, BINS + 1), np.uint32), np.zeros((most, BINS), np.uint32)
@@ -472,7 +472,7 @@ class Workspace:
         if not isinstance(combine, Elect) or combine.counted or combine.aggregate == "largest":
             return False
         nearest = target.kind == BF16 and not target.stochastic and target.factor == 1 and target.limit == inf
-        plain = len(steps) == 1 and not steps.has_outliers and self._number <= MOST
+        plain = len(steps) <= 1 and not steps.has_outliers and self._number <= MOST
         return nearest and plain and all(row.kind == BF16 for row in self._wanted)
 
     def _inputs(self) -> tuple[int, ...]:

@@ -16,12 +16,18 @@ from ktmerge.recipes.load import parse_recipe
 
 pytest.importorskip("numba")
 
-SHAPES = {"model.layers.0.mlp.up_proj.weight": (41, 67), "model.layers.0.mlp.down_proj.weight": (3, 7)}
+SHAPES = {
+    "model.layers.0.mlp.up_proj.weight": (41, 67),
+    "model.layers.0.mlp.down_proj.weight": (3, 7),
+    "model.embed_tokens.weight": (5, 9),  # which random drops leave whole
+}
 BLENDS: list[dict[str, Any]] = [
     {"method": "ties", "density": 0.3},
     {"method": "ties", "density": 0.6, "aggregate": "sum", "lambda": 0.7},
     {"method": "ties", "density": 0.2, "aggregate": "mean", "tie": "plus", "lambda": -1.5},
     {"method": "dare_ties", "density": 0.5, "lambda": 1.3},
+    {"method": "dare_ties", "density": 0},
+    {"method": "dare_ties", "density": 1},
 ]
 
 

@@ -35,7 +35,7 @@ def spread(
 ):  # fmt: skip
     """Base and experts' deltas after the transforms, fp32 ``[N + 1, count]``, into ``out``; FINE or INPUT_NOT_FINITE.
 
-    Added to: ``kept`` int64 ``[N]``, non-zeros after the transforms. ``scratch`` holds ``3 * BLOCK`` words. Else as
+    Added to: ``kept`` int64 ``[N]``, non-zeros after the transforms. ``scratch`` holds ``2 * BLOCK`` words. Else as
     `blend`.
     """
     all16, all32 = carray(memory16, (_ALL,)), carray(memory32, (_ALL,))
@@ -43,7 +43,7 @@ def spread(
     all_steps = steps_at(number, step_count, steps, floors, leasts, spans, tops, keys, cuts, factors)
     own_kept = carray(kept, (number,))
     values = carray(out, (number + 1, count))
-    work = carray(scratch, (3, BLOCK))
+    work = carray(scratch, (2, BLOCK))
     for first in range(0, count, BLOCK):
         n = min(BLOCK, count - first)
         base = values[0][first : first + n]
@@ -55,7 +55,7 @@ def spread(
             if load(own_kinds[t + 1], all16[place:], all32[place:], 0, other):
                 return int64(INPUT_NOT_FINITE)
             subtract(other.view(np.float32), base, delta)
-            transform(all_steps, delta, start + first, t, work[1], work[2])
+            transform(all_steps, delta, start + first, t, work[1])
             own_kept[t] += count_kept(delta.view(np.uint32))
     return int64(FINE)
 

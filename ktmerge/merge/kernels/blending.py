@@ -59,7 +59,7 @@ def _one_delta(base, expert, weight, lambda_, merged, out):
 @inlined
 def _merge(
     memory16, memory32, kinds, places, start, first, steps, combine, counted, rates, fallback, kept, own, theta, delta,
-    lanes, words, v, share, m,
+    words, v, share, m,
 ):  # fmt: skip
     """The merged delta of the elements of the piece from ``first`` on into ``m``; whether an input is not finite.
 
@@ -72,7 +72,7 @@ def _merge(
         if _load(kinds[t + 1], memory16, memory32, places[t + 1] + first, other):
             return True
         subtract(other.view(np.float32), own, d)
-        transform(steps, d, start + first, t, lanes, words)
+        transform(steps, d, start + first, t, words)
         if steps[0].size:
             kept[t] += count_kept(d.view(np.uint32))
         take_in(combine, t, d, rates[1][t], v, share, m)
@@ -93,9 +93,9 @@ def _blend(
     number = kept.size
     floats = work.view(np.float32)
     theta, delta = work[: number + 1], floats[number + 1 : 2 * number + 1]
-    lanes, words, halves = work[2 * number + 1], work[2 * number + 6], work[2 * number + 7].view(np.uint16)
-    vote, share = floats[2 * number + 2], floats[2 * number + 3]
-    merged, values = floats[2 * number + 4], floats[2 * number + 5]
+    vote, share = floats[2 * number + 1], floats[2 * number + 2]
+    merged, values = floats[2 * number + 3], floats[2 * number + 4]
+    words, halves = work[2 * number + 5], work[2 * number + 6].view(np.uint16)
     fallback, factor, limit, lambda_ = ends[0], ends[1], ends[2], ends[3]
     plain_sum = combine == SUM and number == 1 and steps[0].size == 0 and factor == _F32(1) and limit == _INFINITY
     single = plain_sum and leave == 0
@@ -119,7 +119,7 @@ def _blend(
         else:
             if _merge(
                 memory16, memory32, kinds, places, start, first, steps, combine, counted, rates, fallback, kept, theta0,
-                theta, delta, lanes, words, vote[:n], share[:n], m,
+                theta, delta, words, vote[:n], share[:n], m,
             ):  # fmt: skip
                 return int64(INPUT_NOT_FINITE)
             if factor != _F32(1):
@@ -139,7 +139,7 @@ def _blend(
             sum_up(theta0, m, r, sums)
             continue
         if stochastic:
-            random_words(round_key, start + first, lanes, words[: (n + 3) // 4 * 4])
+            random_words(round_key, start + first, n, words)
         narrow = target != F32
         stored = vote[:n].view(np.uint32) if narrow else out32[out + first : out + first + n]
         to16 = out16[out + first : out + first + n] if narrow else halves[:n]
@@ -159,21 +159,21 @@ def direct(
     are the first elements of base, experts and, if ``combine`` is GIVEN, of the merged delta before factor, limit and
     lambda in fp32: their addresses divided by the width of their kind; ``out`` likewise is the first element written,
     of the type ``target``: that of ``kind``, or F32 for its values; ``leave`` that of a place for the merged delta, or
-    0. ``scratch`` holds ``BLOCK * (2 N + 8)`` words. Nothing is promised of what is written unless it is FINE.
+    0. ``scratch`` holds ``BLOCK * (2 N + 7)`` words. Nothing is promised of what is written unless it is FINE.
     """
     all16, all32 = carray(memory16, (_ALL,)), carray(memory32, (_ALL,))
     return _blend(
         all16, all32, carray(kinds, (number + 1,)), carray(places, (number + 2,)), 0, count, start,
         steps_at(number, step_count, steps, floors, leasts, spans, tops, keys, cuts, factors), combine, counted,
         carray(rates, (3, number)), carray(ends, (4,)), kind, stochastic, round_key, target, all16, all32, out, leave,
-        carray(sums, (4,)), carray(kept, (number,)), carray(scratch, (2 * number + 8, BLOCK)),
+        carray(sums, (4,)), carray(kept, (number,)), carray(scratch, (2 * number + 7, BLOCK)),
     )  # fmt: skip
 
 
 @inlined
 def _room(scratch, number):
     """Blocks to work in, and behind them a place for each row: of any number of experts."""
-    blocks = 2 * number + 8
+    blocks = 2 * number + 7
     behind = carray(scratch, (blocks * BLOCK + 2 * number + 2,))[blocks * BLOCK :]
     return carray(scratch, (blocks, BLOCK)), behind.view(np.int64)
 
@@ -198,7 +198,7 @@ def blend(
     a last factor.
     The result is stored as ``kind``, rounded to the nearest or stochastically. Added to: ``sums`` fp64 ``[4]``, squared
     norms of merged delta and base, inner product of the former with what was stored, number of changed elements;
-    ``kept`` int64 ``[N]``, non-zeros after the transforms. ``scratch`` holds ``BLOCK * (2 N + 8) + 2 N + 2`` words.
+    ``kept`` int64 ``[N]``, non-zeros after the transforms. ``scratch`` holds ``BLOCK * (2 N + 7) + 2 N + 2`` words.
     """
     raw16, _, own_kinds, own_files, own_places = rows_at(rows16, rows32, stride, number, kinds, files, places)
     all_steps = steps_at(number, step_count, steps, floors, leasts, spans, tops, keys, cuts, factors)
@@ -232,11 +232,11 @@ def _squares(
     floats = work.view(np.float32)
     for first in range(begin, end, BLOCK):
         n = min(BLOCK, end - first)
-        own, m = _row(kinds[0], memory32, places[0] + first, work[0][:n]), floats[2 * number + 4][:n]
+        own, m = _row(kinds[0], memory32, places[0] + first, work[0][:n]), floats[2 * number + 3][:n]
         if _load(kinds[0], memory16, memory32, places[0] + first, own) or _merge(
             memory16, memory32, kinds, places, start, first, steps, combine, counted, rates, fallback, kept,
-            own.view(np.float32), work[: number + 1], floats[number + 1 : 2 * number + 1], work[2 * number + 1],
-            work[2 * number + 6], floats[2 * number + 2][:n], floats[2 * number + 3][:n], m,
+            own.view(np.float32), work[: number + 1], floats[number + 1 : 2 * number + 1], work[2 * number + 5],
+            floats[2 * number + 1][:n], floats[2 * number + 2][:n], m,
         ):  # fmt: skip
             return int64(INPUT_NOT_FINITE)
         add_squares(own, bins[0][0], bins[0][1])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-BLOCK = 1040
-"""Elements worked on at a time: a dozen arrays of them stay in the processor's first caches. No power of two, as arrays
-side by side would all want the same few places there."""
+BLOCK = 1056
+"""Elements worked on at a time: a dozen arrays of them stay in the processor's first caches. A multiple of 32, so that
+loops over vectors leave no rest; no power of two, as arrays side by side would all want the same few places there."""
 
 WINDOW = 32 * BLOCK
 """Elements read from files at a time: those of base and a few experts stay in the processor's second cache."""
 
-TRIM, DROP = 1, 2
+NOTHING, TRIM, DROP = 0, 1, 2
 SUM, LARGEST, ELECT_MEAN, ELECT_SUM, ELECT_LARGEST = 0, 1, 2, 3, 4
 MOST = 4
 """Experts whose election has a loop of its own."""

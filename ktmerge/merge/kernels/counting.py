@@ -70,13 +70,13 @@ def _magnitudes(delta, out):
 
 
 @compiled
-def _delta(raw16, raw32, kinds, row, first, start, steps, own, other, d, lanes, words):
+def _delta(raw16, raw32, kinds, row, first, start, steps, own, other, d, words):
     """One expert's delta after the transforms, elements ``first .. first + d.size`` of the rows, whose first element is
     ``start`` in the tensor; whether one is not finite. ``own`` holds the base's."""
     if load(kinds[row], raw16[row], raw32[row], first, other[: d.size]):
         return True
     subtract(other[: d.size].view(np.float32), own[: d.size].view(np.float32), d)
-    transform(steps, d, start + first, row - 1, lanes, words)
+    transform(steps, d, start + first, row - 1, words)
     return False
 
 
@@ -92,7 +92,7 @@ def _fetch_wanted(raw16, kinds, files, places, wanted, begin, size):
 
 @compiled
 def _measure(
-    raw16, raw32, kinds, wanted, start, origin, count, steps, searches, counts, lows, own, other, delta, lanes, words
+    raw16, raw32, kinds, wanted, start, origin, count, steps, searches, counts, lows, own, other, delta, words
 ):  # fmt: skip
     """``count`` elements of the rows, which begin with element ``origin`` of the piece."""
     for first in range(0, count, BLOCK):
@@ -102,9 +102,7 @@ def _measure(
             return int64(INPUT_NOT_FINITE)
         for w in range(wanted.size):
             known = w > 0 and wanted[w] == wanted[w - 1]
-            if not known and _delta(
-                raw16, raw32, kinds, wanted[w], first, start + origin, steps, own, other, d, lanes, words
-            ):
+            if not known and _delta(raw16, raw32, kinds, wanted[w], first, start + origin, steps, own, other, d, words):
                 return int64(INPUT_NOT_FINITE)
             hashed, floor, key, low = searches[w][0], _U32(searches[w][1]), searches[w][2], searches[w][3]
             last, shift, bins = searches[w][4], searches[w][5], int64(searches[w][6])
@@ -133,11 +131,11 @@ def measure(
     The key is the magnitude's pattern, or if ``hashed`` the hash, by ``key``, of the elements whose magnitude is
     ``floor``. Added to: ``counts`` uint32 ``[wanted, width + 1]``, keys in ``[low, low + last]`` by
     ``(key - low) >> shift``, and keys above all that in number ``bins``; ``lows`` uint32 ``[wanted, width]``, the union
-    of the bits that magnitudes lose in that shift. ``scratch`` holds ``BLOCK * 5`` words.
+    of the bits that magnitudes lose in that shift. ``scratch`` holds ``BLOCK * 4`` words.
     """
     raw16, raw32, own_kinds, own_files, own_places = rows_at(rows16, rows32, stride, number, kinds, files, places)
     all_steps = steps_at(number, step_count, steps, floors, leasts, spans, tops, keys, cuts, factors)
-    own_wanted, work = carray(wanted, (wanted_count,)), carray(scratch, (5, BLOCK))
+    own_wanted, work = carray(wanted, (wanted_count,)), carray(scratch, (4, BLOCK))
     fetched = own_files[0] >= 0
     window = WINDOW if fetched else count
     for begin in range(0, count, window):
@@ -147,7 +145,7 @@ def measure(
         status = _measure(
             raw16, raw32, own_kinds, own_wanted, start, begin, size, all_steps,
             carray(searches, (wanted_count, 7)), carray(counts, (wanted_count, width + 1)),
-            carray(lows, (wanted_count, width)), work[0], work[1], work[2].view(np.float32), work[3], work[4],
+            carray(lows, (wanted_count, width)), work[0], work[1], work[2].view(np.float32), work[3],
         )  # fmt: skip
         if status != FINE:
             return status
@@ -157,7 +155,7 @@ def measure(
 @compiled
 def _note(
     raw16, raw32, kinds, wanted, start, origin, count, steps, bounds, places, patterns, taken, above, found, own, other,
-    delta, lanes, words,
+    delta, words,
 ):  # fmt: skip
     """``count`` elements of the rows, which begin with element ``origin`` of the piece."""
     plain = steps[0].size == 0 and kinds[0] == BF16
@@ -173,7 +171,7 @@ def _note(
             if plain and kinds[row] == BF16:
                 taken[w] += scan(raw16[0], raw16[row], first, low, last, origin, at, of, found, own, other, d)
             elif load(kinds[0], raw16[0], raw32[0], first, own[: d.size]) or _delta(
-                raw16, raw32, kinds, row, first, start + origin, steps, own, other, d, lanes, words
+                raw16, raw32, kinds, row, first, start + origin, steps, own, other, d, words
             ):
                 return int64(INPUT_NOT_FINITE)
             else:
@@ -194,11 +192,11 @@ def note(
     ``wanted`` int64 are those rows; ``bounds`` uint32 ``[wanted, 2]`` the interval's least and last offset from that.
     ``noted`` and ``patterns``, uint32 ``[wanted, capacity]``, take index in the piece and pattern of up to
     ``capacity - BLOCK``; ``taken`` int64 ``[wanted]`` counts them, and is beyond the capacity where that did not do:
-    ``above`` int64 ``[wanted]`` is then too small. ``scratch`` holds ``BLOCK * 5`` words and 2.
+    ``above`` int64 ``[wanted]`` is then too small. ``scratch`` holds ``BLOCK * 4`` words and 2.
     """
     raw16, raw32, own_kinds, own_files, own_places = rows_at(rows16, rows32, stride, number, kinds, files, places)
     all_steps = steps_at(number, step_count, steps, floors, leasts, spans, tops, keys, cuts, factors)
-    own_wanted, work = carray(wanted, (wanted_count,)), carray(scratch, (5, BLOCK))
+    own_wanted, work = carray(wanted, (wanted_count,)), carray(scratch, (4, BLOCK))
     fetched = own_files[0] >= 0
     window = WINDOW if fetched else count
     for begin in range(0, count, window):
@@ -209,8 +207,8 @@ def note(
             raw16, raw32, own_kinds, own_wanted, start, begin, size, all_steps,
             carray(bounds, (wanted_count, 2)), carray(noted, (wanted_count, capacity)),
             carray(patterns, (wanted_count, capacity)), carray(taken, (wanted_count,)), carray(above, (wanted_count,)),
-            carray(scratch, (5 * BLOCK + 2,))[5 * BLOCK :],
-            work[0], work[1], work[2].view(np.float32), work[3], work[4],
+            carray(scratch, (4 * BLOCK + 2,))[4 * BLOCK :],
+            work[0], work[1], work[2].view(np.float32), work[3],
         )  # fmt: skip
         if status != FINE:
             return status
@@ -218,12 +216,12 @@ def note(
 
 
 @compiled
-def _sample(raw16, raw32, kinds, start, count, steps, out, own, other, delta, lanes, words):
+def _sample(raw16, raw32, kinds, start, count, steps, out, own, other, delta, words):
     d = delta[:count]
     if load(kinds[0], raw16[0], raw32[0], 0, own[:count]):
         return True
     for row in range(1, kinds.size):
-        if _delta(raw16, raw32, kinds, row, 0, start, steps, own, other, d, lanes, words):
+        if _delta(raw16, raw32, kinds, row, 0, start, steps, own, other, d, words):
             return True
         _magnitudes(d, out[row - 1])
     return False
@@ -237,18 +235,18 @@ def sample(
     or UNREADABLE.
 
     Blocks of ``count`` elements begin with those of ``blocks``, int64, multiples of 4, counted from ``start``; ``out``
-    is uint32 ``[block_count, N, count]``. Rows that do not lie in files hold one block. ``scratch``: ``BLOCK * 5``.
+    is uint32 ``[block_count, N, count]``. Rows that do not lie in files hold one block. ``scratch``: ``BLOCK * 4``.
     """
     raw16, raw32, own_kinds, own_files, own_places = rows_at(rows16, rows32, stride, number, kinds, files, places)
     all_steps = steps_at(number, step_count, steps, floors, leasts, spans, tops, keys, cuts, factors)
-    work = carray(scratch, (5, BLOCK))
+    work = carray(scratch, (4, BLOCK))
     own_blocks, target = carray(blocks, (block_count,)), carray(out, (block_count, number, count))
     for b in range(block_count):
         if own_files[0] >= 0 and not fetch_all(raw16, own_kinds, own_files, own_places, own_blocks[b], count):
             return int64(UNREADABLE)
         if _sample(
             raw16, raw32, own_kinds, start + own_blocks[b], count, all_steps, target[b], work[0], work[1],
-            work[2].view(np.float32), work[3], work[4],
+            work[2].view(np.float32), work[3],
         ):  # fmt: skip
             return int64(INPUT_NOT_FINITE)
     return int64(FINE)

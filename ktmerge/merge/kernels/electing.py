@@ -19,7 +19,7 @@ from numba.np.unsafe.ndarray import to_fixed_tuple
 from numba.types import int64, uint16
 
 from ktmerge.merge.kernels.bits import as_bits, as_float
-from ktmerge.merge.kernels.codes import BLOCK, FINE, INPUT_NOT_FINITE, MOST, OVERFLOW, TRIM, UNREADABLE, WINDOW
+from ktmerge.merge.kernels.codes import BLOCK, FINE, INPUT_NOT_FINITE, MOST, NOTHING, OVERFLOW, TRIM, UNREADABLE, WINDOW
 from ktmerge.merge.kernels.compiler import compiled, inlined
 from ktmerge.merge.kernels.conversion import EXPONENT, load_bf16
 from ktmerge.merge.kernels.files import fetch_all, rows_at
@@ -37,16 +37,29 @@ _ZERO = np.float32(0)
 
 
 @compiled
+def _take(raw, own, theirs, delta):
+    """An expert's patterns, and those of its delta; the largest exponent of the former."""
+    worst = _U32(0)
+    for i in range(delta.size):
+        pattern = _U32(_U32(raw[i]) << _U32(16))
+        worst = _U32(max(worst, _U32(pattern & EXPONENT)))
+        theirs[i] = pattern
+        delta[i] = as_bits(as_float(pattern) - as_float(own[i]))
+    return worst
+
+
+@compiled
 def _drop(raw, own, words, cut, factor, theirs, delta):
     """An expert's patterns, and those of its delta of which numbers with a random word below ``cut`` stay, ``factor``
     times as large; the largest exponent of the former, and how many of the latter are not zero."""
     worst, kept = _U32(0), _U32(0)
+    last, any_bits = _U32(max(cut, _U64(1)) - _U64(1)), _U32(0) if cut == _U64(0) else _U32(0xFFFFFFFF)
     for i in range(delta.size):
         pattern = _U32(_U32(raw[i]) << _U32(16))
         worst = _U32(max(worst, _U32(pattern & EXPONENT)))
         theirs[i] = pattern
         scaled = (as_float(pattern) - as_float(own[i])) * factor
-        bits = as_bits(scaled if _U64(words[i]) < cut else _ZERO)
+        bits = _U32(as_bits(scaled if words[i] <= last else _ZERO) & any_bits)
         delta[i] = bits
         kept = _U32(kept + (_ONE if _U32(bits & _MAGNITUDE) != _U32(0) else _U32(0)))
     return worst, kept
@@ -126,25 +139,27 @@ _elect_one, _elect_two, _elect_three, _elect_four = (_election(number) for numbe
 
 
 @inlined
-def _transform(step, raw, own, floor, least, span, key, cut, factor, start, theirs, delta, lanes, words, found):
-    """One expert's block; the largest exponent, and how many numbers of its delta are not zero afterwards."""
+def _transform(step, raw, own, floor, least, span, key, cut, factor, start, theirs, delta, masks, words, found):
+    """One expert's block; the largest exponent, and how many numbers of its delta a transform leaves."""
+    if step == NOTHING:
+        return _take(raw, own, theirs, delta), _U32(0)
     if step == TRIM:
         low = _U32(max(floor, _ONE))  # whether a zero is kept makes no difference
         end = _U32(floor + span)
         near = words[: trim(raw, own, low, _U32(max(end, low) - low), theirs, delta, words, found)]
         worst, kept = found[0], found[1]
         if near.size != 0 and floor == low and least != _U64(0):
-            kept = _U32(kept - _judge(near, least, key, start, lanes[: near.size]))
-            _mask(delta, near, lanes)
+            kept = _U32(kept - _judge(near, least, key, start, masks[: near.size]))
+            _mask(delta, near, masks)
         # Of finite numbers differences may be infinite.
         return EXPONENT if worst >= EXPONENT and load_bf16(raw, theirs) else _U32(0), kept
-    random_words(key, start, lanes, words[: (delta.size + 3) // 4 * 4])
+    random_words(key, start, delta.size, words)
     return _drop(raw, own, words, cut, factor, theirs, delta)
 
 
 @compiled
 def _elect(
-    raw16, start, begin, end, origin, steps, mean, rates, fallback, lambda_, out, sums, kept, work, lanes, words, found
+    raw16, start, begin, end, origin, steps, mean, rates, fallback, lambda_, out, sums, kept, work, masks, words, found
 ):  # fmt: skip
     """The elements from ``begin`` to ``end`` of the piece; the rows begin with its element ``origin``."""
     number = kept.size
@@ -161,7 +176,7 @@ def _elect(
             theirs, delta = work[(t + 1) * BLOCK :][:n], work[(number + 1 + t) * BLOCK :][:n]
             largest, count = _transform(
                 codes[0], raw16[t + 1][at : at + n], own, floors[0, t], leasts[0, t], spans[0, t], keys[0, t],
-                cuts[0, t], factors[0, t], _U64(start + first), theirs, delta, lanes, words, found,
+                cuts[0, t], factors[0, t], _U64(start + first), theirs, delta, masks, words, found,
             )  # fmt: skip
             worst = max(worst, largest)
             kept[t] += int64(count)
@@ -187,13 +202,13 @@ def elect(
     keys, cuts, factors, mean, rates, fallback, lambda_, out16, sums, kept, scratch,
 ):  # fmt: skip
     """As `compiled.blend` where rows and result are bf16, rounded to the nearest, experts ``MOST`` at most, and one
-    transform, a trim without outliers or a drop, is followed by an election: of the weighted mean if ``mean``, else of
-    the weighted sum. ``scratch`` holds ``BLOCK * (2 N + 5) + 2`` words.
+    transform, a trim without outliers, a drop or NOTHING, is followed by an election: of the weighted mean if ``mean``,
+    else of the weighted sum. ``scratch`` holds ``BLOCK * (2 N + 5) + 2`` words.
     """
     raw16, _, own_kinds, own_files, own_places = rows_at(rows16, rows32, stride, number, kinds, files, places)
     all_steps = steps_at(number, step_count, steps, floors, leasts, spans, tops, keys, cuts, factors)
     work = carray(scratch, (BLOCK * (2 * number + 5) + 2,))
-    lanes, words = work[BLOCK * (2 * number + 3) :][:BLOCK], work[BLOCK * (2 * number + 4) :][:BLOCK]
+    masks, words = work[BLOCK * (2 * number + 3) :][:BLOCK], work[BLOCK * (2 * number + 4) :][:BLOCK]
     found = work[BLOCK * (2 * number + 5) :]
     fetched = own_files[0] >= 0
     window = WINDOW if fetched else count
@@ -205,7 +220,7 @@ def elect(
             return int64(UNREADABLE)
         status = _elect(
             raw16, start, begin, end, origin, all_steps, mean != 0, carray(rates, (3, number)), fallback, lambda_,
-            carray(out16, (count,)), carray(sums, (4,)), carray(kept, (number,)), work, lanes, words, found,
+            carray(out16, (count,)), carray(sums, (4,)), carray(kept, (number,)), work, masks, words, found,
         )  # fmt: skip
         if status == INPUT_NOT_FINITE:
             return status

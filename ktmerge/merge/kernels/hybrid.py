@@ -19,7 +19,7 @@ class Hybrid(Reference):
         self._native = native
 
     def words(self, key: int, start: int, count: int, device: torch.device) -> Tensor:
-        out, scratch = torch.empty(count, dtype=torch.int64), np.empty((2, BLOCK), np.uint32)
+        out, scratch = torch.empty(count, dtype=torch.int64), np.empty(BLOCK, np.uint32)
         self._native.words(key, start, count, out.data_ptr(), scratch.ctypes.data)
         return out
 

@@ -177,7 +177,7 @@ def _round_otherwise(made, first, row, target, work):
     """Round stochastically or to fp16, and write it; whether it fits into its type."""
     halves, stored, words = work[1].view(np.uint16)[: made.size], work[2][: made.size], work[3]
     if row[_STOCHASTIC]:
-        random_words(_U64(row[_ROUND]), row[_START] + first, work[4], words[: (made.size + 3) // 4 * 4])
+        random_words(_U64(row[_ROUND]), row[_START] + first, made.size, words)
     if store(row[_KIND], row[_STOCHASTIC] != 0, made, words[: made.size], halves, stored, stored):
         return False
     if row[_TARGET] == F32:
@@ -255,12 +255,12 @@ def multi_tensor(memory16, memory32, table, rates, experts, first, last, wide, s
 
     ``memory16`` and ``memory32`` are the address 0. ``table`` int64 ``[pieces, COLUMNS]``, see `codes`; ``rates`` fp32
     ``[pieces, 2]`` are weight and lambda. ``experts`` N is how many values there are at each inexact place. ``status``
-    int64 ``[pieces]``: FINE, or OVERFLOW where an input or the result is not finite. ``scratch`` holds ``5 * STRIP + 2
+    int64 ``[pieces]``: FINE, or OVERFLOW where an input or the result is not finite. ``scratch`` holds ``4 * STRIP + 2
     * wide`` words, where no piece has more than ``wide`` elements.
     """
     short, long = carray(memory16, (_ALL,)), carray(memory32, (_ALL,))
     pieces, numbers, found = carray(table, (last, COLUMNS)), carray(rates, (last, 2)), carray(status, (last,))
-    work, room = carray(scratch, (5, STRIP)), carray(scratch, (5 * STRIP + 2 * wide,))[5 * STRIP :]
+    work, room = carray(scratch, (4, STRIP)), carray(scratch, (4 * STRIP + 2 * wide,))[4 * STRIP :]
     worst = int64(FINE)
     for piece in range(first, last):
         row, own = pieces[piece], numbers[piece]

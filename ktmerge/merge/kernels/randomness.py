@@ -16,36 +16,34 @@ from ktmerge.merge.kernels.compiler import compiled
 
 _U32, _U64 = np.uint32, np.uint64
 _LOW = np.uint64(0xFFFFFFFF)
+_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 
 
 @compiled
-def _philox(key, first_counter, w0, w1, w2, w3):
-    """Lane ``l`` of counter ``first_counter + b`` into ``w_l[b]``; see `ktmerge.merge.kernels.philox`."""
-    for b in range(w0.size):
-        counter = first_counter + _U64(b)
-        c0, c1, c2, c3 = counter & _LOW, counter >> _U64(32), _U64(0), _U64(0)
-        k0, k1 = key & _LOW, key >> _U64(32)
+def _philox(key, first, out):
+    """Words of the counters from ``first`` on, two in each 64 bits; see `ktmerge.merge.kernels.philox`.
+
+    Two counters at a time: one alone waits for its own products. What is above 32 bits is garbage until it is cut off.
+    """
+    for b in range(out.size // 4):
+        a0, a1, a2, a3 = first + _U64(2 * b), (first + _U64(2 * b)) >> _U64(32), _U64(0), _U64(0)
+        b0, b1, b2, b3 = first + _U64(2 * b + 1), (first + _U64(2 * b + 1)) >> _U64(32), _U64(0), _U64(0)
+        k0, k1 = key, key >> _U64(32)
         for _ in range(10):
-            p0, p1 = _U64(0xD2511F53) * c0, _U64(0xCD9E8D57) * c2
-            c0, c1 = (p1 >> _U64(32)) ^ c1 ^ k0, p1 & _LOW
-            c2, c3 = (p0 >> _U64(32)) ^ c3 ^ k1, p0 & _LOW
-            k0, k1 = (k0 + _U64(0x9E3779B9)) & _LOW, (k1 + _U64(0xBB67AE85)) & _LOW
-        w0[b], w1[b], w2[b], w3[b] = _U32(c0), _U32(c1), _U32(c2), _U32(c3)
+            p0, p1 = _M0 * (a0 & _LOW), _M1 * (a2 & _LOW)
+            q0, q1 = _M0 * (b0 & _LOW), _M1 * (b2 & _LOW)
+            a0, a1, a2, a3 = (p1 >> _U64(32)) ^ a1 ^ k0, p1, (p0 >> _U64(32)) ^ a3 ^ k1, p0
+            b0, b1, b2, b3 = (q1 >> _U64(32)) ^ b1 ^ k0, q1, (q0 >> _U64(32)) ^ b3 ^ k1, q0
+            k0, k1 = k0 + _W0, k1 + _W1
+        out[4 * b], out[4 * b + 1] = (a0 & _LOW) | (a1 << _U64(32)), (a2 & _LOW) | (a3 << _U64(32))
+        out[4 * b + 2], out[4 * b + 3] = (b0 & _LOW) | (b1 << _U64(32)), (b2 & _LOW) | (b3 << _U64(32))
 
 
 @compiled
-def _interleave(w0, w1, w2, w3, out):
-    for b in range(w0.size):
-        out[4 * b], out[4 * b + 1], out[4 * b + 2], out[4 * b + 3] = w0[b], w1[b], w2[b], w3[b]
-
-
-@compiled
-def random_words(key, start, lanes, out):
-    """Random words of the elements ``start .. start + out.size``; ``start`` and the size are multiples of 4."""
-    q = out.size // 4
-    w0, w1, w2, w3 = lanes[:q], lanes[q : 2 * q], lanes[2 * q : 3 * q], lanes[3 * q : 4 * q]
-    _philox(key, _U64(start) >> _U64(2), w0, w1, w2, w3)
-    _interleave(w0, w1, w2, w3, out)
+def random_words(key, start, count, out):
+    """Random words of ``count`` elements from ``start``, a multiple of 4; up to seven more are written."""
+    _philox(key, _U64(start) >> _U64(2), out[: (count + 7) // 8 * 8].view(np.uint64))
 
 
 @compiled
@@ -64,15 +62,14 @@ def _widen(words, out):
 
 
 def words(key, start, count, out, scratch):
-    """The random words of ``count`` elements from ``start`` into int64 ``out``; FINE. ``scratch``: 2 BLOCK words."""
-    target = carray(out, (count,))
-    work = carray(scratch, (2, BLOCK))
+    """The random words of ``count`` elements from ``start`` into int64 ``out``; FINE. ``scratch``: BLOCK words."""
+    target, work = carray(out, (count,)), carray(scratch, (BLOCK,))
     done = int64(0)
     while done < count:
         element = start + done
         skipped = element % 4
         size = min(BLOCK - skipped, count - done)
-        random_words(key, element - skipped, work[0], work[1])
-        _widen(work[1][skipped : skipped + size], target[done : done + size])
+        random_words(key, element - skipped, skipped + size, work)
+        _widen(work[skipped : skipped + size], target[done : done + size])
         done += size
     return int64(FINE)

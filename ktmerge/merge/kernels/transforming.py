@@ -53,12 +53,13 @@ def _drop_outliers(delta, tied, top, key, start):
 
 @compiled
 def _drop(delta, words, cut, factor):
+    last = _U32(max(cut, _U64(1)) - _U64(1))
     for i in range(delta.size):
-        delta[i] = delta[i] * factor if _U64(words[i]) < cut else _ZERO
+        delta[i] = delta[i] * factor if (words[i] <= last) & (cut != _U64(0)) else _ZERO
 
 
 @compiled
-def _apply(step, d, start, floor, least, span, top, key, cut, factor, lanes, words):
+def _apply(step, d, start, floor, least, span, top, key, cut, factor, words):
     if step == TRIM:
         _keep_within(d, floor, span)
         if least != _U64(0):
@@ -68,7 +69,7 @@ def _apply(step, d, start, floor, least, span, top, key, cut, factor, lanes, wor
             tied = collect(d.view(np.uint32), _U32(_U32(floor + span) - _ONE), _U32(0), words)
             _drop_outliers(d, words[:tied], top, key, start)
     elif step == DROP:
-        random_words(key, start, lanes, words[: (d.size + 3) // 4 * 4])
+        random_words(key, start, d.size, words)
         _drop(d, words[: d.size], cut, factor)
 
 
@@ -92,11 +93,11 @@ def steps_at(number, count, steps, floors, leasts, spans, tops, keys, cuts, fact
 
 
 @inlined
-def transform(steps, d, start, t, lanes, words):
+def transform(steps, d, start, t, words):
     """Take the delta of expert ``t``, whose first element is ``start``, through all transforms."""
     codes, floors, leasts, spans, tops, keys, cuts, factors = steps
     for s in range(codes.size):
         _apply(
             codes[s], d, start, floors[s, t], leasts[s, t], spans[s, t], tops[s, t], keys[s, t], cuts[s, t],
-            factors[s, t], lanes, words,
+            factors[s, t], words,
         )  # fmt: skip
