@@ -122,13 +122,18 @@ def test_light_commands_load_nothing_heavy(toy_pair: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.slow
-def test_a_checked_recipe_is_told_to_a_pipe_without_what_draws_on_terminals() -> None:
+@pytest.mark.parametrize(
+    ("command", "first"),
+    [(["recipe", "check", "ties"], "recipe  ties is valid"), (["blend", "--help"], "Usage: ktmerge blend [OPTIONS]")],
+    ids=["check", "help"],
+)
+def test_short_answers_are_told_without_what_draws_on_terminals(command: list[str], first: str) -> None:
     script = (
-        "import sys\nfrom ktmerge.cli import main\n"
-        "try:\n    main(['recipe', 'check', 'ties'])\nexcept SystemExit:\n    assert 'rich.console' not in sys.modules"
+        "import sys\nfrom ktmerge.cli import main\nsys.argv[0] = 'ktmerge'\n"
+        f"try:\n    main({command!r})\nexcept SystemExit:\n    assert 'rich.console' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("recipe  ties is valid\n")
+    assert done.stdout.startswith(first)
 
 
 @pytest.mark.slow
