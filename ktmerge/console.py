@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -56,7 +56,8 @@ class TerminalProgress:
 
     def note(self, text: str) -> None:
         if self._console is None:
-            print(text, file=sys.stderr)
+            with suppress(OSError):  # whoever listened is gone, and a stop that is told of is still to save its work
+                print(text, file=sys.stderr)
         else:
             self._console.print(text, markup=False)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import os
 import sys
 
 import pytest
@@ -19,6 +21,18 @@ def test_no_bars_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == "half way [done]\n"
+
+
+def test_a_note_that_nobody_hears_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C ends ``2>&1 | tee log``, too; the work that is stopped has yet to be saved."""
+    listener, speaker = os.pipe()
+    os.close(listener)
+    with open(speaker, "w", buffering=1) as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        console.TerminalProgress().note("stopping: this step is finished and saved first")
+        monkeypatch.undo()
+        with contextlib.suppress(BrokenPipeError):
+            stream.close()
 
 
 def test_bars_show_bytes_and_time_left_once_work_is_long(
