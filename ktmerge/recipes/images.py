@@ -7,7 +7,8 @@ import binascii
 import hashlib
 import io
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,12 @@ _BASE64_STARTS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk0", "SUkq", "TU0A
 
 _WITHOUT_WHITE = ("I", "F")
 """Pillow's modes of one number a pixel, whole or not, that may be anything."""
+_ORIENTATION = 0x0112
+"""The EXIF tag that says how a picture lies."""
+_TURNS: Mapping[Any, str] = {
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
+    8: "ROTATE_90",
+}  # fmt: skip
 
 
 class ImageError(Exception):
@@ -74,11 +81,10 @@ class Image:
         Raises:
             ImageError: it is missing, or not an image that Pillow reads whole.
         """
-        from PIL import ImageOps
-
-        picture, content = self._decoded()
-        upright: Picture = ImageOps.exif_transpose(picture) if _turned(content) else picture
-        return _in_eight_bits(upright).convert("RGB")
+        content = self.content()
+        with self._reading(content):
+            picture = self._decoded(content)
+            return _in_eight_bits(_upright(picture) if _turned(content) else picture).convert("RGB")
 
     def check(self) -> None:
         """Read it whole, as cheaply as its format allows.
@@ -86,24 +92,32 @@ class Image:
         Raises:
             ImageError: as ``open``.
         """
-        self._decoded(small=True)
-
-    def _decoded(self, small: bool = False) -> tuple[Picture, bytes]:
-        image_module = _pillow()
         content = self.content()
+        with self._reading(content):
+            self._decoded(content, small=True)
+
+    def _decoded(self, content: bytes, small: bool = False) -> Picture:
+        picture: Picture = _pillow().open(io.BytesIO(content))
+        if small:
+            picture.draft("RGB", (1, 1))  # of JPEG an eighth of the pixels
+        picture.load()
+        if picture.mode in _WITHOUT_WHITE:
+            raise ImageError(f"{self._name}: has 32 bits a pixel, of which nothing says what is white; save it with 8.")
+        return picture
+
+    @contextmanager
+    def _reading(self, content: bytes) -> Iterator[None]:
+        """Answer what Pillow raises at broken files, which is of every type, with a sentence."""
+        _pillow()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of odd metadata
-                picture = image_module.open(io.BytesIO(content))
-                if small:
-                    picture.draft("RGB", (1, 1))  # of JPEG an eighth of the pixels
-                picture.load()
-        except (OSError, ValueError, SyntaxError, EOFError, MemoryError, image_module.DecompressionBombError) as error:
+                yield
+        except ImageError:
+            raise
+        except Exception as error:
             what = "is empty" if not content else f"not an image that can be read: {_without_object(first_line(error))}"
             raise ImageError(f"{self._name}: {what.rstrip('.')}.") from None
-        if picture.mode in _WITHOUT_WHITE:
-            raise ImageError(f"{self._name}: has 32 bits a pixel, of which nothing says what is white; save it with 8.")
-        return picture, content
 
     @property
     def _name(self) -> str:
@@ -169,7 +183,15 @@ def require_pillow() -> None:
 
 
 def _in_eight_bits(picture: Picture) -> Picture:
-    return picture.point(lambda value: value / 256).convert("L") if picture.mode.startswith("I;16") else picture
+    if not picture.mode.startswith("I;16"):
+        return picture
+    return picture.convert("I").point(lambda value: value / 256).convert("L")
+
+
+def _upright(picture: Picture) -> Picture:
+    """As `PIL.ImageOps.exif_transpose`, which fails at some EXIF blocks that it cannot write again."""
+    turn = _TURNS.get(picture.getexif().get(_ORIENTATION))
+    return picture if turn is None else picture.transpose(_pillow().Transpose[turn])
 
 
 def _wrong(image: Image) -> str:

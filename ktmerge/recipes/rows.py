@@ -54,6 +54,8 @@ def read_rows(path: Path, name: str) -> Rows:
         return Rows(problems=[f"{name}: is a folder; name the data files in it.{_near('', path)}"])
     except OSError as error:
         return Rows(problems=[f"{name}: cannot be read: {error.strerror or error}."])
+    except ValueError:  # half a character, or none at all
+        return Rows(problems=[f"{name!r} names no file."])
     rows, problems = [], []
     try:
         for number, (where, value) in enumerate(_values(data, path.suffix, name)):
@@ -92,7 +94,9 @@ def _values(data: bytes, suffix: str, name: str) -> Iterator[tuple[str, Any]]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise _FileError(f"is neither parquet nor text in UTF-8 (line {line}, byte {error.start}).") from None
+        raise _FileError(
+            f"is neither parquet nor text in UTF-8 (line {line}, byte {error.start}); save it as UTF-8."
+        ) from None
     if suffix in _DELIMITERS:
         return _table(text, _DELIMITERS[suffix], name)
     if text.lstrip().startswith("["):
@@ -183,7 +187,7 @@ def _parquet(data: bytes) -> list[Any]:
 
     try:
         rows: list[Any] = pyarrow.parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+    except Exception as error:  # its own, and those of every type that its values become
         raise _FileError(f"not valid parquet: {first_line(error)}") from None
     return rows
 

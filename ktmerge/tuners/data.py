@@ -151,6 +151,8 @@ def _samples(rows: Sequence[Row], name: str, root: Path, problems: list[str]) ->
         try:
             _require_columns(row.values, name)
             samples.append(_READERS[name](row.values, row.where, root))
+        except RecursionError:
+            problems.append(f"{row.where}: is nested too deeply.")
         except (RowError, ImageError, PlaceError) as error:
             problems.append(f"{row.where}: {error}")
     return samples

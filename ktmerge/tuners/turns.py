@@ -78,7 +78,9 @@ def _content(value: Any, number: int, column: str, root: Path) -> Segments:
 def _part(part: Mapping[str, Any], number: int, column: str, root: Path) -> Segments:
     """One part of a message; tables fill the keys that a part does not have with null."""
     kind = part.get("type")
-    if kind == "text" and isinstance(part.get("text"), str):
+    if kind == "text":
+        if not isinstance(part.get("text"), str):
+            raise RowError(f"the text in turn {number} of {column} is {kind_of(part.get('text'))}; it must be text.")
         return [whole_characters(part["text"])]
     if kind not in ("image", "image_url"):
         raise RowError(f"the content of turn {number} of {column} is not text or an image, but {kind or 'nameless'}.")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import io
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from ktmerge.recipes.images import Image, ImageError, check_images, images_of
 
 PIL = pytest.importorskip("PIL.Image")
+PIL_OPS = pytest.importorskip("PIL.ImageOps")
 
 
 def png(colour: tuple[int, ...] = (200, 30, 60), size: tuple[int, int] = (20, 14), mode: str = "RGB") -> bytes:
@@ -97,11 +99,35 @@ def test_pictures_stand_upright_and_have_three_colours() -> None:
         assert Image(data=held.getvalue()).open().mode == "RGB"
 
 
+@pytest.mark.parametrize("turn", range(10))
+def test_a_picture_stands_as_its_exif_data_say_though_they_are_odd(turn: int) -> None:
+    """Pillow turns it, too, but not where another tag has a type that it cannot write again, such as this width."""
+    tags = [(0x0100, 1, 1, b"\1\0\0\0"), (0x0112, 3, 1, bytes([turn, 0, 0, 0]))]
+    for entries in (tags[1:], tags):
+        exif = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHI4s", *tag) for tag in entries) + bytes(4)
+        held = io.BytesIO()
+        PIL.radial_gradient("L").crop((0, 0, 40, 24)).save(held, format="PNG", exif=b"Exif\0\0II*\0\x08\0\0\0" + exif)
+        found = Image(data=held.getvalue()).open()
+        if entries is not tags:
+            wanted = PIL_OPS.exif_transpose(PIL.open(held)).convert("RGB")
+        assert (found.size, found.tobytes()) == (wanted.size, wanted.tobytes())
+
+
+def test_whatever_pillow_raises_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> Any:
+        raise struct.error("unpack requires a buffer of 4 bytes")
+
+    monkeypatch.setattr(PIL, "open", failing)
+    with pytest.raises(ImageError, match="not an image that can be read: unpack requires a buffer of 4 bytes"):
+        Image(data=b"any").open()
+
+
 def test_grey_of_sixteen_bits_keeps_its_shades() -> None:
     values = np.array([[0, 255, 256, 32768, 65535]], dtype=np.uint16)
-    for kind in ("PNG", "TIFF"):
+    for kind, mode in (("PNG", "I;16"), ("TIFF", "I;16"), ("TIFF", "I;16B")):
         held = io.BytesIO()
-        PIL.fromarray(values).save(held, format=kind)
+        raw = values.astype(">u2" if mode.endswith("B") else "<u2").tobytes()
+        PIL.frombytes(mode, values.shape[::-1], raw).save(held, format=kind)
         image = Image(data=held.getvalue())
         image.check()
         assert np.asarray(image.open())[0].tolist() == [[shade] * 3 for shade in (0, 0, 1, 128, 255)]

@@ -55,7 +55,7 @@ def test_lines_are_numbered_with_the_blank_ones_and_split_at_newlines_only(tmp_p
         ("x.json", b'{\n "data":\n []}', "x.json: is one JSON object; it must be a list of rows, or one row a line."),
         ("x.parquet", b"nonsense", "x.parquet: not valid parquet: "),
         ("x.jsonl", b"PAR1 and then nothing", "x.jsonl: not valid parquet: "),
-        ("x.jsonl", b'{"a": "\xff"}', "x.jsonl: is neither parquet nor text in UTF-8 (line 1, byte 7)."),
+        ("x.jsonl", b'{"a": "\xff"}', "x.jsonl: is neither parquet nor text in UTF-8 (line 1, byte 7); save it"),
         ("x.txt", b"a,b\n1,2\n", "x.txt: is none of .jsonl, .ndjson, .json, .csv, .tsv, .parquet."),
         ("x.csv", b"a,b\n1,2\n3\n", "x.csv:3: 1 cells under 2 columns."),
         ("x.csv", b"a,a\n1,2\n", "x.csv: its first line must name the columns, each differently."),
@@ -84,6 +84,21 @@ def test_what_is_not_there_suggests_what_is(tmp_path: Path) -> None:
     assert away == "other/zzz.parquet: no such file (there is no folder other)."
     (folder,) = read_rows(tmp_path, "data").problems
     assert folder == "data: is a folder; name the data files in it. Valid: capitals.jsonl."
+
+
+@pytest.mark.parametrize("name", ["a\0b.jsonl", "\ud800.jsonl"])
+def test_what_no_file_can_be_called_is_told(tmp_path: Path, name: str) -> None:
+    assert read_rows(tmp_path / name, name).problems == [f"{name!r} names no file."]
+
+
+def test_parquet_whose_texts_are_no_texts_is_told(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = pa.array([b"\xff"]).view(pa.string())
+    pq.write_table(pa.table({"prompt": texts}), tmp_path / "x.parquet")
+    (problem,) = read_rows(tmp_path / "x.parquet", "x.parquet").problems
+    assert problem.startswith("x.parquet: not valid parquet: ")
 
 
 def test_a_device_without_end_is_not_read() -> None:

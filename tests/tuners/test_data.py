@@ -110,6 +110,7 @@ def conversation(*turns: tuple[str, Any]) -> dict[str, Any]:
         ({"messages": [{"content": "a"}]}, "turn 1 of messages has no role and content"),
         ({"other": 1}, "messages missing; the file is messages by its first row"),
         (conversation(("user", "a"), ("assistant", "\ud800")), "half a character"),
+        (conversation(("user", [{"type": "text", "text": None}])), "the text in turn 1 of messages is missing"),
         ([1], "a row is an object with named values, not a list"),
     ],
 )
@@ -170,3 +171,10 @@ def test_unreadable_files_are_told_beside_malformed_rows(tmp_path: Path) -> None
         read_data(["trian.jsonl", "train.jsonl"], tmp_path)
     with pytest.raises(UsageError, match="is a folder"):
         read_data(["."], tmp_path)
+
+
+def test_a_row_that_is_nested_too_deeply_is_named(tmp_path: Path) -> None:
+    image = '{"path": ' * 600 + '"a.png"' + "}" * 600
+    (tmp_path / "a.jsonl").write_text(f'{{"prompt": "a", "completion": "b", "image": {image}}}\n')
+    with pytest.raises(UsageError, match=r"^a\.jsonl:1: .*nested too deeply"):
+        read_data(["a.jsonl"], tmp_path)

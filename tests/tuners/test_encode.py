@@ -213,6 +213,17 @@ def test_the_first_token_is_never_trained(encoder: Encoder) -> None:
     assert all(encoded.trained[1:])
 
 
+def test_a_text_that_the_tokenizer_makes_nothing_of_is_named() -> None:
+    """A vocabulary of letters, without a token for those that are missing, leaves them out."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    letters = Tokenizer(models.BPE({"a": 0, "</s>": 1}, []))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="</s>")
+    with pytest.raises(SampleError, match="no token to learn"):
+        Encoder(tokenizer, [1]).encode(PlainSample("", "β", "x:1"))
+
+
 def test_a_foreign_tokenizer_is_noticed(tiny_llama: Path) -> None:
     encoder = Encoder.load(tiny_llama)
     small = Encoder(encoder.tokenizer, [2], vocabulary=10)
