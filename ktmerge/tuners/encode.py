@@ -5,6 +5,7 @@ Over-long samples are dropped and counted, never cut. Knows tokenizers and chat 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from array import array
 from collections.abc import Callable, Sequence
@@ -70,6 +71,14 @@ class EncodedSet:
     def longest(self) -> int:
         """Tokens of the longest sample."""
         return max(map(len, self.samples))
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all tokens and marks."""
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            digest.update(len(sample).to_bytes(8, "little") + sample.ids.tobytes() + sample.trained)
+        return digest.hexdigest()
 
 
 Extras = Callable[[Sequence[Encoded], int], dict[str, "torch.Tensor"]]
@@ -213,7 +222,7 @@ class Encoder:
         tokens = Tokens(self.tokenizer, prompt + sample.completion, add_special_tokens=True)
         first = tokens.before(len(prompt))
         ids = list(tokens.ids)
-        if ids[-1] not in self.stops:
+        if not ids or ids[-1] not in self.stops:
             ids.append(self.stops[0])
         return ids, [number >= first for number in range(len(ids))]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from ktmerge.checkpoints.adapter import CONFIG, WEIGHTS
 from ktmerge.checkpoints.alignment import align
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.dtypes import torch_dtype
-from ktmerge.checkpoints.files import clear_os_errors
+from ktmerge.checkpoints.files import clear_os_errors, file_digest
 from ktmerge.checkpoints.staging import Staging, sync_tree
 from ktmerge.checkpoints.writer import Writer
 from ktmerge.errors import KtmergeError
@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 TAGS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _ELEMENTS = 1 << 22
 """Elements converted at a time."""
+Texts = Callable[[Mapping[str, str]], Mapping[str, str]]
+"""Makes text files by name, given the sha256 of the weight files by name."""
+
+
+def no_texts(digests: Mapping[str, str]) -> dict[str, str]:
+    """Of neither file."""
+    return {}
 
 
 def export(
@@ -32,7 +39,7 @@ def export(
     out: Path,
     *,
     dtype: str,
-    texts: Mapping[str, str],
+    texts: Texts = no_texts,
     extras: Sequence[Path] = (),
     overwrite: bool,
     progress: Progress = SILENT,
@@ -46,7 +53,7 @@ def export(
         trained: a checkpoint as transformers saves it.
         out: the folder to appear.
         dtype: float32, bfloat16, float16, or base (each tensor as in the base).
-        texts: further files by name.
+        texts: makes further files.
         extras: further files to copy, under their own names.
         overwrite: replace a checkpoint at ``out``.
         progress: told the elements written.
@@ -74,7 +81,7 @@ def export(
             else:
                 _copy(before, writer, name)
             step.advance(info.numel)
-        for file, text in {**_config(base, dtype), **texts}.items():
+        for file, text in {**_config(base, dtype), **texts(writer.digests())}.items():
             writer.add_text(file, text)
         for path in extras:
             with clear_os_errors(out / path.name):
@@ -82,13 +89,13 @@ def export(
         writer.copy_files(base)
 
 
-def publish_adapter(source: Path, out: Path, *, texts: Mapping[str, str], overwrite: bool) -> None:
+def publish_adapter(source: Path, out: Path, *, texts: Texts = no_texts, overwrite: bool) -> None:
     """Copy an adapter's files, and what else is to go beside it, to ``out``, which appears by one rename.
 
     Args:
         source: a folder with an adapter; those of X-LoRA have others inside.
         out: the folder to appear.
-        texts: further files by name.
+        texts: makes further files.
         overwrite: replace an adapter or checkpoint at ``out``.
 
     Raises:
@@ -102,7 +109,8 @@ def publish_adapter(source: Path, out: Path, *, texts: Mapping[str, str], overwr
                 target = staging.folder / file.relative_to(source)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, target)
-            for name, text in texts.items():
+            weights = [file.relative_to(source).as_posix() for file in sorted(source.rglob(WEIGHTS))]
+            for name, text in texts({file: file_digest(staging.folder / file) for file in weights}).items():
                 (staging.folder / name).write_text(text, encoding="utf-8")
             sync_tree(staging.folder)
         staging.publish()

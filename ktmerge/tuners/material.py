@@ -36,7 +36,7 @@ class Material:
 
     def inputs(self, job: FinetuneJob, content: str) -> dict[str, Any]:
         """All that decides the result; ``content`` is the digest of the base's tensors."""
-        found = inputs_of(job, self.base, content, self.data)
+        found = inputs_of(job, self.base, content, self.data, self.encoded)
         if self.fisher is not None:
             found["Fisher information"] = self.fisher.digest
         if self.seen.digests:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.digests import remember
 from ktmerge.checkpoints.files import refuse_overlap
 from ktmerge.checkpoints.staging import refuse_output
 from ktmerge.progress import Progress
@@ -61,26 +63,37 @@ class Outputs:
         overwrite: bool,
         resume: bool,
         progress: Progress,
-    ) -> None:
+    ) -> dict[str, Any]:
         """Write all of them from what training left in ``partial``; the tuned model last.
+
+        Returns:
+            the record as it stands in the tuned model: with the sha256 of its weights.
 
         Raises:
             KtmergeError: one cannot be written.
         """
         dtype, again = self.job.save_dtype, overwrite or resume
-        texts = {
-            RECORD: json.dumps(record, indent=2, ensure_ascii=False) + "\n",
-            LOG: partial.log.read_text("utf-8"),
-        }
+        told: dict[str, Any] = {}
+
+        def texts(digests: Mapping[str, str]) -> dict[str, str]:
+            told.update(record, output={"sha256": dict(digests)})
+            return {
+                RECORD: json.dumps(told, indent=2, ensure_ascii=False) + "\n",
+                LOG: partial.log.read_text("utf-8"),
+            }
+
         if self.last is not None:
             export(base, partial.last, self.last, dtype=dtype, texts=texts, overwrite=again, progress=progress)
         if self.adapter is not None:
-            publish_adapter(partial.kept_adapter, self.adapter, texts={}, overwrite=again)
+            publish_adapter(partial.kept_adapter, self.adapter, overwrite=again)
         if self.job.adapter is not None and not self.job.adapter.family.folds:
             publish_adapter(partial.final, self.out, texts=texts, overwrite=overwrite)
-            return
-        extras = sorted(partial.final.glob("ktmerge-*"))
-        export(
-            base, partial.final, self.out, dtype=dtype, texts=texts, extras=extras, overwrite=overwrite,
-            progress=progress,
-        )  # fmt: skip
+        else:
+            extras = sorted(partial.final.glob("ktmerge-*"))
+            export(
+                base, partial.final, self.out, dtype=dtype, texts=texts, extras=extras, overwrite=overwrite,
+                progress=progress,
+            )  # fmt: skip
+        for file, digest in told["output"]["sha256"].items():
+            remember(self.out / file, digest)
+        return told

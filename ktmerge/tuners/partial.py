@@ -11,12 +11,15 @@ import fcntl
 import json
 import os
 import shutil
+import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ktmerge.checkpoints.files import clear_os_errors, file_digest, write_whole
 from ktmerge.checkpoints.signals import uninterrupted
+from ktmerge.checkpoints.staging import dead_runs, sync_tree
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.tuners.processes import ALONE, Processes
 
@@ -24,6 +27,9 @@ LOG = "log.jsonl"
 FINAL = "final"
 _STARTED = "started.json"
 _SEAL = "complete.json"
+_LOCK = "lock"
+READING = "reading"
+"""Among the inputs: digests of what tokenizer, chat template and configuration make of model and data."""
 
 
 @dataclass(frozen=True)
@@ -87,15 +93,16 @@ class Partial:
         return self._processes.first(lambda: self._open(resume=resume, overwrite=overwrite))
 
     def _open(self, *, resume: bool, overwrite: bool) -> Saved | None:
-        if self.folder.exists() and not (resume or overwrite):
-            raise UsageError(
-                f"{self.folder}: an earlier run stopped here; "
-                "add --resume to go on with it, or --overwrite to start afresh."
-            )
         # Cut off inside a call that makes the folder, nobody would know that it is there.
         with uninterrupted(), clear_os_errors(self.folder):
+            is_left = self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
             self._take()
+            if is_left and not (resume or overwrite):
+                raise UsageError(
+                    f"{self.folder}: an earlier run stopped here; "
+                    "add --resume to go on with it, or --overwrite to start afresh."
+                )
             known = resume and (self.folder / _STARTED).exists()
             if known:
                 self._require_same()
@@ -123,7 +130,7 @@ class Partial:
     @property
     def has_state(self) -> bool:
         """Whether there is anything to go on from."""
-        return any((path / _SEAL).exists() for path in self.folder.iterdir())
+        return any((path / _SEAL).exists() for path in self.folder.glob("*"))  # of a folder that is gone none
 
     def finish(self) -> None:
         """The result is out: the folder goes."""
@@ -134,7 +141,11 @@ class Partial:
         self._processes.first(self._discard)
 
     def _discard(self) -> None:
-        if not self.folder.is_dir() or read_object(self.folder / _STARTED) != self._inputs:
+        for path, descriptor in dead_runs(Path(os.path.realpath(self._out))):  # what the result replaced
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(descriptor)
+        started = read_object(self.folder / _STARTED)  # nothing is left of it if the kill came while all was removed
+        if not self.folder.is_dir() or (started and started != self._inputs):
             return
         with contextlib.suppress(UsageError), self:
             self._take()
@@ -145,8 +156,11 @@ class Partial:
         self._processes.wait()
         if not self._processes.is_first:
             return
-        written = [one for one in sorted(path.rglob("*")) if one.is_file() and one.name != _SEAL]
-        files = {one.relative_to(path).as_posix(): file_digest(one) for one in written}
+        folders = [path, self.last, self.kept_adapter] if path == self.final else [path]
+        written = [one for folder in folders for one in sorted(folder.rglob("*")) if one.is_file()]
+        files = {os.path.relpath(one, path): file_digest(one) for one in written if one.name != _SEAL}
+        if path == self.final:
+            sync_tree(self.folder)  # what it was made from goes next
         write_object(path / _SEAL, {"step": step, "seconds": round(seconds, 2), "files": files})
 
     def drop_checkpoints(self) -> None:
@@ -163,17 +177,22 @@ class Partial:
         return next((saved for saved in found if saved is not None), None)
 
     def _take(self) -> None:
-        self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        """Lock the folder, and say in the lock who has it."""
+        descriptor = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(self._lock)
-            self._lock = None
+            holder = _holder(descriptor)
+            os.close(descriptor)
             raise UsageError(
-                f"{self.folder}: another run is working on this output; wait for it, or stop it."
+                f"{self.folder}: another run{holder} is working on this output; wait for it, or stop it."
             ) from None
         except OSError:
             pass  # a file system without locks, where nobody can tell
+        self._lock = descriptor
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}".encode(), 0)
 
     def _require_same(self) -> None:
         started = read_object(self.folder / _STARTED)
@@ -198,10 +217,12 @@ class Partial:
         return newest
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between the inputs of two runs, each as a few words."""
     found = []
     for key in sorted({*before, *now}):
+        if key == READING and before.get(key) is None:
+            continue  # an earlier ktmerge did not say
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             found += [
@@ -217,10 +238,14 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file; empty if there is none."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return as_object(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError):
         return {}
-    return document if isinstance(document, dict) else {}
+
+
+def as_object(value: Any) -> dict[str, Any]:
+    """A part of JSON that should be an object; empty if it is something else."""
+    return value if isinstance(value, dict) else {}
 
 
 def write_object(path: Path, document: dict[str, Any]) -> None:
@@ -245,6 +270,14 @@ def _opened(path: Path) -> Saved | None:
     return Saved(path, int(seal["step"]), float(seal["seconds"])) if intact else None
 
 
+def _holder(lock: int) -> str:
+    """Who wrote into a lock that is held, in words; empty if it does not say."""
+    process, _, host = os.pread(lock, 512, 0).decode(errors="replace").partition(" ")
+    if not process.isdecimal():
+        return ""
+    return f" (process {process})" if host == socket.gethostname() else f" (process {process} on {host})"
+
+
 def _step_of(path: Path) -> float:
     """The step of a checkpoint folder; infinite for the final one, -1 for anything else."""
     if path.name == FINAL:
@@ -258,16 +291,15 @@ def _trim_log(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    # split("\n"), not splitlines(): what a model says may hold other line separators of Unicode
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        with contextlib.suppress(ValueError):
+    for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError):  # a letter that was cut in two is one, too
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    write_whole(path, "".join(kept))
+                kept.append(line + b"\n")
+    write_whole(path, b"".join(kept))
 
 
 def _remove(path: Path) -> None:
-    if path.name == "lock":
+    if path.name == _LOCK:
         return
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

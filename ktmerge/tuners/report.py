@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ktmerge import __version__
 from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.files import file_digest
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners.data import DataSet
 from ktmerge.tuners.encode import EncodedSet
+from ktmerge.tuners.partial import READING
 
 RECORD = "ktmerge-run.json"
 LOSSES = "ktmerge-losses.png"
 SAMPLES = "samples"
 """Key of those lines of a log that hold what the model wrote."""
+_CONFIGURATIONS = ("config.json", "preprocessor_config.json", "processor_config.json")
+"""What says how a base computes, and what it makes of an image before that."""
 _NO_EFFECT = frozenset(
     {"data", "image_root", "eval_upstream", "eval_downstream", "replay", "fisher"}
     | {"log_every", "save_every", "show_samples", "tensorboard"}
@@ -88,7 +94,13 @@ def _shown_part(run: dict[str, Any]) -> dict[str, str]:
     return {"trained": f"{parts}: {trained['parameters']:,} of {trained['of']:,} parameters"}
 
 
-def inputs_of(job: FinetuneJob, base: Checkpoint, base_digest: str, data: dict[str, DataSet]) -> dict[str, Any]:
+def inputs_of(
+    job: FinetuneJob,
+    base: Checkpoint,
+    base_digest: str,
+    data: Mapping[str, DataSet],
+    encoded: Mapping[str, EncodedSet],
+) -> dict[str, Any]:
     """All that decides the result; two runs with equal inputs, and equal settings of memory, on one machine give the
     same bytes."""
     told = job.model_dump(mode="json", exclude=set(_NO_EFFECT))
@@ -100,7 +112,18 @@ def inputs_of(job: FinetuneJob, base: Checkpoint, base_digest: str, data: dict[s
         "job": told,
         "base": {"header": base.header_digest(), "content": base_digest},
         **{_INPUT_NAMES[name]: list(found.digests) for name, found in data.items()},
+        READING: {
+            "configuration of the base": _configuration(base),
+            **{f"tokenisation of the {_INPUT_NAMES[name]}": found.digest for name, found in encoded.items()},
+        },
     }
+
+
+def _configuration(base: Checkpoint) -> str:
+    """One sha256 over the files that are not weights and decide what they compute."""
+    files = [base.root / name for name in _CONFIGURATIONS]
+    told = [f"{file.name} {file_digest(file)}" for file in files if file.is_file()]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
 
 _INPUT_NAMES = {

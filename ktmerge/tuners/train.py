@@ -7,14 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ktmerge.checkpoints.files import clear_os_errors
 from ktmerge.errors import KtmergeError, ToldElsewhereError, UsageError
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners.assignment import Assignment
+from ktmerge.tuners.finished import is_finished
 from ktmerge.tuners.images.agreement import require_alike
 from ktmerge.tuners.material import Material
 from ktmerge.tuners.outputs import Outputs
-from ktmerge.tuners.partial import Partial, differences, read_object
+from ktmerge.tuners.partial import Partial, as_object, read_object
 from ktmerge.tuners.processes import Processes, require_shareable
 from ktmerge.tuners.report import RECORD, FinetuneReport, record_of
 from ktmerge.tuners.result import FACTS
@@ -39,7 +41,7 @@ def finetune(
         out: the tuned checkpoint; appears whole or not at all.
         folder: where the job's data paths start.
         resume: go on with ``<out>.partial`` if it is there, to the very bytes an unbroken run gives; keep ``out`` if it
-            is already what the job asks for.
+            is already what the job asks for, its weights to the byte.
         overwrite: replace ``out`` in one step at the end; without ``resume``, start afresh.
         progress: told steps and losses.
 
@@ -83,9 +85,11 @@ def finetune(
 
         def publish() -> dict[str, Any]:
             facts = read_object(partial.final / FACTS)
-            record = record_of(job, base, inputs, material.data, material.encoded, facts, partial.log)
-            outputs.publish(material.base, partial, record, overwrite=overwrite, resume=resume, progress=progress)
-            return record
+            with clear_os_errors(partial.log):
+                record = record_of(job, base, inputs, material.data, material.encoded, facts, partial.log)
+            return outputs.publish(
+                material.base, partial, record, overwrite=overwrite, resume=resume, progress=progress
+            )
 
         with _telling_what_is_kept():
             record = processes.first(publish)
@@ -105,18 +109,8 @@ def _telling_what_is_kept() -> Iterator[None]:
 
 
 def _finished(out: Path, inputs: dict[str, Any], overwrite: bool) -> FinetuneReport | None:
-    """The report of a finished output if it has the same inputs; None if it is to be replaced.
-
-    Raises:
-        UsageError: it has other inputs, and may not be replaced.
-    """
+    """The report of a finished output; None if it is to be replaced. Raises as `is_finished`."""
     record = read_object(out / RECORD)
-    changed = differences(record.get("inputs") or {}, inputs)
-    if not changed:
-        return FinetuneReport(out, record)
-    if overwrite:
-        return None
-    raise UsageError(
-        f"{out}: exists and was made with other settings: {'; '.join(changed)}. "
-        "Choose another folder, or add --overwrite."
-    )
+    files = as_object(as_object(record.get("output")).get("sha256"))
+    kept = is_finished(out, as_object(record.get("inputs")), inputs, files, overwrite=overwrite)
+    return FinetuneReport(out, record) if kept else None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import command, ktmerge
@@ -177,6 +180,39 @@ def test_a_stopped_finetune_resumes_to_the_same_bytes(workshop: Path) -> None:
     ktmerge("finetune", "--recipe", "recipe.yaml", "--resume", cwd=workshop)
     assert digests(workshop / "runs/yesno") == whole
     assert not partial.exists()
+
+
+def test_a_run_killed_at_any_moment_comes_to_the_same_result(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KTMERGE_CACHE", str(workshop / "cache"))
+    whole = command("run", "recipe.yaml", "--out", "result", "--resume")
+    started = time.monotonic()
+    ktmerge(*whole[3:], cwd=workshop)
+    seconds = time.monotonic() - started
+    expected, scores = digests(workshop), scores_of(workshop / "result")
+    for made in ("runs", "result", "cache"):
+        shutil.rmtree(workshop / made)
+
+    generator = random.Random(0)
+    killed = 0
+    for _ in range(8):
+        process = subprocess.Popen(whole, cwd=workshop, stderr=subprocess.PIPE, text=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(generator.uniform(0.3, 1.0) * seconds)
+        process.kill()
+        _, said = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), said
+        killed += process.returncode != 0
+    assert killed
+    ktmerge(*whole[3:], cwd=workshop)
+    assert digests(workshop) == expected
+    assert scores_of(workshop / "result") == scores
+    assert sorted(path.name for path in (workshop / "runs").iterdir()) == ["yesno"]
+    assert not [path for path in (workshop / "result").iterdir() if path.name.startswith(".")]
+
+
+def scores_of(result: Path) -> Any:
+    models = json.loads((result / "scores.json").read_text())["models"]
+    return {name: one["summary"] for name, one in models.items()}
 
 
 @pytest.mark.parametrize("seconds", [0.2, 0.6, 1.2, 2.0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -209,9 +210,11 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         tune(tiny_llama, tmp_path, **settings, progress=StopsAt(6))
     listener = Listener()
-    tune(tiny_llama, tmp_path, **settings, resume=True, progress=listener)
+    report = tune(tiny_llama, tmp_path, **settings, resume=True, progress=listener)
     assert any("going on after step 6 of 10" in note for note in listener.notes)
     assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    digest = hashlib.sha256((tmp_path / "out" / file).read_bytes()).hexdigest()
+    assert report.record["output"]["sha256"] == {file: digest}
     assert not (tmp_path / "out.partial").exists()
     again = tune(tiny_llama, tmp_path, **settings, resume=True, progress=listener)
     assert "already what the job asks for" in listener.notes[-1]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -98,6 +101,25 @@ def test_the_final_state_comes_before_every_checkpoint(left: Partial) -> None:
         assert sorted(one.name for one in left.folder.iterdir() if one.is_dir()) == ["final"]
 
 
+def test_a_log_cut_off_within_a_letter_is_taken_up_to_there(left: Partial) -> None:
+    whole = left.log.read_bytes().rpartition(b"\n")[0]
+    left.log.write_bytes(whole + '\n{"step": 1, "said": "ü'.encode()[:-1])
+    with left:
+        left.open(resume=True, overwrite=False)
+        assert [json.loads(line)["step"] for line in left.log.read_text().splitlines()] == list(range(16))
+
+
+def test_what_lies_beside_the_final_state_belongs_to_it(left: Partial) -> None:
+    left.last.mkdir()
+    (left.last / "model.safetensors").write_bytes(b"last weights")
+    state(left, "final", 20)
+    (left.last / "model.safetensors").write_bytes(b"last")
+    with left:
+        saved = left.open(resume=True, overwrite=False)
+        assert saved is not None
+        assert saved.path.name == "checkpoint-15"
+
+
 def test_without_a_flag_it_is_not_touched(left: Partial) -> None:
     before = sorted(left.folder.rglob("*"))
     with pytest.raises(UsageError, match="add --resume to go on with it, or --overwrite"), left:
@@ -166,6 +188,13 @@ def test_a_failed_run_keeps_its_states(left: Partial) -> None:
     assert (left.folder / "checkpoint-15").exists()
 
 
+def test_a_folder_that_was_removed_meanwhile_has_no_state(left: Partial) -> None:
+    with left:
+        left.open(resume=True, overwrite=False)
+        shutil.rmtree(left.folder)
+        assert not left.has_state
+
+
 def test_a_finished_run_leaves_nothing(left: Partial) -> None:
     with left:
         left.open(resume=True, overwrite=False)
@@ -185,13 +214,39 @@ def test_what_a_killed_run_left_goes_once_its_result_is_out(left: Partial, tmp_p
     left.discard()
 
 
-def test_two_runs_cannot_share_it(left: Partial, tmp_path: Path) -> None:
+def test_what_a_kill_left_of_a_removal_goes_too(left: Partial, tmp_path: Path) -> None:
+    (left.folder / "started.json").unlink()
+    replaced = tmp_path / ".out.ktmerge-1"
+    replaced.mkdir()
+    (replaced / "model.safetensors").write_bytes(b"of before")
+    left.discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags", [{"resume": True}, {"overwrite": True}, {}], ids=str)
+def test_two_runs_cannot_share_it(left: Partial, tmp_path: Path, flags: dict[str, bool]) -> None:
+    """Whatever the second is told to do, it hears who is at work, and touches nothing."""
+    asked = {"resume": False, "overwrite": False, **flags}
     with left:
         left.open(resume=True, overwrite=False)
+        before = contents(left.folder)
         second = Partial(tmp_path / "out", INPUTS)
-        with pytest.raises(UsageError, match="another run is working"), second:
-            second.open(resume=True, overwrite=False)
-        assert (left.folder / "checkpoint-15").exists()
+        with pytest.raises(UsageError, match=rf"another run \(process {os.getpid()}\) is working"), second:
+            second.open(**asked)
+        assert contents(left.folder) == before
+
+
+@pytest.mark.parametrize(("told", "said"), [("12 elsewhere", " (process 12 on elsewhere)"), ("", ""), ("x y", "")])
+def test_who_holds_it_is_told_as_far_as_it_says(left: Partial, tmp_path: Path, told: str, said: str) -> None:
+    with left:
+        left.open(resume=True, overwrite=False)
+        (left.folder / "lock").write_text(told)
+        with pytest.raises(UsageError, match=re.escape(f"another run{said} is working")):
+            Partial(tmp_path / "out", INPUTS).open(resume=True, overwrite=False)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_equal_inputs_do_not_differ() -> None:

@@ -23,7 +23,7 @@ def test_another_format_is_another_job(toy_pair: tuple[Path, Path]) -> None:
     """A file may hold the columns of two."""
     base = Checkpoint.open(toy_pair[0])
     plain, asked = (
-        inputs_of(FinetuneJob.model_validate({**JOB, "format": one}), base, "", {}) for one in ("auto", "alpaca")
+        inputs_of(FinetuneJob.model_validate({**JOB, "format": one}), base, "", {}, {}) for one in ("auto", "alpaca")
     )
     assert differences(plain, asked) == ["format was None, now alpaca"]
 

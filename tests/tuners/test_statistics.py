@@ -337,6 +337,10 @@ def test_what_is_there_is_kept_or_refused(tiny_llama: Path, tmp_path: Path) -> N
         made(tiny_llama, tmp_path, tokens=8)
     with pytest.raises(UsageError, match="tokens was 8, now 9"):
         made(tiny_llama, tmp_path, tokens=9, resume=True)
+    weights = tmp_path / "stats" / INPUTS
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(UsageError, match="has been changed or cut off since"):
+        made(tiny_llama, tmp_path, tokens=8, resume=True)
     made(tiny_llama, tmp_path, tokens=9, overwrite=True)
     assert load_file(tmp_path / "stats" / INPUTS)[f"sample/{QUERY}"].shape[0] == 9
 

@@ -42,10 +42,12 @@ class Examples:
 
     Attributes:
         source: what decides them, as plain data.
+        tokens: sha256 of all of them; empty where the model writes them itself.
     """
 
     makers: Sequence[Callable[[], Example]]
     source: Mapping[str, Any] = field(default_factory=dict)
+    tokens: str = ""
 
     def __len__(self) -> int:
         return len(self.makers)
@@ -81,7 +83,7 @@ def read_examples(job: Statistics, checkpoint: Checkpoint, folder: Path, progres
     if has_images(samples):
         source["images"] = seen.digest(samples)
     collate = Collator(0, extras=encoder.extras)
-    return Examples([partial(_example, one, collate) for one in encoded.samples], source)
+    return Examples([partial(_example, one, collate) for one in encoded.samples], source, encoded.digest)
 
 
 def text_example(encoded: Encoded) -> Example:

@@ -22,7 +22,8 @@ from ktmerge.errors import KtmergeError, UsageError, first_line
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.schema import Statistics
 from ktmerge.tuners.encode import Encoder
-from ktmerge.tuners.partial import Partial, Saved, differences, read_object
+from ktmerge.tuners.finished import is_finished
+from ktmerge.tuners.partial import READING, Partial, Saved, as_object, read_object
 from ktmerge.tuners.statistics.examples import Examples, read_examples, text_example
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ def measure(
         "job": job.model_copy(update={"folder": None}).model_dump(mode="json", exclude=_NO_EFFECT),
         "model": told_model(measured),
         "source": dict(examples.source),
+        READING: {"tokenisation of the data": examples.tokens},
     }
     if resume and (out / RECORD).exists():
         finished = _finished(out, inputs, overwrite)
@@ -225,14 +227,6 @@ def _device(device: str) -> str:
 
 def _finished(out: Path, inputs: dict[str, Any], overwrite: bool) -> StatisticsReport | None:
     record = read_object(out / RECORD)
-    made = record.get("made")
-    before = {key: made.get(key) for key in inputs} if isinstance(made, dict) else {}
-    changed = differences(before, json.loads(json.dumps(inputs)))
-    if not changed:
-        return StatisticsReport(out, record)
-    if overwrite:
-        return None
-    raise UsageError(
-        f"{out}: exists and was made with other settings: {'; '.join(changed)}. "
-        "Choose another folder, or add --overwrite."
-    )
+    before = {key: as_object(record.get("made")).get(key) for key in inputs}
+    wanted, files = json.loads(json.dumps(inputs)), as_object(record.get("files"))
+    return StatisticsReport(out, record) if is_finished(out, before, wanted, files, overwrite=overwrite) else None
