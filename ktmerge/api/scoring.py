@@ -74,8 +74,7 @@ def evaluate(
         progress=progress,
     )
     if out is not None:
-        refuse_existing(Path(out), overwrite)  # another run may have written it meanwhile
-        results.save(Path(out))
+        results.save(Path(out), overwrite=overwrite)
     return results
 
 
@@ -126,7 +125,7 @@ def import_scores(
         items={name: int(value) for name, value in counts.items()},
     )  # fmt: skip
     if out is not None:
-        results.save(Path(out))
+        results.save(Path(out), overwrite=overwrite)
     return results
 
 

@@ -65,5 +65,5 @@ def screen(
         part=part, progress=progress,
     )  # fmt: skip
     if out is not None:
-        screened.save(Path(out))
+        screened.save(Path(out), overwrite=overwrite)
     return screened

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _BLOCK = 1 << 20
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
 
 UNFINISHED = r"\.\d+\.\d+\.tmp"
 """How a file is called that `write_whole` was killed at, after a dot and its name."""
@@ -94,15 +95,17 @@ def file_digest(path: Path, look: Callable[[], None] = lambda: None) -> str:
     return digest.hexdigest()
 
 
-def write_whole(path: Path, content: str | bytes, *, sync: bool = True) -> None:
+def write_whole(path: Path, content: str | bytes, *, sync: bool = True, replace: bool = True) -> None:
     """Write a file by one rename, so that it is there whole or not at all; text as UTF-8.
 
     Args:
         path: of the file.
         content: all of it.
         sync: force it to the disk first, so that this holds even if the machine stops.
+        replace: what is there already, if anything is.
 
     Raises:
+        UsageError: it is there, and is not to be replaced.
         KtmergeError: the disk is full, the folder is missing or may not be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
@@ -113,9 +116,25 @@ def write_whole(path: Path, content: str | bytes, *, sync: bool = True) -> None:
                 if sync:
                     file.flush()
                     os.fsync(file.fileno())
-            temporary.replace(path)
+            if replace or not _linked(temporary, path):
+                temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _linked(temporary: Path, path: Path) -> bool:
+    """Give a file its name unless another has it; False where the file system knows no links."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise UsageError(
+            f"{path} was written by another run meanwhile; choose another name, or add --overwrite."
+        ) from None
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        return False
+    return True
 
 
 @contextmanager

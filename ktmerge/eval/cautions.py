@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ktmerge.eval.significance import detectable, luck, paired_error
+from ktmerge.eval.significance import detectable, luck
+from ktmerge.eval.statistics import standard_error
 
 if TYPE_CHECKING:
     from ktmerge.eval.results import Results
     from ktmerge.eval.summary import Estimate
 
 MANY = 4  # candidates from which on the luck of the best is spoken of
-FEWEST = 10  # items of a set from which on a bootstrap says something
+FEWEST = 10  # items of a set, or texts that were cut into items, from which on a bootstrap says something
 _WIDTH = 2 * 1.959964  # standard errors inside a 95 % interval
 
 
@@ -21,11 +22,15 @@ def cautions(results: Results) -> list[str]:
     said = [*_power(results, others), *_many(results, others)]
     if results.part == "selection":
         said.append("These rows are kept for choosing; report the chosen model on the other part (--part report).")
-    few = [task.name for task in results.paired() if len(task.rows) < FEWEST]
+    few = [task.name for task in results.paired() if len(set(task.groups)) < FEWEST]
     if others and few:
         said.append(
-            f"Fewer than {FEWEST} items ({', '.join(few)}): a bootstrap of so few gives intervals that are too narrow."
+            f"Fewer than {FEWEST} items or texts ({', '.join(few)}): a bootstrap of so few gives intervals that are "
+            "too narrow."
         )
+    single = [task.name for task in results.paired() if len(set(task.rows)) == 1 < len(task.rows)]
+    if others and single:
+        said.append(f"One text alone ({', '.join(single)}): intervals are over its chunks, and of this text only.")
     wide = [task.name for task in results.tasks if task.metric == "cider"]
     if wide and len(results.tasks) > len(wide):
         said.append(
@@ -39,7 +44,7 @@ def _power(results: Results, others: list[str]) -> list[str]:
     parts = []
     for task in results.paired():
         base = results.scores[results.base][task.name].scores
-        errors = [paired_error(results.scores[name][task.name].scores, base) for name in others]
+        errors = [standard_error(results.scores[name][task.name].scores - base, task.groups) for name in others]
         largest = max((error for error in errors if error), default=None)
         if largest is not None:
             parts.append(f"{task.name}: with {len(base)} items above {detectable(largest):.1f} points")

@@ -146,7 +146,10 @@ class ChoiceMaker:
         if index is None and letters and str(answer).strip() in LETTERS[: len(choices)]:
             index = LETTERS.index(str(answer).strip())
         if index is None:
-            raise UsageError(f"{where}: {row.where} gives {answer!r}, which is none of its choices {list(choices)}.")
+            hint = "; write '{{ ... | int }}' if it counts them" if str(answer).strip().isdecimal() else ""
+            raise UsageError(
+                f"{where}: {row.where} gives {answer!r}, which is none of its choices {list(choices)}{hint}."
+            )
         if not 0 <= index < len(choices):
             raise UsageError(f"{where}: {row.where} gives index {index}; its {len(choices)} choices count from 0.")
         return index
@@ -179,6 +182,8 @@ def _look_up(answer: str, choices: tuple[str, ...]) -> int | None:
     stripped = [choice.strip() for choice in choices]
     if stripped.count(answer.strip()) == 1:
         return stripped.index(answer.strip())
+    if any(choice.lstrip("+-").isdecimal() for choice in stripped):  # then a number may as well be a choice left out
+        return None
     try:
         return int(answer)
     except ValueError:

@@ -15,8 +15,8 @@ from ktmerge.eval.results import Results
 def merge_results(results: Sequence[Results]) -> Results:
     """Join results over the same sets and the same base into one; the first one's settings hold.
 
-    A model that several files have (same weights) is taken once; different models of one name are told apart by the
-    name of their file.
+    A model that several files have (same weights, same scores) is taken once; different ones of one name are told apart
+    by the name of their file.
 
     Raises:
         UsageError: sets, base or the base's scores differ, so that the models do not compare; the reason is said.
@@ -33,7 +33,9 @@ def merge_results(results: Sequence[Results]) -> Results:
                 continue
             taken = name
             if name in models:
-                if models[name].digest is not None and models[name].digest == other.models[name].digest:
+                its = other.scores[name]
+                equal = all(np.array_equal(own.scores, its[task].scores) for task, own in scores[name].items())
+                if equal and models[name].digest is not None and models[name].digest == other.models[name].digest:
                     continue
                 taken = _free_name(f"{Path(other.source or 'other').stem}:{name}", models)
             models[taken], scores[taken] = other.models[name], other.scores[name]
@@ -43,7 +45,8 @@ def merge_results(results: Sequence[Results]) -> Results:
 
 def _refuse_different(first: Results, other: Results) -> None:
     pair = f"{first.source or 'the first results'} and {other.source or 'the others'}"
-    if first.suite_digest != other.suite_digest:
+    tasks = [[(task.name, task.digest) for task in one.tasks] for one in (first, other)]
+    if first.suite_digest != other.suite_digest or tasks[0] != tasks[1]:
         raise UsageError(
             f"{pair} were measured on different sets ({_different_task(first, other)}); score them in one run."
         )

@@ -201,8 +201,9 @@ class _Run:
         from ktmerge.eval.scorer import score_model
 
         def keep(task: str, score: TaskScore) -> None:
-            if self.store is not None:
-                self.store.put(keys[task], score)
+            why = self.store.put(keys[task], score) if self.store is not None else ""
+            if why:
+                self.progress.note(f"warning: {task}: its scores are not kept for the next run: {why}")
 
         model = subject.load(self.device, dtype)
         try:

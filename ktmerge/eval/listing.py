@@ -11,6 +11,7 @@ from ktmerge.markdown import line, table
 
 if TYPE_CHECKING:
     from ktmerge.eval.results import Results
+    from ktmerge.eval.scores import TaskInfo
 
 _HEADINGS = {"E": "E gain", "F": "F upstream", "O": "O overall", "avg": "Avg", "H": "H", "retention": "kept %"}
 
@@ -25,12 +26,12 @@ def markdown(results: Results) -> str:
         board.append([name, *(_told(getattr(summary, key), signed=key in ("E", "F", "O")) for key in keys)])
     raw = [["model", *(f"{task.name} ({task.side})" for task in results.tasks)]]
     for name in order:
-        raw.append([name, *(_score(results, name, task.name) for task in results.tasks)])
+        raw.append([name, *(_score(results, name, task) for task in results.tasks)])
     used = [f"* {FORMULAS[key]}" for key in (*keys, "means") if key != "means" or "H" in keys]
     items = sum(len(task.rows) for task in results.tasks)
     measured = (
         f"Suite {line(results.suite)}, sha256 `{results.suite_digest[:16]}`, {items} items; brackets are 95 % "
-        f"intervals of a paired bootstrap over items, {results.bootstrap} resamples, seed {results.seed}."
+        f"intervals of a paired bootstrap over {results.drawn}, {results.bootstrap} resamples, seed {results.seed}."
     )
     cautions = "\n".join(f"* {line(caution)}" for caution in results.cautions)
     parts = [
@@ -55,17 +56,15 @@ def comma_separated(results: Results) -> str:
             if estimate is not None:
                 writer.writerow([name, key, "", "", "", *_numbers(estimate), ""])
         for task in results.tasks:
-            score = results.scores[name][task.name]
-            stderr = "" if score.stderr is None else f"{score.stderr:.6g}"
-            writer.writerow(
-                [name, task.name, task.side, task.metric, len(task.rows), f"{score.mean:.6g}", "", "", stderr]
-            )
+            mean, stderr = results.scores[name][task.name].mean, results.stderr(name, task)
+            told = "" if stderr is None else f"{stderr:.6g}"
+            writer.writerow([name, task.name, task.side, task.metric, len(task.rows), f"{mean:.6g}", "", "", told])
     return stream.getvalue()
 
 
-def _score(results: Results, model: str, task: str) -> str:
-    score = results.scores[model][task]
-    return f"{score.mean:.1f}" + ("" if score.stderr is None else f" ± {score.stderr:.1f}")
+def _score(results: Results, model: str, task: TaskInfo) -> str:
+    mean, stderr = results.scores[model][task.name].mean, results.stderr(model, task)
+    return f"{mean:.1f}" + ("" if stderr is None else f" ± {stderr:.1f}")
 
 
 def _told(estimate: Estimate | None, *, signed: bool) -> str:

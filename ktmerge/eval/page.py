@@ -130,7 +130,8 @@ def _row(results: Results, name: str, colour: str, is_tuned: bool) -> _Row:
 def _score(results: Results, model: str, task: TaskInfo) -> tuple[str, list[str]]:
     """A score, and in small print its standard error and perplexity per byte."""
     score = results.scores[model][task.name]
-    small = [] if score.stderr is None else [f"± {score.stderr:.1f}"]
+    stderr = results.stderr(model, task)
+    small = [] if stderr is None else [f"± {stderr:.1f}"]
     perplexity = score.extras().get("perplexity_per_byte")
     small += [] if perplexity is None else [f"{perplexity:.3f} ppl/B"]
     return f"{score.mean:.1f}", small

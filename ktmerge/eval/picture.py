@@ -138,9 +138,9 @@ def _scores(results: Results, tasks: Sequence[TaskInfo], number: int, columns: i
         base = results.scores[results.base][task.name].mean
         axes.plot([base, base], [top - block + 3, top - 3], color=GREY, linewidth=0.8, linestyle=(0, (2, 2)))
         for j, name in enumerate(names):
-            score = results.scores[name][task.name]
+            mean, stderr = results.scores[name][task.name].mean, results.stderr(name, task)
             bar = axes.errorbar(
-                score.mean, top - _GAP / 2 - (j + 0.5) * _STEP, xerr=score.stderr or 0.0, color=looks[name].colour,
+                mean, top - _GAP / 2 - (j + 0.5) * _STEP, xerr=stderr or 0.0, color=looks[name].colour,
                 marker=looks[name].marker, markersize=5, linewidth=1.1,
             )  # fmt: skip
             handles += [bar[0]] if i == 0 else []
@@ -161,8 +161,9 @@ def _scores(results: Results, tasks: Sequence[TaskInfo], number: int, columns: i
 
 def _reach(results: Results) -> tuple[float, float]:
     """From the lowest to the highest score with its standard error, and a little beyond."""
-    scores = [own[task.name] for own in results.scores.values() for task in results.tasks]
-    ends = [one.mean + sign * (one.stderr or 0.0) for one in scores for sign in (-1, 1)]
+    shown = [(model, task) for model in results.models for task in results.tasks]
+    scores = [(results.scores[model][task.name].mean, results.stderr(model, task) or 0.0) for model, task in shown]
+    ends = [mean + sign * stderr for mean, stderr in scores for sign in (-1, 1)]
     room = 0.045 * max(max(ends) - min(ends), 1.0)
     return min(ends) - room, max(ends) + room
 

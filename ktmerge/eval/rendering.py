@@ -27,6 +27,7 @@ from ktmerge.recipes.suites import (
 )
 
 _NO_TEXTS = (dict, list, tuple, bytes)
+_PEOPLE = {"vqa": 4, "vqa_simple": 3}  # answers that have to agree for a score of 1
 
 
 def make_items(
@@ -125,4 +126,10 @@ def _answers(task: GenerateTask, template: Template, row: Row) -> tuple[str, ...
     found = tuple(map(str, value)) if texts else (template.text(row),)
     if not found:
         raise UsageError(f"{_where(task, 'answer')}: {row.where} gives an empty list; at least one answer is needed.")
+    people = _PEOPLE.get(task.metric, 1)
+    if len(found) < people:
+        raise UsageError(
+            f"{_where(task, 'answer')}: {row.where} has too few answers ({len(found)}): '{task.metric}' counts people "
+            f"who agree, and gives a right answer 1 from {people} on; take exact_match with normalise: vqa."
+        )
     return found

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ktmerge.checkpoints.files import write_whole
-from ktmerge.errors import UsageError, did_you_mean
+from ktmerge.checkpoints.regular import once
+from ktmerge.errors import UsageError, did_you_mean, first_line
 from ktmerge.eval.partition import FORMULAS as PARTITION_FORMULAS
 from ktmerge.eval.partition import Partition, Triple, partition
-from ktmerge.eval.score_files import check, parse
+from ktmerge.eval.score_files import parse
 from ktmerge.eval.scores import ModelInfo, TaskInfo, TaskScore
 from ktmerge.eval.significance import McNemar, mcnemar
+from ktmerge.eval.soundness import check, damaged
+from ktmerge.eval.statistics import drawn_in_words, standard_error
 from ktmerge.eval.summary import FORMULAS, Comparison, Sequential, Summary, summarise
 from ktmerge.recipes.suites import Side
 
@@ -55,6 +58,7 @@ class Results:
         return summarise(
             {name: {task: score.scores for task, score in tasks.items()} for name, tasks in self.scores.items()},
             {task.name: task.side for task in self.tasks}, totals=self._totals(),
+            groups={task.name: task.groups for task in self.tasks},
             base=self.base, reference=self.reference, bootstrap=self.bootstrap, seed=self.seed,
         )  # fmt: skip
 
@@ -65,6 +69,16 @@ class Results:
     def paired(self, side: Side | None = None) -> list[TaskInfo]:
         """The tasks whose items were scored; not those of which only totals were imported."""
         return [task for task in self.tasks if task.rows and side in (None, task.side)]
+
+    def stderr(self, model: str, task: TaskInfo) -> float | None:
+        """Of a model's score on a set, on 0-100; None for a single item."""
+        score = self.scores[model][task.name]
+        return standard_error(score.scores, task.groups) if score.total is None else score.total[1]
+
+    @property
+    def drawn(self) -> str:
+        """What the bootstrap draws, in words."""
+        return drawn_in_words(task.groups for task in self.tasks)
 
     def _totals(self) -> dict[str, list[tuple[float, float]]]:
         """Per imported set without item scores, every model's score and standard error."""
@@ -186,14 +200,15 @@ class Results:
             "warnings": self.warnings,
         }  # fmt: skip
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, *, overwrite: bool = True) -> None:
         """Write the JSON file, whole or not at all.
 
         Raises:
+            UsageError: it is there, and not to be overwritten.
             KtmergeError: it cannot be written.
         """
         text = json.dumps(self.to_json(), ensure_ascii=False, allow_nan=False)
-        write_whole(Path(path), text + "\n")
+        write_whole(Path(path), text + "\n", replace=overwrite)
 
     @classmethod
     def load(cls, path: Path) -> Results:
@@ -204,11 +219,13 @@ class Results:
         """
         path = Path(path)
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
         except OSError as error:
             raise UsageError(f"{path}: {error.strerror}.") from None
-        except (ValueError, RecursionError):
-            raise UsageError(f"{path}: not a score file of 'ktmerge eval' (not JSON).") from None
+        except (ValueError, RecursionError) as error:
+            raise UsageError(
+                f"{path}: not a score file of 'ktmerge eval', or cut off: {first_line(error).rstrip('.')}."
+            ) from None
         return cls.from_json(document, str(path))
 
     @classmethod
@@ -225,13 +242,20 @@ class Results:
             raise UsageError(f"{where}: score file version {version!r}; this ktmerge reads {SCHEMA_VERSION}.")
         try:
             results = cls(**parse(document), source=where)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UsageError(f"{where}: a damaged score file: {type(error).__name__}: {error}.") from None
-        check(results, where)
+            means = {model: {name: own["score"] for name, own in one["tasks"].items()}
+                     for model, one in document["models"].items()}  # fmt: skip
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise damaged(where, f"{type(error).__name__}: {error}") from None
+        check(results, means, where)
+        try:
+            json.dumps(document, ensure_ascii=False, allow_nan=False).encode()
+        except ValueError as error:
+            raise damaged(where, f"it holds what no JSON has ({first_line(error)})") from None
         return results
 
     def _model_json(self, name: str) -> dict[str, Any]:
-        tasks = {task: score.to_json() for task, score in self.scores[name].items()}
+        own = self.scores[name]
+        tasks = {task.name: {**own[task.name].to_json(), "stderr": self.stderr(name, task)} for task in self.tasks}
         summary = self.summary.models[name].to_json()
         shares = self.partition(name)
         if shares is not None:

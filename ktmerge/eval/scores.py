@@ -43,6 +43,11 @@ class TaskInfo:
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}  # of files that are read
 
+    @property
+    def groups(self) -> list[int]:
+        """Of each item what it is drawn with, see :func:`statistics.groups_of`."""
+        return statistics.groups_of(self.rows)
+
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -83,13 +88,6 @@ class TaskScore:
             return self.total[0]
         return statistics.mean(self.scores)
 
-    @property
-    def stderr(self) -> float | None:
-        """On 0-100; None for a single item."""
-        if self.total is not None:
-            return self.total[1]
-        return statistics.standard_error(self.scores)
-
     def extras(self) -> dict[str, float]:
         """Figures shown beside the score; of a text task perplexity per token, word and byte, and bits per byte."""
         if "nll" not in self.details:
@@ -105,7 +103,7 @@ class TaskScore:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "score": self.mean, "stderr": self.stderr, **self.extras(), "signature": self.signature,
+            "score": self.mean, **self.extras(), "signature": self.signature,
             "figures": self.figures, "scores": self.scores.tolist(), "details": self.details,
             **({} if self.total is None else {"total": list(self.total)}),
         }  # fmt: skip

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ktmerge.checkpoints.files import write_whole
-from ktmerge.eval.statistics import interval, resampled_means
+from ktmerge.eval.statistics import drawn_in_words, interval, resampled_means
 from ktmerge.eval.summary import Estimate
 from ktmerge.recipes.suites import Side
 
@@ -40,12 +40,22 @@ class ScreenedSet:
     Attributes:
         teacher: ``base``, an expert's name, or ``neighbours``.
         values: [models, items]; KL in nats per token, or the share of neighbours that answer otherwise.
+        groups: of each item, what it is drawn with; every set of a task has the same.
     """
 
     task: str
     side: Side
     teacher: str
     values: NDArray[np.float64]
+    groups: list[int]
+
+    def means(self, resamples: int, seed: int) -> NDArray[np.float64]:
+        """Of every model its mean, then that of each resample [models, 1 + resamples].
+
+        Sets of one task draw the same items, whoever the teacher is.
+        """
+        drawn = resampled_means({self.task: self.values}, resamples, seed, {self.task: self.groups})[self.task]
+        return np.concatenate([self.values.mean(axis=1)[:, None], drawn / 100], axis=1)
 
 
 @dataclass(frozen=True)
@@ -82,11 +92,7 @@ class Screened:
     @cached_property
     def numbers(self) -> dict[str, Numbers]:
         """By model; intervals are of a bootstrap that draws the same items for all models."""
-        drawn = resampled_means({str(i): one.values for i, one in enumerate(self.sets)}, self.bootstrap, self.seed)
-        whole = [
-            np.concatenate([one.values.mean(axis=1)[:, None], drawn[str(i)] / 100], axis=1)
-            for i, one in enumerate(self.sets)
-        ]
+        whole = [one.means(self.bootstrap, self.seed) for one in self.sets]
 
         def mean(chosen: Sequence[int]) -> NDArray[np.float64] | None:
             """Over sets, each with the mean of its teachers [models, 1 + resamples]: the value itself comes first."""
@@ -136,13 +142,15 @@ class Screened:
             ],
         }  # fmt: skip
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, *, overwrite: bool = True) -> None:
         """Write the JSON file, whole or not at all.
 
         Raises:
+            UsageError: it is there, and not to be overwritten.
             KtmergeError: it cannot be written.
         """
-        write_whole(Path(path), json.dumps(self.to_json(), ensure_ascii=False, allow_nan=False) + "\n")
+        text = json.dumps(self.to_json(), ensure_ascii=False, allow_nan=False)
+        write_whole(Path(path), text + "\n", replace=overwrite)
 
     def table(self) -> ScreenedTable:
         """The numbers for a terminal; fits itself to the width."""
@@ -166,8 +174,9 @@ class Screened:
         there = {key for one in self.numbers.values() for key in measured if getattr(one, key) is not None}
         said += [text.replace("a (", f"{self.weight:g} (").replace("(1 - a)", f"{1 - self.weight:g}")
                  for key, text in self.formulas.items() if key in there]  # fmt: skip
+        what = drawn_in_words(one.groups for one in self.sets)
         said.append(
-            f"[95 % interval]: paired bootstrap over items, {self.bootstrap} resamples, seed {self.seed}. "
+            f"[95 % interval]: paired bootstrap over {what}, {self.bootstrap} resamples, seed {self.seed}. "
             "These numbers rank candidates; confirm the choice with 'ktmerge eval' on rows with answers."
         )
         return said

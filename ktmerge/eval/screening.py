@@ -17,8 +17,9 @@ from ktmerge.eval.loading import choose_device, choose_dtype
 from ktmerge.eval.normalisation import NORMALISATIONS
 from ktmerge.eval.scorer import score_model
 from ktmerge.eval.scores import TaskScore
-from ktmerge.eval.screened import Screened, ScreenedSet
+from ktmerge.eval.screened import NEIGHBOURS, Screened, ScreenedSet
 from ktmerge.eval.sets import TaskSet, read_sets, suite_digest
+from ktmerge.eval.statistics import groups_of
 from ktmerge.eval.subject import Reference, Subject, subject
 from ktmerge.eval.teachers import Answerer, Texts, prompts
 from ktmerge.eval.unlabelled import disagreeing, divergence
@@ -152,8 +153,7 @@ class _Run:
                 )  # fmt: skip
             answers.append({task: _answers(score) for task, score in scores.items()})
         return [
-            ScreenedSet(one.task.name, one.side, "neighbours", disagreeing([own[one.task.name] for own in answers]))
-            for one in sets
+            self._set(one.task.name, NEIGHBOURS, disagreeing([own[one.task.name] for own in answers])) for one in sets
         ]
 
     def _of(self, side: str) -> list[TaskSet]:
@@ -172,8 +172,11 @@ class _Run:
                             loaded, model, one.ids, starts=one.starts, views=one.views, sight=own.sight,
                             batch_size=self.batch_size or BATCH, progress=self.progress, label=label,
                         ))  # fmt: skip
-        sides = {one.task.name: one.side for one in self.sets}
-        return [ScreenedSet(task, sides[task], teacher, np.stack(own)) for task, own in found.items()]
+        return [self._set(task, teacher, np.stack(own)) for task, own in found.items()]
+
+    def _set(self, task: str, teacher: str, values: NDArray[np.float64]) -> ScreenedSet:
+        side = next(one.side for one in self.sets if one.task.name == task)
+        return ScreenedSet(task, side, teacher, values, groups_of(self.encodings.of["the base"].tasks[task].rows))
 
     @contextmanager
     def _loaded(self, name: str) -> Iterator[Any]:
@@ -200,4 +203,4 @@ def _answers(score: TaskScore) -> list[str]:
     """What a model answers to each item, so that equal answers are equal texts."""
     if "outputs" in score.details:
         return [NORMALISATIONS["strip"](said) for said in score.details["outputs"]]
-    return [str(int(np.argmax(own))) for own in score.details["logprobs"]]
+    return [str(number) for number in score.details["predicted"]]

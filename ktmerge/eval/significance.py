@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import exp, fsum, lgamma, log, sqrt
+from math import exp, fsum, lgamma, log
 from statistics import NormalDist
 from typing import TYPE_CHECKING
 
@@ -54,13 +54,6 @@ def detectable(error: float) -> float:
     (z(0.975) + z(0.8)) times the error, in its unit.
     """
     return (NormalDist().inv_cdf(1 - ALPHA / 2) + NormalDist().inv_cdf(POWER)) * error
-
-
-def paired_error(a: NDArray[np.float64], b: NDArray[np.float64]) -> float | None:
-    """Standard error of the mean of a - b over the same items, on 0-100; None for a single item."""
-    if len(a) < 2:
-        return None
-    return float(100 * (a - b).std(ddof=1) / sqrt(len(a)))
 
 
 def luck(candidates: int, error: float) -> float:

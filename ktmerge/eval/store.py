@@ -53,14 +53,15 @@ class ScoreStore:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
-    def put(self, key: str, score: TaskScore) -> None:
-        """Keep a score, whole or not at all."""
+    def put(self, key: str, score: TaskScore) -> str:
+        """Keep a score, whole or not at all; returns why it could not be kept, if so."""
         path = self._path(key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(score.to_json(), ensure_ascii=False, allow_nan=False))
-        except (OSError, KtmergeError):
-            return
+        except (OSError, KtmergeError) as error:
+            return str(error)
+        return ""
 
     def _path(self, key: str) -> Path:
         return self._folder / key[:2] / f"{key}.json"

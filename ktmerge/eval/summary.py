@@ -176,6 +176,7 @@ def summarise(
     sides: Mapping[str, Side],
     *,
     totals: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+    groups: Mapping[str, Sequence[int]] | None = None,
     base: str = "base",
     reference: str | None = None,
     bootstrap: int = 2000,
@@ -188,6 +189,7 @@ def summarise(
         sides: of each task.
         totals: of tasks without item scores, every model's score and standard error on 0-100; drawn from normals, each
             model by itself, since nothing tells what models share.
+        groups: of tasks whose items are not independent, what each item is drawn with, such as the text a chunk is of.
         base: the untuned model.
         reference: the model whose gain is the whole of the gain share, usually the full fine-tune.
         bootstrap: resamples behind each interval.
@@ -196,7 +198,7 @@ def summarise(
     names = list(scores)
     whole = totals or {}
     stacked = {task: np.stack([scores[name][task] for name in names]) for task in sides if task not in whole}
-    resampled = resampled_means(stacked, bootstrap, seed)
+    resampled = resampled_means(stacked, bootstrap, seed, groups)
     means = {
         task: np.concatenate([100 * stacked[task].mean(axis=1, keepdims=True), resampled[task]], axis=1)
         for task in stacked

@@ -262,6 +262,7 @@ def _footer(results: Results, columns: Sequence[Column]) -> list[str]:
     if "H" in shown:
         lines.append(f"{FORMULAS['means']}. All scores are on 0-100.")
     items = ", ".join(f"{task.name} {len(task.rows) or 'totals only'}" for task in results.tasks)
-    lines.append(f"[95 % interval]: paired bootstrap over items, {results.bootstrap} resamples, seed {results.seed}.")
+    said = f"{results.drawn}, {results.bootstrap} resamples, seed {results.seed}"
+    lines.append(f"[95 % interval]: paired bootstrap over {said}.")
     lines.append(f"items: {items}")
     return lines

@@ -96,7 +96,7 @@ def every_kind(folder: Path, chat: bool, **more: Any) -> Suite:
     tasks = [
         {"name": "choice", "kind": "choice", "choices": "o", "answer": "{{ g }}"},
         {"name": "classify", "kind": "classify", "labels": ["yes", "no way"], "answer": "{{ g % 2 }}", "shots": 1},
-        {"name": "say", "kind": "generate", "answer": "{{ o[g] }}", "max_new_tokens": 5, "metric": "vqa"},
+        {"name": "say", "kind": "generate", "answer": "{{ [o[g]] * 10 }}", "max_new_tokens": 5, "metric": "vqa"},
         {"name": "letter", "kind": "letter", "prompt": "{{ q }}\n{{ lettered }}", "choices": "o", "answer": "{{ g }}",
          "max_new_tokens": 4},
         {"name": "follow", "kind": "instructions", "instructions": "kinds", "arguments": "given", "max_new_tokens": 4},

@@ -97,7 +97,7 @@ def test_totals_alone_say_what_they_cannot(tmp_path: Path) -> None:
     api.import_scores(files, out=tmp_path / "scores.json")
     results = Results.load(tmp_path / "scores.json")
     score = results.scores["tuned"]["quiz"]
-    assert (score.mean, score.stderr) == (50, 20)
+    assert (score.mean, results.stderr("tuned", results.tasks[0])) == (50, 20)
     assert "only totals were imported" in results.warnings[0]
     assert results.mcnemar("tuned", "base") == {}
     change = results.summary.models["tuned"].F
@@ -121,9 +121,20 @@ def test_tables_of_vlmevalkit(tmp_path: Path) -> None:
     assert {name: tasks["MMBench_DEV_EN"].scores.tolist() for name, tasks in results.scores.items()} == MARKS
     assert results.scores["base"]["OCRBench"].mean == 80
     text = results.scores["base"]["TextVQA_VAL"]
-    assert text.stderr == pytest.approx(100 * np.sqrt(0.615 * 0.385 / 5000))
+    assert text.total[1] == pytest.approx(100 * np.sqrt(0.615 * 0.385 / 5000))
     with pytest.raises(UsageError, match=r"neither items nor a standard error.*--items OCRBench=N"):
         api.import_scores(files, upstream=["MMBench_DEV_EN", "OCRBench"])
+
+
+def test_answers_that_look_like_nothing_are_answers(tmp_path: Path) -> None:
+    """pandas reads None and NA as missing numbers, which no score file can hold; so does lm_eval write NaN."""
+    table = "index\tquestion\tanswer\tprediction\thit\n1\tq\tNone\tNA\t0\n2\tq\tNA\tNA\t1\n"
+    (tmp_path / "m_VQA_result.tsv").write_text(table)
+    sample_file = tmp_path / "samples_quiz_2026-11-21T14-51-07.1.jsonl"
+    sample_file.write_text("".join(json.dumps(sample(i, 1.0, target=float("nan"))) + "\n" for i in range(2)))
+    for file, references in ((tmp_path / "m_VQA_result.tsv", ["None", "NA"]), (sample_file, ["NaN", "NaN"])):
+        api.import_scores([f"base={file}"], out=tmp_path / "scores.json", overwrite=True)
+        assert Results.load(tmp_path / "scores.json").tasks[0].references == references
 
 
 def test_a_groups_items_are_those_of_its_tasks(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ def test_the_answer_is_an_index_or_a_text(answer: Any, choices: list[Any], templ
         ({"a": [[0]]}, {}, "x.jsonl:5 gives [0], which is none of its choices"),
         ({"a": "maybe"}, {}, "gives 'maybe', which is none of its choices ['yes', 'no']"),
         ({"a": 1, "o": [1, 2]}, {"choices": "o"}, "the choices are numbers too"),
+        ({"a": "2", "o": ["3", "8"]}, {"choices": "o"}, "'2', which is none of its choices ['3', '8']; write"),
         ({"o": []}, {"choices": "o"}, "has 0, at least 2 are needed"),
         ({"o": ["x"]}, {"choices": "o"}, "has 1, at least 2 are needed"),
         ({"o": ["x", ""]}, {"choices": "o"}, "has an empty choice"),

@@ -90,6 +90,12 @@ def test_several_references(folder: Path) -> None:
     assert isinstance(one.items[0], GenerateItem)
     assert one.items[0].answers == ("good", "bad", "three")
     assert mark(one, ["bad"] * 12).mean == 100
+    for metric, few in (("vqa", 3), ("vqa_simple", 2)):  # even the right answer would score less than 1, alone 0
+        asked = {**SAY, "answer": f"{{{{ ['good'] * {few} }}}}", "metric": metric}
+        with pytest.raises(UsageError, match=rf"x\.jsonl:1 has too few answers \({few}\): '{metric}' counts people"):
+            read_sets(suite(folder, asked))
+        (one,) = read_sets(suite(folder, {**asked, "answer": f"{{{{ ['good'] * {few + 1} }}}}"}))
+        assert mark(one, ["good"] * 12).mean == 100
     with pytest.raises(UsageError, match="gives an empty list"):
         read_sets(suite(folder, {**SAY, "answer": "{{ [] }}"}))
 

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +108,77 @@ def test_garbage_is_refused_with_its_name(make_results: Make, tmp_path: Path, wa
         Results.load(path)
 
 
+def chosen(make_results: Make) -> dict[str, Any]:
+    """The document of two models on a set of three items with two choices each."""
+    results = make_results({"base": {"up_a": [1, 0, 1]}, "tuned": {"up_a": [0, 1, 1]}})
+    results.tasks[0] = replace(results.tasks[0], choices=[["a", "b"]] * 3, references=[0, 1, [0, 1]])
+    for name, predicted in (("base", [0, 0, 0]), ("tuned", [1, 1, 1])):
+        results.scores[name]["up_a"].details.update(predicted=predicted, logprobs=[[-1.0, -2.0]] * 3)
+    document: dict[str, Any] = json.loads(json.dumps(results.to_json()))
+    return document
+
+
+OWN, SET = ("models", "tuned", "tasks", "up_a"), ("suite", "tasks", 0)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        ((*OWN, "details", "predicted", 1), 2, "'tuned': item 2 of 'up_a' has 2 as 'predicted', which is none of its"),
+        ((*OWN, "details", "predicted", 1), None, "'tuned': item 2 of 'up_a' has None as 'predicted'"),
+        ((*OWN, "details", "predicted", 0), 0, "item 1 of 'up_a' has the score 0, but 0 predicted and 0 as its"),
+        ((*OWN, "details", "logprobs", 2), [-1.0], r"item 3 of 'up_a' has \[-1.0\] as 'logprobs'"),
+        ((*OWN, "details", "logprobs", 2), [-1.0, float("-inf")], "item 3 of 'up_a' has"),
+        ((*OWN, "scores", 2), float("nan"), "'tuned': item 3 of 'up_a' has the score nan, which must be from 0 to 1"),
+        ((*OWN, "scores", 2), float("inf"), "item 3 of 'up_a' has the score inf"),
+        ((*OWN, "scores", 2), 10**400, "OverflowError"),
+        ((*OWN, "scores"), [1.0], r"'tuned': 'up_a' has 3 items and scores of shape \[1\]"),
+        ((*OWN, "score"), 50.0, "'tuned': the items of 'up_a' come to 66.6667, the score beside them is 50.0"),
+        ((*OWN, "figures"), {"unread": float("inf")}, "'tuned': 'up_a' has the figure unread inf"),
+        ((*OWN, "details", "nll"), ["x"] * 3, "item 1 of 'up_a' has 'x' as 'nll'"),
+        ((*SET, "references", 0), 2, "item 1 of 'up_a' has 2 as its reference, which is none of its choices"),
+        ((*SET, "references", 2), [0, -1], r"item 3 of 'up_a' has \[0, -1\] as its reference"),
+        ((*SET, "rows", 2), 0, "row 0 is two items of 'up_a'"),
+        ((*SET, "prompts"), ["x"], "'up_a' has 3 items and 1 prompts"),
+        (("suite", "tasks"), lambda tasks: tasks * 2, "two tasks are called 'up_a'"),
+        (("models", "tuned", "seconds"), float("nan"), "it holds what no JSON has"),
+    ],
+)
+def test_contradictions_name_file_and_item(
+    make_results: Make, tmp_path: Path, place: tuple[Any, ...], value: Any, said: str
+) -> None:
+    document = chosen(make_results)
+    Results.from_json(document, "whole")
+    at: Any = document
+    for key in place[:-1]:
+        at = at[key]
+    at[place[-1]] = value(at[place[-1]]) if callable(value) else value
+    (tmp_path / "scores.json").write_text(json.dumps(document))
+    with pytest.raises(UsageError, match=rf"scores\.json: a damaged score file: .*{said}.*; score again with"):
+        Results.load(tmp_path / "scores.json")
+
+
+def test_tokens_that_do_not_come_to_the_score_are_named(make_results: Make) -> None:
+    results = make_results({"base": {"up_a": [0.5, 0.25]}})
+    results.tasks[0] = replace(results.tasks[0], kind="text", metric="next_token_accuracy")
+    results.scores["base"]["up_a"].details.update(correct=[2, 1], tokens=[4, 4])
+    document = results.to_json()
+    assert Results.from_json(document, "x").to_json() == document
+    document["models"]["base"]["tasks"]["up_a"]["details"]["tokens"] = [4, 5]
+    with pytest.raises(UsageError, match=r"item 2 of 'up_a' has the score 0\.25, but 1 of 5 tokens correct"):
+        Results.from_json(document, "x")
+
+
+def test_a_key_that_stands_twice_is_refused(make_results: Make, tmp_path: Path) -> None:
+    """The last of two models with one name would count, in silence."""
+    text = json.dumps(chosen(make_results))
+    (tmp_path / "twice.json").write_text(text.replace('"tuned": {', '"tuned": {}, "tuned": {', 1))
+    (tmp_path / "cut.json").write_text(text[: len(text) // 2])
+    for name, said in (("twice", "the key 'tuned' stands twice"), ("cut", r"or cut off: .* \(char \d+\)")):
+        with pytest.raises(UsageError, match=rf"{name}\.json: not a score file of 'ktmerge eval', .*{said}"):
+            Results.load(tmp_path / f"{name}.json")
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[" * 100_000, b'{"ktmerge_eval": 1}'])
 def test_not_json_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.json").write_bytes(content)
@@ -118,6 +192,42 @@ def test_saving_where_it_cannot_be_is_a_sentence(make_results: Make, tmp_path: P
     with pytest.raises(KtmergeError, match="nowhere"):
         make_results(SCORES).save(tmp_path / "nowhere/scores.json")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_two_runs_one_is_there_whole_and_the_other_is_told(make_results: Make, tmp_path: Path) -> None:
+    """Each saw that the file is not there before it began."""
+    path = tmp_path / "scores.json"
+    runs = [make_results(SCORES, seed=seed) for seed in range(6)]
+
+    def save(results: Results) -> str:
+        try:
+            results.save(path, overwrite=False)
+        except UsageError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(len(runs)) as pool:
+        told = list(pool.map(save, runs))
+    assert told.count("") == 1
+    assert {one for one in told if one} == {
+        f"{path} was written by another run meanwhile; choose another name, or add --overwrite."
+    }
+    assert Results.load(path).seed == told.index("")
+    assert list(tmp_path.iterdir()) == [path]
+    runs[0].save(path)
+    assert Results.load(path).seed == 0
+
+
+def test_where_no_links_are_known_a_file_is_written_still(
+    make_results: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refused)
+    make_results(SCORES).save(tmp_path / "scores.json", overwrite=False)
+    assert Results.load(tmp_path / "scores.json").base == "base"
+    assert list(tmp_path.iterdir()) == [tmp_path / "scores.json"]
 
 
 def test_a_path_through_models(make_results: Make) -> None:
@@ -146,12 +256,20 @@ def test_merging_tells_models_of_one_name_apart(make_results: Make) -> None:
     assert list(merge_results([first, other]).models) == ["base", "tuned", "two:tuned"]
 
 
-def test_merging_refuses_what_does_not_compare(make_results: Make) -> None:
-    import dataclasses
+def test_merging_keeps_scores_that_differ_though_the_weights_are_the_same(make_results: Make) -> None:
+    """Another configuration, or a file changed by hand."""
+    first = make_results(SCORES, source="/x/one.json")
+    other = make_results({**SCORES, "tuned": SCORES["base"]}, source="/x/two.json")
+    assert list(merge_results([first, other]).models) == ["base", "tuned", "two:tuned"]
 
+
+def test_merging_refuses_what_does_not_compare(make_results: Make) -> None:
     first = make_results(SCORES, source="one.json")
-    tasks = [dataclasses.replace(first.tasks[0], digest="changed"), first.tasks[1]]
+    tasks = [replace(first.tasks[0], digest="changed"), first.tasks[1]]
+    renamed = [replace(first.tasks[0], name="up_z"), first.tasks[1]]
+    own = {name: {"up_z": found["up_a"], "down_b": found["down_b"]} for name, found in SCORES.items()}
     cases = {
+        "only one has 'up_a'": make_results(own, tasks=renamed),
         r"one\.json and two\.json were measured on different sets \(data or settings of 'up_a' differ\)": make_results(
             SCORES, suite_digest="x", tasks=tasks
         ),
@@ -159,7 +277,7 @@ def test_merging_refuses_what_does_not_compare(make_results: Make) -> None:
             {name: {"down_b": found["down_b"]} for name, found in SCORES.items()}, suite_digest="x"
         ),
         "different base models": make_results(
-            SCORES, models={n: dataclasses.replace(m, digest=f"other {n}") for n, m in first.models.items()}
+            SCORES, models={n: replace(m, digest=f"other {n}") for n, m in first.models.items()}
         ),
         r"on 'up_a' the base scores 66\.67 in one and 33\.33 in the other": make_results(
             {**SCORES, "base": {**SCORES["base"], "up_a": [1.0, 0.0, 0.0]}}
@@ -167,7 +285,7 @@ def test_merging_refuses_what_does_not_compare(make_results: Make) -> None:
     }
     for said, other in cases.items():
         with pytest.raises(UsageError, match=said):
-            merge_results([first, dataclasses.replace(other, source="two.json")])
+            merge_results([first, replace(other, source="two.json")])
     with pytest.raises(UsageError, match="at least one"):
         merge_results([])
 

@@ -131,7 +131,8 @@ def test_neighbours_on_a_line(tiny_llama: Path, tuned_llama: Path, half: Path, s
 def made(values: dict[str, list[float]]) -> Screened:
     up, down = (np.array(list(values.values())) * factor for factor in (1, 3))
     names = list(values)
-    sets = [ScreenedSet("u", "upstream", "base", up), ScreenedSet("d", "downstream", "e", down)]
+    items = list(range(up.shape[1]))
+    sets = [ScreenedSet("u", "upstream", "base", up, items), ScreenedSet("d", "downstream", "e", down, items)]
     return Screened("s", "digest", names, "base", {"e": "e"}, dict.fromkeys(names, "x"), sets, bootstrap=400)
 
 
@@ -159,6 +160,28 @@ def test_intervals_are_a_paired_bootstrap() -> None:
     assert (one.value, one.low, one.high) == pytest.approx(
         (values.mean(), values.mean() - error, values.mean() + error), abs=0.15 * error
     )
+
+
+def test_teachers_of_one_set_are_asked_the_same_items() -> None:
+    """Two teachers that say the same know no more than one."""
+    values = np.random.default_rng(2).exponential(size=(1, 80))
+    sets = [ScreenedSet("d", "downstream", name, values, list(range(80))) for name in ("a", "b")]
+    one, two = (
+        Screened("s", "digest", ["m"], "base", {}, {"m": "x"}, sets[:count], bootstrap=300).numbers["m"].to_experts
+        for count in (1, 2)
+    )
+    assert one == two
+
+
+def test_chunks_of_a_text_count_together() -> None:
+    texts = np.random.default_rng(3).exponential(size=(1, 40))
+    chunks, groups = np.repeat(texts, 6, axis=1), np.repeat(np.arange(40), 6).tolist()
+    sets = [
+        ScreenedSet("u", "upstream", "base", texts, list(range(40))),
+        ScreenedSet("u", "upstream", "base", chunks, groups),
+    ]
+    whole, cut = (one.means(200, 0) for one in sets)
+    np.testing.assert_allclose(cut, whole, rtol=1e-12)
 
 
 def test_what_cannot_be_measured_is_named(tiny_llama: Path, tuned_llama: Path, sets: Suite, tmp_path: Path) -> None:

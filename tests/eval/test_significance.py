@@ -12,7 +12,7 @@ import pytest
 from ktmerge.errors import UsageError
 from ktmerge.eval.partition import Share, partition
 from ktmerge.eval.results import Results
-from ktmerge.eval.significance import detectable, holm, luck, mcnemar, paired_error
+from ktmerge.eval.significance import detectable, holm, luck, mcnemar
 
 
 def test_mcnemar_is_a_coin_thrown_for_every_discordant_item() -> None:
@@ -48,13 +48,6 @@ def test_the_best_of_many_equals_looks_better_than_it_is() -> None:
         best = generator.normal(0, 2.0, (40_000, candidates)).max(axis=1).mean()
         assert luck(candidates, 2.0) == pytest.approx(best, rel=0.05)
     assert luck(1, 2.0) == 0
-
-
-def test_paired_errors_know_what_models_share() -> None:
-    a = np.array([1.0, 0, 1, 0, 1, 0, 1, 0])
-    assert paired_error(a, a) == 0
-    assert paired_error(a, np.roll(a, 1)) == pytest.approx(100 * np.std([1, -1] * 4, ddof=1) / np.sqrt(8))
-    assert paired_error(a[:1], a[:1]) is None
 
 
 def test_the_partition_counts_what_tuning_changed() -> None:
@@ -128,6 +121,26 @@ def test_backward_transfer(make_results: Callable[..., Results]) -> None:
 
 def test_few_items_are_warned_of(make_results: Callable[..., Results]) -> None:
     made = make_results({name: {"up_few": [1, 0, 1], "down_many": [1, 0] * 5} for name in ("base", "tuned")})
-    assert any("Fewer than 10 items (up_few): a bootstrap of so few" in one for one in made.cautions)
+    assert any("Fewer than 10 items or texts (up_few): a bootstrap of so few" in one for one in made.cautions)
     alone = make_results({"base": {"up_few": [1, 0, 1]}})
     assert not any("Fewer" in one for one in alone.cautions)
+
+
+def test_chunks_of_a_text_count_together(make_results: Callable[..., Results]) -> None:
+    """Twelve texts of five chunks each, all chunks of a text alike: what is known of twelve, not of sixty."""
+    texts = [[0.2, 0.4], [0.3, 0.3], [0.5, 0.4]] * 4
+    chunks = {name: {"up": [text[i] for text in texts for _ in range(5)]} for i, name in enumerate(("base", "tuned"))}
+    rows = [row for row in range(12) for _ in range(5)]
+    results = make_results(chunks)
+    results.tasks[0] = replace(results.tasks[0], kind="text", metric="next_token_accuracy", rows=rows)
+    plain = make_results({name: {"up": own["up"][::5]} for name, own in chunks.items()})
+    F, known = (one.summary.models["tuned"].F for one in (results, plain))
+    assert F is not None
+    assert known is not None
+    assert (F.value, F.low, F.high) == pytest.approx((known.value, known.low, known.high))
+    document = results.to_json()
+    assert document["models"]["base"]["tasks"]["up"]["stderr"] == pytest.approx(plain.stderr("base", plain.tasks[0]))
+    assert results.drawn == "items, chunks of one text together"
+    assert [said.replace("60 items", "12 items") for said in results.cautions] == plain.cautions
+    results.tasks[0] = replace(results.tasks[0], rows=[0] * 60)
+    assert any("One text alone (up): intervals are over its chunks" in said for said in replace(results).cautions)

@@ -78,3 +78,38 @@ def test_interval_covers_as_often_as_it_says() -> None:
         low, high = statistics.interval(statistics.resampled_means({"t": items[None]}, 400, seed=trial)["t"][0])
         covered += low <= 60 <= high
     assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_texts_are_drawn_whole() -> None:
+    """Chunks that say the same four times tell no more than one of them."""
+    texts = np.random.default_rng(4).random((2, 60))
+    chunks, groups = np.repeat(texts, 4, axis=1), np.repeat(np.arange(60), 4).tolist()
+    drawn = statistics.resampled_means({"t": chunks}, 300, 1, {"t": groups})["t"]
+    np.testing.assert_allclose(drawn, statistics.resampled_means({"t": texts}, 300, 1)["t"], rtol=1e-12)
+    assert statistics.standard_error(chunks[0], groups) == pytest.approx(statistics.standard_error(texts[0]))
+    assert statistics.standard_error(chunks[0]) < 0.6 * statistics.standard_error(texts[0])
+
+
+def test_intervals_over_texts_of_many_lengths_cover_as_often_as_they_say() -> None:
+    """Chunks of a text share what the text is like; by chunk, six of ten intervals miss."""
+    source = np.random.default_rng(5)
+    covered, errors = np.zeros(2), []
+    for trial in range(200):
+        lengths = source.integers(1, 12, 60)
+        groups = np.repeat(np.arange(60), lengths).tolist()
+        scores = np.repeat(source.normal(0.5, 0.1, 60), lengths) + source.normal(0, 0.02, len(groups))
+        for i, own in enumerate((groups, None)):
+            low, high = statistics.interval(
+                statistics.resampled_means({"t": scores[None]}, 200, trial, {"t": own})["t"][0]
+            )
+            covered[i] += low <= 50 <= high
+        errors.append([statistics.standard_error(scores, groups), statistics.mean(scores) - 50])
+    assert 0.87 <= covered[0] / 200 <= 0.99
+    assert covered[1] / 200 < 0.75
+    estimated, off = np.array(errors).T
+    assert np.sqrt((estimated**2).mean()) == pytest.approx(off.std(), rel=0.15)
+
+
+def test_chunks_of_a_single_text_are_drawn_by_themselves() -> None:
+    assert statistics.groups_of([7, 7, 7]) == [0, 1, 2]
+    assert statistics.groups_of([7, 7, 8]) == [7, 7, 8]

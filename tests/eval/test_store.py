@@ -26,10 +26,11 @@ from ktmerge.recipes.suites import Suite
 
 
 class Scored:
-    """A progress that keeps which sets were scored."""
+    """A progress that keeps which sets were scored, and what it is told."""
 
     def __init__(self) -> None:
         self.titles: list[str] = []
+        self.notes: list[str] = []
 
     @contextmanager
     def task(self, description: str, total: float | None, unit: Unit = "items") -> Iterator[Any]:
@@ -42,7 +43,7 @@ class Scored:
         yield Step()
 
     def note(self, text: str) -> None:
-        pass
+        self.notes.append(text)
 
 
 TASKS = ("facts", "prose", "verdict", "say")
@@ -113,8 +114,17 @@ def test_equal_weights_of_another_configuration_are_scored(tiny_llama: Path, sui
 def test_a_folder_that_cannot_be_written_costs_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     store = ScoreStore(tmp_path / "file")
-    store.put("abc", TaskScore(np.ones(2), {}))
+    assert "file" in store.put("abc", TaskScore(np.ones(2), {}))
     assert store.get("abc") is None
+
+
+def test_what_cannot_be_kept_is_said(tiny_llama: Path, suite: Suite, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("")
+    progress = Scored()
+    alone = Suite(upstream=[one for one in suite.tasks() if one.name == "facts"], folder=suite.folder)
+    evaluate({"base": tiny_llama}, alone, device="cpu", cache=tmp_path / "cache", progress=progress)
+    (said,) = progress.notes
+    assert said.startswith("warning: facts: its scores are not kept for the next run: ")
 
 
 KILLED = """

@@ -43,7 +43,7 @@ def read_results(path: Path) -> tuple[str, list[FoundSet]]:
         UsageError: not such a file.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=str)
         results = document["results"]
         version = document.get("lm_eval_version") or document.get("lmms_eval_version") or ""
         sets = [_totals(name, one, document, str(version)) for name, one in results.items()]
@@ -111,7 +111,7 @@ def _lines(path: Path) -> Iterable[dict[str, Any]]:
         raise UsageError(f"{path}: there are no samples in it.")
     for number, line in rows:
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_constant=str)  # NaN is no score, and no JSON either
         except (ValueError, RecursionError):
             raise UsageError(f"{path}, line {number}: not JSON.") from None
         if not isinstance(row, dict) or "doc_id" not in row:

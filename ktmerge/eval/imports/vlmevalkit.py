@@ -97,9 +97,9 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
     try:
         if path.suffix == ".xlsx":
-            frame = pandas.read_excel(path)
+            frame = pandas.read_excel(path, keep_default_na=False)  # an answer may be "None" or "NA"
         else:
-            frame = pandas.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",")
+            frame = pandas.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", keep_default_na=False)
     except ImportError:
         raise UsageError(
             f"{path}: reading .xlsx needs openpyxl; install it with: pip install 'ktmerge[vlmevalkit]'."
