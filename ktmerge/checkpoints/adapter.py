@@ -61,7 +61,8 @@ def open_adapter(folder: Path, model: Checkpoint) -> Derived:
     modules, replaced = understand(folder, config, stored, model)
     tensors = dict(model.tensors)
     for name, info in replaced.items():
-        tensors[name] = shown(TensorInfo(name, info.dtype, info.shape, info.file, 0, 0))
+        file = model.tensors[name].file if name in model.tensors else model.weight_files[-1]
+        tensors[name] = shown(TensorInfo(name, info.dtype, info.shape, file, 0, 0))
     for module in modules:
         tensors[module.target] = _shown_folded(folder, module, replaced.get(module.target), model)
     _require_tied_together(folder, config, tensors, model)
@@ -80,6 +81,8 @@ def open_adapter(folder: Path, model: Checkpoint) -> Derived:
         return DerivedReader(tensors, weights, made, [own])
 
     carried, left_behind = files_beside(folder, {WEIGHTS})
+    changed = model.tensors.keys() & {*replaced, *(module.target for module in modules)}
+    own_types = {name: model.written.get(name, model[name].dtype) for name in changed if model[name].is_float}
     return Derived(
         root=folder,
         tensors=tensors,
@@ -92,7 +95,7 @@ def open_adapter(folder: Path, model: Checkpoint) -> Derived:
         stamps={**stamps, **{f"model/{file}": stamp for file, stamp in model.stamps.items()}},
         notes=(*model.notes, *_notes(config, model, len(modules) + len(replaced))),
         branches=model.branches,
-        written={**model.written, **{m.target: model.written.get(m.target, model[m.target].dtype) for m in modules}},
+        written={**model.written, **own_types},
         stale=model.stale,
         below=model.roots,
         opened=opened,

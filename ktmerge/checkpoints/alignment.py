@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import or_
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.classes import tensor_class
@@ -14,12 +16,17 @@ from ktmerge.errors import UsageError
 
 # Wrapper modules that come and go between versions; what is ignored grows from one level to the next.
 _LEVELS = tuple(
-    frozenset(names.split())
-    for names in (
-        "",
-        "model module _orig_mod base_model",
-        "model module _orig_mod base_model language_model text_model",
-        "model module _orig_mod base_model language_model text_model vision_model transformer backbone",
+    accumulate(
+        (
+            frozenset(names.split())
+            for names in (
+                "",
+                "model module _orig_mod _fsdp_wrapped_module _checkpoint_wrapped_module base_model",
+                "language_model text_model",
+                "vision_model transformer backbone",
+            )
+        ),
+        or_,
     )
 )
 _OLD_LEAVES = {"gamma": "weight", "beta": "bias"}
@@ -68,23 +75,29 @@ class Alignment:
         """The part of the mapping where the names differ."""
         return {name: other for name, other in self.mapping.items() if name != other}
 
-    def require_complete(self) -> None:
+    def require_complete(self, kept: Collection[str] = ()) -> None:
         """Refuse a checkpoint that doesn't answer to the base tensor by tensor.
+
+        Args:
+            kept: base names that need no answer, as nothing is taken from this checkpoint there.
 
         Raises:
             UsageError: what is missing, too many, ambiguous or mismatched: the first few and how many.
         """
-        if self.mismatched:
-            raise UsageError(f"{self.label}: {self._mismatches()}")
+        mismatched = [one for one in self.mismatched if one.name not in kept]
+        if mismatched:
+            raise UsageError(f"{self.label}: {_mismatches(mismatched)}")
+        ambiguous, missing = ([name for name in names if name not in kept] for names in (self.ambiguous, self.missing))
         troubles = []
-        if self.ambiguous:
-            troubles.append(f"{_some(self.ambiguous)} could be more than one of its tensors")
-        if self.missing:
-            troubles.append(f"lacks {len(self.missing)} of the base's tensors: {_some(self.missing)}")
+        if ambiguous:
+            troubles.append(f"{_some(ambiguous)} could be more than one of its tensors")
+        if missing:
+            troubles.append(f"lacks {len(missing)} of the base's tensors: {_some(missing)}")
         if self.extra:
             troubles.append(f"has {len(self.extra)} that the base lacks: {_some(self.extra)}")
         if troubles:
-            raise UsageError(f"{self.label}: {'; '.join(troubles)}. It must be a fine-tune of this very base.")
+            dropped = "; what it was saved without can stay the base's by a where rule (keep: base)" if missing else ""
+            raise UsageError(f"{self.label}: {'; '.join(troubles)}. It must be a fine-tune of this very base{dropped}.")
 
     def require_tied(self, other: Checkpoint) -> None:
         """Compare heads that the base ties to the embeddings but ``other`` stores: they must be equal byte by byte.
@@ -101,18 +114,6 @@ class Alignment:
                         f"{self.label}: its '{head}' differs from its '{embedding}', which the base ties together; "
                         "untie the base first, or tune with tied embeddings."
                     )
-
-    def _mismatches(self) -> str:
-        grown = [m for m in self.mismatched if _rows_differ(m)]
-        if len(grown) == len(self.mismatched):
-            rows = grown[0]
-            return (
-                f"its vocabulary has {rows.other.shape[0]} rows, the base's {rows.base.shape[0]} ('{rows.name}'): "
-                "tokens were added or removed while tuning. Rows are matched by the tokens' text: put the "
-                "tokenizer.json of both beside their weights."
-            )
-        count = len(self.mismatched)
-        return f"differs from the base in {count} of its tensors: {_some(map(str, self.mismatched))}."
 
 
 def align(base: Checkpoint, other: Checkpoint, label: str) -> Alignment:
@@ -170,6 +171,11 @@ def locate(names: Iterable[str], wanted: Iterable[str], label: str) -> dict[str,
         if owners.setdefault(place, name) != name:
             raise UsageError(f"{label}: '{owners[place]}' and '{name}' would be one tensor of the model, '{place}'.")
     return found
+
+
+def without_wrappers(module: str) -> str:
+    """A module's path without what wraps models and language models in one version and not in another."""
+    return ".".join(segment for segment in module.split(".") if segment not in _LEVELS[2])
 
 
 def _match(base: Iterable[str], other: Iterable[str]) -> tuple[dict[str, str], set[str]]:
@@ -240,6 +246,17 @@ def _fit(base: TensorInfo, other: TensorInfo) -> bool:
 
 def _buffer(checkpoint: Checkpoint, name: str) -> bool:
     return checkpoint.classes[name] == "buffer"
+
+
+def _mismatches(found: list[Mismatch]) -> str:
+    if all(map(_rows_differ, found)):
+        rows = found[0]
+        return (
+            f"its vocabulary has {rows.other.shape[0]} rows, the base's {rows.base.shape[0]} ('{rows.name}'): "
+            "tokens were added or removed while tuning. Rows are matched by the tokens' text: put the "
+            "tokenizer.json of both beside their weights."
+        )
+    return f"differs from the base in {len(found)} of its tensors: {_some(map(str, found))}."
 
 
 def _rows_differ(mismatch: Mismatch) -> bool:

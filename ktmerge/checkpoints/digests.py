@@ -16,15 +16,15 @@ from ktmerge.checkpoints.cache import cache_folder
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.files import clear_os_errors, file_digest, write_whole
 from ktmerge.checkpoints.header import FileStamp
+from ktmerge.checkpoints.tokens import FILES
 from ktmerge.errors import KtmergeError
 
 _SETTLED_NS = 2_000_000_000
 """A file younger than this could be written again without its time showing it: it is not remembered."""
+_STAMPS = 16
+"""So many earlier stamps are remembered of a file that is touched again and again, but not changed."""
 
-_MEANT = frozenset(
-    {"config.json", "tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json",
-     "tokenizer.model", "vocab.json", "merges.txt"}
-)  # fmt: skip
+_MEANT = frozenset({"config.json", *FILES, "special_tokens_map.json", "tokenizer.model", "merges.txt"})
 """What says how the weights beside it are to be read."""
 
 
@@ -76,28 +76,28 @@ def digest_of(path: Path, stop: threading.Event | None = None, *, rehash: bool =
 
 
 def holds_still(path: Path, before: FileStamp) -> bool:
-    """Whether a file of which no more than the ctime has changed has the bytes that it had with an earlier stamp.
+    """Whether a file has the bytes that it had with an earlier stamp.
 
-    It is read for that; what was not remembered before cannot be told, and is denied.
+    It is read for that if it was touched since; what was not remembered before cannot be told, and is denied.
 
     Raises:
         KtmergeError: it cannot be read, or changes meanwhile.
     """
     known = _recall(path, before)
-    if known is None:
-        return False
-    with clear_os_errors(path):
-        stamp = FileStamp.of(path.stat())
-        same = stamp.may_have_bytes_of(before) and file_digest(path) == known.sha256
-        return same and FileStamp.of(path.stat()) == stamp
+    return known is not None and digest_of(path) == known
 
 
-def recalled(path: Path) -> FileDigest | None:
-    """Size and sha256 of a file if they are remembered; it is not read."""
+def recalled(path: Path, stamp: FileStamp | None = None) -> FileDigest | None:
+    """Size and sha256 of a file, as it is or as it was with a stamp, if they are remembered; it is not read."""
     try:
-        return _recall(path, FileStamp.of(path.stat()))
+        return _recall(path, stamp or FileStamp.of(path.stat()))
     except OSError:
         return None
+
+
+def is_remembered(path: Path) -> bool:
+    """Whether the sha256 of a file is known, be it as it was before it was touched."""
+    return bool(_kept(path)[1])
 
 
 def remember(path: Path, sha256: str) -> None:
@@ -120,10 +120,12 @@ def input_files(checkpoint: Checkpoint, *, carried: bool = False) -> dict[str, P
     folders = list(dict.fromkeys(checkpoint.roots))
     if len(folders) == 1:
         return _files(checkpoint, carried)
+    are_alike = len({folder.name for folder in folders}) < len(folders)
     files: dict[str, Path] = {}
-    for folder in folders:
+    for number, folder in enumerate(folders):
         found = _adapter(folder) if is_adapter(folder) else _files(Checkpoint.open(folder), carried=False)
-        files |= {f"{folder.name}/{name}": path for name, path in found.items()}
+        called = f"{folder.name}-{number}" if are_alike else folder.name
+        files |= {f"{called}/{name}": path for name, path in found.items()}
     return files
 
 
@@ -135,7 +137,9 @@ def _files(checkpoint: Checkpoint, carried: bool) -> dict[str, Path]:
 
 
 def _adapter(folder: Path) -> dict[str, Path]:
-    return {name: folder / name for name in (CONFIG, WEIGHTS)}
+    """Its tokenizer, if it has one, goes before its model's."""
+    tokens = sorted(name for name in FILES if (folder / name).exists())
+    return {name: folder / name for name in (CONFIG, WEIGHTS, *tokens)}
 
 
 def _place(path: Path) -> Path:
@@ -144,16 +148,24 @@ def _place(path: Path) -> Path:
 
 
 def _recall(path: Path, stamp: FileStamp) -> FileDigest | None:
+    sha256, stamps = _kept(path)
+    return FileDigest(stamp.size, sha256) if vars(stamp) in stamps else None
+
+
+def _kept(path: Path) -> tuple[str, list[dict[str, int]]]:
+    """The sha256 that is remembered of a file, and the stamps it had with it, the last at the end."""
     try:
         kept = json.loads(_place(path).read_text(encoding="ascii"))
-        return FileDigest(stamp.size, str(kept["sha256"])) if kept["stamp"] == vars(stamp) else None
+        return str(kept["sha256"]), list(kept["stamps"])
     except (OSError, ValueError, LookupError, TypeError):
-        return None
+        return "", []
 
 
 def _keep(path: Path, stamp: FileStamp, found: FileDigest) -> None:
     """Whole or not at all; a memory that cannot be written costs only time."""
     place = _place(path)
+    sha256, stamps = _kept(path)
+    earlier = [one for one in stamps if one != vars(stamp)][-_STAMPS:] if sha256 == found.sha256 else []
     with suppress(OSError, KtmergeError):
         place.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(place, json.dumps({"stamp": vars(stamp), "sha256": found.sha256}), sync=False)
+        write_whole(place, json.dumps({"sha256": found.sha256, "stamps": [*earlier, vars(stamp)]}), sync=False)

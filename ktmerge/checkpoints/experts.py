@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ktmerge.checkpoints.alignment import without_wrappers
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.derived import DerivedReader, Made, derive, shown
 from ktmerge.checkpoints.dtypes import BITS
@@ -134,10 +135,17 @@ class _Joined:
             done += len(piece)
 
 
-def _owners(theirs: Mapping[str, object], base: Mapping[str, object]) -> dict[str, str]:
+def _owners(theirs: Iterable[str], base: Collection[str]) -> dict[str, str]:
     """The base's name of every block of experts: its own, or that of the only one in the same layer."""
-    by_layer = {owner.rpartition(".")[0]: owner for owner in base}
-    return {owner: owner if owner in base else by_layer.get(owner.rpartition(".")[0], owner) for owner in theirs}
+    by_layer: dict[str, list[str]] = defaultdict(list)
+    for owner in base:
+        by_layer[_layer(owner)].append(owner)
+    alone = {layer: owners[0] for layer, owners in by_layer.items() if len(owners) == 1}
+    return {owner: owner if owner in base else alone.get(_layer(owner), owner) for owner in theirs}
+
+
+def _layer(owner: str) -> str:
+    return without_wrappers(owner.rpartition(".")[0])
 
 
 def _renamed(name: str, owners: Mapping[str, str]) -> str:

@@ -50,20 +50,33 @@ def copy_files(checkpoint: Checkpoint, folder: Path, skip: Collection[str] = ())
 
 
 def refuse_overlap(out: Path, inputs: Iterable[Path]) -> None:
-    """Refuse an output that is an input, lies inside one, or contains one.
+    """Refuse an output that is an input, lies inside one, or contains one, be it under another name.
 
     Raises:
         UsageError: writing ``out`` would change or replace an input.
     """
-    target = Path(os.path.realpath(out))
+    target = _way_up(out)
     for given in inputs:
-        source = Path(os.path.realpath(given))
-        if target == source:
+        source = _way_up(given)
+        if target[0] == source[0]:
             raise UsageError(f"{out}: is one of the inputs; choose another output folder.")
-        if source in target.parents:
+        if source[0] in target:
             raise UsageError(f"{out}: lies inside the input {given}; choose an output folder elsewhere.")
-        if target in source.parents:
+        if target[0] in source:
             raise UsageError(f"{out}: contains the input {given}; choose an output folder elsewhere.")
+
+
+def _way_up(path: Path) -> list[tuple[int, int] | Path]:
+    """A folder and those it lies in, each by its place on the disk, which other mounts and spellings share."""
+    real = Path(os.path.realpath(path))
+    found: list[tuple[int, int] | Path] = []
+    for folder in (real, *real.parents):
+        try:
+            status = folder.stat()
+            found.append((status.st_dev, status.st_ino))
+        except OSError:  # not there yet
+            found.append(folder)
+    return found
 
 
 def write_all(descriptor: int, data: memoryview | bytes, position: int) -> None:

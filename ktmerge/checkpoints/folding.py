@@ -181,7 +181,7 @@ def _values(info: TensorInfo, own: Reader) -> Floats:
             f"{info.file}: the adapter's tensor '{info.name}' has values that are NaN or infinite, which would spread; "
             "give a sound adapter."
         )
-    return found.reshape(info.shape[0], -1)
+    return found.reshape(*info.shape[:1], -1)
 
 
 def _rectangles(start: int, stop: int, columns: int) -> Iterator[tuple[int, int, int, int]]:

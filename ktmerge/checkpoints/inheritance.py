@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ktmerge.checkpoints.journal import Entry, Remains, read_journal
+
+Departure = Callable[[Mapping[str, Any], Mapping[str, Any]], str]
+"""How another's pin differs from one's own, in words; empty if it means the same bytes."""
+
+
+def differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """The keys in which two pins differ; empty if they are equal."""
+    return "" if theirs == ours else ", ".join(key for key in ours if theirs.get(key) != ours[key]) or "kind"
 
 
 class Inheritance:
@@ -15,13 +23,16 @@ class Inheritance:
     Args:
         pin: what this run is.
         wanted: whether to go on with one; otherwise none fits.
+        departure: tells pins apart.
     """
 
-    def __init__(self, pin: Mapping[str, Any], wanted: bool) -> None:
+    def __init__(self, pin: Mapping[str, Any], wanted: bool, departure: Departure = differing) -> None:
         self._pin = dict(pin)
         self._wanted = wanted
+        self._departure = departure
         self._taken: Remains | None = None
-        self._others: list[Remains] = []
+        self._most = 0
+        self._why_not = ""
 
     @property
     def is_taken(self) -> bool:
@@ -33,10 +44,13 @@ class Inheritance:
         remains = read_journal(folder)
         if remains is None:
             return False
-        if self._wanted and self._taken is None and remains.pin == self._pin:
-            self._taken = remains
-            return True
-        self._others.append(remains)
+        if self._wanted and self._taken is None:
+            departure = self._departure(remains.pin, self._pin)
+            if not departure:
+                self._taken = remains
+                return True
+            self._why_not = self._why_not or f"what an interrupted run left differs in {departure}; it is removed"
+        self._most = max(self._most, len(remains.entries))
         return False
 
     @property
@@ -49,15 +63,8 @@ class Inheritance:
         if self._taken is not None:
             return [f"going on with an interrupted run, which finished {len(self._taken.entries)} tensors"]
         if self._wanted:
-            return [f"starting from the beginning: {self._why_not()}"]
-        done = max((len(remains.entries) for remains in self._others), default=0)
-        if done:
-            return [f"removed what an interrupted run left ({done} finished tensors); --resume goes on with such"]
+            nothing = "no interrupted run of this output left anything finished"
+            return [f"starting from the beginning: {self._why_not or nothing}"]
+        if self._most:
+            return [f"removed what an interrupted run left ({self._most} finished tensors); --resume goes on with such"]
         return ["removed what an interrupted run left"] if removed else []
-
-    def _why_not(self) -> str:
-        if not self._others:
-            return "no interrupted run of this output left anything finished"
-        theirs = self._others[0].pin
-        differing = [key for key in self._pin if theirs.get(key) != self._pin[key]]
-        return f"what an interrupted run left differs in {', '.join(differing) or 'kind'}; it is removed"

@@ -21,7 +21,7 @@ from ktmerge.checkpoints.regular import read_regular
 from ktmerge.checkpoints.spans import Spans
 
 FILE = ".ktmerge-journal"
-_FORMAT = 1
+_FORMAT = 2
 _RISKED, _SHARE = 8 << 20, 64
 """Lines may wait for one another as long as they are of so few bytes, and one in so many, at most."""
 _PER_LINE, _PER_BYTE = 2048, 1024

@@ -35,6 +35,12 @@ def open_model(
             )
         model = _open(path, dequantised)
         folded = open_adapter(adapter, model)
+        other = next((name for name, info in model.tensors.items() if folded[name].shape != info.shape), None)
+        if base is None and other is not None:
+            raise UsageError(
+                f"{reference}: the adapter has another shape of '{other}' than the model, whose configuration and "
+                "tokenizer would not fit an output; merge it with PEFT, and save its tokenizer beside it."
+            )
         # An output is like its base: the files beside the weights are the whole model's.
         own = folded if base is not None else model
         return replace(folded, root=own.root, other_files=own.other_files, below=(path, adapter))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
 
 BLOCK = 8 << 20
 """Bytes read at a time by `TensorReader.blocks`."""
+_FILES = 10240
+"""Open files at most; some systems refuse more."""
 
 
 class Reader(Protocol):
@@ -51,6 +56,16 @@ def elements(reader: Reader, name: str, info: TensorInfo, start: int, stop: int 
     return raw.view(dtype)
 
 
+@cache
+def _allow_many_files() -> None:
+    """Have as many files open as shards may need: without asking it is 1024 in most places, and 256 in some."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
+    if resource.RLIM_INFINITY != soft < most:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 class TensorReader:
     """Positional reads from the weight files of one checkpoint; one descriptor a file, safe to share among threads."""
 
@@ -61,6 +76,7 @@ class TensorReader:
         self._same: dict[str, FileStamp] = {}
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
+        _allow_many_files()
 
     def __enter__(self) -> TensorReader:
         return self

@@ -9,7 +9,7 @@ from typing import Any
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.dtypes import BITS
 
-_HEADS = ("lm_head", "embed_out", "output", "output_layer", "decoder")
+_HEADS = ("lm_head", "embed_out", "output", "output_layer", "decoder", "proj_out")
 _TABLE = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|shared|embeddings)\.weight$")
 _PEEK = 1 << 12
 """Elements that are compared to tell two tables apart: those that were never one differ at once."""

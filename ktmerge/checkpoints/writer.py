@@ -19,7 +19,7 @@ from ktmerge.checkpoints.dtypes import BITS, tag_of
 from ktmerge.checkpoints.files import clear_os_errors, copy_files, file_digest
 from ktmerge.checkpoints.follower import Follower
 from ktmerge.checkpoints.header import FilePlan, TensorInfo, build_header
-from ktmerge.checkpoints.inheritance import Inheritance
+from ktmerge.checkpoints.inheritance import Departure, Inheritance, differing
 from ktmerge.checkpoints.journal import FILE, Entry, Journal, Remains, journal_room
 from ktmerge.checkpoints.output import OutputFile
 from ktmerge.checkpoints.signals import uninterrupted
@@ -48,19 +48,26 @@ class Writer:
         pin: everything the bytes depend on, as JSON data; None to keep no journal.
         resume: go on with what an interrupted run left, and leave that again, and more, if this one does not come to
             its end; what it has made itself only if interrupted (by Ctrl-C, not by an error).
+        departure: tells the pin of what was left from this one.
 
     Raises:
         UsageError: ``out`` exists and may not be replaced.
     """
 
     def __init__(
-        self, out: Path, overwrite: bool = False, *, pin: Mapping[str, Any] | None = None, resume: bool = False
+        self,
+        out: Path,
+        overwrite: bool = False,
+        *,
+        pin: Mapping[str, Any] | None = None,
+        resume: bool = False,
+        departure: Departure = differing,
     ) -> None:
         self.out = Path(out)
         self.notes: list[str] = []
         self._pin: dict[str, Any] = json.loads(json.dumps(pin or {}))  # as it will be read back
         self._resume = resume and pin is not None
-        self._inheritance = Inheritance(self._pin, self._resume)
+        self._inheritance = Inheritance(self._pin, self._resume, departure)
         self._remains: Mapping[str, Entry] = {}
         self._journal: Journal | None = None
         self._staging = Staging(self.out, overwrite)

@@ -19,10 +19,11 @@ from ktmerge.merge.card import base_card, card
 from ktmerge.merge.device import choose_device
 from ktmerge.merge.lock import FILE as LOCK
 from ktmerge.merge.lock import digesting, lock, lock_text, locked_now, recorded, require_unchanged
+from ktmerge.merge.pin import Pin
 from ktmerge.merge.plan import Plan
 from ktmerge.merge.planning import plan_blend
 from ktmerge.merge.record import FILE as RECORD
-from ktmerge.merge.record import pin, record
+from ktmerge.merge.record import record
 from ktmerge.merge.report import BlendReport
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.schema import Recipe
@@ -67,19 +68,22 @@ def blend(
     started = time.perf_counter()
     choose_device(device)
     plan = plan_blend(recipe)
-    refuse_overlap(
-        out, [root for one in (plan.base, *(expert.checkpoint for expert in plan.experts)) for root in one.roots]
-    )
+    models = (plan.base, *(expert.checkpoint for expert in plan.experts))
+    measured = [one.root for one in plan.statistics.values()]
+    refuse_overlap(out, [*(root for one in models for root in one.roots), *measured])
     if resume and (report := recorded(plan, out, progress)) is not None:
         progress.note(f"{out} already holds this blend; kept")
         return report
     if locked is not None:
         for sentence in require_unchanged(locked, locked_now(plan)):
             progress.note(sentence)
+    pin = Pin(plan)
+    if resume:
+        pin.look_again()
     with (
         _saying_what_stays(resume, progress),
         digesting(plan) as inputs,
-        Writer(out, overwrite, pin=pin(plan), resume=resume) as writer,
+        Writer(out, overwrite, pin=pin.document, resume=resume, departure=pin.departure) as writer,
     ):
         for note in writer.notes:
             progress.note(note)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -27,6 +27,9 @@ from ktmerge.progress import SILENT, Progress, Step
 
 if TYPE_CHECKING:
     from ktmerge.merge.lanes import Lanes
+
+_CONFIRMED_EVERY = 0.2
+"""Seconds of work, or a little more, that a killed blend loses."""
 
 
 def execute(
@@ -62,8 +65,14 @@ def execute(
     with Sources(plan, chunk, pristine) as sources:
         _require_tied(plan, sources)
         report.notes += _buffer_notes(plan, sources)
-        done = _Engine(plan, sink, sources, place, progress, pristine, recollected, measured).run(chunk)
-        sources.check_unchanged()
+        engine = _Engine(plan, sink, sources, place, progress, pristine, recollected, measured)
+        try:
+            done = engine.run(chunk)
+        except BaseException:
+            with suppress(KtmergeError):
+                engine.confirm()
+            raise
+        engine.confirm()
     report.tensors = [done[tensor.name] for tensor in plan.tensors] if measured else []
     report.notes += _broken_notes(done.values())
     report.read = plan.base.nbytes + sum(expert.checkpoint.nbytes for expert in plan.experts)
@@ -88,6 +97,8 @@ class _Engine:
     def __post_init__(self) -> None:
         self._merged = None if self.pristine is None else self.pristine.merged(self.plan)
         self._done: dict[str, TensorReport] = {}
+        self._unconfirmed: list[tuple[str, TensorReport]] = []
+        self._next = 0.0
         self._running = ExitStack()
 
     def run(self, chunk: int | None) -> dict[str, TensorReport]:
@@ -202,8 +213,24 @@ class _Engine:
 
     def _finish(self, tensor: TensorPlan, result: TensorReport, step: Step) -> None:
         self._done[tensor.name] = result
-        self.sink.finish(tensor.name, result)
+        self._unconfirmed.append((tensor.name, result))
+        if time.perf_counter() > self._next:
+            self.confirm()
         step.advance(tensor.info.nbytes)
+
+    def confirm(self) -> None:
+        """Say which tensors are finished, if the inputs are still what they were when those were made of them.
+
+        Raises:
+            KtmergeError: they are not, and whoever goes on with this must not take them for finished.
+        """
+        started = time.perf_counter()
+        self.sources.check_unchanged()
+        for name, result in self._unconfirmed:
+            self.sink.finish(name, result)
+        self._unconfirmed.clear()
+        now = time.perf_counter()
+        self._next = now + max(_CONFIRMED_EVERY, 20 * (now - started))
 
 
 def _require_tied(plan: Plan, sources: Sources) -> None:
@@ -216,9 +243,9 @@ def _require_tied(plan: Plan, sources: Sources) -> None:
         pairs = [("the base", sources.base, tensor.name, tensor.key)]
         for expert in plan.experts:
             names = expert.alignment.mapping
-            pairs.append(
-                (f"expert '{expert.name}'", sources.experts[expert.name], names[tensor.name], names[tensor.key])
-            )
+            if tensor.name in names and tensor.key in names:  # else the base's is kept there
+                owner = f"expert '{expert.name}'"
+                pairs.append((owner, sources.experts[expert.name], names[tensor.name], names[tensor.key]))
         for owner, reader, head, embedding in pairs:
             if head != embedding and not equal_bytes(reader, head, reader, embedding):
                 raise KtmergeError(

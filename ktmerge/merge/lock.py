@@ -66,7 +66,7 @@ class Digesting:
         self._pool = Workers(_THREADS, "digest")
         self._found: dict[str, dict[str, Future[FileDigest]]] = {
             name: {file: self._pool.submit(digest_of, path, self._stop, rehash=rehash) for file, path in files.items()}
-            for name, files in _files(plan).items()
+            for name, files in files_of(plan).items()
         }
 
     def result(self) -> Digests:
@@ -304,7 +304,8 @@ def _are_digests(found: Any) -> bool:
     return isinstance(found, dict) and all(isinstance(digest, str) for digest in found.values())
 
 
-def _files(plan: Plan) -> dict[str, dict[str, Path]]:
+def files_of(plan: Plan) -> dict[str, dict[str, Path]]:
+    """Every file that is read, by input and name."""
     return {name: input_files(one, carried=name == "base") for name, one in inputs_of(plan).items()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 from ktmerge.checkpoints.alignment import align
@@ -54,20 +54,21 @@ def plan_blend(recipe: Recipe) -> Plan:
     experts = [
         _align(recipe, base, name, one, bool(texts), problems) for name, one in opened.items() if base is not None
     ]
+    ready = tuple(expert for expert in experts if expert is not None)
     tensors: tuple[TensorPlan, ...] = ()
+    rules: tuple[Rule, ...] = ()
     layers: Mapping[str, int] = {}
     if setting is not None:
         parts = Parts(base) if base is not None else None
         rules = attempt(problems, lambda: resolve_rules(recipe, setting, parts)) or ()
         if base is not None and parts is not None:
-            found = [expert for expert in experts if expert is not None]
-            tensors = decide(base, _bare(recipe, base, found, parts), setting, rules, problems)
+            tensors = decide(base, _bare(recipe, base, ready, parts), setting, rules, problems)
             layers = parts.layers
         problems += without_statistics(recipe, settings_of(setting, rules))
+    require_complete(ready, tensors, rules, problems)
     statistics = open_statistics(recipe, base, tensors, problems) if base is not None else {}
     refuse(problems)
     assert base is not None
-    ready = tuple(expert for expert in experts if expert is not None)
     return Plan(recipe, base, ready, tensors, layers, tuple(_notes(base, ready)), texts, statistics)
 
 
@@ -103,9 +104,16 @@ def _align(
     fitted = attempt(problems, lambda: fit_vocabulary(base, checkpoint, label, grown=grown))
     if fitted is None:
         return None
-    alignment = align(base, fitted, label)
-    attempt(problems, alignment.require_complete)
-    return ExpertPlan(name, recipe.experts[name].weight, fitted, alignment)
+    return ExpertPlan(name, recipe.experts[name].weight, fitted, align(base, fitted, label))
+
+
+def require_complete(
+    experts: Iterable[ExpertPlan], tensors: Sequence[TensorPlan], rules: Sequence[Rule], problems: list[str]
+) -> None:
+    """Complain of an expert that lacks a tensor, unless a rule keeps another's there."""
+    for expert in experts:
+        kept = {one.name for one in tensors if one.rule is not None and rules[one.rule].keep not in (None, expert.name)}
+        attempt(problems, partial(expert.alignment.require_complete, kept))
 
 
 def _bare(recipe: Recipe, base: Checkpoint, experts: Iterable[ExpertPlan], parts: Parts) -> Iterator[TensorPlan]:
@@ -181,6 +189,11 @@ def _notes(base: Checkpoint, experts: Iterable[ExpertPlan]) -> Iterable[str]:
     yield from (f"base: {note}" for note in base.notes)
     modules = [file for file in base.other_files if file.endswith(".safetensors")]
     yield from (f"base: {file} is a module by itself; it is carried, not blended." for file in modules)
+    for label, checkpoint in (("base", base), *((one.name, one.checkpoint) for one in experts)):
+        apart = [file for file in checkpoint.left_behind if file.endswith(".safetensors") and "ktmerge-" not in file]
+        if apart:
+            more = f" and {len(apart) - 1} more" if len(apart) > 1 else ""
+            yield f"{label}: {apart[0]}{more}: no part of its weights; neither read nor carried."
     for expert in experts:
         yield from (f"{expert.name}: {note}" for note in expert.checkpoint.notes)
         renamed = expert.alignment.renamed

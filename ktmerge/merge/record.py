@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
-from contextlib import suppress
-from dataclasses import astuple
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +12,6 @@ from typing import Any
 
 from ktmerge import __version__
 from ktmerge.checkpoints.checkpoint import Checkpoint
-from ktmerge.checkpoints.header import FileStamp
 from ktmerge.checkpoints.hub import cached_as
 from ktmerge.merge.decompositions import place
 from ktmerge.merge.kernels.keys import SCHEME
@@ -37,12 +33,6 @@ def record(plan: Plan, report: BlendReport) -> str:
         "notes": report.notes,
     }
     return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
-
-
-def pin(plan: Plan) -> dict[str, Any]:
-    """Everything the bytes of an output depend on, the identity of the input files included."""
-    files = {name: _stamps(checkpoint) for name, checkpoint in inputs_of(plan).items()}
-    return {**origin(plan), "input files": files}
 
 
 def origin(plan: Plan) -> dict[str, Any]:
@@ -68,15 +58,6 @@ def said_of_inputs(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a recipe says that decides how inputs are read: of each expert, but not which model; and of the output."""
     experts = {name: one.model_dump(mode="json", exclude={"weight", "model"}) for name, one in recipe.experts.items()}
     return experts, recipe.output.model_dump(mode="json", exclude={"dtype", "rounding", "not_finite"})
-
-
-def _stamps(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """The stamp of every file that is read, as when its header was; of the others, as now."""
-    stamps = dict(checkpoint.stamps)
-    for file in checkpoint.other_files:
-        with suppress(OSError):
-            stamps[file] = FileStamp.of(os.stat(checkpoint.root / file))
-    return {file: astuple(stamp) for file, stamp in sorted(stamps.items())}
 
 
 def versions(plan: Plan) -> dict[str, str]:

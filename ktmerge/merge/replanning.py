@@ -13,7 +13,7 @@ from ktmerge.checkpoints.parts import Parts
 from ktmerge.errors import UsageError, refuse
 from ktmerge.merge.needs import open_statistics, without_statistics
 from ktmerge.merge.plan import ExpertPlan, Plan, TensorPlan
-from ktmerge.merge.planning import decide, plan_blend
+from ktmerge.merge.planning import decide, plan_blend, require_complete
 from ktmerge.merge.rules import Rule, resolve_rules
 from ktmerge.merge.sections import settings_of, weights_of
 from ktmerge.merge.settings import blend_setting
@@ -78,6 +78,7 @@ def _replan(recipe: Recipe, like: Plan) -> Plan:
         rules = resolve_rules(recipe, setting, Parts(like.base))
     problems += [f"blend: {objection}" for objection in setting.objections(weights_of(recipe))]
     tensors: tuple[TensorPlan, ...] = decide(like.base, like.tensors, setting, rules, problems)
+    require_complete(like.experts, tensors, rules, problems)
     problems += without_statistics(recipe, settings_of(setting, rules))
     statistics = open_statistics(recipe, like.base, tensors, problems)
     refuse(problems)

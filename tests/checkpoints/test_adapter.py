@@ -158,7 +158,7 @@ def test_tables_that_peft_wrote_three_times_are_the_trained_ones(tmp_path: Path)
     wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
     assert any(".original_module." in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
     merged = wrapped.merge_and_unload()
-    folded = open_model("model+adapter", tmp_path)
+    folded = open_model("model+adapter", tmp_path, Checkpoint.open(tmp_path / "model"))
     assert set(folded.tensors) == set(Checkpoint.open(tmp_path / "model").tensors)
     with folded.reader() as reader:
         for name in ("model.embed_tokens.weight", "lm_head.weight"):

@@ -101,6 +101,13 @@ RENAMES: dict[str, tuple[Shapes, list[tuple[str, str]]]] = {
     ),
     "a wrapped state dict": (LLAMA, [("", "module.")]),
     "compiled": (LLAMA, [("", "_orig_mod.")]),
+    "sharded, layer by layer": (
+        LLAMA,
+        [
+            ("model.layers.", "model._fsdp_wrapped_module.layers."),
+            ("", "_fsdp_wrapped_module._checkpoint_wrapped_module."),
+        ],
+    ),
     "without the head's prefix": (LLAMA, [("model.", "")]),
     "gpt-2 as published and as saved": (GPT2, [("", "transformer.")]),
     "a prefix nobody knows": (CLIP, [("", "student.")]),

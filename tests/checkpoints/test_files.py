@@ -58,6 +58,18 @@ def test_overlap(tmp_path: Path, out: str, reason: str) -> None:
     refuse_overlap(tmp_path / "bas", [tmp_path / "base"])
 
 
+def test_an_input_under_another_name_is_one_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mounted twice, or spelled otherwise where letters' cases are one, it has another path and the same place."""
+    (tmp_path / "base" / "inner").mkdir(parents=True)
+    stat = Path.stat
+    monkeypatch.setattr(
+        Path, "stat", lambda path, **_: stat(Path(str(path).replace(str(tmp_path / "again"), str(tmp_path))))
+    )
+    for out, reason in [("base", "is one of"), ("base/inner/new", "lies inside"), ("", "contains")]:
+        with pytest.raises(UsageError, match=reason):
+            refuse_overlap(tmp_path / "again" / out, [tmp_path / "base"])
+
+
 @pytest.mark.parametrize(
     ("code", "reason"), [(28, "disk is full"), (13, "no permission"), (30, "no permission"), (5, "Input/output")]
 )

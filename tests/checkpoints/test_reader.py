@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from ktmerge.checkpoints import reader as reading
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.digests import digest_of
 from ktmerge.errors import KtmergeError
@@ -200,3 +203,16 @@ def test_nothing_heavy_is_imported() -> None:
     script = f"import sys, ktmerge.checkpoints; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_more_shards_than_files_that_may_be_open(make_checkpoint: MakeCheckpoint) -> None:
+    tensors = {f"layer.{number}.weight": np.ones((2, 2), np.float32) for number in range(60)}
+    checkpoint = Checkpoint.open(make_checkpoint(tensors=tensors, shards=60))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    reading._allow_many_files.cache_clear()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+    try:
+        with checkpoint.reader() as opened:
+            assert all(opened.read(name).sum() == 4 for name in tensors)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from merge_models import llama_tensors, read, same_bytes, write
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from ktmerge.checkpoints.digests import input_files
+from ktmerge.checkpoints.opening import open_model
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.merge import blend
 from ktmerge.merge.planning import plan_blend
@@ -167,3 +169,50 @@ def test_an_interrupted_blend_goes_on_only_with_the_same_adapter(
     config.write_text(config.read_text().replace('"lora_alpha": 6.0', '"lora_alpha": 3.0'))
     blend(recipe, tmp_path / "out", device="cpu", resume=True, overwrite=True)
     assert any(not same_bytes(values, first[name]) for name, values in read(tmp_path / "out").items())
+
+
+def whole_tables(folder: Path, tables: dict[str, torch.Tensor]) -> None:
+    """Let the adapter store these tensors whole, as those of modules_to_save are."""
+    file = folder / "adapter" / "adapter_model.safetensors"
+    save_file({**load_file(file), **{f"base_model.model.{name}": values for name, values in tables.items()}}, file)
+
+
+def test_a_base_with_an_adapter_that_stores_modules_whole(
+    adapted: tuple[Path, dict[str, torch.Tensor]], recipe_in: Any, tmp_path: Path
+) -> None:
+    """They lie in the model's files, in the model's types."""
+    folder, _ = adapted
+    norm = torch.linspace(0.5, 1.5, 16)
+    whole_tables(folder, {"model.norm.weight": norm})
+    recipe = recipe_in(folder, {"a": ("base", 1.0)}, {"method": "linear", "lambda": 0}, base="base+adapter")
+    blend(recipe, tmp_path / "out", device="cpu")
+    stored, base = read(tmp_path / "out"), read(folder / "base")
+    assert {name: values.dtype for name, values in stored.items()} == {name: one.dtype for name, one in base.items()}
+    assert stored["model.norm.weight"].equal(norm.bfloat16())
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors")) == sorted(
+        path.name for path in (folder / "base").glob("*.safetensors")
+    )
+
+
+def test_a_base_whose_adapter_has_more_tokens_is_refused(
+    adapted: tuple[Path, dict[str, torch.Tensor]], recipe_in: Any
+) -> None:
+    folder, _ = adapted
+    config = folder / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "ensure_weight_tying": True}))
+    whole_tables(folder, {"model.embed_tokens.weight": torch.ones(50, 16)})
+    with pytest.raises(UsageError, match=r"base: .*another shape of 'model.embed_tokens.weight' than the model"):
+        plan_blend(recipe_in(folder, {"a": ("base", 1.0)}, WHOLE, base="base+adapter"))
+
+
+def test_an_adapters_own_tokenizer_is_an_input(adapted: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    folder, _ = adapted
+    for part in ("base", "adapter"):
+        (folder / part / "tokenizer.json").write_text(json.dumps({"x": part}))
+        (tmp_path / f"{part}s").mkdir()
+        (folder / part).rename(tmp_path / f"{part}s" / "v1")
+    files = input_files(open_model("bases/v1+adapters/v1", tmp_path))
+    assert {json.loads(path.read_text())["x"] for path in files.values() if path.name == "tokenizer.json"} == {
+        "base",
+        "adapter",
+    }

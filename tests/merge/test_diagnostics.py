@@ -14,6 +14,7 @@ from merge_models import Tensors, llama_tensors, read, same_bytes, tuned, write
 
 from ktmerge.errors import UsageError
 from ktmerge.merge import inspect
+from ktmerge.merge.diagnostics.measures import ALL
 
 
 def test_contents_by_part(llavas: Path) -> None:
@@ -203,6 +204,7 @@ def test_planning_and_headers_load_no_torch(llamas: Path) -> None:
 import sys
 from pathlib import Path
 from ktmerge.merge import inspect
+from ktmerge.merge.diagnostics.measures import ALL
 from ktmerge.merge.importer import import_mergekit
 from ktmerge.merge.needs import needs_of
 from ktmerge.merge.planning import plan_blend
@@ -224,3 +226,26 @@ print([name for name in ("torch", "transformers", "mergekit", "numpy") if name i
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_experts_that_are_stacked_there_are_taken_one_by_one(tmp_path: Path) -> None:
+    """As a model saves them under its names in memory, where the files of its publisher have them single."""
+    block = "model.layers.0.block_sparse_moe"
+    single = {f"{block}.experts.{n}.{w}.weight": torch.randn(6, 6) for n in range(3) for w in ("w1", "w3", "w2")}
+    write(tmp_path / "base", {f"{block}.gate.weight": torch.randn(3, 6), **single})
+    moved = {name: values + 0.01 for name, values in single.items()}
+    names = list(moved)
+    gate_up = [torch.cat([moved[names[3 * n]], moved[names[3 * n + 1]]]) for n in range(3)]
+    there = "_orig_mod.model.layers.0.mlp"
+    stacked = {
+        f"{there}.gate.weight": torch.randn(3, 6),
+        f"{there}.experts.gate_up_proj": torch.stack(gate_up),
+        f"{there}.experts.down_proj": torch.stack([moved[names[3 * n + 2]] for n in range(3)]),
+    }
+    write(tmp_path / "a", stacked)
+    found = inspect(tmp_path / "base", {"a": tmp_path / "a"})
+    assert found.coverage["a"] == 1
+    assert not found.differences["a"].tensors.keys() & {"missing", "extra"}
+    moves = found.movement("a", ALL, "down")
+    assert moves is not None
+    assert moves.delta == pytest.approx(3 * 36 * 1e-4, rel=1e-3)

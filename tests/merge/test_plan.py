@@ -218,6 +218,39 @@ def test_missing_extra_and_misshapen_tensors_are_named(tmp_path: Path, recipe_in
             plan_blend(recipe_in(tmp_path, {"a": (name, 1.0)}, {"method": "linear"}))
 
 
+def test_what_a_fine_tune_was_saved_without_may_be_kept(tmp_path: Path, recipe_in: Any) -> None:
+    """Libraries drop what they do not run, such as the layers that guess tokens ahead, when they save."""
+    less = llama_tensors()
+    base = {**less, "mtp.fc.weight": torch.full((4, 4), 0.5, dtype=torch.bfloat16)}
+    write(tmp_path / "base", base)
+    write(tmp_path / "a", tuned(less, 3e-3, seed=1))
+    write(tmp_path / "b", tuned(base, 3e-3, seed=2))
+    two = {"a": ("a", 1.0), "b": ("b", 1.0)}
+    with pytest.raises(
+        UsageError, match=r"^experts\.a: lacks 1 .*: mtp\.fc\.weight\. .*by a where rule \(keep: base\)"
+    ):
+        plan_blend(recipe_in(tmp_path, two, {"method": "linear"}))
+    with pytest.raises(UsageError, match=r"^experts.a: lacks 1"):
+        plan_blend(recipe_in(tmp_path, two, {"method": "linear", "where": [{"match": "mtp.*", "keep": "a"}]}))
+    for keep in ("base", "b"):
+        rules = [{"match": "mtp.*", "keep": keep}]
+        blend(recipe_in(tmp_path, two, {"method": "linear", "where": rules}), tmp_path / f"{keep} kept", device="cpu")
+        kept, stored = read(tmp_path / keep), read(tmp_path / f"{keep} kept")
+        assert stored.keys() == base.keys()
+        assert same_bytes(stored["mtp.fc.weight"], kept["mtp.fc.weight"])
+
+
+def test_weights_beside_a_model_that_are_not_its_own_are_named(tmp_path: Path, recipe_in: Any) -> None:
+    for name in ("base", "a"):
+        write(tmp_path / name, llama_tensors())
+    write(tmp_path / "base" / "other", llama_tensors())
+    (tmp_path / "base" / "consolidated.safetensors").write_bytes(b"whatever")
+    plan = plan_blend(recipe_in(tmp_path, {"a": ("a", 1.0)}, {"method": "linear"}))
+    assert [note for note in plan.notes if "neither read nor carried" in note] == [
+        "base: consolidated.safetensors and 1 more: no part of its weights; neither read nor carried."
+    ]
+
+
 def test_quantised_tensors_are_refused_unless_kept(tmp_path: Path, recipe_in: Any) -> None:
     base = llama_tensors()
     packed = {**base, "model.layers.0.mlp.up_proj.weight": torch.zeros(32, 16, dtype=torch.int8)}

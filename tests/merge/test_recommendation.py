@@ -125,3 +125,13 @@ def test_a_model_that_equals_the_base_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "same", llama_tensors())
     with pytest.raises(UsageError, match="same: none of its matrices differs"):
         api.recommend(tmp_path / "base", [tmp_path / "same"])
+
+
+def test_odd_matrices_say_nothing_of_the_rank(tmp_path: Path) -> None:
+    base = {**llama_tensors(torch.float32), "model.layers.0.none.weight": torch.zeros(0, 4)}
+    sound = tuned(base, 3e-3, seed=1)
+    write(tmp_path / "base", base)
+    write(tmp_path / "a", sound)
+    write(tmp_path / "b", {name: values / (values.ndim == 1) for name, values in sound.items()})
+    assert rank_share(tmp_path / "base", {"a": tmp_path / "a"}) is not None
+    assert rank_share(tmp_path / "base", {"b": tmp_path / "b"}) is None

@@ -14,7 +14,10 @@ from typing import Any
 import pytest
 
 from ktmerge.checkpoints import blocks
+from ktmerge.errors import KtmergeError
 from ktmerge.merge import blend
+from ktmerge.merge.lock import locked_now
+from ktmerge.merge.planning import plan_blend
 
 TWO = {"a": ("a", 0.7), "b": ("b", 0.5)}
 TIES = {"method": "ties", "density": 0.4, "scope": "global", "where": [{"part": "embed", "keep": "a"}]}
@@ -151,19 +154,98 @@ def test_another_blend_starts_from_the_beginning(
     assert files(out) == files(tmp_path / "whole")
 
 
-def test_another_input_starts_from_the_beginning(tmp_path: Path, llamas: Path, recipe_in: Any) -> None:
-    shutil.copytree(llamas, tmp_path / "models")
-    recipe = recipe_in(tmp_path / "models", TWO, TIES)
-    out = tmp_path / "place" / "out"
+@pytest.fixture
+def aged(tmp_path: Path, llamas: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The models as if they had been there for long; what is remembered of files is empty."""
+    monkeypatch.setattr("ktmerge.checkpoints.digests.cache_folder", lambda: tmp_path / "cache")
+    folder = Path(shutil.copytree(llamas, tmp_path / "models"))
+    for path in folder.rglob("*"):
+        os.utime(path, (1e9, 1e9))
+    return folder
+
+
+def stopped(recipe: Any, out: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         blend(recipe, out, device="cpu", resume=True, progress=Interrupting(8))
-    weights = tmp_path / "models" / "b" / "model.safetensors"
-    weights.write_bytes((tmp_path / "models" / "a" / "model.safetensors").read_bytes())
+
+
+@pytest.mark.every(3)
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("file", ["b/model.safetensors", "base/tokenizer.json"])
+def test_another_input_starts_from_the_beginning(
+    aged: Path, tmp_path: Path, recipe_in: Any, file: str, known: bool
+) -> None:
+    recipe = recipe_in(aged, TWO, TIES)
+    out = tmp_path / "place" / "out"
+    if known:
+        locked_now(plan_blend(recipe))
+    stopped(recipe, out)
+    if not known:
+        shutil.rmtree(tmp_path / "cache")
+    path = aged / file
+    path.write_bytes((aged / "a" / path.name).read_bytes() if path.suffix == ".safetensors" else b"[]")
     progress = Interrupting()
     blend(recipe, out, device="cpu", resume=True, progress=progress)
-    assert any("differs in input files" in note for note in progress.notes)
+    said = f"{file} {'has other bytes' if known else 'was touched or written, and its bytes of before are not known'}"
+    assert progress.notes == [
+        f"starting from the beginning: what an interrupted run left differs in input files ({said}); it is removed"
+    ]
     blend(recipe, tmp_path / "whole", device="cpu")
     assert files(out) == files(tmp_path / "whole")
+
+
+def copied_anew(path: Path) -> None:
+    shutil.copy(path, path.with_name("again"))
+    path.with_name("again").rename(path)
+
+
+@pytest.mark.every(3)
+@pytest.mark.parametrize("meddle", [lambda path: path.chmod(0o600), Path.touch, copied_anew])
+def test_inputs_that_were_touched_and_hold_what_they_held_are_gone_on_with(
+    aged: Path, tmp_path: Path, recipe_in: Any, meddle: Any
+) -> None:
+    recipe = recipe_in(aged, TWO, TIES)
+    whole, out = tmp_path / "whole", tmp_path / "place" / "out"
+    blend(recipe, whole, device="cpu")
+    stopped(recipe, out)
+    for _ in range(2):
+        for file in ("base/config.json", "base/model.safetensors", "b/model.safetensors"):
+            meddle(aged / file)
+        locked_now(plan_blend(recipe))  # as another blend of these inputs in between
+    progress = Interrupting()
+    blend(recipe, out, device="cpu", resume=True, progress=progress)
+    assert [note[:34] for note in progress.notes] == ["going on with an interrupted run, "]
+    assert files(out) == files(whole)
+
+
+def test_what_was_made_of_other_bytes_is_not_gone_on_with(aged: Path, tmp_path: Path, recipe_in: Any) -> None:
+    """An input overwritten under the run, which is stopped for it; then the input is as it was before."""
+    recipe = recipe_in(aged, TWO, TIES)
+    whole, out, weights = tmp_path / "whole", tmp_path / "place" / "out", aged / "b" / "model.safetensors"
+    blend(recipe, whole, device="cpu")
+    sound = weights.read_bytes()
+
+    class Overwriting(Interrupting):
+        def advance(self, amount: float = 1) -> None:
+            if self._blending and weights.read_bytes() == sound:
+                weights.write_bytes((aged / "a" / "model.safetensors").read_bytes())
+            super().advance(amount)
+
+    with pytest.raises((KeyboardInterrupt, KtmergeError)):
+        blend(recipe, out, device="cpu", resume=True, progress=Overwriting(8))
+    weights.write_bytes(sound)
+    blend(recipe, out, device="cpu", resume=True)
+    assert files(out) == files(whole)
+
+
+def test_a_file_that_came_or_went_is_named(aged: Path, tmp_path: Path, recipe_in: Any) -> None:
+    recipe = recipe_in(aged, TWO, TIES)
+    stopped(recipe, tmp_path / "out")
+    (aged / "base" / "vocab.txt").write_text("x")
+    (aged / "base" / "tokenizer.json").unlink()
+    progress = Interrupting()
+    blend(recipe, tmp_path / "out", device="cpu", resume=True, progress=progress)
+    assert any("(base/tokenizer.json is gone, base/vocab.txt is new)" in note for note in progress.notes)
 
 
 @pytest.mark.every(3)

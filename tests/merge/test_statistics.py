@@ -17,7 +17,7 @@ from merge_statistics import measure, random
 from ktmerge.errors import UsageError
 from ktmerge.merge import blend, registry
 from ktmerge.merge.planning import plan_blend
-from ktmerge.merge.record import pin
+from ktmerge.merge.record import origin
 from ktmerge.merge.sections import check_recipe
 from ktmerge.merge.source import Sources
 from ktmerge.merge.stage import Context, Method, Need, Parameters, Promises, Stages
@@ -141,14 +141,14 @@ def test_an_output_depends_on_the_statistics(tmp_path: Path, weighed: None) -> N
     document = recipe_of(tmp_path)
     document["statistics"] = measure(tmp_path / "base", tmp_path / "stats" / "base")
     document["experts"]["a"]["statistics"] = measure(tmp_path / "experts" / "a", tmp_path / "stats" / "a")
-    first = pin(plan_blend(parse_recipe(document, "recipe", tmp_path)))
+    first = origin(plan_blend(parse_recipe(document, "recipe", tmp_path)))
     record = tmp_path / "stats" / "a" / "statistics.json"
     record.write_text(record.read_text().replace("3.0", "4.0"))
-    second = pin(plan_blend(parse_recipe(document, "recipe", tmp_path)))
+    second = origin(plan_blend(parse_recipe(document, "recipe", tmp_path)))
     assert first["statistics"].keys() == {"a", "base"}
     assert first["statistics"]["a"] != second["statistics"]["a"]
     document["blend"] = {"method": "linear"}
-    assert "statistics" not in pin(plan_blend(parse_recipe(document, "recipe", tmp_path)))
+    assert "statistics" not in origin(plan_blend(parse_recipe(document, "recipe", tmp_path)))
 
 
 def test_tensors_of_other_classes_need_nothing(tmp_path: Path, weighed: None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ktmerge.checkpoints.alignment import Alignment
 from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.files import clear_os_errors
 from ktmerge.checkpoints.tokens import read_object
 from ktmerge.errors import printable
 from ktmerge.merge.diagnostics import tokenizer
@@ -157,8 +158,10 @@ def _file_changes(base: Checkpoint, other: Checkpoint) -> dict[str, list[str]]:
     told = {"config.json", "README.md", *_TOLD_BY_KEY, *tokenizer.FILES} - {"tokenizer.model"}
     own, others = set(base.other_files) - told, set(other.other_files) - told
     both = sorted(own & others)
+    with clear_os_errors(other.root):
+        changed = [file for file in both if not filecmp.cmp(base.root / file, other.root / file, shallow=False)]
     found = {
-        "changed": [file for file in both if not filecmp.cmp(base.root / file, other.root / file, shallow=False)],
+        "changed": changed,
         "missing": sorted(own - others),
         "extra": sorted(others - own),
     }

@@ -9,6 +9,7 @@ from typing import Any
 
 from ktmerge.checkpoints.alignment import Alignment, align
 from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.experts import fit_experts
 from ktmerge.checkpoints.opening import open_model
 from ktmerge.checkpoints.parts import Parts
 from ktmerge.errors import UsageError
@@ -51,7 +52,8 @@ def inspect(
         )
     reference = open_model(str(base), Path.cwd())
     parts = Parts(reference)
-    others = {name: open_model(str(model), Path.cwd(), reference) for name, model in (tuned or {}).items()}
+    opened = {name: open_model(str(model), Path.cwd(), reference) for name, model in (tuned or {}).items()}
+    others = {name: fit_experts(reference, other) for name, other in opened.items()}
     alignments = {name: align(reference, other, name) for name, other in others.items()}
     for alignment in alignments.values():
         _require_some(alignment)

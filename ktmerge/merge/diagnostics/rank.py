@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ktmerge.checkpoints.alignment import align
 from ktmerge.checkpoints.classes import tensor_class
+from ktmerge.checkpoints.experts import fit_experts
 from ktmerge.checkpoints.opening import open_model
 
 MATRICES = 6
@@ -29,17 +30,19 @@ def rank_share(base: str | Path, tuned: Mapping[str, str | Path]) -> float | Non
     reference = open_model(str(base), Path.cwd())
     shares = []
     for name, model in tuned.items():
-        other = open_model(str(model), Path.cwd(), reference)
+        other = fit_experts(reference, open_model(str(model), Path.cwd(), reference))
         mapping = align(reference, other, name).mapping
         found = [
-            one for one, info in reference.tensors.items()
-            if one in mapping and len(info.shape) == 2 and tensor_class(one, info, reference.config) == "matrix"
+            one for one, info in reference.tensors.items() if one in mapping and info.numel
+            if len(info.shape) == 2 and tensor_class(one, info, reference.config) == "matrix"
         ]  # fmt: skip
         places = {round(step * (len(found) - 1) / (MATRICES - 1)) for step in range(MATRICES)} if found else set()
         with reference.reader() as theirs, other.reader() as ours:
             for place in sorted(places):
                 shape = reference.tensors[found[place]].shape
                 values = ours.read(mapping[found[place]]).float() - theirs.read(found[place]).float()
+                if not values.isfinite().all():  # which the inspection tells of
+                    continue
                 rows = torch.linspace(0, shape[0] - 1, min(shape[0], ROWS)).round().long()
                 energy = torch.linalg.svdvals(values.view(shape)[rows]).square().cumsum(0)
                 if float(energy[-1]) > 0:
