@@ -114,7 +114,8 @@ def read_header(path: Path, file: str) -> Header:
         entries, metadata = _entries(text)
         tensors = _tensors(entries, file, 8 + length, stamp.size)
     except _MalformedError as reason:
-        raise UsageError(f"{path}: not a valid safetensors file: {reason}.") from None
+        end = "" if str(reason).endswith("?") else "."
+        raise UsageError(f"{path}: not a valid safetensors file: {reason}{end}") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}.") from None
     return Header(tensors, metadata, stamp)

@@ -156,7 +156,7 @@ def _weight_map(root: Path, index: str) -> dict[str, str]:
     weight_map = document.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UsageError(f"{root / index}: has no weight_map from tensor names to files.")
-    sound: set[str] = set()
+    sound: dict[str, str] = {}
     for name, file in weight_map.items():
         if isinstance(file, str) and file in sound:
             continue
@@ -166,8 +166,8 @@ def _weight_map(root: Path, index: str) -> dict[str, str]:
         path = PurePosixPath(file)
         if path.is_absolute() or ".." in path.parts or "\\" in file:
             raise UsageError(f"{said}, outside the folder.")
-        sound.add(file)
-    return weight_map
+        sound[file] = path.as_posix()  # without what leads nowhere, as in ./model.safetensors
+    return {name: sound[file] for name, file in weight_map.items()}
 
 
 def read_config(root: Path, name: str = "config.json") -> dict[str, Any]:

@@ -298,3 +298,12 @@ def test_experts_are_numbered_by_numbers(make_checkpoint: MakeCheckpoint) -> Non
     odd = f"model.layers.0.mlp.experts.{'1' * 5000}.up_proj.weight"
     opened = Checkpoint.open(make_checkpoint(tensors={odd: np.zeros((2, 2), np.float32)}))
     assert fit_experts(opened, opened) is opened
+
+
+def test_files_are_told_by_where_they_are(make_checkpoint: MakeCheckpoint) -> None:
+    root = make_checkpoint(shards=2)
+    index = root / "model.safetensors.index.json"
+    plain = Checkpoint.open(root)
+    index.write_text(index.read_text().replace(': "model-', ': "./model-', 2))
+    assert Checkpoint.open(root) == plain
+    assert plain.left_behind == (index.name,)
