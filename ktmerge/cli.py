@@ -131,10 +131,13 @@ def _exit_code(arguments: list[str] | None) -> int:
         _give_up_on_stdout()
         return 1
     except OSError as error:
-        if error.filename is not None or error.errno not in UNWRITABLE:
-            raise
         from ktmerge import console
 
+        if error.errno == errno.ENAMETOOLONG:  # wherever it was looked up: there is no such file
+            console.fail(f"{error.filename}: its name is too long.")
+            return 2
+        if error.filename is not None or error.errno not in UNWRITABLE:
+            raise
         console.fail(f"output cannot be written: {error.strerror}.")
         _give_up_on_stdout()
         return 1

@@ -129,6 +129,9 @@ def _bars(console: Console) -> RichBars:
 _LONG = re.compile(r"(\S{200})\S{200,}(\S{200})")
 """A name that would fill the screen: a stranger's file may have it."""
 
+_ODD = re.compile(r"[^ -~\n]")
+"""What may be no letter, such as what a terminal obeys: JSON has escapes for it."""
+
 
 def fail(message: str) -> None:
     """Print an error, one ``error:`` line per problem."""
@@ -138,10 +141,14 @@ def fail(message: str) -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print machine-readable output: indented, keys in the order given, never wrapped."""
+    """Print machine-readable output: indented, keys in the order given, never wrapped; nothing steers a terminal."""
     is_utf = (sys.stdout.encoding or "").lower().startswith("utf")
-    text = json.dumps(value, indent=2, ensure_ascii=not is_utf) + "\n"
-    sys.stdout.write(text.encode("utf-8", "backslashreplace").decode("utf-8"))  # halves of characters, as JSON escapes
+    text = json.dumps(value, indent=2, ensure_ascii=not is_utf)
+    sys.stdout.write(_ODD.sub(_escaped, text) + "\n")
+
+
+def _escaped(odd: re.Match[str]) -> str:
+    return odd[0] if odd[0].isprintable() else json.dumps(odd[0])[1:-1]
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:

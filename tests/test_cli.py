@@ -162,6 +162,32 @@ def test_an_argument_that_is_no_text_is_refused_before_any_work(capsys: pytest.C
     assert r"caf\udce9: is no text in this locale's encoding" in capsys.readouterr().err
 
 
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["check", "ties", "--base", LONG, "--expert", "a=b"],
+        ["lock", "ties", "--base", "b", "--expert", "a=b", "--out", LONG],
+        ["diff", LONG, "ties"],
+        ["diff", f"{LONG}.lock.yaml", "ties"],
+    ],
+)
+def test_a_name_that_is_too_long_is_told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert _exit_code(["recipe", *arguments]) == 2
+    assert "too long" in capsys.readouterr().err
+
+
+def test_a_recipe_whose_data_no_file_can_be_called(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "r.yaml"
+    tuned = f"finetune: {{experts: {{a: {{data: {LONG}}}}}}}"
+    recipe.write_text(f"ktmerge: 1\nbase: {LONG}\nexperts: {{a: {{model: {LONG}}}}}\n{tuned}\n")
+    assert _exit_code(["recipe", "check", str(recipe)]) == 2
+    assert "x: no such file." in capsys.readouterr().err
+    assert _exit_code(["recipe", "explain", str(recipe)]) == 0
+
+
 def test_a_current_folder_that_was_deleted_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -87,6 +87,11 @@ def test_names_cannot_steer_the_terminal_or_break_it(capsys: pytest.CaptureFixtu
     assert printed.count(r"a\x1b[2J\u202e\udcff") == 2
     assert json.loads(printed[printed.index("{") :]) == {"file": name}
     printed.encode("utf-8")
+    console.print_json({"file": "\x9b2J\u202e\U000e0001 🐟 ü"})
+    printed = capsys.readouterr().out
+    assert all(line.isprintable() for line in printed.splitlines())
+    assert "🐟 ü" in printed
+    assert json.loads(printed) == {"file": "\x9b2J\u202e\U000e0001 🐟 ü"}
 
 
 def test_words_that_a_locale_has_no_letters_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,16 +95,16 @@ def _read(recipe: Recipe) -> tuple[Suite | None, list[str]]:
 def _to_be_made(recipe: Recipe) -> bool:
     """Whether an expert or statistics are missing because the recipe says how to make them and has yet to."""
     jobs = recipe.finetune.experts if recipe.finetune is not None else {}
-    if any(not (recipe.folder / recipe.experts[name].model).exists() for name in jobs):
+    if any(not os.path.exists(recipe.folder / recipe.experts[name].model) for name in jobs):
         return True
     sections = {name: recipe.statistics_of(name) for name in ("base", *recipe.experts)}
     made = [recipe.statistics_folder(name) for name, section in sections.items() if section and section.is_job]
-    return any(folder is not None and not folder.exists() for folder in made)
+    return any(folder is not None and not os.path.exists(folder) for folder in made)
 
 
 def _not_trainable(recipe: Recipe) -> list[str]:
     """What the fine-tunes name of a base that is there and does not have it."""
-    if recipe.finetune is None or recipe.base is None or not (recipe.folder / recipe.base).is_dir():
+    if recipe.finetune is None or recipe.base is None or not os.path.isdir(recipe.folder / recipe.base):
         return []
     from ktmerge.checkpoints.checkpoint import Checkpoint
     from ktmerge.tuners.trained import require_trainable
@@ -130,5 +131,8 @@ def _missing_data(recipe: Recipe, suite: Suite | None) -> list[str]:
     own = [task for task in suite.tasks() if not isinstance(task, HarnessTask)] if suite is not None else []
     sets = [task for task in own if not task.data.startswith("hf:")]
     wanted += [(f"eval, task {task.name}", suite.folder / task.data) for task in sets if suite is not None]
-    missing = [(where, path) for where, path in wanted if not path.exists() or (path.is_dir() and where[:4] != "eval")]
-    return [f"{where}: {path}: no such file." for where, path in missing]
+    return [
+        f"{where}: {path}: no such file."
+        for where, path in wanted
+        if not os.path.exists(path) or (os.path.isdir(path) and where[:4] != "eval")
+    ]

@@ -47,8 +47,8 @@ def apply_delta(
     """Write the model that ``delta`` makes of ``base`` into the folder ``out``.
 
     Raises:
-        UsageError: another base than the delta's, a folder that is no delta, or ``out`` exists.
-        KtmergeError: the delta is broken, or something cannot be read or written.
+        UsageError: another base than the delta's, a folder that is no delta or a broken one, or ``out`` exists.
+        KtmergeError: something cannot be read or written.
     """
     from ktmerge import deltas
     from ktmerge.checkpoints.hub import resolve

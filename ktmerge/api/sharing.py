@@ -115,8 +115,17 @@ def unpack(
 
 
 def default_folder(offer: Offer) -> Path:
-    """Where a bundle goes unless another place is named: a folder called as its recipe, here."""
-    return Path("recipe" if offer.manifest is None else offer.manifest.name)
+    """Where a bundle goes unless another place is named: a folder called as its recipe, here.
+
+    Raises:
+        UsageError: something else has that name: what a stranger calls a recipe must not decide what is replaced.
+    """
+    from ktmerge.sharing.contents import MANIFEST
+
+    folder = Path("recipe" if offer.manifest is None else offer.manifest.name)
+    if any(folder.glob("*")) and not (folder / MANIFEST).exists():
+        raise UsageError(f"{folder}: holds something else than a recipe; say with --out where this one goes.")
+    return folder
 
 
 def push(

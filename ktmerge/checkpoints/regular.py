@@ -11,6 +11,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ktmerge.errors import UsageError
+
+
+def is_file(path: Path, reference: str | Path) -> bool:
+    """Whether there is a file at a path that somebody has called ``reference``.
+
+    Raises:
+        UsageError: nobody can tell, as of a name too long or in a folder not to be entered.
+    """
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise UsageError(f"{reference}: cannot be looked up: {error.strerror}.") from None
+
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[BinaryIO]:

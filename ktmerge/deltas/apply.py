@@ -6,12 +6,14 @@ import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.digests import digest_of
 from ktmerge.checkpoints.files import clear_os_errors, refuse_overlap, write_all
-from ktmerge.checkpoints.header import TensorInfo, read_header
+from ktmerge.checkpoints.header import MAX_HEADER, TensorInfo, read_header
 from ktmerge.checkpoints.reader import Reader
+from ktmerge.checkpoints.regular import is_file, open_regular
 from ktmerge.checkpoints.staging import Staging, sync_tree
 from ktmerge.checkpoints.workers import Workers
 from ktmerge.deltas.coding import unpacked
@@ -19,10 +21,9 @@ from ktmerge.deltas.export import read_bits
 from ktmerge.deltas.manifest import BLOBS, Manifest, Other, Tensor
 from ktmerge.deltas.pieces import cast, decoded, width
 from ktmerge.deltas.report import DeltaReport
-from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.errors import UsageError
 from ktmerge.progress import SILENT, Progress
 
-_LARGEST_HEADER = 1 << 28
 _THREADS = 2
 
 
@@ -39,8 +40,8 @@ def apply_delta(
         progress: where to report.
 
     Raises:
-        UsageError: another base, a folder that is no delta, or ``out`` exists.
-        KtmergeError: the delta is broken, or something cannot be read or written.
+        UsageError: another base, a folder that is no delta or a broken one, or ``out`` exists.
+        KtmergeError: something cannot be read or written.
     """
     manifest = Manifest.load(delta)
     below = Checkpoint.open(base)
@@ -53,12 +54,9 @@ def apply_delta(
     staging = Staging(out, overwrite)
     staging.open()
     try:
-        staging.require_space(sum(size for size, _ in manifest.files.values()))
-        blobs = _Blobs(delta / BLOBS)
-        try:
-            _write(staging.folder, manifest, below, blobs, progress)
-        finally:
-            blobs.close()
+        staging.require_space(manifest.size)
+        with clear_os_errors(delta / BLOBS), open_regular(delta / BLOBS) as stream:
+            _write(staging.folder, manifest, below, _Blobs(stream), progress)
         with clear_os_errors(staging.folder):
             sync_tree(staging.folder)
         staging.publish()
@@ -70,29 +68,22 @@ def apply_delta(
 class _Blobs:
     """Positional reads from the file of blobs."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with clear_os_errors(path):
-            self._descriptor = os.open(path, os.O_RDONLY)
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
 
     def get(self, span: tuple[int, int]) -> bytes:
         """The blob at a place.
 
         Raises:
-            KtmergeError: the file ends before it.
+            UsageError: the file ends before it.
         """
         begin, length = span
-        if begin + length > os.fstat(self._descriptor).st_size:
-            raise KtmergeError(f"{self._path}: ends too early; the delta was cut short.")
-        with clear_os_errors(self._path):
-            blob = os.pread(self._descriptor, length, begin)
+        descriptor = self._stream.fileno()
+        there = begin + length <= os.fstat(descriptor).st_size
+        blob = os.pread(descriptor, length, begin) if there else b""
         if len(blob) != length:
-            raise KtmergeError(f"{self._path}: ends too early; the delta was cut short.")
+            raise UsageError(f"{self._stream.name}: ends too early; the delta was cut short.")
         return blob
-
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self._descriptor)
 
 
 def _write(folder: Path, manifest: Manifest, base: Checkpoint, blobs: _Blobs, progress: Progress) -> None:
@@ -100,7 +91,7 @@ def _write(folder: Path, manifest: Manifest, base: Checkpoint, blobs: _Blobs, pr
     total = sum(tensor.end - tensor.begin for tensor in manifest.tensors.values())
     try:
         for file, (size, header) in manifest.files.items():
-            descriptors[file] = _opened(folder / file, size, _header(blobs.get(header), file))
+            descriptors[file] = _opened(folder / file, size, _header(blobs.get(header), file, size))
         _require_laid_out(folder, manifest)
         with (
             base.reader() as reader,
@@ -123,16 +114,17 @@ def _write(folder: Path, manifest: Manifest, base: Checkpoint, blobs: _Blobs, pr
             os.close(descriptor)
 
 
-def _header(blob: bytes, file: str) -> bytes:
+def _header(blob: bytes, file: str, size: int) -> bytes:
+    """What a file of so many bytes begins with; it cannot be longer, nor what no safetensors file has."""
     import zstandard
 
     try:
-        size = zstandard.frame_content_size(blob)
-        if not 8 <= size <= _LARGEST_HEADER:
+        length = zstandard.frame_content_size(blob)
+        if not 8 <= length <= min(size, 8 + MAX_HEADER):
             raise ValueError("no header")
-        return unpacked(blob, size)
+        return unpacked(blob, length)
     except (ValueError, zstandard.ZstdError) as error:
-        raise KtmergeError(f"the delta's header of {file} is broken: {error}.") from None
+        raise UsageError(f"the delta's header of {file} is broken: {error}.") from None
 
 
 def _opened(path: Path, size: int, header: bytes) -> int:
@@ -148,14 +140,14 @@ def _require_laid_out(folder: Path, manifest: Manifest) -> None:
     """Hold the tensors of a delta to the headers that it brings along: each has its place, and none is missing.
 
     Raises:
-        KtmergeError: they are others.
+        UsageError: they are others.
     """
     try:
         laid = [info for file in manifest.files for info in read_header(folder / file, file).tensors]
     except UsageError as error:
-        raise KtmergeError(f"the delta is broken: {error}") from None
+        raise UsageError(f"the delta is broken: {error}") from None
     if _places(laid) != _places(manifest.tensors.values()):
-        raise KtmergeError("the delta has other tensors than the headers of its files; it is broken.")
+        raise UsageError("the delta has other tensors than the headers of its files; it is broken.")
 
 
 def _places(tensors: Iterable[Tensor | TensorInfo]) -> list[tuple[str, int, int, str]]:
@@ -166,22 +158,25 @@ def _tensor(name: str, tensor: Tensor, base: Checkpoint, reader: Reader, blobs: 
     twin = base.tensors.get(name) if tensor.base else None
     if tensor.base and twin is None:
         raise UsageError(f"{base.root}: has no tensor '{name}', which the delta starts from; it is another base.")
+    count = (tensor.end - tensor.begin) // width(tensor.dtype)
+    if twin is not None and twin.nbytes // width(twin.dtype) != count:
+        raise UsageError(f"tensor '{name}': the delta has another number of elements than the base; it is broken.")
     digest, base_digest = hashlib.sha256(), hashlib.sha256()
     start, position = 0, tensor.begin
     for piece in tensor.pieces:
         stop = start + piece.count
         if position + piece.count * width(tensor.dtype) > tensor.end:
-            raise KtmergeError(f"tensor '{name}': the delta has more elements than the tensor; it is broken.")
+            raise UsageError(f"tensor '{name}': the delta has more elements than the tensor; it is broken.")
         reference = None
-        if twin is not None:
-            own = read_bits(reader, twin, start, stop)
-            base_digest.update(own.data)
-            reference = cast(own, twin.dtype, tensor.dtype)
         try:
+            if twin is not None:
+                own = read_bits(reader, twin, start, stop)
+                base_digest.update(own.data)
+                reference = cast(own, twin.dtype, tensor.dtype)
             found = [blobs.get(span) for span in piece.blobs]
             bits = decoded(piece.coding, piece.parameters, found, piece.count, reference, tensor.dtype)
-        except (ValueError, LookupError, TypeError, OverflowError) as error:
-            raise KtmergeError(f"tensor '{name}': the delta is broken: {error}.") from None
+        except (ValueError, LookupError, TypeError, OverflowError, RuntimeError) as error:
+            raise UsageError(f"tensor '{name}': the delta is broken: {error}.") from None
         raw = bits.tobytes()
         digest.update(raw)
         with clear_os_errors(base.root):
@@ -192,26 +187,26 @@ def _tensor(name: str, tensor: Tensor, base: Checkpoint, reader: Reader, blobs: 
             f"{base.root}: '{name}' is not as in the base that the delta was made from; give that one, to the byte."
         )
     if digest.hexdigest() != tensor.sha256 or position != tensor.end:
-        raise KtmergeError(f"tensor '{name}' does not come out as it went in; the delta is broken.")
+        raise UsageError(f"tensor '{name}' does not come out as it went in; the delta is broken.")
 
 
 def _other(path: Path, file: str, other: Other, base: Checkpoint, blobs: _Blobs) -> None:
     if other.blob is None:
         twin = base.root / file
-        if not twin.is_file() or digest_of(twin).sha256 != other.sha256:
+        if not is_file(twin, file) or digest_of(twin).sha256 != other.sha256:
             raise UsageError(f"{twin}: is not as in the base that the delta was made from; give that one, to the byte.")
         raw = twin.read_bytes()
     else:
         try:
             raw = unpacked(blobs.get(other.blob), other.size)
         except ValueError as error:
-            raise KtmergeError(f"{file}: the delta is broken: {error}.") from None
+            raise UsageError(f"{file}: the delta is broken: {error}.") from None
         if hashlib.sha256(raw).hexdigest() != other.sha256:
-            raise KtmergeError(f"{file}: does not come out as it went in; the delta is broken.")
+            raise UsageError(f"{file}: does not come out as it went in; the delta is broken.")
     with clear_os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with path.open("xb") as stream:
                 stream.write(raw)
         except FileExistsError:  # it would take the place of one that was checked
-            raise KtmergeError(f"{file}: stands in the delta twice; it is broken.") from None
+            raise UsageError(f"{file}: stands in the delta twice; it is broken.") from None

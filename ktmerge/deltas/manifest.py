@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ktmerge.checkpoints.dtypes import BITS
+from ktmerge.checkpoints.regular import once, read_regular
 from ktmerge.errors import UsageError
 
 FILE = "delta.json"
@@ -16,6 +18,8 @@ BLOBS = "delta.bin"
 VERSION = 1
 _LARGEST = 1 << 28
 """Bytes of a manifest that is read; one of a million tensors is smaller."""
+_FEW, _BYTES_A_VALUE = 1000, 8
+"""Values of any manifest; of a long one there are fewer than one in so many bytes, which would fill the memory."""
 LARGEST_PIECE = 1 << 25
 """Elements of a piece; those of packed types, which have no places of their own, come whole."""
 LARGEST_OTHER = 1 << 26
@@ -97,6 +101,11 @@ class Manifest:
     tensors: Mapping[str, Tensor]
     others: Mapping[str, Other]
 
+    @property
+    def size(self) -> int:
+        """Bytes of the model that it makes."""
+        return sum(size for size, _ in self.files.values()) + sum(other.size for other in self.others.values())
+
     def to_json(self) -> dict[str, Any]:
         return {"ktmerge_delta": VERSION, **asdict(self)}
 
@@ -111,11 +120,14 @@ class Manifest:
         try:
             if path.stat().st_size > _LARGEST:
                 raise UsageError(f"{path}: is too large to be the manifest of a delta.")
-            document = json.loads(path.read_text(encoding="utf-8"))
+            raw = read_regular(path)
+            if raw.count(b",") > _FEW + len(raw) // _BYTES_A_VALUE:
+                raise UsageError(f"{path}: holds more values than the manifest of a delta.")
+            document = json.loads(raw, object_pairs_hook=once)
         except OSError as error:
             raise UsageError(f"{folder}: is no delta ({FILE}: {error.strerror}).") from None
         except (ValueError, RecursionError):
-            raise UsageError(f"{path}: is no JSON; the delta is broken.") from None
+            raise UsageError(f"{path}: is no JSON, or has a key twice; the delta is broken.") from None
         version = document.get("ktmerge_delta") if isinstance(document, dict) else None
         if not isinstance(version, int):
             raise UsageError(f"{path}: is no manifest of a delta.")
@@ -125,7 +137,7 @@ class Manifest:
             return cls(
                 base={key: str(value) for key, value in document["base"].items()},
                 exact=bool(document["exact"]),
-                files={_name(file): (int(size), _span(blob)) for file, (size, blob) in document["files"].items()},
+                files={_name(file): (_size(size), _span(blob)) for file, (size, blob) in document["files"].items()},
                 tensors={name: _tensor(one) for name, one in document["tensors"].items()},
                 others={_name(file): _other(one) for file, one in document["others"].items()},
             )
@@ -150,10 +162,16 @@ def _tensor(one: Mapping[str, Any]) -> Tensor:
 
 
 def _other(one: Mapping[str, Any]) -> Other:
-    other = Other(int(one["size"]), str(one["sha256"]), None if one["blob"] is None else _span(one["blob"]))
+    other = Other(_size(one["size"]), str(one["sha256"]), None if one["blob"] is None else _span(one["blob"]))
     if other.blob is not None and other.size > LARGEST_OTHER:
         raise ValueError(f"a file beside the weights has more than {LARGEST_OTHER} bytes")
     return other
+
+
+def _size(value: Any) -> int:
+    if value < 0:
+        raise ValueError("a file has less than no bytes")
+    return int(value)
 
 
 def _span(value: Any) -> tuple[int, int]:
@@ -165,7 +183,7 @@ def _span(value: Any) -> tuple[int, int]:
 
 def _name(file: str) -> str:
     """A path below the output, and nowhere else."""
-    path = Path(file)
+    path = Path(os.fsdecode(os.fsencode(file)))  # of half a character, which names no file, this is a ValueError
     if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in file or "\0" in file:
         raise ValueError(f"'{file}' lies outside of the delta")
     return file

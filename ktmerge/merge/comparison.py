@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -64,12 +65,12 @@ def compare(first: str, second: str) -> Comparison:
 
 
 def _side(reference: str) -> Side:
-    path = Path(reference)
-    if path.is_dir() or path.name.endswith((".lock.yaml", LOCK)):
-        if path.is_dir() and not (path / LOCK).exists():
+    path, is_folder = Path(reference), os.path.isdir(reference)
+    if is_folder or path.name.endswith((".lock.yaml", LOCK)):
+        if is_folder and not (path / LOCK).exists():
             raise UsageError(f"{reference}: has no {LOCK}; give a recipe, a lock, or the folder of a blend.")
         lock = read_lock(path)
-        recipe = parse_recipe(dict(lock["recipe"]), str(path), path if path.is_dir() else path.absolute().parent)
+        recipe = parse_recipe(dict(lock["recipe"]), str(path), path if is_folder else path.absolute().parent)
         return Side(reference, recipe, lock, None)
     recipe = load_recipe(reference)
     try:

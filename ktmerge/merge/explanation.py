@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ktmerge.errors import UsageError
+from ktmerge.errors import UsageError, printable
 from ktmerge.merge.plan import Plan, TensorPlan
 from ktmerge.merge.planning import plan_blend
 from ktmerge.merge.sections import check_recipe
@@ -43,7 +44,7 @@ class Explanation:
         """As Markdown."""
         parts = [f"# {self.name}"]
         for heading, lines in self.sections:
-            parts += [f"## {heading}", "\n".join(f"* {line}" for line in lines)]
+            parts += [f"## {heading}", "\n".join(f"* {printable(' '.join(line.split()))}" for line in lines)]
         return "\n\n".join(parts) + "\n"
 
     def to_json(self) -> dict[str, object]:
@@ -102,7 +103,7 @@ def _inputs(recipe: Recipe, plan: Plan | None) -> Iterator[str]:
     for name in ("base", *sorted(recipe.experts)):
         section, folder = recipe.statistics_of(name), recipe.statistics_folder(name)
         if section is not None and folder is not None:
-            there = "are there" if folder.exists() else "are to be made by 'ktmerge stats' or 'ktmerge run'"
+            there = "are there" if os.path.exists(folder) else "are to be made by 'ktmerge stats' or 'ktmerge run'"
             yield f"Statistics of {name}, in {section.folder or f'stats/{name}'}, {there}."
     if plan is None and recipe.base and recipe.experts and recipe.blend is not None:
         yield "Not all of these models are here: parts are told by what the recipe says, not tensor by tensor."

@@ -6,6 +6,7 @@ A lock has no path of the machine it was made on; whoever has the same files any
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
@@ -17,7 +18,7 @@ from typing import Any
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.digests import FileDigest, digest_of, input_files
 from ktmerge.checkpoints.files import file_digest
-from ktmerge.checkpoints.regular import read_regular
+from ktmerge.checkpoints.regular import is_file, read_regular
 from ktmerge.checkpoints.signals import uninterrupted
 from ktmerge.checkpoints.workers import Workers
 from ktmerge.errors import UsageError, refuse
@@ -145,8 +146,8 @@ def read_lock(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: there is none, it is no lock, or a newer ktmerge wrote it.
     """
-    file = path / FILE if path.is_dir() else path
-    if not file.is_file():
+    file = path / FILE if os.path.isdir(path) else path
+    if not is_file(file, path):
         raise UsageError(f"{file}: no such lock; 'ktmerge recipe lock' writes one.")
     document = read_yaml(file)
     version = document.get("ktmerge_lock") if isinstance(document, dict) else None
@@ -241,7 +242,7 @@ def recorded(plan: Plan, out: Path, progress: Progress = SILENT) -> BlendReport 
     files = {**report.out, **report.beside}
     with progress.task(f"check {out.name}", len(files)) as step:
         for file, digest in files.items():
-            if not (out / file).is_file() or file_digest(out / file) != digest:
+            if not os.path.isfile(out / file) or file_digest(out / file) != digest:
                 return None
             step.advance()
     return None if departures(locked, locked_now(plan)) else report

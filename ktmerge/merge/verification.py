@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 from ktmerge.checkpoints.files import file_digest
 from ktmerge.checkpoints.layout import read_json
+from ktmerge.checkpoints.regular import is_file
 from ktmerge.checkpoints.workroom import workroom
 from ktmerge.errors import UsageError
 from ktmerge.merge.blending import blend
@@ -90,7 +92,7 @@ def recorded_recipe(out: Path, base: str | None = None, experts: Mapping[str, st
             raise UsageError(f"{out}: was not made with an expert '{name}', but with {', '.join(own)}.")
         own[name]["model"] = model
     places = {"--base ": document["base"], **{f"--expert {name}=": one["model"] for name, one in own.items()}}
-    lost = [option for option, model in places.items() if not {"/", "+"} & set(model) and not Path(model).is_dir()]
+    lost = [option for option, model in places.items() if not {"/", "+"} & set(model) and not os.path.isdir(model)]
     if lost:
         raise UsageError(
             f"{out}: its record has no paths of the machine it was made on; say where the models are, with --recipe or "
@@ -164,7 +166,7 @@ def _files(out: Path, digests: Mapping[str, str], progress: Progress) -> Iterato
     """Files against their digests."""
     with progress.task(f"check {out.name}", len(digests)) as step:
         for file, digest in digests.items():
-            if not (out / file).is_file():
+            if not is_file(out / file, file):
                 yield Check(file, "record", "missing")
             elif (found := file_digest(out / file)) != digest:
                 yield Check(file, "record", "differs", f"sha256 {found[:12]}..., recorded {digest[:12]}...")

@@ -15,23 +15,25 @@ MAX_BYTES = 1_000_000
 MAX_NODES = 100_000
 MAX_DEPTH = 100
 _MAX_DIGITS = 100
+_TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 # Many times as fast, where PyYAML was built with libyaml, as its wheels are.
 _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _SafeDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 class _StrictLoader(_SafeLoader):  # type: ignore[misc]
-    """Safe loading, plus: a key written twice is an error, and ``1e-4`` is a number."""
+    """Safe loading, plus: keys are texts and stand there once, ``1e-4`` is a number, and nothing is a date."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
-            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            if key is not None and key != "<<" and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{printable(key)}' stands twice", key_node.start_mark
-                )
-            seen.add(key or "")
+            if key_node.tag == _MERGE:
+                continue
+            key = printable(key_node.value) if isinstance(key_node, yaml.ScalarNode) else "[...]"
+            if key_node.tag != _TEXT or key in seen:
+                problem = "stands twice" if key in seen else "is no text to YAML; put it in quotes"
+                raise _problem(f"the key '{key}' {problem}", key_node)
+            seen.add(key)
         self.flatten_mapping(node)
         mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
         return mapping
@@ -46,6 +48,13 @@ class _StrictLoader(_SafeLoader):  # type: ignore[misc]
         number: float = super().construct_yaml_float(node)
         return number
 
+    def construct_yaml_timestamp(self, node: yaml.ScalarNode) -> Any:
+        raise _problem(f"{node.value} is a date to YAML; put it in quotes", node)
+
+
+def _problem(problem: str, node: yaml.Node) -> yaml.constructor.ConstructorError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
 
 def _require_plain(node: yaml.ScalarNode) -> None:
     """Refuse numbers that Python would not show, and those that YAML 1.1 reads to base 60 (``1:30``) or 8 (``010``)."""
@@ -55,11 +64,12 @@ def _require_plain(node: yaml.ScalarNode) -> None:
         problem = f"{node.value} is not the number it looks like in YAML; write it out, or put it in quotes"
     else:
         return
-    raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+    raise _problem(problem, node)
 
 
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
 _StrictLoader.add_constructor("tag:yaml.org,2002:float", _StrictLoader.construct_yaml_float)
+_StrictLoader.add_constructor("tag:yaml.org,2002:timestamp", _StrictLoader.construct_yaml_timestamp)
 
 # YAML 1.1 reads 1e-4 as text because it has no dot; people write learning rates that way.
 _StrictLoader.add_implicit_resolver(
@@ -87,7 +97,7 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UsageError(f"{where}: {error}") from None
     except yaml.YAMLError as error:
         raise UsageError(f"{where}: not valid YAML: {_first_problem(error)}") from None
-    except (ValueError, TypeError, LookupError, AttributeError) as error:  # a date or number that is none, tagged wrong
+    except (ValueError, TypeError, LookupError, AttributeError) as error:  # a number that is none
         raise UsageError(f"{where}: not valid YAML: a value is not what it looks like or is tagged: {error}.") from None
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ktmerge.checkpoints.regular import read_regular
 from ktmerge.errors import UsageError, first_line
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Image:
             return self.data
         assert self.path is not None
         try:
-            return self.path.read_bytes()
+            return read_regular(self.path)
         except FileNotFoundError:
             raise ImageError(f"{self.path}: no such image.") from None
         except IsADirectoryError:

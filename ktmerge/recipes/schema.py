@@ -168,7 +168,7 @@ class Evaluation(Section):
         return self
 
 
-_EXPERT_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+_EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 class Recipe(Section):
@@ -193,7 +193,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _names_fit(self) -> Recipe:
         for name in self.experts:
-            if name == "base" or not _EXPERT_NAME.match(name):
+            if name == "base" or not _EXPERT_NAME.fullmatch(name):
                 raise ValueError(f"'{name}' cannot name an expert; use letters, digits, '-', '_', '.', and not 'base'")
         if self.finetune:
             for name in self.finetune.experts:

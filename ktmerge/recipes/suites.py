@@ -179,7 +179,7 @@ class GenerateTask(PromptTask):
         if value is not None:
             try:
                 re.compile(value)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(f"not a regular expression: {error}") from None
         return value
 

@@ -30,8 +30,10 @@ _RATIO = 250
 _SMALL = 1 << 20
 _HEADER = 30
 _ENCRYPTED = 0x1 | 0x40 | 0x2000
-_DESCRIBED, _WIDE = 0x8, 0xFFFFFFFF
-"""In a header: checksum and sizes follow the bytes; a size stands in an extra field."""
+_DESCRIBED, _BEHIND = 0x8, (12, 16, 20, 24)
+"""In a header: checksum and sizes follow the bytes, in one of so many."""
+_SHORT, _WIDE = 0xFFFF, 0xFFFFFFFF
+"""A number that stands in a wider field elsewhere."""
 _TIME = (1980, 1, 1, 0, 0, 0)
 _BROKEN = (
     zipfile.BadZipFile,
@@ -86,10 +88,10 @@ class Archive:
         self._where = where
         self._stream = stream
         with self._clear():
-            begin = self._require_plain_end(stream, size)
+            begin, count = self._require_plain_end(stream, size)
             self._zip = zipfile.ZipFile(stream)
         self._ends: dict[str, int] = {}
-        self._entries = self._checked(self._zip.infolist(), begin)
+        self._entries = self._checked(self._zip.infolist(), begin, count)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -122,30 +124,34 @@ class Archive:
         if count != info.file_size:
             raise UsageError(f"{self._where}: '{name}' is shorter than the archive tells; it is broken.")
 
-    def _require_plain_end(self, stream: IO[bytes], size: int) -> int:
-        """Where the table of contents begins, and that it is short, told before it is read by an end of one meaning."""
+    def _require_plain_end(self, stream: IO[bytes], size: int) -> tuple[int, int]:
+        """Where the table of contents begins, and its few entries, told before it is read by an end of one meaning."""
         stream.seek(max(0, size - _END_SIZE - _LOCATOR_SIZE))
         tail = stream.read(_END_SIZE + _LOCATOR_SIZE)
         end, locator = tail[-_END_SIZE:], tail[:-_END_SIZE]
         if len(end) < _END_SIZE or not end.startswith(_END) or end[-2:] != b"\0\0":
             raise UsageError(f"{self._where}: is no bundle: it does not end as a zip does.")
-        disk, start, here, count, length, begin = struct.unpack("<4H2L", end[4:20])
+        disk, start, *told = struct.unpack("<4H2L", end[4:20])
         after = size - _END_SIZE
         if locator.startswith(_LOCATOR):
             place = struct.unpack("<Q", locator[8:16])[0]
             after = size - _END_SIZE - _LOCATOR_SIZE - 56
             stream.seek(max(0, after))
             wide = stream.read(56)
-            if place != after or not wide.startswith(_WIDE_END):
+            narrow, told = told, list(struct.unpack("<24x4Q", wide))
+            alike = all(one in (wanted, _SHORT, _WIDE) for one, wanted in zip(narrow, told, strict=True))
+            if place != after or not wide.startswith(_WIDE_END) or not alike:
                 raise UsageError(f"{self._where}: is no bundle: its ends contradict each other.")
-            here, count, length, begin = struct.unpack("<4Q", wide[24:56])
+        here, count, length, begin = told
         if disk or start or here != count or begin + length != after:
             raise UsageError(f"{self._where}: is no bundle: its table of contents is not where it says.")
         if count > contents.MAX_FILES + len(contents.FOLDERS) or length > _DIRECTORY:
             raise UsageError(f"{self._where}: holds more than {contents.MAX_FILES} files; nothing was unpacked.")
-        return int(begin)
+        return begin, count
 
-    def _checked(self, infos: list[zipfile.ZipInfo], directory: int) -> dict[str, zipfile.ZipInfo]:
+    def _checked(self, infos: list[zipfile.ZipInfo], directory: int, count: int) -> dict[str, zipfile.ZipInfo]:
+        if len(infos) != count:
+            raise UsageError(f"{self._where}: is no bundle: its table of contents has other entries than it says.")
         files = [info for info in infos if not self._is_folder(info)]
         contents.require_names([info.orig_filename for info in files], self._where)
         ordered = sorted(infos, key=lambda one: one.header_offset)
@@ -169,13 +175,17 @@ class Archive:
             number in (wanted, _WIDE, *later) for number, wanted in zip(numbers, told, strict=True)
         ):
             raise UsageError(f"{self._where}: '{info.filename}' has two headers that contradict each other.")
-        if info.header_offset + _HEADER + name + extra + info.compress_size > self._ends[info.filename]:
-            raise UsageError(f"{self._where}: '{info.filename}' shares bytes with what follows it.")
+        behind = self._ends[info.filename] - (info.header_offset + _HEADER + name + extra + info.compress_size)
+        if behind not in (_BEHIND if later else (0,)):
+            raise UsageError(
+                f"{self._where}: '{info.filename}' shares bytes with what follows it, or hides some behind it."
+            )
 
     def _is_folder(self, info: zipfile.ZipInfo) -> bool:
         """A folder's own entry, as some programs write it: only of those that a bundle has, and empty."""
         plain = info.orig_filename.removesuffix("/")
-        return plain != info.orig_filename and plain in contents.FOLDERS and not info.file_size
+        empty = not info.file_size and info.compress_size <= 2  # nothing, compressed
+        return plain != info.orig_filename and plain in contents.FOLDERS and empty
 
     def _require_plain(self, info: zipfile.ZipInfo) -> None:
         kind = stat.S_IFMT(info.external_attr >> 16)

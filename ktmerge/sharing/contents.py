@@ -53,21 +53,8 @@ def limit(name: str) -> int | None:
     return next((most for pattern, most in _NUMBERED.items() if pattern.fullmatch(name)), None)
 
 
-def require_name(name: str, where: str) -> None:
-    """Refuse a name that is none of a bundle's: so no path leaves its folder, and nothing in it can be run.
-
-    Raises:
-        UsageError: likewise.
-    """
-    if limit(name) is None:
-        raise UsageError(
-            f"{where}: holds '{_short(name)}', which is no file of a bundle (recipe, lock, card, {SUITES}/*.yaml, "
-            f"{SCORES}/*.json, {DELTA}); nothing was unpacked."
-        )
-
-
 def require_names(names: Iterable[str], where: str) -> None:
-    """Refuse names that a bundle cannot hold together.
+    """Refuse names that a bundle cannot hold: so no path leaves its folder, and nothing in it can be run.
 
     Raises:
         UsageError: one is none of a bundle's, stands twice, differs from another by case only, or there are too many;
@@ -75,7 +62,11 @@ def require_names(names: Iterable[str], where: str) -> None:
     """
     seen: dict[str, str] = {}
     for name in names:
-        require_name(name, where)
+        if limit(name) is None:
+            raise UsageError(
+                f"{where}: holds '{_short(name)}', which is no file of a bundle (recipe, lock, card, {SUITES}/*.yaml, "
+                f"{SCORES}/*.json, {DELTA}); nothing was unpacked."
+            )
         if name.casefold() in seen:
             raise UsageError(f"{where}: holds '{name}' twice (or in two spellings); nothing was unpacked.")
         seen[name.casefold()] = name

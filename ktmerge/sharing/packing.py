@@ -11,6 +11,7 @@ from typing import Any
 from ktmerge import __version__
 from ktmerge.checkpoints.digests import digest_of
 from ktmerge.checkpoints.files import clear_os_errors
+from ktmerge.checkpoints.regular import is_file
 from ktmerge.errors import UsageError
 from ktmerge.merge import record
 from ktmerge.merge.card import FILE as MODEL_CARD
@@ -103,7 +104,11 @@ def _locked_of(blended: Path, plan: Plan, progress: Progress) -> dict[str, Any]:
     for sentence in require_unchanged(locked, locked_now(plan)):
         progress.note(sentence)
     told = locked.get("output", {}).get("sha256", {})
-    differing = [name for name, sha256 in told.items() if digest_of(blended / name).sha256 != sha256]
+    differing = [
+        name
+        for name, sha256 in told.items()
+        if not is_file(blended / name, name) or digest_of(blended / name).sha256 != sha256
+    ]
     if differing or not told:
         raise UsageError(f"{blended}: is not what its lock says ({', '.join(differing) or 'it names no output'}).")
     return locked

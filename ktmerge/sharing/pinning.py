@@ -24,8 +24,8 @@ BASE = "base"
 _SHOWN_DIGITS = 16
 _COMMIT = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*@[0-9a-f]{40}", re.ASCII)
 _LOCAL = re.compile(r"\./[A-Za-z0-9][\w.-]*\.(?:adapter-)?sha256-[0-9a-f]{16}", re.ASCII)
-_PLACES = ("data", "images", "shots_from", "include_path")
-"""Keys of a task that name a file or folder."""
+_PLACES = ("data", "subset", "images", "shots_from", "include_path")
+"""Keys of a task that name a file or folder, or a part of one."""
 _DRIVE = re.compile(r"[A-Za-z]:")
 
 
@@ -152,8 +152,8 @@ def _places(document: Any) -> Iterator[tuple[dict[str, Any], str]]:
             if not isinstance(task, dict):
                 continue
             yield from ((task, key) for key in _PLACES if key in task)
-            if isinstance(task.get("join"), dict) and "data" in task["join"]:
-                yield task["join"], "data"
+            if isinstance(task.get("join"), dict):
+                yield from ((task["join"], key) for key in ("data", "subset") if key in task["join"])
 
 
 def _is_inside(place: str) -> bool:

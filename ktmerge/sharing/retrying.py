@@ -77,7 +77,7 @@ def _asked(error: BaseException) -> float | None:
     while seen is not None:
         headers: Any = getattr(getattr(seen, "response", None), "headers", getattr(seen, "headers", None))
         text = headers.get("Retry-After") if headers is not None else None
-        if text is not None and str(text).strip().isdigit():
+        if text is not None and str(text).strip().isdecimal():
             return float(text)
         seen = seen.__cause__
     return None

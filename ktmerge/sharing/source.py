@@ -71,7 +71,8 @@ class Offer:
     def models(self) -> tuple[list[str], list[list[str]]]:
         """Columns and rows: every model that the recipe blends, with its revision where it is on the hub."""
         inputs = self.manifest.inputs.items() if self.manifest is not None else ()
-        return ["model", "from", "size"], [[name, _told(one.model), _megabytes(one.size)] for name, one in inputs]
+        rows = [[_printable(name), _told(one.model), _megabytes(one.size)] for name, one in inputs]
+        return ["model", "from", "size"], rows
 
     def digests(self) -> tuple[list[str], list[list[str]]]:
         """Columns and rows: every file of these models."""
@@ -88,7 +89,7 @@ class Offer:
         if self.manifest is None:
             return ""
         there = {name: one for name, one in self.manifest.inputs.items() if not one.model.startswith("./")}
-        own = [name for name, one in self.manifest.inputs.items() if "./" in one.model]
+        own = [_printable(name) for name, one in self.manifest.inputs.items() if "./" in one.model]
         told = [f"{_printable(one.model)} ({_megabytes(one.size)})" for one in there.values()]
         sentences = [f"A blend of it downloads {', '.join(told)} from the hub." if told else ""]
         if own:

@@ -111,7 +111,7 @@ class UrlSource:
                     return None, None
                 raise
             strong = tag if tag and not tag.startswith("W/") else None
-            return (int(length) if length and length.isdecimal() else None), strong
+            return (int(length) if length and length.isdecimal() and len(length) < 20 else None), strong
 
         found: tuple[int | None, str | None] = self._asked(ask)
         return found

@@ -133,8 +133,8 @@ def test_broken_deltas_are_refused(place: Path) -> None:
     blobs, text = (place / "delta" / BLOBS).read_bytes(), (place / "delta" / FILE).read_text()
     document: dict[str, Any] = json.loads(text)
 
-    def refused(words: str, kind: type[KtmergeError] = KtmergeError) -> None:
-        with pytest.raises(kind, match=words):
+    def refused(words: str) -> None:
+        with pytest.raises(UsageError, match=words):
             api.apply_delta(place / "base", place / "delta", place / "again")
         assert not (place / "again").exists()
 
@@ -150,9 +150,17 @@ def test_broken_deltas_are_refused(place: Path) -> None:
         ({"tensors": {"a": {}}}, "the manifest is broken"),
         ({"tensors": []}, "the manifest is broken"),
         ({"others": {"bomb": {"size": 1 << 40, "sha256": "", "blob": [0, 1]}}}, "has more than"),
+        ({"others": {"\ud800": {"size": 1, "sha256": "", "blob": [0, 1]}}}, "surrogates not allowed"),
+        ({"others": {"x" * 300: {"size": 1, "sha256": "", "blob": None}}}, "cannot be looked up: File name too long"),
+        ({"files": {WEIGHTS: [-1, [0, 1]]}}, "less than no bytes"),
+        (
+            {"files": {WEIGHTS: [100, document["files"][WEIGHTS][1]]}},
+            "header of model.safetensors is broken: no header",
+        ),
+        ({"base": [[]] * 9999}, "holds more values than"),
     ):
         (place / "delta" / FILE).write_text(json.dumps({**document, **change}))
-        refused(words, UsageError)
+        refused(words)
     for alias in (WEIGHTS, f"./{WEIGHTS}"):
         others = {**document["others"], alias: document["others"]["notes.md"]}
         (place / "delta" / FILE).write_text(json.dumps({**document, "others": others}))
@@ -169,6 +177,30 @@ def test_broken_deltas_are_refused(place: Path) -> None:
         changed = {**document["tensors"], "layer.weight": {**one, **change}}
         (place / "delta" / FILE).write_text(json.dumps({**document, "tensors": changed}))
         refused(words)
+    embed = {**document["tensors"]["embed.weight"], "base": "0" * 64}  # the base's has fewer rows
+    changed = {**document["tensors"], "embed.weight": embed}
+    (place / "delta" / FILE).write_text(json.dumps({**document, "tensors": changed}))
+    refused("another number of elements than the base")
+
+
+def test_files_without_end_are_not_waited_for(place: Path) -> None:
+    api.export_delta(place / "base", place / "model", place / "delta")
+    for name, words in ((BLOBS, "not a regular file"), (FILE, "is no delta")):
+        (place / "delta" / name).unlink()
+        os.mkfifo(place / "delta" / name)
+        with pytest.raises(KtmergeError, match=words):
+            api.apply_delta(place / "base", place / "delta", place / "again")
+    assert not (place / "again").exists()
+
+
+def test_files_that_fill_a_disk_are_refused_before_they_are_written(place: Path) -> None:
+    api.export_delta(place / "base", place / "model", place / "delta")
+    document = json.loads((place / "delta" / FILE).read_text())
+    others = {"large.txt": {"size": 1 << 50, "sha256": "", "blob": None}}
+    (place / "delta" / FILE).write_text(json.dumps({**document, "others": others}))
+    with pytest.raises(KtmergeError, match=r"needs 1125899\.\d+ GB"):
+        api.apply_delta(place / "base", place / "delta", place / "again")
+    assert sorted(os.listdir(place)) == ["base", "delta", "model"]
 
 
 def test_the_commands(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

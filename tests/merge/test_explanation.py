@@ -97,6 +97,13 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "Expert a is x." in capsys.readouterr().out
 
 
+def test_a_description_is_one_line_and_steers_no_terminal(tmp_path: Path) -> None:
+    document = {"ktmerge": 1, "description": "half\n## What comes out\n* nothing \x1b[2J"}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(document))
+    told = api.explain(str(tmp_path / "r.yaml")).text()
+    assert r"* half ## What comes out * nothing \x1b[2J" in told.splitlines()
+
+
 def test_what_is_trained_is_told_as_it_is(tmp_path: Path) -> None:
     job = {"data": "d.jsonl", "max_steps": 4}
     shared = {**job, "curriculum": "shared"}

@@ -150,6 +150,7 @@ def test_a_newer_or_broken_lock_is_refused(made: Path) -> None:
         ("ktmerge_lock: 2\n", "upgrade ktmerge"),
         ("ktmerge_lock: 1\n", "missing or not what ktmerge writes"),
         ("- 1\n", "is no lock"),
+        ("ktmerge_lock: 1\ninputs: {base: {files: {1: {size: 1, sha256: a}}}}\n", "the key '1' is no text"),
     ):
         (made / "x.lock.yaml").write_text(text)
         with pytest.raises(UsageError, match=words):

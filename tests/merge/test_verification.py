@@ -192,6 +192,7 @@ def test_the_command_says_so_by_its_exit_code(made: Path, capsys: pytest.Capture
         (lambda record: record["recipe"]["experts"].update(a=None), "is damaged"),
         (lambda record: record.update(ktmerge=2), "a version this ktmerge does not know"),
         (lambda record: record.update(kind="run"), "has no record of a blend"),
+        (lambda record: record["output"]["sha256"].update({"x" * 300: "0"}), "cannot be looked up: File name too long"),
     ],
 )
 def test_a_damaged_record_is_named(made: Path, change: Any, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,7 @@ def test_reads_everything(tmp_path: Path) -> None:
             "output: must be keys with values, not 'bfloat16'.",
         ),
         ("spam: {", "base: {", "'base' cannot name an expert"),
+        ("spam: {", '"spam\\n": {', "cannot name an expert"),
         ("lambda: 1.0", "lambda: .nan", "blend.lambda"),
         ("lambda: 1.0", "lambda: 1.0e+39", "blend.lambda"),
         ("part: connector, keep: base", "keep: base", "a rule needs one of part, match, class"),
@@ -233,6 +234,8 @@ class TestUntrustedInput:
         "value",
         [
             "2001-99-99",
+            "2001-01-01",
+            "2001-12-14t21:59:43.10-05:00",
             "!!int x",
             "!!timestamp x",
             "!!bool x",
@@ -245,6 +248,11 @@ class TestUntrustedInput:
     )
     def test_values_that_are_not_what_they_look_like(self, tmp_path: Path, value: str) -> None:
         assert "not valid YAML" in refused(tmp_path, f"ktmerge: 1\nname: {value}\n")
+
+    @pytest.mark.parametrize("key", ["1", "no", "~", "1.5", "=", "2001-01-01", "? [a, b]\n"])
+    def test_keys_that_are_no_text(self, tmp_path: Path, key: str) -> None:
+        told = refused(tmp_path, RECIPE + f"{key}: x\n")
+        assert f"the key '{'[...]' if '[' in key else key}' is no text to YAML; put it in quotes" in told
 
     def test_alias_inside_itself(self, tmp_path: Path) -> None:
         assert refused(tmp_path, "a: &a [*a]\n")
@@ -295,6 +303,12 @@ class TestSuites:
             UsageError, match=r":1: upstream\[0\]\.kind: there is no kind 'chioce'\. Did you mean 'choice'"
         ):
             load_suite(path)
+
+    @pytest.mark.parametrize("pattern", ["(", "a{99999999999999999999}", "(" * 5000 + ")" * 5000])
+    def test_what_is_no_regular_expression(self, tmp_path: Path, pattern: str) -> None:
+        task = f"{{name: a, kind: generate, data: a.jsonl, prompt: p, answer: x, extract: '{pattern}'}}"
+        with pytest.raises(UsageError, match=r"extract: not a regular expression: "):
+            load_suite(write(tmp_path, f"upstream: [{task}]"))
 
     def test_names_are_unique(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="two tasks are called 'a'"):

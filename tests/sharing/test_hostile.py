@@ -278,6 +278,49 @@ def test_tables_of_contents_that_lie(place: Path) -> None:
         refused(place / "bad.ktr")
 
 
+def end_of(raw: bytes) -> tuple[int, ...]:
+    """Entries here and in all, and the bytes and the place of the table of contents, as the end tells."""
+    return struct.unpack("<4H2L", raw[-18:-2])[2:]
+
+
+@pytest.mark.parametrize(
+    "told",
+    [{"count": 1, "here": 1}, {"length": 46}, {"begin": 0}, {"count": 0xFFFF}],
+    ids=lambda told: next(iter(told)),
+)
+def test_two_tables_of_contents(place: Path, told: dict[str, int]) -> None:
+    """Programs that read wide ends go by one, others by the other."""
+    raw = (place / "r.ktr").read_bytes()
+    names = ("here", "count", "length", "begin")
+    true = dict(zip(names, end_of(raw), strict=True))
+    wide = b"PK\x06\x06" + struct.pack("<Q2H2L4Q", 44, 45, 45, 0, 0, *true.values())
+    locator = b"PK\x06\x07" + struct.pack("<LQL", 0, len(raw) - 22, 1)
+    (place / "bad.ktr").write_bytes(
+        raw[:-22] + wide + locator + b"PK\x05\x06" + struct.pack("<4H2LH", 0, 0, *{**true, **told}.values(), 0)
+    )
+    if told == {"count": 0xFFFF}:  # it stands in the wide end alone
+        assert api.unpack(place / "bad.ktr", "out").out.is_dir()
+    else:
+        refused(place / "bad.ktr", "its ends contradict each other")
+
+
+def test_more_entries_than_the_end_tells(place: Path) -> None:
+    raw = bytearray((place / "r.ktr").read_bytes())
+    count = end_of(raw)[0]
+    struct.pack_into("<2H", raw, len(raw) - 14, count - 1, count - 1)
+    (place / "bad.ktr").write_bytes(raw)
+    refused(place / "bad.ktr", "has other entries than it says")
+
+
+def test_something_hidden_behind_an_entry(place: Path) -> None:
+    raw = (place / "r.ktr").read_bytes()
+    here, count, length, begin = end_of(raw)
+    hidden = raw[begin:-22]  # as another table of contents would be
+    end = b"PK\x05\x06" + struct.pack("<4H2LH", 0, 0, here, count, length, begin + len(hidden), 0)
+    (place / "bad.ktr").write_bytes(raw[:begin] + hidden + raw[begin:-22] + end)
+    refused(place / "bad.ktr", "or hides some behind it")
+
+
 def test_nested_zips_are_not_opened(place: Path) -> None:
     inner = (place / "r.ktr").read_bytes()
     refused(remade(place, **{"scores/inner.json": inner}), "is no JSON")
@@ -486,6 +529,26 @@ def test_words_cannot_steer_the_terminal(place: Path, capsys: pytest.CaptureFixt
     assert "[red]fine" in said
 
 
+def test_names_of_models_stay_in_their_line(place: Path) -> None:
+    files = good(place)
+    manifest = json.loads(files[MANIFEST])
+    manifest["inputs"]["x\nwritten  out"] = manifest["inputs"].pop("spam")
+    offer = api.look(written({**files, MANIFEST: json.dumps(manifest).encode()}, place / "bad.ktr"))
+    cells = [offer.downloads(), *(cell for row in (*offer.models()[1], *offer.digests()[1]) for cell in row)]
+    assert sum(r"x\nwritten  out" in cell for cell in cells) >= 3
+    assert not any("\n" in cell for cell in cells)
+
+
+def test_a_strangers_name_replaces_nothing_else(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("base").rename("half-of-spam")  # as the recipe is called
+    pull = ["recipe", "pull", "r.ktr", "--yes", "--overwrite"]
+    assert _exit_code(pull) == 2
+    assert "half-of-spam: holds something else than a recipe; say with --out" in capsys.readouterr().err
+    assert Path("half-of-spam/model.safetensors").is_file()
+    Path("half-of-spam").rename("base")
+    assert [_exit_code(pull) for _ in range(2)] == [0, 0]
+
+
 @pytest.mark.parametrize("what", ["file", "key", "twice", "base", "suite", "data"])
 def test_words_cannot_begin_a_line_of_their_own(place: Path, what: str) -> None:
     words, files = "x\nwritten  out", good(place)
@@ -503,6 +566,17 @@ def test_words_cannot_begin_a_line_of_their_own(place: Path, what: str) -> None:
     with pytest.raises(UsageError, match=r"x\\nwritten  out") as caught:
         api.unpack(bundle, "out")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("subset", ["../..", "/etc", "~"])
+@pytest.mark.parametrize("join", [False, True])
+def test_subsets_are_no_way_out(place: Path, subset: str, join: bool) -> None:
+    suite = yaml.safe_load(good(place)["suites/suite.yaml"])
+    task = suite["upstream"][0]
+    if join:
+        task["join"] = {"data": "more", "by": "a", "key": "b"}
+    (task["join"] if join else task)["subset"] = subset
+    refused(remade(place, suite=yaml.safe_dump(suite).encode()), "a task's subset is")
 
 
 def test_what_is_no_file(place: Path) -> None:

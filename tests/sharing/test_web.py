@@ -237,10 +237,11 @@ def test_redirects_in_a_circle(place: Path, serve: Serve) -> None:
     assert len(seen) < 20
 
 
-def test_a_length_that_is_no_number(place: Path, serve: Serve) -> None:
+@pytest.mark.parametrize("length", ["\xb2", "9" * 5000])
+def test_a_length_that_is_no_number(place: Path, serve: Serve, length: str) -> None:
     class Odd(Files):
         def send_header(self, keyword: str, value: str) -> None:
-            super().send_header(keyword, "\xb2" if keyword == "Content-Length" else value)
+            super().send_header(keyword, length if keyword == "Content-Length" else value)
 
     with served(Odd, raw=Path("r.ktr").read_bytes(), seen=[], statuses=[], cuts=[], sent=[]) as address:
         assert api.look(f"{address}/r.ktr").size is None
@@ -261,6 +262,16 @@ def test_keys_in_addresses_are_not_told(place: Path, serve: Serve) -> None:
         api.push("r.ktr", "https://[::1/r.ktr?key=secret")
     pushed = api.push("r.ktr", serve(sent=[]) + "?X-Signature=secret")
     assert "secret" not in str(pushed.to_json())
+
+
+def test_a_pause_that_is_no_number(place: Path, serve: Serve) -> None:
+    class Odd(Files):
+        def send_header(self, keyword: str, value: str) -> None:
+            super().send_header(keyword, "\xb2" if keyword == "Retry-After" else value)
+
+    raw = Path("r.ktr").read_bytes()
+    with served(Odd, raw=raw, seen=[], statuses=[503], cuts=[], sent=[]) as address:
+        assert api.look(f"{address}/r.ktr").manifest is not None
 
 
 def test_a_push_to_an_address(place: Path, serve: Serve) -> None:

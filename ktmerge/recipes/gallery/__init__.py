@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ktmerge.checkpoints.regular import is_file
 from ktmerge.errors import UsageError, did_you_mean
 
 _FOLDER = Path(__file__).parent
@@ -21,13 +22,10 @@ def locate(reference: str | Path) -> tuple[Path, bool]:
         UsageError: neither a file nor a gallery name.
     """
     path, own = Path(reference), _FOLDER / f"{reference}.yaml"
-    try:
-        if path.is_file():
-            return path, False
-        if own.parent == _FOLDER and own.is_file():
-            return own, True
-    except OSError as error:  # a name too long, a folder not to be entered
-        raise UsageError(f"{reference}: cannot be looked up: {error.strerror}.") from None
+    if is_file(path, reference):
+        return path, False
+    if own.parent == _FOLDER and is_file(own, reference):
+        return own, True
     if path.is_dir():
         raise UsageError(f"{reference}: is a folder; name the recipe's file.")
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:

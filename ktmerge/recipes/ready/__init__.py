@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ktmerge.checkpoints.regular import is_file
 from ktmerge.errors import UsageError, did_you_mean
 
 _FOLDER = Path(__file__).parent
@@ -25,11 +26,8 @@ def locate(reference: str | Path) -> tuple[Path, Path]:
         UsageError: neither a file nor a ready suite.
     """
     path = Path(reference)
-    try:
-        if path.is_file():
-            return path, path.resolve().parent
-    except OSError as error:  # a name too long, a folder not to be entered
-        raise UsageError(f"{reference}: cannot be looked up: {error.strerror}.") from None
+    if is_file(path, reference):
+        return path, path.resolve().parent
     if str(reference) in names():
         return _FOLDER / f"{reference}.yaml", Path(os.environ.get("KTMERGE_DATASETS") or Path.cwd())
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
