@@ -92,6 +92,8 @@ def sweep(
     from ktmerge.sweep.storage import open_storage
     from ktmerge.sweep.worker import space_of, study_name
 
+    if workers < 1:
+        raise UsageError("--workers: must be 1 or more.")
     loaded, folder = loaded_recipe(recipe).without_tuning(), Path(out)
     if loaded.base is None:
         raise UsageError(f"the recipe '{loaded.name}' names no base; add one.")

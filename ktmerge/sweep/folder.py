@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from ktmerge.checkpoints.files import UNFINISHED, write_whole
+from ktmerge.checkpoints.regular import read_regular
 from ktmerge.errors import UsageError
 from ktmerge.recipes.document import yaml_text
 from ktmerge.recipes.load import parse_recipe
@@ -25,7 +26,7 @@ from ktmerge.sweep.settings import SweepSettings, journal
 DEFINITION, RESULT, CHOSEN, TABLE, PICTURE, CURVE = (
     "sweep.json", "result.json", "chosen.yaml", "candidates.csv", "front", "curve.csv",
 )  # fmt: skip
-_BEFORE = re.compile(rf"journal\.log(\.lock)?|\.{re.escape(DEFINITION)}{UNFINISHED}")
+_BEFORE = re.compile(rf"journal\.log(\.lock[\w.-]*)?|\.{re.escape(DEFINITION)}{UNFINISHED}")
 """What a worker that was killed early may leave without a definition."""
 _NAMES = "|".join(map(re.escape, (DEFINITION, RESULT, CHOSEN, TABLE, CURVE, f"{PICTURE}.png", f"{PICTURE}.svg")))
 _OWN = re.compile(rf"{_BEFORE.pattern}|{_NAMES}|\.({_NAMES}){UNFINISHED}")
@@ -112,10 +113,10 @@ def trial_recipe(folder: Path, number: int, storage: str | None = None) -> Recip
     quietly()
     known = _definition(folder)
     where = storage or known.get("storage") or journal(folder)
-    if "://" not in where and not os.path.isfile(where):
-        raise UsageError(f"{where}: the sweep's journal is not there.")
+    if not _is_there(where):
+        raise UsageError(f"{where}: the sweep's trials are not there.")
     trial = trial_numbered(open_storage(where), str(known["study"]), number)
-    if RECIPE not in trial.user_attrs:
+    if not isinstance(trial.user_attrs.get(RECIPE), dict):
         raise UsageError(f"--trial {number}: that trial was not begun.")
     source = (folder / known["recipes from"]).resolve()
     return parse_recipe(dict(trial.user_attrs[RECIPE]), f"{folder}, trial {number}", source)
@@ -124,9 +125,9 @@ def trial_recipe(folder: Path, number: int, storage: str | None = None) -> Recip
 def scored_digest(folder: Path, number: int) -> str | None:
     """The digest of the model that was scored as a finalist, if that trial was one and the sweep is done."""
     try:
-        found = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        found = json.loads(read_regular(folder / RESULT))
         return next((one["digest"] for one in found["finalists"] if one["trial"] == number), None)
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
 
 
@@ -138,9 +139,10 @@ def chosen_text(outcome: Outcome, out: Path) -> str:
     document["base"] = moved(document["base"], recipe.folder, out)
     for expert in document["experts"].values():
         expert["model"] = moved(expert["model"], recipe.folder, out)
-    for owner in (document, *document["experts"].values()):
-        if isinstance(owner.get("statistics"), str):
-            owner["statistics"] = moved(owner["statistics"], recipe.folder, out)
+    for name, owner in (("base", document), *document["experts"].items()):
+        if (given := owner.get("statistics")) is not None:  # of a job, what it has made
+            made = given if isinstance(given, str) else given.get("folder") or f"stats/{name}"
+            owner["statistics"] = moved(made, recipe.folder, out)
     said = "\n".join([*outcome.statement(), *outcome.cautions()])
     heading = "".join(f"# {line}\n" for line in said.splitlines())
     return heading + yaml_text(document)
@@ -148,7 +150,7 @@ def chosen_text(outcome: Outcome, out: Path) -> str:
 
 def _definition(folder: Path) -> dict[str, Any]:
     try:
-        document: Any = json.loads((folder / DEFINITION).read_text(encoding="utf-8"))
+        document: Any = json.loads(read_regular(folder / DEFINITION))
     except OSError:
         raise UsageError(f"{folder}: no sweep; 'ktmerge sweep' writes {DEFINITION} there.") from None
     except (ValueError, RecursionError):
@@ -167,7 +169,13 @@ def _definition(folder: Path) -> dict[str, Any]:
 def _has_study(where: str, study: str) -> bool:
     from ktmerge.sweep.storage import open_storage, study_names
 
-    return ("://" in where or os.path.isfile(where)) and study in study_names(open_storage(where))
+    return _is_there(where) and study in study_names(open_storage(where))
+
+
+def _is_there(where: str) -> bool:
+    """Whether a storage may have trials; one in a file that is not there would be made by looking."""
+    file = where.removeprefix("sqlite:///").partition("?")[0]
+    return "://" in file or os.path.isfile(file)
 
 
 def _without_password(url: str) -> str:

@@ -10,6 +10,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 
 from ktmerge.sweep.ledger import VOID, place_of
+from ktmerge.sweep.liveness import WORKER, mark
 from ktmerge.sweep.space import METHOD, Point, Range, Space
 
 if TYPE_CHECKING:
@@ -21,7 +22,14 @@ _DRAWS = 20
 """Times that a candidate is drawn before one that is there already is taken: there may be no others."""
 
 
-class KeyedSampler(BaseSampler):
+class _MarkingSampler(BaseSampler):
+    """A sampler that marks a trial before it is drawn: if its worker is killed meanwhile, it is known for lost."""
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        study._storage.set_trial_user_attr(trial._trial_id, WORKER, mark())
+
+
+class KeyedSampler(_MarkingSampler):
     """A sampler made anew for every draw, with a seed of the trial's own.
 
     What is drawn follows from the seed, the trial's place and the trials before it: a sweep that was killed and goes on
@@ -84,7 +92,7 @@ class KeyedSampler(BaseSampler):
         self._inner.after_trial(study, trial, state, values)
 
 
-class SeparateSampler(BaseSampler):
+class SeparateSampler(_MarkingSampler):
     """A sampler of each value by itself."""
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:

@@ -42,8 +42,6 @@ def launch(settings: SweepSettings, workers: int, where: Where, jobs: Path, prog
         UsageError: a package or a cluster is missing, or the storage is out of the workers' reach.
         KtmergeError: all workers failed.
     """
-    if workers < 1:
-        raise UsageError("--workers: must be 1 or more.")
     if where == "here":
         return _here(settings, workers, progress)
     if "://" not in settings.storage:

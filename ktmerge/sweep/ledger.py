@@ -58,7 +58,8 @@ class Ledger:
     def begin(self, most: int | None, ranges: Mapping[str, BaseDistribution]) -> Trial | None:
         """The next candidate to score; that of a dead worker first. None: all ``most`` are finished.
 
-        Waits while the last ones are with others, as their workers might die.
+        Waits while another is drawn, which what is drawn next depends on, and while the last ones are with others, as
+        their workers might die.
 
         Args:
             most: candidates in all; None: those in the queue and no others.
@@ -67,8 +68,11 @@ class Ledger:
         while True:
             self.take_up(ranges)
             found = self.study.get_trials(deepcopy=False)
-            states = {one.state for one in found if VOID not in one.user_attrs}
-            if TrialState.WAITING in states or (most is not None and len(set(_places(found).values())) < most):
+            counted = [one for one in found if VOID not in one.user_attrs]
+            states = {one.state for one in counted}
+            is_drawn = any(one.state == TrialState.RUNNING and WORKER not in one.user_attrs for one in counted)
+            is_wanted = most is not None and len(set(_places(found).values())) < most
+            if not is_drawn and (TrialState.WAITING in states or is_wanted):
                 trial = self._ask(ranges)
                 if self._counts(trial, most):
                     return trial
@@ -95,14 +99,15 @@ class Ledger:
         """Declare dead workers' trials void and, given what they are drawn from, put others with all they hold in the
         queue; one that was not drawn to the end is drawn again.
         """
-        for one in self.trials(TrialState.RUNNING):
+        for one in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if self._watch.is_lost(one):
                 with suppress(UpdateFinishedTrialError):  # another worker was faster, or it was not dead
-                    self._storage.set_trial_user_attr(one._trial_id, VOID, _DIED)
+                    if VOID not in one.user_attrs:  # else who declared it void has died at that
+                        self._storage.set_trial_user_attr(one._trial_id, VOID, _DIED)
                     self._storage.set_trial_state_values(one._trial_id, TrialState.FAIL)
         if ranges is not None:
             for one in _without_heir(self.study.get_trials(deepcopy=False)):
-                held = {key: value for key, value in one.user_attrs.items() if key not in (WORKER, BEAT, VOID)}
+                held = {key: value for key, value in one.user_attrs.items() if key not in (WORKER, BEAT, VOID, ERROR)}
                 whole = set(one.params) == set(ranges)
                 self._enqueue(
                     one.params if whole else {}, ranges if whole else {}, {**held, ORIGIN: one.number},
@@ -203,7 +208,8 @@ class Ledger:
 
     def _ask(self, ranges: Mapping[str, BaseDistribution]) -> Trial:
         trial = self.study.ask(dict(ranges))
-        trial.set_user_attr(WORKER, self._mark)
+        if trial.user_attrs.get(WORKER) != self._mark:  # its sampler did not mark it
+            trial.set_user_attr(WORKER, self._mark)
         return trial
 
 

@@ -20,7 +20,8 @@ from ktmerge.sweep.settings import SweepSettings
 from ktmerge.sweep.space import told
 from ktmerge.sweep.standing import Difference, paired
 
-_TUNED = "experts"
+_TUNED, SHOWN = "experts", "the chosen"
+"""Not names of experts, which have no spaces: what the best of all experts are called, and the chosen candidate."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Outcome:
         sides: of all sets.
         chosen: the finalist with the largest gain of those that keep enough; None if none does.
         nearest: the finalist that keeps most.
-        held_out: scores of base, experts and the chosen (or nearest) candidate on items that chose nothing.
+        held_out: scores of base, experts and the chosen (or nearest) candidate (`SHOWN`) on items that chose nothing.
     """
 
     settings: SweepSettings
@@ -59,10 +60,10 @@ class Outcome:
     def confirmed(self) -> ModelSummary:
         """The shown candidate on the held-out items, with intervals; the gain share is of the experts' gain, each set's
         best expert's."""
-        experts = [scores for name, scores in self.held_out.items() if name not in ("base", "chosen")]
+        experts = [scores for name, scores in self.held_out.items() if name not in ("base", SHOWN)]
         best = {name: max((one[name] for one in experts), key=np.mean) for name in self.sides}
-        models = {"base": self.held_out["base"], _TUNED: best, "chosen": self.held_out["chosen"]}
-        return self._summary(models, _TUNED)["chosen"]
+        models = {"base": self.held_out["base"], _TUNED: best, SHOWN: self.held_out[SHOWN]}
+        return self._summary(models, _TUNED)[SHOWN]
 
     @cached_property
     def standings(self) -> dict[int, ModelSummary]:

@@ -86,8 +86,11 @@ class CurveSampler(SeparateSampler):
         others = [one for one in counted if one.number != trial.number]
         taken = [self._share(one) for one in others if param_name in one.params]
         complete = [one for one in others if one.state == TrialState.COMPLETE and param_name in one.params]
-        values = [tuple(one.values) for one in complete]
-        return self._knob.at(next_share([self._share(one) for one in complete], values, taken, self._limit))
+        known, values = [self._share(one) for one in complete], [one.values for one in complete]
+        for one in others:
+            if one.state == TrialState.RUNNING and param_name not in one.params and one.number < trial.number:
+                taken.append(next_share(known, values, taken, self._limit))  # what another draws at this moment
+        return self._knob.at(next_share(known, values, taken, self._limit))
 
     def _share(self, trial: FrozenTrial) -> float:
         value = float(trial.params[self._knob.key])
@@ -113,18 +116,17 @@ def next_share(
     for share in _QUARTERS:
         if is_free(share):
             return share
-    retention, gain = (Curve(known, [pair[i] for pair in values]) for i in range(2))
-    if len(taken) % 2 == 0:
-        for share in reversed(retention.crossings(limit)):
+    # None, while the first are still with others, or failed.
+    curves = [Curve(known, [pair[i] for pair in values]) for i in range(2)] if known else []
+    if curves and len(taken) % 2 == 0:
+        for share in reversed(curves[0].crossings(limit)):
             if is_free(share):
                 return share
     places = sorted({0.0, 1.0, *taken})
-    spans = [abs(curve.at(1.0) - curve.at(0.0)) or 1.0 for curve in (retention, gain)]
     steps = []
     for a, b in pairwise(places):
-        changes = [abs(curve.at(a) - curve.at(b)) for curve in (retention, gain)]
-        told = b - a + sum(change / span for change, span in zip(changes, spans, strict=True))
-        steps.append(told if b - a > 2 * _APART else 0.0)
+        changes = [abs(one.at(a) - one.at(b)) / (abs(one.at(1.0) - one.at(0.0)) or 1.0) for one in curves]
+        steps.append(b - a + sum(changes) if b - a > 2 * _APART else 0.0)
     widest = int(np.argmax(steps))
     return (places[widest] + places[widest + 1]) / 2
 

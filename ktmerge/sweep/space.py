@@ -51,7 +51,10 @@ class Range:
             raise UsageError(f"--range {text}: write key=low:high, e.g. --range blend.lambda=0:1.2, or key=a|b|c.")
         key = key if steps_of(key)[0] in ("blend", "experts") else f"blend.{key}"
         if "|" in values:
-            return cls(key, choices=tuple(parse_yaml(one, f"--range {text}") for one in values.split("|")))
+            choices = tuple(parse_yaml(one, f"--range {text}") for one in values.split("|"))
+            if not all(isinstance(one, float | int | str | None) for one in choices):
+                raise UsageError(f"--range {text}: choices are numbers, words, true, false or null.")
+            return cls(key, choices=choices)
         low, *rest = values.split(":")
         try:
             ends = float(low), float(rest[0])
@@ -81,8 +84,10 @@ class Range:
         if self.choices:
             return self.choices[min(len(self.choices) - 1, int(share * len(self.choices)))]
         if self.log:
-            return self.value(self.low * (self.high / self.low) ** share)
-        return self.value(self.low + share * (self.high - self.low))
+            number = self.low * (self.high / self.low) ** share
+        else:
+            number = self.low + share * (self.high - self.low)
+        return self.value(min(max(number, self.low), self.high))  # not beyond it by rounding
 
     def evenly(self, count: int) -> list[Value]:
         """``count`` values in equal steps (factors), ends included; all choices if there are choices."""

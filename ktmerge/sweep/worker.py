@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
+
+from optuna.exceptions import UpdateFinishedTrialError
 
 from ktmerge.errors import KtmergeError
 from ktmerge.eval.sets import read_sets
@@ -17,7 +20,7 @@ from ktmerge.sweep.candidates import Candidate, Final, choose, finalists
 from ktmerge.sweep.greedy import Walk
 from ktmerge.sweep.ledger import ERROR, Ledger
 from ktmerge.sweep.live import LiveModel
-from ktmerge.sweep.outcome import Outcome
+from ktmerge.sweep.outcome import SHOWN, Outcome
 from ktmerge.sweep.rounds import ItemScores, joined
 from ktmerge.sweep.sampling import distributions, make_sampler, quietly
 from ktmerge.sweep.screening import Screening, candidates_of, said
@@ -132,7 +135,7 @@ class Worker:
             settings, self._space, self._ledger, self._live, rounds, self._base, self._sides, self._progress
         )
         while (trial := self._ledger.begin(most, self._ranges)) is not None:
-            with self._ledger.working(trial):
+            with suppress(UpdateFinishedTrialError), self._ledger.working(trial):  # taken for dead: another does it
                 screening.screen(trial)
 
     def _queue(self, points: Sequence[Point]) -> int:
@@ -148,7 +151,6 @@ class Worker:
         decided = 0
         while True:
             self._screen(None)
-            begun = len(self._ledger.study.get_trials(deepcopy=False))
             walk = self._walk()
             for step in walk.steps[decided:]:
                 self._progress.note(f"{step.expert}: {'kept' if step.kept else 'left out'}")
@@ -156,7 +158,7 @@ class Worker:
             if not walk.wanted:
                 return
             points = [soups.point_of(members) for members in walk.wanted]
-            self._tasks.share({f"soups after {begun} trials": partial(self._queue, points)})
+            self._tasks.share({f"soups {points}": partial(self._queue, points)})
 
     def _walk(self) -> Walk:
         failed = [one.params for one in self._ledger.trials() if ERROR in one.user_attrs]
@@ -197,7 +199,7 @@ class Worker:
         asked = {
             "base": ("report base", "base", base_alone(recipe)),
             **{name: (f"report expert {name}", name, expert_alone(recipe, name)) for name in recipe.experts},
-            "chosen": (f"report {shown.number}", label, self._recipe(shown)),
+            SHOWN: (f"report {shown.number}", label, self._recipe(shown)),
         }
         made = self._tasks.share(
             {task: partial(self._score_held_out, name, blended) for task, name, blended in asked.values()}

@@ -11,10 +11,10 @@ from typing import cast
 
 import pytest
 from optuna.distributions import FloatDistribution
-from optuna.trial import TrialState
+from optuna.trial import Trial, TrialState
 
 from ktmerge.errors import UsageError
-from ktmerge.sweep.ledger import VOID, Ledger
+from ktmerge.sweep.ledger import ERROR, VOID, Ledger
 from ktmerge.sweep.liveness import WORKER, Watch, ended_here, mark
 from ktmerge.sweep.sampling import distributions, make_sampler, quietly
 from ktmerge.sweep.settings import Sampler
@@ -106,6 +106,61 @@ def test_a_dead_workers_place_is_nobody_elses(ledger: Ledger, monkeypatch: pytes
     ledger.finish(last, (1.0, 1.0))
     assert other.begin(1, RANGES) is None
     assert [one.number for one in other.trials()] == [last.number]
+
+
+def test_who_dies_declaring_a_trial_void_leaves_none_running(ledger: Ledger) -> None:
+    lost = ledger.begin(1, RANGES)
+    assert lost is not None
+    lost.set_user_attr(WORKER, GONE)
+    lost.set_user_attr(VOID, "its worker died")  # and then so did who said so
+    heir = ledger.begin(1, RANGES)
+    assert heir is not None
+    assert [one.state for one in ledger.study.get_trials()] == [TrialState.FAIL, TrialState.RUNNING]
+
+
+def test_an_error_is_not_handed_on(ledger: Ledger) -> None:
+    lost = ledger.begin(1, RANGES)
+    assert lost is not None
+    lost.set_user_attr(ERROR, "the disk is full")
+    lost.set_user_attr(WORKER, GONE)
+    heir = ledger.begin(1, RANGES)
+    assert heir is not None
+    assert ERROR not in heir.user_attrs
+
+
+def test_what_is_being_drawn_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes next depends on it; whoever drew it may have been killed before it could say that it was."""
+    monkeypatch.setattr("ktmerge.sweep.ledger._PAUSE", 0.01)
+    ledger = Ledger(open_storage(str(tmp_path / "journal.log")), "s", 0.1)
+    lost = ledger.study.ask(RANGES)
+    heir = ledger.begin(2, RANGES)
+    assert heir is not None
+    assert heir.user_attrs["taken up from"] == lost.number
+
+
+@pytest.mark.parametrize(
+    ("name", "drawing"), [("tpe", "KeyedSampler._drawn"), ("qmc", "SobolSampler.sample_independent")]
+)
+def test_a_trial_is_marked_before_it_is_drawn(
+    ledger: Ledger, name: Sampler, drawing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"ktmerge.sweep.keyed.{drawing}", killed)
+    space = cast(Space, SimpleNamespace(knob=None, ranges=[Range("x", 0, 1)], methods=(), used=dict))
+    ledger.study.sampler = make_sampler(name, space, 90.0, 3)
+    with pytest.raises(KeyboardInterrupt):
+        ledger.begin(1, RANGES)
+    assert [one.user_attrs for one in ledger.trials()] == [{WORKER: mark()}]
+
+
+def test_a_knob_drawn_by_two_at_once_has_two_values(ledger: Ledger) -> None:
+    space = SimpleNamespace(knob=Range("x", 0, 1), ranges=[Range("x", 0, 1)], methods=(), used=dict)
+    ledger.study.sampler = make_sampler("curve", cast(Space, space), 90.0, 3)
+    first = ledger._storage.create_new_trial(ledger.study._study_id)  # and not drawn yet
+    second = ledger.study.ask(RANGES)
+    assert (Trial(ledger.study, first).suggest_float("x", 0, 1), second.params["x"]) == (1.0, 0.5)
 
 
 def test_a_living_worker_here_is_not_robbed_and_a_silent_one_elsewhere_is_after_the_grace(ledger: Ledger) -> None:

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 from optuna.samplers import RandomSampler
+from optuna.trial import TrialState
 
 from ktmerge.progress import SILENT
 from ktmerge.recipes.schema import Recipe
-from ktmerge.sweep.ledger import ERROR, Ledger
+from ktmerge.sweep.ledger import ERROR, VOID, Ledger
 from ktmerge.sweep.sampling import distributions, quietly
 from ktmerge.sweep.screening import Screening, candidates_of
 from ktmerge.sweep.space import Range
 from ktmerge.sweep.storage import open_storage
+from ktmerge.sweep.worker import Worker
 
 BASE = {"keep": [1.0, 1.0], "learn": [0.0, 0.0]}
 SETTINGS: dict[str, Any] = {"screen": "full", "limit": 90.0, "keep": 0.9, "sampler": "nsga2", "seeds": 1}
@@ -76,3 +78,27 @@ def test_what_computes_no_numbers_is_a_failed_candidate(ledger: Ledger, monkeypa
     (found,) = ledger.trials()
     assert "not finite" in found.user_attrs[ERROR]
     assert ledger.begin(1, ranges) is None
+
+
+def test_a_worker_that_was_taken_for_dead_goes_on(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    declared: list[int] = []
+
+    def score_blend(*_: object) -> dict[str, list[float]]:
+        if not declared:  # it was silent for too long
+            (one,) = ledger.trials()
+            declared.append(one.number)
+            ledger._storage.set_trial_user_attr(one._trial_id, VOID, "its worker died")
+            ledger._storage.set_trial_state_values(one._trial_id, TrialState.FAIL)
+        return {"keep": [1.0], "learn": [1.0]}
+
+    made, ranges = screening(ledger, SimpleNamespace(score_blend=score_blend))
+    monkeypatch.setattr("ktmerge.sweep.worker.Screening", lambda *_: made)
+    settings = SimpleNamespace(screen="full", share=1)
+    worker: Any = SimpleNamespace(
+        _settings=settings, _rounds=[], _space=None, _ledger=ledger, _live=None, _base=None, _sides=None,
+        _progress=SILENT, _ranges=ranges,
+    )  # fmt: skip
+    Worker._screen(worker, 1)
+    (found,) = ledger.trials()
+    assert found.state == TrialState.COMPLETE
+    assert found.user_attrs["taken up from"] == declared[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from ktmerge.errors import UsageError
@@ -20,6 +21,8 @@ from ktmerge.sweep.space import METHOD, Range, Space, told
         ("blend.lambda=0:1:log", "begin above 0"),
         ("blend.rank=0.5:8:int", "must be whole"),
         ("blend[.lambda=0:1", "write key=low:high"),
+        ("blend.scope=[1]|tensor", "choices are numbers, words"),
+        ("blend.scope=2001-01-01|tensor", "is a date to YAML"),
     ],
 )
 def test_a_range_written_wrongly_is_refused(text: str, complaint: str) -> None:
@@ -33,6 +36,13 @@ def test_ranges_have_kinds_and_steps() -> None:
     assert Range.parse("blend.rank=1:4:int").evenly(9) == [1, 2, 3, 4]
     assert Range.parse("blend.scope=tensor|global").ends() == ("tensor", "global")
     assert Range.parse("experts.e.weight=0:1").key == "experts.e.weight"
+
+
+def test_no_value_lies_beyond_the_ends() -> None:
+    for low, high in np.sort(np.random.default_rng(0).random((500, 2))).tolist():
+        for log in (False, True):
+            values = Range("k", low, high, log=log).evenly(4)
+            assert low <= min(values) < max(values) <= high
 
 
 def test_a_point_makes_a_recipe_and_leaves_out_what_its_method_does_not_know(world) -> None:  # type: ignore[no-untyped-def]

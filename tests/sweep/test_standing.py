@@ -103,3 +103,10 @@ def test_the_knob_is_bracketed_first_and_then_tried_where_the_limit_is() -> None
     assert taken[:4] == [1.0, 0.5, 0.25, 0.75]
     assert min(abs(one - 0.4**0.5) for one in taken[4:]) < 0.02
     assert len({round(one, 2) for one in taken}) == 12
+
+
+def test_workers_that_begin_before_anything_is_scored_divide_the_knob() -> None:
+    taken: list[float] = []
+    for _ in range(9):
+        taken.append(next_share([], [], taken, 92))
+    assert taken[4:] == [0.125, 0.375, 0.625, 0.875, 0.0625]

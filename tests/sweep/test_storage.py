@@ -92,6 +92,23 @@ def test_a_reason_of_several_lines_leaves_the_chosen_recipe_readable(tmp_path: P
     assert "# blend: no.\n" in text
 
 
+def test_a_chosen_recipe_finds_the_statistics_that_a_job_made(tmp_path: Path) -> None:
+    for name in ("base", "e"):
+        (tmp_path / "stats" / name).mkdir(parents=True)
+    written = {
+        "ktmerge": 1, "base": "base", "statistics": {"data": ["up.jsonl"]},
+        "experts": {"e": {"model": "e", "statistics": {"folder": "stats/e", "data": ["down.jsonl"]}}},
+        "blend": {"method": "linear"},
+    }  # fmt: skip
+    outcome: Any = SimpleNamespace(
+        settings=SimpleNamespace(recipe=SimpleNamespace(name="r", folder=tmp_path)),
+        shown=SimpleNamespace(recipe=written), statement=list, cautions=list,
+    )  # fmt: skip
+    found = parse_yaml(chosen_text(outcome, tmp_path / "found"), "chosen")
+    assert found["statistics"] == "../stats/base"
+    assert found["experts"]["e"]["statistics"] == "../stats/e"
+
+
 def _lose(lines: list[bytes]) -> list[bytes]:
     return [*lines[:2], *lines[3:]]
 
@@ -179,6 +196,14 @@ def test_another_sweep_takes_the_place_of_one_and_of_nothing_else(tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "sweep.json"]
 
 
+def test_a_trial_whose_recipe_is_none(tmp_path: Path) -> None:
+    study = optuna.create_study(storage=open_storage(str(tmp_path / "journal.log")), study_name="s")
+    study.ask().set_user_attr("recipe", "ties")
+    (tmp_path / "sweep.json").write_text(json.dumps({"ktmerge_sweep": 1, "study": "s", "recipes from": "."}))
+    with pytest.raises(UsageError, match="--trial 0: that trial was not begun"):
+        trial_recipe(tmp_path, 0)
+
+
 @pytest.mark.parametrize(
     "change", [{"study": None}, {"storage": 3}, {"recipes from": []}, {"recipes from": "a\0b"}, {"ktmerge_sweep": 2}]
 )
@@ -187,9 +212,11 @@ def test_a_sweep_that_is_none_has_no_trials(tmp_path: Path, change: dict[str, ob
     (tmp_path / "sweep.json").write_text(json.dumps({**whole, **change}))
     with pytest.raises(UsageError, match=r"sweep\.json: (no sweep|a sweep of version 2)"):
         trial_recipe(tmp_path, 0)
-    (tmp_path / "sweep.json").write_text(json.dumps({**whole, "storage": "x" * 9999}))
-    with pytest.raises(UsageError, match="journal is not there"):
-        trial_recipe(tmp_path, 0)
+    for storage in ("x" * 9999, f"sqlite:///{tmp_path}/gone.db?timeout=9"):
+        (tmp_path / "sweep.json").write_text(json.dumps({**whole, "storage": storage}))
+        with pytest.raises(UsageError, match="trials are not there"):
+            trial_recipe(tmp_path, 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep.json"]
     (tmp_path / "sweep.json").write_text("[" * 100_000)
     with pytest.raises(UsageError, match="not JSON"):
         trial_recipe(tmp_path, 0)

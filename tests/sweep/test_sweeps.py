@@ -139,6 +139,8 @@ def test_what_is_missing_or_too_much_is_said(world, tmp_path: Path) -> None:  # 
         api.sweep(world.recipe, tmp_path / "o", ranges=knob, sampler="nsga3")
     with pytest.raises(UsageError, match="trials"):
         api.sweep(world.recipe, tmp_path / "o", ranges=knob, trials=0)
+    with pytest.raises(UsageError, match="workers: must be 1 or more"):
+        api.sweep(world.recipe, tmp_path / "o", ranges=knob, workers=0)
     assert not (tmp_path / "o").exists()
     with pytest.raises(UsageError, match="no sweep"):
         api.trial_recipe(tmp_path, 0)
