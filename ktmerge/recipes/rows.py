@@ -135,7 +135,8 @@ def _table(text: str, delimiter: str, name: str) -> Iterator[tuple[str, Any]]:
 def _lines(text: str, suffix: str, name: str) -> Iterator[tuple[str, Any]]:
     # split("\n"), not splitlines(): a row may hold other line separators of Unicode
     numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    found = [(f"{name}:{number}", _parse(line)) for number, line in numbered]
+    # files that were joined bring their byte order marks along
+    found = [(f"{name}:{number}", _parse(line.removeprefix("\ufeff"))) for number, line in numbered]
     broken = [isinstance(value, _Broken) for _, value in found]
     if any(broken):
         if all(broken) and suffix not in SUFFIXES:

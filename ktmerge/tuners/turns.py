@@ -112,7 +112,7 @@ def whole_characters(text: str) -> str:
 def kind_of(value: Any) -> str:
     """What a value is, in words."""
     names = {type(None): "missing", list: "a list", dict: "an object", str: "text", bool: "true or false"}
-    return names.get(type(value), "a number")
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
 def text_of(row: Mapping[str, Any], column: str, *, optional: bool = False) -> str:

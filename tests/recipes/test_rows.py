@@ -34,7 +34,7 @@ def test_reads_lines_lists_and_parquet_alike_whatever_they_are_called(tmp_path: 
 
 
 def test_lines_are_numbered_with_the_blank_ones_and_split_at_newlines_only(tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").write_text('{"a": 1}\n\n{"a": "b\u2028c"}\n', encoding="utf-8")
+    (tmp_path / "x.jsonl").write_text('{"a": 1}\n\n\ufeff{"a": "b\u2028c"}\n', encoding="utf-8")
     rows = read_rows(tmp_path / "x.jsonl", "x.jsonl").rows
     assert [(row.number, row.where) for row in rows] == [(0, "x.jsonl:1"), (1, "x.jsonl:3")]
     assert rows[1].values == {"a": "b\u2028c"}

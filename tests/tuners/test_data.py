@@ -138,6 +138,12 @@ def test_a_malformed_prompt_completion_is_named(tmp_path: Path, row: Any, messag
         read_data(["a.jsonl"], tmp_path)
 
 
+def test_columns_of_bytes_are_called_that(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", [{"prompt": b"a", "completion": 1.5}])
+    with pytest.raises(UsageError, match=r"a\.parquet, row 1: .* here they are bytes and a number"):
+        read_data(["a.parquet"], tmp_path)
+
+
 def test_problems_of_all_files_are_told_together_up_to_five(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", [conversation(("user", "a")) for _ in range(4)])
     (tmp_path / "b.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{oops\n{"prompt": "a", "completion": ""}\n')
