@@ -200,7 +200,7 @@ def _folder_missing(path: Path) -> str:
 def _near(wrong: str, folder: Path) -> str:
     """The data file of a folder that may be meant; all of them where they are few."""
     try:
-        names = [path.name for path in folder.iterdir() if path.suffix in SUFFIXES]
+        names = [path.name for path in folder.iterdir() if path.suffix in SUFFIXES and path.exists()]
     except OSError:
         return ""
     return did_you_mean(wrong, names, list_all=len(names) <= _SHOWN)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ktmerge.errors import UsageError
+from ktmerge.errors import UsageError, printable
 from ktmerge.recipes.images import Image, ImageError, images_of
 from ktmerge.recipes.rows import Row, listing, read_rows
 from ktmerge.tuners.images.places import MARK, Placed, PlaceError, fill, joined
@@ -41,6 +41,8 @@ _HELP = (
     "alpaca (instruction, input, output), prompt-completion (prompt, completion)."
 )
 _IMAGE_COLUMNS = ("images", "image")
+_SHOWN = 20
+"""Columns that a message names."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ def _format_of(rows: Sequence[Row], wanted: str, file: str, problems: list[str])
     for name, needed in FORMATS.items():
         if columns.issuperset(needed) and wanted in ("auto", name):
             return name
-    found = ", ".join(sorted(columns)) or "none"
+    names = [printable(column) for column in sorted(columns)]
+    found = ", ".join([*names[:_SHOWN], *(["..."] if len(names) > _SHOWN else [])]) or "none"
     if wanted == "auto":
         problems.append(f"{file}: its columns ({found}) are in no known format. {_HELP}")
     else:

@@ -82,6 +82,8 @@ def test_what_is_not_there_suggests_what_is(tmp_path: Path) -> None:
     assert missing == "capitols.jsonl: no such file. Did you mean 'capitals.jsonl'?"
     (away,) = read_rows(tmp_path / "other/zzz.parquet", "other/zzz.parquet").problems
     assert away == "other/zzz.parquet: no such file (there is no folder other)."
+    (tmp_path / "dangling.jsonl").symlink_to("nowhere")
+    assert "dangling" not in read_rows(tmp_path / "dangling.jsonl", "data").problems[0]
     (folder,) = read_rows(tmp_path, "data").problems
     assert folder == "data: is a folder; name the data files in it. Valid: capitals.jsonl."
 

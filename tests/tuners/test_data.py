@@ -164,6 +164,12 @@ def test_unknown_columns_are_shown_with_the_formats(tmp_path: Path) -> None:
         assert name in str(caught.value)
 
 
+def test_columns_are_named_in_one_line(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", [{"b\nc": 1, **{f"x{number:02}": 1 for number in range(30)}}])
+    with pytest.raises(UsageError, match=r"its columns \(b\\nc, x00, .*, x18, \.\.\.\) are in no"):
+        read_data(["a.jsonl"], tmp_path)
+
+
 def test_a_format_that_is_asked_for_must_be_there(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", [{**ROWS["alpaca"], **ROWS["messages"]}])
     assert read_data(["a.jsonl"], tmp_path, "alpaca").formats == ("alpaca",)
