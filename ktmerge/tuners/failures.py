@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from ktmerge.errors import KtmergeError, ToldElsewhereError, first_line
 from ktmerge.recipes.schema import FinetuneJob
-from ktmerge.tuners.machine import is_disk_trouble, is_out_of_memory, less_memory
+from ktmerge.tuners.machine import TORCH_WRITES, is_disk_trouble, is_out_of_memory, less_memory
 from ktmerge.tuners.partial import Partial
 from ktmerge.tuners.processes import Processes
 
@@ -42,6 +42,12 @@ def explaining(job: FinetuneJob, partial: Partial, processes: Processes, longest
             raise KtmergeError(f"out of memory while fine-tuning. {less_memory(job, longest, device)}") from error
         if is_disk_trouble(error):
             raise KtmergeError(
-                f"{partial.folder}: cannot be written ({first_line(error)}); free some space and go on with --resume."
+                f"{partial.folder}: cannot be written ({_why(error)}); free some space and go on with --resume."
             ) from error
         raise
+
+
+def _why(error: Exception) -> str:
+    """What a library says of a file; torch says where in itself it noticed, and no more."""
+    said = first_line(error)
+    return "a file could not be written whole" if any(word in said for word in TORCH_WRITES) else said

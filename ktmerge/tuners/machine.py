@@ -17,7 +17,9 @@ WEIGHT_BYTES, GRADIENT_BYTES, STATE_BYTES = 4, 4, 8
 """Per parameter: fp32 masters and gradients, and the two moments of Adam."""
 CHOSEN_BYTES, _MASK_BYTES = 20, 2
 """Of a selection, per element that moves its value, place and moments (Adam's); and for every element two masks."""
-_WRITE_FAILURES = ("inline_container", "PytorchStreamWriter", "I/O error", "os error")
+TORCH_WRITES = ("inline_container", "PytorchStreamWriter")
+"""What torch's errors have in them when a file cannot be written."""
+_WRITE_FAILURES = (*TORCH_WRITES, "I/O error", "os error")
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,10 @@ def test_a_diverging_run_says_so(tiny_llama: Path, tmp_path: Path, monkeypatch: 
             "activation_checkpointing=true, or a max_length below",
         ),
         (OSError(28, "No space left on device"), r"cannot be written .*No space left on device"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 293504 vs 293392"),
+            r"cannot be written \(a file could not be written whole\); free some space and go on with --resume",
+        ),
     ],
 )
 def test_a_machine_at_its_limits_is_answered(
