@@ -15,6 +15,7 @@ from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.dtypes import FLOATS
 from ktmerge.checkpoints.header import TensorInfo
 from ktmerge.checkpoints.limits import is_finite
+from ktmerge.checkpoints.tying import ties
 from ktmerge.errors import UsageError
 
 PREFIX = "base_model.model."
@@ -23,6 +24,7 @@ _FACTOR = re.compile(
     r"^(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(\.(?P<leaf>weight|bias))?$"
 )
+HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
 _FOREIGN = re.compile(r"(^|\.)(lora_|ia3_|hada_|lokr_|oft_|vera_|boft_|prompt_|adaption_|token_adapter|ranknum)")
 
 
@@ -86,10 +88,10 @@ def understand(
     lost = [name for name in (*targets, *biases) if name not in places]
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        raise UsageError(
-            f"{folder}: the adapter changes '{lost[0]}'{more}, which {model.root} does not have; it belongs to another "
-            "model."
-        )
+        reason = "does not have; it belongs to another model"
+        if HEAD.search(lost[0]) and ties(model.config):
+            reason = "ties to its embedding and does not store; untie the model first"
+        raise UsageError(f"{folder}: the adapter changes '{lost[0]}'{more}, which {model.root} {reason}.")
     # A head that the model ties to its embedding is no tensor of its own; the alignment judges what is left over.
     replaced = {places.get(name, name): info for name, info in whole.items()}
     sideways = _Orientation(config, model)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ktmerge.checkpoints.adapted import PREFIX, AdaptedModule, fits, understand
+from ktmerge.checkpoints.adapted import HEAD, PREFIX, AdaptedModule, fits, understand
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.classes import tensor_class
 from ktmerge.checkpoints.derived import Derived, DerivedReader, Made, shown
@@ -161,7 +161,7 @@ def _require_tied_together(
         for name in tensors
         if name.endswith(".weight") and tensor_class(name, tensors[name], model.config) == "embed"
     ]
-    heads = [name for name in vocabulary if re.search(r"(^|\.)(lm_head|embed_out|output)\.weight$", name)]
+    heads = [name for name in vocabulary if HEAD.search(name)]
     changed = [
         name
         for name in vocabulary

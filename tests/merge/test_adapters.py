@@ -216,3 +216,12 @@ def test_an_adapters_own_tokenizer_is_an_input(adapted: tuple[Path, dict[str, to
         "base",
         "adapter",
     }
+
+
+def test_an_adapter_of_a_head_that_is_the_embedding_is_told_so(
+    adapted: tuple[Path, dict[str, torch.Tensor]], recipe_in: Any
+) -> None:
+    folder, _ = adapted
+    lora(folder / "head", {"lm_head.weight": (48, 16)})
+    with pytest.raises(UsageError, match=r"'lm_head.weight', which .* ties to its embedding and does not store; untie"):
+        plan_blend(recipe_in(folder, {"a": ("head", 1.0)}, WHOLE))
