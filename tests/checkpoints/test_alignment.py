@@ -289,3 +289,12 @@ def test_a_tied_head_under_another_prefix(make: Make) -> None:
     alignment = align(make("base", tied, config), make("other", names, config), "a")
     alignment.require_complete()
     assert alignment.tied_extra == {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+
+
+def test_whispers_head_is_a_head(make: Make) -> None:
+    table = {"model.decoder.embed_tokens.weight": (9, 4)}
+    other = make("other", {**table, "proj_out.weight": (9, 4)}, alike=True)
+    alignment = align(make("base", table, alike=True), other, "a")
+    alignment.require_complete()
+    assert alignment.tied_extra == {"proj_out.weight": "model.decoder.embed_tokens.weight"}
+    alignment.require_tied(other)

@@ -265,3 +265,9 @@ def test_order_is_kept_where_alignment_allows() -> None:
 def test_what_cannot_be_stored_is_refused(specs: list[Spec], reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
         build_header(FilePlan("f", specs))
+
+
+def test_a_question_ends_a_sentence(raw_file: RawFile) -> None:
+    path = raw_file({"w": {"dtype": "U4", "shape": [2], "data_offsets": [0, 1]}}, b"x")
+    with pytest.raises(UsageError, match=r"unknown type 'U4'\. Did you mean 'U64'\?$"):
+        read_header(path, "w")
