@@ -193,7 +193,8 @@ def test_a_run_killed_at_any_moment_comes_to_the_same_result(workshop: Path) -> 
 
     generator = random.Random(0)
     killed = 0
-    for _ in range(6):
+    while killed < 5:
+        started = time.monotonic()
         process = subprocess.Popen(whole, cwd=workshop, stderr=subprocess.PIPE, text=True)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(generator.uniform(0.3, 1.0) * seconds)
@@ -201,7 +202,11 @@ def test_a_run_killed_at_any_moment_comes_to_the_same_result(workshop: Path) -> 
         _, said = process.communicate()
         assert process.returncode in (0, -signal.SIGKILL), said
         killed += process.returncode != 0
-    assert killed
+        if not process.returncode:  # it was faster than before
+            assert digests(workshop) == expected
+            seconds = min(seconds, time.monotonic() - started)
+            for made in ("runs", "result"):
+                shutil.rmtree(workshop / made)
     ktmerge(*whole[3:], cwd=workshop)
     assert digests(workshop) == expected
     assert scores_of(workshop / "result") == scores
