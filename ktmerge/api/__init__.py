@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ktmerge.api.blending import blend, blend_into, extract_lora, plan, refuse_without_out
+from ktmerge.api.blending import blend, blend_into, extract_lora, plan, refuse_without_out, require_apart
 from ktmerge.api.checking import Checked, check
 from ktmerge.api.deltas import apply_delta, export_delta
 from ktmerge.api.gallery import Listed, explain, import_recipe, list_recipes, new_recipe, schema_text, show_recipe
@@ -63,6 +63,7 @@ __all__ = [
     "recommend",
     "refuse_without_out",
     "report",
+    "require_apart",
     "run",
     "schema_text",
     "screen",

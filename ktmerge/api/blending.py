@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ktmerge.api.inputs import RecipeLike, loaded_recipe
+from ktmerge.checkpoints.files import refuse_holding
 from ktmerge.errors import UsageError
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes import load_recipe
@@ -71,6 +72,16 @@ def refuse_without_out(
     except UsageError as error:
         problems = [*str(error).splitlines(), *problems]
     raise UsageError("\n".join(problems))
+
+
+def require_apart(reference: str, out: Path) -> None:
+    """Refuse an output that the recipe's own file lies in.
+
+    Raises:
+        UsageError: it does, and would be lost where the output is replaced.
+    """
+    if Path(reference).is_file():
+        refuse_holding(out, [Path(reference)])
 
 
 def blend_into(

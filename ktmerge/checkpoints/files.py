@@ -62,7 +62,18 @@ def refuse_overlap(out: Path, inputs: Iterable[Path]) -> None:
             raise UsageError(f"{out}: is one of the inputs; choose another output folder.")
         if source[0] in target:
             raise UsageError(f"{out}: lies inside the input {given}; choose an output folder elsewhere.")
-        if target[0] in source:
+        refuse_holding(out, [given])
+
+
+def refuse_holding(out: Path, inputs: Iterable[Path]) -> None:
+    """Refuse an output that contains an input, be it under another name.
+
+    Raises:
+        UsageError: replacing ``out`` would remove one.
+    """
+    target = _way_up(out)[0]
+    for given in inputs:
+        if target in _way_up(given)[1:]:
             raise UsageError(f"{out}: contains the input {given}; choose an output folder elsewhere.")
 
 

@@ -55,6 +55,8 @@ def blend(
             raise typer.BadParameter("give a recipe, or a trial of a sweep (--trial, --study).", param_hint="--recipe")
         if out is None and not dry_run:
             api.refuse_without_out(recipe, overrides=set_ or (), base=base, experts=expert or ())
+        if out is not None:
+            api.require_apart(recipe, out)
         loaded = api.load_recipe(recipe, overrides=set_ or (), base=base, experts=expert or ())
     else:
         loaded = api.trial_to_blend(

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ktmerge.checkpoints.files import clear_os_errors
+from ktmerge.checkpoints.files import clear_os_errors, refuse_holding
 from ktmerge.errors import KtmergeError, ToldElsewhereError, UsageError
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.schema import FinetuneJob
@@ -56,6 +56,7 @@ def finetune(
     with processes.together():
         outputs.refuse(base, overwrite=overwrite, resume=resume)
         material = Material.read(job, base, folder, progress)
+        refuse_holding(out, [folder / file for found in material.data.values() for file in found.files])
         if processes.is_several:
             require_alike(material.encoded)
     inputs = material.inputs(job, processes.first(lambda: material.base.content_digest(progress)))

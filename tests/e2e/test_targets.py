@@ -94,6 +94,18 @@ def test_targets_that_cannot_be_are_named(
     assert digests(small) == before
 
 
+def test_a_recipe_in_the_output_is_not_replaced_with_it(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A name that is no file may be one of the gallery's."""
+    assert blend(small, small / "out") == 0
+    (small / "recipe.yaml").rename(small / "out" / "recipe.yaml")
+    (small / "recipe.yaml").symlink_to("out/recipe.yaml")
+    before = digests(small)
+    capsys.readouterr()
+    assert blend(small, small / "out", "--overwrite") == 2
+    assert "out: contains the input" in capsys.readouterr().err
+    assert digests(small) == before
+
+
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
 def test_a_disk_that_fails_at_the_end(
     small: Path, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

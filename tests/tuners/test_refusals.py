@@ -51,6 +51,12 @@ def test_mistakes_are_found_before_anything_is_made(tiny_llama: Path, tmp_path: 
     refused(r"long\.jsonl: all 3 samples", eval_upstream="long.jsonl", max_length=16)
     with pytest.raises(UsageError, match="is one of the inputs"):
         finetune(FinetuneJob.model_validate(JOB), tiny_llama, tiny_llama, folder=tmp_path, overwrite=True)
+    (tmp_path / "kept").mkdir()
+    write(tmp_path / "kept" / "train.jsonl", [{"prompt": "a", "completion": "b"}])
+    (tmp_path / "kept" / "model.safetensors").touch()
+    kept = FinetuneJob.model_validate({**JOB, "data": ["kept/train.jsonl"]})
+    with pytest.raises(UsageError, match=r"kept: contains the input .*train\.jsonl"):
+        finetune(kept, tiny_llama, tmp_path / "kept", folder=tmp_path, overwrite=True)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError):
         finetune(FinetuneJob.model_validate(JOB), tmp_path / "empty", tmp_path / "out", folder=tmp_path)
