@@ -20,6 +20,7 @@ from ktmerge.merge.report import BlendReport
 from ktmerge.recipes.document import yaml_text
 
 FILE = "README.md"
+_TEXT = "tag:yaml.org,2002:str"
 BASE_FILE = "BASE_README.md"
 _LICENCE = ("license", "license_name", "license_link")
 _FENCE = "---"
@@ -61,8 +62,7 @@ def base_card(base: Checkpoint) -> str | None:
 
 def licence(checkpoint: Checkpoint) -> str | None:
     """The licence that a model's own card states, if it states one."""
-    stated = _stated(base_card(checkpoint) or "").get("license")
-    return stated if isinstance(stated, str) else None
+    return _stated(base_card(checkpoint) or "").get("license")
 
 
 def _front_matter(plan: Plan, told: dict[str, Any]) -> dict[str, Any]:
@@ -74,21 +74,23 @@ def _front_matter(plan: Plan, told: dict[str, Any]) -> dict[str, Any]:
         "base_model": models,
         "base_model_relation": "merge",
         "library_name": "transformers",
-        **{key: stated[key] for key in _LICENCE if isinstance(stated.get(key), str)},
+        **{key: stated[key] for key in _LICENCE if key in stated},
         "tags": ["ktmerge", "merge"],
     }
 
 
-def _stated(text: str) -> dict[str, Any]:
-    """The front matter of a card; empty if there is none that can be read."""
+def _stated(text: str) -> dict[str, str]:
+    """The texts at the top of a card's front matter; empty if there is none that can be read. Aliases stay closed."""
     head, *rest = text.lstrip("\ufeff").split(f"\n{_FENCE}", 1)
     if not rest or not head.startswith(_FENCE):
         return {}
     try:
-        found = yaml.safe_load(head.removeprefix(_FENCE))
+        found = yaml.compose(head.removeprefix(_FENCE), Loader=yaml.SafeLoader)
     except (yaml.YAMLError, RecursionError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, yaml.MappingNode):
+        return {}
+    return {key.value: one.value for key, one in found.value if key.tag == one.tag == _TEXT}
 
 
 def _origin(plan: Plan) -> str:

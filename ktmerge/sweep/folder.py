@@ -160,10 +160,17 @@ def _definition(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{folder / DEFINITION}: a sweep of version {version}, this ktmerge knows 1; upgrade ktmerge.")
     told = document if version == 1 else {}
     texts = [told.get("study"), told.get("recipes from"), told.get("storage") or ""]
-    if not all(isinstance(one, str) and "\0" not in one for one in texts):
+    if not all(isinstance(one, str) and _can_be_a_path(one) for one in texts):
         raise UsageError(f"{folder / DEFINITION}: no sweep that 'ktmerge sweep' wrote; choose another folder.")
     known: dict[str, Any] = document
     return known
+
+
+def _can_be_a_path(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _has_study(where: str, study: str) -> bool:

@@ -16,6 +16,8 @@ from ktmerge.merge.record import portable
 from ktmerge.recipes import load_recipe
 
 TWO = {"a": ("a", 0.7), "b": ("b", 0.5)}
+BOMB = "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 30))
+"""Each takes in nine of the one before."""
 TIES = {"method": "ties", "density": 0.4, "where": [{"part": "embed", "keep": "a"}, {"part": "norm", "lambda": 0.5}]}
 
 
@@ -78,6 +80,8 @@ def test_says_what_it_is_made_from_and_how_far_it_moved(models: Path, tmp_path: 
         ("---\nlicense: [a, b]\n---\n", {}),
         ("---\n{{{\n---\n", {}),
         ("---\n- license\n---\n", {}),
+        (f"---\nlicense: mit\na0: &a0 {{x: 2024-01-01}}\n{BOMB}---\n", {"license": "mit"}),
+        ("---\nlicense: 1\nx: !!nothing 3\n[]: a\nlicense_name: no\n---\n", {}),
     ],
 )
 def test_the_licence_is_what_the_base_states(

@@ -205,7 +205,15 @@ def test_a_trial_whose_recipe_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"study": None}, {"storage": 3}, {"recipes from": []}, {"recipes from": "a\0b"}, {"ktmerge_sweep": 2}]
+    "change",
+    [
+        {"study": None},
+        {"storage": 3},
+        {"recipes from": []},
+        {"recipes from": "a\0b"},
+        {"recipes from": "\ud800"},
+        {"ktmerge_sweep": 2},
+    ],
 )
 def test_a_sweep_that_is_none_has_no_trials(tmp_path: Path, change: dict[str, object]) -> None:
     whole = {"ktmerge_sweep": 1, "study": "s", "storage": None, "recipes from": "."}
