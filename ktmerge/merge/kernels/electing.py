@@ -23,7 +23,7 @@ from ktmerge.merge.kernels.codes import BLOCK, FINE, INPUT_NOT_FINITE, MOST, NOT
 from ktmerge.merge.kernels.compiler import compiled, inlined
 from ktmerge.merge.kernels.conversion import EXPONENT, load_bf16
 from ktmerge.merge.kernels.files import fetch_all, rows_at
-from ktmerge.merge.kernels.randomness import hash_of, random_words
+from ktmerge.merge.kernels.randomness import judge, random_words
 from ktmerge.merge.kernels.settling import sum_up
 from ktmerge.merge.kernels.transforming import steps_at
 from ktmerge.merge.kernels.trimming import trim
@@ -63,17 +63,6 @@ def _drop(raw, own, words, cut, factor, theirs, delta):
         delta[i] = bits
         kept = _U32(kept + (_ONE if _U32(bits & _MAGNITUDE) != _U32(0) else _U32(0)))
     return worst, kept
-
-
-@compiled
-def _judge(tied, least, key, start, masks):
-    """All bits where the hash of an element is ``least`` or more, none elsewhere; how many those are."""
-    dropped = _U32(0)
-    for j in range(tied.size):
-        stays = hash_of(key, start + _U64(tied[j])) >= least
-        masks[j] = _U32(0xFFFFFFFF) if stays else _U32(0)
-        dropped = _U32(dropped + (_U32(0) if stays else _ONE))
-    return dropped
 
 
 @compiled
@@ -149,7 +138,7 @@ def _transform(step, raw, own, floor, least, span, key, cut, factor, start, thei
         near = words[: trim(raw, own, low, _U32(max(end, low) - low), theirs, delta, words, found)]
         worst, kept = found[0], found[1]
         if near.size != 0 and floor == low and least != _U64(0):
-            kept = _U32(kept - _judge(near, least, key, start, masks[: near.size]))
+            kept = _U32(kept - judge(near, least, key, start, masks[: near.size]))
             _mask(delta, near, masks)
         # Of finite numbers differences may be infinite.
         return EXPONENT if worst >= EXPONENT and load_bf16(raw, theirs) else _U32(0), kept

@@ -20,7 +20,7 @@ from ktmerge.merge.kernels.codes import BF16, COLUMNS, F16, F32, FINE, OVERFLOW,
 from ktmerge.merge.kernels.compiler import compiled
 from ktmerge.merge.kernels.conversion import load, store
 from ktmerge.merge.kernels.gathering import collect
-from ktmerge.merge.kernels.randomness import hash_of, random_words
+from ktmerge.merge.kernels.randomness import judge, random_words
 
 _U32, _U64, _F32 = np.uint32, np.uint64, np.float32
 _EXPONENT = np.uint32(0x7F800000)
@@ -166,10 +166,13 @@ def _drop_tied(base, expert, floor, least, key, start, half, odd_bit, mask, patt
     """Give back the base's value to what has just the magnitude ``floor`` and a hash below ``least``."""
     for i in range(out.size):
         patterns[i] = as_bits(as_float(expert[i]) - as_float(base[i]))
-    for j in range(collect(patterns, floor, _U32(0), tied)):
-        i = tied[j]
-        kept, own = out[i], _rounded(as_bits(as_float(base[i])), half, odd_bit, mask)
-        out[i] = own if hash_of(key, start + _U64(i)) < least else kept
+    ties = tied[: collect(patterns, floor, _U32(0), tied)]
+    masks = patterns[: ties.size]
+    judge(ties, least, key, start, masks)
+    for j in range(ties.size):
+        i = ties[j]
+        own = _rounded(as_bits(as_float(base[i])), half, odd_bit, mask)
+        out[i] = _U32(_U32(out[i] & masks[j]) | _U32(own & _U32(~masks[j])))
 
 
 @compiled

@@ -56,6 +56,17 @@ def hash_of(key, element):
 
 
 @compiled
+def judge(tied, least, key, start, masks):
+    """All bits where the hash of an element is ``least`` or more, none elsewhere; how many those are."""
+    dropped = _U32(0)
+    for j in range(tied.size):
+        stays = hash_of(key, start + _U64(tied[j])) >= least
+        masks[j] = _U32(0xFFFFFFFF) if stays else _U32(0)
+        dropped = _U32(dropped + (_U32(0) if stays else _U32(1)))
+    return dropped
+
+
+@compiled
 def _widen(words, out):
     for i in range(out.size):
         out[i] = int64(words[i])
