@@ -17,6 +17,8 @@ from ktmerge.errors import KtmergeError, UsageError
 if TYPE_CHECKING:
     from ktmerge.checkpoints.checkpoint import Checkpoint
 
+_Place = tuple[int, int] | Path
+"""Device and number of a folder; its path where it is not there yet."""
 _BLOCK = 1 << 20
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
@@ -62,7 +64,7 @@ def refuse_overlap(out: Path, inputs: Iterable[Path]) -> None:
             raise UsageError(f"{out}: is one of the inputs; choose another output folder.")
         if source[0] in target:
             raise UsageError(f"{out}: lies inside the input {given}; choose an output folder elsewhere.")
-        refuse_holding(out, [given])
+        _refuse_holding(out, target, given, source)
 
 
 def refuse_holding(out: Path, inputs: Iterable[Path]) -> None:
@@ -71,16 +73,20 @@ def refuse_holding(out: Path, inputs: Iterable[Path]) -> None:
     Raises:
         UsageError: replacing ``out`` would remove one.
     """
-    target = _way_up(out)[0]
+    target = _way_up(out)
     for given in inputs:
-        if target in _way_up(given)[1:]:
-            raise UsageError(f"{out}: contains the input {given}; choose an output folder elsewhere.")
+        _refuse_holding(out, target, given, _way_up(given))
 
 
-def _way_up(path: Path) -> list[tuple[int, int] | Path]:
+def _refuse_holding(out: Path, target: list[_Place], given: Path, source: list[_Place]) -> None:
+    if target[0] in source[1:]:
+        raise UsageError(f"{out}: contains the input {given}; choose an output folder elsewhere.")
+
+
+def _way_up(path: Path) -> list[_Place]:
     """A folder and those it lies in, each by its place on the disk, which other mounts and spellings share."""
     real = Path(os.path.realpath(path))
-    found: list[tuple[int, int] | Path] = []
+    found: list[_Place] = []
     for folder in (real, *real.parents):
         try:
             status = folder.stat()

@@ -292,6 +292,13 @@ def _try_lock(descriptor: int) -> None:
             raise
 
 
+def remove_dead_runs(out: Path) -> None:
+    """Remove the temporary folders of the same output that no living run holds."""
+    for path, descriptor in dead_runs(out):
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(descriptor)
+
+
 def dead_runs(out: Path) -> Iterator[tuple[Path, int]]:
     """The temporary folders of the same output that no living run holds, each with a descriptor that locks it now."""
     pattern = re.compile(re.escape(f".{out.name}.ktmerge-") + r"\d+(-old)?$")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ktmerge.checkpoints.files import clear_os_errors
 from ktmerge.checkpoints.signals import uninterrupted
-from ktmerge.checkpoints.staging import dead_runs, make_locked
+from ktmerge.checkpoints.staging import make_locked, remove_dead_runs
 
 
 @contextmanager
@@ -27,9 +27,7 @@ def workroom(target: Path) -> Iterator[Path]:
     """
     place = Path(os.path.realpath(target.absolute().parent)) / target.name
     with clear_os_errors(place.parent):
-        for path, descriptor in dead_runs(place):
-            shutil.rmtree(path, ignore_errors=True)
-            os.close(descriptor)
+        remove_dead_runs(place)
         folder = place.with_name(f".{place.name}.ktmerge-{os.getpid()}{time.time_ns()}")
     lock: int | None = None
     try:

@@ -19,7 +19,7 @@ from typing import Any
 
 from ktmerge.checkpoints.files import clear_os_errors, file_digest, write_whole
 from ktmerge.checkpoints.signals import uninterrupted
-from ktmerge.checkpoints.staging import dead_runs, sync_tree
+from ktmerge.checkpoints.staging import remove_dead_runs, sync_tree
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.tuners.processes import ALONE, Processes
 
@@ -141,9 +141,7 @@ class Partial:
         self._processes.first(self._discard)
 
     def _discard(self) -> None:
-        for path, descriptor in dead_runs(Path(os.path.realpath(self._out))):  # what the result replaced
-            shutil.rmtree(path, ignore_errors=True)
-            os.close(descriptor)
+        remove_dead_runs(Path(os.path.realpath(self._out)))  # what the result replaced
         started = read_object(self.folder / _STARTED)  # nothing is left of it if the kill came while all was removed
         if not self.folder.is_dir() or (started and started != self._inputs):
             return
