@@ -101,17 +101,17 @@ class Adapter(Strict):
     dropout: float = Field(0.0, ge=0, lt=1, description="of what goes into the adapter")
     b_rate: float | None = Field(None, gt=0, description="B's learning rate as a multiple of A's; lora+: 16")
     modules: Annotated[list[str], BeforeValidator(as_list)] = Field(
-        default_factory=list, description="names of linear maps, e.g. [q_proj, v_proj]; default: all that `train` names"
+        [], description="names of linear maps, e.g. [q_proj, v_proj]; default: all that `train` names"
     )
     tokens: int | None = Field(None, ge=1, description="length of a prompt; default 20, llama-adapter 10, visual 1")
     coefficients: int = Field(1000, ge=1, description="fourierft: learned entries of each map's spectrum")
     block: int = Field(32, ge=2, description="oft, boft: size of an orthogonal block; must divide the maps' inputs")
     data: Annotated[list[str], BeforeValidator(as_list)] = Field(
-        default_factory=list, description="corda: upstream samples whose directions are kept"
+        [], description="corda: upstream samples whose directions are kept"
     )
     samples: int = Field(256, ge=1, description="corda: how many of them are used, drawn by the seed")
     experts: Annotated[list[str], BeforeValidator(as_list)] = Field(
-        default_factory=list, description="xlora: folders of the LoRA adapters that are routed between"
+        [], description="xlora: folders of the LoRA adapters that are routed between"
     )
     orthogonal: float = Field(0.0, ge=0, description="strength of the pull of A and B out of `subspace` (CLoRA)")
     subspace: Literal["principal", "random"] = Field(

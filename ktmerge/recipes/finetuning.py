@@ -29,7 +29,7 @@ class FinetuneJob(Section):
     gradient_accumulation: int = Field(1, ge=1)
     learning_rate: float = Field(1e-5, gt=0, lt=1, description="with an adapter, its family's by default")
     learning_rates: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(
-        default_factory=dict, description="{what, as `train` names it: rate}, first match wins; elsewhere learning_rate"
+        {}, description="{what, as `train` names it: rate}, first match wins; elsewhere learning_rate"
     )
     adapter: Annotated[adapters.Adapter | None, BeforeValidator(adapters.adapter_of)] = Field(
         None, description="trained in place of the weights: lora, dora, prompt, ...; `train` says where, llm by default"
@@ -61,7 +61,7 @@ class FinetuneJob(Section):
         None, min_length=1, description="statistics of the base with Fisher information: with l2_sp, EWC"
     )
     replay: Annotated[list[str], BeforeValidator(as_list)] = Field(
-        default_factory=list, description="upstream samples mixed into every batch; same formats as data"
+        [], description="upstream samples mixed into every batch; same formats as data"
     )
     replay_ratio: float = Field(0.25, gt=0, lt=1, description="their share of a batch, at least one sample")
     distill: float = Field(0.0, ge=0, description="weight of learning from the frozen base (LwF)")

@@ -38,7 +38,7 @@ class Statistics(Section):
         description="relative to the recipe; alone: it is already made; default: stats/<name>",
     )
     data: Annotated[list[str], BeforeValidator(as_list)] = Field(
-        default_factory=list, description="JSONL, JSON or parquet; of an expert by default what it was tuned on"
+        [], description="JSONL, JSON or parquet; of an expert by default what it was tuned on"
     )
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion"] = "auto"
     images: str | None = Field(None, description="folder where the images that rows name are, for models that see")
@@ -122,7 +122,7 @@ class Blend(Section):
     lambda_: Factor | None = Field(
         None, alias="lambda", description="scale of the merged delta; the method's default if absent"
     )
-    where: list[WhereRule] = Field(default_factory=list)
+    where: list[WhereRule] = Field([])
 
     @model_validator(mode="after")
     def _method_or_stages(self) -> Blend:
@@ -155,8 +155,8 @@ class Evaluation(Section):
     """What is scored: a suite file, or tasks written here."""
 
     suite: str | None = None
-    upstream: list[Task] = Field(default_factory=list)
-    downstream: list[Task] = Field(default_factory=list)
+    upstream: list[Task] = Field([])
+    downstream: list[Task] = Field([])
     batch_size: int | None = Field(None, ge=1, description="sequences in a forward pass; by default what fits")
     bootstrap: int = Field(2000, ge=100, le=1_000_000, description="resamples behind each interval")
     seed: int = Field(0, ge=0, description="of the bootstrap")
@@ -178,7 +178,7 @@ class Recipe(Section):
     name: str = Field("recipe", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=200)
     description: str = Field("", description="one line: when to use it")
     base: str | None = Field(None, description="a folder (relative to the recipe) or a hub id, `org/name@revision`")
-    experts: dict[str, Expert] = Field(default_factory=dict)
+    experts: dict[str, Expert] = Field({})
     statistics: MaybeStatistics = Field(
         None, description="measured in the base on upstream data: a folder that `ktmerge stats` made, or how to make it"
     )

@@ -37,7 +37,7 @@ class TaskBase(Strict):
     subset: str | None = Field(None, description="configuration of the dataset; of a folder, the folder inside it")
     split: str | None = Field(None, description="of a dataset or folder: the files whose names begin so")
     each: dict[str, str] = Field(
-        default_factory=dict,
+        {},
         description="name: column of lists; a row becomes one for each place in these lists, named so there",
     )
     join: Join | None = Field(None, description="other data with columns of the same rows, such as their images")
@@ -143,7 +143,7 @@ class LetterTask(ChosenTask):
     kind: Literal["letter"]
     prompt: str = Field(description="template of the question; {{ lettered }} is the choices, one a line: 'A. first'")
     max_new_tokens: int = Field(16, ge=1, le=4096)
-    stop: Texts = Field(default_factory=list, description="the answer ends before the first of these")
+    stop: Texts = Field([], description="the answer ends before the first of these")
     metric: Literal["acc"] = "acc"
 
     @model_validator(mode="after")
@@ -164,7 +164,7 @@ class GenerateTask(PromptTask):
 
     kind: Literal["generate"]
     max_new_tokens: int = Field(16, ge=1, le=4096)
-    stop: Texts = Field(default_factory=lambda: ["\n"], description="the answer ends before the first of these")
+    stop: Texts = Field(["\n"], description="the answer ends before the first of these")
     extract: str | None = Field(
         None, description="regular expression; what its first group matches last is the answer (else: no answer)"
     )
@@ -193,7 +193,7 @@ class InstructionsTask(TaskBase):
     instructions: str = Field("instruction_id_list", description="column with the list of kinds of instructions")
     arguments: str = Field("kwargs", description="column with the arguments of each; those that are null do not count")
     max_new_tokens: int = Field(1280, ge=1, le=4096)
-    stop: Texts = Field(default_factory=list, description="the answer ends before the first of these")
+    stop: Texts = Field([], description="the answer ends before the first of these")
     metric: Literal["prompt_strict", "prompt_loose"] = "prompt_strict"
 
 
@@ -220,8 +220,8 @@ class Suite(Strict):
 
     ktmerge_suite: Literal[1] = Field(1, description="schema version")
     name: str = "suite"
-    upstream: list[Task] = Field(default_factory=list)
-    downstream: list[Task] = Field(default_factory=list)
+    upstream: list[Task] = Field([])
+    downstream: list[Task] = Field([])
     selection: float = Field(
         0.0, ge=0, lt=1, description="share of every set's rows kept for choosing recipes and never reported on"
     )
@@ -229,7 +229,7 @@ class Suite(Strict):
         Path("."), exclude=True, description="where relative data paths start; set by the loader"
     )
     places: SkipJsonSchema[dict[str, str]] = Field(
-        default_factory=dict, exclude=True, description="file and line of each task; set by the loader"
+        {}, exclude=True, description="file and line of each task; set by the loader"
     )
 
     @model_validator(mode="after")
