@@ -85,6 +85,8 @@ def find_method(name: str) -> Method:
     prefix, colon, rest = name.partition(":")
     if colon and prefix in _PROVIDERS:
         return _PROVIDERS[prefix](rest)
+    if name in _STAGES:
+        raise UsageError(f"'{name}' is no method but a {_STAGES[name].kind} stage; write it under stages.")
     known = [*_METHODS, *(f"{prefix}:<name>" for prefix in _PROVIDERS)]
     raise UsageError(f"there is no method '{name}'.{did_you_mean(name, known)}")
 

@@ -275,15 +275,8 @@ def draws(context: Context) -> Callable[[int], Tensor]:
     return draw
 
 
-def has_maps(context: Context) -> bool:
-    """Whether the tensor is made of linear maps; stages spelled out in a recipe get to see all others, too."""
-    return context.tensor_class == "matrix"
-
-
 def transformed(delta: Tensor, context: Context, change: Callable[[Tensor, Tensor], Tensor], *, fused: bool) -> Tensor:
     """One expert's delta, with ``change(tau [o, i], base [o, i])`` for each map that it changed; the rest as it is."""
-    if not has_maps(context):
-        return delta
 
     def one(maps: list[Tensor], base: Tensor, number: int) -> Tensor:
         return change(maps[0], base) if changed(maps, base) else maps[0]
@@ -292,14 +285,8 @@ def transformed(delta: Tensor, context: Context, change: Callable[[Tensor, Tenso
 
 
 def combined(deltas: list[Tensor], context: Context, merge: Callable[[list[Tensor]], Tensor], *, fused: bool) -> Tensor:
-    """Each map ``merge(members)``, zero where it has none; tensors that are no linear maps are averaged."""
+    """Each map ``merge(members)``, zero where it has none."""
     import torch
-
-    from ktmerge.merge.methods.mean import mean
-    from ktmerge.merge.stage import Parameters
-
-    if not has_maps(context):
-        return mean(deltas, Parameters(), context)
 
     def one(maps: list[Tensor], base: Tensor, number: int) -> Tensor:
         own = members(maps, base, context)

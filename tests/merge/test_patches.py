@@ -248,5 +248,5 @@ def test_patches_of_several_experts_lie_over_one_another() -> None:
         tensor="t", part="", layers={}, tensor_class="vector", shape=(4,), start=0, seed=1, experts=("a", "b"),
         weights=(1.0, 3.0), base=torch.zeros(4), kernels=kernels_for(torch.device("cpu")),
     )  # fmt: skip
-    stage = find_stage("union", "combine")
-    assert stage.apply([one, two], stage.parameters(), context).tolist() == [2.5, 5.0, 2.0, 0.0]
+    stage = find_stage("stitch", "combine")
+    assert stage.apply([one, two], stage.parameters(), context).tolist() == pytest.approx([2.5, 5.0, 2.0, 0.0])

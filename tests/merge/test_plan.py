@@ -100,6 +100,7 @@ def test_stages_spelled_out_equal_the_method(llamas: Path, tmp_path: Path, recip
 
 MISTAKES: list[tuple[dict[str, Any], list[str]]] = [
     ({"method": "tiess"}, ["blend.method: there is no method 'tiess'. Did you mean 'ties'?"]),
+    ({"method": "svc"}, ["blend.method: 'svc' is no method but a calibrate stage; write it under stages."]),
     ({"method": "ties", "densty": 0.2}, ["blend: method 'ties' has no parameter 'densty'. Did you mean 'density'?"]),
     ({"method": "ties", "density": 1.2}, ["blend.density: must be a number of at least 0 and at most 1, not 1.2."]),
     ({"method": "ties", "density": "0.2"}, ["blend.density: must be a number of at least 0 and at most 1, not '0.2'."]),

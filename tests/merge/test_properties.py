@@ -370,6 +370,18 @@ def test_stages_are_pure(stage: Stage) -> None:
     assert all(a.equal(b) for a, b in zip((*deltas, merged, base), copies, strict=True))
 
 
+def test_stages_for_maps_see_nothing_else() -> None:
+    """They need not ask what they are given, be it in a method or where a recipe spells them out."""
+    spelled: list[dict[str, Any]] = [{"method": method.name} for method in METHODS]
+    for name, stage in stages().items():
+        if stage.on_maps:
+            spelled.append({"stages": {"combine": "mean", stage.kind: [name]}})
+    for blend in spelled:
+        pipelines = blend_setting(Blend.model_validate(blend)).pipelines
+        others = [use.stage for kind in ("embed", "vector", "conv") for use in pipelines[kind].uses]
+        assert not [one.name for one in others if one.on_maps], blend
+
+
 class RandomMeasurements:
     """Of a matrix of 12 outputs and 10 inputs."""
 

@@ -309,16 +309,14 @@ def test_norm_budget_is_the_mean_length(bench: Workbench) -> None:
 
 @pytest.mark.slow
 def test_spectral_stages_spelled_out_leave_what_is_no_map(bench: Workbench) -> None:
-    """A recipe's own stages see every tensor class; spectra are for linear maps."""
+    """Spectra are for linear maps; that all such stages see nothing else, the methods' properties say."""
     names = {MATRIX: (9, 8), "model.norm.weight": (8,), "model.embed_tokens.weight": (7, 8)}
     names["vision_tower.patch.weight"] = (4, 3, 2, 2)
     deltas = {e: {n: normal(*shape, seed=ord(e)) for n, shape in names.items()} for e in "ab"}
-    for transform in ("dg_hard", "svd_truncate", "star", "wiener"):
-        for combine in ("tsv_m", "isotropy", "iso_cts", "knots", "cart", "resmerge"):
-            stages = {"transform": transform, "combine": combine, "calibrate": "svc"}
-            found = bench.merged(deltas, {"stages": stages})
-            for name in list(names)[1:]:
-                torch.testing.assert_close(found[name], (deltas["a"][name] + deltas["b"][name]) / 2)
+    for transform, combine in (("dg_hard", "tsv_m"), ("wiener", "knots")):
+        found = bench.merged(deltas, {"stages": {"transform": transform, "combine": combine, "calibrate": "svc"}})
+        for name in list(names)[1:]:
+            torch.testing.assert_close(found[name], (deltas["a"][name] + deltas["b"][name]) / 2)
 
 
 # --- maps inside tensors ----------------------------------------------------------------------------------------------

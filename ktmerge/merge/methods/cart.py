@@ -36,12 +36,8 @@ def cart(deltas: list[Tensor], parameters: CartParameters, context: Context) -> 
 
     from ktmerge.merge.decompositions import together
     from ktmerge.merge.matrices import by_map, changed
-    from ktmerge.merge.methods.mean import mean
-    from ktmerge.merge.spectra import draws, has_maps, top
+    from ktmerge.merge.spectra import draws, top
     from ktmerge.merge.weights import relative
-
-    if not has_maps(context):
-        return mean(deltas, Parameters(), context)
 
     def merge(maps: list[Tensor], base: Tensor, number: int) -> Tensor:
         members = [t for t in changed(maps, base) if context.weights[t] > 0]

@@ -44,26 +44,22 @@ def cts(deltas: list[Tensor], parameters: CtsParameters, context: Context) -> Te
 
     The formula has no weights: each delta is multiplied by its weight over the mean of their magnitudes.
     """
-    import torch
-
     from ktmerge.merge.common import shared
-    from ktmerge.merge.matrices import by_map
     from ktmerge.merge.methods.isotropy import evened
-    from ktmerge.merge.spectra import members
+    from ktmerge.merge.spectra import combined
 
-    def merge(maps: list[Tensor], base: Tensor, number: int) -> Tensor:
-        own = members(maps, base, context)
-        if len(own) < 2:
-            return own[0] if own else torch.zeros_like(base)
+    def merge(own: list[Tensor]) -> Tensor:
+        if len(own) == 1:
+            return own[0]
         found = shared(own)
         gate = found.gate()
         common = found.mean() * gate
         if parameters.power < 1:
             common = evened(common, parameters.power, "frobenius")
         merged = common + parameters.mu * _specific(found, gate, parameters.residual)
-        return found.frame.back(merged).float()
+        return found.frame.back(merged)
 
-    return by_map(deltas, context, merge, fused=parameters.split_fused)
+    return combined(deltas, context, merge, fused=parameters.split_fused)
 
 
 def _specific(found: Shared, gate: Tensor, rule: str) -> Tensor:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from ktmerge.merge.methods.slerp import inner_products
 from ktmerge.merge.program import Measured
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages, Statistic
 from ktmerge.merge.weights import positive
 
 if TYPE_CHECKING:
@@ -20,62 +21,39 @@ class KarcherParameters(Parameters):
     iterations: int = Field(10, ge=0, le=1000, description="steps towards the mean; 0 is the normalised mean")
 
 
-def _geometry(parameters: Parameters) -> tuple[Statistic, ...]:
-    def start(domain: Domain) -> Observer:
-        from ktmerge.merge.gram import GramObserver
-
-        return GramObserver("tensor")
-
-    return (Statistic("geometry", "tensor", start),)
+def _geometry(parameters: KarcherParameters) -> tuple[Statistic, ...]:
+    return inner_products()
 
 
-def _measured(iterations: int, weights: Mapping[str, float]) -> Measured:
+def _compiled(parameters: KarcherParameters, weights: Mapping[str, float]) -> Measured:
     from ktmerge.merge.sphere import direction_coefficients
 
     own = list(weights.values())
     return Measured(
-        "geometry", "tensor", lambda geometry: direction_coefficients(geometry, own, iterations)[0].tolist()
+        "geometry", "tensor", lambda geometry: direction_coefficients(geometry, own, parameters.iterations)[0].tolist()
     )
 
 
-def _compiled_karcher(parameters: KarcherParameters, weights: Mapping[str, float]) -> Measured:
-    return _measured(parameters.iterations, weights)
-
-
-def _compiled_nmean(parameters: Parameters, weights: Mapping[str, float]) -> Measured:
-    return _measured(0, weights)
-
-
-@stage("karcher", "combine", KarcherParameters, statistics=_geometry, objection=positive, compiled=_compiled_karcher)
+@stage("karcher", "combine", KarcherParameters, statistics=_geometry, objection=positive, compiled=_compiled)
 def karcher(deltas: list[Tensor], parameters: KarcherParameters, context: Context) -> Tensor:
     """Mean length along the mean direction on the sphere (Karcher, 1977): d <- exp_d(sum_t w_t log_d(tau_t/|tau_t|)).
 
     Weights sum to 1 over the experts that moved the tensor; the length is sum_t w_t |tau_t|. Where directions cancel
-    altogether there is no mean direction: the weighted mean instead.
+    altogether there is no mean direction: the weighted mean instead. No ``iterations``: the normalised mean
+    sum_t w_t tau_t / |tau_t| itself.
     Differs from mergekit, which takes the mean of weights, not deltas (siblings all but coincide there), rounds the
     directions to the checkpoint's type, knows no weights, and starts from the first expert where directions cancel.
+    Differs from mergekit's multislerp, without iterations, only in name, and in leaving out experts that did not move
+    the tensor: its step through the tangent space is zero, since the tangents are taken where they sum to zero.
     """
-    return _along_mean_direction(deltas, parameters.iterations, context)
-
-
-@stage("nmean", "combine", statistics=_geometry, objection=positive, compiled=_compiled_nmean)
-def nmean(deltas: list[Tensor], parameters: Parameters, context: Context) -> Tensor:
-    """Mean length along the mean of the directions: (sum_t w_t |tau_t|) normalize(sum_t w_t tau_t / |tau_t|).
-
-    Differs from mergekit's multislerp only in name, and in leaving out experts that did not move the tensor: its
-    step through the tangent space is zero, since the tangents are taken at the point where they sum to zero.
-    """
-    return _along_mean_direction(deltas, 0, context)
-
-
-def _along_mean_direction(deltas: list[Tensor], iterations: int, context: Context) -> Tensor:
     from ktmerge.merge.gram import combined
     from ktmerge.merge.sphere import direction_coefficients
 
     geometry = context.statistics["geometry"]
     if geometry is None:
         return deltas[0].clone()
-    return combined(deltas, direction_coefficients(geometry, context.weights, iterations), "tensor", context)
+    coefficients = direction_coefficients(geometry, context.weights, parameters.iterations)
+    return combined(deltas, coefficients, "tensor", context)
 
 
 method(
@@ -95,7 +73,7 @@ method(
         name="nmean",
         summary="Several experts: their mean at their mean length; what mergekit calls multi-SLERP, in closed form.",
         source="mergekit's Multi-SLERP",
-        stages=Stages(combine=("nmean", {})),
+        stages=Stages(combine=("karcher", {"iterations": 0})),
         formula="(sum_t w_t |tau_t|) normalize(sum_t w_t tau_t / |tau_t|)",
         cost="N^2 oi",
         promises=Promises(identical="mean", tolerance=1e-6),

@@ -55,11 +55,7 @@ def knots(deltas: list[Tensor], parameters: KnotsParameters, context: Context) -
 
     from ktmerge.merge.arithmetic import weighted_total
     from ktmerge.merge.matrices import by_map, changed
-    from ktmerge.merge.methods.mean import mean
-    from ktmerge.merge.spectra import has_maps, one_sided
-
-    if not has_maps(context):
-        return mean(deltas, Parameters(), context)
+    from ktmerge.merge.spectra import one_sided
 
     def merge(maps: list[Tensor], base: Tensor, number: int) -> Tensor:
         members = [t for t in changed(maps, base) if context.weights[t] != 0]

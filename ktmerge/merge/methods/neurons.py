@@ -55,9 +55,8 @@ class _Energies(OnePass):
 
 def _maps(values: Tensor, context: Context) -> Iterator[tuple[Owner, str, Tensor]]:
     from ktmerge.merge.matrices import split
-    from ktmerge.merge.spectra import has_maps
 
-    if not has_maps(context):
+    if context.tensor_class != "matrix":  # stages spelled out in a recipe get to see all others, too
         return
     kinds = kinds_in(context.tensor, context.layout)
     for number, one in enumerate(split(values, context)):
@@ -111,9 +110,8 @@ def neuron_fusion(delta: Tensor, parameters: NeuronFusionParameters, context: Co
     Differs from the paper, which gives no formulas: the score, gamma and the rescaling are a reconstruction.
     """
     from ktmerge.merge.matrices import join
-    from ktmerge.merge.spectra import has_maps
 
-    if (parameters.rho == 1 and parameters.alpha == 1) or not has_maps(context):
+    if (parameters.rho == 1 and parameters.alpha == 1) or context.tensor_class != "matrix":
         return delta
     scaled = []
     for owner, kind, one in _maps(delta, context):

@@ -82,7 +82,7 @@ def opcm(deltas: list[Tensor], parameters: OpcmParameters, context: Context) -> 
     r the fewest directions that hold ``alpha`` of the sum of singular values. Last, M times mean_t |tau_t| / |M|, both
     over all matrices or within each (the paper does so after every expert, which comes to the same, as neither U, V nor
     r depends on the length of M). Directions whose singular value is rounding are open. Tensors that are no linear maps
-    are added.
+    are averaged.
 
     Norms are the mean of the experts that moved anything. The formula has no weights: they have to be equal.
     """
@@ -93,12 +93,7 @@ def opcm(deltas: list[Tensor], parameters: OpcmParameters, context: Context) -> 
 
 def _added(deltas: list[Tensor], parameters: OpcmParameters, context: Context) -> Tensor:
     """M before its norm is set."""
-    from ktmerge.merge.arithmetic import weighted_total
     from ktmerge.merge.matrices import by_map
-    from ktmerge.merge.spectra import has_maps
-
-    if not has_maps(context):
-        return weighted_total(deltas, [1.0] * len(deltas))
 
     def merge(maps: list[Tensor], base: Tensor, number: int) -> Tensor:
         return _added_maps(maps, base, parameters.alpha)

@@ -85,11 +85,11 @@ method(
         name="exact_patch",
         summary="One expert and its data: few entries move, each to where the outputs miss the tuned model's least.",
         source="ktmerge; the exact form of the decoration of Model Tailor, ICML 2024, arXiv:2402.12048",
-        stages=Stages(transform=(("exact_patch", {}),), combine=("union", {})),
+        stages=Stages(transform=(("exact_patch", {}),), combine=("stitch", {})),
         otherwise=MEANS,
         formula="[(H_d + kappa C_u)_SS]^-1 (H_d tau^T)_S on the support S of each row, 0 elsewhere",
         cost="o (density i)^3 / 3 + R i^2",
         promises=Promises(neutral={"density": 1.0}, identical="mean", elements=False, tolerance=1e-5),
-        semantics=3,
+        semantics=4,
     )
 )

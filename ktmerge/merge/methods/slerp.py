@@ -34,13 +34,19 @@ def _objection(parameters: SlerpParameters, weights: Mapping[str, float]) -> str
     return positive(parameters, weights)
 
 
-def _geometry(parameters: SlerpParameters) -> tuple[Statistic, ...]:
+def inner_products(granularity: Literal["tensor", "row", "column"] = "tensor") -> tuple[Statistic, ...]:
+    """The statistic ``geometry``: inner products of the deltas, of a tensor or of each row or column."""
+
     def start(domain: Domain) -> Observer:
         from ktmerge.merge.gram import GramObserver
 
-        return GramObserver(parameters.granularity)
+        return GramObserver(granularity)
 
     return (Statistic("geometry", "tensor", start),)
+
+
+def _geometry(parameters: SlerpParameters) -> tuple[Statistic, ...]:
+    return inner_products(parameters.granularity)
 
 
 def _coefficients(geometry: Geometry, parameters: SlerpParameters, weights: Sequence[float]) -> NDArray[Any]:
@@ -66,8 +72,8 @@ def slerp(deltas: list[Tensor], parameters: SlerpParameters, context: Context) -
     (as WARP does, arXiv:2406.16768), in the order of their names: of three or more, the order matters. A straight line
     where |cos W| > 0.9995, towards the opposite, and from or to a delta of norm 0.
     Differs from mergekit's slerp, which turns weights, not deltas: siblings lie within a degree of one another, so that
-    the circle between them is a straight line and slerp the mean. As mergekit's nuslerp with a base, where a "row" is
-    what is a column here.
+    the circle between them is a straight line and slerp the mean. As mergekit's nuslerp with a base, which takes the
+    tensor as a whole unless nuslerp_flatten is false, and calls a "row" what is a column here.
     """
     from ktmerge.merge.gram import combined
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from ktmerge.merge.methods.slerp import inner_products
 from ktmerge.merge.program import Measured
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages, Statistic
 from ktmerge.merge.weights import positive
 
 if TYPE_CHECKING:
@@ -25,12 +26,7 @@ class StockParameters(Parameters):
 
 
 def _geometry(parameters: StockParameters) -> tuple[Statistic, ...]:
-    def start(domain: Domain) -> Observer:
-        from ktmerge.merge.gram import GramObserver
-
-        return GramObserver(parameters.granularity)
-
-    return (Statistic("geometry", "tensor", start),)
+    return inner_products(parameters.granularity)
 
 
 def _compiled(parameters: StockParameters, weights: Mapping[str, float]) -> Measured | None:

@@ -55,6 +55,8 @@ def model_tailor(delta: Tensor, parameters: TailorParameters, context: Context) 
     Differs from the published code, unless ``score`` and ``decoration`` are ``paper``: what is put back is the change,
     so the change and not the tuned weight is scored; errors are subtracted from later columns, as in SparseGPT, not
     added, which makes the outputs worse than no correction does.
+    Differs from the published code in what it is for: that tailors the last twelve blocks of one model and puts its
+    projector back to the base. Here all maps are tailored and all else is the expert's, unless a rule says keep: base.
     """
     import torch
 
@@ -112,18 +114,6 @@ def _patch(delta: Tensor, tailor: Tailor, decoration: str) -> Tensor:
     return kept
 
 
-@stage("union", "combine")
-def union(deltas: list[Tensor], parameters: Parameters, context: Context) -> Tensor:
-    """Weighted mean, element by element, of the deltas that are not zero there: patches laid over one another."""
-    import torch
-
-    from ktmerge.merge.arithmetic import weighted_total
-
-    total = weighted_total(deltas, context.weights)
-    share = weighted_total([(delta != 0).float() for delta in deltas], context.weights)
-    return torch.where(share != 0, total / share, 0.0)
-
-
 _SOURCE = "Zhu et al., ICML 2024, arXiv:2402.12048"
 _PROMISES = Promises(neutral={"density": 1.0}, identical="mean", elements=False, tolerance=1e-5)
 _PAPERS = replace(_PROMISES, scale=False, sign=False)  # it scores the tuned weight, in which the base is
@@ -148,11 +138,11 @@ for _name, _summary, _parameters, _promises in (
             name=_name,
             summary=_summary,
             source=_SOURCE,
-            stages=Stages(transform=(("model_tailor", _parameters),), combine=("union", {})),
+            stages=Stages(transform=(("model_tailor", _parameters),), combine=("stitch", {})),
             otherwise=MEANS,
             formula="m (tau + correction), m the entries of largest score in each block of columns",
             cost="i^3 + R i^2 + oi^2; of R < i / 2 samples i R^2 + oi R",
             promises=_promises,
-            semantics=2,
+            semantics=3,
         )
     )

@@ -31,8 +31,10 @@ def tsv_m(deltas: list[Tensor], parameters: TsvParameters, context: Context) -> 
 
     The formula has no weights: each delta is multiplied by its weight over the mean of their magnitudes.
 
-    Differs from the paper's code: the polar factors leave out directions whose singular value is rounding, as where
-    experts share a direction a full factor adds an arbitrary one; N counts the experts that changed the map.
+    Differs from the paper's code: directions whose singular value is rounding (1e-5 of the largest) stay out, both an
+    expert's own, which of an expert of low rank are noise across the others' directions, and those of the polar
+    factors, as where experts share a direction a full factor adds an arbitrary one; N counts the experts that changed
+    the map.
     """
     import torch
 
