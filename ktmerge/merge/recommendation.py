@@ -14,6 +14,7 @@ from ktmerge.merge.catalogue import NO_DATA, data_of_recipe
 from ktmerge.merge.diagnostics.signs import Signs
 from ktmerge.merge.diagnostics.table import Table
 from ktmerge.recipes import load_recipe
+from ktmerge.recipes.overrides import key_of
 
 if TYPE_CHECKING:
     from ktmerge.merge.diagnostics import Inspection
@@ -176,7 +177,7 @@ def _command(one: Advice, base: str, tuned: Mapping[str, str], measured: bool) -
     if measured:
         words += ["--set", "statistics=stats/base"]
         for name in tuned:
-            words += ["--set", f"experts.{name}.statistics=stats/{name}"]
+            words += ["--set", f"{key_of('experts', name, 'statistics')}=stats/{name}"]
     for setting, value in {**one.settings, key: middle}.items():
         words += ["--set", f"{setting}={value:g}" if isinstance(value, float) else f"{setting}={value}"]
     return shlex.join([*words, "--out", f"blended-{one.recipe}"])

@@ -9,7 +9,8 @@ from typing import Any
 from ktmerge.errors import UsageError
 from ktmerge.recipes.document import parse_yaml
 
-_STEP = re.compile(r"([^.\[\]]+)|\[(\d+)\]")
+_PLAIN = r'[^.\[\]"]+'
+_STEP = re.compile(rf'(?:^|\.)(?:({_PLAIN})|"([^"]+)")|\[(\d{{1,9}})\]')
 
 
 def apply_overrides(document: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -37,15 +38,21 @@ def set_key(document: dict[str, Any], key: str, value: Any, where: str) -> None:
 
 
 def steps_of(path: str) -> list[str | int]:
-    """``blend.where[0].lambda`` as its steps; empty if it is not written so."""
+    """``blend.where[0].lambda`` or ``experts."qwen2.5".weight`` as its steps; empty if it is not written so."""
     steps: list[str | int] = []
     position = 0
     for match in _STEP.finditer(path):
-        if path[position : match.start()] not in ("", "."):
+        if match.start() != position:
             return []
-        steps.append(match[1] if match[1] is not None else int(match[2]))
+        steps.append(int(match[3]) if match[3] else match[1] or match[2])
         position = match.end()
     return steps if position == len(path) and steps and isinstance(steps[0], str) else []
+
+
+def key_of(*steps: str | int) -> str:
+    """The path with these steps, as `steps_of` reads it: names with a dot are in quotes."""
+    spelt = (step if isinstance(step, int) or re.fullmatch(_PLAIN, step) else f'"{step}"' for step in steps)
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in spelt).removeprefix(".")
 
 
 def _assign(target: Any, steps: list[str | int], value: Any, where: str) -> None:
@@ -53,9 +60,11 @@ def _assign(target: Any, steps: list[str | int], value: Any, where: str) -> None
         last = i == len(steps) - 1
         if isinstance(step, int):
             if not isinstance(target, list) or step >= len(target):
-                raise UsageError(f"{where}: there is no item [{step}] in {_spell(steps[:i])}.")
+                raise UsageError(f"{where}: there is no item [{step}] in {key_of(*steps[:i])}.")
         elif not isinstance(target, dict):
-            raise UsageError(f"{where}: {_spell(steps[:i])} has no keys inside.")
+            raise UsageError(f"{where}: {key_of(*steps[:i])} has no keys inside.")
+        elif quoted := _quoted(target, steps, i):
+            raise UsageError(f"{where}: a name with a dot goes in quotes: '{quoted}'.")
         elif not last and target.get(step) is None:
             target[step] = {}
         if last:
@@ -64,5 +73,11 @@ def _assign(target: Any, steps: list[str | int], value: Any, where: str) -> None
             target = target[step]
 
 
-def _spell(steps: list[str | int]) -> str:
-    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).lstrip(".")
+def _quoted(target: dict[str, Any], steps: list[str | int], i: int) -> str:
+    """The path that was meant where a name in ``target`` was taken apart at its dots; empty if none was."""
+    rest = [str(step) for step in steps[i:]]
+    for name in target if rest[0] not in target else ():
+        count = name.count(".") + 1
+        if count > 1 and ".".join(rest[:count]) == name:
+            return key_of(*steps[:i], name, *steps[i + count :])
+    return ""

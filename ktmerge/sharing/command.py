@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 
+from ktmerge.recipes.overrides import key_of
 from ktmerge.recipes.schema import Recipe
 from ktmerge.sharing import contents
 from ktmerge.sharing.manifest import Input
@@ -26,16 +27,16 @@ def blend_command(inputs: Mapping[str, Input], recipe: Recipe, folder: str) -> s
     if any(model != inputs[name].model for name, model in experts.items()):
         if any(expert.statistics is not None for expert in recipe.experts.values()):
             for name, model in experts.items():
-                words += ["--set", f"experts.{name}.model={model}"]
+                words += ["--set", f"{key_of('experts', name, 'model')}={model}"]
         else:  # --expert replaces all of them, weights included
             for name, model in experts.items():
                 words += ["--expert", f"{name}={model}:{recipe.experts[name].weight!r}"]
-    return " ".join([*words, "--lock", _below(folder, contents.LOCK), "--out", "blended"])
+    return shlex.join([*words, "--lock", _below(folder, contents.LOCK), "--out", "blended"])
 
 
 def apply_command(folder: str) -> str:
     """The command that makes the blended model from the base and the bundle's delta."""
-    return " ".join(["ktmerge", "delta", "apply", "BASE", _below(folder, contents.DELTA), "--out", "blended"])
+    return shlex.join(["ktmerge", "delta", "apply", "BASE", _below(folder, contents.DELTA), "--out", "blended"])
 
 
 def _given(name: str, model: str) -> str:
@@ -49,4 +50,4 @@ def _part(name: str, part: str) -> str:
 
 
 def _below(folder: str, name: str) -> str:
-    return shlex.quote(f"{folder}/{name}" if folder else name)
+    return f"{folder}/{name}" if folder else name

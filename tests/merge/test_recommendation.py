@@ -135,3 +135,8 @@ def test_odd_matrices_say_nothing_of_the_rank(tmp_path: Path) -> None:
     write(tmp_path / "b", {name: values / (values.ndim == 1) for name, values in sound.items()})
     assert rank_share(tmp_path / "base", {"a": tmp_path / "a"}) is not None
     assert rank_share(tmp_path / "base", {"b": tmp_path / "b"}) is None
+
+
+def test_an_expert_with_a_dot_in_its_name_is_named_as_keys_are() -> None:
+    words = shlex.split(recommendation._command(recommendation.BACK, "base", {"qwen2.5": "q"}, True))
+    assert 'experts."qwen2.5".statistics=stats/qwen2.5' in words

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ktmerge.errors import UsageError
 from ktmerge.recipes import load_recipe, load_suite
 from ktmerge.recipes.load import parse_recipe, suite_of
+from ktmerge.recipes.overrides import apply_overrides, key_of, steps_of
 
 RECIPE = """
 ktmerge: 1
@@ -137,6 +139,9 @@ def test_overrides_change_any_key(tmp_path: Path) -> None:
         ("blend.lambda", "write key=value"),
         ("name.first=1", "name has no keys inside"),
         ("=3", "write key=value"),
+        ("blend[0]lambda=1", "write key=value"),
+        ('experts."spam=1', "write key=value"),
+        (f"blend.where[{'9' * 50}].lambda=1", "write key=value"),
     ],
 )
 def test_wrong_overrides_are_refused(tmp_path: Path, override: str, expected: str) -> None:
@@ -146,6 +151,20 @@ def test_wrong_overrides_are_refused(tmp_path: Path, override: str, expected: st
         assert recipe.blend.parameters["lamda"] == 0.8
     else:
         assert expected in refused(tmp_path, RECIPE, overrides=[override])
+
+
+def test_every_legal_name_can_be_said_in_a_key(tmp_path: Path) -> None:
+    names = ["qwen2.5", "a", "a.weight", "a.weight.b", "9", "9.", "x..y", "no", "-".join("xyz")]
+    path = write(tmp_path, RECIPE.replace("spam:", "qwen2.5:"))
+    document: dict[str, Any] = {"experts": {name: {"model": "m"} for name in names}}
+    for number, name in enumerate(names):
+        key = key_of("experts", name, "weight")
+        assert steps_of(key) == ["experts", name, "weight"]
+        apply_overrides(document, [f"{key}={number}"])
+    assert document == {"experts": {name: {"model": "m", "weight": number} for number, name in enumerate(names)}}
+    assert load_recipe(path, overrides=['experts."qwen2.5".weight=0.25']).experts["qwen2.5"].weight == 0.25
+    with pytest.raises(UsageError, match=r"goes in quotes: 'experts\.\"qwen2\.5\"\.weight'"):
+        load_recipe(path, overrides=["experts.qwen2.5.weight=0.25"])
 
 
 @pytest.mark.parametrize("number", ["1:30", "0:10.5", "010", "-00"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import zipfile
 from pathlib import Path
@@ -17,7 +18,10 @@ from ktmerge.checkpoints.staging import Staging
 from ktmerge.errors import UsageError
 from ktmerge.recipes import gallery, load_recipe
 from ktmerge.recipes.load import parse_recipe
+from ktmerge.recipes.overrides import apply_overrides
+from ktmerge.sharing.command import blend_command
 from ktmerge.sharing.contents import MANIFEST
+from ktmerge.sharing.manifest import FileEntry, Input
 
 
 def names_in(bundle: str) -> list[str]:
@@ -56,6 +60,17 @@ def test_the_command_that_is_told_works(place: Path, ktmerge: Any) -> None:
     words = done.commands["blend"].replace("BASE", "base").replace("SPAM", "spam").split()
     assert ktmerge(*words[1:]) == 0
     assert Path("blended/model.safetensors").is_file()
+
+
+def test_the_command_names_every_expert(place: Path) -> None:
+    document = yaml.safe_load(Path("recipe.yaml").read_text())
+    document["experts"] = {name: {"model": "m", "statistics": "s"} for name in ("spam", "qwen2.5")}
+    files = {"config.json": FileEntry.of(b"{}")}
+    inputs = {name: Input(model=f"./{name}.sha256-0", files=files) for name in ("base", *document["experts"])}
+    words = shlex.split(blend_command(inputs, parse_recipe(document, "r", place), "a b"))
+    assert words[3] == "a b/recipe.yaml"
+    apply_overrides(document, [word for word, before in zip(words[1:], words, strict=False) if before == "--set"])
+    assert {name: one["model"] for name, one in document["experts"].items()} == {"spam": "SPAM", "qwen2.5": "QWEN2.5"}
 
 
 def test_models_of_the_hub_are_named_by_commit(place: Path) -> None:
