@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -81,44 +80,40 @@ def sweep(
         progress: where to report to.
 
     Raises:
-        UsageError: something is wrong with recipe, ranges, suites, models, storage or ``out``; optuna is missing.
+        UsageError: something is wrong with recipe, ranges, suites, models, storage or ``out``, or a package or a
+            cluster is missing; then nothing is written.
         KtmergeError: no candidate could be blended and scored, or a worker failed.
     """
     _require_optuna()
     from ktmerge.sweep.folder import begin, finish
-    from ktmerge.sweep.launch import launch
+    from ktmerge.sweep.halves import read_halves
+    from ktmerge.sweep.launch import launch, require
     from ktmerge.sweep.settings import SweepSettings, journal
     from ktmerge.sweep.space import Range
-    from ktmerge.sweep.storage import open_storage
     from ktmerge.sweep.worker import space_of, study_name
 
     if workers < 1:
         raise UsageError("--workers: must be 1 or more.")
+    if slurm and ray:
+        raise UsageError("--slurm, --ray: workers are jobs of one or actors of the other; leave one out.")
     loaded, folder = loaded_recipe(recipe).without_tuning(), Path(out)
     if loaded.base is None:
         raise UsageError(f"the recipe '{loaded.name}' names no base; add one.")
     chosen_on = load_suite(suite) if suite is not None else suite_of(loaded)
     reported_on, parts = _held_out(chosen_on, held_out)
     settings = SweepSettings(
-        recipe=loaded, ranges=tuple(Range.parse(one) for one in ranges), methods=tuple(methods), suite=chosen_on,
-        held_out=reported_on, parts=parts, storage=storage or journal(folder), gain=gain_share,
+        recipe=loaded, ranges=tuple(Range.parse(one) for one in ranges), methods=tuple(dict.fromkeys(methods)),
+        suite=chosen_on, held_out=reported_on, parts=parts, storage=storage or journal(folder), gain=gain_share,
         sampler=cast("Sampler", sampler), seed=seed, seeds=seeds, grace=grace, device=device, gigabytes=gigabytes,
         batch_size=loaded.eval.batch_size if loaded.eval else None,
         bootstrap=loaded.eval.bootstrap if loaded.eval else 2000,
         **_asked(sampler, keep=keep_upstream, trials=trials, screen=screen, share=share, finalists=finalists),
     )  # fmt: skip
     space_of(settings)
-    study = study_name(settings, progress)
     kind: Where = "slurm" if slurm else "ray" if ray else "here"
-    fresh = not folder.exists()
-    begin(folder, settings, study, resume=resume, overwrite=overwrite)
-    try:
-        if storage is not None and kind == "here":
-            open_storage(storage)
-    except UsageError:
-        if fresh:
-            shutil.rmtree(folder)
-        raise
+    require(kind)
+    study = study_name(settings, [one for half in read_halves(settings) for one in half], progress)
+    begin(folder, settings, study, resume=resume, overwrite=overwrite, here=kind == "here")
     outcome = launch(settings, workers, kind, folder / "jobs", progress)
     finish(folder, outcome)
     return outcome

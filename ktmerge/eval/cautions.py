@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ktmerge.eval.significance import detectable, luck
@@ -22,12 +23,8 @@ def cautions(results: Results) -> list[str]:
     said = [*_power(results, others), *_many(results, others)]
     if results.part == "selection":
         said.append("These rows are kept for choosing; report the chosen model on the other part (--part report).")
-    few = [task.name for task in results.paired() if len(set(task.groups)) < FEWEST]
-    if others and few:
-        said.append(
-            f"Fewer than {FEWEST} items or texts ({', '.join(few)}): a bootstrap of so few gives intervals that are "
-            "too narrow."
-        )
+    if others:
+        said += few({task.name: task.groups for task in results.paired()})
     single = [task.name for task in results.paired() if len(set(task.rows)) == 1 < len(task.rows)]
     if others and single:
         said.append(f"One text alone ({', '.join(single)}): intervals are over its chunks, and of this text only.")
@@ -38,6 +35,17 @@ def cautions(results: Results) -> list[str]:
             "E, F, O, Avg and H than they do."
         )
     return said
+
+
+def few(groups: Mapping[str, Sequence[int]]) -> list[str]:
+    """A sentence on sets of too few items or texts; of each item, by set, what it is drawn with."""
+    names = [name for name, own in groups.items() if len(set(own)) < FEWEST]
+    if not names:
+        return []
+    return [
+        f"Fewer than {FEWEST} items or texts ({', '.join(names)}): a bootstrap of so few gives intervals that are too "
+        "narrow."
+    ]
 
 
 def _power(results: Results, others: list[str]) -> list[str]:

@@ -163,14 +163,16 @@ def _copy(folder: Path, subset: str | None, split: str) -> Rows:
 def of_part(rows: list[Row], share: float, part: Part) -> list[Row]:
     """The rows for selection, a ``share`` of all drawn by a hash of the row's number, or the others for the report.
 
-    A row stays in its part whatever limit and seed are, so that what chose a recipe never reports on it.
+    A row stays in its part whatever limit and seed are, so that what chose a recipe never reports on it; so do all that
+    one row of the file was taken apart into, which show the same image or passage.
     """
     if part == "all":
         return rows
-    return [row for row in rows if _for_selection(row.number, share) == (part == "selection")]
+    return [row for row in rows if _for_selection(row, share) == (part == "selection")]
 
 
-def _for_selection(number: int, share: float) -> bool:
+def _for_selection(row: Row, share: float) -> bool:
+    number = row.number if row.source is None else row.source
     word = hashlib.sha256(f"part:{number}".encode()).digest()[:8]
     return int.from_bytes(word, "big") < share * 2**64
 

@@ -94,7 +94,7 @@ def _read(task: AnyTask | HarnessTask, suite: Suite, part: Part) -> TaskSet:
     pool, pool_digest = _pool(task, suite.folder)
     images = row_images(task, [*rows.rows, *worked_rows(task, pool)], suite.folder)
     settings = _settings(task)
-    kept = None if part == "all" else [part, suite.selection]
+    kept = None if part == "all" else [part, suite.selection, *(["whole rows"] if task.each else [])]
     separator = "separator" in task.model_fields_set
     written = [SCORING_VERSION, side, settings, separator, rows.digest, pool_digest, kept]
     written += [images.digest] if images.digest else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ktmerge.errors import UsageError
@@ -40,7 +41,7 @@ def taken_apart(rows: Sequence[Row], each: Mapping[str, str], task: str) -> list
             raise UsageError(f"{where}: {row.where} has lists of different lengths: {counts}.")
         for place in range(lengths.pop()):
             own = {name: value[place] for name, value in lists.items()}
-            found.append(Row(len(found), f"{row.where}, number {place + 1}", {**row.values, **own}))
+            found.append(Row(len(found), f"{row.where}, number {place + 1}", {**row.values, **own}, row.number))
     if not found:
         raise UsageError(f"{where}: the lists of all {len(rows)} rows are empty.")
     return found
@@ -76,7 +77,7 @@ def joined(rows: Sequence[Row], others: Sequence[Row], by: str, key: str, task: 
             raise UsageError(
                 f"{where}: {row.where} asks for {key} '{name}', which is in none of the {len(others)} rows."
             )
-        found.append(Row(row.number, row.where, {**by_name[name].values, **row.values}))
+        found.append(replace(row, values={**by_name[name].values, **row.values}))
     return found
 
 

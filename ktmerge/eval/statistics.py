@@ -44,7 +44,7 @@ def standard_error(scores: NDArray[np.float64], groups: Groups = None) -> float 
     With k groups g of n_g items that sum to s_g, and the mean m over all n items: sqrt(k / (k - 1) sum (s_g - m n_g)^2)
     / n. Of items that are groups by themselves that is sd / sqrt(n), sd with n - 1.
     """
-    sums, sizes = _by_group(scores[None], groups)
+    sums, sizes = by_group(scores[None], groups)
     if len(sizes) < 2:
         return None
     rest = sums[0] - scores.mean() * sizes
@@ -70,7 +70,7 @@ def resampled_means(
         per task name [models, R].
     """
     return {
-        name: _resample(*_by_group(scores, (groups or {}).get(name)), resamples, _generator(seed, name))
+        name: _resample(*by_group(scores, (groups or {}).get(name)), resamples, _generator(seed, name))
         for name, scores in tasks.items()
     }
 
@@ -113,7 +113,7 @@ def _generator(seed: int, name: str) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64([seed, zlib.crc32(name.encode())]))
 
 
-def _by_group(scores: NDArray[np.float64], groups: Groups) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def by_group(scores: NDArray[np.float64], groups: Groups) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Sums of the scores [models, items] of each group [models, groups], and how many items a group has [groups]."""
     if groups is None:
         return scores, np.ones(scores.shape[1])

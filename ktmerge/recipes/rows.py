@@ -20,11 +20,18 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Row:
-    """One row; ``number`` counts from 0 in its file, ``where`` names file and line (or row) in messages."""
+    """One row.
+
+    Attributes:
+        number: from 0 in its file, or among the rows that those of the file were taken apart into.
+        where: names file and line (or row) in messages.
+        source: number of the file's row that it was taken from, if that is another.
+    """
 
     number: int
     where: str
     values: dict[str, Any]
+    source: int | None = None
 
 
 @dataclass(frozen=True)

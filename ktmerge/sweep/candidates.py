@@ -106,8 +106,9 @@ def finalists(candidates: Sequence[Candidate], most: int, limit: float | None) -
     left = sorted(going, key=lambda one: one.number)
     found: list[Candidate] = []
     for layer in layers(np.array([[one.first, one.second] for one in left])):
+        if not (room := most - len(found)):
+            break
         own = [left[i] for i in layer]
-        room = most - len(found)
         found += own if len(own) <= room else _nearest(own, room, limit)
     return found
 

@@ -10,7 +10,6 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from ktmerge.checkpoints.files import UNFINISHED, write_whole
 from ktmerge.checkpoints.regular import read_regular
@@ -26,42 +25,54 @@ from ktmerge.sweep.settings import SweepSettings, journal
 DEFINITION, RESULT, CHOSEN, TABLE, PICTURE, CURVE = (
     "sweep.json", "result.json", "chosen.yaml", "candidates.csv", "front", "curve.csv",
 )  # fmt: skip
+_PASSWORDS = {"password", "passwd"}
+"""What drivers of databases take at the end of a URL."""
 _BEFORE = re.compile(rf"journal\.log(\.lock[\w.-]*)?|\.{re.escape(DEFINITION)}{UNFINISHED}")
 """What a worker that was killed early may leave without a definition."""
 _NAMES = "|".join(map(re.escape, (DEFINITION, RESULT, CHOSEN, TABLE, CURVE, f"{PICTURE}.png", f"{PICTURE}.svg")))
 _OWN = re.compile(rf"{_BEFORE.pattern}|{_NAMES}|\.({_NAMES}){UNFINISHED}")
 
 
-def begin(out: Path, settings: SweepSettings, study: str, *, resume: bool, overwrite: bool) -> None:
+def begin(out: Path, settings: SweepSettings, study: str, *, resume: bool, overwrite: bool, here: bool = True) -> None:
     """Make the folder, or find that it is this sweep's.
 
+    Args:
+        out: the folder.
+        settings: of the sweep.
+        study: its name.
+        resume: whether it may be this sweep's already.
+        overwrite: whether another sweep in it gives way.
+        here: whether its database can be reached from this machine, and must open before anything is lost.
+
     Raises:
-        UsageError: it holds something else, or this sweep and ``resume`` is not set.
+        UsageError: it holds something else, or this sweep and ``resume`` is not set; or the database does not open.
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; choose another folder.")
     known = _definition(out) if (out / DEFINITION).exists() else None
     storage = None if settings.storage == journal(out) else _without_password(settings.storage)
+    replaced = known is not None and overwrite and not resume
     if known is None:
         if out.exists() and any(not _BEFORE.fullmatch(one.name) for one in out.iterdir()):
             raise UsageError(f"{out}: holds something else than a sweep; choose another folder.")
-        out.mkdir(parents=True, exist_ok=True)
-    elif overwrite and not resume:
+    elif not replaced:
+        _require_same(out, known, settings, study, storage, resume)
+    fresh = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    if here and storage is not None:
+        from ktmerge.sweep.storage import open_storage
+
+        try:
+            open_storage(settings.storage)
+        except UsageError:
+            if fresh:
+                shutil.rmtree(out)
+            raise
+    if replaced:
         for path in out.iterdir():
             if _OWN.fullmatch(path.name):
                 path.unlink()
         shutil.rmtree(out / "jobs", ignore_errors=True)
-    elif known["study"] != study:
-        raise UsageError(
-            f"{out}: holds another sweep: of another recipe, other models, data, ranges or settings; "
-            "choose another folder, or add --overwrite."
-        )
-    elif resume and known["storage"] != storage and not _has_study(settings.storage, study):
-        raise UsageError(
-            f"{out}: holds this sweep, its trials are in {known['storage'] or journal(out)}: name that by --storage."
-        )
-    elif not resume:
-        raise UsageError(f"{out}: holds this sweep; add --resume to go on with it or to join it, or --overwrite.")
     document = {
         "ktmerge_sweep": 1,
         "study": study,
@@ -71,8 +82,34 @@ def begin(out: Path, settings: SweepSettings, study: str, *, resume: bool, overw
     write_whole(out / DEFINITION, json.dumps(document, indent=1) + "\n")
 
 
-def finish(out: Path, outcome: Outcome) -> list[Path]:
-    """Write the front as table and picture, the chosen recipe, and all that was found; the paths.
+def _require_same(
+    out: Path, known: dict[str, Any], settings: SweepSettings, study: str, storage: str | None, resume: bool
+) -> None:
+    """Refuse to go on with another sweep, or with this one unasked.
+
+    Args:
+        out: the folder.
+        known: what it says of itself.
+        settings: of the sweep.
+        study: its name.
+        storage: where its trials are, without password; None: in the folder.
+        resume: whether it may be this sweep's.
+    """
+    if known["study"] != study:
+        raise UsageError(
+            f"{out}: holds another sweep: of another recipe, other models, data, ranges or settings; "
+            "choose another folder, or add --overwrite."
+        )
+    if not resume:
+        raise UsageError(f"{out}: holds this sweep; add --resume to go on with it or to join it, or --overwrite.")
+    if known["storage"] != storage and not _has_study(settings.storage, study):
+        raise UsageError(
+            f"{out}: holds this sweep, its trials are in {known['storage'] or journal(out)}: name that by --storage."
+        )
+
+
+def finish(out: Path, outcome: Outcome) -> None:
+    """Write the front as table and picture, the chosen recipe, and all that was found.
 
     Raises:
         KtmergeError: a file cannot be written.
@@ -93,7 +130,6 @@ def finish(out: Path, outcome: Outcome) -> list[Path]:
         (out / CHOSEN).unlink(missing_ok=True)
     for name, content in files.items():
         write_whole(out / name, content)
-    return [out / name for name in files]
 
 
 def trial_recipe(folder: Path, number: int, storage: str | None = None) -> Recipe:
@@ -185,12 +221,23 @@ def _is_there(where: str) -> bool:
     return "://" in file or os.path.isfile(file)
 
 
-def _without_password(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{parts.username}@{host}"))
+def _without_password(where: str) -> str:
+    """The storage as the folder names it; a password may be in two places of a URL."""
+    if "://" not in where:
+        return where
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        url = make_url(where)
+    except (ArgumentError, ValueError):
+        raise UsageError(
+            "--storage: not the URL of a database, such as postgresql://user:password@host/name."
+        ) from None
+    told = _PASSWORDS & url.query.keys()
+    if url.password is None and not told:
+        return where
+    return url._replace(password=None).difference_update_query(told).render_as_string(hide_password=False)
 
 
 def _csv(outcome: Outcome) -> str:

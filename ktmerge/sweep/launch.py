@@ -25,6 +25,7 @@ from ktmerge.sweep.worker import Worker, search
 Where = Literal["here", "slurm", "local jobs", "ray"]
 
 _ANSWER_SECONDS = 10.0
+_NO_CLUSTER = "--ray: no Ray cluster is running here; start one with 'ray start --head'."
 _CONTEXT = multiprocessing.get_context("spawn")
 
 
@@ -125,16 +126,32 @@ def _start(process: BaseProcess) -> None:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _jobs(settings: SweepSettings, workers: int, where: Where, folder: Path, progress: Progress) -> Outcome:
+def require(where: Where) -> None:
+    """Refuse to begin where something is missing that `launch` needs, before anything is written.
+
+    Raises:
+        UsageError: a package or a cluster.
+    """
+    if where == "ray":
+        _cluster()
+    elif where != "here":
+        _executor(where, Path())
+
+
+def _executor(where: Where, folder: Path) -> Any:
+    """What submits jobs; it writes nothing before that."""
     try:
         import submitit
+
+        return submitit.AutoExecutor(folder=folder, cluster="slurm" if where == "slurm" else "local")
     except ImportError:
         raise UsageError("--slurm needs submitit; install it with: pip install 'ktmerge[slurm]'.") from None
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        executor = submitit.AutoExecutor(folder=folder, cluster="slurm" if where == "slurm" else "local")
     except RuntimeError as error:
         raise UsageError(f"--slurm: there is no Slurm on this machine: {error}") from None
+
+
+def _jobs(settings: SweepSettings, workers: int, where: Where, folder: Path, progress: Progress) -> Outcome:
+    executor = _executor(where, folder)
     executor.update_parameters(name="ktmerge-sweep", timeout_min=24 * 60, tasks_per_node=1, nodes=1)
     if where == "slurm" and settings.device != "cpu":
         executor.update_parameters(gpus_per_node=1)
@@ -152,16 +169,11 @@ def _jobs(settings: SweepSettings, workers: int, where: Where, folder: Path, pro
 
 def _ray(settings: SweepSettings, workers: int) -> Outcome:
     """One actor a GPU, if the cluster has any; each loads its model once."""
+    ray = _cluster()
     try:
-        import ray as library
-    except ImportError:
-        raise UsageError("--ray needs ray; install it with: pip install 'ktmerge[ray]'.") from None
-    ray: Any = library
-    try:
-        _require_answer()
         ray.init(address="auto", log_to_driver=False)
     except ConnectionError:
-        raise UsageError("--ray: no Ray cluster is running here; start one with 'ray start --head'.") from None
+        raise UsageError(_NO_CLUSTER) from None
     try:
         gpus = 1 if ray.cluster_resources().get("GPU") and settings.device != "cpu" else 0
         actor = ray.remote(num_gpus=gpus, num_cpus=1)(Worker)
@@ -169,6 +181,19 @@ def _ray(settings: SweepSettings, workers: int) -> Outcome:
         return _first([lambda one=one: ray.get(one) for one in running])
     finally:
         ray.shutdown()
+
+
+def _cluster() -> Any:
+    """Ray, where a cluster of it answers."""
+    try:
+        import ray
+    except ImportError:
+        raise UsageError("--ray needs ray; install it with: pip install 'ktmerge[ray]'.") from None
+    try:
+        _require_answer()
+    except ConnectionError:
+        raise UsageError(_NO_CLUSTER) from None
+    return ray
 
 
 def _require_answer() -> None:

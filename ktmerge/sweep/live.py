@@ -92,7 +92,7 @@ class LiveModel:
         for blended in drawn(recipe, seeds):
             self.blend(blended)
             draws.append(self.score(one, label if seeds == 1 else f"{label}, seed {blended.seed}"))
-        return draws[0] if seeds == 1 else mean_of(draws)
+        return mean_of(draws)
 
     def score(self, one: Round, label: str) -> ItemScores:
         """The item scores of what the model is now."""

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from ktmerge.eval.cautions import few
 from ktmerge.eval.significance import luck
+from ktmerge.eval.statistics import drawn_in_words
 from ktmerge.eval.summary import Estimate, ModelSummary, summarise
 from ktmerge.recipes.suites import Side
 from ktmerge.sweep.candidates import Candidate, Final
 from ktmerge.sweep.curve import Curve
 from ktmerge.sweep.pareto import Array
-from ktmerge.sweep.rounds import ItemScores
+from ktmerge.sweep.rounds import ItemScores, Sets
 from ktmerge.sweep.settings import SweepSettings
 from ktmerge.sweep.space import told
 from ktmerge.sweep.standing import Difference, paired
@@ -33,10 +36,11 @@ class Outcome:
         study: name of the study in the storage.
         failed: why trials could not be blended or scored, by number.
         base: the base's scores on the selection items.
-        sides: of all sets.
+        sets: of selection items.
         chosen: the finalist with the largest gain of those that keep enough; None if none does.
         nearest: the finalist that keeps most.
         held_out: scores of base, experts and the chosen (or nearest) candidate (`SHOWN`) on items that chose nothing.
+        held_out_sets: of these items.
     """
 
     settings: SweepSettings
@@ -46,10 +50,11 @@ class Outcome:
     failed: dict[int, str]
     finals: list[Final]
     base: ItemScores
-    sides: dict[str, Side]
+    sets: Sets
     chosen: Candidate | None
     nearest: Candidate
     held_out: dict[str, ItemScores]
+    held_out_sets: Sets
 
     @property
     def shown(self) -> Candidate:
@@ -61,15 +66,15 @@ class Outcome:
         """The shown candidate on the held-out items, with intervals; the gain share is of the experts' gain, each set's
         best expert's."""
         experts = [scores for name, scores in self.held_out.items() if name not in ("base", SHOWN)]
-        best = {name: max((one[name] for one in experts), key=np.mean) for name in self.sides}
+        best = {name: max((one[name] for one in experts), key=np.mean) for name in self.held_out_sets}
         models = {"base": self.held_out["base"], _TUNED: best, SHOWN: self.held_out[SHOWN]}
-        return self._summary(models, _TUNED)[SHOWN]
+        return self._summary(models, self.held_out_sets, _TUNED)[SHOWN]
 
     @cached_property
     def standings(self) -> dict[int, ModelSummary]:
         """The finalists on the selection items, by number, with intervals that do not know of the choice."""
         models = {"base": self.base, **{str(one.candidate.number): one.scores for one in self.finals}}
-        found = self._summary(models, None)
+        found = self._summary(models, self.sets)
         return {one.candidate.number: found[str(one.candidate.number)] for one in self.finals}
 
     @property
@@ -100,24 +105,24 @@ class Outcome:
 
     def statement(self) -> list[str]:
         """The outcome in sentences."""
-        counts = f"{self._items('upstream', self.base)} upstream and {self._items('downstream', self.base)} downstream"
+        counts = _counted(self.sets, "selection")
         if self.chosen is not None:
             said = [
                 f"Trial {self.chosen.number} ({told(self.chosen.point)}) of {len(self.candidates)}: {self.rule()}, "
-                f"on {counts} selection items."
+                f"on {counts}."
             ]
         else:
             said = [
                 f"No recipe found: none of the {len(self.finals)} finalists of {len(self.candidates)} candidates keeps "
-                f"{self.settings.limit:g} % of the base's upstream score on {counts} selection items. Trial "
+                f"{self.settings.limit:g} % of the base's upstream score on {counts}. Trial "
                 f"{self.nearest.number} ({told(self.nearest.point)}) keeps most. Blends nearer to the base, "
                 "other methods or a lower --keep-upstream may find one."
             ]
-        own, base = self.confirmed, self.held_out["base"]
-        counts = f"{self._items('upstream', base)} upstream and {self._items('downstream', base)} downstream"
+        own = self.confirmed
         said.append(
-            f"On {counts} held-out items it keeps {told_estimate(own.retention)} % of the base's upstream score and "
-            f"has {told_estimate(own.gain_share)} % of the experts' downstream gain: {self.verdict()}."
+            f"Trial {self.shown.number} keeps {told_estimate(own.retention)} % of the base's upstream score and has "
+            f"{told_estimate(own.gain_share)} % of the experts' downstream gain on "
+            f"{_counted(self.held_out_sets, 'held-out')}: {self.verdict()}."
         )
         return said
 
@@ -126,7 +131,7 @@ class Outcome:
         own, goals = self.confirmed, []
         for what, estimate, wanted in (
             (f"upstream >= {self.settings.limit:g} %", own.retention, self.settings.limit),
-            (f"gain >= {100 * self.settings.gain:g} %", own.gain_share, 100 * self.settings.gain),
+            (f"gain >= {self.settings.wanted_gain:g} %", own.gain_share, self.settings.wanted_gain),
         ):
             if wanted == -math.inf:
                 continue
@@ -144,7 +149,7 @@ class Outcome:
         own = self.confirmed
         if self.chosen is None or own.retention is None or own.gain_share is None:
             return False
-        return own.retention.value >= self.settings.limit and own.gain_share.value >= 100 * self.settings.gain
+        return own.retention.value >= self.settings.limit and own.gain_share.value >= self.settings.wanted_gain
 
     def cautions(self) -> list[str]:
         """What to keep in mind."""
@@ -158,6 +163,7 @@ class Outcome:
                 "held-out items chose nothing: their numbers are free of that, and one recipe is tested on them, not "
                 "several."
             )
+        found += few({name: one.groups for name, one in self.held_out_sets.items()})
         if self.settings.seeds > 1:
             found.append(
                 f"Candidates were compared by the mean of {self.settings.seeds} draws of their random choices; what is "
@@ -170,7 +176,7 @@ class Outcome:
 
     def uncertain(self) -> tuple[str, list[Difference]]:
         """What was maximised, and each finalist's in it with its standard error."""
-        return "downstream", [paired(one.scores, self.base, self.sides, "downstream") for one in self.finals]
+        return "downstream", [paired(one.scores, self.base, self.sets, "downstream") for one in self.finals]
 
     def table(self) -> tuple[list[str], list[list[str]], str]:
         """The finalists: columns, rows and a title."""
@@ -219,13 +225,22 @@ class Outcome:
             "failed": self.failed,
         }  # fmt: skip
 
-    def _summary(self, models: dict[str, ItemScores], reference: str | None) -> dict[str, ModelSummary]:
+    def _summary(
+        self, models: dict[str, ItemScores], sets: Sets, reference: str | None = None
+    ) -> dict[str, ModelSummary]:
         arrays = {name: {task: np.asarray(own) for task, own in scores.items()} for name, scores in models.items()}
-        sides = {name: side for name, side in self.sides.items() if all(name in own for own in models.values())}
-        return summarise(arrays, sides, reference=reference, bootstrap=self.settings.bootstrap).models
+        sides = {name: one.side for name, one in sets.items()}
+        groups = {name: one.groups for name, one in sets.items()}
+        return summarise(arrays, sides, groups=groups, reference=reference, bootstrap=self.settings.bootstrap).models
 
-    def _items(self, side: Side, scores: ItemScores) -> int:
-        return sum(len(own) for name, own in scores.items() if self.sides[name] == side)
+
+def _counted(sets: Sets, which: str) -> str:
+    """How many items sets have, and how they are drawn."""
+    counts: Counter[Side] = Counter()
+    for one in sets.values():
+        counts[one.side] += len(one.groups)
+    drawn = drawn_in_words(one.groups for one in sets.values())
+    return f"{counts['upstream']} upstream and {counts['downstream']} downstream {which} {drawn}"
 
 
 def told_estimate(estimate: Estimate | None, sign: str = "") -> str:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from ktmerge.eval.encode import Encoded
 from ktmerge.eval.sets import TaskSet, encode_sets
+from ktmerge.eval.statistics import groups_of
+from ktmerge.recipes.suites import Side, TextTask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +33,23 @@ class Round:
     encoded: Mapping[str, Encoded]
 
 
+@dataclass(frozen=True)
+class ScoredSet:
+    """A set as statistics see it.
+
+    Attributes:
+        side: upstream or downstream.
+        groups: of each item, in the order of its scores, what it is drawn with: chunks of one text go together.
+    """
+
+    side: Side
+    groups: Sequence[int]
+
+
+Sets = Mapping[str, ScoredSet]
+"""By name."""
+
+
 def cut(
     sets: Sequence[TaskSet],
     ends: Sequence[float],
@@ -49,11 +68,20 @@ def cut(
         max_length: tokens the model reads.
         sight: prepares images, where there are any.
     """
+    whole = [_scorable(one, tokenizer, max_length, sight) for one in sets]
     found = []
     for before, end in zip([0.0, *ends], ends, strict=False):
-        chosen = [part for one in sets if (part := _between(one, before, end)) is not None]
+        chosen = [part for one in whole if (part := _between(one, before, end)) is not None]
         found.append(Round(chosen, encode_sets(chosen, tokenizer, max_length, sight)))
     return found
+
+
+def _scorable(one: TaskSet, tokenizer: PreTrainedTokenizerBase, max_length: int | None, sight: Sight | None) -> TaskSet:
+    """Without texts too short to be scored: in a round of such alone there would be nothing."""
+    if not isinstance(one.task, TextTask):
+        return one
+    rows = set(encode_sets([one], tokenizer, max_length, sight)[one.task.name].rows)
+    return replace(one, items=[item for item in one.items if item.row in rows])
 
 
 def _between(one: TaskSet, before: float, end: float) -> TaskSet | None:
@@ -66,6 +94,17 @@ def _between(one: TaskSet, before: float, end: float) -> TaskSet | None:
 
 def _place(name: str, row: int) -> bytes:
     return hashlib.sha256(f"round:{name}:{row}".encode()).digest()
+
+
+def scored_sets(rounds: Sequence[Round]) -> Sets:
+    """The sets of all rounds, their items in the order of `joined` scores."""
+    sides: dict[str, Side] = {}
+    rows: dict[str, list[int]] = {}
+    for part in rounds:
+        for one in part.sets:
+            sides[one.task.name] = one.side
+            rows.setdefault(one.task.name, []).extend(part.encoded[one.task.name].rows)
+    return {name: ScoredSet(side, groups_of(rows[name])) for name, side in sides.items()}
 
 
 def joined(rounds: Sequence[Mapping[str, Sequence[float]]]) -> ItemScores:

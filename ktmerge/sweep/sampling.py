@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from ktmerge.sweep.curve import Curve
 from ktmerge.sweep.keyed import KeyedSampler, SeparateSampler, SobolSampler
 from ktmerge.sweep.ledger import VOID
 from ktmerge.sweep.settings import Sampler
-from ktmerge.sweep.space import METHOD, Range, Space
+from ktmerge.sweep.space import METHOD, Range, Space, Value
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -71,7 +71,7 @@ def _distribution(one: Range) -> BaseDistribution:
 
 
 class CurveSampler(SeparateSampler):
-    """One knob: its ends and quarters, then in turn where retention crosses the limit and where least is known.
+    """One knob: its upper end and quarters, then in turn where retention crosses the limit and where least is known.
 
     Retention and gain along the knob are taken to be monotone (`Curve`), so that few points tell the whole way.
     """
@@ -84,22 +84,34 @@ class CurveSampler(SeparateSampler):
     ) -> Any:
         counted = [one for one in study.get_trials(deepcopy=False) if VOID not in one.user_attrs]
         others = [one for one in counted if one.number != trial.number]
-        taken = [self._share(one) for one in others if param_name in one.params]
+        taken = [self._share_of(one.params[param_name]) for one in others if param_name in one.params]
         complete = [one for one in others if one.state == TrialState.COMPLETE and param_name in one.params]
-        known, values = [self._share(one) for one in complete], [one.values for one in complete]
+        known = [self._share_of(one.params[param_name]) for one in complete]
+        values = [one.values for one in complete]
+
+        def following() -> float:
+            return next_share(known, values, taken, self._limit, self._nearest)
+
         for one in others:
             if one.state == TrialState.RUNNING and param_name not in one.params and one.number < trial.number:
-                taken.append(next_share(known, values, taken, self._limit))  # what another draws at this moment
-        return self._knob.at(next_share(known, values, taken, self._limit))
+                taken.append(following())  # what another draws at this moment
+        return self._knob.at(following())
 
-    def _share(self, trial: FrozenTrial) -> float:
-        value = float(trial.params[self._knob.key])
+    def _nearest(self, share: float) -> float:
+        return self._share_of(self._knob.at(share)) if self._knob.integer else share
+
+    def _share_of(self, found: Value) -> float:
+        value = float(found)
         low, high = self._knob.low, self._knob.high
         return float(np.log(value / low) / np.log(high / low)) if self._knob.log else (value - low) / (high - low)
 
 
 def next_share(
-    known: Sequence[float], values: Sequence[Sequence[float]], taken: Sequence[float], limit: float
+    known: Sequence[float],
+    values: Sequence[Sequence[float]],
+    taken: Sequence[float],
+    limit: float,
+    nearest: Callable[[float], float] = float,
 ) -> float:
     """Where on the way from low (0) to high (1) the next point goes.
 
@@ -108,27 +120,28 @@ def next_share(
         values: their retention and gain.
         taken: of all points, those under way included.
         limit: the least retention.
+        nearest: to a share, that of a value the knob can have; of whole numbers these are few.
     """
 
-    def is_free(share: float) -> bool:
-        return all(abs(share - other) > _APART for other in taken)
+    def free(shares: Iterable[float]) -> float | None:
+        """The first where nothing was tried yet."""
+        return next((one for one in map(nearest, shares) if all(abs(one - other) > _APART for other in taken)), None)
 
-    for share in _QUARTERS:
-        if is_free(share):
-            return share
+    if (share := free(_QUARTERS)) is not None:
+        return share
     # None, while the first are still with others, or failed.
     curves = [Curve(known, [pair[i] for pair in values]) for i in range(2)] if known else []
-    if curves and len(taken) % 2 == 0:
-        for share in reversed(curves[0].crossings(limit)):
-            if is_free(share):
-                return share
-    places = sorted({0.0, 1.0, *taken})
-    steps = []
-    for a, b in pairwise(places):
-        changes = [abs(one.at(a) - one.at(b)) / (abs(one.at(1.0) - one.at(0.0)) or 1.0) for one in curves]
-        steps.append(b - a + sum(changes) if b - a > 2 * _APART else 0.0)
-    widest = int(np.argmax(steps))
-    return (places[widest] + places[widest + 1]) / 2
+    if curves and len(taken) % 2 == 0 and (share := free(reversed(curves[0].crossings(limit)))) is not None:
+        return share
+
+    def unknown(gap: tuple[float, float]) -> float:
+        a, b = gap
+        return b - a + sum(abs(one.at(a) - one.at(b)) / (abs(one.at(1.0) - one.at(0.0)) or 1.0) for one in curves)
+
+    gaps = sorted(pairwise(sorted({0.0, 1.0, *taken})), key=unknown, reverse=True)
+    middles = [(a + b) / 2 for a, b in gaps]
+    share = free([*middles, 0.0, 1.0])
+    return middles[0] if share is None else share
 
 
 def quietly() -> None:

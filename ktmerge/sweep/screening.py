@@ -17,11 +17,11 @@ from ktmerge.sweep.candidates import POINT, RECIPE, ROUND, STOPPED, Candidate, b
 from ktmerge.sweep.divergence import Teachers
 from ktmerge.sweep.ledger import Ledger
 from ktmerge.sweep.live import LiveModel
-from ktmerge.sweep.rounds import ItemScores, Round, joined
+from ktmerge.sweep.rounds import ItemScores, Round, Sets, joined
 from ktmerge.sweep.seeds import drawn
 from ktmerge.sweep.settings import SweepSettings
 from ktmerge.sweep.space import Space, told
-from ktmerge.sweep.standing import Sides, objectives, stopped
+from ktmerge.sweep.standing import objectives, stopped
 
 if TYPE_CHECKING:
     from optuna import Trial
@@ -38,7 +38,7 @@ class Screening:
         live: the loaded model.
         rounds: items to score one after another.
         base: the base's scores.
-        sides: of all sets.
+        sets: that are scored.
         progress: where to report to.
     """
 
@@ -48,7 +48,7 @@ class Screening:
     live: LiveModel
     rounds: list[Round]
     base: ItemScores
-    sides: Sides
+    sets: Sets
     progress: Progress
 
     def screen(self, trial: Trial) -> None:
@@ -73,7 +73,8 @@ class Screening:
         )
 
     def _values(self, trial: Trial, recipe: Recipe) -> tuple[float, float]:
-        twin = next((one for one in candidates_of(self.ledger) if one.recipe == _plain(recipe)), None)
+        plain = _plain(recipe)
+        twin = next((one for one in candidates_of(self.ledger) if one.recipe == plain), None)
         if twin is not None:
             for i, scores in enumerate(twin.rounds):
                 trial.set_user_attr(f"{ROUND} {i}", scores)
@@ -86,7 +87,7 @@ class Screening:
             if not math.isfinite(up + down):
                 raise KtmergeError("what it computes on some items is not finite, so that it cannot be compared.")
             return -up, -down
-        return objectives(joined(self._scored(trial, recipe)), self.base, self.sides)
+        return objectives(joined(self._scored(trial, recipe)), self.base, self.sets)
 
     def _distances(self, recipe: Recipe) -> tuple[float, float]:
         teachers = self._teachers
@@ -113,7 +114,7 @@ class Screening:
             return None  # a soup is compared with another on all items
         best = best_keeping(candidates_of(self.ledger), self.settings.limit)
         return stopped(
-            joined(own), self.base, None if best is None else best.scores, self.sides, keep, len(self.rounds) - 1
+            joined(own), self.base, None if best is None else best.scores, self.sets, keep, len(self.rounds) - 1
         )
 
     @cached_property

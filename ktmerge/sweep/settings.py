@@ -13,7 +13,11 @@ from typing import Any, Literal, get_args
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.digests import digest_of, input_files
 from ktmerge.checkpoints.opening import open_model
+from ktmerge.checkpoints.statistics import RECORD
 from ktmerge.errors import UsageError, did_you_mean
+from ktmerge.eval.statistics import without_dust
+from ktmerge.merge.kernels.keys import SCHEME
+from ktmerge.merge.registry import find_method
 from ktmerge.progress import Progress
 from ktmerge.recipes.schema import Recipe
 from ktmerge.recipes.suites import Suite
@@ -24,7 +28,7 @@ Screen = Literal["subset", "divergence", "full"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 SCREENS: tuple[Screen, ...] = get_args(Screen)
 
-_VERSION = 4
+_VERSION = 5
 """Raise when the same settings would search otherwise."""
 
 
@@ -97,6 +101,9 @@ class SweepSettings:
             ("share", not 0 < self.share <= 1, "above 0 and at most 1"),
             ("finalists", self.finalists < 1, "1 or more"),
             ("seeds", self.seeds < 1, "1 or more"),
+            ("seed", self.seed < 0, "0 or more"),
+            ("grace", not self.grace > 0, "seconds, above 0"),
+            ("gigabytes", not self.gigabytes >= 0, "0 or more"),
         ):
             if wrong:
                 raise UsageError(f"--{what}: must be {wanted}.")
@@ -110,13 +117,24 @@ class SweepSettings:
         for suite in (self.suite, self.held_out):
             if not (suite.upstream and suite.downstream):
                 raise UsageError(f"the suite '{suite.name}' needs upstream and downstream tasks; a sweep weighs both.")
-        if [one.name for one in self.suite.tasks()] != [one.name for one in self.held_out.tasks()]:
-            raise UsageError(f"the suites '{self.suite.name}' and '{self.held_out.name}' need the same tasks, by name.")
+        names, others = (
+            [[one.name for one in side] for side in (suite.upstream, suite.downstream)]
+            for suite in (self.suite, self.held_out)
+        )
+        if names != others:
+            raise UsageError(
+                f"the suites '{self.suite.name}' and '{self.held_out.name}' need the same tasks, by name and side."
+            )
 
     @property
     def limit(self) -> float:
         """Least upstream retention, in percent; minus infinity: none."""
-        return -math.inf if self.keep is None else 100 * self.keep
+        return -math.inf if self.keep is None else without_dust(100 * self.keep)
+
+    @property
+    def wanted_gain(self) -> float:
+        """Share of the experts' gain that counts as the goal reached, in percent."""
+        return without_dust(100 * self.gain)
 
     def digest(self, sets: Sequence[str], progress: Progress) -> str:
         """sha256 over all that decides what is found, but for how many trials: a sweep may be given more.
@@ -129,19 +147,33 @@ class SweepSettings:
         base = open_model(str(recipe.base), recipe.folder)
         models = {name: open_model(expert.model, recipe.folder, base) for name, expert in recipe.experts.items()}
         weights = {name: (recipe.experts[name].weight, _files(one, name, progress)) for name, one in models.items()}
-        document = recipe.model_dump(mode="json", by_alias=True, exclude={"finetune", "eval", "base", "experts"})
+        apart = {"finetune", "eval", "base", "experts", "statistics"}
+        document = recipe.model_dump(mode="json", by_alias=True, exclude=apart)
         written: list[Any] = [
-            _VERSION, document, _files(base, "base", progress), weights, list(sets), [repr(one) for one in self.ranges],
-            list(self.methods), self.keep, self.sampler, self.screen, self.share, self.finalists, self.seed,
+            _VERSION, SCHEME, self._semantics(), document, _files(base, "base", progress), weights, _measured(recipe),
+            list(sets), [repr(one) for one in self.ranges], list(self.methods), self.keep, self.sampler, self.screen,
+            self.share, self.finalists, self.seed, self.seeds,
         ]  # fmt: skip
-        if self.seeds > 1:
-            written.append({"seeds": self.seeds})
         return hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()
+
+    def _semantics(self) -> dict[str, int]:
+        """Of all methods; raised where the same recipe would give other bytes than it gave."""
+        blend = self.recipe.blend
+        rules = blend.where if blend is not None else []
+        names = {*self.methods, blend.method if blend is not None else None, *(rule.method for rule in rules)}
+        return {name: find_method(name).semantics for name in names if name is not None}
 
 
 def journal(folder: Path) -> str:
     """Where a sweep's trials are kept unless a database is named."""
     return str(folder / "journal.log")
+
+
+def _measured(recipe: Recipe) -> dict[str, str]:
+    """sha256 of the record of all statistics that are there, which has those of their other files."""
+    folders = {name: recipe.statistics_folder(name) for name in ("base", *recipe.experts)}
+    records = {name: folder / RECORD for name, folder in folders.items() if folder is not None}
+    return {name: digest_of(record).sha256 for name, record in records.items() if record.is_file()}
 
 
 def _files(checkpoint: Checkpoint, name: str, progress: Progress) -> list[str]:

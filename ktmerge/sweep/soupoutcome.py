@@ -9,19 +9,19 @@ from typing import Any
 from ktmerge.sweep.candidates import Candidate, Final
 from ktmerge.sweep.greedy import Members, Merit, Walk, merit, walk
 from ktmerge.sweep.outcome import Outcome, told_estimate
-from ktmerge.sweep.rounds import ItemScores
+from ktmerge.sweep.rounds import ItemScores, Sets
 from ktmerge.sweep.settings import SweepSettings
 from ktmerge.sweep.space import Point, members_of, told
-from ktmerge.sweep.standing import Difference, Sides, overall
+from ktmerge.sweep.standing import Difference, overall
 
 
 def walk_of(
-    settings: SweepSettings, candidates: Iterable[Candidate], failed: Iterable[Point], base: ItemScores, sides: Sides
+    settings: SweepSettings, candidates: Iterable[Candidate], failed: Iterable[Point], base: ItemScores, sets: Sets
 ) -> Walk:
     """How far the soup has come with the candidates that were scored, and those that could not be."""
     merits: dict[Members, Merit | None] = {members_of(point): None for point in failed}
     for one in candidates:
-        own = overall(one.scores, base, sides).value
+        own = overall(one.scores, base, sets).value
         merits[members_of(one.point)] = merit(one.first, own, settings.limit)
     return walk(list(settings.recipe.experts), merits)
 
@@ -55,7 +55,7 @@ class SoupOutcome(Outcome):
 
     def uncertain(self) -> tuple[str, list[Difference]]:
         """What was maximised, and each finalist's in it with its standard error."""
-        return "in O", [overall(one.scores, self.base, self.sides) for one in self.finals]
+        return "in O", [overall(one.scores, self.base, self.sets) for one in self.finals]
 
     def table(self) -> tuple[list[str], list[list[str]], str]:
         """All soups in the order of the steps: columns, rows and a title."""

@@ -14,7 +14,7 @@ from ktmerge.merge.planning import plan_blend
 from ktmerge.merge.settings import blend_setting, parameter_names
 from ktmerge.recipes.document import parse_yaml
 from ktmerge.recipes.load import FIXED_BLEND_KEYS, parse_recipe
-from ktmerge.recipes.overrides import set_key, steps_of
+from ktmerge.recipes.overrides import key_of, set_key, steps_of
 from ktmerge.recipes.schema import Blend, Recipe
 
 METHOD, MEMBER = "blend.method", "member."
@@ -47,14 +47,15 @@ class Range:
             UsageError: written otherwise, or an empty range.
         """
         key, equals, values = text.partition("=")
-        if not equals or not steps_of(key):
+        steps = steps_of(key)
+        if not equals or not steps:
             raise UsageError(f"--range {text}: write key=low:high, e.g. --range blend.lambda=0:1.2, or key=a|b|c.")
-        key = key if steps_of(key)[0] in ("blend", "experts") else f"blend.{key}"
+        key = key_of(*(steps if steps[0] in ("blend", "experts") else ["blend", *steps]))
         if "|" in values:
             choices = tuple(parse_yaml(one, f"--range {text}") for one in values.split("|"))
             if not all(isinstance(one, float | int | str | None) for one in choices):
                 raise UsageError(f"--range {text}: choices are numbers, words, true, false or null.")
-            return cls(key, choices=choices)
+            return cls(key, choices=tuple(dict.fromkeys(choices)))
         low, *rest = values.split(":")
         try:
             ends = float(low), float(rest[0])
@@ -152,18 +153,33 @@ class Space:
         return parse_recipe(document, f"{self.recipe.name}, {told(point)}", self.recipe.folder)
 
     def grid(self, most: int) -> list[Point]:
-        """The finest grid of at most ``most`` different recipes, ends included; at least two values a range."""
-        names = [{METHOD: method} for method in self.methods] if len(self.methods) > 1 else [{}]
+        """The finest grid of at most ``most`` different recipes, ends included; at least two values a range.
+
+        Raises:
+            UsageError: there is none so small.
+        """
         found: list[Point] = []
         for count in itertools.count(2):
-            axes = [[(one.key, value) for value in one.evenly(count)] for one in self.ranges]
-            points: list[Point] = [{**name, **dict(values)} for values in itertools.product(*axes) for name in names]
-            different = {self.recipe_at(point).model_dump_json(): point for point in reversed(points)}
-            kept = list(reversed(different.values()))
-            if found and (len(kept) > most or len(kept) <= len(found)):
-                return found
-            found = kept
-        raise AssertionError("unreachable")
+            axes = {one.key: one.evenly(count) for one in self.ranges}
+            grids = [self._axes(method, axes) for method in self._names()]
+            size = sum(math.prod(map(len, grid)) for grid in grids)
+            if size > most or size <= len(found):
+                break
+            found = [dict(values) for grid in grids for values in itertools.product(*grid)]
+        if not found:
+            raise UsageError(
+                f"--trials {most}: the coarsest grid of these ranges has {size} recipes; allow as many, give fewer "
+                "ranges, or choose another --sampler."
+            )
+        return found
+
+    def _axes(self, method: str, axes: Mapping[str, Sequence[Value]]) -> list[list[tuple[str, Value]]]:
+        """Every key with its values, of ranges that a method does not know one alone; the method, if that is turned."""
+        own: list[list[tuple[str, Value]]] = [[(METHOD, method)]] if len(self.methods) > 1 else []
+        for one in self.ranges:
+            values = axes[one.key] if self._applies(one, method) else axes[one.key][:1]
+            own.append([(one.key, value) for value in values])
+        return own
 
     def _names(self) -> Sequence[str]:
         return self.methods or (str(self._document["blend"].get("method", "stages")),)
@@ -190,8 +206,19 @@ class Space:
 
     def _require_used(self) -> None:
         for one in self.ranges:
+            steps = steps_of(one.key)
+            if steps[0] == "experts" and steps[-1] != "weight":
+                raise UsageError(
+                    f"--range {one.key}: of experts only weights are turned, experts.NAME.weight; what they are is the "
+                    "recipe's."
+                )
+            if steps[0] == "experts" and len(steps) == 3 and steps[1] not in self.recipe.experts:
+                name = str(steps[1])
+                raise UsageError(
+                    f"--range {one.key}: there is no expert '{name}'.{did_you_mean(name, self.recipe.experts)}"
+                )
             if not any(self._applies(one, method) for method in self._names()):
-                name = str(steps_of(one.key)[-1])
+                name = str(steps[-1])
                 known = {*FIXED_BLEND_KEYS, *(key for keys in self._known.values() for key in keys)}
                 methods = ", ".join(self._names())
                 raise UsageError(f"--range {one.key}: {methods} has no such parameter.{did_you_mean(name, known)}")

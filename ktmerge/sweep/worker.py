@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from optuna.exceptions import UpdateFinishedTrialError
 
-from ktmerge.errors import KtmergeError
-from ktmerge.eval.sets import read_sets
+from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.eval.sets import TaskSet
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.load import parse_recipe
 from ktmerge.recipes.schema import Recipe
-from ktmerge.recipes.suites import Side
 from ktmerge.sweep.anchors import base_alone, expert_alone
 from ktmerge.sweep.candidates import Candidate, Final, choose, finalists
 from ktmerge.sweep.greedy import Walk
+from ktmerge.sweep.halves import read_halves
 from ktmerge.sweep.ledger import ERROR, Ledger
 from ktmerge.sweep.live import LiveModel
 from ktmerge.sweep.outcome import SHOWN, Outcome
-from ktmerge.sweep.rounds import ItemScores, joined
+from ktmerge.sweep.rounds import ItemScores, joined, scored_sets
 from ktmerge.sweep.sampling import distributions, make_sampler, quietly
 from ktmerge.sweep.screening import Screening, candidates_of, said
 from ktmerge.sweep.settings import SweepSettings
@@ -45,25 +45,28 @@ def search(settings: SweepSettings, progress: Progress = SILENT) -> Outcome:
     return Worker(settings, progress).run()
 
 
-def study_name(settings: SweepSettings, progress: Progress = SILENT) -> str:
+def study_name(settings: SweepSettings, sets: Iterable[TaskSet], progress: Progress = SILENT) -> str:
     """The name of the sweep's study: equal for equal settings, models and data, wherever they lie."""
-    sets = [one.digest for suite, part in _suites(settings) for one in read_sets(suite, part)]
-    return f"{settings.recipe.name}-{settings.digest(sets, progress)[:16]}"
+    return f"{settings.recipe.name}-{settings.digest([one.digest for one in sets], progress)[:16]}"
 
 
 def space_of(settings: SweepSettings) -> Space:
     """What a sweep turns.
 
     Raises:
-        UsageError: a range or a method is wrong, or there is nothing to turn.
+        UsageError: a range or a method is wrong, there is nothing to turn, or the sampler cannot.
     """
     if settings.sampler == "greedy":
         return Soups(settings.recipe, settings.methods)
-    return Space(settings.recipe, settings.ranges, settings.methods)
-
-
-def _suites(settings: SweepSettings) -> list[tuple[Any, str | None]]:
-    return [(settings.suite, settings.parts[0]), (settings.held_out, settings.parts[1])]
+    space = Space(settings.recipe, settings.ranges, settings.methods)
+    if settings.sampler == "curve" and space.knob is None:
+        raise UsageError(
+            "--sampler curve: it follows a single number; give one --range low:high and one method, or choose another "
+            "sampler."
+        )
+    if settings.sampler == "grid":
+        space.grid(settings.trials)
+    return space
 
 
 class Worker:
@@ -77,19 +80,20 @@ class Worker:
         quietly()
         self._settings, self._progress = settings, progress
         self._space = space_of(settings)
-        self._selection, self._held_out = (read_sets(suite, part) for suite, part in _suites(settings))
+        selection, held_out = read_halves(settings)
         self._sampler = settings.sampler
         if self._sampler == "auto":
             self._sampler = "nsga2" if self._space.knob is None or settings.screen == "divergence" else "curve"
-        name = study_name(settings, progress)
+        name = study_name(settings, [*selection, *held_out], progress)
         storage = open_storage(settings.storage)
         self._ranges = distributions(self._space)
         self._ledger = Ledger(storage, name, settings.grace)
         self._ledger.study.sampler = make_sampler(self._sampler, self._space, settings.limit, settings.seed)
         self._tasks = Ledger(storage, f"{name}-tasks", settings.grace)
         self._live = LiveModel(settings.recipe, settings.device, settings.batch_size, settings.gigabytes, progress)
-        self._rounds = self._live.cut(self._selection, _ends(settings))
-        self._sides: dict[str, Side] = {one.task.name: one.side for one in self._selection}
+        self._rounds = self._live.cut(selection, _ends(settings))
+        self._held_out = self._live.cut(held_out, [1.0])  # before hours of work, not after
+        self._sets = scored_sets(self._rounds)
         self._base: ItemScores = {}
 
     def run(self) -> Outcome:
@@ -97,7 +101,7 @@ class Worker:
         settings = self._settings
         whole = self._tasks.share({"base": partial(self._score_all, "base", base_alone(settings.recipe))})
         self._base = joined(whole["base"])
-        objectives(self._base, self._base, self._sides)  # refuses a base with nothing to keep
+        objectives(self._base, self._base, self._sets)  # refuses a base with nothing to keep
         if isinstance(self._space, Soups):
             self._add_greedily(self._space)
         elif self._sampler == "grid":
@@ -120,10 +124,11 @@ class Worker:
             failed=failed,
             finals=finals,
             base=self._base,
-            sides=self._sides,
+            sets=self._sets,
             chosen=chosen,
             nearest=nearest,
             held_out=self._report(chosen or nearest),
+            held_out_sets=scored_sets(self._held_out),
         )
         return SoupOutcome.of(outcome, self._walk()) if self._sampler == "greedy" else outcome
 
@@ -132,7 +137,7 @@ class Worker:
         settings = self._settings
         rounds = self._rounds if settings.screen == "full" or settings.share == 1 else self._rounds[:-1]
         screening = Screening(
-            settings, self._space, self._ledger, self._live, rounds, self._base, self._sides, self._progress
+            settings, self._space, self._ledger, self._live, rounds, self._base, self._sets, self._progress
         )
         while (trial := self._ledger.begin(most, self._ranges)) is not None:
             with suppress(UpdateFinishedTrialError), self._ledger.working(trial):  # taken for dead: another does it
@@ -162,7 +167,7 @@ class Worker:
 
     def _walk(self) -> Walk:
         failed = [one.params for one in self._ledger.trials() if ERROR in one.user_attrs]
-        return walk_of(self._settings, candidates_of(self._ledger), failed, self._base, self._sides)
+        return walk_of(self._settings, candidates_of(self._ledger), failed, self._base, self._sets)
 
     def _choose(self, finals: list[Final]) -> tuple[Candidate | None, Candidate]:
         if self._sampler == "greedy":
@@ -179,7 +184,7 @@ class Worker:
         for one in chosen:
             result = made[f"final {one.number}"]
             scores = joined(result["rounds"])
-            found.append(Final(one, scores, *objectives(scores, self._base, self._sides), result["digest"]))
+            found.append(Final(one, scores, *objectives(scores, self._base, self._sets), result["digest"]))
         return found
 
     def _finish(self, one: Candidate) -> dict[str, Any]:
@@ -188,7 +193,7 @@ class Worker:
         left = self._rounds[len(one.rounds) :]
         rounds = [*one.rounds, *(self._live.score_blend(recipe, more, label, self._settings.seeds) for more in left)]
         if left:
-            values = objectives(joined(rounds), self._base, self._sides)
+            values = objectives(joined(rounds), self._base, self._sets)
             self._progress.note(f"{label}, {told(one.point)}: {said(values, 'full')}")
         return {"rounds": rounds, "digest": self._live.digest(recipe)}
 
@@ -213,7 +218,7 @@ class Worker:
 
     def _score_held_out(self, label: str, recipe: Recipe) -> ItemScores:
         self._live.blend(recipe)
-        return self._live.score(self._live.cut(self._held_out, [1.0])[0], f"held out, {label}")
+        return self._live.score(self._held_out[0], f"held out, {label}")
 
     def _recipe(self, one: Candidate) -> Recipe:
         recipe = self._settings.recipe

@@ -14,7 +14,7 @@ from ktmerge.errors import UsageError
 from ktmerge.eval import read_sets
 from ktmerge.eval.items import ChoiceItem, GenerateItem, InstructionsItem, LetterItem, whole_prompt
 from ktmerge.eval.marking import mark
-from ktmerge.eval.rows import load
+from ktmerge.eval.rows import PARTS, load, of_part
 from ktmerge.eval.shaping import joined, kept, taken_apart
 from ktmerge.recipes import load_suite, ready
 from ktmerge.recipes.combining import load_suites
@@ -330,3 +330,13 @@ def test_keys_of_worked_examples_need_some(key: dict[str, str]) -> None:
     task = {"name": "t", "kind": "generate", "data": "x", "prompt": "q", "answer": "a"}
     with pytest.raises(ValueError, match="need shots, how many there are"):
         Suite(upstream=[{**task, **key}])
+
+
+def test_what_one_row_is_taken_apart_into_is_in_one_part() -> None:
+    rows = [Row(number, f"x:{number}", {"a": [1, 2, 3], "id": number}) for number in range(40)]
+    others = [Row(number, f"y:{number}", {"key": str(number)}) for number in range(40)]
+    apart = joined(taken_apart(rows, {"one": "a"}, "t"), others, "id", "key", "t")
+    chosen, reported = ({row.values["id"] for row in of_part(apart, 0.5, part)} for part in PARTS[1:])
+    assert chosen
+    assert reported
+    assert not chosen & reported

@@ -13,6 +13,7 @@ from optuna.trial import TrialState
 from ktmerge.progress import SILENT
 from ktmerge.recipes.schema import Recipe
 from ktmerge.sweep.ledger import ERROR, VOID, Ledger
+from ktmerge.sweep.rounds import ScoredSet
 from ktmerge.sweep.sampling import distributions, quietly
 from ktmerge.sweep.screening import Screening, candidates_of
 from ktmerge.sweep.space import Range
@@ -20,6 +21,7 @@ from ktmerge.sweep.storage import open_storage
 from ktmerge.sweep.worker import Worker
 
 BASE = {"keep": [1.0, 1.0], "learn": [0.0, 0.0]}
+SETS = {"keep": ScoredSet("upstream", range(2)), "learn": ScoredSet("downstream", range(2))}
 SETTINGS: dict[str, Any] = {"screen": "full", "limit": 90.0, "keep": 0.9, "sampler": "nsga2", "seeds": 1}
 quietly()
 
@@ -43,7 +45,7 @@ def screening(ledger: Ledger, live: object, **settings: object) -> Any:
     )
     given: Any = SimpleNamespace(**{**SETTINGS, **settings})
     rounds: Any = [None, None]
-    made = Screening(given, space, ledger, live, rounds, BASE, {"keep": "upstream", "learn": "downstream"}, SILENT)  # type: ignore[arg-type]
+    made = Screening(given, space, ledger, live, rounds, BASE, SETS, SILENT)  # type: ignore[arg-type]
     return made, distributions(space)  # type: ignore[arg-type]
 
 
@@ -95,7 +97,7 @@ def test_a_worker_that_was_taken_for_dead_goes_on(ledger: Ledger, monkeypatch: p
     monkeypatch.setattr("ktmerge.sweep.worker.Screening", lambda *_: made)
     settings = SimpleNamespace(screen="full", share=1)
     worker: Any = SimpleNamespace(
-        _settings=settings, _rounds=[], _space=None, _ledger=ledger, _live=None, _base=None, _sides=None,
+        _settings=settings, _rounds=[], _space=None, _ledger=ledger, _live=None, _base=None, _sets=None,
         _progress=SILENT, _ranges=ranges,
     )  # fmt: skip
     Worker._screen(worker, 1)

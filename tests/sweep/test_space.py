@@ -36,6 +36,8 @@ def test_ranges_have_kinds_and_steps() -> None:
     assert Range.parse("blend.rank=1:4:int").evenly(9) == [1, 2, 3, 4]
     assert Range.parse("blend.scope=tensor|global").ends() == ("tensor", "global")
     assert Range.parse("experts.e.weight=0:1").key == "experts.e.weight"
+    assert Range.parse('experts."e".weight=0:1').key == "experts.e.weight"
+    assert Range.parse("blend.scope=tensor|global|tensor").choices == ("tensor", "global")
 
 
 def test_no_value_lies_beyond_the_ends() -> None:
@@ -63,6 +65,8 @@ def test_a_point_makes_a_recipe_and_leaves_out_what_its_method_does_not_know(wor
     grid = space.grid(12)
     recipes = {space.recipe_at(one).model_dump_json() for one in grid}
     assert len(recipes) == len(grid) == 12  # 9 of ties, 3 of linear, whose density is idle
+    with pytest.raises(UsageError, match="--trials 5: the coarsest grid of these ranges has 6 recipes"):
+        space.grid(5)
     assert told(point) == "method ties, lambda 1e-05, density 0.25"
 
 
@@ -76,9 +80,20 @@ def test_a_point_makes_a_recipe_and_leaves_out_what_its_method_does_not_know(wor
         (["blend.method=ties|linear"], [], "use --method"),
         (["where[0].lambda=0:1"], [], "where"),
         (["blend.lambda=0:1", "lambda=0:2"], [], "one range"),
+        (["experts.e.model=expert|other"], [], "only weights are turned"),
+        (["experts.f.weight=0:1"], [], "there is no expert 'f'. Valid: e."),
     ],
 )
 def test_a_space_that_cannot_be_is_refused_before_work(world, ranges, methods, complaint) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(UsageError) as caught:
         Space(load_recipe(world.recipe), [Range.parse(one) for one in ranges], methods)
     assert complaint in str(caught.value)
+
+
+def test_an_expert_with_a_dot_in_its_name_is_turned(world) -> None:  # type: ignore[no-untyped-def]
+    recipe = load_recipe(world.recipe, experts=[f"e.1={world.expert}", f"e={world.expert}"])
+    knob = Range.parse('experts."e.1".weight=0:1')
+    made = Space(recipe, [knob]).recipe_at({knob.key: 0.25})
+    assert {name: one.weight for name, one in made.experts.items()} == {"e": 1.0, "e.1": 0.25}
+    with pytest.raises(UsageError, match=r'in quotes: .experts\."e\.1"\.weight.'):
+        Space(load_recipe(world.recipe, experts=[f"e.1={world.expert}"]), [Range.parse("experts.e.1.weight=0:1")])

@@ -11,10 +11,16 @@ from ktmerge.errors import UsageError
 from ktmerge.sweep.candidates import Candidate, best_keeping, finalists
 from ktmerge.sweep.curve import Curve
 from ktmerge.sweep.pareto import layers
-from ktmerge.sweep.sampling import next_share
+from ktmerge.sweep.rounds import ScoredSet
+from ktmerge.sweep.sampling import CurveSampler, next_share
+from ktmerge.sweep.space import Range
 from ktmerge.sweep.standing import objectives, paired, stopped
 
-SIDES = {"up": "upstream", "down": "downstream", "other": "upstream"}
+SETS = {
+    "up": ScoredSet("upstream", range(40)),
+    "down": ScoredSet("downstream", range(40)),
+    "other": ScoredSet("upstream", range(40)),
+}
 
 
 def scores(up: float, down: float, n: int = 40, seed: int = 0) -> dict[str, list[float]]:
@@ -22,40 +28,68 @@ def scores(up: float, down: float, n: int = 40, seed: int = 0) -> dict[str, list
     luck = np.random.default_rng(seed).random((3, n))
     return {
         name: (luck[i] < chance).astype(float).tolist()
-        for i, (name, chance) in enumerate(zip(SIDES, (up, down, up), strict=True))
+        for i, (name, chance) in enumerate(zip(SETS, (up, down, up), strict=True))
     }
 
 
 def test_a_paired_difference_is_that_of_the_means_with_one_item_more_in_its_variance() -> None:
     a, b = scores(0.8, 0.5), scores(0.6, 0.5, seed=0)
-    found = paired(a, b, SIDES, "upstream")
+    found = paired(a, b, SETS, "upstream")
     own = [np.array(a[name]) - np.array(b[name]) for name in ("up", "other")]
     assert found.value == pytest.approx(100 * np.mean([one.mean() for one in own]))
     expected = [100**2 * (one.var() * 40 + 0.25) / 40**2 for one in own]
     assert found.error == pytest.approx(np.sqrt(sum(expected)) / 2)
-    assert paired(a, a, SIDES, "downstream").error > 0  # equal items prove little
+    assert paired(a, a, SETS, "downstream").error > 0  # equal items prove little
+
+
+def in_chunks(own: dict[str, list[float]], times: int) -> dict[str, list[float]]:
+    """Every text of a set as so many chunks with its score."""
+    return {name: np.repeat(scores, times).tolist() for name, scores in own.items()}
+
+
+def test_chunks_of_one_text_count_as_that_text() -> None:
+    a, b = scores(0.8, 0.5), scores(0.6, 0.5)
+    sets = {name: ScoredSet(one.side, np.repeat(one.groups, 5).tolist()) for name, one in SETS.items()}
+    whole, found = paired(a, b, SETS, "upstream"), paired(in_chunks(a, 5), in_chunks(b, 5), sets, "upstream")
+    assert (found.value, found.error) == pytest.approx((whole.value, whole.error))
+    uneven = paired({"up": [1.0, 0.5, 0.0]}, {"up": [0.0] * 3}, {"up": ScoredSet("upstream", [7, 7, 9])}, "upstream")
+    assert uneven.error == pytest.approx(100 * np.sqrt((1.5 - 2 * 0.5) ** 2 + (0 - 0.5) ** 2 + 1.5**2 / 4) / 3)
+    wrong = {name: [0.0] * 20 for name in SETS}  # of four chunks each of five texts
+    right = {name: [1.0] * 20 for name in SETS}
+    assert stopped(wrong, right, None, SETS, 0.99, 2) == "keeps too little"
+    texts = {name: ScoredSet(one.side, np.repeat(range(5), 4).tolist()) for name, one in SETS.items()}
+    assert stopped(wrong, right, None, texts, 0.99, 2) is None
+
+
+def test_who_keeps_just_enough_does() -> None:
+    for right in range(1, 41):
+        for kept in range(right + 1):
+            if 100 * kept % right == 0:
+                base, own = ([1.0] * count + [0.0] * (40 - count) for count in (right, kept))
+                kept_percent, _ = objectives({"up": own, "down": own}, {"up": base, "down": base}, SETS)
+                assert kept_percent == 100 * kept // right
 
 
 def test_objectives_compare_on_common_items() -> None:
     base, own = scores(0.9, 0.1), scores(0.9, 0.8)
     few = {name: one[:10] for name, one in own.items()}
-    retention, gain = objectives(few, base, SIDES)
+    retention, gain = objectives(few, base, SETS)
     assert retention == 100
     assert gain == pytest.approx(100 * (np.mean(own["down"][:10]) - np.mean(base["down"][:10])))
     with pytest.raises(UsageError, match="nothing to keep"):
-        objectives(own, scores(0.0, 0.5), SIDES)
+        objectives(own, scores(0.0, 0.5), SETS)
 
 
 def test_only_the_clearly_worse_are_stopped() -> None:
     base, best = scores(0.9, 0.1), scores(0.9, 0.9)
-    assert stopped(scores(0.2, 0.9), base, None, SIDES, 0.99, 2) == "keeps too little"
-    assert stopped(scores(0.9, 0.2), base, best, SIDES, 0.99, 2) == "gains too little"
-    assert stopped(scores(0.9, 0.2), base, None, SIDES, 0.99, 2) is None  # nobody is known to do better
-    assert stopped(scores(0.85, 0.85), base, best, SIDES, 0.99, 2) is None
+    assert stopped(scores(0.2, 0.9), base, None, SETS, 0.99, 2) == "keeps too little"
+    assert stopped(scores(0.9, 0.2), base, best, SETS, 0.99, 2) == "gains too little"
+    assert stopped(scores(0.9, 0.2), base, None, SETS, 0.99, 2) is None  # nobody is known to do better
+    assert stopped(scores(0.85, 0.85), base, best, SETS, 0.99, 2) is None
     few = {name: own[:3] for name, own in scores(0.2, 0.2).items()}
-    assert stopped(few, base, best, SIDES, 0.99, 2) is None  # three items prove nothing
+    assert stopped(few, base, best, SETS, 0.99, 2) is None  # three items prove nothing
     keeping = scores(0.95, 0.2)
-    assert stopped(keeping, scores(0.95, 0.1), scores(0.3, 0.9), SIDES, 0.2, 2) is None  # it keeps clearly more
+    assert stopped(keeping, scores(0.95, 0.1), scores(0.3, 0.9), SETS, 0.2, 2) is None  # it keeps clearly more
 
 
 def candidate(number: int, first: float, second: float, stopped: str | None = None, recipe: object = None) -> Candidate:
@@ -80,7 +114,14 @@ def test_the_front_and_what_is_nearest_to_the_limit_goes_on() -> None:
 
 
 def test_layers_peel_fronts() -> None:
-    assert layers(np.array([[1, 1], [2, 2], [0, 3], [1, 2], [0, 0]])) == [[1, 2], [3], [0], [4]]
+    assert list(layers(np.array([[1, 1], [2, 2], [0, 3], [1, 2], [0, 0]]))) == [[1, 2], [3], [0], [4]]
+    points = np.random.default_rng(0).integers(0, 9, (2000, 2)).astype(float)
+    first = next(layers(points))
+    rest = np.setdiff1d(np.arange(len(points)), first)
+    beaten = [bool(((points >= one).all(1) & (points > one).any(1)).any()) for one in points]
+    assert not any(beaten[i] for i in first)
+    assert all(beaten[i] for i in rest)
+    assert sorted(i for layer in layers(points) for i in layer) == list(range(2000))
 
 
 def test_a_curve_is_monotone_through_noise_and_finds_the_crossing() -> None:
@@ -110,3 +151,12 @@ def test_workers_that_begin_before_anything_is_scored_divide_the_knob() -> None:
     for _ in range(9):
         taken.append(next_share([], [], taken, 92))
     assert taken[4:] == [0.125, 0.375, 0.625, 0.875, 0.0625]
+
+
+@pytest.mark.parametrize("knob", [Range("x", 1, 3, integer=True), Range("x", 1, 8, log=True, integer=True)])
+def test_a_whole_number_is_tried_at_each_of_its_values(knob: Range) -> None:
+    sampler = CurveSampler(knob, 92.0)
+    taken: list[float] = []
+    for _ in range(9):
+        taken.append(next_share([], [], taken, 92.0, sampler._nearest))
+    assert {knob.at(share) for share in taken} == set(range(1, int(knob.high) + 1))

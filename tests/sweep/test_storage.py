@@ -196,6 +196,50 @@ def test_another_sweep_takes_the_place_of_one_and_of_nothing_else(tmp_path: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "sweep.json"]
 
 
+def test_a_database_that_does_not_open_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ktmerge.sweep.storage._ATTEMPTS", 1)
+    monkeypatch.setattr("ktmerge.sweep.storage._PAUSE", 0)
+
+    def start(storage: str, out: Path) -> None:
+        settings = SimpleNamespace(storage=storage, recipe=SimpleNamespace(folder=tmp_path))
+        begin(out, cast(SweepSettings, settings), "two", resume=False, overwrite=True)
+
+    old, gone = tmp_path / "old", f"sqlite:///{tmp_path}/none/trials.db"
+    old.mkdir()
+    for name in ("sweep.json", "journal.log", "chosen.yaml"):
+        (old / name).write_text(json.dumps({"ktmerge_sweep": 1, "study": "one", "storage": None, "recipes from": "."}))
+    for out in (old, tmp_path / "new"):
+        with pytest.raises(UsageError, match="cannot be opened"):
+            start(gone, out)
+    assert sorted(path.name for path in old.iterdir()) == ["chosen.yaml", "journal.log", "sweep.json"]
+    assert not (tmp_path / "new").exists()
+    start(f"sqlite:///{tmp_path}/new/trials.db", tmp_path / "new")  # in a folder that is not there before
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://anna:geheim@host/name",
+        "postgresql://anna:ge/heim@host/name",
+        "postgresql://:geheim@host/name",
+        "postgresql://host/name?user=anna&password=geheim",
+    ],
+)
+def test_passwords_are_not_written(tmp_path: Path, url: str) -> None:
+    settings = SimpleNamespace(storage=url, recipe=SimpleNamespace(folder=tmp_path))
+    begin(tmp_path, cast(SweepSettings, settings), "s", resume=False, overwrite=False, here=False)
+    written = (tmp_path / "sweep.json").read_text()
+    assert "heim" not in written
+    assert "host/name" in written
+
+
+def test_a_storage_that_is_no_url_is_told(tmp_path: Path) -> None:
+    settings = SimpleNamespace(storage="postgresql://[x", recipe=SimpleNamespace(folder=tmp_path))
+    with pytest.raises(UsageError, match="storage"):
+        begin(tmp_path / "o", cast(SweepSettings, settings), "s", resume=False, overwrite=False)
+    assert not (tmp_path / "o").exists()
+
+
 def test_a_trial_whose_recipe_is_none(tmp_path: Path) -> None:
     study = optuna.create_study(storage=open_storage(str(tmp_path / "journal.log")), study_name="s")
     study.ask().set_user_attr("recipe", "ties")

@@ -141,6 +141,16 @@ def test_what_is_missing_or_too_much_is_said(world, tmp_path: Path) -> None:  # 
         api.sweep(world.recipe, tmp_path / "o", ranges=knob, trials=0)
     with pytest.raises(UsageError, match="workers: must be 1 or more"):
         api.sweep(world.recipe, tmp_path / "o", ranges=knob, workers=0)
+    for wrong, said in (
+        ({"seed": -1}, "--seed: must be 0 or more"),
+        ({"grace": 0}, "--grace: must be seconds"),
+        ({"slurm": True, "ray": True}, "leave one out"),
+        ({"held_out": world.suite, "suite": world.folder / "whole.yaml"}, "among those that choose the recipe"),
+        ({"sampler": "grid", "trials": 1}, "the coarsest grid of these ranges has 2 recipes"),
+        ({"sampler": "curve", "methods": ["ties", "linear"]}, "follows a single number"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            api.sweep(world.recipe, tmp_path / "o", **{"ranges": knob, **wrong})
     assert not (tmp_path / "o").exists()
     with pytest.raises(UsageError, match="no sweep"):
         api.trial_recipe(tmp_path, 0)
@@ -148,6 +158,27 @@ def test_what_is_missing_or_too_much_is_said(world, tmp_path: Path) -> None:  # 
         api.trial_to_blend(tmp_path, None)
     with pytest.raises(UsageError, match="--set"):
         api.trial_to_blend(tmp_path, 1, besides={"--base": None, "--set": ["a=1"]})
+
+
+@pytest.mark.parametrize(("kind", "package"), [("slurm", "submitit"), ("ray", "ray")])
+def test_nothing_is_written_where_jobs_cannot_be_submitted(  # type: ignore[no-untyped-def]
+    world, tmp_path: Path, kind: str, package: str, monkeypatch
+) -> None:
+    from ktmerge import api
+
+    found = tmp_path / "found"
+    found.mkdir()
+    definition = {"ktmerge_sweep": 1, "study": "s", "storage": None, "recipes from": "."}
+    (found / "sweep.json").write_text(json.dumps(definition))
+    monkeypatch.setenv("PATH", "")  # no srun
+    for out, said in ((tmp_path / "none", None), (found, None), (tmp_path / "none", f"--{kind} needs {package}")):
+        if said:
+            monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(UsageError, match=said or f"--{kind}"):
+            api.sweep(world.recipe, out, ranges=["blend.lambda=0:1"], overwrite=True, **{kind: True})
+    assert [path.name for path in found.iterdir()] == ["sweep.json"]
+    assert json.loads((found / "sweep.json").read_text()) == definition
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.slow
