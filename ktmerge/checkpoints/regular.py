@@ -45,6 +45,12 @@ def read_regular(path: Path) -> bytes:
         return stream.read()
 
 
+def is_below(name: str) -> bool:
+    """Whether a name that somebody wrote down means a file below the folder it is given for, and nothing elsewhere."""
+    path = Path(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
+
+
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object in which no key stands twice, as its ``object_pairs_hook``.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ktmerge.checkpoints.dtypes import BITS
-from ktmerge.checkpoints.regular import once, read_regular
+from ktmerge.checkpoints.regular import is_below, once, read_regular
 from ktmerge.errors import UsageError
 
 FILE = "delta.json"
@@ -183,7 +183,7 @@ def _span(value: Any) -> tuple[int, int]:
 
 def _name(file: str) -> str:
     """A path below the output, and nowhere else."""
-    path = Path(os.fsdecode(os.fsencode(file)))  # of half a character, which names no file, this is a ValueError
-    if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in file or "\0" in file:
+    os.fsencode(file)  # of half a character, which names no file, this is a ValueError
+    if not is_below(file) or "\\" in file:
         raise ValueError(f"'{file}' lies outside of the delta")
     return file

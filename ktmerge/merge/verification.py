@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from ktmerge.checkpoints.files import file_digest
 from ktmerge.checkpoints.layout import read_json
-from ktmerge.checkpoints.regular import is_file
-from ktmerge.checkpoints.workroom import workroom
+from ktmerge.checkpoints.regular import is_below, is_file
+from ktmerge.checkpoints.workroom import passing_room, workroom
 from ktmerge.errors import UsageError
 from ktmerge.merge.blending import blend
 from ktmerge.merge.lock import FILE as LOCK
@@ -115,7 +115,8 @@ def verify(
     Args:
         out: a folder that `blend` wrote; it is only read.
         recipe: what it was made by, with models that are there; needed to rebuild.
-        rebuild: blend again, into a temporary folder beside ``out``, and compare bytes.
+        rebuild: blend again, into a temporary folder beside ``out`` (where nobody may write there: among this user's
+            temporary files), and compare bytes.
         rehash: read every input for its digest, also those that seem unchanged since they were read last.
         device: auto, cpu or cuda.
         progress: where to report.
@@ -131,7 +132,7 @@ def verify(
         plan = plan_blend(recipe)
         checks += _sections(record, origin(plan))
         if (out / LOCK).exists():
-            checks += _inputs(read_lock(out), locked_now(plan, rehash=rehash))
+            checks += _inputs(read_lock(out), locked_now(plan, rehash=rehash), rebuild)
         if rebuild:
             checks += _rebuilt(out, recipe, digests, device, progress)
     return Verification(out, tuple(checks))
@@ -159,7 +160,8 @@ def _is_whole(document: Mapping[str, Any]) -> bool:
     if not all(isinstance(section, dict) for section in (digests, beside, experts)):
         return False
     places = [document["recipe"].get("base"), *(isinstance(one, dict) and one.get("model") for one in experts.values())]
-    return all(isinstance(text, str) for text in [*digests.values(), *beside.values(), *places])
+    texts = [*digests.values(), *beside.values(), *places]
+    return all(isinstance(text, str) for text in texts) and all(map(is_below, [*digests, *beside]))
 
 
 def _files(out: Path, digests: Mapping[str, str], progress: Progress) -> Iterator[Check]:
@@ -194,10 +196,13 @@ def _sections(record: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Che
             yield Check(what, "recipe", "equal")
 
 
-def _inputs(locked: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Check]:
+def _inputs(locked: Mapping[str, Any], now: Mapping[str, Any], rebuilt: bool) -> Iterator[Check]:
     """The files of base and experts against what the output's lock says of them."""
     changed = {one.what: one.told for one in departures(locked, now)}
     for name, given in now["inputs"].items():
+        if (what := f"input {name}") in changed:  # its files cannot be held against those that were locked
+            yield Check(what, "recipe", "may differ" if rebuilt else "differs", changed[what])
+            continue
         for file in given["files"]:
             what = f"{name}/{file}"
             yield Check(what, "recipe", "differs", changed[what]) if what in changed else Check(what, "recipe", "equal")
@@ -208,7 +213,8 @@ def _inputs(locked: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Check
 
 
 def _rebuilt(out: Path, recipe: Recipe, digests: Mapping[str, str], device: str, progress: Progress) -> Iterator[Check]:
-    with workroom(out.absolute().with_name(f"{out.absolute().name}-verify")) as folder:
+    beside = out.absolute().with_name(f"{out.absolute().name}-verify")
+    with workroom(beside if os.access(beside.parent, os.W_OK) else passing_room("verify")) as folder:
         report = blend(recipe, folder / "again", device=device, afresh=True, progress=progress)
     known = not digests.keys() <= report.out.keys()  # earlier versions recorded nothing but the weights
     found = {**report.out, **report.beside} if known else report.out

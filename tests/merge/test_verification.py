@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from merge_models import read
+from merge_models import read, write
 from safetensors.torch import save_file
 
 from ktmerge import api
+from ktmerge.checkpoints.workroom import workroom
 from ktmerge.cli import _exit_code
 from ktmerge.errors import UsageError
-from ktmerge.merge import blend
+from ktmerge.merge import blend, verification
 from ktmerge.merge.lock import FILE as LOCK
 
 TWO = {"a": ("a", 1.0), "b": ("b", 0.5)}
@@ -128,6 +129,32 @@ def test_another_input_of_the_same_shape_is_found(made: Path, recipe_in: Any) ->
     assert states(found)[("rebuilt", WEIGHTS)] == "differs"
 
 
+def test_an_input_in_other_files_is_not_called_equal(made: Path, recipe_in: Any) -> None:
+    recipe = recipe_in(made, TWO, {"method": "dare_ties"}, output={"rounding": "stochastic"}, seed=5)
+    tensors = read(made / "a")
+    shutil.rmtree(made / "a")
+    write(made / "a", tensors, shards=2)
+    held = api.verify(made / "out", recipe)
+    assert not held.holds  # whether its numbers are the same, digests of files cannot tell
+    assert {key: state for key, state in states(held).items() if state != "equal"} == {("recipe", "input a"): "differs"}
+    again = api.verify(made / "out", recipe, rebuild=True)
+    assert again.holds
+    assert states(again)[("recipe", "input a")] == "may differ"
+    next(iter(tensors.values())).view(-1)[0] += 1
+    shutil.rmtree(made / "a")
+    write(made / "a", tensors, shards=2)
+    assert not api.verify(made / "out", recipe, rebuild=True).holds
+
+
+def test_an_output_where_nobody_may_write(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(made)
+    rooms: list[Path] = []
+    monkeypatch.setattr(verification, "workroom", lambda target: rooms.append(target) or workroom(target))
+    monkeypatch.setattr(os, "access", lambda path, mode, access=os.access: mode != os.W_OK and access(path, mode))
+    assert api.verify(made / "out", rebuild=True).holds
+    assert made not in rooms[0].parents
+
+
 @pytest.mark.parametrize(
     ("blend_", "seed", "what"),
     [
@@ -186,6 +213,8 @@ def test_the_command_says_so_by_its_exit_code(made: Path, capsys: pytest.Capture
     [
         (lambda record: record.update(output="gone"), "is damaged"),
         (lambda record: record["output"]["sha256"].update(x=3), "is damaged"),
+        (lambda record: record["output"]["sha256"].update({"../base/config.json": "0" * 64}), "is damaged"),
+        (lambda record: record["output"]["beside"].update({"/etc/passwd": "0" * 64}), "is damaged"),
         (lambda record: record.update(inputs=7), "is damaged"),
         (lambda record: record.pop("versions"), "is damaged"),
         (lambda record: record["recipe"].update(experts=["a"]), "is damaged"),
