@@ -63,6 +63,18 @@ def is_folder(reference: str, folder: Path) -> bool:
         return False
 
 
+def on_this_machine(reference: str, folder: Path) -> str | None:
+    """A reference to the same model that fetches nothing: hub ids become their folders in the hub's cache.
+
+    Returns:
+        None if one of them was never fetched.
+    """
+    if is_folder(reference, folder):
+        return reference
+    found = [_cached(one, folder) for one in reference.split("+")]
+    return None if None in found else "+".join(map(str, found))
+
+
 def cached_as(root: Path) -> str | None:
     """``org/name@commit`` of a folder in the hub's cache, ``models--org--name/snapshots/commit``; None of others."""
     match = _CACHED.search(root.as_posix())
@@ -75,6 +87,18 @@ def _sibling(path: Path) -> str:
     except OSError:
         return f" {path.parent} does not exist either." if not path.parent.exists() else ""
     return did_you_mean(path.name, siblings, list_all=False)
+
+
+def _cached(reference: str, folder: Path) -> str | None:
+    if hub_name(reference, folder) is None:
+        return reference
+    from huggingface_hub import errors, snapshot_download
+
+    name, _, revision = reference.partition("@")
+    try:
+        return str(snapshot_download(name, revision=revision or None, local_files_only=True))
+    except (errors.LocalEntryNotFoundError, ValueError):
+        return None
 
 
 def _download(name: str, revision: str | None) -> Path:

@@ -11,7 +11,7 @@ from ktmerge.errors import UsageError
 from ktmerge.merge.difference import Difference, Effect, Side, differences
 from ktmerge.merge.lock import FILE as LOCK
 from ktmerge.merge.lock import read_lock
-from ktmerge.merge.planning import plan_blend
+from ktmerge.merge.planning import plan_here
 from ktmerge.recipes import load_recipe
 from ktmerge.recipes.load import parse_recipe
 
@@ -73,8 +73,4 @@ def _side(reference: str) -> Side:
         recipe = parse_recipe(dict(lock["recipe"]), str(path), path if is_folder else path.absolute().parent)
         return Side(reference, recipe, lock, None)
     recipe = load_recipe(reference)
-    try:
-        plan = plan_blend(recipe)
-    except UsageError:  # a recipe of the gallery, or one whose models are elsewhere: it can still be read
-        plan = None
-    return Side(reference, recipe, None, plan)
+    return Side(reference, recipe, None, plan_here(recipe))  # one of the gallery has no models, but can be read

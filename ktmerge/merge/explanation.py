@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ktmerge.errors import UsageError, printable
+from ktmerge.errors import printable
 from ktmerge.merge.plan import Plan, TensorPlan
-from ktmerge.merge.planning import plan_blend
+from ktmerge.merge.planning import plan_here
 from ktmerge.merge.sections import check_recipe
 from ktmerge.merge.settings import FLOAT_CLASSES, Setting, blend_setting, rule_setting
 from ktmerge.merge.stage import Pipeline, StageUse
@@ -58,11 +58,7 @@ def explain(recipe: Recipe) -> Explanation:
         UsageError: the recipe is wrong in a way that shows without its models.
     """
     check_recipe(recipe)
-    plan: Plan | None
-    try:
-        plan = plan_blend(recipe) if recipe.blend is not None and recipe.base and recipe.experts else None
-    except UsageError:  # models that are not here, or not made yet: what the recipe says can still be told
-        plan = None
+    plan = plan_here(recipe)  # without models that are here, what the recipe says can still be told
     sections = [
         ("What it is for", [recipe.description] if recipe.description else []),
         ("How the experts are made", list(_tuning(recipe))),

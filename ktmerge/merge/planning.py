@@ -9,6 +9,7 @@ from ktmerge.checkpoints.alignment import align
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.classes import TensorClass
 from ktmerge.checkpoints.experts import fit_experts
+from ktmerge.checkpoints.hub import on_this_machine
 from ktmerge.checkpoints.matrices import MatrixLayout, bias_layout, matrix_layout
 from ktmerge.checkpoints.opening import open_model
 from ktmerge.checkpoints.parts import Parts
@@ -70,6 +71,19 @@ def plan_blend(recipe: Recipe) -> Plan:
     refuse(problems)
     assert base is not None
     return Plan(recipe, base, ready, tensors, layers, tuple(_notes(base, ready)), texts, statistics)
+
+
+def plan_here(recipe: Recipe) -> Plan | None:
+    """The same where all models are on this machine and fit one another; nothing is fetched for it."""
+    base = on_this_machine(recipe.base or "", recipe.folder)
+    models = {name: on_this_machine(one.model, recipe.folder) for name, one in recipe.experts.items()}
+    if base is None or None in models.values():
+        return None
+    experts = {name: one.model_copy(update={"model": models[name]}) for name, one in recipe.experts.items()}
+    try:
+        return plan_blend(recipe.model_copy(update={"base": base or None, "experts": experts}))
+    except UsageError:
+        return None
 
 
 def _open(recipe: Recipe, role: str, reference: str | None, base: Checkpoint | None = None) -> Checkpoint:
