@@ -15,7 +15,7 @@ from ktmerge.errors import printable_lines
 from ktmerge.progress import Step, Unit
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, ConsoleOptions
     from rich.progress import Progress as RichBars
     from rich.progress import TaskID
 
@@ -28,18 +28,28 @@ WIDTH = 120
 
 def stdout() -> Console:
     """Where results go; words are never looked at for colours, which takes minutes with a stranger's endless word."""
-    from rich.console import Console
-
     terminal = sys.stdout.isatty()
     width = None if terminal or "COLUMNS" in os.environ else WIDTH
-    return Console(soft_wrap=not terminal, width=width, highlight=False, emoji=False)
+    return _console(soft_wrap=not terminal, width=width)
 
 
 def stderr() -> Console:
     """Where progress, notes and errors go, so that results can be piped."""
-    from rich.console import Console
+    return _console(stderr=True, soft_wrap=True)
 
-    return Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
+
+def _console(**settings: Any) -> Console:
+    """A console by which no word steers the terminal, whoever chose it."""
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class Escaping(Console):
+        def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+            for one in super().render(renderable, options):
+                plain = one.control or one.text.isprintable()
+                yield one if plain else Segment(printable_lines(one.text), one.style)
+
+    return Escaping(highlight=False, emoji=False, **settings)
 
 
 def _is_drawn_on(stream: TextIO) -> bool:
@@ -57,7 +67,7 @@ class TerminalProgress:
     def note(self, text: str) -> None:
         if self._console is None:
             with suppress(OSError):  # whoever listened is gone, and a stop that is told of is still to save its work
-                print(text, file=sys.stderr)
+                print(printable_lines(text), file=sys.stderr)
         else:
             self._console.print(text, markup=False)
 
@@ -115,7 +125,7 @@ def _bars(console: Console) -> RichBars:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.fields[amount]}"),
         TimeElapsedColumn(),
@@ -156,10 +166,12 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = Table(
+        title=_plain(title) or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
     for i, column in enumerate(columns):
         numeric = bool(rows) and all(row[i][:1] in "0123456789-+.<∞–" for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(_plain(column), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*[_plain(cell) for cell in row])
     stdout().print(table)

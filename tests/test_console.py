@@ -9,6 +9,7 @@ import os
 import sys
 
 import pytest
+from rich.text import Text
 
 from ktmerge import cli, console
 
@@ -67,6 +68,8 @@ def test_names_with_colons_are_no_emoji(capsys: pytest.CaptureFixture[str]) -> N
     captured = capsys.readouterr()
     assert captured.err.splitlines() == ["error: e1:x: no such folder", "a :bug: b"]
     assert "runs:fire:" in captured.out
+    console.print_table(["[/a]"], [["[/b]"]], "[/c]")
+    assert [word for word in capsys.readouterr().out.split() if "/" in word] == ["[/c]", "[/a]", "[/b]"]
 
 
 def test_words_are_not_searched_for_colours(
@@ -80,6 +83,10 @@ def test_words_are_not_searched_for_colours(
 
 def test_names_cannot_steer_the_terminal_or_break_it(capsys: pytest.CaptureFixture[str]) -> None:
     name = "a\x1b[2J\u202e\udcff"
+    console.TerminalProgress().note(name)
+    assert capsys.readouterr().err == r"a\x1b[2J\u202e\udcff" + "\n"
+    console.stdout().print(Text(name))
+    assert capsys.readouterr().out == r"a\x1b[2J\u202e\udcff" + "\n"
     console.print_table(["file"], [[name]])
     console.print_pairs({"file": name})
     console.print_json({"file": name})

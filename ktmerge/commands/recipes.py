@@ -229,4 +229,4 @@ def recipe_import(
     if out is None:
         sys.stdout.write(text)
     for difference in differences:
-        console.stderr().print(f"note: {difference}", markup=False)
+        console.TerminalProgress().note(f"note: {difference}")
