@@ -35,6 +35,12 @@ _DESCRIBED, _BEHIND = 0x8, (12, 16, 20, 24)
 _SHORT, _WIDE = 0xFFFF, 0xFFFFFFFF
 """A number that stands in a wider field elsewhere."""
 _TIME = (1980, 1, 1, 0, 0, 0)
+_OTHERS = {
+    b"<": ", but a web page: the server may want you to log in, or the address be of a page that leads to the file",
+    b"version https://git-lfs": ", but a pointer to one, as git has it without LFS: 'git lfs pull' fetches the file",
+    b"\x1f\x8b": ", but something that gzip made",
+}
+"""What is taken for a bundle, by how it begins."""
 _BROKEN = (
     zipfile.BadZipFile,
     zlib.error,
@@ -130,7 +136,10 @@ class Archive:
         tail = stream.read(_END_SIZE + _LOCATOR_SIZE)
         end, locator = tail[-_END_SIZE:], tail[:-_END_SIZE]
         if len(end) < _END_SIZE or not end.startswith(_END) or end[-2:] != b"\0\0":
-            raise UsageError(f"{self._where}: is no bundle: it does not end as a zip does.")
+            stream.seek(0)
+            head = stream.read(_HEADER).lstrip()
+            other = next((what for first, what in _OTHERS.items() if head.startswith(first)), "")
+            raise UsageError(f"{self._where}: is no bundle{other or ': it does not end as a zip does'}.")
         disk, start, *told = struct.unpack("<4H2L", end[4:20])
         after = size - _END_SIZE
         if locator.startswith(_LOCATOR):

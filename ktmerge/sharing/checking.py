@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,9 @@ from ktmerge.sharing import contents
 from ktmerge.sharing.manifest import FileEntry, Manifest
 from ktmerge.sharing.pinning import require_inside, require_pinned, require_suite
 from ktmerge.sharing.scores import require_scores
+
+_CONTROL = re.compile(r"[^\t\n\r -~\xa0-\U0010ffff]")
+"""No text has them; C1, beyond ASCII, some terminals obey too."""
 
 
 def require_bundle(folder: Path, manifest: Manifest, where: str) -> Recipe:
@@ -92,9 +96,11 @@ def _require_locked(manifest: Manifest, locked: Mapping[str, Any], recipe: Recip
 def _require_text(path: Path, where: str) -> None:
     try:
         with clear_os_errors(path):
-            path.read_bytes().decode("utf-8")
+            text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError:
         raise UsageError(f"{where}: is no text in UTF-8.") from None
+    if _CONTROL.search(text):
+        raise UsageError(f"{where}: has control characters, which could steer the terminal that shows it.")
 
 
 def _require_delta(folder: Path, locked: Mapping[str, Any], where: str) -> None:

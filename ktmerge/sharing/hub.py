@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -12,10 +14,11 @@ from ktmerge.checkpoints.hub import quiet_unless_watched, refusal
 from ktmerge.checkpoints.workroom import passing_room, workroom
 from ktmerge.errors import KtmergeError, UsageError, first_line
 from ktmerge.sharing import contents
-from ktmerge.sharing.retrying import retried, status_of
+from ktmerge.sharing.retrying import PASSING, is_of_the_net, retried, status_of
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import ModelInfo
 
 FOLDER = "ktmerge-recipe"
 """Where a bundle lies in a repository that is a model's."""
@@ -23,6 +26,8 @@ _BLOCK = 1 << 20
 _MOST_ENTRIES = 10_000
 _ATTEMPTS = 3
 _REFUSALS = (401, 403, 404)
+_SECONDS = 60.0
+"""Most that is waited for the hub to say anything; its library would wait for ever."""
 
 Answer = TypeVar("Answer")
 
@@ -41,7 +46,7 @@ class HubSource:
 
     @property
     def where(self) -> str:
-        return f"{self._name}@{self._commit}{f'/{self._folder}' if self._folder else ''}"
+        return f"{self._name}@{self._seen.sha}{f'/{self._folder}' if self._folder else ''}"
 
     def sizes(self) -> Mapping[str, int]:
         start = f"{self._folder}/" if self._folder else ""
@@ -62,7 +67,7 @@ class HubSource:
         with quiet_unless_watched():
             path = Path(
                 self._asked(
-                    lambda api: api.hf_hub_download(self._name, inside, revision=self._commit, local_dir=folder)
+                    lambda api: api.hf_hub_download(self._name, inside, revision=self._seen.sha, local_dir=folder)
                 )
             )
         with clear_os_errors(path), path.open("rb") as stream:
@@ -71,27 +76,23 @@ class HubSource:
         path.unlink()
 
     @cached_property
-    def _commit(self) -> str:
-        info = self._asked(lambda api: api.repo_info(self._name, revision=self._revision))
-        if not info.sha:
+    def _seen(self) -> ModelInfo:
+        """The repository at one commit, with its files: a branch may move on."""
+        found = self._asked(lambda api: seen(api, self._name, self._revision, sizes=True))
+        if not found.sha:
             raise KtmergeError(f"{self._name}: the hub does not say which commit this is.")
-        return info.sha
+        return found
 
     @cached_property
     def _listed(self) -> dict[str, int]:
         """Bytes of every file of the repository."""
-
-        def listing(api: HfApi) -> dict[str, int]:
-            found: dict[str, int] = {}
-            for entry in api.list_repo_tree(self._name, revision=self._commit, recursive=True):
-                size = getattr(entry, "size", None)
-                if size is not None:
-                    found[entry.path] = size
-                if len(found) > _MOST_ENTRIES:
-                    raise UsageError(f"{self._name}: has more than {_MOST_ENTRIES} files, and is no place of a recipe.")
-            return found
-
-        return self._asked(listing)
+        files = self._seen.siblings or []
+        if len(files) > _MOST_ENTRIES:
+            raise UsageError(f"{self._name}: has more than {_MOST_ENTRIES} files, and is no place of a recipe.")
+        found = {one.rfilename: one.size for one in files if one.size is not None}
+        if len(found) < len(files):
+            raise KtmergeError(f"{self._name}: the hub does not say how large its files are.")
+        return found
 
     @cached_property
     def _folder(self) -> str:
@@ -109,31 +110,66 @@ class HubSource:
         return asked(self._name, self._revision, call)
 
 
+def seen(api: HfApi, name: str, revision: str | None, *, sizes: bool = False) -> ModelInfo:
+    """What the hub tells of a model's repository: its commit, its files, who may see it."""
+    return api.model_info(name, revision=revision, files_metadata=sizes, timeout=_SECONDS)
+
+
 def asked(name: str, revision: str | None, call: Callable[[HfApi], Answer]) -> Answer:
-    """What the hub answers, asked again while it is busy.
+    """What the hub answers, asked again while it is busy, and where the connection broke.
 
     Raises:
         UsageError: it refuses: there is no such repository or revision, or it may not be seen or changed.
         KtmergeError: it cannot be reached, or stays busy.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def attempt() -> Answer:
+        with _patience():
+            return call(HfApi())
 
     try:
-        # The hub's library makes most calls again by itself, and all that fail for the connection.
-        return retried(lambda: call(HfApi()), name, _ATTEMPTS, broken=False)
+        return retried(attempt, name, _ATTEMPTS)
     except KtmergeError:
         raise
     except Exception as error:
-        code = status_of(error)
-        if code == 429 or (code is not None and code >= 500):
-            raise KtmergeError(f"{name}: the hub is busy or broken (HTTP {code}); try again later.") from error
-        if code in _REFUSALS or isinstance(error, LocalEntryNotFoundError):
-            kind = UsageError if code is not None else KtmergeError
-            raise kind(f"{name}: {refusal(error, revision)}") from error
-        told = first_line(error).rstrip(".")
-        if code is not None or isinstance(error, ValueError):  # of names that the hub's library does not let through
-            raise UsageError(
-                f"{name}: the hub does not take this{f' (HTTP {code})' if code else ''}: {told}."
-            ) from error
-        raise KtmergeError(f"{name}: the hub cannot be reached: {told}.") from error
+        if isinstance(error, OSError) and error.errno and not is_of_the_net(error):  # of what is written here
+            with clear_os_errors(Path(error.filename or name)):
+                raise
+        raise _failure(error, name, revision) from error
+
+
+def _failure(error: Exception, name: str, revision: str | None) -> KtmergeError:
+    """What an error of the hub, or of its library, means to whoever asked."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    code, told = status_of(error), first_line(error).rstrip(".")
+    if code is not None and (code in PASSING or code >= 500):
+        return KtmergeError(f"{name}: the hub is busy or broken (HTTP {code}); try again later.")
+    if code in _REFUSALS:
+        return UsageError(f"{name}: {refusal(error, revision)}")
+    if isinstance(error, LocalEntryNotFoundError):
+        return KtmergeError(f"{name}: {refusal(error, revision)}")
+    if isinstance(error, json.JSONDecodeError):
+        return KtmergeError(
+            f"{name}: what answers is not the hub: it sends a page where data are asked for. The network may want you "
+            "to log in, or HF_ENDPOINT be wrong."
+        )
+    if code is not None or isinstance(error, ValueError):  # of names that the hub's library does not let through
+        return UsageError(f"{name}: the hub does not take this{f' (HTTP {code})' if code else ''}: {told}.")
+    if is_of_the_net(error):
+        return KtmergeError(f"{name}: the hub cannot be reached: {told}.")
+    return KtmergeError(f"{name}: what the hub sends cannot be used: {type(error).__name__}: {told}.")
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    """With an end to the waiting of all calls that the hub's library makes."""
+    from huggingface_hub import get_session
+
+    session = get_session()
+    before, session.timeout = session.timeout, _SECONDS
+    try:
+        yield
+    finally:
+        session.timeout = before

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
 from typing import Any
 
+from ktmerge.errors import first_line
+
 _SECONDS = 60
 """Most that is waited for any single answer of the connection."""
 _SLOWEST, _PATIENCE = 1000, 60
@@ -62,7 +64,12 @@ class _Watched(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int | None:
         began = time.monotonic()
-        count: int | None = self._inner.readinto(buffer)
+        try:
+            count: int | None = self._inner.readinto(buffer)
+        except (ConnectionError, TimeoutError):
+            raise
+        except OSError as error:  # of TLS or of the network; those of files are told otherwise
+            raise ConnectionError(first_line(error)) from error
         self._waited += time.monotonic() - began
         self._count += count or 0
         if self._waited > _PATIENCE and self._count < _SLOWEST * self._waited:
@@ -89,11 +96,25 @@ class _Answer(HTTPResponse):
 
 
 class _Plain(HTTPConnection):
+    """Looks for an answer also where the server stopped listening before all was sent: it says why."""
+
     response_class = _Answer
+    _is_open = False
+
+    def connect(self) -> None:
+        super().connect()
+        self._is_open = True
+
+    def request(self, *arguments: Any, **named: Any) -> None:
+        try:
+            super().request(*arguments, **named)
+        except (BrokenPipeError, ConnectionResetError):
+            if not self._is_open:
+                raise
 
 
-class _Secure(HTTPSConnection):
-    response_class = _Answer
+class _Secure(_Plain, HTTPSConnection):
+    pass
 
 
 class _Http(urllib.request.HTTPHandler):

@@ -6,7 +6,7 @@ import shlex
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ktmerge.checkpoints.files import clear_os_errors
 from ktmerge.checkpoints.staging import Staging, sync_tree
@@ -14,9 +14,12 @@ from ktmerge.errors import UsageError
 from ktmerge.progress import SILENT, Progress
 from ktmerge.sharing import contents
 from ktmerge.sharing.archive import write_archive
-from ktmerge.sharing.hub import FOLDER, asked
+from ktmerge.sharing.hub import FOLDER, asked, seen
 from ktmerge.sharing.places import place_of
 from ktmerge.sharing.web import put, without_query
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 _EMPTY = {contents.CARD, ".gitattributes", "LICENSE"}
 """What a repository may have that holds nothing yet."""
@@ -92,18 +95,23 @@ def _to_hub(files: Path, names: list[str], repository: str, branch: str | None, 
     if not inside:
         asked(repository, branch, lambda api: api.create_repo(repository, private=private or None, exist_ok=True))
     start = f"{FOLDER}/" if inside else ""
-    there = asked(repository, branch, lambda api: api.list_repo_files(repository, revision=branch))
-    own = {name for name in there if name.startswith(start) and contents.limit(name[len(start) :]) is not None}
     wanted = {start + name for name in names}
-    if not inside and set(there) - _EMPTY and contents.MANIFEST not in own:
-        raise UsageError(f"{repository}: holds something else than a recipe; put the recipe into it with --into.")
 
-    def commit(api: Any) -> str:
+    def commit(api: HfApi) -> str:
+        found = seen(api, repository, branch)
+        there = {one.rfilename for one in found.siblings or []}
+        own = {name for name in there if name.startswith(start) and contents.limit(name[len(start) :]) is not None}
+        if not inside and there - _EMPTY and contents.MANIFEST not in own:
+            raise UsageError(f"{repository}: holds something else than a recipe; put the recipe into it with --into.")
+        if private and not found.private:
+            raise UsageError(f"{repository}: is there already, and public; make it private in its settings first.")
         operations: list[Any] = [CommitOperationAdd(start + name, str(files / name)) for name in sorted(names)]
         operations += [CommitOperationDelete(name) for name in sorted(own - wanted)]
+        # If another push comes between, the hub refuses this one, which then looks anew: no mixture of both is left.
         done = api.create_commit(
-            repository, operations, commit_message="Recipe packed by ktmerge", revision=branch, num_threads=2
-        )
+            repository, operations, commit_message="Recipe packed by ktmerge", revision=branch,
+            parent_commit=found.sha, num_threads=2,
+        )  # fmt: skip
         return str(done.oid)
 
     return asked(repository, branch, commit)

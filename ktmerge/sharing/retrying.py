@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 from ktmerge.errors import KtmergeError
@@ -11,7 +12,8 @@ from ktmerge.errors import KtmergeError
 Answer = TypeVar("Answer")
 
 ATTEMPTS = 5
-_PASSING = frozenset({408, 429, 500, 502, 503, 504})
+PASSING = frozenset({408, 412, 429, 500, 502, 503, 504})
+"""What the other side says that may be over soon; 412: somebody else was faster."""
 _LONGEST = 120.0
 """Seconds that are waited at the other side's wish; one that wants more is told of."""
 _FIRST = 0.5
@@ -55,9 +57,7 @@ def status_of(error: BaseException) -> int | None:
 def _pause(error: BaseException, attempt: int, where: str, broken: bool) -> float | None:
     """Seconds until the next attempt; None: there is no use in one."""
     code = status_of(error)
-    if code is None and not (broken and _is_of_the_net(error)):
-        return None
-    if code is not None and code not in _PASSING:
+    if not (code in PASSING if code is not None else broken and is_of_the_net(error)):
         return None
     asked = _asked(error)
     if asked is not None and asked > _LONGEST:
@@ -65,7 +65,7 @@ def _pause(error: BaseException, attempt: int, where: str, broken: bool) -> floa
     return _FIRST * 2**attempt if asked is None else asked
 
 
-def _is_of_the_net(error: BaseException) -> bool:
+def is_of_the_net(error: BaseException) -> bool:
     """Whether an error came from the connection; libraries have types of their own for that."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"TransportError", "URLError", "ConnectionError", "TimeoutError", "IncompleteRead"})
@@ -77,7 +77,17 @@ def _asked(error: BaseException) -> float | None:
     while seen is not None:
         headers: Any = getattr(getattr(seen, "response", None), "headers", getattr(seen, "headers", None))
         text = headers.get("Retry-After") if headers is not None else None
-        if text is not None and str(text).strip().isdecimal():
-            return float(text)
+        if text is not None:
+            return _seconds(str(text).strip())
         seen = seen.__cause__
     return None
+
+
+def _seconds(text: str) -> float | None:
+    """How long to wait: as a number, or until a date; None: it is neither."""
+    if text.isdecimal():
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None

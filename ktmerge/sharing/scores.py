@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ktmerge.checkpoints.regular import once
 from ktmerge.errors import UsageError
 from ktmerge.merge.record import portable
 
@@ -34,8 +35,10 @@ def require_scores(raw: bytes, where: str) -> None:
         UsageError: likewise.
     """
     try:
-        document: Any = json.loads(raw.decode("utf-8"))
+        document: Any = json.loads(raw.decode("utf-8"), object_pairs_hook=once)
     except (ValueError, RecursionError):
-        raise UsageError(f"{where}: is no JSON; a bundle holds score files of 'ktmerge eval' there.") from None
+        raise UsageError(
+            f"{where}: is no JSON, or has a key twice; a bundle holds score files of 'ktmerge eval' there."
+        ) from None
     if not isinstance(document, dict) or "ktmerge_eval" not in document:
         raise UsageError(f"{where}: is no score file of 'ktmerge eval'.")

@@ -16,6 +16,8 @@ from ktmerge.sharing.archive import Archive, opened_archive
 from ktmerge.sharing.manifest import Manifest, read_manifest
 
 _BLOCK = 1 << 20
+_POINTER = range(120, 150)
+"""Bytes of what Git LFS leaves in a file's place."""
 
 
 class Source(Protocol):
@@ -117,8 +119,12 @@ def offer_of(source: Source) -> Offer:
     manifest = read_manifest(source.manifest(), source.where)
     told = {name: size for name, size in sizes.items() if name != contents.MANIFEST}
     if told != manifest.sizes:
-        differing = sorted(name for name in {**told, **manifest.sizes} if told.get(name) != manifest.sizes.get(name))
-        raise UsageError(f"{source.where}: its manifest tells other files than there are ({differing[0]}).")
+        name = min(name for name in {**told, **manifest.sizes} if told.get(name) != manifest.sizes.get(name))
+        there, said = (_megabytes(one.get(name), "missing") for one in (told, manifest.sizes))
+        pointer = " (a pointer of Git LFS? Then 'git lfs pull' fetches it)" if told.get(name, 0) in _POINTER else ""
+        raise UsageError(
+            f"{source.where}: its manifest tells other files than there are: {name} {there}{pointer}, told {said}."
+        )
     return Offer(source, source.where, manifest, sum(sizes.values()))
 
 
@@ -154,7 +160,10 @@ class FolderSource:
         names = []
         for folder, folders, files in os.walk(self._path):
             inside = Path(folder).relative_to(self._path)
-            names += [(inside / name).as_posix() for name in files]
+            folders[:] = [
+                name for name in folders if not name.startswith(".")
+            ]  # what git, or the hub's client, puts there
+            names += [(inside / name).as_posix() for name in files if not name.startswith(".")]
             if any(name not in contents.FOLDERS or inside.parts for name in folders):
                 raise UsageError(f"{self.where}: holds folders that a bundle has not; give the folder of the bundle.")
             if len(names) > contents.MAX_FILES:
@@ -198,9 +207,9 @@ def _told(model: str) -> str:
     return "yours to give" if model.startswith("./") else _printable(model)
 
 
-def _megabytes(size: int | None) -> str:
+def _megabytes(size: int | None, unknown: str = "not told") -> str:
     if size is None:
-        return "not told"
+        return unknown
     return f"{size} B" if size < 10_000 else f"{size / 1e6:.2f} MB"
 
 

@@ -21,7 +21,7 @@ from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.sharing import contents
 from ktmerge.sharing.archive import Archive
 from ktmerge.sharing.opening import EndlessError, opened
-from ktmerge.sharing.retrying import retried
+from ktmerge.sharing.retrying import PASSING, retried
 from ktmerge.sharing.source import ArchiveSource
 
 _BLOCK = 1 << 20
@@ -83,7 +83,14 @@ class UrlSource:
         size, tag = self._told
         start = partial.stat().st_size
         headers = {"Range": f"bytes={start}-", **({"If-Range": tag} if tag else {})} if start else {}
-        with _opened(self._address, headers) as answer:
+        try:
+            opened_ = _opened(self._address, headers)
+        except urllib.error.HTTPError as error:
+            if error.code != 416 or not start:
+                raise
+            os.truncate(partial, 0)  # the file is another now, and ends before: what was fetched is of no use
+            raise IncompleteRead(b"") from None
+        with opened_ as answer:
             if start and answer.status != 206:
                 start = 0
             with partial.open("r+b") as target:
@@ -111,7 +118,8 @@ class UrlSource:
                     return None, None
                 raise
             strong = tag if tag and not tag.startswith("W/") else None
-            return (int(length) if length and length.isdecimal() and len(length) < 20 else None), strong
+            told = int(length) if length and length.isdecimal() and len(length) < 20 else 0
+            return told or None, strong  # those that make their answers as they go say 0
 
         found: tuple[int | None, str | None] = self._asked(ask)
         return found
@@ -183,18 +191,27 @@ class _Pieces(io.RawIOBase):
         def piece() -> bytes:
             with _opened(self._address, {"Range": span}) as answer:
                 if answer.status != 206:
-                    raise KtmergeError("the server gave pieces before, and now does not.")
-                return b"".join(_received(answer, wanted))
+                    raise KtmergeError(f"{without_query(self._address)}: gave pieces before, and now does not.")
+                found = b"".join(_received(answer, wanted))
+            if len(found) < wanted:
+                raise IncompleteRead(found, wanted - len(found))
+            return found
 
-        found = self._asked(piece)
-        buffer[: len(found)] = found
-        self._place += len(found)
-        return len(found)
+        buffer[:wanted] = self._asked(piece)
+        self._place += wanted
+        return wanted
 
 
 def _opened(address: str, headers: Mapping[str, str] | None = None, *, method: str = "GET", data: Any = None) -> Any:
     told = {"User-Agent": "ktmerge", "Accept-Encoding": "identity", **(headers or {})}
-    return opened(address, told, _require_safe, method=method, data=data)
+    answer = opened(address, told, _require_safe, method=method, data=data)
+    packed = answer.headers.get("Content-Encoding", "identity").strip().lower()
+    if packed not in ("", "identity") and data is None:
+        answer.close()
+        raise UsageError(
+            f"{without_query(address)}: the server sends the file packed ({packed[:40]}), though asked for it as it is."
+        )
+    return answer
 
 
 def _received(answer: HTTPResponse, most: int = sys.maxsize) -> Iterator[bytes]:
@@ -203,11 +220,18 @@ def _received(answer: HTTPResponse, most: int = sys.maxsize) -> Iterator[bytes]:
     while count < most and (block := answer.read1(min(_BLOCK, most - count))):
         count += len(block)
         yield block
+    if count < most and answer.length:  # Python takes the end of the connection for that of the answer
+        raise IncompleteRead(b"", answer.length)
 
 
 def _gives_pieces(address: str) -> bool:
-    with _opened(address, {"Range": "bytes=0-0"}) as answer:
-        return bool(answer.status == 206)
+    try:
+        with _opened(address, {"Range": "bytes=0-0"}) as answer:
+            return bool(answer.status == 206)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:
+            return False
+        raise
 
 
 def _asked(call: Callable[[], Any], where: str) -> Any:
@@ -216,8 +240,9 @@ def _asked(call: Callable[[], Any], where: str) -> Any:
     except EndlessError as error:
         raise KtmergeError(f"{where}: {error}; given up.") from None
     except urllib.error.HTTPError as error:
-        kind = UsageError if error.code < 500 and error.code != 429 else KtmergeError
-        raise kind(f"{where}: the server says {error.code} {error.reason}.") from None
+        kind = KtmergeError if error.code in PASSING or error.code >= 500 else UsageError
+        reason = str(error.reason).partition("\n")[0][:100].rstrip(".")
+        raise kind(f"{where}: the server says {error.code} {reason}.") from None
     except urllib.error.URLError as error:
         raise KtmergeError(f"{where}: cannot be reached: {error.reason}.") from None
     except (InvalidURL, UnicodeError):

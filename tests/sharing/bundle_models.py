@@ -28,11 +28,11 @@ eval: {suite: suite.yaml}
 """
 
 
-def write_model(folder: Path, seed: int) -> None:
+def write_model(folder: Path, seed: int, width: int = 8) -> None:
     """A Llama of three tensors."""
     numbers = np.random.default_rng(seed)
-    shapes = {"model.embed_tokens.weight": (32, 8), "model.layers.0.self_attn.q_proj.weight": (8, 8)}
-    shapes["model.norm.weight"] = (8,)  # type: ignore[assignment]
+    shapes = {"model.embed_tokens.weight": (32, width), "model.layers.0.self_attn.q_proj.weight": (width, width)}
+    shapes["model.norm.weight"] = (width,)  # type: ignore[assignment]
     folder.mkdir(parents=True)
     tensors = {key: numbers.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

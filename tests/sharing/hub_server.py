@@ -6,6 +6,8 @@ import base64
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +26,7 @@ class Repository:
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
+    private: bool = False
 
     def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
         told = json.dumps(
@@ -103,7 +106,10 @@ class Handler(BaseHTTPRequestHandler):
         if name in self.state.repositories:
             self._json(409, {"error": "You already created this model repo", "url": f"{self._here()}/{name}"})
             return
-        self.state.repositories[name] = Repository()
+        private = asked.get("visibility") == "private" or bool(
+            asked.get("private")
+        )  # as 2.x, or 1.x, of its client asks
+        self.state.repositories[name] = Repository(private=private)
         self.state.repositories[name].commit({".gitattributes": b"*.bin filter=lfs\n"})
         self._json(200, {"url": f"{self._here()}/{name}", "name": name, "id": "1"})
 
@@ -112,7 +118,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def info(self, name: str, revision: str | None = None) -> None:
         if found := self._files(name, revision or "main"):
-            self._json(200, {"id": name, "sha": found[0], "siblings": [], "private": False, "tags": []})
+            files = [{"rfilename": path, "size": len(raw)} for path, raw in sorted(found[1].items())]
+            private = self.state.repositories[name].private
+            self._json(200, {"id": name, "sha": found[0], "siblings": files, "private": private, "tags": []})
 
     def tree(self, name: str, revision: str) -> None:
         if found := self._files(name, revision):
@@ -165,6 +173,9 @@ class Handler(BaseHTTPRequestHandler):
         files = dict(found[1])
         for line in map(json.loads, self.body.splitlines()):
             value = line["value"]
+            if line["key"] == "header" and value.get("parentCommit", found[0]) != found[0]:
+                self._answer(412, b'{"error": "A commit has happened since. Please refresh and try again."}', {})
+                return
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
@@ -232,9 +243,12 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body[:only])
+            self.wfile.write(body[: None if only is None else abs(only)])
         if only is not None:
             self.close_connection = True
+        if only is not None and only < 0:  # not ended, but torn
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
 
     def _here(self) -> str:
         return f"http://{self.headers['Host']}"

@@ -324,6 +324,7 @@ def test_something_hidden_behind_an_entry(place: Path) -> None:
 def test_nested_zips_are_not_opened(place: Path) -> None:
     inner = (place / "r.ktr").read_bytes()
     refused(remade(place, **{"scores/inner.json": inner}), "is no JSON")
+    refused(remade(place, **{"scores/twice.json": b'{"ktmerge_eval": 1, "ktmerge_eval": 2}'}), "has a key twice")
     refused(written({"inner.ktr": inner}, place / "bad.ktr"), "no file of a bundle")
 
 
@@ -527,6 +528,12 @@ def test_words_cannot_steer_the_terminal(place: Path, capsys: pytest.CaptureFixt
     assert "\x1b" not in said
     assert "\x07" not in said
     assert "[red]fine" in said
+
+
+@pytest.mark.parametrize("words", ["\x1b]0;owned\x07", "\x9b2J", "a\x08b"])
+@pytest.mark.parametrize("card", [contents.CARD, contents.MODEL_CARD])
+def test_cards_cannot_steer_the_terminal_that_shows_them(place: Path, card: str, words: str) -> None:
+    refused(remade(place, **{card: f"# A card\n{words}".encode()}), "control characters")
 
 
 def test_names_of_models_stay_in_their_line(place: Path) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from socketserver import BaseRequestHandler
 from typing import Any
 
 import pytest
-from hub_server import Failure, Repository
+from hub_server import Failure, Repository, served
 
 from ktmerge import api
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.sharing.contents import MANIFEST
+from ktmerge.sharing.hub import seen
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -101,7 +103,7 @@ def test_what_a_bundle_no_longer_has_goes(place: Path, hub: Any) -> None:
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("POST", "/create"), ("GET", "/tree/"), ("POST", "/preupload/"), ("POST", "/commit/"), ("PUT", "/lfs/")],
+    [("POST", "/create"), ("GET", "/api/models/"), ("POST", "/preupload/"), ("POST", "/commit/"), ("PUT", "/lfs/")],
 )
 @pytest.mark.slow
 @pytest.mark.parametrize("status", [429, 503])
@@ -112,7 +114,9 @@ def test_a_push_waits_for_a_busy_hub(place: Path, hub: Any, method: str, path: s
     assert "recipe.yaml" in hub.state.repositories["me/half"].commits[api.look("me/half").where.partition("@")[2]]
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", "/tree/"), ("HEAD", "/resolve/"), ("GET", "recipe.lock.yaml")])
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/api/models/"), ("HEAD", "/resolve/"), ("GET", "recipe.lock.yaml")]
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_pull_waits_for_a_busy_hub(place: Path, hub: Any, method: str, path: str, status: int) -> None:
@@ -123,13 +127,17 @@ def test_a_pull_waits_for_a_busy_hub(place: Path, hub: Any, method: str, path: s
 
 
 @pytest.mark.slow
-def test_a_broken_download_goes_on_where_it_stopped(place: Path, hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cut", [100, -100], ids=["ended", "torn"])
+def test_a_broken_download_goes_on_where_it_stopped(
+    place: Path, hub: Any, monkeypatch: pytest.MonkeyPatch, cut: int
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 50)  # what comes in less is not kept
     api.push("r.ktr", "me/half")
-    hub.state.cuts["recipe.lock.yaml"] = [100]
+    hub.state.cuts["recipe.lock.yaml"] = [cut]
     api.unpack(api.look("me/half"), "pulled")
     asked = hub.state.requests("GET", "recipe.lock.yaml")
-    assert [headers.get("Range") for headers in asked] == [None, "bytes=100-"]
+    assert len(asked) == 2  # what was on its way when the connection was torn is lost
+    assert cut < 0 or asked[1]["Range"] == "bytes=100-"
 
 
 @pytest.mark.slow
@@ -169,6 +177,77 @@ def test_a_hub_that_stays_broken(place: Path, hub: Any) -> None:
     hub.state.failures.append(Failure("GET", "/api/models/me/half", 500, 99))
     with pytest.raises(KtmergeError, match="busy or broken"):
         api.look("me/half")
+
+
+def test_two_pushes_at_once_leave_no_mixture(place: Path, hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    api.push("r.ktr", "me/half")
+    repository, looked = hub.state.repositories["me/half"], []
+
+    def overtaken(*arguments: Any, **named: Any) -> Any:
+        found = seen(*arguments, **named)
+        if not looked:
+            repository.commit({**repository.commits[repository.branches["main"]], "scores/theirs.json": b"{}"})
+        looked.append(found.sha)
+        return found
+
+    monkeypatch.setattr("ktmerge.sharing.pushing.seen", overtaken)
+    api.push("recipe.yaml", "me/half", overrides=["blend.lambda=0.25"])
+    assert len(looked) == 2
+    assert "scores/theirs.json" not in repository.commits[repository.branches["main"]]
+    assert api.look("me/half").manifest is not None
+
+
+def test_private_is_private(place: Path, hub: Any) -> None:
+    api.push("r.ktr", "me/mine", private=True)
+    assert hub.state.repositories["me/mine"].private
+    api.push("r.ktr", "me/all")
+    before = dict(hub.state.repositories["me/all"].branches)
+    with pytest.raises(UsageError, match="me/all: is there already, and public"):
+        api.push("recipe.yaml", "me/all", private=True, overrides=["blend.lambda=0.25"])
+    assert hub.state.repositories["me/all"].branches == before
+
+
+class Silent(BaseRequestHandler):
+    """Says the same to everybody, or nothing."""
+
+    says: bytes
+
+    def handle(self) -> None:
+        self.request.recv(65536)
+        self.request.sendall(self.says)
+        if not self.says:
+            self.request.recv(1)
+
+
+_PAGE = b"<!DOCTYPE html><title>Log in</title>"
+
+
+@pytest.mark.parametrize(
+    ("says", "words"),
+    [
+        (b"", "cannot be reached"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(_PAGE), _PAGE), "what answers is not the hub"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", "what the hub sends cannot be used"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{", "cannot be reached"),
+    ],
+    ids=["nothing", "page", "list", "half"],
+)
+def test_what_is_no_hub(place: Path, hub: Any, monkeypatch: pytest.MonkeyPatch, says: bytes, words: str) -> None:
+    monkeypatch.setattr("ktmerge.sharing.hub._SECONDS", 0.1)
+    with served(Silent, says=says) as address:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        for call in (lambda: api.look("me/half"), lambda: api.push("r.ktr", "me/half")):
+            with pytest.raises(KtmergeError, match=f"me/half: .*{words}") as caught:
+                call()
+            assert caught.value.exit_code == 1
+
+
+def test_nothing_is_fetched_to_explain_or_to_compare(place: Path, hub: Any) -> None:
+    text = Path("recipe.yaml").read_text().replace("base: base", "base: org/not-fetched@main")
+    Path("theirs.yaml").write_text(text)
+    assert "Not all of these models are here" in api.explain("theirs.yaml").text()
+    assert api.diff("recipe.yaml", "theirs.yaml").differences
+    assert not hub.state.seen
 
 
 @pytest.mark.slow

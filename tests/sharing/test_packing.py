@@ -219,6 +219,20 @@ def test_to_and_from_a_folder(place: Path, ktmerge: Any, capsys: pytest.CaptureF
         assert words in capsys.readouterr().err
 
 
+def test_a_clone_of_a_repository_is_taken(place: Path) -> None:
+    """With what git has beside the files; but not with what stands for them."""
+    api.pack("recipe.yaml", "d.ktr", with_deltas=True)
+    api.unpack("d.ktr", "clone")
+    Path("clone/.git").mkdir()
+    for name in (".git/config", ".gitattributes"):
+        Path("clone", name).touch()
+    out = api.unpack("clone", "out").out
+    assert not list(out.glob(".*"))
+    Path("clone/delta/delta.bin").write_bytes(bytes(134))
+    with pytest.raises(UsageError, match=r"other files than there are: delta/delta.bin 134 B \(a pointer of Git LFS"):
+        api.look("clone")
+
+
 @pytest.mark.slow
 def test_an_adapter_is_handed_over_whatever_its_folder_is_called(place: Path, ktmerge: Any) -> None:
     import numpy as np

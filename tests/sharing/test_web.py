@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
 import socketserver
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -16,7 +19,8 @@ from hub_server import served
 
 from ktmerge import api
 from ktmerge.errors import KtmergeError, UsageError
-from ktmerge.sharing.web import _require_safe
+from ktmerge.sharing.opening import _Watched
+from ktmerge.sharing.web import _require_safe, put
 
 Serve = Callable[..., str]
 
@@ -281,3 +285,120 @@ def test_a_push_to_an_address(place: Path, serve: Serve) -> None:
     assert sent == [(place / "r.ktr").read_bytes()] * 2
     with pytest.raises(UsageError, match="the server says 403"):
         api.push("r.ktr", serve(statuses=[403]))
+
+
+def test_an_answer_that_ends_early_is_not_taken_for_whole(place: Path, serve: Serve) -> None:
+    """Where nothing told the size before, the answer itself does."""
+    how = {"heads": False, "pieces": False}
+    assert api.unpack(serve(**how, cuts=[1000]), "out").out.is_dir()
+    with pytest.raises(KtmergeError, match="the server broke off") as caught:
+        api.unpack(serve(**how, cuts=[1000] * 9), "more")
+    assert caught.value.exit_code == 1
+    assert not Path("more").exists()
+
+
+def test_pieces_that_end_early_are_asked_for_again(place: Path, serve: Serve) -> None:
+    assert api.look(serve(cuts=[1000, 1000])).manifest is not None
+
+
+def test_no_range_is_taken(place: Path) -> None:
+    """Neither to look into the file, nor to go on where a download broke off."""
+
+    class Whole(Files):
+        def do_GET(self) -> None:
+            self.answer(416, b"", {}) if "Range" in self.headers else super().do_GET()
+
+    with served(Whole, raw=Path("r.ktr").read_bytes(), seen=[], statuses=[], cuts=[1000], sent=[]) as address:
+        assert api.unpack(f"{address}/r.ktr", "out").out.is_dir()
+
+
+def header(place: Path, name: str, value: str, **how: Any) -> Any:
+    """A server one of whose headers is another."""
+
+    class Odd(Files):
+        def send_header(self, keyword: str, told: str) -> None:
+            super().send_header(keyword, value if keyword == name else told)
+
+        def end_headers(self) -> None:
+            if name not in ("Content-Length", "Retry-After"):
+                super().send_header(name, value)
+            super().end_headers()
+
+    settings = {"raw": (place / "r.ktr").read_bytes(), "seen": [], "statuses": [], "cuts": [], "sent": [], **how}
+    return served(Odd, **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "how", "words"),
+    [
+        ("Content-Encoding", "gzip", {}, r"sends the file packed \(gzip\)"),
+        ("Retry-After", "Fri, 31 Dec 2123 23:59:59 GMT", {"statuses": [503]}, r"asks to be left for \d+ seconds"),
+        ("Retry-After", "soon", {"statuses": [429] * 9}, "the server says 429"),
+        ("Location", "/again", {"statuses": [302] * 99}, "says 302 The HTTP server .* infinite loop.$"),
+    ],
+)
+def test_headers_that_say_something_else(
+    place: Path, serve: Serve, name: str, value: str, how: dict[str, Any], words: str
+) -> None:
+    with header(place, name, value, **how) as address, pytest.raises(KtmergeError, match=words):
+        api.unpack(f"{address}/r.ktr", "out")
+    assert not Path("out").exists()
+
+
+def test_a_size_of_nothing_is_no_size(place: Path, serve: Serve) -> None:
+    class Lazy(Files):
+        def do_HEAD(self) -> None:
+            self.answer(200, b"", {})
+
+    with served(Lazy, raw=Path("r.ktr").read_bytes(), seen=[], statuses=[], cuts=[], sent=[]) as address:
+        assert api.look(f"{address}/r.ktr").size is None
+        assert api.unpack(f"{address}/r.ktr", "out").out.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b"\n<!DOCTYPE html><title>Log in</title>", "is no bundle, but a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "'git lfs pull' fetches the file"),
+        (b"\x1f\x8b\x08" + bytes(99), "something that gzip made"),
+        (b"", "does not end as a zip does"),
+    ],
+    ids=["page", "pointer", "gzip", "nothing"],
+)
+def test_what_is_taken_for_a_bundle(place: Path, serve: Serve, raw: bytes, words: str) -> None:
+    Path("taken.ktr").write_bytes(raw)
+    for reference in ("taken.ktr", serve(raw=raw), serve(raw=raw, pieces=False)):
+        with pytest.raises(UsageError, match=words):
+            api.unpack(reference, "out")
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(("status", "code"), [(401, 2), (403, 2), (409, 2), (408, 1), (429, 1), (500, 1), (599, 1)])
+def test_statuses(place: Path, serve: Serve, ktmerge: Any, capsys: Any, status: int, code: int) -> None:
+    address = serve(statuses=[status] * 9)
+    assert ktmerge("recipe", "pull", address, "--yes", "--out", "out") == code
+    assert ktmerge("recipe", "push", "r.ktr", serve(statuses=[status] * 9)) == code
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert all(f"the server says {status}" in line for line in said)
+
+
+def test_a_server_that_does_not_listen_to_the_end_says_why(place: Path, tmp_path: Path, serve: Serve) -> None:
+    class Deaf(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(1000)
+            self.request.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n")
+
+    with served(Deaf) as address, pytest.raises(UsageError, match="the server says 403"):
+        put(f"{address}/r.ktr", lambda archive: (archive.touch(), os.truncate(archive, 1 << 26))[0])
+
+
+def test_a_connection_that_breaks_in_its_own_way() -> None:
+    """TLS has errors that are no ConnectionError; they are no file's either."""
+
+    class Broken(io.RawIOBase):
+        def readinto(self, buffer: Any) -> int:
+            raise ssl.SSLError("record layer failure")
+
+    with pytest.raises(ConnectionError, match="record layer failure"):
+        _Watched(Broken()).readinto(bytearray(1))
