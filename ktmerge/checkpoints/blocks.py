@@ -25,6 +25,8 @@ SIZE = 2 << 20
 """Bytes of a block."""
 HELD = 12
 """Blocks in memory at most, for all files of a writer together."""
+NOTICE = 4 << 20
+"""Whoever reads a file behind those who write it goes on whenever what has arrived passes a multiple of this."""
 _ALIGNED = 4096
 _CANNOT = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})
 
@@ -44,10 +46,18 @@ class Block:
     def is_whole(self) -> bool:
         return self.spans.count(0, self.length) == self.length
 
+    @property
+    def is_due(self) -> bool:
+        """Whether someone is about to read it back, who waits for nothing else to arrive."""
+        followed, prefix = self.file.followed, self.file.prefix
+        if followed is None or prefix // NOTICE <= followed // NOTICE:
+            return False
+        return followed < self.start + self.length and self.start < min(prefix, followed + HELD * SIZE)
+
 
 class Pool:
     """Memory for blocks, and one thread that stores them; a block stays in memory until it was read back as well, if
-    there is room.
+    there is room or that is about to happen: read from the disk it would come later than what is written meanwhile.
     """
 
     def __init__(self) -> None:
@@ -85,10 +95,10 @@ class Pool:
             self._made += 1
             self._free.append(memoryview(mmap.mmap(-1, SIZE)))
         idle = [block for block in self._blocks if not block.users and not block.is_queued] if not self._free else []
-        if stored := [block for block in idle if block.is_stored]:
+        if stored := [block for block in idle if block.is_stored and not block.is_due]:
             self.forget(max(stored, key=lambda block: block.start))  # files are read back from their beginning on
         if not self._free:
-            if not self._queue and idle:
+            if not self._queue and idle and not any(block.is_stored for block in idle):
                 self.queue(idle[0])
             return None
         block = Block(file, index, self._free.pop())
@@ -146,6 +156,8 @@ class BlockFile:
         self.size = size
         self.blocks: dict[int, Block] = {}
         self.settled: set[int] = set()  # blocks that were stored: more bytes for them go to the page cache
+        self.prefix = 0
+        self.followed: int | None = None
         self._pool = pool
         self._descriptor = descriptor
         self._direct: int | None = os.open(path, os.O_WRONLY | os.O_DIRECT)
@@ -208,6 +220,12 @@ class BlockFile:
                 self._leave(block)
                 if block.is_read and block.is_stored and not block.users:
                     self._pool.forget(block)
+
+    def follow(self, position: int | None) -> None:
+        """Say how far someone who reads all of it as it arrives has come; None: nobody does any more."""
+        with self._pool.changed:
+            self.followed = position
+            self._pool.changed.notify_all()
 
     def store(self, block: Block) -> None:
         """Bring a block to the disk if it is whole, or what there is of it to the page cache.

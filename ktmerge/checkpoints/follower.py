@@ -8,13 +8,14 @@ import hashlib
 import threading
 from collections.abc import Mapping
 
-from ktmerge.checkpoints.output import NOTICE, OutputFile
+from ktmerge.checkpoints.blocks import NOTICE
+from ktmerge.checkpoints.output import OutputFile
 from ktmerge.errors import KtmergeError
 
 _BLOCK = 1 << 20
 """Bytes hashed at a time: they lie in the page cache, and should lie in the processor's."""
 _PUSHED = 32 << 20
-"""Bytes after which the kernel is asked to begin writing them to the disk."""
+"""Bytes after which the kernel is asked to begin writing them to the disk; a multiple of NOTICE."""
 _SYNC_FILE_RANGE_WRITE = 2
 
 
@@ -65,8 +66,14 @@ class Follower:
             thread.join()
 
     def _hash(self) -> None:
-        while (span := self._next(self._hashed, NOTICE)) is not None and self._follow(*span):
-            self._hashed[span[0]] = span[2]
+        try:
+            for file in self._files.values():
+                file.follow(0)
+            while (span := self._next(self._hashed, NOTICE)) is not None and self._follow(*span):
+                self._hashed[span[0]] = span[2]
+        finally:
+            for file in self._files.values():
+                file.follow(None)
 
     def _follow(self, file: str, position: int, stop: int) -> bool:
         """Hash the bytes ``[position, stop)`` of a file; whether they could all be read."""
@@ -83,6 +90,7 @@ class Follower:
                 self._failure = OSError(errno.EIO, "the file is shorter than what was written")
                 return False
             position += count
+            self._files[file].follow(position)
         return position == stop
 
     def _push(self) -> None:
@@ -102,7 +110,7 @@ class Follower:
             while not self._stopped:
                 unfinished = [(name, file) for name, file in self._files.items() if done[name] < file.size]
                 for name, file in unfinished:
-                    if file.prefix - done[name] >= enough or file.prefix == file.size:
+                    if file.prefix // enough > done[name] // enough or file.prefix == file.size:
                         return name, done[name], file.prefix
                 if not unfinished:
                     break

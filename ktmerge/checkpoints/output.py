@@ -11,7 +11,7 @@ from pathlib import Path
 
 import xxhash
 
-from ktmerge.checkpoints.blocks import BlockFile, Pool
+from ktmerge.checkpoints.blocks import NOTICE, BlockFile, Pool
 from ktmerge.checkpoints.files import clear_os_errors, write_all
 from ktmerge.checkpoints.journal import Entry
 from ktmerge.checkpoints.spans import Spans
@@ -21,8 +21,6 @@ from ktmerge.errors import KtmergeError
 _KERNEL_COPY = 64 << 20
 """Bytes the kernel copies at a time, so that those who follow see them arrive and a signal is heard."""
 _READ = 1 << 20
-NOTICE = 4 << 20
-"""Those who follow are woken whenever the prefix passes a multiple of this, and at the end."""
 _CANNOT_COPY = frozenset({errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY})
 
 
@@ -78,6 +76,13 @@ class OutputFile:
         else:
             with self._blocks.read(position, buffer) as found:
                 yield found
+
+    def follow(self, position: int | None) -> None:
+        """Say how far someone has come who reads all of it as it arrives, whenever the prefix passes a multiple of
+        ``NOTICE``: what they are about to read is held in memory. None: nobody does any more.
+        """
+        if self._blocks is not None:
+            self._blocks.follow(position)
 
     @property
     def descriptor(self) -> int:
@@ -157,6 +162,8 @@ class OutputFile:
             self.is_rewritten |= self._spans.count(start, stop) > 0
             self._spans.add(start, stop)
             after = self._spans.prefix
+            if self._blocks is not None:
+                self._blocks.prefix = after
             if after // NOTICE > before // NOTICE or before < after == self.size:
                 self._arrived.notify_all()
 

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     Made = list[tuple[TensorPlan, TensorReport | None]]
 
 PIECE = 1 << 21
-"""Most elements of a piece; a multiple of 4, as random words come in fours."""
+"""Most elements of a piece; a multiple of 8, as random draws come in eights."""
 HELD = 128 << 20
 """Bytes of all workers' buffers together, at most."""
 _LARGE = 4
@@ -83,7 +83,7 @@ class Fused:
         workers = cores()
         experts = len(plan.experts)
         room = HELD // workers // (4 * (experts + 2))  # for base, experts and result, should they be fp32
-        self._piece = max(4, (chunk or min(PIECE, room)) // 4 * 4)
+        self._piece = max(8, (chunk or min(PIECE, room)) // 8 * 8)
         self._ahead = 4 * workers
         self._pool = Workers(workers, "blend")
         self._spaces: SimpleQueue[Workspace] = SimpleQueue()

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ktmerge.merge.workspace import Workspace
 
 PIECE = 1 << 19
-"""Elements of a piece; a multiple of 4, as random words come in fours."""
+"""Elements of a piece; a multiple of 8, as random draws come in eights."""
 _BATCH = 1 << 28
 """Elements after which progress can be told."""
 _GIVEN = Program((), Given())
@@ -81,7 +81,7 @@ class InPlace(Fused):
     ) -> None:
         super().__init__(plan, sources, sink, native, chunk, known)
         self._native, self._model, self._merged = native, sink, merged
-        self._size = PIECE if chunk is None else max(4, chunk // 4 * 4)
+        self._size = PIECE if chunk is None else max(8, chunk // 8 * 8)
         self._given = self._found()
         self._rates: dict[int, tuple[Combine, tuple[int, int, NDArray[np.float32], float]]] = {}
         self._arguments = self._no_steps.arguments(0)

@@ -274,7 +274,7 @@ def _sample(jobs: Sequence[Job], position: int, probe: Workspace) -> NDArray[np.
     for number in np.unique(numbers):
         job, size = jobs[number], sizes[number]
         first = ends[number] - job.elements
-        blocks = np.minimum(places[numbers == number] - first, job.elements - size) // 4 * 4
+        blocks = np.minimum(places[numbers == number] - first, job.elements - size) // 8 * 8
         probe.hold(job.rows, 0, size)
         sampled = probe.sample(job.steps, position, blocks.tolist())
         if sampled is None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,8 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ktmerge.checkpoints import blocks
+from ktmerge.checkpoints import blocks, follower, output
 from ktmerge.checkpoints.blocks import BlockFile, Pool
+from ktmerge.checkpoints.follower import Follower
+from ktmerge.checkpoints.output import OutputFile
+from ktmerge.errors import KtmergeError
 
 SIZE = 8192
 LENGTH = 21 * SIZE + 4096 + 77
@@ -220,3 +225,47 @@ def test_whoever_waits_for_room_hears_that_the_end_has_come(
     pool.stop()
     writing.join(5)
     assert heard == ["the output is closed"]
+
+
+class SlowHash:
+    """Much slower than whoever writes; on a disk that is gone."""
+
+    def __init__(self, works: bool) -> None:
+        self._hash, self._works = hashlib.new("sha256"), works
+
+    def update(self, data: memoryview) -> None:
+        time.sleep(0.001)
+        if not self._works:
+            raise OSError(errno.EIO, "Input/output error")
+        self._hash.update(data)
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_what_writes_waits_for_who_reads_behind_it_while_someone_does(
+    path: Path, pool: Pool, data: memoryview, monkeypatch: pytest.MonkeyPatch, works: bool
+) -> None:
+    for module in (blocks, follower, output):
+        monkeypatch.setattr(module, "NOTICE", 2 * SIZE)
+    monkeypatch.setattr(follower.hashlib, "sha256", lambda: SlowHash(works))
+    from_disk: list[int] = []
+    read = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *where: from_disk.append(where[2]) or read(*where))
+    arrived = threading.Condition()
+    file = OutputFile(path, path, LENGTH, arrived, pool)
+    behind = Follower({"file": file}, arrived)
+    for start in range(0, LENGTH, 999):
+        file.write(data[start : start + 999], start)
+    if works:
+        assert behind.digests()["file"] == hashlib.new("sha256", data).hexdigest()
+        assert from_disk == []
+    else:
+        with pytest.raises(KtmergeError, match="cannot be read back: Input/output error"):
+            behind.digests()
+    behind.stop()
+    file.flush()
+    assert path.read_bytes() == bytes(data)
+    pool.stop()
+    file.close()

@@ -48,6 +48,13 @@ def words(key: int, count: int) -> np.ndarray:
 
 
 @cache
+def draws(key: int, count: int) -> np.ndarray:
+    """The upper halves of elements side by side are the halves of one word; the lower ones are another stream's."""
+    upper, lower = (words(one, -(-count // 2)).astype("<u4").view("<u2") for one in (key, key ^ 0x9E3779B97F4A7C15))
+    return (upper.astype(np.uint64) * 2**16 + lower)[:count]
+
+
+@cache
 def splitmix(key: int, count: int) -> np.ndarray:
     """The first outputs of SplitMix64 with that seed, by stepping its state."""
     found, state = [], key
@@ -85,7 +92,7 @@ def trim_all(deltas: Arrays, density: float, scope: str, expert: str, seed: int)
 
 
 def dare_one(delta: np.ndarray, density: float, rescale: str, expert: str, name: str, seed: int) -> np.ndarray:
-    mask = words(stream_key(seed, "dare", expert, name), delta.size).reshape(delta.shape) < density * 2.0**32
+    mask = draws(stream_key(seed, "dare", expert, name), delta.size).reshape(delta.shape) < density * 2.0**32
     kept = np.where(mask, delta, 0.0)
     if rescale == "unbiased":
         return kept / density

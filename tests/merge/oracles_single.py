@@ -11,7 +11,7 @@ from math import ceil, floor
 from typing import Any
 
 import numpy as np
-from merge_oracles import Arrays, dare_one, elect, splitmix, stream_key, words
+from merge_oracles import Arrays, dare_one, draws, elect, splitmix, stream_key
 
 EVEN = {"a": 1.0, "b": 1.0, "c": 1.0}
 UNEVEN = {"a": 0.5, "b": 2.0, "c": 1.0}
@@ -121,7 +121,7 @@ def magprune(delta: np.ndarray, kind: str, expert: str, name: str, seed: int, **
     r = np.where(last > 0, place[0] / np.maximum(last, 1), 0.5)
     density, epsilon = p.get("density", 0.5), p.get("epsilon", 0.1)
     chance = density - epsilon + 2 * epsilon * r
-    drawn = words(stream_key(seed, "dare", expert, name), delta.size).reshape(delta.shape)
+    drawn = draws(stream_key(seed, "dare", expert, name), delta.size).reshape(delta.shape)
     kept = np.where(drawn < np.round(chance * 2.0**32), delta, 0.0)
     rescale = p.get("rescale", "elementwise")
     if rescale == "elementwise":

@@ -9,10 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from merge_oracles import philox_block, splitmix, stream_key, words
+from merge_oracles import draws, philox_block, splitmix, stream_key, words
 from numba import njit
 
 from ktmerge.merge.kernels import kernels_for, keys, philox, radix
+from ktmerge.merge.kernels.codes import BLOCK
+from ktmerge.merge.kernels.reference import Reference
 from ktmerge.merge.kernels.rounding import round_to
 from ktmerge.merge.kernels.search import Search
 from ktmerge.merge.kernels.splitmix import hashes
@@ -321,6 +323,36 @@ def test_compiled_words_are_the_references() -> None:
     for start, count in [(0, 10), (3, 2600), (1021, 4), (7, 1), (4, 0), (2**34 + 1, 1030)]:
         expected = philox.words(stream_key(0, "a", "b", "c"), start, count)
         assert hybrid.words(stream_key(0, "a", "b", "c"), start, count, torch.device("cpu")).equal(expected)
+
+
+def test_draws_go_by_element_alone() -> None:
+    key = stream_key(3, "purpose", "expert", "tensor")
+    expected = draws(key, 301).astype(np.int64)
+    for kernels in (Reference(), kernels_for(torch.device("cpu"))):
+        for start, count in [(0, 301), (1, 299), (3, 2), (6, 1), (7, 0), (250, 51)]:
+            found = kernels.draws(key, start, count, torch.device("cpu"))
+            assert found.tolist() == expected[start : start + count].tolist(), (start, count)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 1055, 1056])
+def test_masks_are_those_of_the_draws(count: int) -> None:
+    """Also where only the lower half of a draw decides: just below one, at it, and above."""
+    from ktmerge.merge.kernels.randomness import draw
+
+    @njit
+    def fill(key: int, start: int, cut: int, words: np.ndarray, out: np.ndarray) -> None:
+        masks = draw(key, start, out.size, cut, words)
+        for i in range(out.size):
+            out[i] = masks[i]
+
+    key, start = stream_key(1, "dare", "expert", "tensor"), 8 * 1234567
+    expected = Reference().draws(key, start, count, torch.device("cpu")).numpy()
+    one = int(expected[count // 2])
+    for cut in (0, 1, 1 << 16, one - 1, one, one + 1, one >> 16 << 16, 1 << 31, (1 << 32) - 1, 1 << 32):
+        masks = np.empty(count, np.uint16)
+        fill(np.uint64(key), np.uint64(start), np.uint64(cut), np.zeros(BLOCK, np.uint32), masks)
+        assert masks.tolist() == np.where(expected < cut, 0xFFFF, 0).tolist(), cut
 
 
 @pytest.mark.parametrize("steps", [1, 40, 1e9])

@@ -21,6 +21,10 @@ class Kernels(Protocol):
     def words(self, key: int, start: int, count: int, device: torch.device) -> Tensor:
         """Random 32-bit words of elements ``start .. start + count``, int64 ``[count]``."""
 
+    def draws(self, key: int, start: int, count: int, device: torch.device) -> Tensor:
+        """The same for comparing with one number, which the upper half of a draw mostly decides: element ``i`` has its
+        upper half from half ``i % 2`` of word ``i // 2``, the lower half from that of the key with ``LOWER``."""
+
     def count(self, delta: Tensor, key: int, start: int, interval: Interval) -> Tensor:
         """Elements in each bin of the interval, and above it last: int64 ``[bins + 1]`` on the host."""
 

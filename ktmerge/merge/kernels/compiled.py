@@ -7,7 +7,7 @@ can be kept on disk and called without numba (see `ktmerge.merge.kernels.native`
 lock.
 
 All entry points read ``rows``: the base's elements and then each expert's, ``stride`` bytes apart, each of its own
-``kind``. ``start`` is the index of the first element in its tensor, a multiple of 4. The transforms are
+``kind``. ``start`` is the index of the first element in its tensor, a multiple of 8. The transforms are
 ``steps`` codes, TRIM or DROP, with one number per step and expert in ``floors`` and ``leasts`` (the least magnitude
 pattern that is kept, and the least hash among those that have just that), ``spans`` and ``tops`` (how many patterns
 from the floor on are kept, and the least hash that is not among those that have the last of them; 0: all of them are),

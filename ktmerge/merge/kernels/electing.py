@@ -23,7 +23,7 @@ from ktmerge.merge.kernels.codes import BLOCK, FINE, INPUT_NOT_FINITE, MOST, NOT
 from ktmerge.merge.kernels.compiler import compiled, inlined
 from ktmerge.merge.kernels.conversion import EXPONENT, load_bf16
 from ktmerge.merge.kernels.files import fetch_all, rows_at
-from ktmerge.merge.kernels.randomness import judge, random_words
+from ktmerge.merge.kernels.randomness import draw, judge
 from ktmerge.merge.kernels.settling import sum_up
 from ktmerge.merge.kernels.transforming import steps_at
 from ktmerge.merge.kernels.trimming import trim
@@ -49,17 +49,16 @@ def _take(raw, own, theirs, delta):
 
 
 @compiled
-def _drop(raw, own, words, cut, factor, theirs, delta):
-    """An expert's patterns, and those of its delta of which numbers with a random word below ``cut`` stay, ``factor``
-    times as large; the largest exponent of the former, and how many of the latter are not zero."""
+def _drop(raw, own, masks, factor, theirs, delta):
+    """An expert's patterns, and those of its delta ``factor`` times as large where the mask is not zero; the largest
+    exponent of the former, and how many of the latter are not zero."""
     worst, kept = _U32(0), _U32(0)
-    last, any_bits = _U32(max(cut, _U64(1)) - _U64(1)), _U32(0) if cut == _U64(0) else _U32(0xFFFFFFFF)
     for i in range(delta.size):
         pattern = _U32(_U32(raw[i]) << _U32(16))
         worst = _U32(max(worst, _U32(pattern & EXPONENT)))
         theirs[i] = pattern
         scaled = (as_float(pattern) - as_float(own[i])) * factor
-        bits = _U32(as_bits(scaled if words[i] <= last else _ZERO) & any_bits)
+        bits = as_bits(scaled if masks[i] != uint16(0) else _ZERO)
         delta[i] = bits
         kept = _U32(kept + (_ONE if _U32(bits & _MAGNITUDE) != _U32(0) else _U32(0)))
     return worst, kept
@@ -142,8 +141,7 @@ def _transform(step, raw, own, floor, least, span, key, cut, factor, start, thei
             _mask(delta, near, masks)
         # Of finite numbers differences may be infinite.
         return EXPONENT if worst >= EXPONENT and load_bf16(raw, theirs) else _U32(0), kept
-    random_words(key, start, delta.size, words)
-    return _drop(raw, own, words, cut, factor, theirs, delta)
+    return _drop(raw, own, draw(key, start, delta.size, cut, words), factor, theirs, delta)
 
 
 @compiled

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from hashlib import blake2b
 
-SCHEME = "philox4x32-10, key blake2b-64(seed, purpose, expert, tensor), counter element // 4"
+SCHEME = "philox4x32-10, key blake2b-64(seed, purpose, expert, tensor), counter element // 4; drops: element // 8"
+
+LOWER = 0x9E3779B97F4A7C15
+"""What the key of a stream is combined with (xor) for the lower halves of its draws."""
 
 
 def stream_key(seed: int, purpose: str, expert: str, tensor: str) -> int:

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import numpy as np
 from numba import carray
-from numba.types import int64
+from numba.types import int64, uint16
 
 from ktmerge.merge.kernels.codes import BLOCK, FINE
 from ktmerge.merge.kernels.compiler import compiled
+from ktmerge.merge.kernels.keys import LOWER
 
 _U32, _U64 = np.uint32, np.uint64
 _LOW = np.uint64(0xFFFFFFFF)
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_LOWER = np.uint64(LOWER)
+_HALF = BLOCK // 2
+_ALL16 = np.uint16(0xFFFF)
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 
 
@@ -44,6 +48,28 @@ def _philox(key, first, out):
 def random_words(key, start, count, out):
     """Random words of ``count`` elements from ``start``, a multiple of 4; up to seven more are written."""
     _philox(key, _U64(start) >> _U64(2), out[: (count + 7) // 8 * 8].view(np.uint64))
+
+
+@compiled
+def draw(key, start, count, cut, words):
+    """All bits where an element's draw is below ``cut``, no more than 2^32, none elsewhere; see `Kernels.draws`.
+
+    ``start`` is a multiple of 8; ``words`` is scratch, BLOCK words. Lower halves are drawn only where one decides.
+    """
+    pairs, upper = (count + 1) // 2, uint16(min(cut >> _U64(16), _U64(_ALL16)))
+    lower = _U32(cut - (_U64(upper) << _U64(16)))
+    random_words(key, start >> _U64(1), pairs, words[:_HALF])
+    halves, masks = words[:_HALF].view(np.uint16)[:count], words[_HALF:].view(np.uint16)[:count]
+    undecided = False
+    for i in range(count):
+        masks[i] = _ALL16 if halves[i] < upper else uint16(0)
+        undecided |= halves[i] == upper
+    if undecided and lower != _U32(0):
+        random_words(key ^ _LOWER, start >> _U64(1), pairs, words[_HALF:])
+        for i in range(count):
+            below = (halves[i] < upper) | ((halves[i] == upper) & (_U32(masks[i]) < lower))
+            masks[i] = _ALL16 if below else uint16(0)
+    return masks
 
 
 @compiled

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ktmerge.merge.kernels import philox, radix
+from ktmerge.merge.kernels.keys import LOWER
 from ktmerge.merge.kernels.rounding import Rounding, round_to
 from ktmerge.merge.kernels.search import Interval, Threshold
 
@@ -17,6 +18,12 @@ class Reference:
 
     def words(self, key: int, start: int, count: int, device: torch.device) -> Tensor:
         return philox.words(key, start, count, device)
+
+    def draws(self, key: int, start: int, count: int, device: torch.device) -> Tensor:
+        first, last = start // 2, (start + count + 1) // 2
+        words = (self.words(one, first, last - first, device) for one in (key, key ^ LOWER))
+        upper, lower = (torch.stack((word & 0xFFFF, word >> 16), 1).flatten() for word in words)
+        return (upper << 16 | lower)[start % 2 :][:count]
 
     def count(self, delta: Tensor, key: int, start: int, interval: Interval) -> Tensor:
         return radix.count(delta, key, start, interval)

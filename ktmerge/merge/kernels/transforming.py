@@ -6,18 +6,19 @@ from __future__ import annotations
 
 import numpy as np
 from numba import carray
-from numba.types import int64
+from numba.types import int64, uint16
 
 from ktmerge.merge.kernels.bits import nothing
 from ktmerge.merge.kernels.codes import DROP, TRIM
 from ktmerge.merge.kernels.compiler import compiled, inlined
 from ktmerge.merge.kernels.gathering import collect
-from ktmerge.merge.kernels.randomness import hash_of, random_words
+from ktmerge.merge.kernels.randomness import draw, hash_of
 
 _U32, _U64 = np.uint32, np.uint64
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _ONE = np.uint32(1)
 _ZERO = np.float32(0)
+_LAST = np.uint64(2**64 - 1)
 
 
 @compiled
@@ -36,26 +37,17 @@ def _keep_within(delta, floor, span):
 
 
 @compiled
-def _drop_hashed(delta, tied, least, key, start):
-    """Zero those of the elements ``tied`` whose hash is below ``least``."""
+def _drop_hashed(delta, tied, first, last, key, start):
+    """Zero those of the elements ``tied`` whose hash is from ``first`` to ``last``."""
     for j in range(tied.size):
-        if hash_of(key, _U64(start) + _U64(tied[j])) < least:
+        if _U64(hash_of(key, _U64(start) + _U64(tied[j])) - first) <= _U64(last - first):
             delta[tied[j]] = _ZERO
 
 
 @compiled
-def _drop_outliers(delta, tied, top, key, start):
-    """Zero those of the elements ``tied`` whose hash is ``top`` or more."""
-    for j in range(tied.size):
-        if hash_of(key, _U64(start) + _U64(tied[j])) >= top:
-            delta[tied[j]] = _ZERO
-
-
-@compiled
-def _drop(delta, words, cut, factor):
-    last = _U32(max(cut, _U64(1)) - _U64(1))
+def _drop(delta, masks, factor):
     for i in range(delta.size):
-        delta[i] = delta[i] * factor if (words[i] <= last) & (cut != _U64(0)) else _ZERO
+        delta[i] = delta[i] * factor if masks[i] != uint16(0) else _ZERO
 
 
 @compiled
@@ -64,13 +56,12 @@ def _apply(step, d, start, floor, least, span, top, key, cut, factor, words):
         _keep_within(d, floor, span)
         if least != _U64(0):
             tied = collect(d.view(np.uint32), floor, _U32(0), words)
-            _drop_hashed(d, words[:tied], least, key, start)
+            _drop_hashed(d, words[:tied], _U64(0), _U64(least - _U64(1)), key, start)
         if top != _U64(0):
             tied = collect(d.view(np.uint32), _U32(_U32(floor + span) - _ONE), _U32(0), words)
-            _drop_outliers(d, words[:tied], top, key, start)
+            _drop_hashed(d, words[:tied], top, _LAST, key, start)
     elif step == DROP:
-        random_words(key, start, d.size, words)
-        _drop(d, words[: d.size], cut, factor)
+        _drop(d, draw(key, _U64(start), d.size, cut, words), factor)
 
 
 @compiled

@@ -134,7 +134,7 @@ def _best_q(delta: Tensor, density: float, context: Context) -> float:
 
 
 def _chance(density: float) -> int:
-    """Of 2^32 words, how many keep an element."""
+    """Of 2^32 draws, how many keep an element."""
     return round(density * 2**32)
 
 
@@ -145,8 +145,8 @@ def drop(delta: Tensor, density: float, context: Context) -> Tensor:
     if density == 1:
         return delta
     key = stream_key(context.seed, "dare", context.expert, context.tensor)
-    words = context.kernels.words(key, context.start, delta.numel(), delta.device).view(delta.shape)
-    return torch.where(words < _chance(density), delta, 0.0)
+    draws = context.kernels.draws(key, context.start, delta.numel(), delta.device).view(delta.shape)
+    return torch.where(draws < _chance(density), delta, 0.0)
 
 
 LEFT_OUT: tuple[TensorClass, ...] = ("embed", "vector", "conv")
@@ -162,7 +162,7 @@ method(
         stages=Stages(transform=(("dare", {}),), combine=("sum", {})),
         otherwise=dict.fromkeys(LEFT_OUT, Stages(combine=("sum", {}))),
         promises=Promises(neutral={"density": 1.0}, identical="other", elements=False, unbiased=True),
-        semantics=2,
+        semantics=3,
     )
 )
 method(
@@ -174,6 +174,6 @@ method(
         stages=Stages(transform=(("dare", {}),), combine=("elect", {})),
         otherwise=dict.fromkeys(LEFT_OUT, Stages(combine=("elect", {}))),
         promises=Promises(neutral={"density": 1.0}, identical="other", elements=False),
-        semantics=2,
+        semantics=3,
     )
 )

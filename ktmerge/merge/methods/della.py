@@ -52,7 +52,7 @@ def magprune(delta: Tensor, parameters: MagpruneParameters, context: Context) ->
 
     pi = (d - epsilon) + 2 epsilon r, r from 0 to 1 linear in the rank of |tau| among what goes into the same output (a
     vector: in all of it; a row of one element: r = 1/2); m ~ Bernoulli(pi), m tau / pi. Density 1 and 0 keep all and
-    nothing. The random words are those of dare, which this is for epsilon 0.
+    nothing. The draws are those of dare, which this is for epsilon 0.
     Differs from mergekit, whose one factor for the whole tensor (``scalar``) makes large changes too large on average.
     """
     import torch
@@ -61,7 +61,7 @@ def magprune(delta: Tensor, parameters: MagpruneParameters, context: Context) ->
 
     if parameters.density in (0, 1):
         return delta if parameters.density else torch.zeros_like(delta)
-    words = context.kernels.words(
+    draws = context.kernels.draws(
         stream_key(context.seed, "dare", context.expert, context.tensor), context.start, delta.numel(), delta.device
     )
 
@@ -69,7 +69,7 @@ def magprune(delta: Tensor, parameters: MagpruneParameters, context: Context) ->
         last = rows.shape[1] - 1
         r = quotient(ranks.double(), last) if last else torch.full_like(ranks, 0.5, dtype=torch.float64)
         chances = (parameters.density - parameters.epsilon) + 2 * parameters.epsilon * r
-        kept = torch.where(words[elements - context.start] < (chances * 2**32).round(), rows, 0.0)
+        kept = torch.where(draws[elements - context.start] < (chances * 2**32).round(), rows, 0.0)
         return kept * (1 / chances).float() if parameters.rescale == "elementwise" else kept
 
     pruned = by_row(delta, context, stream_key(context.seed, "magprune", context.expert, context.tensor), choose)
@@ -99,7 +99,7 @@ method(
         formula="disjoint mean, by elected sign, of m tau_t / pi, m ~ Bernoulli(pi), pi by rank in the row",
         cost="N oi log i",
         promises=Promises(neutral={"density": 1.0}, identical="other", elements=False),
-        semantics=2,
+        semantics=3,
     )
 )
 method(
@@ -113,6 +113,6 @@ method(
         formula="sum_t w_t m tau_t / pi, m ~ Bernoulli(pi), pi by rank in the row",
         cost="N oi log i",
         promises=Promises(neutral={"density": 1.0}, identical="other", elements=False, unbiased=True),
-        semantics=2,
+        semantics=3,
     )
 )

@@ -123,6 +123,6 @@ method(
         formula="tau in half of {q, k, v, o} and of {gate, up, down}, 0 elsewhere",
         cost="oi",
         promises=Promises(neutral=None, identical="other"),
-        semantics=2,
+        semantics=3,
     )
 )
