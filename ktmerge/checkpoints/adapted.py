@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr
@@ -15,11 +15,12 @@ from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.dtypes import FLOATS
 from ktmerge.checkpoints.header import TensorInfo
 from ktmerge.checkpoints.limits import is_finite
-from ktmerge.checkpoints.tying import ties
+from ktmerge.checkpoints.tying import tied_head, ties
 from ktmerge.errors import UsageError
 
 PREFIX = "base_model.model."
 _PATTERN_SECONDS = 1.0
+_ROWS = ".token_adapter.trainable_tokens_delta"
 _FACTOR = re.compile(
     r"^(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(\.(?P<leaf>weight|bias))?$"
@@ -30,12 +31,16 @@ _FOREIGN = re.compile(r"(^|\.)(lora_|ia3_|hada_|lokr_|oft_|vera_|boft_|prompt_|a
 
 @dataclass(frozen=True)
 class AdaptedModule:
-    """The adapted weight or bias of one module: the model's name of it, and the adapter's tensors."""
+    """The adapted weight or bias of one module: the model's name of it, and the adapter's tensors.
+
+    ``tied`` are the factors of a head that is this embedding: the embedding's, transposed and the other way round.
+    """
 
     target: str
     factors: Mapping[str, TensorInfo]
     scale: float
     outputs_are_rows: bool
+    tied: tuple[TensorInfo, ...] = ()
 
     @property
     def is_bias(self) -> bool:
@@ -49,10 +54,18 @@ class AdaptedModule:
         return self.factors[f"{kind}_A"], self.factors[f"{kind}_B"]
 
 
+@dataclass(frozen=True)
+class TrainedRows:
+    """Single rows of a table: ``values [n, width]`` in place of those at ``indices``."""
+
+    values: TensorInfo
+    indices: Sequence[int]
+
+
 def understand(
     folder: Path, config: Mapping[str, Any], stored: Mapping[str, TensorInfo], model: Checkpoint
-) -> tuple[list[AdaptedModule], dict[str, TensorInfo]]:
-    """The modules to fold, and the tensors stored whole, by the model's names.
+) -> tuple[list[AdaptedModule], dict[str, TensorInfo], dict[str, TrainedRows]]:
+    """The modules to fold, the tensors stored whole, and the rows stored of others, by the model's names.
 
     Args:
         folder: the adapter's.
@@ -65,6 +78,7 @@ def understand(
     """
     factors: dict[str, dict[str, TensorInfo]] = {}
     whole: dict[str, TensorInfo] = {}
+    rows: dict[str, TensorInfo] = {}
     for name, info in stored.items():
         match = _FACTOR.match(name)
         if _is_second_copy(name, stored):
@@ -74,18 +88,24 @@ def understand(
         if match is not None:
             kind = match["kind"] + (".bias" if match["leaf"] == "bias" else "")
             factors.setdefault(match["module"], {})[kind] = info
+        elif name.endswith(_ROWS):
+            rows[f"{name.removesuffix(_ROWS)}.weight"] = info
         elif _FOREIGN.search(name):
             raise UsageError(
                 f"{folder}: the adapter's tensor '{name}' is no part of LoRA or DoRA; it cannot be folded."
             )
         else:
             whole[_bare(name)] = info
-    if not factors and not whole:
+    if not factors and not whole and not rows:
         raise UsageError(f"{folder}: the adapter has no tensors.")
     targets = [f"{module}.weight" for module in factors]
     biases = [f"{module}.bias" for module, found in factors.items() if "lora_B.bias" in found]
-    places = locate(model.tensors, [*targets, *biases, *whole], str(folder))
-    lost = [name for name in (*targets, *biases) if name not in places]
+    places = locate(model.tensors, [*targets, *biases, *whole, *rows], str(folder))
+    lost = [name for name in (*targets, *biases, *rows) if name not in places]
+    head, table = _tied(config, factors, lost)
+    if head:
+        lost.remove(f"{head}.weight")
+        whole.pop(f"{head}.weight", None)
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         reason = "does not have; it belongs to another model"
@@ -97,6 +117,8 @@ def understand(
     sideways = _Orientation(config, model)
     modules = []
     for module, found in factors.items():
+        if module == head:
+            continue
         target = places[f"{module}.weight"]
         scale = _scale(folder, config, module, found)
         if config.get("use_dora") and "lora_magnitude_vector" not in found:
@@ -105,10 +127,60 @@ def understand(
                 f"'{module}'; it is not whole."
             )
         bias = found.pop("lora_B.bias", None)
-        modules.append(AdaptedModule(target, found, scale, not sideways.of(target, found)))
+        tied = (factors[head]["lora_B"], factors[head]["lora_A"]) if module == table else ()
+        if tied and scale != _scale(folder, config, head, factors[head]):
+            raise UsageError(f"{folder}: the adapter scales '{head}' and '{table}', which are one, differently.")
+        modules.append(AdaptedModule(target, found, scale, not sideways.of(target, found), tied))
         if bias is not None:
             modules.append(AdaptedModule(places[f"{module}.bias"], {"lora_B.bias": bias}, scale, True))
-    return modules, replaced
+    trained = {places[name]: TrainedRows(info, _indices(folder, config, name, info)) for name, info in rows.items()}
+    _require_alone(folder, trained, {*replaced, *(module.target for module in modules)}, model)
+    tied_to = tied_head(model)
+    if tied_to is not None and tied_to[1] in trained:
+        trained.setdefault(tied_to[0], trained[tied_to[1]])
+    return modules, replaced, trained
+
+
+def _tied(
+    config: Mapping[str, Any], factors: Mapping[str, Mapping[str, TensorInfo]], lost: list[str]
+) -> tuple[str, str]:
+    """The head that the model does not store and the embedding it is, adapted as one (``ensure_weight_tying``)."""
+    heads = [module for module in factors if f"{module}.weight" in lost and HEAD.search(f"{module}.weight")]
+    tables = [module for module, found in factors.items() if "lora_embedding_A" in found]
+    if not config.get("ensure_weight_tying") or len(heads) != 1 or len(tables) != 1:
+        return "", ""
+    return (heads[0], tables[0]) if factors[heads[0]].keys() == {"lora_A", "lora_B"} else ("", "")
+
+
+def _indices(folder: Path, config: Mapping[str, Any], name: str, info: TensorInfo) -> list[int]:
+    """Which rows of a table ``trainable_token_indices`` means: a list, or lists by the last parts of module names."""
+    told, module = config.get("trainable_token_indices"), f".{name.removesuffix('.weight')}"
+    if isinstance(told, Mapping):
+        told = next((value for key, value in told.items() if module.endswith(f".{key}")), None)
+    if (
+        not isinstance(told, list)
+        or any(type(one) is not int or one < 0 for one in told)
+        or (len(told),) != info.shape[:1]
+    ):
+        raise UsageError(f"{folder}: the adapter's trainable_token_indices do not say which rows of '{name}' it has.")
+    return told
+
+
+def _require_alone(folder: Path, trained: Mapping[str, TrainedRows], others: set[str], model: Checkpoint) -> None:
+    """Refuse rows that the model's tables do not have, and rows of what is changed otherwise, too."""
+    for name, rows in trained.items():
+        table = model[name]
+        if name in others:
+            raise UsageError(
+                f"{folder}: the adapter changes '{name}', and single tokens of it again; merge it with PEFT."
+            )
+        if table.dtype not in FLOATS:
+            raise UsageError(f"{folder}: the adapter trained tokens of '{name}', which is quantised in {model.root}.")
+        if rows.values.shape[1:] != table.shape[1:] or max(rows.indices, default=0) >= table.shape[0]:
+            raise UsageError(
+                f"{folder}: the adapter trained tokens that '{name}' of {model.root} {list(table.shape)} lacks; "
+                "resize the model first, as it was when it was trained."
+            )
 
 
 def _is_second_copy(name: str, stored: Mapping[str, TensorInfo]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,8 @@ from ktmerge.checkpoints.dtypes import FLOATS
 from ktmerge.checkpoints.header import FileStamp, TensorInfo, read_header
 from ktmerge.checkpoints.layout import files_beside, read_json
 from ktmerge.checkpoints.reader import Reader, TensorReader
-from ktmerge.checkpoints.tying import ties
+from ktmerge.checkpoints.rows import Gathered, Table, runs_of
+from ktmerge.checkpoints.tying import TABLE, ties
 from ktmerge.errors import UsageError
 
 CONFIG = "adapter_config.json"
@@ -26,7 +26,6 @@ WEIGHTS = "adapter_model.safetensors"
 # Settings under which the sum of weight and product is not what was trained, and why.
 _UNKNOWN = {
     "target_parameters": "adapts bare parameters (target_parameters)",
-    "trainable_token_indices": "trained single tokens (trainable_token_indices)",
     "layer_replication": "repeats layers of its model (layer_replication)",
     "use_qalora": "pools its inputs (use_qalora)",
     "use_bdlora": "is block-diagonal (use_bdlora)",
@@ -58,14 +57,19 @@ def open_adapter(folder: Path, model: Checkpoint) -> Derived:
     header = read_header(folder / WEIGHTS, WEIGHTS)
     own_tensors = {info.name: info for info in header.tensors}
     stored = {info.name.removeprefix(PREFIX): info for info in header.tensors}
-    modules, replaced = understand(folder, config, stored, model)
+    modules, replaced, trained = understand(folder, config, stored, model)
     tensors = dict(model.tensors)
     for name, info in replaced.items():
         file = model.tensors[name].file if name in model.tensors else model.weight_files[-1]
         tensors[name] = shown(TensorInfo(name, info.dtype, info.shape, file, 0, 0))
     for module in modules:
         tensors[module.target] = _shown_folded(folder, module, replaced.get(module.target), model)
-    _require_tied_together(folder, config, tensors, model)
+    for name, rows in trained.items():
+        tensors[name] = shown(model[name], _wide(model[name], rows.values))
+    tied = {module.target for module in modules if module.tied} | trained.keys()
+    if config.get("ensure_weight_tying"):
+        tied |= {name for name in replaced if name.endswith("embed_tokens.weight")}  # PEFT knows no other name
+    _require_tied_together(folder, {name: info for name, info in tensors.items() if name not in tied}, model)
     stamps = {WEIGHTS: header.stamp, CONFIG: FileStamp.of(os.stat(folder / CONFIG))}
 
     def opened() -> DerivedReader:
@@ -78,10 +82,16 @@ def open_adapter(folder: Path, model: Checkpoint) -> Derived:
             original = model.tensors[module.target] if whole is None else whole
             read = weights if whole is None else own
             made[module.target] = fold(module, tensors[module.target], original, read, own, shelf)
+        for name, rows in trained.items():
+            sources: list[list[tuple[int, int]]] = [[(0, row)] for row in range(model[name].shape[0])]
+            for number, row in enumerate(rows.indices):
+                sources[row] = [(1, number)]
+            tables = [Table(model[name], weights), Table(rows.values, own)]
+            made[name] = Gathered(tensors[name], tables, runs_of(sources))
         return DerivedReader(tensors, weights, made, [own])
 
     carried, left_behind = files_beside(folder, {WEIGHTS})
-    changed = model.tensors.keys() & {*replaced, *(module.target for module in modules)}
+    changed = model.tensors.keys() & {*replaced, *trained, *(module.target for module in modules)}
     own_types = {name: model.written.get(name, model[name].dtype) for name in changed if model[name].is_float}
     return Derived(
         root=folder,
@@ -93,7 +103,7 @@ def open_adapter(folder: Path, model: Checkpoint) -> Derived:
         left_behind=left_behind,
         metadata=model.metadata,
         stamps={**stamps, **{f"model/{file}": stamp for file, stamp in model.stamps.items()}},
-        notes=(*model.notes, *_notes(config, model, len(modules) + len(replaced))),
+        notes=(*model.notes, *_notes(config, model, len(modules) + len(replaced) + len(trained))),
         branches=model.branches,
         written={**model.written, **own_types},
         stale=model.stale,
@@ -146,15 +156,16 @@ def _shown_folded(folder: Path, module: AdaptedModule, replaced: TensorInfo | No
             f"{folder}: the adapter's factors of '{module.target}' have shapes {shapes}, which do not fit its "
             f"{list(shape)}; it belongs to another model."
         )
-    wide = "F64" if "F64" in (info.dtype, replaced.dtype if replaced is not None else "") else "F32"
-    return shown(info, wide, shape)
+    return shown(info, _wide(info, *(() if replaced is None else (replaced,))), shape)
 
 
-def _require_tied_together(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], model: Checkpoint
-) -> None:
+def _wide(*infos: TensorInfo) -> str:
+    return "F64" if any(info.dtype == "F64" for info in infos) else "F32"
+
+
+def _require_tied_together(folder: Path, tensors: Mapping[str, TensorInfo], model: Checkpoint) -> None:
     """Refuse what was trained for the embedding alone where the head is the same tensor: no file could hold it."""
-    if not ties(model.config) or config.get("ensure_weight_tying"):
+    if not ties(model.config):
         return
     vocabulary = [
         name
@@ -162,12 +173,7 @@ def _require_tied_together(
         if name.endswith(".weight") and tensor_class(name, tensors[name], model.config) == "embed"
     ]
     heads = [name for name in vocabulary if HEAD.search(name)]
-    changed = [
-        name
-        for name in vocabulary
-        if re.search(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in)\.weight$", name)
-        and tensors[name] is not model.tensors.get(name)
-    ]
+    changed = [name for name in vocabulary if TABLE.search(name) and tensors[name] is not model.tensors.get(name)]
     if changed and not heads:
         raise UsageError(
             f"{folder}: the adapter was trained on '{changed[0]}' but not on the head, which {model.root} ties to it: "

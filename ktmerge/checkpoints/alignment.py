@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ _LEVELS = tuple(
     )
 )
 _OLD_LEAVES = {"gamma": "weight", "beta": "bias"}
+# Weight norm: what torch called `weight_g` is `parametrizations.weight.original0` now.
+_PARAMETRISED = re.compile(r"\bparametrizations\.(\w+)\.original([01])$")
 _SHOWN = 3
 
 
@@ -236,6 +239,8 @@ def _grouped(dropped: frozenset[str], names: Iterable[str]) -> dict[str, list[st
 
 
 def _canonical(name: str, dropped: frozenset[str]) -> str:
+    if "parametrizations" in name:
+        name = _PARAMETRISED.sub(lambda found: f"{found[1]}_{'gv'[int(found[2])]}", name)
     *path, leaf = name.split(".")
     return ".".join([*(segment for segment in path if segment not in dropped), _OLD_LEAVES.get(leaf, leaf)])
 

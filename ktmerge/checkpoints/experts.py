@@ -29,7 +29,8 @@ Singles = Mapping[str, dict[int, dict[str, TensorInfo]]]
 def fit_experts(base: Checkpoint, other: Checkpoint) -> Checkpoint:
     """``other`` with its experts stacked or single as the base's are; given back as it is where nothing is to be done.
 
-    Only shapes that leave no doubt are taken: gate and up ``[E, 2 i, h]`` above each other, down ``[E, h, i]``.
+    Only shapes that leave no doubt are taken: gate and up ``[E, 2 i, h]`` above each other, down ``[E, h, i]``; stacks
+    whose matrices lie transposed are turned.
     """
     single, single_there = _singles(base), _singles(other)
     stacked, stacked_there = _stacks(base), _stacks(other)
@@ -37,7 +38,37 @@ def fit_experts(base: Checkpoint, other: Checkpoint) -> Checkpoint:
         return _split(other, single, stacked_there)
     if stacked and not stacked_there and single_there:
         return _stack(other, stacked, single_there)
-    return other
+    return _turn(other, stacked, stacked_there)
+
+
+def _turn(
+    other: Checkpoint,
+    stacks: Mapping[str, tuple[TensorInfo, TensorInfo]],
+    theirs: Mapping[str, tuple[TensorInfo, TensorInfo]],
+) -> Checkpoint:
+    """Show stacks ``[E, in, out]`` as ``[E, out, in]`` where the base has them so, or the other way round.
+
+    Qwen3-VL's mixtures are published the one way, and saved by transformers the other way.
+    """
+    pairs = [
+        (info, own.shape)
+        for owner, place in _owners(theirs, stacks).items()
+        for info, own in zip(theirs[owner], stacks.get(place, ()), strict=False)
+    ]
+    turned = {one.name: own for one, own in pairs if one.shape != own == (*one.shape[:1], *one.shape[:0:-1])}
+    if not turned:
+        return other
+    tensors = {
+        name: shown(info, shape=turned[name]) if name in turned else info for name, info in other.tensors.items()
+    }
+
+    def opened() -> DerivedReader:
+        source = other.reader()
+        return DerivedReader(tensors, source, {name: _Turned(other[name], source) for name in turned})
+
+    return derive(
+        other, tensors, opened, notes=(*other.notes, "its stacks of experts are turned to lie as the base's.")
+    )
 
 
 def _singles(checkpoint: Checkpoint) -> Singles:
@@ -50,14 +81,20 @@ def _singles(checkpoint: Checkpoint) -> Singles:
 
 
 def _stacks(checkpoint: Checkpoint) -> dict[str, tuple[TensorInfo, TensorInfo]]:
-    """Owner -> gate and up, and down, of those without biases (which gpt-oss has, with gate and up interleaved)."""
+    """Owner -> gate and up (or up alone), and down; without biases, as gpt-oss has them, gate and up interleaved."""
     found = {}
     for name, info in checkpoint.tensors.items():
-        if name.endswith(".experts.gate_up_proj") and f"{name}_bias" not in checkpoint.tensors:
-            down = checkpoint.tensors.get(name.replace("gate_up_proj", "down_proj"))
+        owner, _, leaf = name.rpartition(".experts.")
+        if leaf in ("gate_up_proj", "up_proj") and f"{name}_bias" not in checkpoint.tensors:
+            down = checkpoint.tensors.get(f"{owner}.experts.down_proj")
             if down is not None and len(info.shape) == len(down.shape) == 3:
-                found[name.removesuffix(".experts.gate_up_proj")] = info, down
+                found[owner] = info, down
     return found
+
+
+def _maps(raised: TensorInfo) -> int:
+    """How many matrices of an expert a stack holds above each other."""
+    return 2 if raised.name.endswith("gate_up_proj") else 1
 
 
 def _split(other: Checkpoint, single: Singles, stacks: Mapping[str, tuple[TensorInfo, TensorInfo]]) -> Checkpoint:
@@ -65,19 +102,21 @@ def _split(other: Checkpoint, single: Singles, stacks: Mapping[str, tuple[Tensor
     if type(other) is not Checkpoint:  # what is made while it is read lies nowhere
         return other
     owners = _owners(stacks, single)
-    style = next(style for style in _STYLES if any(style[0] in one for of in single.values() for one in of.values()))
+    named = {leaf for numbers in single.values() for one in numbers.values() for leaf in one}
+    style = next(style for style in _STYLES if named & set(style))
     tensors: dict[str, TensorInfo] = {}
     for name, info in other.tensors.items():
         owner, leaf = name.rpartition(".experts.")[::2]
-        if owner not in owners or leaf not in ("gate_up_proj", "down_proj"):
+        if owner not in owners or name not in (info.name for info in stacks[owner]):
             renamed = _renamed(name, owners)
             tensors[renamed] = replace(info, name=renamed)
             continue
-        count, inner, hidden = stacks[owner][0].shape[0], stacks[owner][0].shape[1] // 2, stacks[owner][0].shape[2]
-        if stacks[owner][0].shape[1] % 2 or stacks[owner][1].shape != (count, hidden, inner):
+        raised, lowered = stacks[owner]
+        maps, (count, hidden, inner) = _maps(raised), lowered.shape
+        if raised.shape != (count, maps * inner, hidden):
             return other
-        leaves = style[:2] if leaf == "gate_up_proj" else style[2:]
-        shape = (inner, hidden) if leaf == "gate_up_proj" else (hidden, inner)
+        leaves = style[2:] if leaf == "down_proj" else style[2 - maps : 2]
+        shape = (hidden, inner) if leaf == "down_proj" else (inner, hidden)
         size, begin = inner * hidden * BITS[info.dtype] // 8, info.begin
         for number in range(count):
             for part in leaves:
@@ -94,9 +133,17 @@ def _stack(other: Checkpoint, stacks: Mapping[str, tuple[TensorInfo, TensorInfo]
     places = {name: info.name for name, info in tensors.items()}
     joined: dict[str, list[TensorInfo]] = {}
     for owner, numbers in single.items():
-        if owner not in owners or set(numbers) != set(range(len(numbers))):
+        maps = len(numbers.get(0, ())) - 1  # gate and up, or up alone, and down
+        if (
+            set(numbers) != set(range(len(numbers)))
+            or maps not in (1, 2)
+            or any(len(one) != maps + 1 for one in numbers.values())
+        ):
             return other
-        for leaves, stack in (((0, 1), "gate_up_proj"), ((2,), "down_proj")):
+        for stack, leaves in (
+            ("gate_up_proj" if maps == 2 else "up_proj", range(2 - maps, 2)),
+            ("down_proj", range(2, 3)),
+        ):
             names = [[style[leaf] for leaf in leaves] for style in _STYLES]
             chosen = next((one for one in names if all(set(one) <= set(given) for given in numbers.values())), None)
             if chosen is None:
@@ -132,6 +179,29 @@ class _Joined:
             number, offset = divmod(start + done // width, size)
             piece = target[done : done + (size - offset) * width]
             self.source.read_into(self.parts[number].name, offset, piece)
+            done += len(piece)
+
+
+@dataclass(frozen=True)
+class _Turned:
+    """A stack of matrices, each transposed."""
+
+    info: TensorInfo
+    source: Reader
+
+    def fill(self, start: int, target: memoryview) -> None:
+        import numpy as np
+
+        width = BITS[self.info.dtype] // 8
+        _, rows, columns = self.info.shape
+        size, done = rows * columns, 0
+        while done < len(target):
+            number, offset = divmod(start + done // width, size)
+            piece = target[done : done + (size - offset) * width]
+            matrix = bytearray(size * width)
+            self.source.read_into(self.info.name, number * size, memoryview(matrix))
+            values = np.frombuffer(matrix, f"u{width}").reshape(rows, columns).T.reshape(-1)
+            piece[:] = values[offset : offset + len(piece) // width].view(np.uint8).data
             done += len(piece)
 
 

@@ -164,6 +164,14 @@ def _load(module: AdaptedModule, own: Reader) -> Factors:
     if module.is_bias:
         return Factors(_values(factors["lora_B.bias"], own), np.ones((1, 1)))
     first, second = (_values(info, own) for info in module.pair)
+    if module.tied and any(
+        not np.array_equal(_values(info, own), factor.T)
+        for info, factor in zip(module.tied, (first, second), strict=True)
+    ):
+        raise KtmergeError(
+            f"{module.tied[0].file}: the adapter's '{module.tied[0].name}' is not its '{module.pair[0].name}', though "
+            "its config ties them (ensure_weight_tying); save it again with PEFT."
+        )
     magnitude = factors.get("lora_magnitude_vector")
     norms = None if magnitude is None else _values(magnitude, own).reshape(-1)
     if module.outputs_are_rows:

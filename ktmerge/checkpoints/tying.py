@@ -10,7 +10,7 @@ from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.dtypes import BITS
 
 _HEADS = ("lm_head", "embed_out", "output", "output_layer", "decoder", "proj_out")
-_TABLE = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|shared|embeddings)\.weight$")
+TABLE = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|shared|embeddings)\.weight$")
 _PEEK = 1 << 12
 """Elements that are compared to tell two tables apart: those that were never one differ at once."""
 
@@ -74,7 +74,7 @@ def _head(checkpoint: Checkpoint) -> str | None:
 
 def _table(checkpoint: Checkpoint) -> str | None:
     """The token embedding, if there is exactly one table that can be it."""
-    found = [name for name, info in checkpoint.tensors.items() if _TABLE.search(name) and len(info.shape) == 2]
+    found = [name for name, info in checkpoint.tensors.items() if TABLE.search(name) and len(info.shape) == 2]
     return found[0] if len(found) == 1 else None
 
 

@@ -149,7 +149,8 @@ def blend_into(
     """Blend in place: write the result into the parameters of a loaded model of the base's architecture.
 
     Values are rounded as the recipe's output says, so that they equal those of the file route; a parameter of a type
-    too narrow for that is rounded to its own. If the run fails, the model is left partly changed.
+    too narrow for that is rounded to its own. Tensors of the base that the model has no room for, as
+    its library does not load them, are left out. If the run fails, the model is left partly changed.
 
     Args:
         model: a ``torch.nn.Module``.
@@ -161,7 +162,7 @@ def blend_into(
         progress: where to report.
 
     Raises:
-        UsageError: the recipe or its inputs are wrong, or the model doesn't have the base's tensors.
+        UsageError: the recipe or its inputs are wrong, or the model has other tensors than the base.
         KtmergeError: the run failed.
     """
     from ktmerge.merge.engine import execute
@@ -170,7 +171,9 @@ def blend_into(
     plan = plan_blend(recipe) if sources is None else sources.plan(recipe)
     sink = LiveSink(model, plan.base) if sources is None else sources.sink(model, plan.base)
     place = sink.device if device == "auto" else device
-    return execute(plan, sink, place, progress, pristine=sources, measured=measured)
+    report = execute(plan, sink, place, progress, pristine=sources, measured=measured)
+    report.notes += sink.tell(progress)
+    return report
 
 
 def _config(plan: Plan, folder: str) -> str:

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ktmerge.checkpoints.alignment import align
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.dtypes import tag_of, torch_dtype
-from ktmerge.checkpoints.live import as_checkpoint
+from ktmerge.checkpoints.live import live_tensors
 from ktmerge.checkpoints.reader import Reader
 from ktmerge.checkpoints.writer import Writer
 from ktmerge.errors import UsageError
 from ktmerge.merge.report import TensorReport
+from ktmerge.progress import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # Types that hold every value of the key type.
 _HOLDS = {"BF16": ("BF16", "F32", "F64"), "F16": ("F16", "F32", "F64"), "F32": ("F32", "F64")}
+_SCATTERED = 1 << 20
+"""Elements written at a time where they do not lie behind one another."""
 
 
 class Sink(Protocol):
@@ -82,28 +84,26 @@ class LiveSink:
         base: the base's headers.
 
     Raises:
-        UsageError: the model lacks a tensor of the base, has it in another shape, or not in memory as a whole.
+        UsageError: the model has a tensor that the base lacks, or one in another shape, or not in memory as a whole.
     """
 
     def __init__(self, model: Any, base: Checkpoint) -> None:
-        state: dict[str, Tensor] = dict(model.state_dict())
-        alignment = align(base, as_checkpoint(state, base), "the model")
-        stored = set(alignment.mapping.values())
-        places = {tensor.data_ptr() for name, tensor in state.items() if name in stored}
-        loose = [name for name in alignment.extra if state[name].data_ptr() not in places]
-        if alignment.missing or alignment.mismatched or alignment.ambiguous or loose:
+        tensors, alignment = live_tensors(model, base)
+        places = {tensors[name].data_ptr() for name in alignment.mapping.values()}
+        loose = [name for name in alignment.extra if tensors[name].data_ptr() not in places]
+        # What the library does not load has no room in the model; a tensor of its own tells another model.
+        if loose or alignment.mismatched or alignment.ambiguous or not alignment.mapping:
             alignment.require_complete()
-        self._targets: Mapping[str, Tensor] = {name: state[found] for name, found in alignment.mapping.items()}
+        self._targets: Mapping[str, Tensor] = {name: tensors[found] for name, found in alignment.mapping.items()}
+        self._missing, self._told = alignment.missing, False
         for name, target in self._targets.items():
             if target.is_meta:
                 raise UsageError(f"the model: '{name}' is not in memory (meta device); load it without offloading.")
-            if not target.is_contiguous():
-                raise UsageError(f"the model: '{name}' is not contiguous in memory; call .contiguous() on it first.")
         self._tags: dict[str, str] = {}
         self._places = {
             name: (tag_of(target.dtype), target.data_ptr())
             for name, target in self._targets.items()
-            if target.device.type == "cpu"
+            if target.device.type == "cpu" and target.is_contiguous()
         }
         self._owners = [
             (registry, name, values, values.data_ptr())
@@ -132,8 +132,19 @@ class LiveSink:
 
     @property
     def targets(self) -> Mapping[str, Tensor]:
-        """What is written into, by the base's names; buffers that the model computes itself are in none."""
+        """What is written into, by the base's names; what the model has no room for, or computes itself, is in none."""
         return self._targets
+
+    def tell(self, progress: Progress) -> list[str]:
+        """What a person should know of the model; ``progress`` is told once."""
+        if not self._missing:
+            return []
+        more = f" and {len(self._missing) - 1} more" if len(self._missing) > 1 else ""
+        note = f"the model has no room for '{self._missing[0]}'{more} of the base's tensors; they are left out of it."
+        if not self._told:
+            progress.note(note)
+        self._told = True
+        return [note]
 
     def dtype(self, name: str, planned: str) -> str:
         target = self._targets.get(name)
@@ -146,9 +157,15 @@ class LiveSink:
 
         target = self._targets.get(name)
         if target is None:
-            return  # a buffer that the model computes itself
+            return  # a buffer that the model computes itself, or what it has no room for
         with torch.no_grad():
-            target.view(-1)[start : start + values.numel()].copy_(values)
+            if target.is_contiguous():
+                target.view(-1)[start : start + values.numel()].copy_(values)
+                return
+            for begin in range(0, values.numel(), _SCATTERED):
+                piece = values[begin : begin + _SCATTERED]
+                places = torch.arange(start + begin, start + begin + piece.numel(), device=target.device)
+                target[torch.unravel_index(places, target.shape)] = piece.to(target)
 
     def write_bytes(self, name: str, data: memoryview, start: int) -> None:
         import torch

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.opening import open_model
-from ktmerge.errors import UsageError
+from ktmerge.errors import KtmergeError, UsageError
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -33,6 +33,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "embedding": ("llama", {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
     "embedding dora": ("llama", {"target_modules": ["embed_tokens"], "use_dora": True}),
     "bias": ("qwen", {"target_modules": ["q_proj", "v_proj"], "lora_bias": True, "bias": "all"}),
+    "tied, saved": (
+        "tied",
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+    ),
+    "tokens": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [3, 40, 4, 7]}),
+    "tokens, tied": ("tied", {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [47, 0]}}),
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"]}),
     "conv1d dora": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "use_dora": True}),
     "conv1d, flag overwritten": ("gpt2 untied", {"target_modules": ["c_proj", "lm_head"]}),
@@ -41,7 +47,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-LIKE_OTHERS = ("rslora", "embedding dora", "conv1d", "conv1d, flag overwritten", "convolution dora")
+TIED: dict[str, Any] = {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "ensure_weight_tying": True}
+LIKE_OTHERS = (
+    "rslora",
+    "tied, saved",
+    "tokens, tied",
+    "embedding dora",
+    "conv1d",
+    "conv1d, flag overwritten",
+    "convolution dora",
+)
 """Cases whose parts are all in other cases."""
 
 
@@ -52,8 +67,8 @@ def _build(kind: str) -> Any:
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False}
     gpt2 = {"vocab_size": 48, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
     ends = {"bos_token_id": 0, "eos_token_id": 0}
-    if kind == "llama":
-        return t.LlamaForCausalLM(t.LlamaConfig(**small, **heads))
+    if kind in ("llama", "tied"):
+        return t.LlamaForCausalLM(t.LlamaConfig(**small, **{**heads, "tie_word_embeddings": kind == "tied"}))
     if kind == "qwen":
         return t.Qwen2ForCausalLM(t.Qwen2Config(**small, **heads))
     if kind == "vit":
@@ -75,9 +90,9 @@ def make_adapter(folder: Path, kind: str, seed: int = 0, **settings: Any) -> dic
         for name, parameter in wrapped.named_parameters():
             if parameter.requires_grad:
                 scale = 0.1 if "magnitude" in name else 0.3
-                parameter.data = parameter.data + scale * torch.rand(parameter.shape) * parameter.data.std()
+                parameter.data += scale * torch.rand(parameter.shape) * parameter.data.std()  # in place: some are tied
                 if "lora_B" in name or "lora_embedding_A" in name:
-                    parameter.data = 0.2 * torch.randn(parameter.shape)
+                    parameter.data.copy_(0.2 * torch.randn(parameter.shape))
     wrapped.save_pretrained(folder / "adapter", save_embedding_layers=False)
     fresh = type(model).from_pretrained(folder / "model", dtype=torch.float32)
     merged = peft.PeftModel.from_pretrained(fresh, folder / "adapter").merge_and_unload(safe_merge=True)
@@ -266,8 +281,69 @@ def test_wrong_references_are_refused(plain: Path, reference: str, complaint: st
         open_model(reference, plain)
 
 
-def test_an_adapter_of_the_embedding_alone_cannot_be_folded_into_a_tied_model(tmp_path: Path) -> None:
-    make_adapter(tmp_path, "gpt2", target_modules=["wte", "c_attn"])
+@pytest.mark.parametrize(
+    ("indices", "complaint"),
+    [
+        ([3, 40], r"do not say which rows"),
+        ([1, 2, 48], r"trained tokens that .*\[48, 16\] lacks"),
+        (["x", 1, 2], "do not say which"),
+        ({"lm_head": [1, 2, 3]}, "do not say which"),
+        ([1, -2, 3], "do not say which"),
+    ],
+)
+def test_trained_tokens_that_are_not_there_are_refused(tmp_path: Path, indices: Any, complaint: str) -> None:
+    make_adapter(tmp_path, "llama", target_modules=["q_proj"], trainable_token_indices=[3, 40, 7])
+    _config(tmp_path, trainable_token_indices=indices)
+    with pytest.raises(UsageError, match=complaint):
+        open_model("model+adapter", tmp_path)
+
+
+def test_a_head_that_is_the_embedding_is_folded_once(tmp_path: Path) -> None:
+    """Held to what PEFT computes: its merge adds the change of a tied table once for each of its modules."""
+    import peft
+
+    make_adapter(tmp_path, "tied", **TIED)
+    fresh = _build("tied").from_pretrained(tmp_path / "model", dtype=torch.float32)
+    folded = open_model("model+adapter", tmp_path)
+    with folded.reader() as reader:
+        state = {name: reader.read(name).view(info.shape).clone() for name, info in folded.tensors.items()}
+    assert set(state) == set(Checkpoint.open(tmp_path / "model").tensors)
+    (tmp_path / "folded").mkdir()
+    save_file(state, tmp_path / "folded" / "model.safetensors", {"format": "pt"})
+    shutil.copy(tmp_path / "model" / "config.json", tmp_path / "folded")
+    loaded = type(fresh).from_pretrained(tmp_path / "folded", dtype=torch.float32)
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        before, wanted = (
+            fresh(tokens).logits,
+            peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter")(tokens).logits,
+        )
+        assert not torch.allclose(before, wanted, atol=0.1)
+        assert torch.allclose(loaded(tokens).logits, wanted, atol=1e-5)
+
+
+def test_a_head_that_is_not_the_embedding_it_is_tied_to_is_refused(tmp_path: Path) -> None:
+    make_adapter(tmp_path, "tied", **TIED)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    stored = load_file(file)
+    save_file(
+        {**stored, "base_model.model.lm_head.lora_B.weight": stored["base_model.model.lm_head.lora_B.weight"] + 1}, file
+    )
+    folded = open_model("model+adapter", tmp_path)
+    with (
+        folded.reader() as reader,
+        pytest.raises(KtmergeError, match=r"'.*lm_head.lora_B.weight' is not its .*save it again"),
+    ):
+        reader.read("model.embed_tokens.weight")
+    _config(tmp_path, ensure_weight_tying=False)
+    with pytest.raises(UsageError, match="ties to its embedding"):
+        open_model("model+adapter", tmp_path)
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_an_adapter_of_the_embedding_alone_cannot_be_folded_into_a_tied_model(tmp_path: Path, flag: bool) -> None:
+    """PEFT ties no table that is not called `embed_tokens`, whatever it is told."""
+    make_adapter(tmp_path, "gpt2", target_modules=["wte", "c_attn"], ensure_weight_tying=flag)
     with pytest.raises(UsageError, match=r"'transformer.wte.weight' but not on the head.*Untie"):
         open_model("model+adapter", tmp_path)
 

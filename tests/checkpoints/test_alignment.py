@@ -291,6 +291,15 @@ def test_a_tied_head_under_another_prefix(make: Make) -> None:
     assert alignment.tied_extra == {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
 
+def test_weight_norm_under_its_old_and_new_names(make: Make) -> None:
+    conv = "encoder.pos_conv_embed.conv."
+    old = {f"{conv}weight_g": (1, 1, 3), f"{conv}weight_v": (4, 2, 3)}
+    new = {f"{conv}parametrizations.weight.original{number}": shape for number, shape in enumerate(old.values())}
+    for number, (first, second) in enumerate(((old, new), (new, old))):
+        alignment = align(make(f"base{number}", first), make(f"other{number}", second), "a")
+        assert alignment.mapping == dict(zip(first, second, strict=True))
+
+
 def test_whispers_head_is_a_head(make: Make) -> None:
     table = {"model.decoder.embed_tokens.weight": (9, 4)}
     other = make("other", {**table, "proj_out.weight": (9, 4)}, alike=True)

@@ -307,3 +307,23 @@ def test_files_are_told_by_where_they_are(make_checkpoint: MakeCheckpoint) -> No
     index.write_text(index.read_text().replace(': "model-', ': "./model-', 2))
     assert Checkpoint.open(root) == plain
     assert plain.left_behind == (index.name,)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_stacks_that_lie_the_other_way_round_are_turned(make_checkpoint: MakeCheckpoint, dtype: Any) -> None:
+    """Any piece has the bits of the whole; a square one is left alone, as transformers leaves it."""
+    numbers, owner = np.random.default_rng(0), "model.layers.0.mlp.experts"
+    up = numbers.random((3, 4, 10)).astype(dtype)
+    square = numbers.random((3, 5, 5)).astype(dtype)
+    turned = np.ascontiguousarray(up.transpose(0, 2, 1))
+    base = {f"{owner}.gate_up_proj": up, f"{owner}.down_proj": square}
+    other = {f"{owner}.gate_up_proj": turned, f"{owner}.down_proj": square}
+    opened = Checkpoint.open(make_checkpoint("other", other))
+    shown = fit_experts(Checkpoint.open(make_checkpoint("base", base)), opened)
+    with shown.reader() as reader:
+        for name, values in base.items():
+            assert shown[name].shape == values.shape
+            for start, stop in ((0, 120), (7, 93), (39, 41), (80, 120)):
+                start, stop = min(start, values.size), min(stop, values.size)
+                assert np.array_equal(reader.read(name, start, stop).numpy(), values.reshape(-1)[start:stop])
+    assert fit_experts(opened, opened) is opened

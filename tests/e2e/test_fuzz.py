@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from commands import RECIPE, write_models
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mutations import altered, damaged
+from safetensors.torch import save_file
 
 from ktmerge import api
 from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.opening import open_model
 from ktmerge.errors import KtmergeError
 
 QUICK = settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -33,7 +36,34 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Little models and a recipe; each test damages its copy of one file and puts it back."""
     folder = tmp_path_factory.mktemp("fuzz") / "work"
     write_models(folder, width=8, layers=2, shards=2)
+    write_adapter(folder / "adapters" / "one")
     return folder
+
+
+def write_adapter(folder: Path) -> None:
+    """A DoRA of two matrices and of the embedding's tokens, with a norm stored whole."""
+    layer, numbers = "base_model.model.model.layers.0", torch.Generator().manual_seed(0)
+    shapes = {
+        f"{layer}.self_attn.q_proj": (8, 8),
+        f"{layer}.mlp.up_proj": (32, 8),
+    }
+    tensors = {
+        "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": torch.rand(3, 8, generator=numbers),
+        "base_model.model.model.norm.weight": torch.rand(8, generator=numbers),
+    }
+    for module, (outputs, inputs) in shapes.items():
+        tensors[f"{module}.lora_A.weight"] = torch.rand(2, inputs, generator=numbers)
+        tensors[f"{module}.lora_B.weight"] = torch.rand(outputs, 2, generator=numbers)
+        tensors[f"{module}.lora_magnitude_vector"] = torch.rand(outputs, generator=numbers)
+    config = {
+        "peft_type": "LORA", "r": 4, "lora_alpha": 8, "rank_pattern": {"q_proj": 2, ".*up_proj": 2}, "use_dora": True,
+        "alpha_pattern": {"layers.0.self_attn.q_proj": 3}, "use_rslora": True, "modules_to_save": ["norm"],
+        "trainable_token_indices": {"embed_tokens": [1, 30, 2]}, "base_model_name_or_path": "base",
+        "ensure_weight_tying": True, "init_lora_weights": True, "fan_in_fan_out": False,
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 def survive(attempt: Callable[[], object]) -> bool:
@@ -123,6 +153,27 @@ def inspected(data: st.DataObject, models: Path) -> None:
     with_bytes(*_damaged_json(data, models), look)
 
 
+def damaged_adapter(data: st.DataObject, models: Path) -> None:
+    config, weights = models / "adapters/one/adapter_config.json", models / "adapters/one/adapter_model.safetensors"
+    kind = data.draw(st.sampled_from(["config", "config", "header", "text", "file"]))
+    if kind == "config":
+        with_bytes(config, as_json(data.draw(altered(json.loads(config.read_bytes())))), lambda: fold(models))
+    elif kind == "text":
+        with_bytes(config, data.draw(damaged(config.read_bytes())), lambda: fold(models))
+    elif kind == "header":
+        header, values = split(weights)
+        with_bytes(weights, joined(as_json(data.draw(altered(json.loads(header)))), values), lambda: fold(models))
+    else:
+        with_bytes(weights, data.draw(damaged(weights.read_bytes())), lambda: fold(models))
+
+
+def fold(folder: Path) -> None:
+    folded = open_model("base+adapters/one", folder, Checkpoint.open(folder / "base"))
+    with folded.reader() as reader:
+        for name, info in folded.tensors.items():
+            assert reader.read(name).numel() == info.numel
+
+
 PLAIN = yaml.safe_load(RECIPE)
 RECIPES = [
     PLAIN,
@@ -149,13 +200,23 @@ def damaged_recipe(data: st.DataObject, models: Path) -> None:
         with_bytes(reference, text, lambda: blend(models))
 
 
-KINDS = {"header": damaged_header, "json": damaged_json, "recipe": damaged_recipe, "inspect": inspected}
+KINDS = {
+    "header": damaged_header,
+    "json": damaged_json,
+    "recipe": damaged_recipe,
+    "inspect": inspected,
+    "adapter": damaged_adapter,
+}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_what_is_damaged_is_sound(recipe: dict[str, Any], models: Path) -> None:
     reference = models / "recipe.yaml"
     assert with_bytes(reference, yaml.safe_dump(recipe).encode(), lambda: blend(models))
+
+
+def test_a_sound_adapter_is_folded(models: Path) -> None:
+    assert survive(lambda: fold(models))
 
 
 @pytest.mark.parametrize("kind", KINDS)

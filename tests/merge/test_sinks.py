@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from merge_models import read, same_bytes
+from merge_models import read, same_bytes, write
 from torch import nn
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
@@ -17,8 +17,17 @@ from ktmerge.errors import UsageError
 from ktmerge.merge import blend, blend_into
 from ktmerge.merge.pristine import Pristine
 from ktmerge.merge.sinks import LiveSink
+from ktmerge.progress import _Silent as Quiet
 
 TWO = {"a": ("a", 1.0), "b": ("b", 1.0)}
+
+
+class Told(Quiet):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 class Toy(nn.Module):
@@ -118,23 +127,46 @@ def test_a_narrower_model_rounds_once_to_its_own_type(llamas: Path, tmp_path: Pa
 def test_a_model_of_another_shape_is_refused(llamas: Path, recipe_in: Any) -> None:
     recipe = recipe_in(llamas, TWO, {"method": "linear"})
     tensors = read(llamas / "base")
-    missing = {name: values for name, values in tensors.items() if name != "model.norm.weight"}
     wrong = {**tensors, "model.norm.weight": torch.ones(3)}
     more = {**tensors, "model.extra.weight": torch.ones(3)}
-    for found in (missing, wrong, more):
+    for found in (wrong, more, {"extra.weight": torch.ones(3)}):
         with pytest.raises(UsageError, match="the model"):
-            blend_into(Toy(found), recipe)
+            blend_into(Toy(found, tie=len(found) > 1), recipe)
 
 
-def test_a_model_that_is_not_in_memory_is_refused(llamas: Path, recipe_in: Any) -> None:
+def test_a_model_in_no_memory_is_refused_and_one_in_any_order_is_not(
+    llamas: Path, tmp_path: Path, recipe_in: Any
+) -> None:
     recipe = recipe_in(llamas, TWO, {"method": "linear"})
     with pytest.raises(UsageError, match="meta device"):
         blend_into(Toy(read(llamas / "base")).to("meta"), recipe)
     model = Toy(read(llamas / "base"))
     weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
     weight.data = weight.data.t().contiguous().t()
-    with pytest.raises(UsageError, match=r"'model\.layers\.0\.mlp\.up_proj\.weight' is not contiguous"):
-        blend_into(model, recipe)
+    blend(recipe, tmp_path / "out", device="cpu")
+    for sources in (None, Pristine()):
+        blend_into(model, recipe, sources)
+        assert not weight.data.is_contiguous()
+        assert all(same_bytes(model.get_parameter(name).data, found) for name, found in read(tmp_path / "out").items())
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_what_a_model_has_no_room_for_is_left_out_and_told_once(
+    measured: bool, llamas: Path, tmp_path: Path, recipe_in: Any
+) -> None:
+    """As transformers leaves out `mtp.*`; what is taken of the whole model is taken of those tensors, too."""
+    for name in "ab":
+        write(tmp_path / name, {**read(llamas / name), "mtp.fc.weight": torch.randn(16, 32).bfloat16()})
+    write(tmp_path / "base", {**read(llamas / "base"), "mtp.fc.weight": torch.zeros(16, 32).bfloat16()})
+    recipe = recipe_in(tmp_path, TWO, {"method": "ties", "density": 0.3, "scope": "global"})
+    blend(recipe, tmp_path / "out", device="cpu")
+    model, sources, progress = Toy(read(llamas / "base")), Pristine(), Told()
+    for _ in range(2):
+        report = blend_into(model, recipe, sources, measured=measured, progress=progress)
+        assert any("no room for 'mtp.fc.weight' of" in note for note in report.notes)
+    stored = read(tmp_path / "out")
+    assert all(same_bytes(values.data, stored[name]) for name, values in model.named_parameters())
+    assert [note for note in progress.notes if "mtp" in note] == report.notes[-1:]
 
 
 def test_bytes_and_values_are_the_same(llamas: Path) -> None:

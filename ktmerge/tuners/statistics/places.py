@@ -84,6 +84,8 @@ def find_places(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Place]:
     found = {}
     for stored, name in align(checkpoint, fitted, "the model").mapping.items():
         info = fitted.tensors[name]
+        if len(info.shape) == 3 and info.shape != live.tensors[info.file].shape:
+            continue  # lies the other way round
         width = live.tensors[info.file].nbytes // max(1, live.tensors[info.file].numel)
         found[stored] = Place(info.file, info.begin // max(1, width), info.shape)
     return found
