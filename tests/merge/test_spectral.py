@@ -299,6 +299,18 @@ def test_svc_of_a_mean_of_experts_at_right_angles(bench: Workbench, alpha: float
     torch.testing.assert_close(found, factor * sum(deltas), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("stages", [{"combine": "sum", "calibrate": [{"svc": {"alpha": 1.0}}]},
+                                    {"combine": "mean", "calibrate": "svc"}], ids=["sum", "mean"])  # fmt: skip
+def test_svc_takes_the_rounding_of_a_larger_base_for_no_response(bench: Workbench, stages: dict[str, Any]) -> None:
+    """Directions of nearly equal strength turn by it into other experts' and would be taken for theirs."""
+    base = {MATRIX: normal(24, 20, seed=9)}
+    for size in (0.1, 0.01):
+        deltas = [size * one for one in owners(24, 20, 3, 6)]
+        experts = {name: {MATRIX: base[MATRIX] + delta} for name, delta in zip("abc", deltas, strict=True)}
+        found = bench.blend(base, experts, {"stages": stages, "lambda": 1.0})[MATRIX] - base[MATRIX]
+        torch.testing.assert_close(found, sum(deltas), rtol=0, atol=2e-6)
+
+
 def test_norm_budget_is_the_mean_length(bench: Workbench) -> None:
     deltas = [normal(9, 8, seed=seed) * (seed + 1) for seed in range(3)]
     found = spelled(bench, [*deltas, torch.zeros(9, 8)], "mean", "norm_budget")

@@ -22,8 +22,11 @@ _SKIPPED = 1e-7
 """Singular values below this share of the largest become zero."""
 _FROZEN = Fraction(1, 10**24)
 """Share of ||theta_0||^2 up to which ||tau_t||^2 is no change."""
-_NO_RESPONSE = 1e-12
-"""Share of ||tau_t||^2 below which ||u^T tau_t||^2 is the rounding of float32 deltas."""
+_TURNED = 2.0**-18
+"""Share of ||theta_0|| up to which ||u^T tau_t|| is taken for rounding: that of fp32 weights, 2^-24 of them, turns
+directions of nearly equal strength into one another by many times itself."""
+_NO_RESPONSE, _RESPONSE = 1e-4, 1e-2
+"""Shares of ||tau_t|| below which it is that for any base, and above which for none."""
 
 
 class SvcParameters(Parameters):
@@ -52,7 +55,7 @@ def svc(merged: Tensor, deltas: list[Tensor], parameters: SvcParameters, context
     with alpha, where the code divides by it.
     Differs from the paper, where alpha is 0.1 after means and sums alike: two experts at right angles come out 1.7 and
     1.8 times their sum. They are their sum with alpha 1 / N after a mean, and with alpha 1 after a sum or whatever adds
-    such experts, as tsv_m and swudi_a do; the ready-made methods are set so.
+    such experts, as tsv_m does, and swudi_a in the directions that take part; the ready-made methods are set so.
     """
     import torch
 
@@ -67,8 +70,10 @@ def svc(merged: Tensor, deltas: list[Tensor], parameters: SvcParameters, context
         found = one_sided(whole)
         alpha = 1 / len(own) if parameters.alpha is None else parameters.alpha
         counted = torch.zeros_like(found.values[: found.above(_SKIPPED)])
+        floor = _TURNED * float(base.norm(dtype=torch.float64))
         for delta, (along, energy) in zip(own, found.responses(own, counted.numel()), strict=True):
-            responds = energy > _NO_RESPONSE * float(delta.norm(dtype=torch.float64)) ** 2
+            size = float(delta.norm(dtype=torch.float64))
+            responds = energy > min(max(floor, _NO_RESPONSE * size), _RESPONSE * size) ** 2
             counted += torch.where(responds, along / energy, alpha).clamp(min=alpha)
         return found.filtered(len(own) / counted).float()
 
@@ -182,7 +187,7 @@ for _name, _summary, _from, _stages, _merged, _cost in _CALIBRATED:
                 identical="other" if _name == "tsv_m_svc" else "mean",
                 elements=False, rotations=_name != "ties_svc", tolerance=2e-5,
             ),
-            semantics=2 if _name in ("task_arithmetic_svc", "tsv_m_svc") else 3,
+            semantics=3 if _name in ("task_arithmetic_svc", "tsv_m_svc") else 4,
         )
     )  # fmt: skip
 
