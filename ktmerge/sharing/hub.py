@@ -25,7 +25,7 @@ FOLDER = "ktmerge-recipe"
 _BLOCK = 1 << 20
 _MOST_ENTRIES = 10_000
 _ATTEMPTS = 3
-_REFUSALS = (401, 403, 404)
+_REFUSALS = (401, 403)
 _SECONDS = 60.0
 """Most that is waited for the hub to say anything; its library would wait for ever."""
 
@@ -64,12 +64,9 @@ class HubSource:
 
     def blocks(self, name: str, folder: Path) -> Iterator[bytes]:
         inside = f"{self._folder}/{name}" if self._folder else name
-        with quiet_unless_watched():
-            path = Path(
-                self._asked(
-                    lambda api: api.hf_hub_download(self._name, inside, revision=self._seen.sha, local_dir=folder)
-                )
-            )
+        path = Path(
+            self._asked(lambda api: api.hf_hub_download(self._name, inside, revision=self._seen.sha, local_dir=folder))
+        )
         with clear_os_errors(path), path.open("rb") as stream:
             while block := stream.read(_BLOCK):
                 yield block
@@ -125,7 +122,7 @@ def asked(name: str, revision: str | None, call: Callable[[HfApi], Answer]) -> A
     from huggingface_hub import HfApi
 
     def attempt() -> Answer:
-        with _patience():
+        with quiet_unless_watched(), _patience():
             return call(HfApi())
 
     try:
@@ -141,12 +138,14 @@ def asked(name: str, revision: str | None, call: Callable[[HfApi], Answer]) -> A
 
 def _failure(error: Exception, name: str, revision: str | None) -> KtmergeError:
     """What an error of the hub, or of its library, means to whoever asked."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
+    if isinstance(error, (LocalEntryNotFoundError, RuntimeError)) and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # why its library looked into its cache, or gave an upload up
     code, told = status_of(error), first_line(error).rstrip(".")
     if code is not None and (code in PASSING or code >= 500):
         return KtmergeError(f"{name}: the hub is busy or broken (HTTP {code}); try again later.")
-    if code in _REFUSALS:
+    if code in _REFUSALS or isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)):
         return UsageError(f"{name}: {refusal(error, revision)}")
     if isinstance(error, LocalEntryNotFoundError):
         return KtmergeError(f"{name}: {refusal(error, revision)}")
