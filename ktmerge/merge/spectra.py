@@ -295,6 +295,18 @@ def combined(deltas: list[Tensor], context: Context, merge: Callable[[list[Tenso
     return by_map(deltas, context, one, fused=fused)
 
 
+def least_response(delta: Tensor, base: Tensor) -> float:
+    """What ||u^T tau|| of an expert's delta has to exceed not to be rounding, along a direction u of all experts'.
+
+    fp32 weights are rounded by 2^-24 of their size, which turns directions of nearly equal strength into one another by
+    many times that: 2^-18 of the base is taken for it, but at least 1e-4 and at most 1e-2 of the delta.
+    """
+    import torch
+
+    size, floor = float(delta.norm(dtype=torch.float64)), 2.0**-18 * float(base.norm(dtype=torch.float64))
+    return min(max(floor, 1e-4 * size), 1e-2 * size)
+
+
 def members(maps: Sequence[Tensor], base: Tensor, context: Context) -> list[Tensor]:
     """tau_t w_t / mean |w| of the experts that changed this map and have a weight; float32 like the deltas."""
     numbers = [number for number in changed(maps, base) if context.weights[number] != 0]

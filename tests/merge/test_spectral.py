@@ -299,9 +299,15 @@ def test_svc_of_a_mean_of_experts_at_right_angles(bench: Workbench, alpha: float
     torch.testing.assert_close(found, factor * sum(deltas), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("stages", [{"combine": "sum", "calibrate": [{"svc": {"alpha": 1.0}}]},
-                                    {"combine": "mean", "calibrate": "svc"}], ids=["sum", "mean"])  # fmt: skip
-def test_svc_takes_the_rounding_of_a_larger_base_for_no_response(bench: Workbench, stages: dict[str, Any]) -> None:
+ROUNDED: dict[str, dict[str, Any]] = {
+    "sum": {"combine": "sum", "calibrate": {"svc": {"alpha": 1.0}}},
+    "mean": {"combine": "mean", "calibrate": "svc"},
+    "knots": {"combine": {"knots": {"density": 1.0}}},
+}
+
+
+@pytest.mark.parametrize("stages", ROUNDED.values(), ids=ROUNDED)
+def test_the_rounding_of_a_larger_base_is_no_response(bench: Workbench, stages: dict[str, Any]) -> None:
     """Directions of nearly equal strength turn by it into other experts' and would be taken for theirs."""
     base = {MATRIX: normal(24, 20, seed=9)}
     for size in (0.1, 0.01):

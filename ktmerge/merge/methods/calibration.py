@@ -22,11 +22,6 @@ _SKIPPED = 1e-7
 """Singular values below this share of the largest become zero."""
 _FROZEN = Fraction(1, 10**24)
 """Share of ||theta_0||^2 up to which ||tau_t||^2 is no change."""
-_TURNED = 2.0**-18
-"""Share of ||theta_0|| up to which ||u^T tau_t|| is taken for rounding: that of fp32 weights, 2^-24 of them, turns
-directions of nearly equal strength into one another by many times itself."""
-_NO_RESPONSE, _RESPONSE = 1e-4, 1e-2
-"""Shares of ||tau_t|| below which it is that for any base, and above which for none."""
 
 
 class SvcParameters(Parameters):
@@ -60,7 +55,7 @@ def svc(merged: Tensor, deltas: list[Tensor], parameters: SvcParameters, context
     import torch
 
     from ktmerge.merge.matrices import by_map
-    from ktmerge.merge.spectra import members, one_sided
+    from ktmerge.merge.spectra import least_response, members, one_sided
 
     def calibrate(maps: list[Tensor], base: Tensor, number: int) -> Tensor:
         whole = maps[0]
@@ -70,10 +65,8 @@ def svc(merged: Tensor, deltas: list[Tensor], parameters: SvcParameters, context
         found = one_sided(whole)
         alpha = 1 / len(own) if parameters.alpha is None else parameters.alpha
         counted = torch.zeros_like(found.values[: found.above(_SKIPPED)])
-        floor = _TURNED * float(base.norm(dtype=torch.float64))
         for delta, (along, energy) in zip(own, found.responses(own, counted.numel()), strict=True):
-            size = float(delta.norm(dtype=torch.float64))
-            responds = energy > min(max(floor, _NO_RESPONSE * size), _RESPONSE * size) ** 2
+            responds = energy > least_response(delta, base) ** 2
             counted += torch.where(responds, along / energy, alpha).clamp(min=alpha)
         return found.filtered(len(own) / counted).float()
 

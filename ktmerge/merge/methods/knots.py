@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-_ROUNDING = 1e-7
-"""Coordinates below this share of a delta's norm are the rounding of its fp32 numbers."""
+_FAR_BELOW = 1e-2
+"""Share of the strongest expert's response to a direction, from which on a response is no rounding."""
 
 
 class KnotsParameters(Parameters):
@@ -55,7 +55,7 @@ def knots(deltas: list[Tensor], parameters: KnotsParameters, context: Context) -
 
     from ktmerge.merge.arithmetic import weighted_total
     from ktmerge.merge.matrices import by_map, changed
-    from ktmerge.merge.spectra import one_sided
+    from ktmerge.merge.spectra import least_response, one_sided
 
     def merge(maps: list[Tensor], base: Tensor, number: int) -> Tensor:
         members = [t for t in changed(maps, base) if context.weights[t] != 0]
@@ -68,7 +68,7 @@ def knots(deltas: list[Tensor], parameters: KnotsParameters, context: Context) -
             return own[0]
         found = one_sided(torch.cat(own, dim=1))
         parts = torch.split(found.coordinates(found.above(parameters.tolerance)), base.shape[1], 1)
-        coordinates = [_settled(part, one) for part, one in zip(parts, own, strict=True)]
+        coordinates = _settled(parts, [least_response(one, base) for one in own])
         trimmed = [
             _trimmed(one, parameters.density, replace(context, expert=context.experts[t], start=0), number)
             for one, t in zip(coordinates, members, strict=True)
@@ -79,11 +79,16 @@ def knots(deltas: list[Tensor], parameters: KnotsParameters, context: Context) -
     return by_map(deltas, context, merge, fused=parameters.split_fused)
 
 
-def _settled(coordinates: Tensor, delta: Tensor) -> Tensor:
-    """A delta's, in float32; what is rounding is 0, or an expert would have a vote in directions it never took."""
+def _settled(coordinates: Sequence[Tensor], least: Sequence[float]) -> list[Tensor]:
+    """All deltas', in float32; rows of rounding are 0, or an expert would have a vote in directions it never took."""
     import torch
 
-    return torch.where(coordinates.abs() > _ROUNDING * delta.double().norm(), coordinates, 0.0).float()
+    sizes = [one.norm(dim=1, keepdim=True) for one in coordinates]
+    far_below = _FAR_BELOW * torch.stack(sizes).amax(0)
+    return [
+        torch.where((size > floor) | (size > far_below), one, 0.0).float()
+        for one, size, floor in zip(coordinates, sizes, least, strict=True)
+    ]
 
 
 def _trimmed(values: Tensor, density: float, context: Context, number: int) -> Tensor:
@@ -111,6 +116,6 @@ method(
         formula="U ties(S V_1^T, ..., S V_N^T), [tau_1 ... tau_N] = U S [V_1^T ... V_N^T]",
         cost="eigh min(o, N i)^3 + N oi min(o, N i)",
         promises=Promises(neutral={"density": 1.0}, identical="mean", elements=False, tolerance=1e-5),
-        semantics=4,
+        semantics=5,
     )
 )
