@@ -105,8 +105,7 @@ def sweep(
         recipe=loaded, ranges=tuple(Range.parse(one) for one in ranges), methods=tuple(dict.fromkeys(methods)),
         suite=chosen_on, held_out=reported_on, parts=parts, storage=storage or journal(folder), gain=gain_share,
         sampler=cast("Sampler", sampler), seed=seed, seeds=seeds, grace=grace, device=device, gigabytes=gigabytes,
-        batch_size=loaded.eval.batch_size if loaded.eval else None,
-        bootstrap=loaded.eval.bootstrap if loaded.eval else 2000,
+        **_measured(loaded),
         **_asked(sampler, keep=keep_upstream, trials=trials, screen=screen, share=share, finalists=finalists),
     )  # fmt: skip
     space_of(settings)
@@ -202,6 +201,14 @@ def _held_out(suite: Suite, other: str | Path | None) -> tuple[Suite, tuple[str 
             "report on with --held-out. What chose a recipe says nothing of how good it is."
         )
     return suite, ("selection", "report")
+
+
+def _measured(recipe: Recipe) -> dict[str, Any]:
+    """The settings that the recipe's eval section has."""
+    section = recipe.eval
+    if section is None:
+        return {}
+    return {"batch_size": section.batch_size, "bootstrap": section.bootstrap, "bootstrap_seed": section.seed}
 
 
 def _asked(sampler: str, **given: Any) -> dict[str, Any]:

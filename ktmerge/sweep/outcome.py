@@ -231,7 +231,10 @@ class Outcome:
         arrays = {name: {task: np.asarray(own) for task, own in scores.items()} for name, scores in models.items()}
         sides = {name: one.side for name, one in sets.items()}
         groups = {name: one.groups for name, one in sets.items()}
-        return summarise(arrays, sides, groups=groups, reference=reference, bootstrap=self.settings.bootstrap).models
+        return summarise(
+            arrays, sides, groups=groups, reference=reference, bootstrap=self.settings.bootstrap,
+            seed=self.settings.bootstrap_seed,
+        ).models  # fmt: skip
 
 
 def _counted(sets: Sets, which: str) -> str:

@@ -59,6 +59,9 @@ class SweepSettings:
         grace: seconds without a sign of life after which a worker elsewhere counts as dead.
         device: where models are scored and blended.
         gigabytes: most decompositions kept on disk.
+        batch_size: most sequences in a forward pass; by default what fits.
+        bootstrap: resamples behind each interval.
+        bootstrap_seed: of the resamples.
     """
 
     recipe: Recipe
@@ -82,6 +85,7 @@ class SweepSettings:
     gigabytes: float = 8.0
     batch_size: int | None = None
     bootstrap: int = 2000
+    bootstrap_seed: int = 0
 
     def __post_init__(self) -> None:
         for what, value, valid in (

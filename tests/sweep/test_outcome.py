@@ -17,12 +17,13 @@ from ktmerge.sweep.settings import SweepSettings
 from ktmerge.sweep.worker import Worker
 
 
-def outcome_of(held_out: dict[str, ItemScores], groups: Sequence[int]) -> Outcome:
+def outcome_of(held_out: dict[str, ItemScores], groups: Sequence[int], seed: int = 0) -> Outcome:
     """Of a sweep with these items, of ``keep`` upstream and ``learn`` downstream, that chose and that report."""
     sets = {"keep": ScoredSet("upstream", groups), "learn": ScoredSet("downstream", groups)}
     candidate = Candidate(3, {"blend.lambda": 0.5}, {}, 100.0, 1.0, None, [])
+    settings = SimpleNamespace(bootstrap=100, bootstrap_seed=seed, limit=99.0, wanted_gain=90.0, seeds=1)
     return Outcome(
-        settings=cast(SweepSettings, SimpleNamespace(bootstrap=100, limit=99.0, wanted_gain=90.0, seeds=1)),
+        settings=cast(SweepSettings, settings),
         sampler="grid", study="s", candidates=[candidate], failed={},
         finals=[Final(candidate, held_out[SHOWN], 100.0, 1.0, None)], base=held_out["base"], sets=sets,
         chosen=candidate, nearest=candidate, held_out=held_out, held_out_sets=sets,
@@ -64,6 +65,7 @@ def test_intervals_are_over_whole_texts() -> None:
     assert np.allclose(whole.uncertain()[1][0].error, cut.uncertain()[1][0].error)
     assert cut.statement()[0].endswith("on 60 upstream and 60 downstream selection items, chunks of one text together.")
     assert "on 12 upstream and 12 downstream held-out items: upstream" in whole.statement()[1]
+    assert whole.confirmed != outcome_of(whole.held_out, range(12), seed=1).confirmed
     assert whole.cautions() == []
     (caution,) = outcome_of(whole.held_out, [0] * 4 + [1] * 8).cautions()
     assert caution.startswith("Fewer than 10 items or texts (keep, learn)")

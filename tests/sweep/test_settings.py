@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from ktmerge import api
 from ktmerge.progress import SILENT
 from ktmerge.recipes.load import load_recipe, load_suite
 from ktmerge.sweep.settings import SweepSettings
@@ -43,3 +44,12 @@ def test_a_method_that_computes_otherwise_is_another_sweep(  # type: ignore[no-u
     assert settings.digest([], SILENT) == before
     monkeypatch.setattr("ktmerge.sweep.settings.find_method", lambda name: SimpleNamespace(semantics=99))
     assert settings.digest([], SILENT) != before
+
+
+def test_the_recipes_eval_section_is_heeded(world, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    found: list[SweepSettings] = []
+    monkeypatch.setattr("ktmerge.sweep.launch.launch", lambda settings, *_: found.append(settings))
+    monkeypatch.setattr("ktmerge.sweep.folder.finish", lambda *_: None)
+    recipe = load_recipe(world.recipe, overrides=["eval.seed=7", "eval.bootstrap=300", "eval.batch_size=2"])
+    api.sweep(recipe, tmp_path / "o", ranges=["lambda=0:1"])
+    assert [(one.bootstrap_seed, one.bootstrap, one.batch_size) for one in found] == [(7, 300, 2)]
