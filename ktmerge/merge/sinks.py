@@ -90,7 +90,9 @@ class LiveSink:
     def __init__(self, model: Any, base: Checkpoint) -> None:
         tensors, alignment = live_tensors(model, base)
         places = {tensors[name].data_ptr() for name in alignment.mapping.values()}
-        loose = [name for name in alignment.extra if tensors[name].data_ptr() not in places]
+        computed = set(getattr(model, "_keys_to_ignore_on_save", None) or ())  # as Marian's positions are
+        extra = [name for name in alignment.extra if name not in computed]
+        loose = [name for name in extra if tensors[name].data_ptr() not in places]
         # What the library does not load has no room in the model; a tensor of its own tells another model.
         if loose or alignment.mismatched or alignment.ambiguous or not alignment.mapping:
             alignment.require_complete()

@@ -129,7 +129,8 @@ def test_folded_weights_are_pefts(adapted: tuple[Path, dict[str, torch.Tensor]])
     folder, merged = adapted
     model = Checkpoint.open(folder / "model")
     folded = open_model("model+adapter", folder)
-    assert set(folded.tensors) == set(merged)
+    # Of a head that is the embedding PEFT stores both where it stores them whole.
+    assert set(folded.tensors) - {"lm_head.weight"} == set(merged) - {"lm_head.weight"}
     changed = 0
     with folded.reader() as reader, model.reader() as original:
         for name, expected in merged.items():

@@ -45,7 +45,25 @@ CONVERTED: dict[str, Any] = {
     ),
 }
 """Families whose experts are stacked in memory and saved one by one; Nemotron's have no gate."""
-OTHERS: dict[str, Any] = {"vit": lambda t: t.ViTForImageClassification(t.ViTConfig(**VIT, num_labels=3))}
+OTHERS: dict[str, Any] = {
+    "vit": lambda t: t.ViTForImageClassification(t.ViTConfig(**VIT, num_labels=3)),
+    "marian": lambda t: t.MarianMTModel(
+        t.MarianConfig(
+            vocab_size=99,
+            d_model=16,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            encoder_ffn_dim=24,
+            decoder_attention_heads=2,
+            decoder_ffn_dim=24,
+            max_position_embeddings=16,
+            pad_token_id=0,
+            decoder_start_token_id=0,
+        )
+    ),
+}
+"""Families with other names, or more tensors, in memory."""
 FAST = ("llama tied", "qwen3-vl-moe")
 
 
