@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ktmerge.checkpoints.cache import cache_folder
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.files import clear_os_errors, copy_files, refuse_overlap
 from ktmerge.checkpoints.regular import read_regular
@@ -94,3 +95,11 @@ def test_a_file_larger_than_allowed_is_told_from_a_full_disk(tmp_path: Path) -> 
         clear_os_errors(tmp_path / "f"),
     ):
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+
+def test_a_user_without_a_home_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("KTMERGE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as it is where nobody knows
+    with pytest.raises(UsageError, match="set HOME, or KTMERGE_CACHE"):
+        cache_folder()
