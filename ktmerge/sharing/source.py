@@ -160,9 +160,7 @@ class FolderSource:
         names = []
         for folder, folders, files in os.walk(self._path):
             inside = Path(folder).relative_to(self._path)
-            folders[:] = [
-                name for name in folders if not name.startswith(".")
-            ]  # what git, or the hub's client, puts there
+            folders[:] = [name for name in folders if not name.startswith(".")]  # git's, and the hub's client's
             names += [(inside / name).as_posix() for name in files if not name.startswith(".")]
             if any(name not in contents.FOLDERS or inside.parts for name in folders):
                 raise UsageError(f"{self.where}: holds folders that a bundle has not; give the folder of the bundle.")

@@ -53,7 +53,7 @@ def test_every_blend_writes_the_lock_of_its_inputs(made: Path) -> None:
         assert files[WEIGHTS]["size"] == (made / name / WEIGHTS).stat().st_size
         assert "config.json" in files
     assert locked["output"]["sha256"] == {WEIGHTS: hashlib.sha256((made / "out" / WEIGHTS).read_bytes()).hexdigest()}
-    assert locked["methods"] == {"dare_ties": 2}
+    assert locked["methods"] == {"dare_ties": 3}
     assert str(made) not in (made / "out" / FILE).read_text()
 
 
