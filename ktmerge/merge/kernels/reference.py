@@ -22,7 +22,7 @@ class Reference:
     def draws(self, key: int, start: int, count: int, device: torch.device) -> Tensor:
         first, last = start // 2, (start + count + 1) // 2
         words = (self.words(one, first, last - first, device) for one in (key, key ^ LOWER))
-        upper, lower = (torch.stack((word & 0xFFFF, word >> 16), 1).flatten() for word in words)
+        upper, lower = (torch.stack((word & 0xFFFF, word >> 16), 1).view(-1) for word in words)
         return (upper << 16 | lower)[start % 2 :][:count]
 
     def count(self, delta: Tensor, key: int, start: int, interval: Interval) -> Tensor:
