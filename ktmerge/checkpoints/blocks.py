@@ -156,8 +156,8 @@ class BlockFile:
         self.size = size
         self.blocks: dict[int, Block] = {}
         self.settled: set[int] = set()  # blocks that were stored: more bytes for them go to the page cache
-        self.prefix = 0
-        self.followed: int | None = None
+        self.prefix = 0  # bytes that have arrived without a gap, as its owner says
+        self.followed: int | None = None  # how far it was read back, see `follow`
         self._pool = pool
         self._descriptor = descriptor
         self._direct: int | None = os.open(path, os.O_WRONLY | os.O_DIRECT)
