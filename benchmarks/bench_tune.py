@@ -164,7 +164,7 @@ def step_tokens(base: Path, data: Path, batch: int, steps: int) -> list[int]:
     import torch
     from torch.utils.data import RandomSampler
 
-    from ktmerge.recipes.schema import FinetuneJob
+    from ktmerge.recipes.finetuning import FinetuneJob
     from ktmerge.tuners.data import read_data
     from ktmerge.tuners.encode import Encoder, encode_all
 

@@ -18,11 +18,12 @@ from ktmerge.measurement import measurements_of
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.document import yaml_text
 from ktmerge.recipes.load import suite_of
-from ktmerge.recipes.schema import Evaluation, Recipe
+from ktmerge.recipes.schema import Recipe
 from ktmerge.staging import jobs_of
 
 if TYPE_CHECKING:
     from ktmerge.eval import Results
+    from ktmerge.recipes.evaluation import Evaluation
     from ktmerge.recipes.suites import Suite
 
 Located = Path | tuple[Path, Path]

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ktmerge.errors import UsageError, did_you_mean
 from ktmerge.progress import Progress
-from ktmerge.recipes.schema import FinetuneJob, Recipe
+from ktmerge.recipes.schema import Recipe
 
 if TYPE_CHECKING:
+    from ktmerge.recipes.finetuning import FinetuneJob
     from ktmerge.tuners import FinetuneReport
 
 SHARED = "shared"
@@ -125,7 +126,7 @@ def staged(jobs: Sequence[NamedJob]) -> list[NamedJob]:
                 "eval_downstream": None,
                 "stop_upstream": None,
             }
-            | _DEFAULTS
+            | _not_shared(first.job)
         ),
         first.base,
         first.out.with_name(SHARED),
@@ -135,7 +136,7 @@ def staged(jobs: Sequence[NamedJob]) -> list[NamedJob]:
     )
     if any(job.out == shared.out for job in jobs):
         raise UsageError(f"{shared.out}: is where the shared stage goes; give the expert another folder.")
-    rest = {"curriculum": "none", "max_steps": steps - common} | _DEFAULTS
+    rest = {"curriculum": "none", "max_steps": steps - common} | _not_shared(first.job)
     found = [shared]
     for job in jobs:
         if job.job.curriculum == "shared":
@@ -154,13 +155,15 @@ def _only_named(jobs: Iterable[NamedJob], wanted: Iterable[str]) -> list[NamedJo
     return [job for job in jobs if job in chosen or job.out in needed]
 
 
-_DEFAULTS = {key: FinetuneJob.model_fields[key].default for key in ("shared_steps", "shared_on")}
+def _not_shared(job: FinetuneJob) -> dict[str, Any]:
+    """What says nothing but of a shared stage, as if it had not been written."""
+    return {key: type(job).model_fields[key].default for key in ("shared_steps", "shared_on")}
 
 
 def _require_alike(jobs: Sequence[NamedJob]) -> None:
     first = jobs[0]
     for other in jobs[1:]:
-        for key in FinetuneJob.model_fields:
+        for key in type(first.job).model_fields:
             if key not in _OWN and getattr(first.job, key) != getattr(other.job, key):
                 raise UsageError(
                     f"curriculum shared: {first.name} and {other.name} share a stage, so they need the same {key}."

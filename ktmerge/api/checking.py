@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from ktmerge.errors import UsageError, collected, refuse
 from ktmerge.recipes import load_recipe
-from ktmerge.recipes.harness import HarnessTask
 from ktmerge.recipes.load import suite_of
 from ktmerge.recipes.schema import Recipe
 
 if TYPE_CHECKING:
     from ktmerge.merge.plan import Plan
-    from ktmerge.recipes import Suite
+    from ktmerge.recipes.suites import Suite
 
 
 @dataclass(frozen=True)
@@ -128,9 +127,10 @@ def _missing_data(recipe: Recipe, suite: Suite | None) -> list[str]:
         section = recipe.statistics_of(name)
         where = "statistics" if name == "base" else f"experts.{name}.statistics"
         wanted += [(where, recipe.folder / file) for file in (section.data if section is not None else ())]
-    own = [task for task in suite.tasks() if not isinstance(task, HarnessTask)] if suite is not None else []
-    sets = [task for task in own if not task.data.startswith("hf:")]
-    wanted += [(f"eval, task {task.name}", suite.folder / task.data) for task in sets if suite is not None]
+    if suite is not None:
+        for task in suite.tasks():
+            if task.kind != "lm_eval" and not task.data.startswith("hf:"):
+                wanted.append((f"eval, task {task.name}", suite.folder / task.data))
     return [
         f"{where}: {path}: no such file."
         for where, path in wanted

@@ -12,9 +12,9 @@ from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.load import load_suite, suite_of
 from ktmerge.recipes.schema import Recipe
-from ktmerge.recipes.suites import Suite
 
 if TYPE_CHECKING:
+    from ktmerge.recipes.suites import Suite
     from ktmerge.sweep import Outcome
     from ktmerge.sweep.launch import Where
     from ktmerge.sweep.settings import Sampler

@@ -12,10 +12,11 @@ from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes import load_recipe
 from ktmerge.recipes.load import validate
 from ktmerge.recipes.overrides import apply_overrides
-from ktmerge.recipes.schema import FinetuneJob, Recipe
+from ktmerge.recipes.schema import Recipe
 from ktmerge.staging import NamedJob, jobs_of, staged
 
 if TYPE_CHECKING:
+    from ktmerge.recipes.finetuning import FinetuneJob
     from ktmerge.tuners import Estimate, FinetuneReport, PreviewSample
 
 
@@ -105,7 +106,7 @@ def _changed(job: FinetuneJob, settings: Mapping[str, Any]) -> FinetuneJob:
     if job.adapter is not None and isinstance(settings.get("adapter"), Mapping):
         same = settings["adapter"].get("name", job.adapter.name) == job.adapter.name
         document["adapter"] = {**(job.adapter.model_dump(exclude_unset=True) if same else {}), **settings["adapter"]}
-    return validate(FinetuneJob, document, "the command line")
+    return validate(type(job), document, "the command line")
 
 
 def finetune_all(
@@ -132,5 +133,6 @@ def preview(job: NamedJob, count: int) -> list[PreviewSample]:
 
 def _job(document: dict[str, Any], where: str, folder: Path, base: str, out: Path) -> NamedJob:
     from ktmerge.checkpoints.hub import resolve
+    from ktmerge.recipes.finetuning import FinetuneJob
 
     return NamedJob(out.name, validate(FinetuneJob, document, where), resolve(base, folder), out, folder)

@@ -2,6 +2,5 @@
 
 from ktmerge.recipes.load import load_recipe, load_suite
 from ktmerge.recipes.schema import Recipe
-from ktmerge.recipes.suites import Suite, Task
 
-__all__ = ["Recipe", "Suite", "Task", "load_recipe", "load_suite"]
+__all__ = ["Recipe", "load_recipe", "load_suite"]

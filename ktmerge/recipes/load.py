@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import copy
+import functools
 import types
 import typing
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from ktmerge.errors import UsageError, did_you_mean, printable
 from ktmerge.recipes import gallery, ready
 from ktmerge.recipes.document import read_yaml
-from ktmerge.recipes.harness import HarnessTask
+from ktmerge.recipes.late import Late
 from ktmerge.recipes.migration import RECIPE_STEPS, SUITE_STEPS, migrated
 from ktmerge.recipes.overrides import apply_overrides
 from ktmerge.recipes.places import Places
 from ktmerge.recipes.schema import SCHEMA_VERSION, Blend, Recipe, WhereRule
-from ktmerge.recipes.suites import SUITE_VERSION, AnyTask, Suite
+
+if TYPE_CHECKING:
+    from ktmerge.recipes.suites import Suite
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -84,6 +87,8 @@ def load_suite(reference: str | Path) -> Suite:
     Raises:
         UsageError: missing, not YAML, or not a suite.
     """
+    from ktmerge.recipes.suites import SUITE_VERSION, Suite
+
     path, folder = ready.locate(reference)
     document = read_yaml(path)
     if not isinstance(document, dict):
@@ -102,6 +107,8 @@ def suite_of(recipe: Recipe) -> Suite:
     Raises:
         UsageError: the recipe has no eval section, or its suite file is not valid.
     """
+    from ktmerge.recipes.suites import Suite
+
     section = recipe.eval
     if section is None:
         raise UsageError(f"the recipe '{recipe.name}' has no eval section; add one, or give --suite.")
@@ -152,7 +159,7 @@ def _sentence(model: type[BaseModel], problem: Any) -> str:
         return f"the key '{key}' is missing."
     if problem["type"] == "union_tag_invalid":
         tag = str(problem["ctx"]["tag"])
-        return f"{key}.kind: there is no kind '{tag}'.{did_you_mean(tag, sorted(_KINDS - {'lm_eval'}))}"
+        return f"{key}.kind: there is no kind '{tag}'.{did_you_mean(tag, sorted(_kinds() - {'lm_eval'}))}"
     if problem["type"] == "string_pattern_mismatch" and location[-1] == "name":
         return f"{key}: letters, digits and _ . - make a name, a letter or digit first, not {_shown(problem['input'])}."
     if key and problem["type"] in _SHAPES:
@@ -187,6 +194,8 @@ def _keys(model: type[BaseModel]) -> list[str]:
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
     """Every model class inside an annotation such as ``list[Task] | None``."""
+    if isinstance(annotation, Late):
+        return [annotation.model]
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
@@ -221,14 +230,19 @@ def _spell(model: type[BaseModel], location: tuple[str | int, ...]) -> str:
     for i, step in enumerate(location):
         if isinstance(step, int):
             text += f"[{step}]"
-        elif i and isinstance(location[i - 1], int) and step in _KINDS and i < len(location) - 1:
+        elif i and isinstance(location[i - 1], int) and step in _kinds() and i < len(location) - 1:
             continue
         else:
             text += f".{step}"
     return printable(_short(text.lstrip(".")))
 
 
-_KINDS = frozenset(str(_tag(task)) for task in (*typing.get_args(AnyTask), HarnessTask))
+@functools.cache
+def _kinds() -> frozenset[str]:
+    from ktmerge.recipes.harness import HarnessTask
+    from ktmerge.recipes.suites import AnyTask
+
+    return frozenset(str(_tag(task)) for task in (*typing.get_args(AnyTask), HarnessTask))
 
 
 def _expert(text: str) -> tuple[str, dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -14,10 +14,15 @@ from pydantic import (
     model_validator,
 )
 
-from ktmerge.recipes.finetuning import Finetune as Finetune
-from ktmerge.recipes.finetuning import FinetuneJob as FinetuneJob
+from ktmerge.recipes.late import Late
 from ktmerge.recipes.section import Section, as_list
-from ktmerge.recipes.suites import Task
+
+if TYPE_CHECKING:
+    from ktmerge.recipes.evaluation import Evaluation
+    from ktmerge.recipes.finetuning import Finetune
+else:
+    Evaluation = Annotated[Any, Late("ktmerge.recipes.evaluation", "Evaluation")]
+    Finetune = Annotated[Any, Late("ktmerge.recipes.finetuning", "Finetune")]
 
 SCHEMA_VERSION = 1
 
@@ -149,23 +154,6 @@ class Output(Section):
     not_finite: Literal["refuse", "keep_base"] = Field(
         "refuse", description="where base or an expert is NaN or infinite: refuse to blend, or keep the base's value"
     )
-
-
-class Evaluation(Section):
-    """What is scored: a suite file, or tasks written here."""
-
-    suite: str | None = None
-    upstream: list[Task] = Field([])
-    downstream: list[Task] = Field([])
-    batch_size: int | None = Field(None, ge=1, description="sequences in a forward pass; by default what fits")
-    bootstrap: int = Field(2000, ge=100, le=1_000_000, description="resamples behind each interval")
-    seed: int = Field(0, ge=0, description="of the bootstrap")
-
-    @model_validator(mode="after")
-    def _suite_or_tasks(self) -> Evaluation:
-        if (self.suite is None) == (not self.upstream and not self.downstream):
-            raise ValueError("write either suite or tasks under upstream and downstream")
-        return self
 
 
 _EXPERT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.progress import Progress
-from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.tuners.estimate import estimate
 from ktmerge.tuners.machine import Machine, less_memory, memory_available, state_bytes
 from ktmerge.tuners.partial import Saved

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.tuners.machine import Machine
 from ktmerge.tuners.optimizers import KINDS
 from ktmerge.tuners.processes import Processes, passes_of

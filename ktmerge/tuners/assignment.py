@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.progress import Progress
-from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.tuners.arguments import total_steps
 from ktmerge.tuners.encode import Encoded, EncodedSet, Encoder
 from ktmerge.tuners.images.agreement import shows_images

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ktmerge.progress import Progress
-from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.tuners.keeping.average import averaged
 from ktmerge.tuners.keeping.keeping import Keeping
 from ktmerge.tuners.model import trained_state

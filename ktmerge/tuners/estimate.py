@@ -18,7 +18,7 @@ from ktmerge.checkpoints.limits import context_length
 from ktmerge.checkpoints.parts import Parts
 from ktmerge.errors import UsageError
 from ktmerge.recipes.adapters import Adapter
-from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.tuners.adapters.size import SCALED, SCALED_INSIDE, AdapterSize, Shapes, size_of
 from ktmerge.tuners.loss import PIECE_TOKENS
 from ktmerge.tuners.machine import GRADIENT_BYTES, WEIGHT_BYTES, kept_bytes, state_bytes

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ktmerge.errors import KtmergeError, ToldElsewhereError, first_line
-from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.tuners.machine import TORCH_WRITES, is_disk_trouble, is_out_of_memory, less_memory
 from ktmerge.tuners.partial import Partial
 from ktmerge.tuners.processes import Processes

@@ -13,7 +13,7 @@ from ktmerge.checkpoints.limits import context_length
 from ktmerge.checkpoints.statistics import Statistics
 from ktmerge.errors import UsageError, collected, refuse
 from ktmerge.progress import Progress
-from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.tuners.data import DataSet, read_data
 from ktmerge.tuners.encode import EncodedSet, Encoder, encode_all
 from ktmerge.tuners.images.check import Seen

@@ -13,7 +13,7 @@ from ktmerge.checkpoints.digests import remember
 from ktmerge.checkpoints.files import refuse_overlap
 from ktmerge.checkpoints.staging import refuse_output
 from ktmerge.progress import Progress
-from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.tuners.export import export, publish_adapter
 from ktmerge.tuners.partial import LOG, Partial
 from ktmerge.tuners.report import RECORD

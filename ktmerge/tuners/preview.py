@@ -10,9 +10,9 @@ from typing import Any
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.errors import UsageError
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.recipes.images import Image
 from ktmerge.recipes.rows import listing
-from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners.data import read_data
 from ktmerge.tuners.encode import Encoded, Encoder, SampleError
 from ktmerge.tuners.images.check import Seen

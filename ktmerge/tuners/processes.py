@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from ktmerge.errors import KtmergeError, ToldElsewhereError, UsageError
 from ktmerge.progress import SILENT, Progress
-from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.recipes.finetuning import FinetuneJob
 
 _PATIENCE = timedelta(hours=12)
 """How long processes wait for the first one, which reads, writes and exports for all."""

@@ -13,7 +13,7 @@ from typing import Any
 from ktmerge import __version__
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.files import file_digest
-from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.tuners.data import DataSet
 from ktmerge.tuners.encode import EncodedSet
 from ktmerge.tuners.partial import READING

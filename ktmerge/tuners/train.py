@@ -10,7 +10,7 @@ from typing import Any
 from ktmerge.checkpoints.files import clear_os_errors, refuse_holding
 from ktmerge.errors import KtmergeError, ToldElsewhereError, UsageError
 from ktmerge.progress import SILENT, Progress
-from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.tuners.assignment import Assignment
 from ktmerge.tuners.finished import is_finished
 from ktmerge.tuners.images.agreement import require_alike

@@ -13,7 +13,7 @@ from typing import Any
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.parts import Parts
 from ktmerge.errors import UsageError
-from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.recipes.training import TrainExpression
 from ktmerge.tuners.machine import GRADIENT_BYTES, STATE_BYTES, WEIGHT_BYTES
 

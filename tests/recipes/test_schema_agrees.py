@@ -17,10 +17,11 @@ from ktmerge.errors import UsageError
 from ktmerge.merge.schema import FOLDER
 from ktmerge.merge.sections import check_recipe
 from ktmerge.recipes.adapters import Adapter
+from ktmerge.recipes.evaluation import Evaluation
 from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.recipes.harness import HarnessTask
 from ktmerge.recipes.load import parse_recipe
-from ktmerge.recipes.schema import Evaluation, Expert, Recipe, Statistics
+from ktmerge.recipes.schema import Expert, Recipe, Statistics
 from ktmerge.recipes.suites import GenerateTask, Suite, TextTask
 
 SCHEMA = Draft202012Validator(json.loads((FOLDER / "recipe.schema.json").read_text()))

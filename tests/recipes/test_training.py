@@ -6,7 +6,7 @@ import pytest
 
 from ktmerge.checkpoints.parts import Parts
 from ktmerge.errors import UsageError
-from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.recipes.training import TrainExpression
 
 LLAVA = [

@@ -27,7 +27,7 @@ class StopsAt(Listener):
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
-from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.tuners import callbacks, finetune, partial
 
 job, base, folder, moment = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]

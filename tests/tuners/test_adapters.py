@@ -25,8 +25,8 @@ from ktmerge.api import blend, evaluate
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.recipes.adapters import FAMILIES
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.recipes.load import parse_recipe
-from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners.adapters import penalties, saving
 
 SHORT: dict[str, Any] = {"max_steps": 5, "learning_rate": 1e-2, "warmup": 0, "show_samples": 0}

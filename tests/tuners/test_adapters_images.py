@@ -20,7 +20,7 @@ from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.parts import Parts
 from ktmerge.progress import SILENT
 from ktmerge.recipes.adapters import FAMILIES
-from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.tuners.adapters import saving
 from ktmerge.tuners.adapters.attach import Surroundings, attach
 from ktmerge.tuners.adapters.folding import fold

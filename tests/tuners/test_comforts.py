@@ -14,7 +14,7 @@ from stopping import StopsAt
 from tuning import Listener, sha256, tune, write
 
 from ktmerge.errors import KtmergeError, UsageError
-from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.tuners import FinetuneReport, optimizers
 from ktmerge.tuners.callbacks import LogCallback, Rhythm
 from ktmerge.tuners.machine import less_memory

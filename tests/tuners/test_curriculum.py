@@ -12,7 +12,8 @@ import pytest
 from tuning import CHATS, JOB, ROWS, sha256, tune, write
 
 from ktmerge.errors import UsageError
-from ktmerge.recipes.schema import FinetuneJob, Recipe
+from ktmerge.recipes.finetuning import FinetuneJob
+from ktmerge.recipes.schema import Recipe
 from ktmerge.staging import SHARED, jobs_of
 from ktmerge.tuners.curriculum import apart, difficulties, ordered, tasks_of
 

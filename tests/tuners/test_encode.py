@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from ktmerge.commands import app
 from ktmerge.errors import UsageError
-from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.tuners.data import ChatSample, Message, PlainSample, Sample, read_data
 from ktmerge.tuners.encode import Encoded, Encoder, SampleError, encode_all
 from ktmerge.tuners.preview import preview

@@ -14,13 +14,13 @@ from tuning import write
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.errors import UsageError
-from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.tuners.estimate import MARGIN, Estimate, estimate
 
 RUN = """
 import json, resource, sys
 from pathlib import Path
-from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.tuners import finetune
 job, base, folder = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
 finetune(FinetuneJob.model_validate(job), base, folder / "out", folder=folder, overwrite=True)

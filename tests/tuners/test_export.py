@@ -11,7 +11,7 @@ import pytest
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.errors import KtmergeError, UsageError
-from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.tuners import finetune
 from ktmerge.tuners.export import export
 

@@ -16,7 +16,7 @@ from tuning import write
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.processor import load_processor
 from ktmerge.errors import UsageError
-from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.tuners.collate import IGNORED, Collator
 from ktmerge.tuners.data import Sample, read_data
 from ktmerge.tuners.encode import Encoded, EncodedSet, Encoder, SampleError, encode_all

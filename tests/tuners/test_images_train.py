@@ -19,8 +19,8 @@ from tuning import Listener, sha256, weights, write
 from ktmerge import api
 from ktmerge.checkpoints.parts import Parts
 from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.recipes.load import parse_recipe
-from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners import FinetuneReport, finetune
 
 COUNT = 6

@@ -12,8 +12,8 @@ import torch
 from torch.nn import Parameter
 
 from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.recipes.load import validate
-from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners.keeping.average import Exponential, Latest, averaged
 from ktmerge.tuners.keeping.distil import divergence
 from ktmerge.tuners.keeping.guard import Guard

@@ -13,7 +13,7 @@ from stopping import StopsAt, log_of
 from tuning import Listener, sha256, tune, weights
 
 from ktmerge.errors import UsageError
-from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.tuners import optimizers
 from ktmerge.tuners.machine import state_bytes
 from ktmerge.tuners.optimizers import KINDS, InBackward, OnHost, require_optimizer

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.tuners import finetune
 
 ROWS = [{"prompt": f"Is {n} good?", "completion": " yes" * (1 + n % 5) if n % 2 else " no"} for n in range(16)]

@@ -12,8 +12,8 @@ from tuning import JOB, Listener, sha256, tune, write
 from ktmerge import api
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.recipes.images import Image, ImageError
-from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners import finetune
 from ktmerge.tuners.partial import differences
 from ktmerge.tuners.report import inputs_of

@@ -13,8 +13,8 @@ from tuning import Listener
 
 from ktmerge.checkpoints.parts import Parts
 from ktmerge.errors import UsageError
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.recipes.load import validate
-from ktmerge.recipes.schema import FinetuneJob
 from ktmerge.tuners.selection import store
 from ktmerge.tuners.selection.compact import Chosen, CompactUpdate
 from ktmerge.tuners.selection.halves import chosen_half

@@ -17,7 +17,7 @@ import pytest
 from tuning import CHATS, JOB, ROWS, tune, weights, write
 
 from ktmerge.errors import UsageError
-from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.tuners.processes import Processes, passes_of, require_shareable
 from ktmerge.tuners.sharing import Share, SharedBatches, muted
 
@@ -28,7 +28,7 @@ WATCHED = """
 import json, sys
 from pathlib import Path
 from ktmerge.errors import KtmergeError
-from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.tuners import finetune, sharded
 
 jobs, base, folder, flags = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.recipes.load import validate
-from ktmerge.recipes.schema import FinetuneJob
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 

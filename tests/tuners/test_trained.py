@@ -142,7 +142,7 @@ def test_the_parts_of_a_model_that_sees(train: str, prefixes: tuple[str, ...]) -
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-    from ktmerge.recipes.schema import FinetuneJob
+    from ktmerge.recipes.finetuning import FinetuneJob
     from ktmerge.tuners.trained import choose_trained
 
     sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}

@@ -16,7 +16,7 @@ from ktmerge.adapters.visual import attach_visual_prompt
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.errors import UsageError, first_line
 from ktmerge.recipes.adapters import MOVING, Adapter
-from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.tuners.adapters.budget import Budget
 from ktmerge.tuners.adapters.configs import peft_config
 from ktmerge.tuners.adapters.penalties import Penalty, penalty_of

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.parts import Parts
 from ktmerge.errors import UsageError, did_you_mean
-from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.recipes.training import TrainExpression
 from ktmerge.tuners.adapters.size import SCALED, SCALED_INSIDE
 

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.statistics import Statistics
-from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.tuners.callbacks import EpochCallback, EvaluationCallback, StepCallback
 from ktmerge.tuners.encode import Encoded
 from ktmerge.tuners.keeping.average import Average, Exponential, Latest

@@ -21,7 +21,7 @@ from ktmerge.checkpoints.live import as_checkpoint
 from ktmerge.checkpoints.parts import Parts
 from ktmerge.errors import UsageError
 from ktmerge.progress import Progress
-from ktmerge.recipes.schema import FinetuneJob
+from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.tuners.machine import CHOSEN_BYTES
 from ktmerge.tuners.origins import Origins
 from ktmerge.tuners.selection import criteria, store
