@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from ktmerge.api.inputs import named_models, refuse_existing, text_of
 from ktmerge.checkpoints.files import write_whole
 from ktmerge.errors import UsageError
-from ktmerge.pipeline import recipe_text
 from ktmerge.recipes import gallery, load_recipe
 from ktmerge.recipes.document import yaml_text
 from ktmerge.recipes.references import moved
@@ -23,6 +22,8 @@ def show_recipe(reference: str, overrides: Iterable[str] = ()) -> str:
     """The text of a recipe; with overrides, the recipe as understood."""
     changed = list(overrides)
     if changed:
+        from ktmerge.pipeline import recipe_text
+
         return recipe_text(load_recipe(reference, overrides=changed))
     path, _ = gallery.locate(reference)
     return text_of(path)

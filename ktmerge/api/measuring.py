@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from ktmerge.api.inputs import RecipeLike, loaded_recipe
 from ktmerge.errors import UsageError
-from ktmerge.measurement import NamedMeasurement, measurements_of
 from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.load import validate
 from ktmerge.recipes.overrides import apply_overrides
 from ktmerge.recipes.schema import Statistics
 
 if TYPE_CHECKING:
+    from ktmerge.measurement import NamedMeasurement
     from ktmerge.tuners.statistics import StatisticsReport
 
 
@@ -67,6 +67,7 @@ def measurements(
         UsageError: neither or both are given, something is missing, or the recipe has no such jobs.
     """
     from ktmerge.checkpoints.opening import locate_model
+    from ktmerge.measurement import NamedMeasurement, measurements_of
 
     given = {key: value for key, value in (settings or {}).items() if value not in (None, [])}
     if recipe is not None:
