@@ -183,12 +183,15 @@ def compare_with_trial(study: str | Path, trial: int, out: str | Path, progress:
     from ktmerge.checkpoints.checkpoint import Checkpoint
     from ktmerge.sweep.folder import scored_digest
 
-    wanted = scored_digest(Path(study), trial)
+    wanted, left_out = scored_digest(Path(study), trial)
     if wanted is None:
         return []
-    if Checkpoint.open(Path(out)).content_digest(progress) != wanted:
+    if Checkpoint.open(Path(out)).content_digest(progress, left_out) != wanted:
         raise KtmergeError(f"{out}: differs from the model that was scored as trial {trial}; an input has changed.")
-    return [f"every tensor has the bits that were scored as trial {trial}"]
+    if not left_out:
+        return [f"every tensor has the bits that were scored as trial {trial}"]
+    more = f" and {len(left_out) - 1} more" if len(left_out) > 1 else ""
+    return [f"every tensor but '{left_out[0]}'{more}, not loaded then, has the bits that were scored as trial {trial}"]
 
 
 def _held_out(suite: Suite, other: str | Path | None) -> tuple[Suite, tuple[str | None, str | None]]:

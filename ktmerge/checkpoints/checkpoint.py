@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -153,21 +153,26 @@ class Checkpoint:
     def _header_digest(self) -> str:
         return header_digest(self.tensors.values())
 
-    def content_digest(self, progress: Progress = SILENT) -> str:
+    def content_digest(self, progress: Progress = SILENT, without: Collection[str] = ()) -> str:
         """sha256 over names, types, shapes and bytes of all tensors, in name order: equal however sharded.
+
+        Args:
+            progress: where to report to.
+            without: names of tensors that are left out.
 
         Raises:
             KtmergeError: a file cannot be read or changed since its header was read.
         """
         inner: dict[str, str] = {}
+        wanted = {name: info for name, info in self.tensors.items() if name not in without}
         with self.reader() as reader, progress.task(f"hash {self.root.name}", self.nbytes, "bytes") as step:
-            for name in self.tensors:
+            for name in wanted:
                 digest = hashlib.sha256()
                 for block in reader.blocks(name):
                     digest.update(block)
                     step.advance(len(block))
                 inner[name] = digest.hexdigest()
-        return content_digest(self.tensors.values(), inner)
+        return content_digest(wanted.values(), inner)
 
 
 def header_digest(tensors: Iterable[TensorSpec]) -> str:

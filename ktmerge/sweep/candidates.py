@@ -66,7 +66,9 @@ class Final:
         scores: of all selection items.
         retention: upstream score in percent of the base's.
         gain: downstream score minus the base's, in points.
-        digest: of all its tensors, as the blended folder's `Checkpoint.content_digest`; None if it could not be told.
+        digest: of all tensors that were loaded, as `Checkpoint.content_digest` of the blended folder without the rest;
+            None if it could not be told.
+        left_out: tensors that were not loaded.
     """
 
     candidate: Candidate
@@ -74,6 +76,7 @@ class Final:
     retention: float
     gain: float
     digest: str | None
+    left_out: Sequence[str] = ()
 
 
 def choose(finals: Sequence[Final], limit: float) -> tuple[Candidate | None, Candidate]:

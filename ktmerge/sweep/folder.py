@@ -45,7 +45,8 @@ def begin(out: Path, settings: SweepSettings, study: str, *, resume: bool, overw
         here: whether its database can be reached from this machine, and must open before anything is lost.
 
     Raises:
-        UsageError: it holds something else, or this sweep and ``resume`` is not set; or the database does not open.
+        UsageError: it holds something else, or this sweep and ``resume`` is not set; or the database does not open, or
+            has trials of this sweep, which ``overwrite`` would not delete.
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; choose another folder.")
@@ -57,6 +58,8 @@ def begin(out: Path, settings: SweepSettings, study: str, *, resume: bool, overw
             raise UsageError(f"{out}: holds something else than a sweep; choose another folder.")
     elif not replaced:
         _require_same(out, known, settings, study, storage, resume)
+    if overwrite and not resume and storage is not None:
+        _require_none_elsewhere(settings.storage, study, storage, here)
     fresh = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     if here and storage is not None:
@@ -105,6 +108,24 @@ def _require_same(
     if known["storage"] != storage and not _has_study(settings.storage, study):
         raise UsageError(
             f"{out}: holds this sweep, its trials are in {known['storage'] or journal(out)}: name that by --storage."
+        )
+
+
+def _require_none_elsewhere(where: str, study: str, told: str, here: bool) -> None:
+    """Refuse to begin anew where trials of the same sweep are kept: they are not this folder's alone to delete."""
+    from ktmerge.sweep.storage import open_storage, trials_of
+
+    try:
+        count = len(trials_of(open_storage(where), study)) if _is_there(where) else 0
+    except UsageError:
+        if here:
+            raise
+        return  # the workers' to find out
+    if count:
+        raise UsageError(
+            f"{told}: has {count} trials of this very sweep, which --overwrite does not delete, as other machines may "
+            "share them; add --resume instead to go on with them. To begin anew, name another --storage or --seed, or "
+            f"delete the studies {study} and {study}-tasks there by 'optuna delete-study'."
         )
 
 
@@ -158,13 +179,16 @@ def trial_recipe(folder: Path, number: int, storage: str | None = None) -> Recip
     return parse_recipe(dict(trial.user_attrs[RECIPE]), f"{folder}, trial {number}", source)
 
 
-def scored_digest(folder: Path, number: int) -> str | None:
-    """The digest of the model that was scored as a finalist, if that trial was one and the sweep is done."""
+def scored_digest(folder: Path, number: int) -> tuple[str | None, list[str]]:
+    """The digest of the model that was scored as a finalist, if that trial was one and the sweep is done; and the
+    tensors that are not in it, as they were not loaded.
+    """
     try:
         found = json.loads(read_regular(folder / RESULT))
-        return next((one["digest"] for one in found["finalists"] if one["trial"] == number), None)
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return None
+        final = next(one for one in found["finalists"] if one["trial"] == number)
+        return final["digest"], [str(name) for name in final.get("left_out", [])]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, StopIteration, AttributeError):
+        return None, []
 
 
 def chosen_text(outcome: Outcome, out: Path) -> str:

@@ -6,8 +6,11 @@ import multiprocessing
 import os
 import signal
 import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -15,7 +18,7 @@ from threading import Thread
 from typing import Any, Literal
 
 from ktmerge.checkpoints.signals import uninterrupted
-from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.errors import KtmergeError, UsageError, first_line
 from ktmerge.progress import SILENT, Progress
 from ktmerge.sweep.outcome import Outcome
 from ktmerge.sweep.settings import SweepSettings
@@ -25,6 +28,8 @@ from ktmerge.sweep.worker import Worker, search
 Where = Literal["here", "slurm", "local jobs", "ray"]
 
 _ANSWER_SECONDS = 10.0
+_PAUSE = 1.0
+"""Seconds between looks at jobs."""
 _NO_CLUSTER = "--ray: no Ray cluster is running here; start one with 'ray start --head'."
 _CONTEXT = multiprocessing.get_context("spawn")
 
@@ -47,7 +52,7 @@ def launch(settings: SweepSettings, workers: int, where: Where, jobs: Path, prog
         return _here(settings, workers, progress)
     if "://" not in settings.storage:
         settings = replace(settings, storage=str(Path(settings.storage).absolute()))
-    return _ray(settings, workers) if where == "ray" else _jobs(settings, workers, where, jobs, progress)
+    return _ray(settings, workers, progress) if where == "ray" else _jobs(settings, workers, where, jobs, progress)
 
 
 def _here(settings: SweepSettings, workers: int, progress: Progress) -> Outcome:
@@ -160,14 +165,25 @@ def _jobs(settings: SweepSettings, workers: int, where: Where, folder: Path, pro
         f"submitted {workers} jobs: {', '.join(job.job_id for job in submitted)}; their output is in {folder}"
     )
     try:
-        return _first([job.result for job in submitted])
+        return _first(_as_they_end(submitted), progress)
     except KeyboardInterrupt:
         for job in submitted:
             job.cancel()
         raise
 
 
-def _ray(settings: SweepSettings, workers: int) -> Outcome:
+def _as_they_end(jobs: list[Any]) -> Iterator[tuple[str, Callable[[], Outcome]]]:
+    """Name and result of every job, those that ended first, first."""
+    left = list(jobs)
+    while left:
+        for job in [one for one in left if one.done()]:
+            left.remove(job)
+            yield f"job {job.job_id}", job.result
+        if left:
+            time.sleep(_PAUSE)
+
+
+def _ray(settings: SweepSettings, workers: int, progress: Progress) -> Outcome:
     """One actor a GPU, if the cluster has any; each loads its model once."""
     ray = _cluster()
     try:
@@ -178,7 +194,7 @@ def _ray(settings: SweepSettings, workers: int) -> Outcome:
         gpus = 1 if ray.cluster_resources().get("GPU") and settings.device != "cpu" else 0
         actor = ray.remote(num_gpus=gpus, num_cpus=1)(Worker)
         running = [actor.remote(settings).run.remote() for _ in range(workers)]
-        return _first([lambda one=one: ray.get(one) for one in running])
+        return _first(_as_they_come(ray, running), progress)
     finally:
         ray.shutdown()
 
@@ -218,15 +234,28 @@ def _require_answer() -> None:
         ) from None
 
 
-def _first(results: list[Any]) -> Outcome:
-    """What the first worker that came through says; all say the same."""
+def _as_they_come(ray: Any, running: list[Any]) -> Iterator[tuple[str, Callable[[], Outcome]]]:
+    """Name and result of every actor's run, those that ended first, first."""
+    left = list(running)
+    while left:
+        (done, *_), left = ray.wait(left, num_returns=1)
+        yield f"actor {running.index(done) + 1}", partial(ray.get, done)
+
+
+def _first(results: Iterable[tuple[str, Callable[[], Outcome]]], progress: Progress) -> Outcome:
+    """What the first worker that came through says; all say the same. One that died before is told of at once.
+
+    Args:
+        results: name and result of every worker, as they end.
+        progress: told of those that died.
+    """
     failures = []
-    for result in results:
+    for name, result in results:
         try:
-            found: Outcome = result()
-            return found
+            return result()
         except KeyboardInterrupt:
             raise
         except Exception as error:  # a job or actor that died: whatever the launcher raises
             failures.append(error)
-    raise KtmergeError(f"all {len(results)} workers failed; the first: {failures[0]}")
+            progress.note(f"{name} cannot go on: {first_line(error)}")
+    raise KtmergeError(f"all {len(failures)} workers failed; the first: {failures[0]}")

@@ -108,10 +108,11 @@ class LiveModel:
         blend_into(model, recipe, self._sources, device=str(self._device), measured=False)
         return model
 
-    def digest(self, recipe: Recipe) -> str | None:
-        """sha256 over all tensors as on disk: what `Checkpoint.content_digest` says of the folder it blends to.
+    def digest(self, recipe: Recipe) -> tuple[str | None, list[str]]:
+        """sha256 over all tensors as on disk, and those that are not loaded, such as ``mtp.*``, and so not in it.
 
-        None: the model's types cannot hold all of the output's values.
+        It is what `Checkpoint.content_digest` says of the folder the recipe blends to, without these. None: the
+        model's types cannot hold all of the output's values.
         """
         import torch
 
@@ -119,10 +120,12 @@ class LiveModel:
         plan = plan_blend(recipe)
         sink = LiveSink(self.model, plan.base)
         digests: dict[str, str] = {}
-        for tensor in plan.tensors:
-            values = sink.targets.get(tensor.name)
-            if values is None or sink.dtype(tensor.name, tensor.dtype) != tensor.dtype:
-                return None
+        loaded = [tensor for tensor in plan.tensors if tensor.name in sink.targets]
+        left_out = [tensor.name for tensor in plan.tensors if tensor.name not in sink.targets]
+        for tensor in loaded:
+            values = sink.targets[tensor.name]
+            if sink.dtype(tensor.name, tensor.dtype) != tensor.dtype:
+                return None, left_out
             own = values.detach().to(torch_dtype(tensor.dtype)).cpu().contiguous().view(-1).view(torch.uint8)
             digests[tensor.name] = hashlib.sha256(own.numpy().data).hexdigest()
-        return content_digest([replace(tensor.info, dtype=tensor.dtype) for tensor in plan.tensors], digests)
+        return content_digest([replace(tensor.info, dtype=tensor.dtype) for tensor in loaded], digests), left_out

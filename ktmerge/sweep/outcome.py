@@ -213,7 +213,7 @@ class Outcome:
             "finalists": [
                 {
                     "trial": one.candidate.number, "point": one.candidate.point, "retention": one.retention,
-                    "gain": one.gain, "digest": one.digest,
+                    "gain": one.gain, "digest": one.digest, "left_out": list(one.left_out),
                 }
                 for one in self.finals
             ],

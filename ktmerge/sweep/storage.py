@@ -236,6 +236,13 @@ def study_names(storage: BaseStorage) -> list[str]:
     return [one.study_name for one in storage.get_all_studies()]
 
 
+def trials_of(storage: BaseStorage, study: str) -> list[FrozenTrial]:
+    """All trials of a study, by number; none if there is no such study."""
+    if study not in study_names(storage):
+        return []
+    return optuna.load_study(study_name=study, storage=storage).get_trials(deepcopy=False)
+
+
 def trial_numbered(storage: BaseStorage, study: str, number: int) -> FrozenTrial:
     """A trial of a study.
 
@@ -244,7 +251,7 @@ def trial_numbered(storage: BaseStorage, study: str, number: int) -> FrozenTrial
     """
     if study not in study_names(storage):
         raise UsageError(f"there is no study '{study}' in that storage.")
-    trials = optuna.load_study(study_name=study, storage=storage).get_trials(deepcopy=False)
+    trials = trials_of(storage, study)
     if not 0 <= number < len(trials):
         known = f"0 to {len(trials) - 1}" if trials else "none yet"
         raise UsageError(f"--trial {number}: the sweep has no such trial; its trials: {known}.")

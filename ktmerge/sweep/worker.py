@@ -184,7 +184,8 @@ class Worker:
         for one in chosen:
             result = made[f"final {one.number}"]
             scores = joined(result["rounds"])
-            found.append(Final(one, scores, *objectives(scores, self._base, self._sets), result["digest"]))
+            values = objectives(scores, self._base, self._sets)
+            found.append(Final(one, scores, *values, result["digest"], result.get("left out", ())))
         return found
 
     def _finish(self, one: Candidate) -> dict[str, Any]:
@@ -195,7 +196,8 @@ class Worker:
         if left:
             values = objectives(joined(rounds), self._base, self._sets)
             self._progress.note(f"{label}, {told(one.point)}: {said(values, 'full')}")
-        return {"rounds": rounds, "digest": self._live.digest(recipe)}
+        digest, left_out = self._live.digest(recipe)
+        return {"rounds": rounds, "digest": digest, "left out": left_out}
 
     def _report(self, shown: Candidate) -> dict[str, ItemScores]:
         """Base, experts and the chosen candidate on the held-out items."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import pytest
 import torch
 
+from ktmerge.errors import KtmergeError
 from ktmerge.sweep import launch
 from ktmerge.sweep.settings import SweepSettings
 
@@ -26,3 +28,33 @@ def test_workers_share_the_cores_out(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.get_num_threads() == 5
     finally:
         torch.set_num_threads(before)
+
+
+@dataclass
+class Job:
+    """One of a launcher, which ends after so many looks, and badly if it has a reason."""
+
+    job_id: str
+    looks: int
+    reason: str = ""
+
+    def done(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+    def result(self) -> str:
+        if self.reason:
+            raise RuntimeError(self.reason)
+        return self.job_id
+
+
+def test_a_worker_that_dies_is_told_of_when_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not when those that were started before it are done."""
+    monkeypatch.setattr(launch, "_PAUSE", 0)
+    notes: list[str] = []
+    progress = cast(Any, type("Told", (), {"note": lambda self, text: notes.append(text)})())
+    jobs = [Job("a", 9), Job("b", 1, "out of memory\n  at x"), Job("c", 3), Job("d", 5, "lost")]
+    assert launch._first(launch._as_they_end(jobs), progress) == "c"
+    assert notes == ["job b cannot go on: out of memory"]
+    with pytest.raises(KtmergeError, match="all 2 workers failed; the first: lost"):
+        launch._first(launch._as_they_end([Job("a", 9, "late"), Job("d", 5, "lost")]), progress)

@@ -216,6 +216,24 @@ def test_a_database_that_does_not_open_costs_nothing(tmp_path: Path, monkeypatch
     start(f"sqlite:///{tmp_path}/new/trials.db", tmp_path / "new")  # in a folder that is not there before
 
 
+@pytest.mark.parametrize("kind", ["sqlite", "journal"])
+def test_trials_that_others_may_share_are_not_taken_for_new_ones(tmp_path: Path, kind: str) -> None:
+    storage = f"sqlite:///{tmp_path}/trials.db" if kind == "sqlite" else str(tmp_path / "trials.log")
+    settings = cast(SweepSettings, SimpleNamespace(storage=storage, recipe=SimpleNamespace(folder=tmp_path)))
+    begin(tmp_path / "out", settings, "one", resume=False, overwrite=True)
+    study = optuna.create_study(storage=open_storage(storage), study_name="one")
+    begin(tmp_path / "out", settings, "one", resume=False, overwrite=True)  # none was begun
+    study.ask()
+    (tmp_path / "out" / "chosen.yaml").touch()
+    for out in ("out", "new"):
+        with pytest.raises(UsageError, match=r"trials\.\w+: has 1 trials of this very sweep, .* the studies one "):
+            begin(tmp_path / out, settings, "one", resume=False, overwrite=True)
+    assert (tmp_path / "out" / "chosen.yaml").exists()
+    assert not (tmp_path / "new").exists()
+    begin(tmp_path / "out", settings, "two", resume=False, overwrite=True)
+    assert not (tmp_path / "out" / "chosen.yaml").exists()
+
+
 @pytest.mark.parametrize(
     "url",
     [

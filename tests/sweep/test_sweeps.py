@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sqlite3
@@ -124,6 +125,47 @@ def test_every_sampler_and_screen_comes_to_an_end(world, tmp_path: Path, sampler
         assert outcome.chosen is None
         assert "No recipe found" in outcome.statement()[0]
         assert not (tmp_path / "o" / "chosen.yaml").exists()
+
+
+@pytest.mark.slow
+def test_a_trial_is_held_to_what_was_loaded_where_some_of_it_was_not(world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """As transformers leaves out `mtp.*`."""
+    import numpy as np
+    from safetensors.numpy import load_file, save_file
+
+    from ktmerge import api
+    from ktmerge.errors import KtmergeError
+
+    for name, folder in (("base", world.base), ("expert", world.expert)):
+        shutil.copytree(folder, tmp_path / name)
+        save_file({"mtp.fc.weight": np.full((4, 4), len(name), np.float32)}, tmp_path / name / "mtp.safetensors")
+        weights = load_names(tmp_path / name)
+        index = {"metadata": {}, "weight_map": weights}
+        (tmp_path / name / "model.safetensors.index.json").write_text(json.dumps(index))
+    models = {"base": str(tmp_path / "base"), "experts": [f"e={tmp_path / 'expert'}"]}
+    recipe = api.load_recipe(world.recipe, **models)
+    out = tmp_path / "found"
+    outcome = api.sweep(recipe, out, ranges=["lambda=0.4:1"], trials=2, sampler="grid", finalists=1, keep_upstream=0.3)
+    assert outcome.finals[0].left_out == ["mtp.fc.weight"]
+    number = outcome.finals[0].candidate.number
+    api.blend(api.trial_recipe(out, number), tmp_path / "blended")
+    assert load_file(tmp_path / "blended" / "mtp.safetensors")["mtp.fc.weight"].shape == (4, 4)
+    (note,) = api.compare_with_trial(out, number, tmp_path / "blended")
+    assert note == f"every tensor but 'mtp.fc.weight', not loaded then, has the bits that were scored as trial {number}"
+    api.blend(api.load_recipe(world.recipe, overrides=["blend.lambda=0.123"], **models), tmp_path / "other")
+    with pytest.raises(KtmergeError, match="differs from the model that was scored"):
+        api.compare_with_trial(out, number, tmp_path / "other")
+
+
+def load_names(folder: Path) -> dict[str, str]:
+    """The files of a folder's tensors, by name."""
+    from safetensors import safe_open
+
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "np") as opened:
+            found |= dict.fromkeys(opened.keys(), path.name)
+    return found
 
 
 def test_what_is_missing_or_too_much_is_said(world, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
