@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,11 @@ from ktmerge.checkpoints.header import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ktmerge.checkpoints.conversion import Saved
+
+Pieces = tuple["Tensor", ...]
+"""Where a tensor lies in a loaded model: views whose elements, row by row, follow one another."""
 
 
 def as_checkpoint(state: Mapping[str, Tensor], like: Checkpoint) -> Checkpoint:
@@ -35,44 +39,43 @@ def as_checkpoint(state: Mapping[str, Tensor], like: Checkpoint) -> Checkpoint:
     )
 
 
-def live_tensors(model: Any, base: Checkpoint) -> tuple[dict[str, Tensor], Alignment]:
+def live_tensors(model: Any, base: Checkpoint) -> tuple[dict[str, Pieces], Alignment]:
     """The tensors of a loaded model, taken apart or turned as ``base`` has them, and which of the base's they are.
 
-    Their names in memory count first, then those that transformers saves the model under.
+    The names that transformers saves the model under count first, as it may call others so in memory; then those.
     """
+    from ktmerge.checkpoints.conversion import as_saved, in_memory
+
     state: dict[str, Tensor] = dict(model.state_dict())
-    shown, alignment = _fitted(state, base)
-    if alignment.missing and alignment.extra:
-        state = _under_saved_names(model, state)
-        shown, alignment = _fitted(state, base)
-    return {name: _part(state[info.file], info) for name, info in shown.tensors.items()}, alignment
+    held = in_memory(state)
+    found = [(way, *_fitted(way, base)) for way in (as_saved(model, held), held)]
+    tensors, shown, alignment = min(found, key=lambda one: _troubles(one[2]))
+    return {name: _pieces(tensors[info.file], info, state) for name, info in shown.tensors.items()}, alignment
 
 
-def _fitted(state: Mapping[str, Tensor], base: Checkpoint) -> tuple[Checkpoint, Alignment]:
-    whole = as_checkpoint(state, base)
+def _troubles(alignment: Alignment) -> int:
+    return sum(len(one) for one in (alignment.missing, alignment.extra, alignment.mismatched, alignment.ambiguous))
+
+
+def _fitted(tensors: Mapping[str, Saved], base: Checkpoint) -> tuple[Checkpoint, Alignment]:
+    whole = as_checkpoint({name: one.like for name, one in tensors.items()}, base)
     shown = fit_experts(base, whole)
-    if any(info.nbytes > whole[info.file].nbytes for info in shown.tensors.values()):
-        shown = whole  # a stack of what lies apart is nowhere
+    if any(
+        info.nbytes > whole[info.file].nbytes
+        or (info.shape != whole[info.file].shape and len(tensors[info.file].pieces) > 1)
+        for info in shown.tensors.values()
+    ):
+        shown = whole  # a stack of what lies apart is nowhere, and nothing lies in a stack of it
     return shown, align(base, shown, "the model")
 
 
-def _under_saved_names(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state by the names in a file that transformers writes, where it renames and no more."""
-    import torch
-
-    loading = sys.modules.get("transformers.core_model_loading")
-    if loading is None or not hasattr(model, "save_pretrained"):
-        return dict(state)
-    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
-    renamed = {id(shape): name for name, shape in loading.revert_weight_conversion(model, dict(shapes)).items()}
-    return {renamed.get(id(shape), name): state[name] for name, shape in shapes.items()}
-
-
-def _part(whole: Tensor, info: TensorInfo) -> Tensor:
+def _pieces(saved: Saved, info: TensorInfo, state: Mapping[str, Tensor]) -> Pieces:
     """What a header says of a live tensor: all of it, all of it turned, or rows of one expert; never a copy."""
-    if info.shape == whole.shape:
-        return whole
+    found = tuple(piece.of(state[piece.name]) for piece in saved.pieces)
+    if info.shape == saved.like.shape:
+        return found
+    (whole,) = found
     if len(info.shape) == 3:
-        return whole.transpose(1, 2)
+        return (whole.transpose(1, 2),)
     expert, row = divmod(info.begin // (whole.element_size() * whole.shape[2]), whole.shape[1])
-    return whole[expert, row : row + info.shape[0]]
+    return (whole[expert, row : row + info.shape[0]],)

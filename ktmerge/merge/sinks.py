@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.dtypes import tag_of, torch_dtype
-from ktmerge.checkpoints.live import live_tensors
+from ktmerge.checkpoints.live import Pieces, live_tensors
 from ktmerge.checkpoints.reader import Reader
 from ktmerge.checkpoints.writer import Writer
 from ktmerge.errors import UsageError
@@ -89,23 +89,23 @@ class LiveSink:
 
     def __init__(self, model: Any, base: Checkpoint) -> None:
         tensors, alignment = live_tensors(model, base)
-        places = {tensors[name].data_ptr() for name in alignment.mapping.values()}
+        places = {piece.data_ptr() for name in alignment.mapping.values() for piece in tensors[name]}
         computed = set(getattr(model, "_keys_to_ignore_on_save", None) or ())  # as Marian's positions are
         extra = [name for name in alignment.extra if name not in computed]
-        loose = [name for name in extra if tensors[name].data_ptr() not in places]
+        loose = [name for name in extra if any(piece.data_ptr() not in places for piece in tensors[name])]
         # What the library does not load has no room in the model; a tensor of its own tells another model.
         if loose or alignment.mismatched or alignment.ambiguous or not alignment.mapping:
             alignment.require_complete()
-        self._targets: Mapping[str, Tensor] = {name: tensors[found] for name, found in alignment.mapping.items()}
+        self._targets: Mapping[str, Pieces] = {name: tensors[found] for name, found in alignment.mapping.items()}
         self._missing, self._told = alignment.missing, False
         for name, target in self._targets.items():
-            if target.is_meta:
+            if any(piece.is_meta for piece in target):
                 raise UsageError(f"the model: '{name}' is not in memory (meta device); load it without offloading.")
         self._tags: dict[str, str] = {}
         self._places = {
-            name: (tag_of(target.dtype), target.data_ptr())
-            for name, target in self._targets.items()
-            if target.device.type == "cpu" and target.is_contiguous()
+            name: (tag_of(pieces[0].dtype), pieces[0].data_ptr())
+            for name, pieces in self._targets.items()
+            if len(pieces) == 1 and pieces[0].device.type == "cpu" and pieces[0].is_contiguous()
         }
         self._owners = [
             (registry, name, values, values.data_ptr())
@@ -129,11 +129,11 @@ class LiveSink:
     @property
     def device(self) -> str:
         """The CUDA device that all of it lies on, else ``cpu``: where blending into it takes the fewest copies."""
-        places = {str(target.device) for target in self._targets.values() if target.device.type == "cuda"}
-        return places.pop() if len(places) == 1 and not self._places else "cpu"
+        devices = {piece.device for pieces in self._targets.values() for piece in pieces}
+        return str(devices.pop()) if {device.type for device in devices} == {"cuda"} and len(devices) == 1 else "cpu"
 
     @property
-    def targets(self) -> Mapping[str, Tensor]:
+    def targets(self) -> Mapping[str, Pieces]:
         """What is written into, by the base's names; what the model has no room for, or computes itself, is in none."""
         return self._targets
 
@@ -150,30 +150,22 @@ class LiveSink:
 
     def dtype(self, name: str, planned: str) -> str:
         target = self._targets.get(name)
-        own = planned if target is None else tag_of(target.dtype)
+        own = planned if target is None else tag_of(target[0].dtype)
         self._tags[name] = planned if own in _HOLDS.get(planned, (planned,)) else own
         return self._tags[name]
 
     def write(self, name: str, values: Tensor, start: int) -> None:
-        import torch
-
-        target = self._targets.get(name)
-        if target is None:
-            return  # a buffer that the model computes itself, or what it has no room for
-        with torch.no_grad():
-            if target.is_contiguous():
-                target.view(-1)[start : start + values.numel()].copy_(values)
-                return
-            for begin in range(0, values.numel(), _SCATTERED):
-                piece = values[begin : begin + _SCATTERED]
-                places = torch.arange(start + begin, start + begin + piece.numel(), device=target.device)
-                target[torch.unravel_index(places, target.shape)] = piece.to(target)
+        end = 0
+        for target in self._targets.get(name, ()):  # none: a buffer that the model computes, or has no room for
+            begin, end = end, end + target.numel()
+            own = values[max(0, begin - start) : max(0, end - start)]
+            if own.numel():
+                _put(target, own, max(0, start - begin))
 
     def write_bytes(self, name: str, data: memoryview, start: int) -> None:
         import torch
 
-        target = self._targets.get(name)
-        if target is None or not len(data):
+        if name not in self._targets or not len(data):
             return
         dtype = torch_dtype(self._tags[name])
         values = torch.frombuffer(bytearray(data) if data.readonly else data, dtype=torch.uint8).view(dtype)
@@ -187,3 +179,17 @@ class LiveSink:
 
     def finish(self, name: str, report: TensorReport) -> None:
         pass
+
+
+def _put(target: Tensor, values: Tensor, start: int) -> None:
+    """Take elements from ``start`` on, flat, whatever the strides."""
+    import torch
+
+    with torch.no_grad():
+        if target.is_contiguous():
+            target.view(-1)[start : start + values.numel()].copy_(values)
+            return
+        for begin in range(0, values.numel(), _SCATTERED):
+            piece = values[begin : begin + _SCATTERED]
+            places = torch.arange(start + begin, start + begin + piece.numel(), device=target.device)
+            target[torch.unravel_index(places, target.shape)] = piece.to(target)

@@ -123,9 +123,11 @@ class LiveModel:
         loaded = [tensor for tensor in plan.tensors if tensor.name in sink.targets]
         left_out = [tensor.name for tensor in plan.tensors if tensor.name not in sink.targets]
         for tensor in loaded:
-            values = sink.targets[tensor.name]
             if sink.dtype(tensor.name, tensor.dtype) != tensor.dtype:
                 return None, left_out
-            own = values.detach().to(torch_dtype(tensor.dtype)).cpu().contiguous().view(-1).view(torch.uint8)
-            digests[tensor.name] = hashlib.sha256(own.numpy().data).hexdigest()
+            digest = hashlib.sha256()
+            for piece in sink.targets[tensor.name]:
+                own = piece.detach().to(torch_dtype(tensor.dtype)).cpu().contiguous().view(-1).view(torch.uint8)
+                digest.update(own.numpy().data)
+            digests[tensor.name] = digest.hexdigest()
         return content_digest([replace(tensor.info, dtype=tensor.dtype) for tensor in loaded], digests), left_out

@@ -64,6 +64,17 @@ OTHERS: dict[str, Any] = {
     ),
 }
 """Families with other names, or more tensors, in memory."""
+BERT = {"vocab_size": 99, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+CUT: dict[str, Any] = {
+    "nomic-bert": lambda t: t.NomicBertModel(t.NomicBertConfig(**BERT)),
+    "gte": lambda t: t.GteModel(t.GteConfig(**BERT)),
+    "jina-v3": lambda t: t.JinaEmbeddingsV3Model(t.JinaEmbeddingsV3Config(**BERT)),
+    "dinov2 swiglu": lambda t: t.Dinov2Model(t.Dinov2Config(**{**VIT, "num_hidden_layers": 1}, use_swiglu_ffn=True)),
+    "granite-moe": lambda t: t.GraniteMoeForCausalLM(
+        t.GraniteMoeConfig(**TEXT, num_local_experts=4, num_experts_per_tok=2)
+    ),
+}
+"""Families whose matrices are apart in memory and lie in one another in the file, or the other way round."""
 FAST = ("llama tied", "qwen3-vl-moe")
 
 
@@ -157,6 +168,15 @@ def is_stack(name: str) -> bool:
 @pytest.mark.parametrize("family", OTHERS)
 def test_families_whose_names_in_memory_are_others(family: str, tmp_path: Path, recipe_in: Any) -> None:
     families(tmp_path, OTHERS[family])
+    check(tmp_path, recipe_in, "base", "a")
+
+
+@pytest.mark.every(2)
+@pytest.mark.parametrize(
+    "family", [name if name == "nomic-bert" else pytest.param(name, marks=pytest.mark.slow) for name in CUT]
+)
+def test_families_that_are_cut_and_joined_on_loading(family: str, tmp_path: Path, recipe_in: Any) -> None:
+    families(tmp_path, CUT[family])
     check(tmp_path, recipe_in, "base", "a")
 
 
