@@ -282,6 +282,7 @@ def test_wrong_references_are_refused(plain: Path, reference: str, complaint: st
         open_model(reference, plain)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("indices", "complaint"),
     [

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from letters import LETTERS
 from safetensors.numpy import save_file
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
@@ -127,7 +128,9 @@ def test_index_reaching_outside(make_checkpoint: MakeCheckpoint, file: str) -> N
         Checkpoint.open(root)
 
 
-NAME = st.text(max_size=4) | st.sampled_from(["a", "model.safetensors", "x" * 300 + ".safetensors", "\0.safetensors"])
+NAME = st.text(LETTERS, max_size=4) | st.sampled_from(
+    ["a", "model.safetensors", "x" * 300 + ".safetensors", "\0.safetensors"]
+)
 VALUE = NAME | NAME.map(lambda name: name + ".safetensors") | st.integers() | st.none() | st.lists(NAME, max_size=1)
 
 

@@ -254,6 +254,7 @@ def test_what_was_taken_over_is_not_lost_by_an_error(
     check_equal(base, out)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("cause", ["appeared", "rename", "interrupt"])
 def test_what_was_taken_over_is_not_lost_at_the_very_last(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cause: str

@@ -108,7 +108,7 @@ def old_and_new(make_checkpoint: MakeCheckpoint) -> tuple[Path, Path]:
     return old, new
 
 
-@pytest.mark.every(5)
+@pytest.mark.every(9)
 @pytest.mark.parametrize("stop_at", ["open", "plan", "write", "copy", "publish", "discard", "end"])
 @pytest.mark.parametrize("existing", [False, True])
 def test_killed_at_any_step(

@@ -132,7 +132,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(5)
 @pytest.mark.parametrize("owner", ["base", "a"])
 @pytest.mark.parametrize("broken", BROKEN)
 def test_broken_inputs_are_named(small: Path, owner: str, broken: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,7 +196,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(5)
 @pytest.mark.parametrize("after", [0, 4])
 @pytest.mark.parametrize("owner", ["base", "b"])
 @pytest.mark.parametrize("kind", CHANGES)

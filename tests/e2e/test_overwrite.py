@@ -28,6 +28,7 @@ def spoil(small: Path) -> None:
     path.write_bytes(path.read_bytes()[:-4000] + b"\x80\x7f" * 2000)
 
 
+@pytest.mark.slow
 def test_a_failed_run_leaves_the_earlier_result(small: Path, result: Path) -> None:
     before = digests(result)
     spoil(small)
@@ -61,6 +62,7 @@ def test_a_file_is_no_result(small: Path) -> None:
     assert (small / "result").read_text() == "precious"
 
 
+@pytest.mark.slow
 def test_resuming_what_is_done_keeps_it(small: Path) -> None:
     out = small / "out"
     first = api.blend(small / "recipe.yaml", out, device="cpu")

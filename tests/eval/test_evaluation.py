@@ -115,6 +115,7 @@ def test_perplexity_per_byte_against_a_plain_computation(results: Results, llama
     np.testing.assert_allclose(score.scores, hits * 3)
 
 
+@pytest.mark.slow
 def test_progress_counts_items(tiny_llama: Path, suite: Suite) -> None:
     progress = Recorder()
     evaluate({"base": tiny_llama}, suite, bootstrap=100, device="cpu", progress=progress)
@@ -211,6 +212,7 @@ KINDS = {
 }
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_broken_weights_name_model_task_and_row(tiny_llama: Path, suite: Suite, tmp_path: Path, kind: str) -> None:
     from safetensors.torch import load_file, save_file
@@ -303,6 +305,7 @@ def test_only_one_side(tiny_llama: Path, tuned_llama: Path, suite: Suite) -> Non
     assert summary.F is not None
 
 
+@pytest.mark.slow
 def test_generations_side_by_side(tiny_llama: Path, tuned_llama: Path) -> None:
     prompts = ["The quick brown fox", "What is the capital of France?"]
     found = generations(
@@ -335,6 +338,7 @@ def test_a_set_that_does_not_fit_the_base_is_found_without_a_model(tiny_llama: P
 OWN = {"peft_type": "KTMERGE", "kind": "bottleneck", "places": ["model.layers.0"], "width": 4}
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("config", "weights", "said"),
     [

@@ -162,6 +162,7 @@ def test_families(models: Callable[[str], Seeing], folder: Path, family: str, ch
         check_family(models(family), folder, chat)
 
 
+@pytest.mark.slow
 def test_whatever_holds_the_images(models: Callable[[str], Seeing], folder: Path) -> None:
     import pyarrow
     import pyarrow.parquet
@@ -411,6 +412,7 @@ def test_divergence_sees_the_images(models: Callable[[str], Seeing], folder: Pat
     assert found[0][1] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_sweep_screens_with_the_images(models: Callable[[str], Seeing], folder: Path) -> None:
     import copy
 

@@ -24,7 +24,7 @@ def same(a: Any, b: Any) -> None:
                 np.testing.assert_allclose(one, other, atol=1e-4)
 
 
-@pytest.mark.every(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_not_on_the_tokenizers_padding(
     llama: Any, tokenizer: Any, suite: Suite, monkeypatch: pytest.MonkeyPatch, side: str

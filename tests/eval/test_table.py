@@ -30,7 +30,7 @@ def many(models: int) -> dict[str, dict[str, list[float]]]:
     }
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(5)
 @pytest.mark.parametrize("models", [1, 2, 3, 8])
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
 def test_nothing_is_cut_or_wrapped_at_any_width(make_results: Make, models: int, width: int) -> None:

@@ -128,7 +128,7 @@ def test_samples_and_noted_candidates_do_not_show(
         assert digest(models, tmp_path / "out", recipe(BLENDS[kind])) == alone, (large, few)
 
 
-@pytest.mark.every(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_kernels_order_and_shards_do_not_show(
     kind: str, models: Path, expected: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

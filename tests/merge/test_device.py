@@ -54,7 +54,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Late]:
     return make
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(7)
 @pytest.mark.parametrize("kind", BLENDS)
 @pytest.mark.parametrize(("seed", "held"), [(1, 0), (2, 1 << 20)])
 def test_a_late_device_gives_the_bytes_of_the_cpu(
@@ -104,7 +104,8 @@ def loaded(folder: Path) -> dict[str, torch.Tensor]:
     return {name: values for file in folder.glob("*.safetensors") for name, values in load_file(file).items()}
 
 
-@pytest.mark.parametrize("pristine", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("pristine", [False, True])
 def test_in_place_as_in_files(
     pristine: bool, llamas: Path, tmp_path: Path, recipe_in: Any, late: Callable[..., Late]
 ) -> None:

@@ -69,7 +69,7 @@ def outcome(folder: Path, number: int, blend_: dict[str, Any]) -> Any:
     return patterns, [(one.changed, one.kept, pytest.approx(one.intended, rel=1e-5)) for one in report.tensors]
 
 
-@pytest.mark.every(25)
+@pytest.mark.every(45)
 @pytest.mark.parametrize("blend_", BLENDS, ids=lambda value: "-".join(map(str, value.values())))
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("kind", ["plain", "coarse", "tiny", "huge"])

@@ -135,7 +135,7 @@ def test_every_output_equals_the_reference(
     compare(workshop, tmp_path, monkeypatch, blend_, output, pairs)
 
 
-@pytest.mark.every(14)
+@pytest.mark.every(21)
 @pytest.mark.parametrize("number", range(len(BLENDS)))
 def test_equals_the_reference(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Every blend, every output and every pair of types occurs."""

@@ -61,6 +61,7 @@ def test_a_colour_means_the_same_in_every_panel_and_darker_is_farther(tmp_path: 
     assert sum(both[:half]) > sum(both[half:])
 
 
+@pytest.mark.slow
 def test_joined_queries_keys_and_values_lie_under_the_three(tmp_path: Path) -> None:
     """A vision tower with one matrix for all three, a language model with three; and a model with joined ones only."""
     shapes = {f"visual.blocks.{i}.attn.{name}.weight": (8, 8) for i in range(2) for name in ("qkv", "proj")}

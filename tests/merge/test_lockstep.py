@@ -155,7 +155,7 @@ def stacked() -> tuple[Tensors, dict[str, Tensors]]:
     return base, experts
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("method", CALLS)
 def test_experts_and_maps_of_one_tensor_go_together(
     batched: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str

@@ -120,6 +120,7 @@ def check(folder: Path, blend: dict[str, Any], rule: Any, weights: dict[str, flo
             np.testing.assert_allclose(one, expected, rtol=0, atol=5e-6, err_msg=name)
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize("method", [*DEFAULTS, "cts"])
 def test_every_map_is_merged_by_itself(tmp_path: Path, method: str) -> None:
     rule: Any = common_then_specific if method == "cts" else merge_map
@@ -127,7 +128,7 @@ def test_every_map_is_merged_by_itself(tmp_path: Path, method: str) -> None:
     check(tmp_path, {"method": method}, lambda own, start: rule(own, start, weights, **DEFAULTS.get(method, {})))
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(7)
 @pytest.mark.parametrize("method", ODD)
 def test_every_map_is_decomposed_by_itself(tmp_path: Path, method: str) -> None:
     weights, names = list(WEIGHTS.values()), list(WEIGHTS)
@@ -138,6 +139,7 @@ def test_every_map_is_decomposed_by_itself(tmp_path: Path, method: str) -> None:
     check(tmp_path, {"method": method, **ODD[method]}, rule)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     "stages",
     [
@@ -265,7 +267,7 @@ def merged(method: str, name: str, base: Tensors, experts: dict[str, Tensors], *
     return [rule(m, **p) for m in whole]
 
 
-@pytest.mark.every(10)
+@pytest.mark.every(20)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("method", "parameters"), CASES, ids=str)
 def test_measured_methods_are_their_formulas(

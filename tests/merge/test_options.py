@@ -82,7 +82,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Workbench:
     return Workbench(tmp_path_factory.mktemp("bench"))
 
 
-@pytest.mark.every(6)
+@pytest.mark.every(9)
 @pytest.mark.parametrize("end", ["least", "most"])
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_the_ends_of_every_range_give_a_blend(bench: Workbench, method: Method, end: str) -> None:
@@ -100,7 +100,7 @@ def test_the_ends_of_every_range_give_a_blend(bench: Workbench, method: Method, 
     assert same_bytes(stored["h.0.row.weight"], base["h.0.row.weight"])
 
 
-@pytest.mark.every(8)
+@pytest.mark.every(13)
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.name)
 def test_every_stage_spelled_out_takes_tensors_of_every_class(bench: Workbench, stage: Stage) -> None:
     base, experts = models(2)

@@ -127,7 +127,7 @@ def family_of(case: Case) -> str:
     return "" if case[0] not in OWNERS else OWNERS[case[0]].__name__
 
 
-@pytest.mark.every(5)
+@pytest.mark.every(10)
 @pytest.mark.parametrize("case", first_of(str))
 def test_llama_equals_the_formulas(
     llamas: Path, tuned_llamas: dict[str, Tensors], tmp_path: Path, recipe_in: Any, case: tuple[Any, ...]
@@ -136,7 +136,7 @@ def test_llama_equals_the_formulas(
     check(llamas, tmp_path / "out", experts, case, recipe_in)
 
 
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 @pytest.mark.parametrize("case", first_of(lambda method: getattr(OWNERS.get(method), "__name__", "")))
 def test_llava_equals_the_formulas_whatever_the_names(
     llavas: Path, tmp_path: Path, recipe_in: Any, case: tuple[Any, ...]
@@ -192,7 +192,7 @@ def knows_maps(case: Case) -> bool:
     return spectral or case[0] == "opcm"
 
 
-@pytest.mark.every(4)
+@pytest.mark.every(8)
 @pytest.mark.parametrize("case", [one for one in first_of(str) if not knows_maps(one.values[0])])
 def test_tensors_of_odd_shapes_equal_the_formulas(
     odd: Path, tmp_path: Path, recipe_in: Any, case: tuple[Any, ...]

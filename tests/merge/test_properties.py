@@ -41,13 +41,13 @@ def promise(made: Callable[[Method], Any] = lambda method: True) -> Callable[[Pr
     return register
 
 
-@pytest.mark.parametrize("others", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["fourth", "others"])
+@pytest.mark.parametrize("others", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["sixth", "others"])
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_every_promise_is_kept(bench: Workbench, method: Method, others: bool) -> None:
-    """The functions below, each named as what it checks: of each method a fourth, of its neighbour the next one."""
+    """The functions below, each named as what it checks: of each method a sixth, of its neighbour the next one."""
     checks = [check for made, check in PROMISES if made(method)]
     for number, check in enumerate(checks, METHODS.index(method)):
-        if (number % 4 > 0) == others:
+        if (number % 6 > 0) == others:
             try:
                 check(bench, method)
             except AssertionError as error:

@@ -349,6 +349,7 @@ class TestHalfReset:
                 assert sum(bool(is_kept(seed, f"{prefix}.{one}.weight", kind)) for kind, one in bert.items()) == 2
             assert sorted(gated) == [1, 1, 1, 2, 2, 2]
 
+    @pytest.mark.slow
     def test_every_projection_is_kept_for_half_of_the_seeds(self) -> None:
         draws = 2000
         for kind in "qkvo":

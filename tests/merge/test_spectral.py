@@ -340,7 +340,7 @@ def test_spectral_stages_spelled_out_leave_what_is_no_map(bench: Workbench) -> N
 # --- maps inside tensors ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(5)
 @pytest.mark.parametrize("method", ["star", "tsv_m", "iso_c", "iso_cts", "task_arithmetic_svc", "cart", "knots"])
 def test_fused_and_stacked_maps_are_merged_one_by_one(bench: Workbench, method: str) -> None:
     config = {"model_type": "phi3", "hidden_size": 8, "num_attention_heads": 4, "num_key_value_heads": 2}

@@ -155,6 +155,7 @@ def test_an_output_where_nobody_may_write(made: Path, monkeypatch: pytest.Monkey
     assert made not in rooms[0].parents
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("blend_", "seed", "what"),
     [
@@ -207,7 +208,7 @@ def test_the_command_says_so_by_its_exit_code(made: Path, capsys: pytest.Capture
     assert json.loads(capsys.readouterr().out)["holds"] is False
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(5)
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

@@ -62,7 +62,7 @@ def base(tmp_path: Path) -> dict[str, torch.Tensor]:
     return model(tmp_path / "base", llama_tensors(), BASE)
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(5)
 @pytest.mark.parametrize(
     ("tokens", "rows"),
     [

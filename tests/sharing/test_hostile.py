@@ -387,6 +387,7 @@ def test_recipes_that_reach_out(place: Path, old: str, new: str, words: str) -> 
     refused(remade(place, recipe=text.replace(old, new).encode()), words)
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     "reference", ["org/model", "org/model@main", "org/model@0123456", "/tmp/model", "./model", "runs/x"]
 )

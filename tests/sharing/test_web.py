@@ -373,6 +373,7 @@ def test_what_is_taken_for_a_bundle(place: Path, serve: Serve, raw: bytes, words
     assert not Path("out").exists()
 
 
+@pytest.mark.every(3)
 @pytest.mark.parametrize(("status", "code"), [(401, 2), (403, 2), (409, 2), (408, 1), (429, 1), (500, 1), (599, 1)])
 def test_statuses(place: Path, serve: Serve, ktmerge: Any, capsys: Any, status: int, code: int) -> None:
     address = serve(statuses=[status] * 9)

@@ -138,6 +138,7 @@ def test_what_is_being_drawn_is_waited_for(tmp_path: Path, monkeypatch: pytest.M
     assert heir.user_attrs["taken up from"] == lost.number
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize(
     ("name", "drawing"), [("tpe", "KeyedSampler._drawn"), ("qmc", "SobolSampler.sample_independent")]
 )
@@ -262,6 +263,7 @@ def test_workers_that_begin_together_draw_different_points(tmp_path: Path, name:
     assert len(set(points)) == 8
 
 
+@pytest.mark.every(2)
 @pytest.mark.parametrize("key", ["", "b"])
 def test_a_candidate_that_is_there_is_not_drawn_again(tmp_path: Path, key: str) -> None:
     """NSGA-II copies parents, and changes what a method may not know."""

@@ -62,6 +62,7 @@ def test_another_digit_in_a_score_is_seen(tmp_path: Path) -> None:
     assert study_names(open_storage(str(path))) == ["s", "without checksums"]
 
 
+@pytest.mark.slow
 def test_going_on_elsewhere_than_where_the_trials_are_is_refused(tmp_path: Path) -> None:
     out, other = tmp_path / "out", f"sqlite:///{tmp_path}/trials.db"
     recipe = SimpleNamespace(folder=tmp_path)

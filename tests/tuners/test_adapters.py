@@ -74,6 +74,7 @@ def require_folded(base: Path, folder: Path, targets: str) -> None:
     }
 
 
+@pytest.mark.slow
 def test_an_adapter_trained_in_bfloat16_is_held_to_its_logits_in_float32(tiny_llama: Path, tmp_path: Path) -> None:
     told = tune(tiny_llama, tmp_path, adapter="lora", precision="bfloat16", **SHORT).record["run"]["folded"]
     assert told["largest_logit_difference"] < told["tolerance"]

@@ -92,7 +92,7 @@ def says(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return found[batch["attention_mask"].bool()]
 
 
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 @pytest.mark.parametrize("family", [name for name in SEEING if name != "paligemma"])
 @pytest.mark.parametrize("kind", ["prompt", pytest.param("prefix", marks=pytest.mark.slow)])
 def test_a_prompt_says_what_tokens_in_its_place_would(models: Path, tmp_path: Path, family: str, kind: str) -> None:

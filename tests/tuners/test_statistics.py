@@ -174,6 +174,7 @@ def test_inputs_do_not_depend_on_what_else_is_measured(tiny_llama: Path, tmp_pat
         torch.testing.assert_close(alone[name], both[name], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_rows_are_drawn_evenly_and_however_they_arrive(tmp_path: Path) -> None:
     rows, keep, trials = 40, 10, 100
     values = torch.arange(rows, dtype=torch.float32)[:, None]
