@@ -46,12 +46,26 @@ def apply_delta(
 ) -> DeltaReport:
     """Write the model that ``delta`` makes of ``base`` into the folder ``out``.
 
+    In the folder of a bundle, it has to be what the bundle's lock says came out of the recipe.
+
     Raises:
-        UsageError: another base than the delta's, a folder that is no delta or a broken one, or ``out`` exists.
+        UsageError: another base than the delta's, a folder that is no delta or a broken one, or ``out`` exists; or
+            the bundle's recipe gave another model.
         KtmergeError: something cannot be read or written.
     """
     from ktmerge import deltas
     from ktmerge.checkpoints.hub import resolve
 
-    below = resolve(str(base), Path.cwd())
-    return deltas.apply_delta(below, Path(delta), Path(out), overwrite=overwrite, progress=progress)
+    below, wanted = resolve(str(base), Path.cwd()), _locked_beside(Path(delta))
+    return deltas.apply_delta(below, Path(delta), Path(out), wanted=wanted, overwrite=overwrite, progress=progress)
+
+
+def _locked_beside(delta: Path) -> dict[str, str]:
+    """What came out of the recipe whose bundle a delta lies in; nothing of one that lies in none."""
+    from ktmerge.merge.lock import read_lock
+    from ktmerge.sharing import contents
+
+    folder = delta.absolute().parent
+    if delta.name != contents.DELTA or not (folder / contents.MANIFEST).is_file():
+        return {}
+    return dict(read_lock(folder / contents.LOCK).get("output", {}).get("sha256", {}))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.digests import digest_of
-from ktmerge.checkpoints.files import clear_os_errors, refuse_overlap, write_all
+from ktmerge.checkpoints.files import clear_os_errors, file_digest, refuse_overlap, write_all
 from ktmerge.checkpoints.header import MAX_HEADER, TensorInfo, read_header
 from ktmerge.checkpoints.reader import Reader
 from ktmerge.checkpoints.regular import is_file, open_regular
@@ -28,7 +29,13 @@ _THREADS = 2
 
 
 def apply_delta(
-    base: Path, delta: Path, out: Path, *, overwrite: bool = False, progress: Progress = SILENT
+    base: Path,
+    delta: Path,
+    out: Path,
+    *,
+    wanted: Mapping[str, str] = MappingProxyType({}),
+    overwrite: bool = False,
+    progress: Progress = SILENT,
 ) -> DeltaReport:
     """Write the model that ``delta`` makes of ``base`` into the folder ``out``.
 
@@ -36,6 +43,7 @@ def apply_delta(
         base: folder of the checkpoint that the delta was made from.
         delta: folder that `export_delta` wrote.
         out: appears whole or not at all.
+        wanted: sha256 that files of it have to have, by name.
         overwrite: replace a checkpoint that is there.
         progress: where to report.
 
@@ -57,6 +65,11 @@ def apply_delta(
         staging.require_space(manifest.size)
         with clear_os_errors(delta / BLOBS), open_regular(delta / BLOBS) as stream:
             _write(staging.folder, manifest, below, _Blobs(stream), progress)
+        wrong = [file for file, sha256 in wanted.items() if file_digest(staging.folder / file) != sha256]
+        if wrong:
+            raise UsageError(
+                f"{delta}: gives another {wrong[0]} than the lock beside it says its recipe gave; nothing was written."
+            )
         with clear_os_errors(staging.folder):
             sync_tree(staging.folder)
         staging.publish()

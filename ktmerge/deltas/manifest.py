@@ -182,8 +182,10 @@ def _span(value: Any) -> tuple[int, int]:
 
 
 def _name(file: str) -> str:
-    """A path below the output, and nowhere else."""
+    """A path below the output, and nowhere else; none that is hidden, as what programs run is (``.git/config``)."""
     os.fsencode(file)  # of half a character, which names no file, this is a ValueError
     if not is_below(file) or "\\" in file:
         raise ValueError(f"'{file}' lies outside of the delta")
+    if any(part.startswith(".") for part in file.split("/")):
+        raise ValueError(f"'{file}' is hidden; no file of a model is")
     return file

@@ -50,7 +50,8 @@ class DeltaReport:
 
     def pairs(self) -> dict[str, str]:
         """The main facts as text, for a terminal."""
-        share = f"{100 * self.size / self.full:.2g} % of the weights' {self.full / 1e6:.1f} MB" if self.full else ""
+        percent = 100 * self.size / self.full if self.full else 0.0
+        share = f"{percent:{'.0f' if percent >= 10 else '.2g'}} % of the weights' {self.full / 1e6:.2f} MB"
         kept = "exact: the same bytes" if self.manifest.exact else f"within {100 * self.error:.3g} % of each change"
         return {
             "written": str(self.out),

@@ -10,16 +10,22 @@ from typing import Any
 
 from ktmerge.checkpoints.digests import digest_of
 from ktmerge.checkpoints.files import clear_os_errors
-from ktmerge.errors import UsageError
+from ktmerge.errors import UsageError, printable
 from ktmerge.merge.lock import read_lock
 from ktmerge.merge.sections import check_recipe
 from ktmerge.recipes import load_recipe, load_suite
+from ktmerge.recipes.load import parse_recipe
 from ktmerge.recipes.schema import Recipe
 from ktmerge.sharing import contents
 from ktmerge.sharing.manifest import FileEntry, Manifest
 from ktmerge.sharing.pinning import require_inside, require_pinned, require_suite
 from ktmerge.sharing.scores import require_scores
 
+_NO_CODE = {
+    "", ".bpe", ".html", ".jinja", ".json", ".jsonl", ".md", ".model", ".safetensors", ".tiktoken", ".txt", ".vocab",
+    ".yaml", ".yml",
+}  # fmt: skip
+"""How files of a model end that a delta may bring along."""
 _CONTROL = re.compile(r"[^\t\n\r -~\xa0-\U0010ffff]")
 """No text has them; C1, beyond ASCII, some terminals obey too."""
 
@@ -63,6 +69,7 @@ def require_bundle(folder: Path, manifest: Manifest, where: str) -> Recipe:
             _require_text(folder / name, f"{where}/{name}")
     if contents.DELTA_FILES[0] in manifest.files:
         _require_delta(folder / contents.DELTA, locked, where)
+    _require_same_recipe(manifest, locked, recipe, where)
     return recipe
 
 
@@ -93,6 +100,27 @@ def _require_locked(manifest: Manifest, locked: Mapping[str, Any], recipe: Recip
         raise UsageError(f"{where}: its manifest is of another recipe, '{manifest.name}'.")
 
 
+def _require_same_recipe(manifest: Manifest, locked: Mapping[str, Any], recipe: Recipe, where: str) -> None:
+    """What the lock tells of the recipe is what the recipe says: people compare recipes by their locks."""
+    told = parse_recipe(dict(locked["recipe"]), f"{where}/{contents.LOCK}", recipe.folder)
+    before, after = _said(told), _said(recipe)
+    wrong = [key for key in after if before.get(key) != after[key]]
+    wrong += ["random"] if locked["random"].get("seed") != recipe.seed else []
+    named = {name: given.get("model") for name, given in locked["inputs"].items()}
+    wrong += ["inputs"] if named != {name: one.model for name, one in manifest.inputs.items()} else []
+    if wrong:
+        raise UsageError(f"{where}: recipe and lock contradict each other ({wrong[0]}); the bundle was changed.")
+
+
+def _said(recipe: Recipe) -> dict[str, Any]:
+    """All that decides what is blended, but for statistics, which are held to their digests."""
+    apart = {"finetune", "eval", "folder", "statistics"}
+    document: dict[str, Any] = recipe.without_tuning().model_dump(mode="json", by_alias=True, exclude=apart)
+    for expert in document["experts"].values():
+        expert.pop("statistics", None)
+    return document
+
+
 def _require_text(path: Path, where: str) -> None:
     try:
         with clear_os_errors(path):
@@ -111,8 +139,17 @@ def _require_delta(folder: Path, locked: Mapping[str, Any], where: str) -> None:
         delta = Delta.load(folder)
     if delta.base.get("headers") != locked["inputs"]["base"].get("headers"):
         raise UsageError(f"{where}: its delta is of another base than its recipe.")
+    came_out = locked.get("output", {}).get("sha256", {})
+    if not delta.exact or set(delta.files) != set(came_out):
+        raise UsageError(f"{where}: its lock does not say that its recipe gave the model that its delta gives.")
     size = (folder / BLOBS).stat().st_size
     spans = [blob for one in delta.tensors.values() for piece in one.pieces for blob in piece.blobs]
+    for name, one in delta.others.items():
+        if one.blob is not None and Path(name).suffix not in _NO_CODE:
+            raise UsageError(
+                f"{where}: its delta brings '{printable(name)[:80]}', which the base has not so; a delta that is "
+                "handed over brings texts and settings, no code."
+            )
     spans += [blob for _, blob in delta.files.values()] + [one.blob for one in delta.others.values() if one.blob]
     if any(begin + length > size for begin, length in spans):
         raise UsageError(f"{where}: its delta was cut short.")

@@ -6,15 +6,23 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
+from http.client import HTTPResponse
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+from urllib.parse import urlsplit
 
 from ktmerge.checkpoints.files import clear_os_errors
 from ktmerge.checkpoints.hub import quiet_unless_watched, refusal
 from ktmerge.checkpoints.workroom import passing_room, workroom
 from ktmerge.errors import KtmergeError, UsageError, first_line
+from ktmerge.progress import SILENT, Step
 from ktmerge.sharing import contents
+from ktmerge.sharing.fetching import Remote, place_for
 from ktmerge.sharing.retrying import PASSING, is_of_the_net, retried, status_of
+from ktmerge.sharing.source import FolderSource
+from ktmerge.sharing.web import asked_server, opened_there, without_query
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -22,12 +30,11 @@ if TYPE_CHECKING:
 
 FOLDER = "ktmerge-recipe"
 """Where a bundle lies in a repository that is a model's."""
-_BLOCK = 1 << 20
 _MOST_ENTRIES = 10_000
 _ATTEMPTS = 3
 _REFUSALS = (401, 403)
-_SECONDS = 60.0
-"""Most that is waited for the hub to say anything; its library would wait for ever."""
+_SECONDS, _LONGEST = 60.0, 300.0
+"""Most that is waited for the hub to say anything, and all that is no file; its library would wait for ever."""
 
 Answer = TypeVar("Answer")
 
@@ -59,18 +66,43 @@ class HubSource:
         return own
 
     def manifest(self) -> bytes:
-        with workroom(passing_room("look")) as folder:
-            return b"".join(self.blocks(contents.MANIFEST, folder))
+        with workroom(passing_room("look")) as folder, SILENT.task("", None) as step:
+            return self._file(contents.MANIFEST, folder / contents.MANIFEST, step).read_bytes()
 
-    def blocks(self, name: str, folder: Path) -> Iterator[bytes]:
+    def blocks(self, name: str) -> Iterator[bytes]:
+        raise KtmergeError(f"{self.where}: was not fetched.")
+
+    def fetched(self, folder: Path, step: Step) -> FolderSource:
+        """All files, in a folder of ours, where an earlier process may have left some."""
+        place = place_for(folder, self.where)
+        for name in self.sizes():
+            self._file(name, place / name, step)
+        found = FolderSource(place)
+        found.where = self.where
+        return found
+
+    def _file(self, name: str, target: Path, step: Step) -> Path:
+        """Fetch a file. The hub's library would begin it anew each time, and wait for ever where it drips."""
+        import huggingface_hub.utils
+        from huggingface_hub import hf_hub_url
+
+        library: Any = huggingface_hub.utils
         inside = f"{self._folder}/{name}" if self._folder else name
-        path = Path(
-            self._asked(lambda api: api.hf_hub_download(self._name, inside, revision=self._seen.sha, local_dir=folder))
-        )
-        with clear_os_errors(path), path.open("rb") as stream:
-            while block := stream.read(_BLOCK):
-                yield block
-        path.unlink()
+        url = hf_hub_url(self._name, inside, revision=self._seen.sha)
+
+        def ask(headers: Mapping[str, str]) -> HTTPResponse:
+            # Anew for each attempt, as addresses of large files are signed for an hour or so.
+            address = self._asked(lambda api: api.get_hf_file_metadata(url=url)).location
+            is_hub = urlsplit(address).netloc == urlsplit(url).netloc
+            own = {one: value for one, value in library.build_hf_headers().items() if is_hub and one == "authorization"}
+            return opened_there(address, headers, _require_web, own=own)
+
+        with clear_os_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        where = f"{self._name}/{inside}"
+        size = self._listed[inside]
+        Remote(where, size, None, ask, lambda call: asked_server(call, where)).fetch(target, step)
+        return target
 
     @cached_property
     def _seen(self) -> ModelInfo:
@@ -112,8 +144,14 @@ def seen(api: HfApi, name: str, revision: str | None, *, sizes: bool = False) ->
     return api.model_info(name, revision=revision, files_metadata=sizes, timeout=_SECONDS)
 
 
-def asked(name: str, revision: str | None, call: Callable[[HfApi], Answer]) -> Answer:
+def asked(name: str, revision: str | None, call: Callable[[HfApi], Answer], *, sends: bool = False) -> Answer:
     """What the hub answers, asked again while it is busy, and where the connection broke.
+
+    Args:
+        name: ``org/name``.
+        revision: that it is asked about.
+        call: asks.
+        sends: whether it sends files, which takes as long as it takes.
 
     Raises:
         UsageError: it refuses: there is no such repository or revision, or it may not be seen or changed.
@@ -125,8 +163,11 @@ def asked(name: str, revision: str | None, call: Callable[[HfApi], Answer]) -> A
         with quiet_unless_watched(), _patience():
             return call(HfApi())
 
+    def in_time() -> Answer:
+        return attempt() if sends else _ended(attempt, _LONGEST, name)
+
     try:
-        return retried(attempt, name, _ATTEMPTS)
+        return retried(in_time, name, _ATTEMPTS)
     except KtmergeError:
         raise
     except Exception as error:
@@ -159,6 +200,37 @@ def _failure(error: Exception, name: str, revision: str | None) -> KtmergeError:
     if is_of_the_net(error):
         return KtmergeError(f"{name}: the hub cannot be reached: {told}.")
     return KtmergeError(f"{name}: what the hub sends cannot be used: {type(error).__name__}: {told}.")
+
+
+def _ended(call: Callable[[], Answer], seconds: float, name: str) -> Answer:
+    """What a call gives, but not for ever: whoever drips an answer never is silent for long.
+
+    Raises:
+        KtmergeError: it takes too long; it is left to itself.
+    """
+    answers: SimpleQueue[tuple[Answer | None, BaseException | None]] = SimpleQueue()
+
+    def work() -> None:
+        try:
+            answers.put((call(), None))
+        except BaseException as error:
+            answers.put((None, error))
+
+    Thread(target=work, daemon=True).start()
+    try:
+        found, error = answers.get(timeout=seconds)
+    except Empty:
+        raise KtmergeError(f"{name}: the hub did not end its answer in {seconds:g} seconds; given up.") from None
+    if error is not None:
+        raise error
+    return cast("Answer", found)
+
+
+def _require_web(address: str, redirected_by: str) -> None:
+    """Follow the hub anywhere but out of the web, or out of its encryption."""
+    scheme = urlsplit(address).scheme
+    if scheme not in ("https", urlsplit(redirected_by).scheme):
+        raise UsageError(f"{without_query(redirected_by)} leads to {without_query(address)}: that is not followed.")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Mapping
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
+from types import MappingProxyType
 from typing import Any
 
 from ktmerge.errors import first_line
@@ -14,7 +15,7 @@ from ktmerge.errors import first_line
 _SECONDS = 60
 """Most that is waited for any single answer of the connection."""
 _SLOWEST, _PATIENCE = 1000, 60
-"""Bytes a second that a server has to send on average, once it was waited for so many seconds."""
+"""Bytes a second that a server has to send on average, in every so many seconds that it is waited for."""
 _MOST_HEADERS = 1 << 20
 """Bytes of all headers of one answer, interim ones included."""
 
@@ -30,6 +31,7 @@ def opened(
     headers: Mapping[str, str],
     redirected: Redirected,
     *,
+    own: Mapping[str, str] = MappingProxyType({}),
     method: str = "GET",
     data: Any = None,
 ) -> HTTPResponse:
@@ -38,6 +40,7 @@ def opened(
     Args:
         address: http or https.
         headers: of the request.
+        own: more headers, which are for this address and none that it leads to.
         redirected: called before a redirect is followed, with whereto and wherefrom; refuses it by raising.
         method: of the request.
         data: its body.
@@ -47,6 +50,8 @@ def opened(
         URLError: it cannot be reached, or says so.
     """
     request = urllib.request.Request(address, data=data, method=method, headers=dict(headers))
+    for name, value in own.items():
+        request.add_unredirected_header(name, value)
     opener = urllib.request.build_opener(_Http, _Https, _Redirects(redirected))
     answer: HTTPResponse = opener.open(request, timeout=_SECONDS)
     return answer
@@ -56,7 +61,7 @@ class _Watched(io.RawIOBase):
     """What a server sends, counted, and the time that it was waited for."""
 
     def __init__(self, inner: io.RawIOBase) -> None:
-        self._inner, self._count, self._waited = inner, 0, 0.0
+        self._inner, self._count, self._waited, self._all = inner, 0, 0.0, 0
         self.in_headers = False
 
     def readable(self) -> bool:
@@ -72,9 +77,12 @@ class _Watched(io.RawIOBase):
             raise ConnectionError(first_line(error)) from error
         self._waited += time.monotonic() - began
         self._count += count or 0
-        if self._waited > _PATIENCE and self._count < _SLOWEST * self._waited:
-            raise EndlessError(f"sends less than {_SLOWEST} bytes a second")
-        if self.in_headers and self._count > _MOST_HEADERS:
+        self._all += count or 0
+        if self._waited > _PATIENCE:
+            if self._count < _SLOWEST * self._waited:
+                raise EndlessError(f"sends less than {_SLOWEST} bytes a second")
+            self._count, self._waited = 0, 0.0  # what came fast excuses nothing that comes later
+        if self.in_headers and self._all > _MOST_HEADERS:
             raise EndlessError("sends headers without end")
         return count
 

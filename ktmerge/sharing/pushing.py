@@ -114,7 +114,7 @@ def _to_hub(files: Path, names: list[str], repository: str, branch: str | None, 
         )  # fmt: skip
         return str(done.oid)
 
-    return asked(repository, branch, commit)
+    return asked(repository, branch, commit, sends=True)
 
 
 def _to_folder(files: Path, out: Path, overwrite: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from ktmerge.checkpoints.files import clear_os_errors
 from ktmerge.errors import KtmergeError, UsageError, printable
+from ktmerge.progress import Step
 from ktmerge.sharing import contents
 from ktmerge.sharing.archive import Archive, opened_archive
 from ktmerge.sharing.manifest import Manifest, read_manifest
@@ -33,8 +34,11 @@ class Source(Protocol):
     def manifest(self) -> bytes:
         """The bytes of its manifest, which may not be many."""
 
-    def blocks(self, name: str, folder: Path) -> Iterator[bytes]:
-        """A file piece by piece; ``folder`` is ours, for what has to lie somewhere meanwhile."""
+    def fetched(self, folder: Path, step: Step) -> Source:
+        """The bundle on this machine, if need be in a folder of ours, where an earlier process may have left a part."""
+
+    def blocks(self, name: str) -> Iterator[bytes]:
+        """A file of a bundle on this machine, piece by piece."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,10 @@ class ArchiveSource:
         with opened_archive(self._path) as archive:
             return archive.read(contents.MANIFEST)
 
-    def blocks(self, name: str, folder: Path) -> Iterator[bytes]:
+    def fetched(self, folder: Path, step: Step) -> Source:
+        return self
+
+    def blocks(self, name: str) -> Iterator[bytes]:
         with opened_archive(self._path) as archive:
             _require_there(archive, name, self.where)
             yield from archive.blocks(name)
@@ -172,9 +179,12 @@ class FolderSource:
         return sizes
 
     def manifest(self) -> bytes:
-        return b"".join(self.blocks(contents.MANIFEST, self._path))
+        return b"".join(self.blocks(contents.MANIFEST))
 
-    def blocks(self, name: str, folder: Path) -> Iterator[bytes]:
+    def fetched(self, folder: Path, step: Step) -> Source:
+        return self
+
+    def blocks(self, name: str) -> Iterator[bytes]:
         self._status(name)
         path = self._path / name
         with clear_os_errors(path):

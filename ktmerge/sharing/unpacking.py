@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,13 @@ from ktmerge.progress import SILENT, Progress, Step
 from ktmerge.sharing import contents
 from ktmerge.sharing.checking import require_bundle
 from ktmerge.sharing.command import apply_command, blend_command
+from ktmerge.sharing.fetching import PREFIX, bytes_in
 from ktmerge.sharing.manifest import FileEntry, Manifest, read_manifest
-from ktmerge.sharing.source import Offer, offer_of
+from ktmerge.sharing.source import Offer, Source, offer_of
+
+_BUNDLE = "bundle"
+_WORTH_KEEPING = 1 << 20
+"""Bytes of a download that was stopped, from which on the next goes on with them."""
 
 
 @dataclass(frozen=True)
@@ -47,42 +54,54 @@ def unpack(offer: Offer, out: Path, *, overwrite: bool = False, progress: Progre
         UsageError: it is not what was shown, something in it is not in order, or ``out`` exists.
         KtmergeError: it cannot be fetched, or the disk is full.
     """
-    staging = Staging(out, overwrite)
-    staging.open()
+    staging, is_kept = Staging(out, overwrite), False
+    staging.open(_has_parts)
     try:
-        staging.require_space(offer.size or 0)
-        if offer.manifest is None:  # fetched whole, it is a file that can be looked at
-            offer = offer_of(_fetched(offer, staging.folder))
+        with clear_os_errors(staging.folder):
+            shutil.rmtree(staging.folder / _BUNDLE, ignore_errors=True)
+        staging.require_space(2 * (offer.size or 0) - bytes_in(staging.folder))
+        try:
+            with progress.task(f"fetch {offer.where}", offer.size, "bytes") as step:
+                source = offer.source.fetched(staging.folder, step)
+        except BaseException:
+            is_kept = _is_worth_keeping(staging.folder, progress)
+            raise
+        if offer.manifest is None:  # now it is a file that can be looked at
+            offer = offer_of(source)
         manifest = offer.manifest
         if manifest is None:
             raise KtmergeError(f"{offer.where}: does not show what it holds.")
-        place = staging.folder / "bundle"
+        place = staging.folder / _BUNDLE
         place.mkdir()
-        with progress.task(f"fetch {offer.where}", offer.size, "bytes") as step:
-            _copy(offer, manifest, place, staging.folder, step)
+        with progress.task(f"check {offer.where}", offer.size, "bytes") as step:
+            _copy(source, offer.where, manifest, place, step)
         recipe = require_bundle(place, manifest, offer.where)
         _publish(staging, place)
     finally:
-        staging.discard()
+        staging.leave() if is_kept else staging.discard()
     commands = {"blend": blend_command(manifest.inputs, recipe, str(out))}
     if contents.DELTA_FILES[0] in manifest.files:
         commands["or apply"] = apply_command(str(out))
     return Unpacked(out, offer, commands)
 
 
-def _fetched(offer: Offer, folder: Path) -> Any:
-    from ktmerge.sharing.web import UrlSource
-
-    if not isinstance(offer.source, UrlSource):
-        raise KtmergeError(f"{offer.where}: does not show what it holds.")
-    return offer.source.fetched(folder)
+def _has_parts(folder: Path) -> bool:
+    """Whether a run of this user that was killed has left something of a download there."""
+    return os.stat(folder).st_uid == os.getuid() and any(folder.glob(f"{PREFIX}*"))
 
 
-def _copy(offer: Offer, manifest: Manifest, place: Path, scratch: Path, step: Step) -> None:
+def _is_worth_keeping(folder: Path, progress: Progress) -> bool:
+    count = bytes_in(folder)
+    if count >= _WORTH_KEEPING:
+        progress.note(f"{count / 1e6:.1f} MB were fetched, and are kept: the same command goes on from there.")
+    return count >= _WORTH_KEEPING
+
+
+def _copy(source: Source, where: str, manifest: Manifest, place: Path, step: Step) -> None:
     """Every file as the manifest says, to the byte; nothing is read past the size it tells."""
-    raw = offer.source.manifest()
-    if read_manifest(raw, offer.where) != manifest:
-        raise UsageError(f"{offer.where}: is not what was shown; it changed meanwhile.")
+    raw = source.manifest()
+    if read_manifest(raw, where) != manifest:
+        raise UsageError(f"{where}: is not what was shown; it changed meanwhile.")
     with clear_os_errors(place):
         (place / contents.MANIFEST).write_bytes(raw)
     for name, entry in manifest.files.items():
@@ -90,26 +109,24 @@ def _copy(offer: Offer, manifest: Manifest, place: Path, scratch: Path, step: St
         with clear_os_errors(path):
             path.parent.mkdir(exist_ok=True)
             with path.open("xb") as target:
-                _stream(offer, name, entry, target, scratch, step)
+                _stream(source, where, name, entry, target, step)
 
 
-def _stream(offer: Offer, name: str, entry: FileEntry, target: Any, scratch: Path, step: Step) -> None:
+def _stream(source: Source, where: str, name: str, entry: FileEntry, target: Any, step: Step) -> None:
     digest, count = hashlib.sha256(), 0
-    for block in offer.source.blocks(name, scratch):
+    for block in source.blocks(name):
         count += len(block)
         if count > entry.size:
-            raise UsageError(f"{offer.where}: '{name}' is larger than was told; nothing was unpacked.")
+            raise UsageError(f"{where}: '{name}' is larger than was told; nothing was unpacked.")
         digest.update(block)
         target.write(block)
         step.advance(len(block))
     if count != entry.size or digest.hexdigest() != entry.sha256:
-        raise UsageError(f"{offer.where}: '{name}' is not what its manifest says; it is broken or was changed.")
+        raise UsageError(f"{where}: '{name}' is not what its manifest says; it is broken or was changed.")
 
 
 def _publish(staging: Staging, place: Path) -> None:
     """Leave nothing in the temporary folder but the bundle, and make that the output."""
-    import shutil
-
     with clear_os_errors(staging.folder):
         for other in staging.folder.iterdir():
             if other != place:

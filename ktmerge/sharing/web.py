@@ -6,30 +6,28 @@ import io
 import ipaddress
 import os
 import socket
-import sys
 import urllib.error
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from http.client import HTTPException, HTTPResponse, IncompleteRead, InvalidURL
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
-from ktmerge.checkpoints.files import clear_os_errors
 from ktmerge.checkpoints.workroom import passing_room, workroom
 from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.progress import Step
 from ktmerge.sharing import contents
 from ktmerge.sharing.archive import Archive
-from ktmerge.sharing.opening import EndlessError, opened
+from ktmerge.sharing.fetching import Remote, place_for, received
+from ktmerge.sharing.opening import EndlessError, Redirected, opened
 from ktmerge.sharing.retrying import PASSING, retried
 from ktmerge.sharing.source import ArchiveSource
 
-_BLOCK = 1 << 20
 _PIECE = 1 << 16
 _NO_HEAD = (403, 405, 501)
 """What servers say that answer no HEAD; addresses that are signed are signed for one method."""
-_MOST_UNTOLD = 1 << 30
-"""Bytes that are read of a file whose size the server does not tell."""
 
 
 class UrlSource:
@@ -57,53 +55,22 @@ class UrlSource:
             raise KtmergeError(f"{self.where}: does not show what it holds.")
         return self._archive.read(contents.MANIFEST)
 
-    def blocks(self, name: str, folder: Path) -> Iterator[bytes]:
-        yield from self.fetched(folder).blocks(name, folder)
+    def blocks(self, name: str) -> Iterator[bytes]:
+        raise KtmergeError(f"{self.where}: was not fetched.")
 
-    def fetched(self, folder: Path) -> ArchiveSource:
-        """The whole file, in a folder of ours; fetched once.
+    def fetched(self, folder: Path, step: Step) -> ArchiveSource:
+        """The whole file, in a folder of ours, where an earlier process may have left a part of it.
 
         Raises:
             UsageError: it is larger than was told.
             KtmergeError: it cannot be fetched.
         """
-        path = folder / f"fetched{contents.SUFFIX}"
-        if not path.exists():
-            partial = path.with_suffix(".partial")
-            with clear_os_errors(partial):
-                partial.touch()
-                self._asked(lambda: self._resume(partial))
-                partial.replace(path)
+        size, tag = self._told
+        path = place_for(folder, *((tag, size) if tag else ())).with_suffix(contents.SUFFIX)
+        Remote(self.where, size, tag, lambda headers: _opened(self._address, headers), self._asked).fetch(path, step)
         found = ArchiveSource(path)
         found.where = self.where
         return found
-
-    def _resume(self, partial: Path) -> None:
-        """Go on where the last attempt stopped, if it is the same file still."""
-        size, tag = self._told
-        start = partial.stat().st_size
-        headers = {"Range": f"bytes={start}-", **({"If-Range": tag} if tag else {})} if start else {}
-        try:
-            opened_ = _opened(self._address, headers)
-        except urllib.error.HTTPError as error:
-            if error.code != 416 or not start:
-                raise
-            os.truncate(partial, 0)  # the file is another now, and ends before: what was fetched is of no use
-            raise IncompleteRead(b"") from None
-        with opened_ as answer:
-            if start and answer.status != 206:
-                start = 0
-            with partial.open("r+b") as target:
-                target.truncate(start)
-                target.seek(start)
-                count = start
-                for block in _received(answer):
-                    count += len(block)
-                    if count > (_MOST_UNTOLD if size is None else size):
-                        raise UsageError(f"{self.where}: is larger than its server told; nothing was unpacked.")
-                    target.write(block)
-        if size is not None and count < size:
-            raise IncompleteRead(b"", size - count)
 
     @cached_property
     def _told(self) -> tuple[int | None, str | None]:
@@ -134,7 +101,7 @@ class UrlSource:
         return Archive(stream, size, self.where)
 
     def _asked(self, call: Callable[[], Any]) -> Any:
-        return _asked(call, self.where)
+        return asked_server(call, self.where)
 
 
 def put(address: str, write: Callable[[Path], None]) -> None:
@@ -159,7 +126,7 @@ def put(address: str, write: Callable[[Path], None]) -> None:
                 headers = {"Content-Type": "application/zip", "Content-Length": str(size)}
                 _opened(address, headers, method="PUT", data=data).close()
 
-        _asked(send, without_query(address))
+        asked_server(send, without_query(address))
 
 
 class _Pieces(io.RawIOBase):
@@ -192,7 +159,7 @@ class _Pieces(io.RawIOBase):
             with _opened(self._address, {"Range": span}) as answer:
                 if answer.status != 206:
                     raise KtmergeError(f"{without_query(self._address)}: gave pieces before, and now does not.")
-                found = b"".join(_received(answer, wanted))
+                found = b"".join(received(answer, wanted))
             if len(found) < wanted:
                 raise IncompleteRead(found, wanted - len(found))
             return found
@@ -202,9 +169,21 @@ class _Pieces(io.RawIOBase):
         return wanted
 
 
-def _opened(address: str, headers: Mapping[str, str] | None = None, *, method: str = "GET", data: Any = None) -> Any:
-    told = {"User-Agent": "ktmerge", "Accept-Encoding": "identity", **(headers or {})}
-    answer = opened(address, told, _require_safe, method=method, data=data)
+def _opened(address: str, headers: Mapping[str, str] | None = None, **how: Any) -> HTTPResponse:
+    return opened_there(address, headers or {}, _require_safe, **how)
+
+
+def opened_there(
+    address: str, headers: Mapping[str, str], redirected: Redirected, *, own: Mapping[str, str] = MappingProxyType({}),
+    method: str = "GET", data: Any = None,
+) -> HTTPResponse:  # fmt: skip
+    """The answer to a request for a file as it is; as `opened`.
+
+    Raises:
+        UsageError: the server packs what it sends.
+    """
+    told = {"User-Agent": "ktmerge", "Accept-Encoding": "identity", **headers}
+    answer = opened(address, told, redirected, own=own, method=method, data=data)
     packed = answer.headers.get("Content-Encoding", "identity").strip().lower()
     if packed not in ("", "identity") and data is None:
         answer.close()
@@ -212,16 +191,6 @@ def _opened(address: str, headers: Mapping[str, str] | None = None, *, method: s
             f"{without_query(address)}: the server sends the file packed ({packed[:40]}), though asked for it as it is."
         )
     return answer
-
-
-def _received(answer: HTTPResponse, most: int = sys.maxsize) -> Iterator[bytes]:
-    """What a server sends, to its end or so many bytes."""
-    count = 0
-    while count < most and (block := answer.read1(min(_BLOCK, most - count))):
-        count += len(block)
-        yield block
-    if count < most and answer.length:  # Python takes the end of the connection for that of the answer
-        raise IncompleteRead(b"", answer.length)
 
 
 def _gives_pieces(address: str) -> bool:
@@ -234,7 +203,13 @@ def _gives_pieces(address: str) -> bool:
         raise
 
 
-def _asked(call: Callable[[], Any], where: str) -> Any:
+def asked_server(call: Callable[[], Any], where: str) -> Any:
+    """What a server answers, asked again while it is busy, and where the connection broke.
+
+    Raises:
+        UsageError: it refuses.
+        KtmergeError: it cannot be reached, stays busy, or sends without end.
+    """
     try:
         return retried(call, where)
     except EndlessError as error:

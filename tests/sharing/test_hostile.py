@@ -486,6 +486,26 @@ def test_locks_that_lie(place: Path, change: Change) -> None:
     refused(written({**files, MANIFEST: json.dumps(manifest).encode()}, place / "bad.ktr"))
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda lock: lock["recipe"]["blend"].update({"lambda": 0.1}), r"\(blend\)"),
+        (lambda lock: lock["recipe"]["experts"]["spam"].update(weight=0.1), r"\(experts\)"),
+        (lambda lock: lock["recipe"].update(seed=1), r"\(seed\)"),
+        (lambda lock: lock["recipe"].update(base="org/name@main"), r"\(base\)"),
+        (lambda lock: lock["recipe"].update(description="another"), r"\(description\)"),
+        (lambda lock: lock["random"].update(seed=1), r"\(random\)"),
+        (lambda lock: lock["recipe"].update(run="x"), "run"),
+        (lambda lock: lock["recipe"].clear(), "lock"),
+    ],
+)
+def test_locks_that_contradict_the_recipe(place: Path, change: Change, words: str) -> None:
+    """Though they pin the same files: `recipe diff` goes by what they tell."""
+    locked = yaml.safe_load(good(place)[contents.LOCK])
+    change(locked)
+    refused(remade(place, lock=yaml.safe_dump(locked).encode()), words)
+
+
 @pytest.mark.slow
 def test_deltas_that_lie(place: Path) -> None:
     api.pack("recipe.yaml", "d.ktr", with_deltas=True)
@@ -512,8 +532,30 @@ def test_deltas_that_lie(place: Path) -> None:
     refused(bundle({"delta/delta.json": b"{}"}), "manifest of a delta")
     others = {"../../evil": {"size": 1, "sha256": "", "blob": [0, 1]}}
     refused(bundle({"delta/delta.json": json.dumps({**told, "others": others}).encode()}), "outside of the delta")
+    for name, words in (
+        (".git/config", "is hidden"), ("a/.x/y.json", "is hidden"), ("modeling.py", "no code"), ("x.so", "no code"),
+    ):  # fmt: skip
+        others = {**told["others"], name: {"size": 1, "sha256": "0" * 64, "blob": [0, 1]}}
+        refused(bundle({"delta/delta.json": json.dumps({**told, "others": others}).encode()}), words)
+    lossy = {**told, "exact": False}
+    refused(bundle({"delta/delta.json": json.dumps(lossy).encode()}), "does not say that its recipe gave the model")
     base = {**told["base"], "headers": "0" * 64}
     refused(bundle({"delta/delta.json": json.dumps({**told, "base": base}).encode()}), "another base")
+
+
+def test_a_delta_of_another_model_than_the_recipes(place: Path) -> None:
+    """All of it agrees with itself, but for what the recipe is known to have given."""
+    api.pack("recipe.yaml", "d.ktr", with_deltas=True)
+    api.unpack("d.ktr", "theirs")
+    api.apply_delta("base", "theirs/delta", "good")
+    api.blend("recipe.yaml", "blended")
+    assert (place / "good/model.safetensors").read_bytes() == (place / "blended/model.safetensors").read_bytes()
+    api.export_delta("base", "base", "theirs/delta", overwrite=True)
+    with pytest.raises(UsageError, match=r"gives another .* than the lock beside it says"):
+        api.apply_delta("base", "theirs/delta", "evil")
+    assert not (place / "evil").exists()
+    api.export_delta("base", "base", "alone")
+    assert api.apply_delta("base", "alone", "copy").out.is_dir()
 
 
 def test_words_cannot_steer_the_terminal(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

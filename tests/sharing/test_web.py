@@ -168,7 +168,7 @@ def test_refusals(place: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) ->
         api.look("http://127.0.0.1:9/r.ktr")
     with pytest.raises(UsageError, match="is no address"):
         api.look("https://[::1/r.ktr")
-    monkeypatch.setattr("ktmerge.sharing.web._MOST_UNTOLD", 1000)
+    monkeypatch.setattr("ktmerge.sharing.fetching._MOST_UNTOLD", 1000)
     with pytest.raises(UsageError, match="larger than its server told"):
         api.unpack(api.look(serve(tells=False, pieces=False)), "out")
     assert not Path("out").exists()
