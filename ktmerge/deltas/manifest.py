@@ -186,6 +186,6 @@ def _name(file: str) -> str:
     os.fsencode(file)  # of half a character, which names no file, this is a ValueError
     if not is_below(file) or "\\" in file:
         raise ValueError(f"'{file}' lies outside of the delta")
-    if any(part.startswith(".") for part in file.split("/")):
+    if any(part.startswith(".") for part in Path(file).parts):
         raise ValueError(f"'{file}' is hidden; no file of a model is")
     return file

@@ -561,7 +561,9 @@ def test_a_delta_of_another_model_than_the_recipes(place: Path) -> None:
 def test_words_cannot_steer_the_terminal(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = yaml.safe_load(good(place)[contents.RECIPE])
     recipe["description"] = "\x1b[2J\x1b]0;owned\x07 [red]fine[/red]"
-    bundle = remade(place, recipe=yaml.safe_dump(recipe).encode())
+    locked = yaml.safe_load(good(place)[contents.LOCK])
+    locked["recipe"]["description"] = recipe["description"]
+    bundle = remade(place, recipe=yaml.safe_dump(recipe).encode(), lock=yaml.safe_dump(locked).encode())
     with zipfile.ZipFile(bundle) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
     manifest = {**json.loads(files[MANIFEST]), "description": recipe["description"]}
