@@ -148,11 +148,28 @@ def _exit_code(arguments: list[str] | None) -> int:
         if not hasattr(error, "exit_code") or not hasattr(error, "show"):
             raise
         if not _is_an_echo():
+            _point_to_set(error)
             error.show()  # a usage error of the command line itself
         return int(error.exit_code)
     if _stopped:
         return _interrupted()
     return result if isinstance(result, int) else 0
+
+
+def _point_to_set(error: Any) -> None:
+    """An option that there is none of, such as ``--density`` or ``--learning-rate``, is likely a key of the recipe."""
+    import difflib
+
+    option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    if not option or context is None or not any("--set" in one.opts for one in context.command.params):
+        return
+    if context.info_name == "eval":  # whose keys stand in the suite
+        return
+    above = "" if context.info_name in ("finetune", "stats") else "blend."
+    if option.startswith("--") and not difflib.get_close_matches(option, error.possibilities or (), cutoff=0.8):
+        key = option.lstrip("-").replace("-", "_")
+        error.possibilities = []
+        error.message += f". Keys of the recipe are set as --set {above}{key}=VALUE"
 
 
 def _give_up_on_stdout() -> None:

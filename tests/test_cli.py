@@ -127,6 +127,23 @@ def test_help_lists_commands_in_the_order_of_the_work() -> None:
     assert [name for name in names if name in COMMANDS] == COMMANDS
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["blend", "--recipe", "ties", "--density", "0.3"], "--set blend.density=VALUE"),
+        (["finetune", "--learning-rate", "2e-5"], "--set learning_rate=VALUE"),
+        (["blend", "--experts", "a=b"], "(Possible options: --expert)"),
+    ],
+)
+def test_a_key_that_is_no_option_is_pointed_to_set(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _exit_code(words) == 2
+    said = capsys.readouterr().err
+    assert told in said
+    assert ("--set" in said) == ("--set" in told)
+
+
 def test_the_home_folder_in_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)

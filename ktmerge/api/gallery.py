@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ktmerge.api.inputs import named_models, refuse_existing, text_of
 from ktmerge.checkpoints.files import write_whole
-from ktmerge.errors import UsageError
+from ktmerge.errors import UsageError, located
 from ktmerge.recipes import gallery, load_recipe
 from ktmerge.recipes.document import yaml_text
 from ktmerge.recipes.references import moved
@@ -59,12 +59,23 @@ def list_recipes() -> list[Listed]:
 
 
 def import_recipe(source: Path, out: Path | None, *, overwrite: bool = False) -> tuple[str, list[str]]:
-    """Read a mergekit YAML; return the recipe's text and where its semantics differ. Writes it to ``out`` if given."""
+    """Read a mergekit YAML; return the recipe's text and where its semantics differ. Writes it to ``out`` if given.
+
+    mergekit's paths start at the working folder, a recipe's where it lies: those that lead somewhere are written anew.
+
+    Raises:
+        UsageError: it is not a mergekit file, says what a recipe cannot say, or ``out`` exists.
+    """
     from ktmerge.merge.importer import import_mergekit
 
     if out is not None:
         refuse_existing(out, overwrite)
-    document, differences = import_mergekit(text_of(source))
+    with located(str(source)):
+        document, differences = import_mergekit(text_of(source))
+    if out is not None:
+        document["base"] = moved(document["base"], Path.cwd(), out.parent)
+        for expert in document["experts"].values():
+            expert["model"] = moved(expert["model"], Path.cwd(), out.parent)
     text = yaml_text(document)
     if out is not None:
         write_whole(out, text)

@@ -261,7 +261,8 @@ def _mismatches(found: list[Mismatch]) -> str:
             "tokens were added or removed while tuning. Rows are matched by the tokens' text: put the "
             "tokenizer.json of both beside their weights."
         )
-    return f"differs from the base in {len(found)} of its tensors: {_some(map(str, found))}."
+    differing = f"differs from the base in {len(found)} of its tensors: {_some(map(str, found))}"
+    return f"{differing}. It must be a fine-tune of this very base."
 
 
 def _rows_differ(mismatch: Mismatch) -> bool:

@@ -37,6 +37,7 @@ _BY_TENSOR = (
     (re.compile(r"\.g_idx$"), "GPTQ"),
     (re.compile(r"\.qweight$"), "GPTQ or AWQ"),
 )
+_UNREADABLE = ("GPTQ", "AWQ", "GPTQ or AWQ", "an unknown scheme")
 _SCALES = ("_scale_inv", "_scale")
 _ASIDE = re.compile(r"(^|[._])(input_scale|activation_scale|k_scale|v_scale|weight_format|input_global_scale)$")
 _STATE = ".quant_state.bitsandbytes__"
@@ -71,6 +72,12 @@ def scheme_of(checkpoint: Checkpoint) -> str | None:
     found = (name for pattern, name in _BY_TENSOR if any(pattern.search(one) for one in checkpoint.tensors))
     eight = any(checkpoint[name].dtype.startswith("F8_") for name in packed)
     return next(found, "FP8" if eight else "an unknown scheme")
+
+
+def way_out(scheme: str | None) -> str:
+    """What to do about weights quantised by it, without the full stop."""
+    readable = scheme not in _UNREADABLE
+    return "Give the unquantised model" + (", or write 'dequantise: true'" if readable else "")
 
 
 def dequantise(checkpoint: Checkpoint, label: str) -> Checkpoint:

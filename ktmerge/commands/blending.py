@@ -52,7 +52,10 @@ def blend(
     recipe = recipe or file or ""
     if study is None and trial is None:
         if not recipe:
-            raise typer.BadParameter("give a recipe, or a trial of a sweep (--trial, --study).", param_hint="--recipe")
+            raise typer.BadParameter(
+                "give a file, or a name that 'ktmerge recipe list' shows, such as wise-ft; or a trial of a sweep "
+                "(--trial, --study).", param_hint="--recipe",
+            )  # fmt: skip
         if out is None and not dry_run:
             api.refuse_without_out(recipe, overrides=set_ or (), base=base, experts=expert or ())
         if out is not None:

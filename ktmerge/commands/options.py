@@ -21,7 +21,9 @@ JobSetOption = Annotated[
 BaseOption = Annotated[str | None, typer.Option("--base", help="Base model: folder or hub id; replaces the recipe's.")]
 ExpertOption = Annotated[
     list[str] | None,
-    typer.Option("--expert", help="name=model or name=model:weight; replaces the recipe's experts. Repeatable."),
+    typer.Option(
+        "--expert", help="A tuned model, as model, name=model or name=model:weight; replaces the recipe's. Repeatable."
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output, in one step.")]

@@ -113,6 +113,8 @@ def blend(
         writer.add_text(RECORD, record(plan, report))
     for file, digest in report.out.items():
         remember(out / file, digest)
+    for note in report.notes:
+        progress.note(f"note: {note}")
     report.seconds = time.perf_counter() - started
     return report
 

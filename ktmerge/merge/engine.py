@@ -19,7 +19,7 @@ from ktmerge.merge.inplace import InPlace
 from ktmerge.merge.kernels.native import is_compiled, native
 from ktmerge.merge.plan import Plan, TensorPlan
 from ktmerge.merge.pristine import Pristine
-from ktmerge.merge.report import BlendReport, TensorReport
+from ktmerge.merge.report import BlendReport, TensorReport, cautions
 from ktmerge.merge.selection import Recollected
 from ktmerge.merge.sinks import LiveSink, Sink
 from ktmerge.merge.source import Sources, changed_buffers, equal_bytes
@@ -74,7 +74,7 @@ def execute(
             raise
         engine.confirm()
     report.tensors = [done[tensor.name] for tensor in plan.tensors] if measured else []
-    report.notes += _broken_notes(done.values())
+    report.notes += [*_broken_notes(done.values()), *cautions(report.tensors)]
     report.read = plan.base.nbytes + sum(expert.checkpoint.nbytes for expert in plan.experts)
     report.written = sum(tensor.nbytes for tensor in plan.tensors)
     report.seconds = time.perf_counter() - started

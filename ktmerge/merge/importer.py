@@ -1,7 +1,7 @@
 """mergekit's YAML to a ktmerge recipe, and what the same words mean differently there. Loads no torch, no mergekit.
 
-Understood: ``models`` with ``base_model``; parameters as one value, as filters over tensor names, as gradients over
-layers, where a recipe can say the same.
+Understood: ``models``, or a slice of all their layers, with ``base_model``; parameters as one value, as filters over
+tensor names, as gradients over layers, where a recipe can say the same.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ktmerge.checkpoints.checkpoint import Checkpoint
+from ktmerge.checkpoints.parts import Parts
 from ktmerge.errors import UsageError
 from ktmerge.merge.gradients import Setting, where_rules
 from ktmerge.merge.mergekit_file import NO_MEANING, WHERE, Merge, read_merge
@@ -65,7 +67,22 @@ def import_mergekit(text: str) -> tuple[dict[str, Any], list[str]]:
         if dtype not in _DTYPES:
             raise UsageError(f"{WHERE}: dtype {dtype} cannot be written; use one of {', '.join(_DTYPES)}.")
         recipe["output"] = {"dtype": dtype}
-    return recipe, [*differences, *_ALWAYS]
+    return recipe, [*differences, *_layers_left(merge), *_ALWAYS]
+
+
+def _layers_left(merge: Merge) -> list[str]:
+    """A slice has to take all layers that the base has, which shows where the base is here."""
+    if merge.layers is None:
+        return []
+    base = Path(merge.base)
+    if not base.is_dir():
+        return [f"its slice of {merge.layers} layers is taken for all of the base's, which is no folder here."]
+    count = Parts(Checkpoint.open(base)).layers.get("llm")
+    if count != merge.layers:
+        raise UsageError(
+            f"{WHERE}: its slice takes {merge.layers} layers, and {base} has {count}; none can be left out."
+        )
+    return []
 
 
 _Translation = tuple[dict[str, Any], dict[str, Setting], list[float], list[str]]

@@ -12,9 +12,18 @@ from ktmerge.errors import UsageError, did_you_mean
 from ktmerge.merge.gradients import Setting, read_setting
 
 WHERE = "mergekit file"
-_KEYS = ("merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "name", "tokenizer_source")
+_KEYS = (
+    "merge_method",
+    "models",
+    "slices",
+    "base_model",
+    "parameters",
+    "dtype",
+    "out_dtype",
+    "name",
+    "tokenizer_source",
+)
 _REFUSED = {
-    "slices": "layers cannot be stacked or left out: the output has the base's architecture",
     "modules": "write one recipe with where rules by part (vision, connector, llm) instead",
     "tokenizer": "the base's tokenizer is carried as it is; grow the vocabulary of the base before tuning",
     "chat_template": "the base's chat template is carried as it is",
@@ -41,6 +50,8 @@ class Merge:
     models: list[Model]
     base_settings: Mapping[str, Setting] | None
     shared: Mapping[str, Setting]
+    layers: int | None = None
+    """How many a slice takes that takes all; None: the file has no slices."""
 
     def per_model(self, key: str, default: float | None = None) -> list[Setting]:
         """A parameter of every model, from the model, else from the document, else the default."""
@@ -83,7 +94,9 @@ def read_merge(document: Any) -> Merge:
             raise UsageError(f"{WHERE}: unknown key '{key}'.{did_you_mean(str(key), _KEYS)}")
     if document.get("tokenizer_source") not in (None, "base"):
         raise UsageError(f"{WHERE}: 'tokenizer_source' cannot be said in a recipe: {_REFUSED['tokenizer']}.")
-    entries = document.get("models")
+    entries, layers = document.get("models"), None
+    if "slices" in document:
+        entries, layers = _whole_slice([] if "models" in document else document["slices"])
     if not isinstance(entries, list) or not entries:
         raise UsageError(f"{WHERE}: has no models.")
     listed = [_entry(entry, f"models[{index}]") for index, entry in enumerate(entries)]
@@ -101,7 +114,26 @@ def read_merge(document: Any) -> Merge:
         raise UsageError(f"{WHERE}: names no model besides the base.")
     names = _names([reference for reference, _ in others])
     models = [Model(name, *other) for name, other in zip(names, others, strict=True)]
-    return Merge(method, base, models, own, shared)
+    return Merge(method, base, models, own, shared, layers)
+
+
+def _whole_slice(slices: Any) -> tuple[list[Any], int]:
+    """The models of the one slice that takes the same layers of all of them, from the first on, and how many."""
+    refused = UsageError(
+        f"{WHERE}: 'slices' cannot be said in a recipe, but for one that takes all layers of every model: layers "
+        "cannot be stacked or left out, as the output has the base's architecture."
+    )
+    one = slices[0] if isinstance(slices, list) and len(slices) == 1 else None
+    sources = one.get("sources") if isinstance(one, dict) and set(one) == {"sources"} else None
+    if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
+        raise refused
+    ranges = [source.get("layer_range") for source in sources]
+    first = ranges[0] if ranges else None
+    whole = isinstance(first, list) and len(first) == 2 and first[0] == 0 and type(first[1]) is int
+    if not whole or any(other != first for other in ranges):
+        raise refused
+    assert isinstance(first, list)
+    return [{key: value for key, value in source.items() if key != "layer_range"} for source in sources], first[1]
 
 
 def _entry(entry: Any, where: str) -> tuple[str, Mapping[str, Setting]]:

@@ -13,7 +13,7 @@ from ktmerge.checkpoints.hub import on_this_machine
 from ktmerge.checkpoints.matrices import MatrixLayout, bias_layout, matrix_layout
 from ktmerge.checkpoints.opening import open_model
 from ktmerge.checkpoints.parts import Parts
-from ktmerge.checkpoints.quantised import scheme_of
+from ktmerge.checkpoints.quantised import scheme_of, way_out
 from ktmerge.checkpoints.tying import claimed_tie, tied_head
 from ktmerge.checkpoints.union import join_vocabularies
 from ktmerge.checkpoints.vocabulary import fit_vocabulary
@@ -27,7 +27,6 @@ from ktmerge.merge.stage import Pipeline
 from ktmerge.recipes.schema import Recipe
 
 _OUTPUT_TAGS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_WAY_OUT = "Give the unquantised model, or write 'dequantise: true'"
 
 
 def plan_blend(recipe: Recipe) -> Plan:
@@ -105,7 +104,8 @@ def _open_experts(recipe: Recipe, base: Checkpoint | None, problems: list[str]) 
         if checkpoint is None or base is None:
             continue
         if scheme is not None and scheme_of(base) is None:
-            problems.append(f"experts.{name}: its weights are quantised by {scheme}, the base's are not. {_WAY_OUT}.")
+            said = f"experts.{name}: its weights are quantised by {scheme}, the base's are not"
+            problems.append(f"{said}. {way_out(scheme)}.")
             continue
         opened[name] = fit_experts(base, checkpoint)
     return opened
@@ -173,9 +173,10 @@ def decide(
         problems += rule.unused(matched[rule.index])
     quantised = [plan.name for plan in plans if plan.tensor_class == "quant" and plan.action == "blend"]
     if quantised:
+        scheme = scheme_of(base)
         problems.append(
-            f"base: {len(quantised)} tensors are quantised by {scheme_of(base)} ({', '.join(quantised[:3])}...): sums "
-            f"of packed codes mean nothing. {_WAY_OUT}, or keep these tensors with a where rule."
+            f"base: {len(quantised)} tensors are quantised by {scheme} ({', '.join(quantised[:3])}...): sums "
+            f"of packed codes mean nothing. {way_out(scheme)}, or keep these tensors with a where rule."
         )
     return tuple(plans)
 

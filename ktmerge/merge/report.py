@@ -131,6 +131,26 @@ def summary(tensors: Iterable[TensorReport]) -> dict[str, Any]:
     }
 
 
+FAR = 0.1
+"""||lambda M|| / ||theta_0|| above which experts probably come from another base."""
+
+
+def cautions(tensors: Iterable[TensorReport]) -> list[str]:
+    """What a blend's numbers say of its inputs: experts of another base, or that are the base. One sentence each."""
+    blended = [tensor for tensor in tensors if not tensor.what.startswith("keep ")]
+    moved = summary(blended)["relative_norm"]
+    if blended and not any(tensor.changed for tensor in blended):
+        return ["no weight differs from the base's: are experts and base other models, and lambda and density over 0?"]
+    idle = [name for name, count in _total_kept(blended).items() if not count]
+    found = [f"{name} adds nothing: it equals the base, or all of its change was dropped." for name in idle]
+    if moved is not None and moved > FAR:
+        found.append(
+            f"the blend lies {moved:.0%} of the base's norm away from it, which is far: an expert may have been tuned "
+            "from another base; 'ktmerge inspect BASE EXPERT' tells."
+        )
+    return found
+
+
 def _total_kept(tensors: Iterable[TensorReport]) -> Mapping[str, int]:
     totals: dict[str, int] = {}
     for tensor in tensors:

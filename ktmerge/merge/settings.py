@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from reprlib import repr
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 from pydantic import ValidationError
@@ -12,7 +11,7 @@ from pydantic import ValidationError
 from ktmerge.errors import UsageError, collected, did_you_mean, located, refuse
 from ktmerge.merge.registry import find_method, find_stage
 from ktmerge.merge.stage import KINDS, Kind, Method, Parameters, Pipeline, Promises, Stage, Stages, StageUse
-from ktmerge.recipes.load import FIXED_BLEND_KEYS, FIXED_RULE_KEYS
+from ktmerge.recipes.load import FIXED_BLEND_KEYS, FIXED_RULE_KEYS, shown
 from ktmerge.recipes.schema import Blend, WhereRule
 
 if TYPE_CHECKING:
@@ -238,7 +237,7 @@ def _sentence(stage: Stage, problem: Any, where: str) -> str:
         return f"{where}: stage '{stage.name}' has no parameter '{name}'.{did_you_mean(name, fields)}"
     if problem["type"] == "missing":
         return f"{where}.{name}: '{stage.name}' needs it."
-    return f"{where}.{name}: must be {_allowed(fields[name])}, not {repr(problem['input'])}."
+    return f"{where}.{name}: must be {_allowed(fields[name])}, not {shown(problem['input'])}."
 
 
 _KINDS: dict[Any, str] = {

@@ -96,7 +96,7 @@ def parse_yaml(text: str, where: str) -> Any:
     except EndlessError as error:
         raise UsageError(f"{where}: {error}") from None
     except yaml.YAMLError as error:
-        raise UsageError(f"{where}: not valid YAML: {_first_problem(error)}") from None
+        raise UsageError(f"{where}: not valid YAML: {_first_problem(error, text)}") from None
     except (ValueError, TypeError, LookupError, AttributeError) as error:  # a number that is none
         raise UsageError(f"{where}: not valid YAML: a value is not what it looks like or is tagged: {error}.") from None
 
@@ -189,8 +189,10 @@ def _extent(root: yaml.Node) -> tuple[int, int]:
     return measure(root)
 
 
-def _first_problem(error: yaml.YAMLError) -> str:
+def _first_problem(error: yaml.YAMLError, text: str) -> str:
     mark = getattr(error, "problem_mark", None)
+    if mark and text[mark.index : mark.index + 1] == "\t":
+        return f"a tab at the beginning of a line; indent with spaces (line {mark.line + 1}, column {mark.column + 1})"
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]
     if problem.startswith("but "):
         problem = f"{getattr(error, 'context', None) or 'something else was expected'}, {problem}"

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
+import re
 import types
 import typing
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -44,7 +47,8 @@ def load_recipe(
         reference: path of a YAML file, or a name from the gallery (``ktmerge recipe list``).
         overrides: ``key=value`` strings, see :func:`ktmerge.recipes.overrides.apply_overrides`.
         base: replaces ``base``; a path is taken relative to the current folder.
-        experts: ``name=model`` or ``name=model:weight`` strings that replace ``experts``, likewise.
+        experts: ``name=model`` or ``name=model:weight`` strings that replace ``experts``, likewise; without a name the
+            folder's is taken.
 
     Raises:
         UsageError: anything that keeps the recipe from being valid.
@@ -77,7 +81,9 @@ def parse_recipe(document: dict[str, Any], where: str, folder: Path, file: Path 
 def _present(document: dict[str, Any], where: str) -> dict[str, Any]:
     """A recipe's document in the schema version of today."""
     if "ktmerge" not in document and "merge_method" in document:
-        raise UsageError(f"{where}: this is a mergekit file; read it with 'ktmerge recipe import {where}'.")
+        raise UsageError(
+            f"{where}: this is a mergekit file; 'ktmerge recipe import {where} --out recipe.yaml' makes it a recipe."
+        )
     return migrated(document, "ktmerge", SCHEMA_VERSION, RECIPE_STEPS, where)
 
 
@@ -154,21 +160,24 @@ def _sentence(model: type[BaseModel], problem: Any) -> str:
     key = _spell(model, location)
     if problem["type"] == "extra_forbidden":
         owner = _model_at(model, location[:-1])
-        return f"unknown key '{key}'.{did_you_mean(str(location[-1]), _keys(owner) if owner else ())}"
+        meant = _elsewhere(str(location[-1])) if owner is Recipe else ""
+        return f"unknown key '{key}'.{meant or did_you_mean(str(location[-1]), _keys(owner) if owner else ())}"
     if problem["type"] == "missing":
         return f"the key '{key}' is missing."
     if problem["type"] == "union_tag_invalid":
         tag = str(problem["ctx"]["tag"])
         return f"{key}.kind: there is no kind '{tag}'.{did_you_mean(tag, sorted(_kinds() - {'lm_eval'}))}"
     if problem["type"] == "string_pattern_mismatch" and location[-1] == "name":
-        return f"{key}: letters, digits and _ . - make a name, a letter or digit first, not {_shown(problem['input'])}."
+        return f"{key}: letters, digits and _ . - make a name, a letter or digit first, not {shown(problem['input'])}."
     if key and problem["type"] in _SHAPES:
-        return f"{key}: must be {_SHAPES[problem['type']]}, not {_shape(problem['input'])}."
+        first = _FIRST_KEYS.get((location[0], len(location))) if isinstance(problem["input"], str) else None
+        such = f", such as {{{first}: {printable(_short(problem['input']))}}}" if first else ""
+        return f"{key}: must be {_SHAPES[problem['type']]}{such}, not {_shape(problem['input'])}."
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if not key:
         return f"{message}."
-    given = "" if isinstance(problem["input"], (dict, list)) else f", not {_shown(problem['input'])}"
+    given = "" if isinstance(problem["input"], (dict, list)) else f", not {shown(problem['input'])}"
     return f"{key}: {message}{given}."
 
 
@@ -176,12 +185,32 @@ _SHAPES = {"model_type": "keys with values", "dict_type": "keys with values", "l
 """What pydantic says of a value of another shape, in a reader's words."""
 
 
+_FIRST_KEYS: Mapping[tuple[str | int, int], str] = {("experts", 2): "model", ("blend", 1): "method"}
+"""By section and depth: the key that is left out where it is given as a text."""
+
+_LONGEST_PARAMETER = 40
+_MERGEKIT = {"base_model": "base", "models": "experts", "merge_method": "blend.method", "dtype": "output.dtype"}
+
+
+def _elsewhere(key: str) -> str:
+    """Where a key belongs that stands at the top of a recipe by mistake: mergekit's, or one of the blend's."""
+    near = did_you_mean(key, _keys(Recipe), list_all=False)
+    if key in _MERGEKIT:
+        return f" Did you mean '{_MERGEKIT[key]}'?"
+    if near or not key.isidentifier() or len(key) > _LONGEST_PARAMETER:
+        return near
+    if key in FIXED_BLEND_KEYS:
+        return f" Did you mean 'blend.{key}'?"
+    return f" If the method has it, it is 'blend.{key}'.{did_you_mean(key, _keys(Recipe))}"
+
+
 def _shape(value: Any) -> str:
-    return "a list" if isinstance(value, list) else "keys with values" if isinstance(value, dict) else _shown(value)
+    return "a list" if isinstance(value, list) else "keys with values" if isinstance(value, dict) else shown(value)
 
 
-def _shown(value: Any) -> str:
-    return _short(repr(value))
+def shown(value: Any) -> str:
+    """As YAML has it."""
+    return _short("null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value))
 
 
 def _short(text: str) -> str:
@@ -246,16 +275,22 @@ def _kinds() -> frozenset[str]:
 
 
 def _expert(text: str) -> tuple[str, dict[str, Any]]:
-    name, equals, model = text.partition("=")
-    if not equals or not name or not model:
-        raise UsageError(f"--expert {text}: write name=model or name=model:weight.")
+    name, equals, model = text.partition("=") if "=" in text else ("", "", text)
+    if bool(equals) != bool(name) or not model:
+        raise UsageError(
+            f"--expert {text}: write name=model or name=model:weight; without name=, the folder's name counts."
+        )
     head, colon, tail = model.rpartition(":")
     if colon and head and not Path(model).exists():
-        try:
-            return name, {"model": _from_here(head), "weight": float(tail)}
-        except ValueError:
-            pass
-    return name, {"model": _from_here(model)}
+        with suppress(ValueError):
+            return name or _name_of(head), {"model": _from_here(head), "weight": float(tail)}
+    return name or _name_of(model), {"model": _from_here(model)}
+
+
+def _name_of(model: str) -> str:
+    """What an expert is called that was given by its folder or hub id alone."""
+    folder = os.path.abspath(model) if Path(model).exists() else model.partition("@")[0]
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(folder).name)
 
 
 def _from_here(model: str) -> str:

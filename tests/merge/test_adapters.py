@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from ktmerge.checkpoints.digests import input_files
 from ktmerge.checkpoints.opening import open_model
 from ktmerge.errors import KtmergeError, UsageError
-from ktmerge.merge import blend
+from ktmerge.merge import blend, inspect
 from ktmerge.merge.planning import plan_blend
 
 WHOLE = {"method": "linear", "lambda": 1}
@@ -120,6 +120,17 @@ def test_an_adapter_over_the_base_changes_what_the_others_are_measured_against(
         assert same_bytes(values, wanted)
     assert (tmp_path / "out" / "config.json").exists()
     assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_what_an_adapter_does_not_bring_is_no_difference(adapted: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    folder, _ = adapted
+    (folder / "base/tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    (folder / "base/merges.txt").write_text("a b")
+    found = inspect(folder / "base", {"a": folder / "adapter"}, headers_only=True)
+    assert list(found.differences["a"].lines()) == []
+    (folder / "adapter/tokenizer.json").write_text('{"model": {"vocab": {"a": 0, "b": 1}}}')
+    found = inspect(folder / "base", {"a": folder / "adapter"}, headers_only=True)
+    assert list(found.differences["a"].tokens) == ["added"]
 
 
 def test_what_an_adapter_needs_is_said(adapted: tuple[Path, dict[str, torch.Tensor]], recipe_in: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from ktmerge.merge import blend, engine
 from ktmerge.merge.engine import execute
 from ktmerge.merge.planning import plan_blend
 from ktmerge.merge.sinks import FileSink
+from ktmerge.progress import SILENT
 
 ONE = {"a": ("a", 1.0)}
 TWO = {"a": ("a", 1.0), "b": ("b", 1.0)}
@@ -39,6 +41,45 @@ def test_endpoints_are_the_same_file_bytes(
     blend(recipe, tmp_path / "out", device="cpu")
     stored = (tmp_path / "out/model.safetensors").read_bytes()
     assert stored == (llamas / same_as / "model.safetensors").read_bytes()
+
+
+class Told:
+    """Keeps the notes that a blend tells."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def task(self, description: str, total: float | None, unit: str = "items") -> Any:
+        return SILENT.task(description, total)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.mark.parametrize(
+    ("models", "said"),
+    [
+        (("a", "b"), []),
+        (("base", "b"), ["a adds nothing: it equals the base"]),
+        (("base", "base"), ["no weight differs from the base's"]),
+        (("alien", "b"), [r"the blend lies \d+% of the base's norm away from it"]),
+    ],
+    ids=["fine-tunes", "one is the base", "all are the base", "another base"],
+)
+def test_inputs_that_make_no_sense_together_are_told(
+    llamas: Path, tmp_path: Path, recipe_in: Any, models: tuple[str, str], said: list[str]
+) -> None:
+    """On the terminal and in the record, also where nobody inspected them before."""
+    write(tmp_path / "alien", llama_tensors(seed=9))
+    places = [str(tmp_path / name if name == "alien" else llamas / name) for name in models]
+    experts = {name: (place, 1.0) for name, place in zip("ab", places, strict=True)}
+    told = Told()
+    report = blend(recipe_in(llamas, experts, {"method": "ties"}), tmp_path / "out", device="cpu", progress=told)
+    assert len(report.notes) == len(said)
+    for note, expected in zip(report.notes, said, strict=True):
+        assert re.match(expected, note)
+        assert f"note: {note}" in told.notes
+    assert json.loads((tmp_path / "out/ktmerge.json").read_text())["notes"] == report.notes
 
 
 @pytest.mark.parametrize(("method", "searches"), [("linear", False), ("dare", False), ("ties", True)])

@@ -61,6 +61,15 @@ def test_a_colour_means_the_same_in_every_panel_and_darker_is_farther(tmp_path: 
     assert sum(both[:half]) > sum(both[half:])
 
 
+def test_the_scale_has_labels_enough_to_be_read(tmp_path: Path) -> None:
+    """Powers of ten alone are none or one where all moved about as far."""
+    base = llama_tensors()
+    write(tmp_path / "base", base)
+    write(tmp_path / "a", tuned(base, 1e-2, 1, frozen=("norm",)))
+    texts, _ = drawn(heat_map(inspect(tmp_path / "base", {"a": tmp_path / "a"}), Path("x.svg")).decode())
+    assert len([text for text in texts if re.fullmatch(r"(0\.)?0*[125]0*%", text)]) >= 3, texts
+
+
 @pytest.mark.slow
 def test_joined_queries_keys_and_values_lie_under_the_three(tmp_path: Path) -> None:
     """A vision tower with one matrix for all three, a language model with three; and a model with joined ones only."""

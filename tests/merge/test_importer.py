@@ -11,6 +11,7 @@ import yaml
 from merge_memory import MATRIX, Workbench, noise
 from merge_models import llama_tensors, tuned, write
 
+from ktmerge.api.gallery import import_recipe
 from ktmerge.errors import UsageError
 from ktmerge.merge.importer import import_mergekit
 from ktmerge.merge.planning import plan_blend
@@ -127,6 +128,65 @@ def test_gradients_need_the_base(tmp_path: Path) -> None:
         imported(merge_method="ties", base_model="org/far", models=TWO, parameters={"density": [0.1, 0.9]})
 
 
+def sliced(folder: Path, *ranges: list[int]) -> dict[str, Any]:
+    """The file that most guides to mergekit's slerp begin with."""
+    sources = [
+        {"model": str(folder / name), "layer_range": one} for name, one in zip(("base", "a"), ranges, strict=True)
+    ]
+    return {
+        "slices": [{"sources": sources}], "merge_method": "slerp", "base_model": str(folder / "base"),
+        "parameters": {"t": [{"filter": "mlp", "value": 0.3}, {"value": 0.5}]},
+    }  # fmt: skip
+
+
+def test_a_slice_of_all_layers_is_a_list_of_models(tmp_path: Path) -> None:
+    folder = layered(tmp_path)
+    document = sliced(folder, [0, 5], [0, 5])
+    models = [{"model": str(folder / name)} for name in ("base", "a")]
+    assert imported(**document) == imported(**{k: v for k, v in document.items() if k != "slices"}, models=models)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "expected"),
+    [
+        (([0, 5], [0, 4]), "but for one that takes all layers"),
+        (([1, 5], [1, 5]), "but for one that takes all layers"),
+        (([0, 4], [0, 4]), "takes 4 layers, and .*base has 5"),
+    ],
+)
+def test_other_slices_are_refused(tmp_path: Path, ranges: tuple[list[int], list[int]], expected: str) -> None:
+    with pytest.raises(UsageError, match=expected):
+        imported(**sliced(layered(tmp_path), *ranges))
+
+
+def test_layers_of_a_base_that_is_not_here_are_taken_on_trust() -> None:
+    _, differences = imported(**sliced(Path("org"), [0, 5], [0, 5]))
+    assert any("its slice of 5 layers is taken for all" in line for line in differences)
+
+
+def test_paths_of_the_working_folder_are_written_as_the_recipe_sees_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models/base").mkdir(parents=True)
+    (tmp_path / "recipes").mkdir()
+    monkeypatch.chdir(tmp_path)
+    models = [{"model": "models/base"}, {"model": "org/a"}]
+    Path("mine.yaml").write_text(
+        yaml.safe_dump(
+            {"merge_method": "ties", "base_model": "models/base", "models": models, "parameters": {"weight": 1}}
+        )
+    )
+    import_recipe(Path("mine.yaml"), Path("recipes/mine.yaml"))
+    written = yaml.safe_load(Path("recipes/mine.yaml").read_text())
+    assert (written["base"], written["experts"]["a"]["model"]) == ("../models/base", "org/a")
+
+
+def test_the_file_that_cannot_be_imported_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("merge_method: passthrough\nslices: []\n")
+    with pytest.raises(UsageError, match=r"mine\.yaml: mergekit file: 'slices'"):
+        import_recipe(tmp_path / "mine.yaml", None)
+
+
 def test_an_adapter_stays_an_adapter() -> None:
     models = [{"model": "org/x+runs/lora", "parameters": {"weight": 1, "density": 0.5}}]
     recipe, _ = imported(merge_method="ties", base_model="org/x", models=models)
@@ -135,6 +195,7 @@ def test_an_adapter_stays_an_adapter() -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"slices": []}, "'slices' cannot be said in a recipe"),
+    ({"models": None, "slices": [{"sources": []}]}, "'slices' cannot be said in a recipe"),
     ({"modules": {}}, "'modules' cannot be said in a recipe"),
     ({"tokenizer": {}}, "'tokenizer' cannot be said"),
     ({"tokenizer_source": "union"}, "'tokenizer_source' cannot be said"),

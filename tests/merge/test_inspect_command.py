@@ -64,6 +64,18 @@ def test_wrong_input_gets_one_sentence_and_code_2(tmp_path: Path, capsys: pytest
         assert printed.out == ""
 
 
+def test_headers_that_show_no_difference_are_told_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("base", "x"):
+        write(tmp_path / name, llama_tensors())
+    write(tmp_path / "y", llama_tensors(dtype=torch.float16))
+    assert cli._exit_code(["inspect", "base", "x", "y", "--headers"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines if line.startswith(" x ")] == [
+        ["x", "all", "nothing", "that", "headers", "and", "files", "show"]
+    ]
+    assert any(line.startswith(" y ") and "F16" in line for line in lines)
+
+
 def test_packed_weights_are_told_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     packed = {"model.layers.0.mlp.up_proj.qweight": torch.zeros(4, 4, dtype=torch.int32)}
     config = {"quantization_config": {"quant_method": "gptq"}}

@@ -40,6 +40,16 @@ def test_quantised_inputs_are_refused_by_name(tmp_path: Path, recipe_in: Any) ->
         plan_blend(recipe_in(tmp_path, {"a": ("q", 1.0)}, WHOLE, base="q"))
 
 
+def test_nobody_is_sent_to_dequantise_what_cannot_be(tmp_path: Path, recipe_in: Any) -> None:
+    packed = {"model.layers.0.mlp.up_proj.qweight": torch.zeros(4, 4, dtype=torch.int32)}
+    write(tmp_path / "q", packed, {**CONFIG, "quantization_config": {"quant_method": "gptq"}})
+    write(tmp_path / "plain", llama_tensors(), CONFIG)
+    for base, expert in (("plain", "q"), ("q", "plain")):
+        with pytest.raises(UsageError, match=r"quantised by GPTQ.*Give the unquantised model[.,]") as refused:
+            plan_blend(recipe_in(tmp_path, {"a": (expert, 1.0)}, WHOLE, base=base))
+        assert "dequantise" not in str(refused.value)
+
+
 def test_a_quantised_expert_is_dequantised_when_asked(tmp_path: Path, recipe_in: Any) -> None:
     meant = quantised(tmp_path / "q", llama_tensors(seed=1))
     write(tmp_path / "plain", llama_tensors(), CONFIG)

@@ -87,6 +87,16 @@ def test_reads_everything(tmp_path: Path) -> None:
             "output: bfloat16",
             "output: must be keys with values, not 'bfloat16'.",
         ),
+        (
+            "experts:\n",
+            "experts:\n  poems: runs/poems\n",
+            "experts.poems: must be keys with values, such as {model: runs/poems}, not 'runs/poems'.",
+        ),
+        ("experts:\n", "experts:\n  poems:\n", "experts.poems: must be keys with values, not null."),
+        ("seed: 42", "density: 0.2", "unknown key 'density'. If the method has it, it is 'blend.density'. Valid: base"),
+        ("seed: 42", "lambda: 0.2", "unknown key 'lambda'. Did you mean 'blend.lambda'?"),
+        ("seed: 42", "merge_method: ties", "unknown key 'merge_method'. Did you mean 'blend.method'?"),
+        ("seed: 42", "output:\n\tdtype: bfloat16", "a tab at the beginning of a line; indent with spaces"),
         ("spam: {", "base: {", "'base' cannot name an expert"),
         ("spam: {", '"spam\\n": {', "cannot name an expert"),
         ("lambda: 1.0", "lambda: .nan", "blend.lambda"),
@@ -228,6 +238,20 @@ def test_base_and_experts_from_the_command_line(tmp_path: Path, monkeypatch: pyt
     assert recipe.experts["a"].model == str(tmp_path / "tuned")
     assert recipe.experts["a"].weight == 0.25
     assert recipe.experts["b"].model == "org/other"
+
+
+def test_an_expert_without_a_name_is_called_as_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/my poems").mkdir(parents=True)
+    recipe = load_recipe("ties", base="org/base", experts=["runs/my poems/", "org/spam@v1:0.5", "runs/..:2"])
+    found = {name: (one.model, one.weight) for name, one in recipe.experts.items()}
+    assert found == {
+        "my-poems": (str(tmp_path / "runs/my poems"), 1.0),
+        "spam": ("org/spam@v1", 0.5),
+        tmp_path.name: (str(tmp_path / "runs/.."), 2.0),
+    }
+    with pytest.raises(UsageError, match="write name=model"):
+        load_recipe("ties", base="org/base", experts=[""])
 
 
 def test_unknown_gallery_name_gets_a_suggestion() -> None:

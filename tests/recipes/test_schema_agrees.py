@@ -107,7 +107,7 @@ def is_valid(section: type[BaseModel], document: dict[str, Any]) -> bool:
 def test_a_whole_number_may_be_written_as_a_power_of_ten() -> None:
     recipe = parse_recipe({"ktmerge": 1, "seed": 1e3, "eval": {"suite": "s", "bootstrap": 500.0}}, "x", Path())
     assert (recipe.seed, recipe.eval and recipe.eval.bootstrap) == (1000, 500)
-    with pytest.raises(UsageError, match=r"seed: .*integer, not True"):
+    with pytest.raises(UsageError, match=r"seed: .*integer, not true"):
         parse_recipe({"ktmerge": 1, "seed": True}, "x", Path())
 
 

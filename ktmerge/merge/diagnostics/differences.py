@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ktmerge.checkpoints.adapter import CONFIG as ADAPTER_CONFIG
 from ktmerge.checkpoints.alignment import Alignment
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.files import clear_os_errors
@@ -95,9 +96,13 @@ class Differences:
 
 
 def compare(base: Checkpoint, other: Checkpoint, alignment: Alignment) -> Differences:
-    """Hold what stands beside the weights of a tuned model against the base's."""
+    """Hold what stands beside the weights of a tuned model against the base's.
+
+    An adapter is folded in float32, and its folder has no more than what is trained: neither is a difference.
+    """
+    adapter = ADAPTER_CONFIG in other.other_files
     types: dict[tuple[str, str], int] = {}
-    for here, there in alignment.mapping.items():
+    for here, there in () if adapter else alignment.mapping.items():
         pair = base.tensors[here].dtype, other.tensors[there].dtype
         if pair[0] != pair[1]:
             types[pair] = types.get(pair, 0) + 1
@@ -115,6 +120,8 @@ def compare(base: Checkpoint, other: Checkpoint, alignment: Alignment) -> Differ
                 read_object(base.root / file), read_object(other.root / file), f"{file.removesuffix('.json')}: "
             )
     own, others = TokenizerFiles.read(base.root), TokenizerFiles.read(other.root)
+    if adapter and not others.tokens:
+        others = own
     return Differences(
         {kind: names for kind, names in tensors.items() if names},
         types,
@@ -122,7 +129,7 @@ def compare(base: Checkpoint, other: Checkpoint, alignment: Alignment) -> Differ
         (len(own.tokens) or None, len(others.tokens) or None),
         _token_changes(own.tokens, others.tokens),
         list(_tokenizer_changes(own, others)),
-        _file_changes(base, other),
+        {} if adapter else _file_changes(base, other),
     )
 
 

@@ -24,6 +24,8 @@ LEFT, TOP, BOTTOM, BETWEEN = 76.0, 46.0, 58.0, 16.0
 WIDEST = 820.0
 DECADES = 4
 """What is this many powers of ten below the largest has the palest colour."""
+NARROW = 20
+"""Where the largest is less than so many times the smallest, powers of ten alone would leave one label or none."""
 UNCHANGED = "#e4e4e4"
 _JOINED = ("q", "k", "v")
 
@@ -222,10 +224,12 @@ def _label(axes: Any, block: Block, top: float) -> None:
 
 
 def _legend(figure: Any, bar: Any, colours: Any, *, clipped: bool) -> None:
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     drawn_bar = figure.colorbar(colours, cax=bar, orientation="horizontal", extend="min" if clipped else "neither")
     drawn_bar.outline.set_visible(False)
+    if colours.norm.vmax < NARROW * colours.norm.vmin:
+        bar.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     bar.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
     bar.xaxis.set_minor_formatter(NullFormatter())
     bar.tick_params(labelsize=SMALL)

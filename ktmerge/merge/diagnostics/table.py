@@ -29,6 +29,9 @@ def tables(found: Inspection, *, layers: bool) -> Iterator[Table]:
         if found.common:
             yield _common(found, parts)
     rows = [[name, what, line] for name, one in found.differences.items() for what, line in one.lines()]
+    if not found.models:  # headers alone were read
+        same = [name for name, one in found.differences.items() if not any(one.lines())]
+        rows += [[name, "all", "nothing that headers and files show"] for name in same]
     if rows:
         yield ["model", "about", "differs from the base in"], _once(rows, 2), "beside the weights"
 
