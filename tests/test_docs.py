@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import re
 import shlex
 from functools import cache
@@ -66,6 +67,28 @@ def test_links_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
             assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_readmes_tables_have_the_numbers_that_were_measured() -> None:
+    """Of methods as in results.csv, of speed as in benchmarks.md; who measures again has both to write."""
+    rows = [re.findall(r"[^|]+", line) for line in PAGES[0].read_text(encoding="utf-8").splitlines()]
+    with (ROOT / "docs/results.csv").open(encoding="utf-8") as file:
+        measured = {
+            (row["part"].replace("one", "1"), row["method"]): row["hypervolume"] for row in csv.DictReader(file)
+        }
+    (head,) = [[cell.strip() for cell in row] for row in rows if row[:2] == [" method ", " needs "]]
+    methods = [(method, row[2:]) for row in rows if len(row) == 6 for method in re.findall("`(.*?)`", row[0])]
+    assert len(methods) == 7
+    for method, cells in methods:
+        for part, cell in zip(head[2:], cells, strict=True):
+            assert f"{float(measured[part, method]):.3f}" == cell.strip(), f"{method}, {part}"
+    benchmarks = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    table = benchmarks[: benchmarks.index("The floor took")].splitlines()
+    speeds = [row for row in rows if row and row[-1].endswith(" x ")]
+    assert len(speeds) == 3
+    for name, *cells in [row[1:] for row in speeds]:
+        (line,) = [line for line in table if line.startswith(f"|{name.rstrip()}") and "one threshold" not in line]
+        assert all(number in line for cell in cells for number in re.findall(r"[0-9.]+", cell)), name
 
 
 def test_the_readmes_python_names_what_is_there() -> None:
