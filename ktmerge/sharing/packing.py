@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +144,14 @@ def _suite_into(folder: Path, recipe: Recipe, section: dict[str, Any]) -> dict[s
 
 
 def _text(document: dict[str, Any], source: Path | None) -> str:
-    """The recipe as it was written if it says the same, comments and all; else written out."""
-    if source is not None and read_yaml(source) == document:
-        return source.read_text(encoding="utf-8")
-    return yaml_text(document)
+    """The recipe as it was written if it says the same, comments and all; else written out, below its heading."""
+    if source is None:
+        return yaml_text(document)
+    text = source.read_text(encoding="utf-8")
+    if read_yaml(source) == document:
+        return text
+    heading = takewhile(lambda line: line.startswith("#"), text.splitlines(keepends=True))  # such as how it was chosen
+    return "".join(heading) + yaml_text(document)
 
 
 def _plain(stem: str) -> str:

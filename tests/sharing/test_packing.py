@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from bundle_models import RECIPE
 
 from ktmerge import api
 from ktmerge.checkpoints.staging import Staging
@@ -70,7 +71,29 @@ def test_the_command_names_every_expert(place: Path) -> None:
     words = shlex.split(blend_command(inputs, parse_recipe(document, "r", place), "a b"))
     assert words[3] == "a b/recipe.yaml"
     apply_overrides(document, [word for word, before in zip(words[1:], words, strict=False) if before == "--set"])
-    assert {name: one["model"] for name, one in document["experts"].items()} == {"spam": "SPAM", "qwen2.5": "QWEN2.5"}
+    for name, one in document["experts"].items():  # what is set is looked for beside the recipe
+        assert one == {"model": f"/PATH/{name.upper()}", "statistics": f"/PATH/{name.upper()}_STATISTICS"}
+
+
+def test_names_that_differ_by_case_are_told_apart_in_the_command(place: Path) -> None:
+    document = yaml.safe_load(Path("recipe.yaml").read_text())
+    document |= {"experts": {name: {"model": "m"} for name in ("a", "A", "Base")}, "statistics": "s"}
+    files = {"config.json": FileEntry.of(b"{}")}
+    inputs = {name: Input(model=f"./{name}.sha256-0", files=files) for name in ("base", *document["experts"])}
+    words = shlex.split(blend_command(inputs, parse_recipe(document, "r", place), ""))
+    given = [word for word, before in zip(words[1:], words, strict=False) if before in ("--base", "--expert", "--set")]
+    assert given == ["BASE", "a=A:1.0", "A=A_2:1.0", "Base=BASE_3:1.0", "statistics=/PATH/BASE_STATISTICS"]
+
+
+def test_what_stands_above_a_recipe_is_handed_over_with_it(place: Path) -> None:
+    """As a sweep says there how it chose; a comment further down has no place in what is written anew."""
+    head = "# chosen: trial 7\n# of 60\n"
+    Path("recipe.yaml").write_text(head + "ktmerge: 1\n# below\n" + RECIPE.partition("ktmerge: 1\n")[2])
+    api.pack("recipe.yaml", "told.ktr")
+    text = api.unpack("told.ktr", "theirs").out.joinpath("recipe.yaml").read_text()
+    assert text.startswith(head + "ktmerge: 1\n")
+    assert "# below" not in text
+    assert head in Path("theirs/README.md").read_text()
 
 
 def test_models_of_the_hub_are_named_by_commit(place: Path) -> None:
