@@ -65,7 +65,11 @@ def apply_delta(
         staging.require_space(manifest.size)
         with clear_os_errors(delta / BLOBS), open_regular(delta / BLOBS) as stream:
             _write(staging.folder, manifest, below, _Blobs(stream), progress)
-        wrong = [file for file, sha256 in wanted.items() if file_digest(staging.folder / file) != sha256]
+        wrong = [
+            file
+            for file, sha256 in wanted.items()
+            if file not in manifest.files or file_digest(staging.folder / file) != sha256
+        ]
         if wrong:
             raise UsageError(
                 f"{delta}: gives another {wrong[0]} than the lock beside it says its recipe gave; nothing was written."

@@ -18,7 +18,7 @@ from ktmerge.sharing.checking import require_bundle
 from ktmerge.sharing.command import apply_command, blend_command
 from ktmerge.sharing.fetching import PREFIX, bytes_in
 from ktmerge.sharing.manifest import FileEntry, Manifest, read_manifest
-from ktmerge.sharing.source import Offer, Source, offer_of
+from ktmerge.sharing.source import ArchiveSource, FolderSource, Offer, Source, offer_of
 
 _BUNDLE = "bundle"
 _WORTH_KEEPING = 1 << 20
@@ -59,7 +59,8 @@ def unpack(offer: Offer, out: Path, *, overwrite: bool = False, progress: Progre
     try:
         with clear_os_errors(staging.folder):
             shutil.rmtree(staging.folder / _BUNDLE, ignore_errors=True)
-        staging.require_space(2 * (offer.size or 0) - bytes_in(staging.folder))
+        copies = 1 if isinstance(offer.source, ArchiveSource | FolderSource) else 2  # as it comes, and unpacked
+        staging.require_space(copies * (offer.size or 0) - bytes_in(staging.folder))
         try:
             with progress.task(f"fetch {offer.where}", offer.size, "bytes") as step:
                 source = offer.source.fetched(staging.folder, step)

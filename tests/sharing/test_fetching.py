@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from http.client import IncompleteRead
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -177,6 +178,21 @@ def test_a_hub_goes_on_with_the_large_file_and_fetches_no_other_again(place: Pat
     assert watcher.steps["fetch"] == offer.size
     assert Path("out/delta/delta.bin").read_bytes() == delta
     assert not left()
+
+
+@pytest.mark.parametrize(("free", "remote"), [(1.5, False), (1.5, True), (2.5, True)])
+def test_room_is_asked_for_what_comes_and_what_it_becomes(
+    place: Path, monkeypatch: pytest.MonkeyPatch, free: float, remote: bool
+) -> None:
+    raw = (place / "r.ktr").read_bytes()
+    size = api.look("r.ktr").size or 0
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free * size))
+    with served(Shelf, raw=raw, asked=[]) as address:
+        if remote and free < 2:
+            with pytest.raises(KtmergeError, match="are free on that disk"):
+                api.unpack(f"{address}/r.ktr", "out")
+        else:
+            api.unpack(f"{address}/r.ktr" if remote else "r.ktr", "out")
 
 
 def test_a_token_is_for_the_hub_alone(place: Path, hub: Any) -> None:

@@ -553,6 +553,10 @@ def test_a_delta_of_another_model_than_the_recipes(place: Path) -> None:
     api.export_delta("base", "base", "theirs/delta", overwrite=True)
     with pytest.raises(UsageError, match=r"gives another .* than the lock beside it says"):
         api.apply_delta("base", "theirs/delta", "evil")
+    lock = place / "theirs" / contents.LOCK
+    lock.write_text(lock.read_text().replace("    model.safetensors: ", "    /dev/zero: "))
+    with pytest.raises(UsageError, match="gives another /dev/zero than"):  # nor is it read to its end
+        api.apply_delta("base", "theirs/delta", "evil")
     assert not (place / "evil").exists()
     api.export_delta("base", "base", "alone")
     assert api.apply_delta("base", "alone", "copy").out.is_dir()
