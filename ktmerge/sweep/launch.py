@@ -18,7 +18,7 @@ from threading import Thread
 from typing import Any, Literal
 
 from ktmerge.checkpoints.signals import uninterrupted
-from ktmerge.errors import KtmergeError, UsageError, first_line
+from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.progress import SILENT, Progress
 from ktmerge.sweep.outcome import Outcome
 from ktmerge.sweep.settings import SweepSettings
@@ -30,6 +30,8 @@ Where = Literal["here", "slurm", "local jobs", "ray"]
 _ANSWER_SECONDS = 10.0
 _PAUSE = 1.0
 """Seconds between looks at jobs."""
+_SHOWN = 300
+"""Characters of why one died."""
 _NO_CLUSTER = "--ray: no Ray cluster is running here; start one with 'ray start --head'."
 _CONTEXT = multiprocessing.get_context("spawn")
 
@@ -257,5 +259,6 @@ def _first(results: Iterable[tuple[str, Callable[[], Outcome]]], progress: Progr
             raise
         except Exception as error:  # a job or actor that died: whatever the launcher raises
             failures.append(error)
-            progress.note(f"{name} cannot go on: {first_line(error)}")
+            reason = " ".join((str(error) or type(error).__name__).split())  # submitit's begins with a path
+            progress.note(f"{name} cannot go on: {reason[:_SHOWN]}")
     raise KtmergeError(f"all {len(failures)} workers failed; the first: {failures[0]}")

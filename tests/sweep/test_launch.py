@@ -55,6 +55,23 @@ def test_a_worker_that_dies_is_told_of_when_it_does(monkeypatch: pytest.MonkeyPa
     progress = cast(Any, type("Told", (), {"note": lambda self, text: notes.append(text)})())
     jobs = [Job("a", 9), Job("b", 1, "out of memory\n  at x"), Job("c", 3), Job("d", 5, "lost")]
     assert launch._first(launch._as_they_end(jobs), progress) == "c"
-    assert notes == ["job b cannot go on: out of memory"]
+    assert notes == ["job b cannot go on: out of memory at x"]
     with pytest.raises(KtmergeError, match="all 2 workers failed; the first: lost"):
         launch._first(launch._as_they_end([Job("a", 9, "late"), Job("d", 5, "lost")]), progress)
+
+
+def test_so_is_an_actor() -> None:
+    notes: list[str] = []
+    progress = cast(Any, type("Told", (), {"note": lambda self, text: notes.append(text)})())
+
+    class Cluster:
+        @staticmethod
+        def wait(left: list[Job], num_returns: int) -> tuple[list[Job], list[Job]]:
+            first = min(left, key=lambda one: one.looks)
+            return [first], [one for one in left if one is not first]
+
+        get = staticmethod(Job.result)
+
+    running = [Job("a", 9), Job("b", 1, "lost"), Job("c", 3)]
+    assert launch._first(launch._as_they_come(Cluster, running), progress) == "c"
+    assert notes == ["actor 2 cannot go on: lost"]
