@@ -17,7 +17,7 @@ from ktmerge.errors import KtmergeError, ToldElsewhereError, UsageError
 
 __all__ = ["main"]
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 AGAIN = signal.SIGALRM
 """Sent by this process to itself."""
 AGAIN_SECONDS = 0.02
@@ -43,6 +43,10 @@ def _stop(number: int, frame: FrameType | None) -> None:
     if _over or (number != AGAIN and _stopped and now - _stopped[-1] < SAME_SECONDS):
         return
     _stopped.append(now)
+    if number == signal.SIGHUP:
+        from ktmerge.checkpoints.signals import leave_terminal
+
+        leave_terminal()
     raise KeyboardInterrupt
 
 
@@ -60,7 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
     _over = False
     try:
         for number in (*STOPPING, AGAIN):
-            signal.signal(number, _stop)
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup starts it
+                signal.signal(number, _stop)
         sys.unraisablehook = _unheard
         _prepare()
         code = _exit_code(arguments)

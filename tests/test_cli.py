@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pty
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ def test_garbage_is_looked_for_again_once_a_command_takes_long(monkeypatch: pyte
 
 
 @pytest.mark.every(2)
-@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("number", ["SIGHUP", "SIGTERM", "SIGINT"])
 def test_a_signal_after_the_work_changes_nothing(number: str) -> None:
     """Python puts default handlers back while it shuts down: it would die of a signal though everything is done."""
     code = (
@@ -42,6 +43,33 @@ def test_a_signal_after_the_work_changes_nothing(number: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_terminal_that_closes_stops_like_ctrl_c(tmp_path: Path) -> None:
+    """What is said to it afterwards fails, which must not keep anything from being tidied up."""
+    code = (
+        "import fcntl, os, pathlib, signal, sys, termios, time, ktmerge.commands\n"
+        "from ktmerge.cli import main\n"
+        "os.setsid()\n"
+        "fcntl.ioctl(0, termios.TIOCSCTTY)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+        "def work(**_):\n"
+        "    try:\n"
+        "        print('ready', flush=True)\n"
+        "        time.sleep(60)\n"
+        "    finally:\n"
+        "        print('stopping', file=sys.stderr, flush=True)\n"
+        "        pathlib.Path('tidy').touch()\n"
+        "ktmerge.commands.command_line = lambda words: work\n"
+        "main([])\n"
+    )
+    ours, its = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stdin=its, stdout=its, stderr=its)
+    os.close(its)
+    assert b"ready" in os.read(ours, 1000)
+    os.close(ours)
+    assert process.wait(timeout=600) == 130
+    assert (tmp_path / "tidy").exists()
 
 
 def test_a_signal_inside_compiled_text_ends_as_any_other(tmp_path: Path) -> None:
@@ -59,7 +87,7 @@ def test_a_signal_inside_compiled_text_ends_as_any_other(tmp_path: Path) -> None
 
 
 @pytest.mark.every(2)
-@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("number", ["SIGHUP", "SIGTERM", "SIGINT"])
 def test_a_signal_where_python_cannot_raise_is_heard_a_little_later(tmp_path: Path, number: str) -> None:
     """In what it calls when something is collected, as imports do, what is raised is shown and forgotten."""
     (tmp_path / "stopped.py").write_text(

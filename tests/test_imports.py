@@ -43,7 +43,7 @@ ALLOWED = {
     "doctor": {"checkpoints"},
     "console": {"tuners"},
     "commands": {"allocation", "api", "console", "demo", "doctor"},
-    "cli": {"commands", "console"},
+    "cli": {"checkpoints", "commands", "console"},
     "__init__": {"api"},
     "__main__": {"cli"},
     "allocation": set(),

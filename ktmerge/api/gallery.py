@@ -78,7 +78,7 @@ def import_recipe(source: Path, out: Path | None, *, overwrite: bool = False) ->
             expert["model"] = moved(expert["model"], Path.cwd(), out.parent)
     text = yaml_text(document)
     if out is not None:
-        write_whole(out, text)
+        write_whole(out, text, replace=overwrite)
     return text, differences
 
 
@@ -126,7 +126,7 @@ def new_recipe(
     here, folder = Path.cwd(), target.parent
     models = {name: moved(str(model), here, folder) for name, model in named_models(experts).items()}
     text = draft(target.stem, moved(base, here, folder), models, statistics=statistics, keep=keep, lean=lean)
-    write_whole(target, text)
+    write_whole(target, text, replace=overwrite)
     return target
 
 

@@ -52,7 +52,7 @@ def inspect(
     if target is not None:
         from ktmerge.checkpoints.files import write_whole
 
-        write_whole(target, diagnostics.heat_map(found, target))
+        write_whole(target, diagnostics.heat_map(found, target), replace=overwrite)
     return found
 
 

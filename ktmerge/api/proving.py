@@ -53,7 +53,7 @@ def lock(
     target = lock_path(recipe) if out is None else Path(out)
     loaded = load_recipe(recipe, overrides=overrides, base=base, experts=experts)
     refuse_existing(target, overwrite)
-    write_whole(target, lock_text(locked_now(plan_blend(loaded))))
+    write_whole(target, lock_text(locked_now(plan_blend(loaded))), replace=overwrite)
     return target
 
 

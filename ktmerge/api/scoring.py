@@ -218,9 +218,9 @@ def report(
         results, recipes=texts, title=title, layers=_layers(results, progress) if layers else None,
         commands=_again(results), training=_losses(results),
     )  # fmt: skip
-    write_whole(Path(out), page)
-    for target, make in further.items():
-        write_whole(target, make(results))
+    written = {Path(out): page, **{target: make(results) for target, make in further.items()}}
+    for target, text in written.items():
+        write_whole(target, text, replace=overwrite)
     return Path(out)
 
 

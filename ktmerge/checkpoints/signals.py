@@ -1,8 +1,10 @@
-"""Steps that a signal must not cut in two."""
+"""Steps that a signal must not cut in two, and the terminal that hangs up."""
 
 from __future__ import annotations
 
+import os
 import signal
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +12,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let SIGINT and SIGTERM wait until the end: a thread started by then belongs to somebody who will stop it.
+    """Let SIGINT, SIGTERM and SIGHUP wait until the end: a thread started by then belongs to somebody who will stop it.
 
     `Thread.start` waits for the thread, on a busy machine for long; interrupted, it leaves one that cannot be joined.
     What is made inside must be written down inside, too: a signal that waited is raised by this very block.
@@ -18,8 +20,20 @@ def uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread is interrupted
         return
-    with _waiting(signal.SIGINT), _waiting(signal.SIGTERM):
+    with _waiting(signal.SIGINT), _waiting(signal.SIGTERM), _waiting(signal.SIGHUP):
         yield
+
+
+def leave_terminal() -> None:
+    """Write nowhere what would go to a terminal: one that has hung up answers with an error, which ends the run."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        try:
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):  # what was a terminal no longer says that it is one
+                os.dup2(nowhere, descriptor)
+        except OSError:
+            continue  # it was closed before
+    os.close(nowhere)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from ktmerge.checkpoints.signals import leave_terminal
 from ktmerge.errors import KtmergeError
 from ktmerge.progress import Progress, Step
 
@@ -43,7 +44,8 @@ class Rhythm:
 
 
 class Interruption:
-    """While active, the first Ctrl-C (or SIGTERM) only asks to stop after the step; the second stops at once."""
+    """While active, the first Ctrl-C (SIGTERM, or SIGHUP of a closed terminal) only asks to stop after the step; the
+    second stops at once."""
 
     def __init__(self, progress: Progress) -> None:
         self.requested = False
@@ -53,7 +55,9 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                    continue  # as nohup starts it
                 self._before[number] = signal.signal(number, self._ask)
         return self
 
@@ -62,6 +66,8 @@ class Interruption:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            leave_terminal()
         now = monotonic()
         if self._asked is not None:
             if now - self._asked < _SAME_SECONDS:

@@ -18,7 +18,7 @@ from ktmerge.checkpoints.staging import Staging
 from ktmerge.checkpoints.workers import Workers
 from ktmerge.checkpoints.workroom import workroom
 
-BOTH = (signal.SIGINT, signal.SIGTERM)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @pytest.fixture
@@ -30,27 +30,27 @@ def heard() -> Iterator[list[int]]:
         found.append(number)
         raise KeyboardInterrupt
 
-    before = [signal.signal(number, stop) for number in BOTH]
+    before = [signal.signal(number, stop) for number in STOPPING]
     yield found
-    for number, handler in zip(BOTH, before, strict=True):
+    for number, handler in zip(STOPPING, before, strict=True):
         signal.signal(number, handler)
 
 
-def test_both_signals_wait_and_both_are_heard_again_afterwards(heard: list[int]) -> None:
-    handlers = [signal.getsignal(number) for number in BOTH]
+def test_signals_wait_and_all_are_heard_again_afterwards(heard: list[int]) -> None:
+    handlers = [signal.getsignal(number) for number in STOPPING]
     done = []
 
     def step() -> None:
         with uninterrupted(), uninterrupted():
-            for number in BOTH:
+            for number in STOPPING:
                 signal.raise_signal(number)
             done.append(list(heard))
 
     with pytest.raises(KeyboardInterrupt):
         step()
     assert done == [[]]
-    assert sorted(heard) == sorted(BOTH)
-    assert [signal.getsignal(number) for number in BOTH] == handlers
+    assert sorted(heard) == sorted(STOPPING)
+    assert [signal.getsignal(number) for number in STOPPING] == handlers
 
 
 def test_a_pool_waits_for_a_thread_that_was_beginning(heard: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +89,7 @@ def test_a_pool_left_by_an_exception_begins_nothing_more() -> None:
     assert all(future.cancelled() for future in futures[1:])
 
 
-@pytest.mark.parametrize("number", BOTH)
+@pytest.mark.parametrize("number", STOPPING)
 def test_a_signal_while_leftovers_are_removed(
     tmp_path: Path, heard: list[int], number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

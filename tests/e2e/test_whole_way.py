@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
+import pty
 import random
 import shutil
 import signal
 import subprocess
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -157,29 +161,45 @@ def test_mistakes_are_answered_with_a_sentence(workshop: Path, arguments: list[s
     assert sorted(workshop.rglob("*")) == before
 
 
-def test_a_stopped_finetune_resumes_to_the_same_bytes(workshop: Path) -> None:
+@pytest.mark.parametrize("how", ["Ctrl-C", "closed terminal"])
+def test_a_stopped_finetune_resumes_to_the_same_bytes(workshop: Path, how: str) -> None:
     ktmerge("finetune", "--recipe", "recipe.yaml", cwd=workshop)
     whole = digests(workshop / "runs/yesno")
 
-    def start(*more: str) -> subprocess.Popen[str]:
-        job = command("finetune", "--recipe", "recipe.yaml", "--set", "finetune.experts.yesno.max_steps=6", *more)
-        return subprocess.Popen(job, cwd=workshop, stderr=subprocess.PIPE, text=True)
-
+    job = command("finetune", "--recipe", "recipe.yaml", "--set", "finetune.experts.yesno.max_steps=6")
     shutil.rmtree(workshop / "runs")
-    process = start()
-    partial = workshop / "runs/yesno.partial"
-    while process.poll() is None and not list(partial.rglob("checkpoint-*")):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=1200)
-    if process.returncode == 0:
+    ours, its = pty.openpty()
+    process = subprocess.Popen(
+        job, cwd=workshop, stdin=its, stdout=its, stderr=its, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY),
+    )  # fmt: skip
+    os.close(its)
+    partial, said = workshop / "runs/yesno.partial", b""
+    stopped = False
+    while chunk := _read(ours):
+        said += chunk
+        if not stopped and list(partial.rglob("checkpoint-*")):
+            stopped = True
+            if how == "closed terminal":
+                break
+            process.send_signal(signal.SIGINT)
+    os.close(ours)
+    if process.wait(timeout=1200) == 0:
         pytest.skip("it finished before the signal came")
-    assert process.returncode == 130, stderr
-    assert "--resume" in stderr
+    assert process.returncode == 130, said
+    assert how == "closed terminal" or b"--resume" in said
     assert not (workshop / "runs/yesno").exists()
     ktmerge("finetune", "--recipe", "recipe.yaml", "--resume", cwd=workshop)
     assert digests(workshop / "runs/yesno") == whole
     assert not partial.exists()
+
+
+def _read(terminal: int) -> bytes:
+    """What was said to a terminal; nothing once nobody is there to say anything."""
+    try:
+        return os.read(terminal, 65_536)
+    except OSError:
+        return b""
 
 
 def test_a_run_killed_at_any_moment_comes_to_the_same_result(workshop: Path) -> None:

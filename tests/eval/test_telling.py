@@ -8,12 +8,14 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 
 from ktmerge import api
+from ktmerge import eval as evaluation
 from ktmerge.cli import _exit_code
 from ktmerge.errors import UsageError
 from ktmerge.eval.listing import comma_separated, markdown
@@ -189,6 +191,27 @@ def test_a_report_neither_eats_its_input_nor_an_output(make_results: Make, tmp_p
         api.report(scores, tmp_path / "page.html", markdown=once, csv=tmp_path / "x" / ".." / "once")
     assert sorted(tmp_path.iterdir()) == [scores]
     assert scores.read_bytes() == before
+
+
+@pytest.mark.parametrize("other", ["page.html", "card.md", "all.csv"])
+def test_a_report_replaces_none_that_another_run_wrote_meanwhile(
+    make_results: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str
+) -> None:
+    scores = tmp_path / "scores.json"
+    make_results({"base": {"up": [1, 1], "down": [0, 0]}, "a": {"up": [1, 1], "down": [1, 0]}}).save(scores)
+    targets = {"out": tmp_path / "page.html", "markdown": tmp_path / "card.md", "csv": tmp_path / "all.csv"}
+    made = evaluation.render
+
+    def rendering(*arguments: Any, **settings: Any) -> str:
+        (tmp_path / other).write_text("another's")
+        return made(*arguments, **settings)
+
+    monkeypatch.setattr(evaluation, "render", rendering)
+    with pytest.raises(UsageError, match=f"{other} was written by another run meanwhile"):
+        api.report(scores, **targets)
+    assert (tmp_path / other).read_text() == "another's"
+    api.report(scores, **targets, overwrite=True)
+    assert (tmp_path / other).read_text() != "another's"
 
 
 def test_sets_without_items_are_left_out(make_results: Make) -> None:

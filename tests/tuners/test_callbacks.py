@@ -60,8 +60,10 @@ def test_unasked_saves_are_a_fifth_of_the_run_and_five_minutes_apart(clock: Cloc
     assert due(rhythm, clock, seconds_per_step=60)["save"] == [10, 20, 30, 40]
 
 
-def test_the_first_ctrl_c_asks_and_the_second_stops(clock: Clock) -> None:
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+def test_the_first_ctrl_c_asks_and_the_second_stops(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[bool] = []
+    monkeypatch.setattr(callbacks, "leave_terminal", lambda: left.append(True))
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 
     def interrupted(*signals: int, apart: float = 2.0, by_others: bool = False) -> Interruption:
         with Interruption(SILENT) as asked:
@@ -74,11 +76,16 @@ def test_the_first_ctrl_c_asks_and_the_second_stops(clock: Clock) -> None:
     assert not interrupted().requested
     assert interrupted(signal.SIGINT).requested
     assert interrupted(signal.SIGTERM).requested
+    assert not left
+    assert interrupted(signal.SIGHUP).requested
+    assert left  # a note to a terminal that has hung up would fail
     assert interrupted(signal.SIGINT, signal.SIGTERM, apart=0.1).requested  # one wish, passed on by a launcher
     assert interrupted(signal.SIGINT, by_others=True).requested  # the same, heard by another process before
     with pytest.raises(KeyboardInterrupt):
         interrupted(signal.SIGTERM, signal.SIGINT)
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup starts it
+    assert not interrupted(signal.SIGHUP).requested
 
 
 def test_a_request_saves_the_step_and_stops(tmp_path: Path) -> None:
