@@ -59,3 +59,7 @@ def __getattr__(name: str) -> Any:
     from ktmerge import api
 
     return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})  # what a notebook completes

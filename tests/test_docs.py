@@ -96,7 +96,7 @@ def test_the_readmes_python_names_what_is_there() -> None:
     assert block is not None
     tree = ast.parse(block[1])
     called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)} - {"print"}
-    assert called == {"ktmerge.finetune", "ktmerge.blend", "ktmerge.evaluate"}
+    assert called == {"ktmerge.finetune", "ktmerge.load_recipe", "ktmerge.blend", "ktmerge.evaluate"}
     assert all(callable(getattr(ktmerge, name.partition(".")[2])) for name in called)
 
     class Results:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from ktmerge.checkpoints.files import refuse_unwritable
 from ktmerge.checkpoints.regular import read_regular
 from ktmerge.errors import UsageError
 from ktmerge.recipes import load_recipe
@@ -22,7 +23,9 @@ def loaded_recipe(
     return load_recipe(recipe, overrides=overrides, base=base, experts=experts)
 
 
-def named_models(models: Sequence[str | Path] | Mapping[str, str | Path]) -> dict[str, str | Path]:
+def named_models(models: str | Path | Sequence[str | Path] | Mapping[str, str | Path]) -> dict[str, str | Path]:
+    if isinstance(models, (str, Path)):
+        models = [models]
     if isinstance(models, Mapping):
         pairs = [(f"{name}={path}", name, str(path)) for name, path in models.items()]
     else:
@@ -49,7 +52,7 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
     """Refuse to replace a file silently.
 
     Raises:
-        UsageError: ``path`` exists and ``overwrite`` is not set, or its folder does not exist.
+        UsageError: ``path`` exists and ``overwrite`` is not set, or its folder does not exist or may not be written to.
     """
     if path.is_dir():
         raise UsageError(f"{path}: is a folder; name a file.")
@@ -57,6 +60,7 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         raise UsageError(f"{path} exists; choose another name, or add --overwrite.")
     if not path.absolute().parent.is_dir():
         raise UsageError(f"{path}: the folder {path.absolute().parent} does not exist.")
+    refuse_unwritable(path)
 
 
 def text_of(path: Path) -> str:

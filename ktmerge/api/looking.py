@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def inspect(
     base: str | Path,
-    tuned: Sequence[str | Path] | Mapping[str, str | Path] = (),
+    tuned: str | Path | Sequence[str | Path] | Mapping[str, str | Path] = (),
     *,
     headers_only: bool = False,
     common: bool = False,
@@ -58,7 +58,7 @@ def inspect(
 
 def recommend(
     base: str | Path,
-    tuned: Sequence[str | Path] | Mapping[str, str | Path],
+    tuned: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
     *,
     statistics: bool = False,
     progress: Progress = SILENT,

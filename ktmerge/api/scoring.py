@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    models: Sequence[str | Path] | Mapping[str, str | Path],
+    models: str | Path | Sequence[str | Path] | Mapping[str, str | Path],
     *,
     suite: str | Path | Sequence[str | Path] | None = None,
     recipe: RecipeLike | None = None,

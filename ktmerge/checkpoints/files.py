@@ -167,6 +167,17 @@ def _linked(temporary: Path, path: Path) -> bool:
     return True
 
 
+def refuse_unwritable(path: Path, shown: Path | None = None) -> None:
+    """Refuse a place where nothing may be made, before the work for it is done; ``shown`` names it in the message.
+
+    Raises:
+        UsageError: the folder that ``path`` is to be made in, or the nearest above it that is there, takes no files.
+    """
+    folder = next(one for one in Path(os.path.abspath(path)).parents if os.path.exists(one))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"{shown or path}: nothing may be written into the folder {folder}; choose another.")
+
+
 @contextmanager
 def clear_os_errors(path: Path) -> Iterator[None]:
     """Turn what the operating system refuses about ``path`` into one clear sentence."""

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from ktmerge.checkpoints.files import clear_os_errors
+from ktmerge.checkpoints.files import clear_os_errors, refuse_unwritable
 from ktmerge.checkpoints.signals import uninterrupted
 from ktmerge.errors import KtmergeError, UsageError
 
@@ -164,7 +164,8 @@ def refuse_output(out: Path, overwrite: bool) -> None:
 
     Raises:
         UsageError: ``out`` is a file, a mount point, or holds something and ``overwrite`` is not set; or it holds
-            something that is no checkpoint; or its name leaves no room for what the temporary folder's adds.
+            something that is no checkpoint; or its name leaves no room for what the temporary folder's adds; or nothing
+            may be written beside it.
     """
     target = Path(os.path.realpath(out))
     if len(os.fsencode(target.name)) > _LONGEST_NAME:
@@ -172,13 +173,14 @@ def refuse_output(out: Path, overwrite: bool) -> None:
     try:
         names = os.listdir(target)
     except FileNotFoundError:
-        return
+        names = []
     except NotADirectoryError:
         raise UsageError(f"{out}: is a file, or lies below one; choose another output folder.") from None
     except OSError as error:
         raise UsageError(f"{out}: cannot be used as output: {error.strerror}.") from None
     if os.path.ismount(target):
         raise UsageError(f"{out}: is a mount point, which cannot be replaced in one step; give a folder inside it.")
+    refuse_unwritable(target, out)
     if not names:
         return
     if not overwrite:

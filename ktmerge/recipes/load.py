@@ -60,13 +60,13 @@ def load_recipe(
     document, written = _present(document, str(path)), copy.deepcopy(document)
     if base is not None:
         document["base"] = _from_here(base)
-    chosen = [_expert(text) for text in experts]
+    chosen = [_expert(text) for text in ([experts] if isinstance(experts, str) else experts)]
     twice = [name for name, count in Counter(name for name, _ in chosen).items() if count > 1]
     if twice:
         raise UsageError(f"--expert: '{twice[0]}' is given more than once; give each expert a name of its own.")
     if chosen:
         document["experts"] = dict(chosen)
-    apply_overrides(document, overrides)
+    apply_overrides(document, [overrides] if isinstance(overrides, str) else overrides)
     file = path if document == written else None  # with other keys than the file has, its lines say nothing
     if from_gallery:
         return parse_recipe(document, str(reference), Path.cwd(), file)

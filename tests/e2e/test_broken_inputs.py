@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from commands import check_refused
 
-from ktmerge import console
+from ktmerge import cli, console
 
 SHARD = "model-00001-of-00002.safetensors"
 OTHER = "model-00002-of-00002.safetensors"
@@ -242,3 +242,18 @@ def test_a_folder_that_may_not_be_entered(
     allowed = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "a" and allowed(path, mode))
     check_refused(small, small / "out", r"experts\.a\.model: a: no permission to read this folder", capsys, code=2)
+
+
+@pytest.mark.parametrize("words", [["inspect", "base", "a", "--plot"], ["recipe", "import", "recipe.yaml", "--out"]])
+def test_a_folder_that_takes_no_files_is_told_before_the_work(
+    small: Path, words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may write anywhere, so the system's answer is made up."""
+    (small / "shut").mkdir()
+    monkeypatch.chdir(small)
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "shut" and allowed(path, mode))
+    check_refused(small, small / "shut/new/out", "nothing may be written into the folder .*shut", capsys, code=2)
+    assert cli._exit_code([*words, "shut/x.png"]) == 2
+    assert "shut/x.png: nothing may be written into the folder" in capsys.readouterr().err
+    assert not list((small / "shut").iterdir())

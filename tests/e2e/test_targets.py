@@ -63,12 +63,12 @@ def test_a_disk_that_fills_leaves_the_old_output(
 def test_a_target_that_is_read_only(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with mounted(small / "disk", "size=1m") as disk:
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-        check_refused(small, disk / "out", "no permission to read or write here", capsys, code=1)
-        check_refused(small, disk / "runs" / "out", "no permission to read or write here", capsys, code=1)
+        check_refused(small, disk / "out", "nothing may be written into the folder", capsys, code=2)
+        check_refused(small, disk / "runs" / "out", "nothing may be written into the folder", capsys, code=2)
     place = small / "place"
     place.mkdir(mode=0o500)
     if os.geteuid():
-        check_refused(small, place / "out", "no permission to read or write here", capsys, code=1)
+        check_refused(small, place / "out", "nothing may be written into the folder", capsys, code=2)
     assert os.listdir(place) == []
 
 
@@ -82,7 +82,7 @@ def test_a_target_that_is_read_only(small: Path, capsys: pytest.CaptureFixture[s
         (".", "contains the input"),
         ("x" * 256, "name is too long"),
         ("x" * 245, "name is too long"),
-        ("/proc/out", "No such file|Operation not permitted|no permission"),
+        ("/proc/out", "No such file|Operation not permitted|nothing may be written"),
         ("/dev/null/out", "is a file, or lies below one"),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from merge_models import llama_tensors, read, tuned, write
 
+import ktmerge
 from ktmerge import cli
 
 
@@ -74,6 +75,14 @@ def test_headers_that_show_no_difference_are_told_as_such(tmp_path: Path, capsys
         ["x", "all", "nothing", "that", "headers", "and", "files", "show"]
     ]
     assert any(line.startswith(" y ") and "F16" in line for line in lines)
+
+
+def test_from_python_one_model_needs_no_list_and_names_are_completed(tmp_path: Path) -> None:
+    for name in ("base", "x"):
+        write(tmp_path / name, llama_tensors())
+    for given in (tmp_path / "x", str(tmp_path / "x")):
+        assert list(ktmerge.inspect(tmp_path / "base", given, headers_only=True).differences) == ["x"]
+    assert set(ktmerge.__all__) <= set(dir(ktmerge))
 
 
 def test_packed_weights_are_told_not_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

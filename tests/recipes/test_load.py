@@ -254,6 +254,11 @@ def test_an_expert_without_a_name_is_called_as_its_folder(tmp_path: Path, monkey
         load_recipe("ties", base="org/base", experts=[""])
 
 
+def test_one_expert_or_override_may_be_a_text() -> None:
+    recipe = load_recipe("ties", base="org/base", experts="spam=org/spam", overrides="blend.lambda=0.5")
+    assert (list(recipe.experts), recipe.blend and recipe.blend.lambda_) == (["spam"], 0.5)
+
+
 def test_unknown_gallery_name_gets_a_suggestion() -> None:
     with pytest.raises(UsageError, match=r"neither a file nor a recipe of the gallery\. Did you mean 'ties'"):
         load_recipe("tise")
