@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ktmerge.checkpoints.adapted import HEAD, PREFIX, AdaptedModule, fits, understand
+from ktmerge.checkpoints.adapted import HEAD, PREFIX, AdaptedModule, Block, fits, understand
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.classes import tensor_class
 from ktmerge.checkpoints.derived import Derived, DerivedReader, Made, shown
@@ -25,7 +25,6 @@ WEIGHTS = "adapter_model.safetensors"
 
 # Settings under which the sum of weight and product is not what was trained, and why.
 _UNKNOWN = {
-    "target_parameters": "adapts bare parameters (target_parameters)",
     "layer_replication": "repeats layers of its model (layer_replication)",
     "use_qalora": "pools its inputs (use_qalora)",
     "use_bdlora": "is block-diagonal (use_bdlora)",
@@ -62,11 +61,14 @@ def open_adapter(folder: Path, model: Checkpoint) -> Derived:
     for name, info in replaced.items():
         file = model.tensors[name].file if name in model.tensors else model.weight_files[-1]
         tensors[name] = shown(TensorInfo(name, info.dtype, info.shape, file, 0, 0))
+    parts: dict[str, list[tuple[AdaptedModule, Block]]] = {}
     for module in modules:
-        tensors[module.target] = _shown_folded(folder, module, replaced.get(module.target), model)
+        for block in module.blocks:
+            tensors[block.name] = _shown_folded(folder, module, block.name, replaced.get(block.name), model)
+            parts.setdefault(block.name, []).append((module, block))
     for name, rows in trained.items():
         tensors[name] = shown(model[name], _wide(model[name], rows.values))
-    tied = {module.target for module in modules if module.tied} | trained.keys()
+    tied = {module.blocks[0].name for module in modules if module.tied} | trained.keys()
     if config.get("ensure_weight_tying"):
         tied |= {name for name in replaced if name.endswith("embed_tokens.weight")}  # PEFT knows no other name
     _require_tied_together(folder, {name: info for name, info in tensors.items() if name not in tied}, model)
@@ -77,11 +79,10 @@ def open_adapter(folder: Path, model: Checkpoint) -> Derived:
 
         weights, own, shelf = model.reader(), TensorReader(folder, own_tensors, stamps), Shelf()
         made: dict[str, Made] = {name: _Replaced(info, own) for name, info in replaced.items()}
-        for module in modules:
-            whole = replaced.get(module.target)
-            original = model.tensors[module.target] if whole is None else whole
-            read = weights if whole is None else own
-            made[module.target] = fold(module, tensors[module.target], original, read, own, shelf)
+        for name, found in parts.items():
+            whole = replaced.get(name)
+            original = model.tensors[name] if whole is None else whole
+            made[name] = fold(found, tensors[name], original, weights if whole is None else own, own, shelf)
         for name, rows in trained.items():
             sources: list[list[tuple[int, int]]] = [[(0, row)] for row in range(model[name].shape[0])]
             for number, row in enumerate(rows.indices):
@@ -91,7 +92,7 @@ def open_adapter(folder: Path, model: Checkpoint) -> Derived:
         return DerivedReader(tensors, weights, made, [own])
 
     carried, left_behind = files_beside(folder, {WEIGHTS})
-    changed = model.tensors.keys() & {*replaced, *trained, *(module.target for module in modules)}
+    changed = model.tensors.keys() & {*replaced, *trained, *parts}
     own_types = {name: model.written.get(name, model[name].dtype) for name in changed if model[name].is_float}
     return Derived(
         root=folder,
@@ -103,7 +104,7 @@ def open_adapter(folder: Path, model: Checkpoint) -> Derived:
         left_behind=left_behind,
         metadata=model.metadata,
         stamps={**stamps, **{f"model/{file}": stamp for file, stamp in model.stamps.items()}},
-        notes=(*model.notes, *_notes(config, model, len(modules) + len(replaced) + len(trained))),
+        notes=(*model.notes, *_notes(config, model, len({*replaced, *trained, *parts}))),
         branches=model.branches,
         written={**model.written, **own_types},
         stale=model.stale,
@@ -125,10 +126,10 @@ class _Replaced:
 
 def _require_foldable(folder: Path, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
-    if kind != "LORA":
+    if kind not in ("LORA", "TRAINABLE_TOKENS"):
         raise UsageError(
             f"{folder}: is a PEFT adapter of the type {kind}, which is not a change of weights that ktmerge can fold "
-            "(LoRA and DoRA are); merge it with PEFT where it can, and give the whole model."
+            "(LoRA, DoRA and trainable tokens are); merge it with PEFT where it can, and give the whole model."
         )
     for key, reason in _UNKNOWN.items():
         if config.get(key):
@@ -141,22 +142,23 @@ def _require_foldable(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _shown_folded(folder: Path, module: AdaptedModule, replaced: TensorInfo | None, model: Checkpoint) -> TensorInfo:
+def _shown_folded(
+    folder: Path, module: AdaptedModule, name: str, replaced: TensorInfo | None, model: Checkpoint
+) -> TensorInfo:
     """The header entry of a folded tensor, once the factors are known to fit it."""
-    info = model.tensors[module.target]
-    shape = info.shape if replaced is None else replaced.shape
+    info = model.tensors[name]
     if info.dtype not in FLOATS:
         raise UsageError(
-            f"{folder}: the adapter changes '{module.target}', which is quantised in {model.root}; fold it over the "
+            f"{folder}: the adapter changes '{name}', which is quantised in {model.root}; fold it over the "
             "unquantised model, or say dequantise."
         )
-    if not fits(module, shape):
+    if not fits(module):
         shapes = " and ".join(str(list(found.shape)) for found in module.factors.values())
         raise UsageError(
-            f"{folder}: the adapter's factors of '{module.target}' have shapes {shapes}, which do not fit its "
-            f"{list(shape)}; it belongs to another model."
+            f"{folder}: the adapter's factors of '{module.name}' have shapes {shapes}, which do not fit its "
+            f"{list(module.shape)}; it belongs to another model."
         )
-    return shown(info, _wide(info, *(() if replaced is None else (replaced,))), shape)
+    return shown(info, _wide(info, *(() if replaced is None else (replaced,))), (replaced or info).shape)
 
 
 def _wide(*infos: TensorInfo) -> str:
@@ -185,4 +187,5 @@ def _notes(config: Mapping[str, Any], model: Checkpoint, count: int) -> list[str
     told = str(config.get("base_model_name_or_path") or "")
     doubt = f"; it says it was trained on '{Path(told).name}', make sure that this is the same" if told else ""
     kind = "DoRA" if config.get("use_dora") else "LoRA"
+    kind = "trainable-tokens" if config.get("peft_type") == "TRAINABLE_TOKENS" else kind
     return [f"a {kind} adapter, folded into {count} tensors of {model.root.name}{doubt}."]

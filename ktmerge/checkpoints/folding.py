@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ktmerge.checkpoints.adapted import AdaptedModule
+from ktmerge.checkpoints.adapted import AdaptedModule, Block, Grid
 from ktmerge.checkpoints.dtypes import BITS
 from ktmerge.checkpoints.header import TensorInfo
 from ktmerge.checkpoints.numbers import narrow, widen
@@ -34,9 +34,9 @@ _HELD = 64 << 20
 
 @dataclass(frozen=True)
 class Factors:
-    """``left [rows, r]`` times ``right [r, columns]``, for a tensor seen as a matrix ``[rows, columns]``.
+    """``left [E, rows, r]`` times ``right [E, r, columns]``, for a stack of E matrices ``[rows, columns]``, or one.
 
-    ``magnitude`` is DoRA's, one for each output.
+    ``magnitude`` is DoRA's, one for each output of the one.
     """
 
     left: Floats
@@ -46,6 +46,15 @@ class Factors:
     @property
     def nbytes(self) -> int:
         return self.left.nbytes + self.right.nbytes
+
+    def cut(self, grid: Grid, outputs_are_rows: bool) -> Factors:
+        """Those of some rows and columns of one matrix, as they lie in a file; DoRA needs all inputs of an output."""
+        left, right = self.left[grid.matrix, grid.rows], self.right[grid.matrix][:, grid.columns]
+        outputs = grid.rows if outputs_are_rows else grid.columns
+        magnitude = None if self.magnitude is None else self.magnitude[outputs]
+        if grid.turned:
+            left, right = right.T, left.T
+        return Factors(np.ascontiguousarray(left)[None], np.ascontiguousarray(right)[None], magnitude)
 
 
 class Shelf:
@@ -71,25 +80,27 @@ class Shelf:
 
 @dataclass
 class Fold:
-    """One adapted tensor.
+    """One adapted matrix: a tensor of a file, or elements of it that lie behind one another.
 
     Attributes:
-        info: what is shown: F32, or F64 over an F64 weight.
+        info: what is shown of the tensor: F32, or F64 over an F64 weight.
         original: the weight's entry where ``weights`` reads it.
         weights: the reader that has it.
-        load: reads the factors.
-        shelf: keeps them.
-        columns: the tensor is seen as a matrix of so many columns.
+        factors: gives those of the matrix.
+        begin: its first element in the tensor.
+        rows: how many it has.
+        columns: how many it has.
         scale: s.
-        outputs_are_rows: whether an output of the layer is a row of that matrix (a linear layer) or a column of it
-            (GPT-2's transposed layers, embeddings).
+        outputs_are_rows: whether an output of the layer is a row of it (a linear layer) or a column (GPT-2's transposed
+            layers, embeddings).
     """
 
     info: TensorInfo
     original: TensorInfo
     weights: Reader
-    load: Callable[[], Factors]
-    shelf: Shelf
+    factors: Callable[[], Factors]
+    begin: int
+    rows: int
     columns: int
     scale: float
     outputs_are_rows: bool
@@ -99,8 +110,9 @@ class Fold:
         self._lock = threading.Lock()
 
     def fill(self, start: int, target: memoryview) -> None:
+        """Fill ``target`` with the matrix's elements from its element ``start`` on."""
         width = BITS[self.info.dtype] // 8
-        factors = self.shelf.get(self.info.name, self.load)
+        factors = self.factors()
         ratio = None if factors.magnitude is None else self._ratio_of(factors, factors.magnitude)
         for row, row_end, column, column_end in _rectangles(start, start + len(target) // width, self.columns):
             values = self._sum(factors, row, row_end, column, column_end)
@@ -114,8 +126,8 @@ class Fold:
         """W + s * B A on a rectangle."""
         count = (row_end - row) * (column_end - column)
         raw = memoryview(bytearray(count * (BITS[self.original.dtype] // 8)))
-        self.weights.read_into(self.original.name, row * self.columns + column, raw)
-        left, right = factors.left[row:row_end], factors.right[:, column:column_end]
+        self.weights.read_into(self.original.name, self.begin + row * self.columns + column, raw)
+        left, right = factors.left[0, row:row_end], factors.right[0, :, column:column_end]
         total = np.zeros((row_end - row, column_end - column))
         product = np.empty_like(total)
         for k in range(left.shape[1]):
@@ -129,7 +141,7 @@ class Fold:
         with self._lock:
             if self._ratio is None:
                 squares = np.zeros(len(magnitude))
-                for row, row_end, column, column_end in _rectangles(0, self.info.numel, self.columns):
+                for row, row_end, column, column_end in _rectangles(0, self.rows * self.columns, self.columns):
                     block = self._sum(factors, row, row_end, column, column_end) ** 2
                     if self.outputs_are_rows:
                         squares[row:row_end] += _sum_rows(block)
@@ -141,28 +153,91 @@ class Fold:
             return self._ratio
 
 
+@dataclass(frozen=True)
+class Folds:
+    """A tensor with several matrices in it; what is in none is the weight's."""
+
+    info: TensorInfo
+    folds: Sequence[Fold]
+
+    def fill(self, start: int, target: memoryview) -> None:
+        width = BITS[self.info.dtype] // 8
+        stop = start + len(target) // width
+        for fold in self.folds:
+            begin, end = max(start, fold.begin), min(stop, fold.begin + fold.rows * fold.columns)
+            if begin < end:
+                fold.fill(begin - fold.begin, target[(begin - start) * width : (end - start) * width])
+
+
 def fold(
-    module: AdaptedModule, info: TensorInfo, original: TensorInfo, weights: Reader, own: Reader, shelf: Shelf
-) -> Fold:
-    """The folded tensor of a module.
+    parts: Sequence[tuple[AdaptedModule, Block]],
+    info: TensorInfo,
+    original: TensorInfo,
+    weights: Reader,
+    own: Reader,
+    shelf: Shelf,
+) -> Folds:
+    """A folded tensor.
 
     Args:
-        module: the adapter's part in it.
+        parts: the adapter's modules that have a part in it, and which.
         info: what is shown.
         original: the weight's entry where ``weights`` reads it.
         weights: the reader that has it.
         own: the adapter's reader.
         shelf: keeps factors.
     """
-    columns = 1 if module.is_bias else math.prod(info.shape[1:])
-    load = partial(_load, module, own)
-    return Fold(info, original, weights, load, shelf, columns, module.scale, module.outputs_are_rows)
+    folds: list[Fold] = []
+    for module, block in parts:
+        load = partial(shelf.get, module.name, partial(_load, module, own))
+        for begin, grid in _matrices(module, block):
+            if grid is None:
+                rows, columns = module.shape[0], 1 if module.is_bias else math.prod(module.shape[1:])
+                factors, outputs_are_rows = load, module.outputs_are_rows
+            else:
+                rows, columns = len(grid.rows), len(grid.columns)
+                rows, columns = (columns, rows) if grid.turned else (rows, columns)
+                factors = partial(_cut, load, grid, module.outputs_are_rows)
+                outputs_are_rows = module.outputs_are_rows != grid.turned
+            folds.append(Fold(info, original, weights, factors, begin, rows, columns, module.scale, outputs_are_rows))
+    return Folds(info, _without_gaps(sorted(folds, key=lambda one: one.begin), info, original, weights))
+
+
+def _matrices(module: AdaptedModule, block: Block) -> Iterator[tuple[int, Grid | None]]:
+    """The matrices that a block consists of, with their first elements; None: the whole tensor is one."""
+    if block.grid is not None or not module.is_stack:
+        yield block.begin, block.grid
+        return
+    count, rows, columns = module.shape
+    for number in range(count):
+        begin = block.begin + number * rows * columns
+        yield begin, Grid(number, np.arange(rows), np.arange(columns), False)
+
+
+def _cut(load: Callable[[], Factors], grid: Grid, outputs_are_rows: bool) -> Factors:
+    return load().cut(grid, outputs_are_rows)
+
+
+def _without_gaps(folds: Sequence[Fold], info: TensorInfo, original: TensorInfo, weights: Reader) -> list[Fold]:
+    """The same, with what no adapter changes folded with factors of rank 0."""
+    found: list[Fold] = []
+    ends = [0, *(one.begin + one.rows * one.columns for one in folds)]
+    for end, following in zip(ends, [*(one.begin for one in folds), info.numel], strict=True):
+        if end < following:
+            size = following - end
+            nothing = Factors(np.zeros((1, size, 0)), np.zeros((1, 0, 1)))
+            found.append(Fold(info, original, weights, partial(_same, nothing), end, size, 1, 1.0, True))
+    return sorted([*folds, *found], key=lambda one: one.begin)
+
+
+def _same(factors: Factors) -> Factors:
+    return factors
 
 
 def _load(module: AdaptedModule, own: Reader) -> Factors:
     factors = module.factors
     if module.is_bias:
-        return Factors(_values(factors["lora_B.bias"], own), np.ones((1, 1)))
+        return Factors(_values(factors["lora_B.bias"], own)[None], np.ones((1, 1, 1)))
     first, second = (_values(info, own) for info in module.pair)
     if module.tied and any(
         not np.array_equal(_values(info, own), factor.T)
@@ -174,9 +249,14 @@ def _load(module: AdaptedModule, own: Reader) -> Factors:
         )
     magnitude = factors.get("lora_magnitude_vector")
     norms = None if magnitude is None else _values(magnitude, own).reshape(-1)
+    experts = module.shape[0] if module.is_stack else 1
+    inputs = first.reshape(experts, -1, first.shape[1])  # A [E r, in], an expert's rows behind one another
+    outputs = second.reshape(len(second), -1, experts).transpose(2, 0, 1)  # B [out, r E], an expert's every E-th
     if module.outputs_are_rows:
-        return Factors(second, first, norms)
-    return Factors(np.ascontiguousarray(first.T), np.ascontiguousarray(second.T), norms)
+        return Factors(np.ascontiguousarray(outputs), inputs, norms)
+    return Factors(
+        np.ascontiguousarray(inputs.transpose(0, 2, 1)), np.ascontiguousarray(outputs.transpose(0, 2, 1)), norms
+    )
 
 
 def _values(info: TensorInfo, own: Reader) -> Floats:

@@ -17,6 +17,7 @@ from ktmerge.checkpoints.opening import open_model
 from ktmerge.errors import KtmergeError, UsageError
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+STACKS = ["experts.gate_up_proj", "experts.down_proj"]
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", {"target_modules": ALL_LINEAR, "lora_alpha": 16}),
     "rslora": ("llama", {"target_modules": ["q_proj", "down_proj"], "use_rslora": True, "lora_alpha": 5}),
@@ -42,6 +43,26 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"]}),
     "conv1d dora": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "use_dora": True}),
     "conv1d, flag overwritten": ("gpt2 untied", {"target_modules": ["c_proj", "lm_head"]}),
+    "stacks, single in the file": ("mixtral", {"target_parameters": STACKS, "target_modules": ["q_proj"]}),
+    "stacks, by patterns": (
+        "qwen-moe",
+        {
+            "target_parameters": [*STACKS, "mlp.gate.weight"],
+            "target_modules": [],
+            "rank_pattern": {"experts.down_proj": 2, "mlp.gate.weight": 3},
+            "alpha_pattern": {r".*\.gate_up_proj": 5},
+            "use_rslora": True,
+        },
+    ),
+    "stacks, inputs first": ("gpt-oss", {"target_parameters": STACKS, "target_modules": ["q_proj"]}),
+    "square stacks, inputs first": ("gpt-oss square", {"target_parameters": ["experts.down_proj"]}),
+    "a router": ("mixtral", {"target_modules": ["q_proj"], "modules_to_save": ["gate"]}),
+    "names in memory": ("vit", {"target_modules": ["q_proj", "fc1"], "modules_to_save": ["classifier"]}),
+    "names in memory, dora": ("vit", {"target_modules": ["v_proj", "fc2"], "use_dora": True}),
+    "apart in memory": ("nomic", {"target_modules": ["q_proj", "v_proj", "up_proj"]}),
+    "apart in memory, dora": ("nomic", {"target_modules": ["k_proj", "down_proj"], "use_dora": True}),
+    "tokens alone": ("llama", {"token_indices": [3, 40, 4]}),
+    "tokens alone, tied": ("tied", {"token_indices": [47, 0]}),
     "convolution": ("vit", {"target_modules": ["projection", "classifier"]}),
     "convolution dora": ("vit", {"target_modules": ["projection"], "use_dora": True}),
 }
@@ -56,6 +77,13 @@ LIKE_OTHERS = (
     "conv1d",
     "conv1d, flag overwritten",
     "convolution dora",
+    "stacks, by patterns",
+    "stacks, inputs first",
+    "square stacks, inputs first",
+    "a router",
+    "names in memory, dora",
+    "apart in memory, dora",
+    "tokens alone, tied",
 )
 """Cases whose parts are all in other cases."""
 
@@ -69,6 +97,18 @@ def _build(kind: str) -> Any:
     ends = {"bos_token_id": 0, "eos_token_id": 0}
     if kind in ("llama", "tied"):
         return t.LlamaForCausalLM(t.LlamaConfig(**small, **{**heads, "tie_word_embeddings": kind == "tied"}))
+    if kind == "mixtral":
+        return t.MixtralForCausalLM(t.MixtralConfig(**small, **heads, num_local_experts=3))
+    if kind == "qwen-moe":
+        experts = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+        return t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**small, **heads, **experts, head_dim=8))
+    if kind.startswith("gpt-oss"):
+        inner = {**small, "intermediate_size": 16 if kind.endswith("square") else 24}
+        return t.GptOssForCausalLM(
+            t.GptOssConfig(**inner, **heads, num_local_experts=3, num_experts_per_tok=2, head_dim=8)
+        )
+    if kind == "nomic":
+        return t.NomicBertModel(t.NomicBertConfig(**small, num_attention_heads=2))
     if kind == "qwen":
         return t.Qwen2ForCausalLM(t.Qwen2Config(**small, **heads))
     if kind == "vit":
@@ -86,7 +126,12 @@ def make_adapter(folder: Path, kind: str, seed: int = 0, **settings: Any) -> dic
         torch.manual_seed(seed)
         model = _build(kind)
         model.save_pretrained(folder / "model")
-        wrapped = peft.get_peft_model(model, peft.LoraConfig(**{"r": 4, **settings}))
+        config = (
+            peft.TrainableTokensConfig(**settings)
+            if "token_indices" in settings
+            else peft.LoraConfig(**{"r": 4, **settings})
+        )
+        wrapped = peft.get_peft_model(model, config)
         for name, parameter in wrapped.named_parameters():
             if parameter.requires_grad:
                 scale = 0.1 if "magnitude" in name else 0.3
@@ -185,7 +230,16 @@ def test_tables_that_peft_wrote_three_times_are_the_trained_ones(tmp_path: Path)
 
 @pytest.mark.every(2)
 @pytest.mark.parametrize(
-    "case", [*(pytest.param(case, marks=pytest.mark.slow) for case in ("plain", "dora")), "conv1d dora", "embedding"]
+    "case",
+    [
+        *(
+            pytest.param(case, marks=pytest.mark.slow)
+            for case in ("plain", "dora", "apart in memory, dora", "stacks, inputs first")
+        ),
+        "stacks, single in the file",
+        "conv1d dora",
+        "embedding",
+    ],
 )
 def test_any_piece_has_the_bits_of_the_whole(case: str, tmp_path: Path) -> None:
     kind, settings = CASES[case]
@@ -229,10 +283,10 @@ def _config(folder: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"peft_type": "IA3"}, "of the type IA3.*LoRA and DoRA are"),
+        ({"peft_type": "IA3"}, "of the type IA3.*LoRA, DoRA and trainable tokens are"),
         ({"peft_type": "PROMPT_TUNING"}, "of the type PROMPT_TUNING"),
         ({"init_lora_weights": "pissa_niter_4"}, "began as pissa_niter_4.*path_initial_model"),
-        ({"target_parameters": ["experts.gate"]}, "bare parameters"),
+        ({"target_parameters": "experts.gate"}, "no list of names"),
         ({"r": 8}, "do not make the rank 8"),
         ({"rank_pattern": {"q_proj": 5}}, "do not make the rank 5"),
         ({"alpha_pattern": {"q_(": 5}}, "alpha_pattern has the pattern"),
@@ -297,6 +351,70 @@ def test_trained_tokens_that_are_not_there_are_refused(tmp_path: Path, indices: 
     make_adapter(tmp_path, "llama", target_modules=["q_proj"], trainable_token_indices=[3, 40, 7])
     _config(tmp_path, trainable_token_indices=indices)
     with pytest.raises(UsageError, match=complaint):
+        open_model("model+adapter", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mixtral", "gpt-oss square"])
+def test_folded_stacks_compute_what_the_adapter_does(kind: str, tmp_path: Path) -> None:
+    """Held to PEFT's forward pass; over the same model with its stacks as in memory, too."""
+    import peft
+
+    merged = make_adapter(tmp_path, kind, target_parameters=STACKS, target_modules=["q_proj"])
+    fresh = type(_build(kind)).from_pretrained(tmp_path / "model", dtype=torch.float32)
+    (tmp_path / "memory").mkdir()
+    held = {name: values.clone() for name, values in fresh.state_dict().items()}
+    save_file(held, tmp_path / "memory" / "model.safetensors", {"format": "pt"})
+    shutil.copy(tmp_path / "model" / "config.json", tmp_path / "memory")
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        before = fresh(tokens).logits
+        wanted = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter")(tokens).logits
+    assert not torch.allclose(before, wanted, atol=0.01)
+    for name in ("model", "memory"):
+        folded = open_model(f"{name}+adapter", tmp_path)
+        with folded.reader() as reader:
+            state = {one: reader.read(one).view(info.shape).clone() for one, info in folded.tensors.items()}
+        assert (set(state) == set(merged)) == (name == "model" or kind != "mixtral")
+        (tmp_path / f"folded {name}").mkdir()
+        save_file(state, tmp_path / f"folded {name}" / "model.safetensors", {"format": "pt"})
+        shutil.copy(tmp_path / "model" / "config.json", tmp_path / f"folded {name}")
+        loaded = type(fresh).from_pretrained(tmp_path / f"folded {name}", dtype=torch.float32)
+        with torch.no_grad():
+            assert torch.allclose(loaded(tokens).logits, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ({"architectures": ["NoSuchModel"]}, "changes 'vit.layers.0.*belongs to another"),
+        ({"architectures": ["AutoModel"]}, "changes 'vit.layers.0.*belongs to another"),
+        ({"hidden_size": "broad"}, "changes 'vit.layers.0.*belongs to another"),
+    ],
+)
+def test_names_in_memory_need_a_model_that_transformers_knows(
+    tmp_path: Path, config: dict[str, Any], complaint: str
+) -> None:
+    make_adapter(tmp_path, "vit", target_modules=["q_proj"])
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **config}))
+    with pytest.raises(UsageError, match=complaint):
+        open_model("model+adapter", tmp_path)
+
+
+def test_parts_of_a_fused_matrix_stored_whole_are_refused(tmp_path: Path) -> None:
+    make_adapter(tmp_path, "nomic", target_modules=["q_proj"], modules_to_save=["v_proj"])
+    with pytest.raises(UsageError, match=r"stores '.*v_proj.weight' whole, which the model's files have in other"):
+        open_model("model+adapter", tmp_path)
+
+
+def test_stacks_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
+    make_adapter(tmp_path, "mixtral", target_parameters=STACKS, target_modules=[])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    renamed = {name.replace(".base_layer", ".base_layer.base_layer"): v for name, v in load_file(file).items()}
+    copies = {name.replace(".base_layer.base_layer", ".base_layer"): v for name, v in renamed.items()}
+    save_file({**{name: v.clone() for name, v in copies.items()}, **renamed}, file)
+    with pytest.raises(UsageError, match="do not tell which of its target_parameters"):
         open_model("model+adapter", tmp_path)
 
 
