@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ktmerge.errors import KtmergeError, UsageError
+from ktmerge.errors import KtmergeError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from ktmerge.checkpoints.checkpoint import Checkpoint
@@ -176,6 +176,14 @@ def refuse_unwritable(path: Path, shown: Path | None = None) -> None:
     folder = next(one for one in Path(os.path.abspath(path)).parents if os.path.exists(one))
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError(f"{shown or path}: nothing may be written into the folder {folder}; choose another.")
+
+
+def near_file(path: Path) -> str:
+    """`` Did you mean 'x'?``, of what lies beside a file that is not there; empty if nothing is called alike."""
+    try:
+        return did_you_mean(path.name, os.listdir(path.parent), list_all=False)
+    except OSError:
+        return ""
 
 
 @contextmanager

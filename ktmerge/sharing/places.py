@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ktmerge.errors import UsageError, did_you_mean
+from ktmerge.checkpoints.files import near_file
+from ktmerge.errors import UsageError
 from ktmerge.sharing import contents
 
 _REPOSITORY = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
@@ -55,13 +56,6 @@ def place_of(reference: str, *, there: bool = True) -> Place:
         return Place("hub", match["name"], match["revision"])
     if there or not reference.startswith(_PATHLIKE):
         raise UsageError(
-            f"{reference}: no such file or folder, and no org/name of the hub or https address.{_near(path)}"
+            f"{reference}: no such file or folder, and no org/name of the hub or https address.{near_file(path)}"
         )
     return Place("folder", str(path))
-
-
-def _near(path: Path) -> str:
-    try:
-        return did_you_mean(path.name, [one.name for one in path.parent.iterdir()], list_all=False)
-    except OSError:
-        return ""

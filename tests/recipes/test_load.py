@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,13 @@ def test_one_expert_or_override_may_be_a_text() -> None:
 def test_unknown_gallery_name_gets_a_suggestion() -> None:
     with pytest.raises(UsageError, match=r"neither a file nor a recipe of the gallery\. Did you mean 'ties'"):
         load_recipe("tise")
+
+
+@pytest.mark.parametrize("load", [load_recipe, load_suite])
+def test_a_file_that_is_called_alike_is_named(tmp_path: Path, load: Callable[[Path], object]) -> None:
+    (tmp_path / "suite.yaml").touch()
+    with pytest.raises(UsageError, match=r"siute\.yaml: no such .*file\. Did you mean 'suite\.yaml'\?"):
+        load(tmp_path / "siute.yaml")
 
 
 def test_missing_file_is_named() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ktmerge.checkpoints.files import near_file
 from ktmerge.checkpoints.regular import is_file
 from ktmerge.errors import UsageError, did_you_mean
 
@@ -29,7 +30,7 @@ def locate(reference: str | Path) -> tuple[Path, bool]:
     if path.is_dir():
         raise UsageError(f"{reference}: is a folder; name the recipe's file.")
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        raise UsageError(f"{reference}: no such recipe file.")
+        raise UsageError(f"{reference}: no such recipe file.{near_file(path)}")
     raise UsageError(
         f"'{reference}' is neither a file nor a recipe of the gallery.{did_you_mean(str(reference), names())}"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ktmerge.checkpoints.files import near_file
 from ktmerge.checkpoints.regular import is_file
 from ktmerge.errors import UsageError, did_you_mean
 
@@ -31,5 +32,5 @@ def locate(reference: str | Path) -> tuple[Path, Path]:
     if str(reference) in names():
         return _FOLDER / f"{reference}.yaml", Path(os.environ.get("KTMERGE_DATASETS") or Path.cwd())
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        raise UsageError(f"{reference}: no such file.")
+        raise UsageError(f"{reference}: no such file.{near_file(path)}")
     raise UsageError(f"'{reference}' is neither a file nor a ready suite.{did_you_mean(str(reference), names())}")
