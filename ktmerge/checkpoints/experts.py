@@ -9,6 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from ktmerge.checkpoints.alignment import without_wrappers
 from ktmerge.checkpoints.checkpoint import Checkpoint
@@ -16,6 +17,9 @@ from ktmerge.checkpoints.derived import DerivedReader, Made, derive, shown
 from ktmerge.checkpoints.dtypes import BITS
 from ktmerge.checkpoints.header import TensorInfo
 from ktmerge.checkpoints.reader import Reader
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _SINGLE = re.compile(
     r"^(?P<owner>.+)\.experts\.(?P<number>\d{1,5})\.(?P<leaf>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$"
@@ -64,7 +68,8 @@ def _turn(
 
     def opened() -> DerivedReader:
         source = other.reader()
-        return DerivedReader(tensors, source, {name: _Turned(other[name], source) for name in turned})
+        last: dict[tuple[str, int], NDArray[Any]] = {}
+        return DerivedReader(tensors, source, {name: _Turned(other[name], source, last) for name in turned})
 
     return derive(
         other, tensors, opened, notes=(*other.notes, "its stacks of experts are turned to lie as the base's.")
@@ -184,25 +189,35 @@ class _Joined:
 
 @dataclass(frozen=True)
 class _Turned:
-    """A stack of matrices, each transposed."""
+    """A stack of matrices, each transposed; of all stacks together ``last`` keeps the one that was asked for last."""
 
     info: TensorInfo
     source: Reader
+    last: dict[tuple[str, int], NDArray[Any]]
 
     def fill(self, start: int, target: memoryview) -> None:
-        import numpy as np
-
         width = BITS[self.info.dtype] // 8
-        _, rows, columns = self.info.shape
-        size, done = rows * columns, 0
+        size, done = self.info.shape[1] * self.info.shape[2], 0
         while done < len(target):
             number, offset = divmod(start + done // width, size)
             piece = target[done : done + (size - offset) * width]
-            matrix = bytearray(size * width)
-            self.source.read_into(self.info.name, number * size, memoryview(matrix))
-            values = np.frombuffer(matrix, f"u{width}").reshape(rows, columns).T.reshape(-1)
-            piece[:] = values[offset : offset + len(piece) // width].view(np.uint8).data
+            piece[:] = self._matrix(number)[offset * width : offset * width + len(piece)].data
             done += len(piece)
+
+    def _matrix(self, number: int) -> NDArray[Any]:
+        """One of them, turned, as bytes."""
+        import numpy as np
+
+        found = self.last.get((self.info.name, number))
+        if found is None:
+            _, rows, columns = self.info.shape
+            width = BITS[self.info.dtype] // 8
+            raw = bytearray(rows * columns * width)
+            self.source.read_into(self.info.name, number * rows * columns, memoryview(raw))
+            found = np.frombuffer(raw, f"u{width}").reshape(rows, columns).T.reshape(-1).view(np.uint8)
+            self.last.clear()
+            self.last[self.info.name, number] = found
+        return found
 
 
 def _owners(theirs: Iterable[str], base: Collection[str]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.experts import fit_experts
+from ktmerge.checkpoints.reader import TensorReader
 from ktmerge.errors import KtmergeError, UsageError
 
 MakeCheckpoint = Callable[..., Path]
@@ -330,3 +331,28 @@ def test_stacks_that_lie_the_other_way_round_are_turned(make_checkpoint: MakeChe
                 start, stop = min(start, values.size), min(stop, values.size)
                 assert np.array_equal(reader.read(name, start, stop).numpy(), values.reshape(-1)[start:stop])
     assert fit_experts(opened, opened) is opened
+
+
+def test_a_turned_matrix_is_read_once_for_all_its_pieces(
+    make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stacks ``[E, in, out]`` over a base that has ``[E, out, in]``."""
+    values = {
+        "m.experts.gate_up_proj": np.arange(48, dtype=np.float32).reshape(2, 4, 6),
+        "m.experts.down_proj": np.arange(24, dtype=np.float32).reshape(2, 3, 4),
+    }
+    base = {name: np.ascontiguousarray(one.transpose(0, 2, 1)) for name, one in values.items()}
+    opened = Checkpoint.open(make_checkpoint("turned", values))
+    shown = fit_experts(Checkpoint.open(make_checkpoint("base", base)), opened)
+    reads, whole = [], TensorReader.read_into
+
+    def counted(self: TensorReader, name: str, start: int, target: memoryview) -> None:
+        reads.append((name, start))
+        whole(self, name, start, target)
+
+    monkeypatch.setattr(TensorReader, "read_into", counted)
+    with shown.reader() as reader:
+        for name, one in base.items():
+            pieces = [reader.read(name, start, start + 4).numpy() for start in range(0, one.size, 4)]
+            assert np.array_equal(np.concatenate(pieces), one.reshape(-1))
+    assert len(reads) == len(set(reads)) == 4
