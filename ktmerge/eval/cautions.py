@@ -25,9 +25,9 @@ def cautions(results: Results) -> list[str]:
         said.append("These rows are kept for choosing; report the chosen model on the other part (--part report).")
     if others:
         said += few({task.name: task.groups for task in results.paired()})
-    single = [task.name for task in results.paired() if len(set(task.rows)) == 1 < len(task.rows)]
+    single = [task.name for task in results.paired() if len(set(task.clusters or task.rows)) == 1 < len(task.rows)]
     if others and single:
-        said.append(f"One text alone ({', '.join(single)}): intervals are over its chunks, and of this text only.")
+        said.append(f"One text or image alone ({', '.join(single)}): intervals are over its items, and of it only.")
     wide = [task.name for task in results.tasks if task.metric == "cider"]
     if wide and len(results.tasks) > len(wide):
         said.append(
@@ -43,8 +43,8 @@ def few(groups: Mapping[str, Sequence[int]]) -> list[str]:
     if not names:
         return []
     return [
-        f"Fewer than {FEWEST} items or texts ({', '.join(names)}): a bootstrap of so few gives intervals that are too "
-        "narrow."
+        f"Fewer than {FEWEST} items, texts or images ({', '.join(names)}): a bootstrap of so few gives intervals that "
+        "are too narrow."
     ]
 
 

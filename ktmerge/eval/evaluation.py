@@ -252,6 +252,7 @@ def _task_info(one: TaskSet, encoded: Encoded) -> TaskInfo:
         choices=[list(item.choices) for item in items if isinstance(item, ChoiceItem | LetterItem)],
         truncated=encoded.truncated,
         skipped=encoded.skipped,
+        clusters=one.drawn_with(encoded.rows) if one.clusters else [],
     )
 
 

@@ -26,6 +26,7 @@ class TaskInfo:
         references: index of the right choice, or the reference answer (not for text tasks).
         choices: of each item, where there are such.
         truncated: items whose prompt was cut to fit the model; skipped: rows too short to score.
+        clusters: of each item the first row with the same images, or that it was taken from; empty where no two share.
     """
 
     name: str
@@ -40,13 +41,14 @@ class TaskInfo:
     choices: list[list[str]] = field(default_factory=list)
     truncated: int = 0
     skipped: int = 0
+    clusters: list[int] = field(default_factory=list)
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}  # of files that are read
 
     @property
     def groups(self) -> list[int]:
         """Of each item what it is drawn with, see :func:`statistics.groups_of`."""
-        return statistics.groups_of(self.rows)
+        return statistics.groups_of(self.clusters or self.rows)
 
 
 @dataclass(frozen=True)

@@ -175,8 +175,9 @@ class _Run:
         return [self._set(task, teacher, np.stack(own)) for task, own in found.items()]
 
     def _set(self, task: str, teacher: str, values: NDArray[np.float64]) -> ScreenedSet:
-        side = next(one.side for one in self.sets if one.task.name == task)
-        return ScreenedSet(task, side, teacher, values, groups_of(self.encodings.of["the base"].tasks[task].rows))
+        own = next(one for one in self.sets if one.task.name == task)
+        groups = groups_of(own.drawn_with(self.encodings.of["the base"].tasks[task].rows))
+        return ScreenedSet(task, own.side, teacher, values, groups)
 
     @contextmanager
     def _loaded(self, name: str) -> Iterator[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ktmerge.errors import UsageError
 from ktmerge.eval.encode import Encoded, Encoder
 from ktmerge.eval.examples import worked_rows
-from ktmerge.eval.images import row_images
+from ktmerge.eval.images import RowImages, row_images
 from ktmerge.eval.items import Item
 from ktmerge.eval.overlap import require
 from ktmerge.eval.rendering import make_items
@@ -43,6 +43,7 @@ class TaskSet:
         harness: its rows and prompts if it is lm_eval's, and then no items.
         places: file and line (or row) of each row, by its number.
         place: file and line of the task itself, if it is from a suite's file.
+        clusters: of rows that show the same images, or were taken from one row, the number of the first.
     """
 
     task: AnyTask | HarnessTask
@@ -53,6 +54,11 @@ class TaskSet:
     harness: HarnessSet | None = None
     places: Mapping[int, str] = field(default_factory=dict)
     place: str = ""
+    clusters: Mapping[int, int] = field(default_factory=dict)
+
+    def drawn_with(self, rows: Sequence[int]) -> list[int]:
+        """Of each of these rows, by number, what it is drawn with."""
+        return [self.clusters.get(row, row) for row in rows]
 
 
 def read_sets(suite: Suite, part: str | None = None) -> list[TaskSet]:
@@ -104,7 +110,19 @@ def _read(task: AnyTask | HarnessTask, suite: Suite, part: Part) -> TaskSet:
         require(task.metric, len(items))
     except UsageError as error:
         raise UsageError(f"task '{task.name}': {error}") from None
-    return TaskSet(task, side, items, rows.digest, digest, places={row.number: row.where for row in rows.rows})
+    places = {row.number: row.where for row in rows.rows}
+    return TaskSet(task, side, items, rows.digest, digest, places=places, clusters=_clusters(rows.rows, images))
+
+
+def _clusters(rows: Sequence[Row], images: RowImages) -> dict[int, int]:
+    """Rows that are not independent of each other, and the number of the first among them."""
+    first: dict[Hashable, int] = {}
+    found = {}
+    for row in rows:
+        shown = row.source if row.source is not None else images.of.get(row.where)
+        if shown is not None and (number := first.setdefault(shown, row.number)) != row.number:
+            found[row.number] = number
+    return found
 
 
 def _settings(task: AnyTask) -> dict[str, Any]:

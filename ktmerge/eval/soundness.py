@@ -72,7 +72,12 @@ def _other_means(results: Results, means: Mapping[str, Mapping[str, Any]]) -> It
 
 def _of_task(task: TaskInfo) -> Iterator[str]:
     items = len(task.rows)
-    for name, column in (("prompts", task.prompts), ("references", task.references), ("choices", task.choices)):
+    for name, column in (
+        ("prompts", task.prompts),
+        ("references", task.references),
+        ("choices", task.choices),
+        ("clusters", task.clusters),
+    ):
         if len(column) not in (0, items):
             yield f"'{task.name}' has {items} items and {len(column)} {name}"
     twice = [row for row, count in Counter(task.rows).items() if count > 1]

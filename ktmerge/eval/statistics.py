@@ -1,7 +1,7 @@
 """Means, standard errors and the paired bootstrap. Knows arrays of item scores, nothing of what was scored.
 
-``groups`` say of each item what it is drawn with: chunks of one text are not independent of each other, so that whole
-texts are drawn (a cluster bootstrap). By default every item is a group by itself.
+``groups`` say of each item what it is drawn with: chunks of one text, or questions on one image, are not independent of
+each other, so that whole texts are drawn (a cluster bootstrap). By default every item is a group by itself.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def groups_of(rows: Sequence[int]) -> list[int]:
 def drawn_in_words(groups: Iterable[Sequence[int]]) -> str:
     """What is drawn where items have these groups."""
     together = any(len(set(own)) < len(own) for own in groups)
-    return "items, chunks of one text together" if together else "items"
+    return "items, those of one text or image together" if together else "items"
 
 
 def mean(scores: NDArray[np.float64]) -> float:

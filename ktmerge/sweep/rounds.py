@@ -103,7 +103,7 @@ def scored_sets(rounds: Sequence[Round]) -> Sets:
     for part in rounds:
         for one in part.sets:
             sides[one.task.name] = one.side
-            rows.setdefault(one.task.name, []).extend(part.encoded[one.task.name].rows)
+            rows.setdefault(one.task.name, []).extend(one.drawn_with(part.encoded[one.task.name].rows))
     return {name: ScoredSet(side, groups_of(rows[name])) for name, side in sides.items()}
 
 

@@ -6,6 +6,7 @@ import base64
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import pytest
 
 from ktmerge.errors import UsageError
 from ktmerge.eval import read_sets, score_model
+from ktmerge.eval.encode import Encoded
+from ktmerge.eval.evaluation import _task_info
 from ktmerge.eval.sight import parts
 from ktmerge.recipes.suites import Suite
 
@@ -443,3 +446,15 @@ def test_a_sweep_screens_with_the_images(models: Callable[[str], Seeing], folder
     for number, shape in enumerate(SHAPES):
         picture(folder / "pictures" / f"{number}.png", shape, number + 50)
     assert (before != np.array(distances())).all()
+
+
+def test_rows_of_one_image_or_of_one_row_are_drawn_together(folder: Path) -> None:
+    rows = [
+        {"q": "a", "im": name, "options": ["1.png", "2.png"], "g": 1} for name in ("1.png", "2.png", "1.png", "3.png")
+    ]
+    (one,) = read_sets(picking(folder, {"kind": "choice"}, rows=rows))
+    assert one.drawn_with(range(4)) == [0, 1, 0, 3]
+    assert _task_info(replace(one, items=one.items[1:]), Encoded([1, 2, 3])).groups == [1, 0, 3]
+    taken = [{"qs": ["a", "b"], "im": name, "options": ["1.png", "2.png"], "g": 1} for name in ("1.png", "2.png")]
+    (one,) = read_sets(picking(folder, {"kind": "choice", "each": {"q": "qs"}}, rows=taken))
+    assert one.drawn_with(range(4)) == [0, 0, 2, 2]

@@ -121,7 +121,7 @@ def test_backward_transfer(make_results: Callable[..., Results]) -> None:
 
 def test_few_items_are_warned_of(make_results: Callable[..., Results]) -> None:
     made = make_results({name: {"up_few": [1, 0, 1], "down_many": [1, 0] * 5} for name in ("base", "tuned")})
-    assert any("Fewer than 10 items or texts (up_few): a bootstrap of so few" in one for one in made.cautions)
+    assert any("Fewer than 10 items, texts or images (up_few): a bootstrap of so few" in one for one in made.cautions)
     alone = make_results({"base": {"up_few": [1, 0, 1]}})
     assert not any("Fewer" in one for one in alone.cautions)
 
@@ -140,7 +140,21 @@ def test_chunks_of_a_text_count_together(make_results: Callable[..., Results]) -
     assert (F.value, F.low, F.high) == pytest.approx((known.value, known.low, known.high))
     document = results.to_json()
     assert document["models"]["base"]["tasks"]["up"]["stderr"] == pytest.approx(plain.stderr("base", plain.tasks[0]))
-    assert results.drawn == "items, chunks of one text together"
+    assert results.drawn == "items, those of one text or image together"
     assert [said.replace("60 items", "12 items") for said in results.cautions] == plain.cautions
     results.tasks[0] = replace(results.tasks[0], rows=[0] * 60)
-    assert any("One text alone (up): intervals are over its chunks" in said for said in replace(results).cautions)
+    assert any(
+        "One text or image alone (up): intervals are over its items" in said for said in replace(results).cautions
+    )
+
+
+def test_questions_on_one_image_count_together(make_results: Callable[..., Results]) -> None:
+    """Ten images of three questions each, all alike: as wide as for ten; and no test that takes them for thirty."""
+    images = {"base": [1, 0] * 5, "tuned": [1, 1, 0, 0, 1] * 2}
+    asked = make_results({name: {"up": [score for score in own for _ in range(3)]} for name, own in images.items()})
+    asked.tasks[0] = replace(asked.tasks[0], clusters=[3 * image for image in range(10) for _ in range(3)])
+    known = make_results({name: {"up": own} for name, own in images.items()})
+    assert asked.summary.models["tuned"].F == known.summary.models["tuned"].F
+    assert known.mcnemar("base", "tuned").keys() == {"up"}
+    assert not asked.mcnemar("base", "tuned")
+    assert Results.from_json(asked.to_json(), "x").tasks == asked.tasks

@@ -63,9 +63,11 @@ def test_intervals_are_over_whole_texts() -> None:
     assert whole.confirmed == cut.confirmed
     assert whole.standings == cut.standings
     assert np.allclose(whole.uncertain()[1][0].error, cut.uncertain()[1][0].error)
-    assert cut.statement()[0].endswith("on 60 upstream and 60 downstream selection items, chunks of one text together.")
+    assert cut.statement()[0].endswith(
+        "on 60 upstream and 60 downstream selection items, those of one text or image together."
+    )
     assert "on 12 upstream and 12 downstream held-out items: upstream" in whole.statement()[1]
     assert whole.confirmed != outcome_of(whole.held_out, range(12), seed=1).confirmed
     assert whole.cautions() == []
     (caution,) = outcome_of(whole.held_out, [0] * 4 + [1] * 8).cautions()
-    assert caution.startswith("Fewer than 10 items or texts (keep, learn)")
+    assert caution.startswith("Fewer than 10 items, texts or images (keep, learn)")
