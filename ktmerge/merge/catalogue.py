@@ -9,14 +9,15 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from inspect import getdoc
 from pathlib import Path
 from typing import Any
 
 from ktmerge.errors import UsageError
+from ktmerge.merge.needs import needs_of
 from ktmerge.merge.registry import methods, stages
 from ktmerge.merge.settings import Setting, blend_setting
-from ktmerge.merge.stage import KINDS, Method, Need, Stage
+from ktmerge.merge.stage import KINDS, Need, Stage
 from ktmerge.recipes.schema import Blend
 
 NO_DATA = "none"
@@ -25,56 +26,9 @@ NO_DATA = "none"
 _DIFFERS = re.compile(r"^Differs from .*?(?=\n\s*\n|\nDiffers from |\Z)", re.MULTILINE | re.DOTALL)
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One method as people read of it.
-
-    Attributes:
-        name: in recipes.
-        experts: how many it takes.
-        when: to use it.
-        formula: of the merged delta.
-        data: what has to be measured before.
-        cost: per matrix of o outputs, i inputs and N experts.
-        defaults: its parameters.
-        source: paper.
-    """
-
-    name: str
-    experts: str
-    when: str
-    formula: str
-    data: str
-    cost: str
-    defaults: str
-    source: str
-
-
-def entries() -> list[Entry]:
-    """Every registered method, by name."""
-    return [entry(method) for method in methods().values()]
-
-
-def entry(method: Method) -> Entry:
-    """What is said of one method, at its defaults."""
-    setting = blend_setting(Blend(method=method.name))
-    return Entry(
-        name=method.name,
-        experts=_experts(method.experts),
-        when=method.summary,
-        formula=method.formula,
-        data=data_of(setting),
-        cost=method.cost,
-        defaults=", ".join(f"{key} {_plain(value)}" for key, value in defaults(setting).items()),
-        source=method.source,
-    )
-
-
 def data_of(setting: Setting) -> str:
     """What has to be measured on data before a blend with this setting, in words; `NO_DATA` if nothing."""
-    needs = {
-        need for line in setting.pipelines.values() for use in line.uses for need in use.stage.needs(use.parameters)
-    }
+    needs = {need for pipeline in setting.pipelines.values() for need in needs_of(pipeline)}
     return ", ".join(_words(needs)) or NO_DATA
 
 
@@ -92,15 +46,21 @@ def defaults(setting: Setting) -> dict[str, Any]:
 def differences() -> Iterator[tuple[str, str]]:
     """Name of a stage, and one thing it does otherwise than others, from its docstring."""
     for stage in stages().values():
-        for found in _DIFFERS.findall(_docstring(stage)):
+        for found in _DIFFERS.findall(getdoc(stage.apply) or ""):
             yield stage.name, " ".join(found.split())
 
 
 def method_table() -> str:
-    """All methods, in Markdown."""
+    """All methods at their defaults, in Markdown; the cost is per matrix of o outputs, i inputs and N experts."""
     columns = ("method", "experts", "when", "merged delta", "data", "cost", "defaults", "source")
-    rows = [(f"`{e.name}`", e.experts, e.when, _code(e.formula), e.data, _code(e.cost), e.defaults, e.source)
-            for e in entries()]  # fmt: skip
+    rows = []
+    for one in methods().values():
+        setting = blend_setting(Blend(method=one.name))
+        told = ", ".join(f"{key} {_plain(value)}" for key, value in defaults(setting).items())
+        rows.append(
+            (f"`{one.name}`", one.takes, one.summary, _code(one.formula), data_of(setting), _code(one.cost),
+             told, one.source)
+        )  # fmt: skip
     return _table(columns, rows)
 
 
@@ -144,16 +104,10 @@ def fill(page: str) -> str:
     return page
 
 
-def _experts(bounds: tuple[int, int | None]) -> str:
-    least, most = bounds
-    return str(least) if least == most else f"{least} or more" if most is None else f"{least} to {most}"
-
-
 def _words(needs: Iterable[Need]) -> Iterator[str]:
-    names: dict[str, str] = {"fisher": "Fisher"}
     found: dict[str, list[str]] = {}
     for need in sorted(needs, key=lambda need: (need.measure, need.of)):
-        found.setdefault(names.get(need.measure, need.measure), []).append(need.of)
+        found.setdefault(need.measure if need.measure != "fisher" else "Fisher", []).append(need.of)
     for measure, models in sorted(found.items()):
         yield f"{measure} of {' and '.join(models)}"
 
@@ -167,16 +121,10 @@ def _users() -> Mapping[str, list[str]]:
     """Methods by the stages they are made of."""
     found: dict[str, list[str]] = {}
     for method in methods().values():
-        for pipeline in blend_setting(Blend(method=method.name)).pipelines.values():
-            for use in pipeline.uses:
-                if method.name not in found.setdefault(use.stage.name, []):
-                    found[use.stage.name].append(method.name)
+        pipelines = blend_setting(Blend(method=method.name)).pipelines.values()
+        for name in {use.stage.name for pipeline in pipelines for use in pipeline.uses}:
+            found.setdefault(name, []).append(method.name)
     return found
-
-
-def _docstring(stage: Stage) -> str:
-    lines = (stage.apply.__doc__ or "").splitlines()
-    return "\n".join(line.strip() for line in lines)
 
 
 def _plain(value: Any) -> str:

@@ -40,7 +40,7 @@ class Setting:
         least, most = self.method.experts
         count = len(weights)
         if count < least or (most is not None and count > most):
-            wanted = str(least) if least == most else f"{least} or more" if most is None else f"{least} to {most}"
+            wanted = self.method.takes
             return [f"method '{self.method.name}' takes {wanted} expert{'s' if wanted != '1' else ''}, not {count}."]
         found = []
         for pipeline in self.pipelines.values():
@@ -127,17 +127,8 @@ def _spelled_out(document: Mapping[str, Any]) -> Stages:
 
 def _without_maps(stages: Stages) -> dict[TensorClass, Stages]:
     """What becomes of other tensors than matrices: stages for linear maps are left out, a combine is the mean there."""
-
-    def rest(kind: Kind) -> tuple[tuple[str, Mapping[str, Any]], ...]:
-        return tuple(use for use in getattr(stages, kind) if not _on_maps(use[0], kind))
-
-    kept = Stages(
-        combine=("mean", {}) if _on_maps(stages.combine[0], "combine") else stages.combine,
-        transform=rest("transform"),
-        calibrate=rest("calibrate"),
-        guard=rest("guard"),
-        scale=rest("scale"),
-    )
+    rest: dict[str, Any] = {kind: tuple(use for use in stages.of(kind) if not _on_maps(use[0], kind)) for kind in KINDS}
+    kept = Stages(**{**rest, "combine": rest["combine"][0] if rest["combine"] else ("mean", {})})
     return {} if kept == stages else dict.fromkeys(FLOAT_CLASSES[1:], kept)
 
 
@@ -164,7 +155,7 @@ def _pipelines(
 ) -> dict[TensorClass, Pipeline]:
     """The method's pipeline for each tensor class, parameters filled in from the flat keys beside ``method``."""
     variants = [(_draft(method, stages, where), classes) for stages, classes in _variants(method)]
-    known = {name for draft, _ in variants for _, stage, _ in draft for name in stage.parameters.model_fields}
+    known = {name for draft, _ in variants for stage, _ in draft for name in stage.parameters.model_fields}
     owner = "no stage here has a" if method.name == _SPELLED_OUT else f"method '{method.name}' has no"
     problems = [
         f"{where}: {owner} parameter '{key}'.{did_you_mean(key, known | set(fixed))}"
@@ -175,20 +166,24 @@ def _pipelines(
         problems += _ambiguous(variants[0][0], flat, where)
     built: dict[TensorClass, Pipeline] = {}
     for draft, classes in variants:
-        uses: list[tuple[Kind, StageUse]] = []
-        for kind, stage, own in draft:
+        uses: list[StageUse] = []
+        for stage, own in draft:
             given = own | {key: value for key, value in flat.items() if key in stage.parameters.model_fields}
             with collected(problems):
-                uses.append((kind, StageUse(stage, _validated(stage, given, where))))
+                uses.append(StageUse(stage, _validated(stage, given, where)))
         if len(uses) == len(draft):
-            built.update(dict.fromkeys(classes, _pipeline(method, uses)))
+            place = next(place for place, use in enumerate(uses) if use.stage.kind == "combine")
+            pipeline = Pipeline(
+                method.name, tuple(uses[:place]), uses[place], tuple(uses[place + 1 :]), method.semantics
+            )
+            built.update(dict.fromkeys(classes, pipeline))
     refuse(problems)
     return built
 
 
-def _ambiguous(draft: Sequence[tuple[Kind, Stage, Any]], flat: Mapping[str, Any], where: str) -> Iterator[str]:
+def _ambiguous(draft: Sequence[tuple[Stage, Any]], flat: Mapping[str, Any], where: str) -> Iterator[str]:
     for key in flat:
-        owners = [stage.name for _, stage, _ in draft if key in stage.parameters.model_fields]
+        owners = [stage.name for stage, _ in draft if key in stage.parameters.model_fields]
         if len(owners) > 1:
             yield f"{where}.{key}: could be meant for {' or '.join(owners)}; write it inside stages."
 
@@ -199,28 +194,15 @@ def _variants(method: Method) -> list[tuple[Stages, tuple[TensorClass, ...]]]:
     return [(method.stages, proper), *((stages, (one,)) for one, stages in method.otherwise.items())]
 
 
-def _draft(method: Method, stages: Stages, where: str) -> list[tuple[Kind, Stage, dict[str, Any]]]:
+def _draft(method: Method, stages: Stages, where: str) -> list[tuple[Stage, dict[str, Any]]]:
     """The stages in order, each with the parameters the preset or the recipe gives it."""
     own = {stage.name: stage for stage in method.own}
-    spelled = method.name == _SPELLED_OUT
-    draft: list[tuple[Kind, Stage, dict[str, Any]]] = []
+    draft: list[tuple[Stage, dict[str, Any]]] = []
     for kind in KINDS:
-        entries: Sequence[Any] = [stages.combine] if kind == "combine" else getattr(stages, kind)
-        for name, parameters in entries:
-            place = f"{where}.stages.{kind}" if spelled else where
-            with located(place):
-                draft.append((kind, own.get(name) or find_stage(name, kind), dict(parameters)))
+        for name, parameters in stages.of(kind):
+            with located(f"{where}.stages.{kind}" if method.name == _SPELLED_OUT else where):
+                draft.append((own.get(name) or find_stage(name, kind), dict(parameters)))
     return draft
-
-
-def _pipeline(method: Method, uses: Sequence[tuple[Kind, StageUse]]) -> Pipeline:
-    return Pipeline(
-        method=method.name,
-        transforms=tuple(use for kind, use in uses if kind == "transform"),
-        combine=next(use for kind, use in uses if kind == "combine"),
-        after=tuple(use for kind, use in uses if kind not in ("transform", "combine")),
-        semantics=method.semantics,
-    )
 
 
 def _validated(stage: Stage, given: Mapping[str, Any], where: str) -> Parameters:

@@ -59,11 +59,11 @@ class Need:
 class Measurements(Protocol):
     """What was measured of one tensor. ``expert`` is a name, or empty for the base on upstream data.
 
-    Every method raises KtmergeError if the tensor was not measured in that model.
+    Every method raises KtmergeError if the tensor was not measured in that model, or a file cannot be read.
     """
 
     def inputs(self, expert: str = "") -> Tensor:
-        """Sampled inputs ``[tokens, i]`` of the linear map, fp32; of stacked experts ``[E, tokens, i]``."""
+        """Sampled inputs ``[tokens, i]``, of stacked experts ``[E, tokens, i]``, fp32; those of text tokens first."""
 
     def fisher(self, expert: str = "") -> Tensor:
         """Diagonal Fisher information of the piece at hand, fp32, shaped like it; not normalised."""
@@ -348,6 +348,11 @@ class Stages:
     guard: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     scale: tuple[tuple[str, Mapping[str, Any]], ...] = ()
 
+    def of(self, kind: Kind) -> Sequence[tuple[str, Mapping[str, Any]]]:
+        """Those of a kind; one that combines."""
+        found: Any = getattr(self, kind)
+        return [found] if kind == "combine" else found
+
 
 @dataclass(frozen=True)
 class Promises:
@@ -407,3 +412,9 @@ class Method:
     promises: Promises = Promises()
     semantics: int = 1
     own: tuple[Stage, ...] = ()
+
+    @property
+    def takes(self) -> str:
+        """How many experts, in words."""
+        least, most = self.experts
+        return str(least) if least == most else f"{least} or more" if most is None else f"{least} to {most}"

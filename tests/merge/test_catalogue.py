@@ -24,9 +24,9 @@ def test_the_page_has_the_tables_of_today() -> None:
 
 
 def test_every_method_says_what_people_ask() -> None:
-    for one in catalogue.entries():
-        assert one.when.endswith("."), one.name
-        assert len(one.when) <= 130, one.name
+    for one in methods().values():
+        assert one.summary.endswith("."), one.name
+        assert len(one.summary) <= 130, one.name
         assert all((one.source, one.cost, one.formula)), f"{one.name}: source, cost or formula is missing"
 
 
