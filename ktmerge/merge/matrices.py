@@ -25,7 +25,11 @@ def split(values: Tensor, context: Context, *, fused: bool = True) -> list[Tenso
         context: of the stage.
         fused: whether maps that share a tensor (query, key and value; gate and up) are taken apart.
     """
-    layout = _layout(values, context, fused)
+    return maps_in(values, _layout(values.shape, context, fused))
+
+
+def maps_in(values: Tensor, layout: MatrixLayout) -> list[Tensor]:
+    """Views ``[o, i]`` of the maps that a layout tells of in ``values``."""
     stacked = values.reshape(math.prod(values.shape[:-2]), *values.shape[-2:])
     if layout.transposed:
         stacked = stacked.transpose(-1, -2)
@@ -39,9 +43,10 @@ def join(maps: Sequence[Tensor], context: Context, *, fused: bool = True) -> Ten
     shape = context.shape
     if not maps:
         return context.base.new_zeros(shape)
-    each = len(_layout(None, context, fused).outputs)
+    layout = _layout(shape, context, fused)
+    each = len(layout.outputs)
     wholes = [torch.cat(list(maps[start : start + each])) for start in range(0, len(maps), each)]
-    if _layout(None, context, fused).transposed:
+    if layout.transposed:
         wholes = [whole.transpose(-1, -2) for whole in wholes]
     return torch.stack(wholes).reshape(shape)
 
@@ -140,9 +145,8 @@ def changed(deltas: Sequence[Tensor], base: Tensor) -> list[int]:
     return [number for number, delta in enumerate(deltas) if float(delta.norm()) > floor]
 
 
-def _layout(values: Tensor | None, context: Context, fused: bool) -> MatrixLayout:
+def _layout(shape: Sequence[int], context: Context, fused: bool) -> MatrixLayout:
     from ktmerge.checkpoints.matrices import MatrixLayout
 
-    shape = context.shape if values is None else tuple(values.shape)
     layout = context.layout or MatrixLayout(False, (shape[-2],))
     return layout if fused else MatrixLayout(layout.transposed, (sum(layout.outputs),))

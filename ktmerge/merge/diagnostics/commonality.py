@@ -9,12 +9,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING, Any
 
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.matrices import MatrixLayout, matrix_layout
 from ktmerge.checkpoints.reader import Reader
-from ktmerge.merge.diagnostics.measures import Effective
+from ktmerge.merge.diagnostics.measures import Effective, Sums
 from ktmerge.progress import Progress
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ COHERENCE = {"p10": 0.1, "median": 0.5, "p90": 0.9}
 
 
 @dataclass(frozen=True)
-class Commonality:
+class Commonality(Sums):
     """What the changes of some linear maps have in common; only maps that two or more models changed.
 
     Attributes:
@@ -43,14 +45,6 @@ class Commonality:
     common: float
     spectrum: NDArray[np.float64]
     counts: tuple[int, ...]
-
-    def __add__(self, other: Commonality) -> Commonality:
-        return Commonality(
-            self.energy + other.energy,
-            self.common + other.common,
-            self.spectrum + other.spectrum,
-            self.counts + other.counts,
-        )
 
     @property
     def share(self) -> float:
@@ -115,23 +109,15 @@ def _of_tensor(
     """All maps of one tensor together; None if no two models changed one of them."""
     import torch
 
+    from ktmerge.merge.matrices import maps_in
+
     with torch.inference_mode():
         start = base.read(name).float()
-        maps = _maps(start.view(shape), layout)
-        deltas = [_maps((reader.read(there).float() - start).view(shape), layout) for reader, there in others]
-        found = [_of_map(one, list(own)) for one, *own in zip(maps, *deltas, strict=True)]
-    total: Commonality | None = None
-    for one in found:
-        if one is not None:
-            total = one if total is None else total + one
-    return total
-
-
-def _maps(values: Tensor, layout: MatrixLayout) -> list[Tensor]:
-    stacked = values.reshape(-1, *values.shape[-2:])
-    if layout.transposed:
-        stacked = stacked.transpose(-1, -2)
-    return [one for whole in stacked for one in whole.split(layout.outputs, dim=0)]
+        maps = maps_in(start.view(shape), layout)
+        deltas = [maps_in((reader.read(there).float() - start).view(shape), layout) for reader, there in others]
+        every = [_of_map(one, list(own)) for one, *own in zip(maps, *deltas, strict=True)]
+    found = [one for one in every if one is not None]
+    return reduce(add, found) if found else None
 
 
 def _of_map(base: Tensor, deltas: list[Tensor]) -> Commonality | None:

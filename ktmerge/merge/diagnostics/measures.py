@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from operator import add
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ktmerge.merge.kernels.bins import BINS, lower_edge
 
@@ -17,9 +18,18 @@ ALL = "all"
 """Stands for all parts of a model together."""
 QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99}
 
+Own = TypeVar("Own", bound="Sums")
+
+
+class Sums:
+    """Numbers that add up, field by field."""
+
+    def __add__(self: Own, other: Own) -> Own:
+        return type(self)(*map(add, vars(self).values(), vars(other).values()))
+
 
 @dataclass(frozen=True)
-class Movement:
+class Movement(Sums):
     """How far one tuned model moved from its base: tau = theta - theta_0.
 
     Attributes:
@@ -35,15 +45,6 @@ class Movement:
     along: float = 0.0
     elements: int = 0
     changed: int = 0
-
-    def __add__(self, other: Movement) -> Movement:
-        return Movement(
-            self.base + other.base,
-            self.delta + other.delta,
-            self.along + other.along,
-            self.elements + other.elements,
-            self.changed + other.changed,
-        )
 
     @property
     def relative(self) -> float:
@@ -97,7 +98,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Pair:
+class Pair(Sums):
     """Two tuned models: inner product and squared norms of their deltas; signs where both changed."""
 
     dot: float = 0.0
@@ -105,15 +106,6 @@ class Pair:
     second: float = 0.0
     both: int = 0
     opposed: int = 0
-
-    def __add__(self, other: Pair) -> Pair:
-        return Pair(
-            self.dot + other.dot,
-            self.first + other.first,
-            self.second + other.second,
-            self.both + other.both,
-            self.opposed + other.opposed,
-        )
 
     @property
     def cosine(self) -> float | None:
