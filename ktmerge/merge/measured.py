@@ -44,11 +44,6 @@ class TensorMeasurements:
     device: torch.device
 
     def inputs(self, expert: str = "") -> Tensor:
-        """Sampled inputs ``[tokens, i]``, of stacked experts ``[E, tokens, i]``, fp32; text tokens before image tokens.
-
-        Raises:
-            KtmergeError: the tensor was not measured in that model, or the file cannot be read.
-        """
         import torch
 
         model, name = self._model(expert)
@@ -61,11 +56,6 @@ class TensorMeasurements:
         return (found[0] if len(found) == 1 else torch.cat(found, dim=-2)).to(self.device)
 
     def fisher(self, expert: str = "") -> Tensor:
-        """Diagonal Fisher information of the piece, fp32, shaped like it.
-
-        Raises:
-            KtmergeError: the tensor was not measured in that model, or the file cannot be read.
-        """
         model, name = self._model(expert)
         if model.statistics.fisher_of(name) is None:
             raise self._not_measured(expert, "Fisher information")
@@ -73,22 +63,12 @@ class TensorMeasurements:
         return values.float().view(self.shape).to(self.device)
 
     def fisher_norm(self, expert: str = "") -> float:
-        """L2 norm of the diagonal Fisher information over all of the model's tensors.
-
-        Raises:
-            KtmergeError: it was not measured in that model.
-        """
         model, _ = self._model(expert)
         if not model.statistics.has_fisher:
             raise self._not_measured(expert, "Fisher information")
         return model.statistics.fisher_norm
 
     def scales(self, expert: str = "") -> Tensor | None:
-        """Mean squares of what the whole tensor multiplies, fp32, shaped like it; None if it is no scale in use.
-
-        Raises:
-            KtmergeError: nothing was measured in that model, or the file cannot be read.
-        """
         model, name = self._model(expert)
         info = model.statistics.scales_of(name)
         return None if info is None else model.reader.read(info.name).float().view(info.shape).to(self.device)
