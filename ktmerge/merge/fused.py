@@ -33,8 +33,6 @@ from ktmerge.merge.steps import Steps
 from ktmerge.merge.workspace import KINDS, Blended, Combine, Row, Target, Workspace
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from ktmerge.merge.plan import Plan, TensorPlan
     from ktmerge.merge.sinks import Sink
     from ktmerge.merge.source import Sources
@@ -102,9 +100,7 @@ class Fused:
     def __enter__(self) -> Fused:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Wait for work under way, drop what has not begun, and end the threads."""
         self._pool.shutdown(cancel_futures=True)
 
@@ -280,7 +276,7 @@ class Fused:
         """
         for position, step in enumerate(job.program.steps):
             if isinstance(step, Trim) and step.scope == "tensor":
-                found = self._thresholds(self._key(job, position), [job], position, run, probe)
+                found = self._thresholds((job.prefix(position), job.tensor.name), [job], position, run, probe)
                 if found is None:
                     return None
                 job.steps.set_thresholds(position, found)
@@ -320,20 +316,16 @@ class Fused:
 
     def _is_kept(self, job: Job, kept: Sequence[int]) -> bool:
         """Whether so many elements are what a recalled threshold is for; if not, it is forgotten."""
-        key = self._key(job, len(job.program.steps) - 1)
+        last = len(job.program.steps) - 1
+        key = job.prefix(last), job.tensor.name
         found = self._recollected.thresholds.get(key)
-        if found is None or key in self._known or not _is_tellable([job], len(job.program.steps) - 1):
+        if found is None or key in self._known or not _is_tellable([job], last):
             return True
         pairs = zip((one for one, _ in found), kept, strict=True)
         fits = all(count == one.kept or (one.floor == 0 and count < one.kept) for one, count in pairs)
         if not fits:
             del self._recollected.thresholds[key]
         return fits
-
-    @staticmethod
-    def _key(job: Job, position: int) -> Key:
-        pipeline = job.tensor.pipeline
-        return pipeline.prefix(position) if pipeline is not None else "", job.tensor.name
 
     def _factor(self, job: Job, run: Run, combine: Combine | Ruled) -> float | None:
         """What a ramp, a cap or a budget makes of the merged delta's length; None if an input is not finite."""

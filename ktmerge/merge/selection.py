@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -57,6 +58,10 @@ class Job:
     def width(self) -> int:
         """Bytes of an element of the output."""
         return WIDTHS[self.kind]
+
+    def prefix(self, position: int) -> str:
+        """All stages up to the one at ``position``, spelled out."""
+        return self.tensor.pipeline.prefix(position) if self.tensor.pipeline is not None else ""
 
 
 class Notes:
@@ -180,28 +185,7 @@ def find_thresholds(
         notes = [Notes(searches[number], experts[number]) for number in few]
         many = [(experts[number], searches[number]) for number in wanted if number not in few]
 
-        def look(
-            space: Workspace,
-            job: Job,
-            notes: Sequence[Notes] = notes,
-            many: Sequence[tuple[int, Search]] = many,
-        ) -> bool:
-            asked = [(one.expert, one.interval, one.search.expected / elements) for one in notes]
-            noted = space.note(job.steps, position, asked) if notes else []
-            if noted is None:
-                return False
-            counted = [(expert, search.interval) for expert, search in many]
-            measured = space.measure(job.steps, position, counted) if many else []
-            if measured is None:
-                return False
-            with lock:
-                for one, found in zip(notes, noted, strict=True):
-                    one.add(found)
-                for (_, search), (counts, lows) in zip(many, measured, strict=True):
-                    search.add(counts, lows)
-            return True
-
-        if not all(list(run(jobs, look))):
+        if not all(list(run(jobs, partial(_look, position, elements, notes, many, lock)))):
             return None
         for _, search in many:
             search.end_pass()
@@ -214,6 +198,31 @@ def find_thresholds(
     if not outliers:
         return [(kept, None) for kept in results]
     return list(zip(results[::2], results[1::2], strict=True))
+
+
+def _look(
+    position: int,
+    elements: int,
+    notes: Sequence[Notes],
+    many: Sequence[tuple[int, Search]],
+    lock: threading.Lock,
+    space: Workspace,
+    job: Job,
+) -> bool:
+    """Note or count what a piece has for the searches; whether it is finite."""
+    asked = [(one.expert, one.interval, one.search.expected / elements) for one in notes]
+    noted = space.note(job.steps, position, asked) if notes else []
+    if noted is None:
+        return False
+    measured = space.measure(job.steps, position, [(expert, one.interval) for expert, one in many]) if many else []
+    if measured is None:
+        return False
+    with lock:
+        for one, found in zip(notes, noted, strict=True):
+            one.add(found)
+        for (_, search), (counts, lows) in zip(many, measured, strict=True):
+            search.add(counts, lows)
+    return True
 
 
 def _is_notable(search: Search) -> bool:
@@ -231,9 +240,8 @@ def _hint(
     """Show the searches, each of an expert, a sample over all tensors."""
     if all(search.done for search in searches):
         return
-    pipeline = jobs[0].tensor.pipeline
     names = tuple(job.tensor.name for job in jobs)
-    key = (pipeline.prefix(position - 1) if pipeline is not None else "", names if len(names) > 1 else names[0])
+    key = jobs[0].prefix(position - 1), names if len(names) > 1 else names[0]
     samples = recollected.samples.get(key)
     if samples is None or len(samples) != len(jobs[0].rows) - 1:
         patterns = _sample(jobs, position, probe)

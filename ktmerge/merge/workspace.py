@@ -127,10 +127,16 @@ class Blended:
 
 
 class Workspace:
-    """Buffers that grow with what is asked of them; used by one thread at a time."""
+    """Buffers that grow with what is asked of them; used by one thread at a time.
+
+    Attributes:
+        native: the compiled kernels.
+        start: of what is held, the first element's index in its tensor.
+        count: how many elements are held.
+    """
 
     def __init__(self, native: Native, experts: int) -> None:
-        self._native = native
+        self.native = native
         self._experts = experts
         self._rows = np.empty(0, np.uint8)
         self._stride = 0
@@ -148,26 +154,26 @@ class Workspace:
         self._ruled, self.is_finite = np.empty((2, 0), np.float32), True
         self._wanted: Sequence[Row] = ()
         self._held = False
-        self._number, self._count, self.start = 0, 0, 0
+        self.count, self.start = 0, 0
 
     @cached_property
     def probe(self) -> Workspace:
         """Another one, to look at something without losing what is held here."""
-        return Workspace(self._native, self._experts)
+        return Workspace(self.native, self._experts)
 
     def hold(self, rows: Sequence[Row], start: int, stop: int) -> None:
         """Turn to the same elements of all rows, the base's first. They are read when they are needed."""
-        if self._wanted is rows and (self.start, self._count) == (start, stop - start):
+        if self._wanted is rows and (self.start, self.count) == (start, stop - start):
             return
         self._wanted, self._held = rows, False
-        self._number, self._count, self.start = len(rows) - 1, stop - start, start
+        self.count, self.start = stop - start, start
         for number, row in enumerate(rows):
             self._kinds[number] = row.kind
             file, begin = row.place or (-1, 0)
             self._files[number], self._places[number] = file, begin + start * row.width
-        if (self._files[: len(rows)] < 0).any():
+        if (self._files < 0).any():
             self._files[0] = -1
-        self._make_room(min(WINDOW, self._count))
+        self._make_room(min(WINDOW, self.count))
 
     def _make_room(self, elements: int) -> None:
         """Buffers for so many elements of every row."""
@@ -180,10 +186,10 @@ class Workspace:
         """Read all rows now, and tell the kernels that they need not."""
         if self._held:
             return
-        self._make_room(self._count)
+        self._make_room(self.count)
         for number, row in enumerate(self._wanted):
             begin = number * self._stride
-            row.reader.read_into(row.name, self.start, self._rows[begin : begin + self._count * row.width].data)
+            row.reader.read_into(row.name, self.start, self._rows[begin : begin + self.count * row.width].data)
         self._files[0] = -1
         self._held = True
 
@@ -191,28 +197,28 @@ class Workspace:
         """Let a kernel work on the rows, which it reads by itself where they lie in files as they are."""
         if self._files[0] < 0:
             self._read()
-        status = kernel(*self._inputs(), self._files.ctypes.data, self._places.ctypes.data, *arguments)
+        status = kernel(*self._inputs(), *arguments)
         if status != UNREADABLE:
             return status
         self._read()  # says what is wrong, or reads it after all
-        return kernel(*self._inputs(), self._files.ctypes.data, self._places.ctypes.data, *arguments)
+        return kernel(*self._inputs(), *arguments)
 
     def equal(self) -> bool:
         """Whether all experts equal the base byte for byte; they have its type."""
         self._read()
-        size = self._count * WIDTHS[int(self._kinds[0])]
+        size = self.count * WIDTHS[int(self._kinds[0])]
         base = self._rows[:size]
         return all(
             np.array_equal(base, self._rows[number * self._stride : number * self._stride + size])
-            for number in range(1, self._number + 1)
+            for number in range(1, self._experts + 1)
         )
 
     def energy(self) -> float | None:
         """The base's squared norm; None if it is not finite somewhere."""
         self._read()
         sums = np.zeros(4)
-        status = self._native.energy(
-            self._rows.ctypes.data, self._rows.ctypes.data, int(self._kinds[0]), self._count, sums.ctypes.data,
+        status = self.native.energy(
+            self._rows.ctypes.data, self._rows.ctypes.data, int(self._kinds[0]), self.count, sums.ctypes.data,
             self._scratch.ctypes.data,
         )  # fmt: skip
         return float(sums[1]) if status == FINE else None
@@ -241,7 +247,7 @@ class Workspace:
             self._counts[number, : interval.bins + 1] = 0
             self._lows[number, : interval.bins] = 0
         status = self._call(
-            self._native.measure, self._count, self.start, *steps.arguments(position),
+            self.native.measure, self.count, self.start, *steps.arguments(position),
             len(wanted), rows.ctypes.data, searches.ctypes.data, BINS, self._counts.ctypes.data, self._lows.ctypes.data,
             self._scratch.ctypes.data,
         )  # fmt: skip
@@ -265,14 +271,14 @@ class Workspace:
             wanted: as for `measure`, with the share of all elements that is expected in the interval.
         """
         share = max(expected for *_, expected in wanted)
-        room = min(self._count, max(_NOTED, int(_SPARE * share * self._count))) + BLOCK
+        room = min(self.count, max(_NOTED, int(_SPARE * share * self.count))) + BLOCK
         if self._noted.shape[1] < room:
             self._noted, self._patterns = np.empty((2, 2 * self._experts, room), np.uint32)
         rows = np.array([expert + 1 for expert, *_ in wanted], np.int64)
         bounds = np.array([(one.low, one.last) for _, one, _ in wanted], np.uint32)
         taken, above = np.zeros((2, len(wanted)), np.int64)
         status = self._call(
-            self._native.note, self._count, self.start, *steps.arguments(position), len(wanted), rows.ctypes.data,
+            self.native.note, self.count, self.start, *steps.arguments(position), len(wanted), rows.ctypes.data,
             bounds.ctypes.data, self._noted.shape[1], self._noted.ctypes.data, self._patterns.ctypes.data,
             taken.ctypes.data, above.ctypes.data, self._scratch.ctypes.data,
         )  # fmt: skip
@@ -294,7 +300,7 @@ class Workspace:
         if self._keys.size < patterns.size:
             self._keys = np.empty(patterns.size, np.uint64)
         decision = np.zeros(3, np.int64)
-        self._native.rank_noted(
+        self.native.rank_noted(
             patterns.ctypes.data, patterns.size, rank, interval.low, interval.last.bit_length(), self._keys.ctypes.data,
             self._digits.ctypes.data, decision.ctypes.data,
         )  # fmt: skip
@@ -308,25 +314,15 @@ class Workspace:
             self._keys = np.empty(size, np.uint64)
         count = 0
         for one in noted:
-            count += self._native.hash_noted(
+            count += self.native.hash_noted(
                 one.places.ctypes.data, one.patterns.ctypes.data, one.places.size, floor, one.key, one.start,
                 self._keys[count:].ctypes.data,
             )  # fmt: skip
         least = np.zeros(1, np.uint64)
-        self._native.rank_hashes(
+        self.native.rank_hashes(
             self._keys.ctypes.data, count, rank, self._digits.ctypes.data, least.ctypes.data
         )  # fmt: skip
         return int(least[0])
-
-    @property
-    def native(self) -> Native:
-        """The compiled kernels."""
-        return self._native
-
-    @property
-    def count(self) -> int:
-        """How many elements are held."""
-        return self._count
 
     @property
     def kinds(self) -> list[int]:
@@ -345,21 +341,21 @@ class Workspace:
         many elements of each delta the transforms leave.
         """
         self._read()
-        rows = self._number + 1
-        if self._arrays.shape[0] != rows:
+        rows = self._experts + 1
+        if not self._arrays.size:
             self._arrays = np.empty((rows, _PART), np.float32)
             self._halves = np.empty(2 * rows * BLOCK)
             self._ruled = np.empty((2, _PART), np.float32)
         widths = [row.width for row in self._wanted]
-        kept = np.zeros(self._number, np.int64) if kept is None else kept
+        kept = np.zeros(self._experts, np.int64) if kept is None else kept
         self.is_finite = True
-        for begin in range(0, self._count, _PART):
-            size = min(_PART, self._count - begin)
+        for begin in range(0, self.count, _PART):
+            size = min(_PART, self.count - begin)
             pairs = zip(self.addresses(begin), widths, strict=True)
             places = np.array([address // width for address, width in pairs], np.int64)
             part = self._arrays.reshape(-1)[: rows * size].reshape(rows, size)
-            status = self._native.spread(
-                0, 0, self._kinds.ctypes.data, places.ctypes.data, self._number, size, self.start + begin,
+            status = self.native.spread(
+                0, 0, self._kinds.ctypes.data, places.ctypes.data, self._experts, size, self.start + begin,
                 *steps.arguments(len(steps)), part.ctypes.data, kept.ctypes.data, self._scratch.ctypes.data,
             )  # fmt: skip
             if status != FINE:
@@ -373,8 +369,8 @@ class Workspace:
         known = np.empty((len(rule.known), size), np.float32)
         for (reader, name), row in zip(rule.known, known, strict=True):
             reader.read_into(name, self.start + begin, row.view(np.uint8).data)
-        self._native.rule(
-            rule.rule, part.ctypes.data, self._number, size, rule.told.ctypes.data, len(known), known.ctypes.data,
+        self.native.rule(
+            rule.rule, part.ctypes.data, self._experts, size, rule.told.ctypes.data, len(known), known.ctypes.data,
             self._ruled[0].ctypes.data, self._ruled[1].ctypes.data,
         )  # fmt: skip
         made: NDArray[np.float32] = self._ruled[1][:size]
@@ -385,20 +381,20 @@ class Workspace:
     ) -> None:
         """How many magnitudes, of numbers or patterns, are in bins of ``2**shift`` from ``low`` on, and above them."""
         bins = counts.size - 1
-        self._native.tally(
+        self.native.tally(
             values.ctypes.data, values.size, low, (bins << shift) - 1, shift, bins, counts.ctypes.data
         )  # fmt: skip
 
     def add_squares(self, values: NDArray[np.float32], bins: NDArray[np.uint64]) -> None:
         """Squares of fp32 values by exponent, added to ``bins`` ``[2, 256]``."""
-        self._native.add_up(values.ctypes.data, values.size, 2, bins.ctypes.data)
+        self.native.add_up(values.ctypes.data, values.size, 2, bins.ctypes.data)
 
     def add_products(
         self, order: Sequence[int], part: NDArray[np.float32], units: NDArray[np.float64], sums: NDArray[np.int64]
     ) -> None:
         """Inner products of the rows of a part, in another order with the base last, added to ``sums``."""
         places = np.array([part[row].ctypes.data // 4 for row in order], np.int64)
-        self._native.products(
+        self.native.products(
             0, places.ctypes.data, len(order), 1, part.shape[1], units.ctypes.data, sums.ctypes.data,
             self._halves.ctypes.data,
         )  # fmt: skip
@@ -414,11 +410,11 @@ class Workspace:
         Returns:
             ``[N, blocks, elements]``; None if an input is not finite.
         """
-        out = np.empty((len(blocks), self._number, self._count), np.uint32)
+        out = np.empty((len(blocks), self._experts, self.count), np.uint32)
         if self._files[0] >= 0:
             fine = self._sample(steps, position, blocks, out)
         else:
-            rows, count = self._wanted, self._count
+            rows, count = self._wanted, self.count
             fine = True
             for number, block in enumerate(blocks):
                 self.hold(rows, block, block + count)
@@ -428,40 +424,40 @@ class Workspace:
 
     def _sample(self, steps: Steps, position: int, blocks: Sequence[int], out: NDArray[np.uint32]) -> bool:
         firsts = np.array(blocks, np.int64)
-        status = self._native.sample(
-            *self._inputs(), self._files.ctypes.data, self._places.ctypes.data, self._count, self.start,
-            *steps.arguments(position), len(blocks), firsts.ctypes.data, out.ctypes.data, self._scratch.ctypes.data,
+        status = self.native.sample(
+            *self._inputs(), self.count, self.start, *steps.arguments(position), len(blocks), firsts.ctypes.data,
+            out.ctypes.data, self._scratch.ctypes.data,
         )  # fmt: skip
         return bool(status == FINE)
 
     def squares(self, steps: Steps, combine: Combine) -> NDArray[np.uint64] | None:
         """Sums of squares of base and merged delta by exponent, as the kernel says; None if one is not finite."""
         code, counted, rates, fallback = spelled(combine)
-        bins, kept = np.zeros((2, 2, 256), np.uint64), np.zeros(self._number, np.int64)
+        bins, kept = np.zeros((2, 2, 256), np.uint64), np.zeros(self._experts, np.int64)
         status = self._call(
-            self._native.squares, self._count, self.start, *steps.arguments(len(steps)), code, counted,
+            self.native.squares, self.count, self.start, *steps.arguments(len(steps)), code, counted,
             rates.ctypes.data, fallback, bins.ctypes.data, kept.ctypes.data, self._scratch.ctypes.data,
         )  # fmt: skip
         return bins if status == FINE else None
 
     def blend(self, steps: Steps, combine: Combine, target: Target) -> Blended:
         """Blend what is held."""
-        size = self._count * WIDTHS[target.kind]
+        size = self.count * WIDTHS[target.kind]
         if self._out.size < size:
             self._out = np.empty(size, np.uint8)
         out = self._out.ctypes.data
         code, counted, rates, fallback = spelled(combine)
-        sums, kept = np.zeros(4), np.zeros(self._number, np.int64)
+        sums, kept = np.zeros(4), np.zeros(self._experts, np.int64)
         if self._has_own_loop(steps, combine, target):
             status = self._call(
-                self._native.elect, self._count, self.start, *steps.arguments(1), int(code == ELECT_MEAN),
+                self.native.elect, self.count, self.start, *steps.arguments(1), int(code == ELECT_MEAN),
                 rates.ctypes.data, fallback, target.lambda_, out, sums.ctypes.data, kept.ctypes.data,
                 self._scratch.ctypes.data,
             )  # fmt: skip
         else:
             ends = np.array([fallback, target.factor, target.limit, target.lambda_], np.float32)
             status = self._call(
-                self._native.blend, self._count, self.start, *steps.arguments(len(steps)), code, counted,
+                self.native.blend, self.count, self.start, *steps.arguments(len(steps)), code, counted,
                 rates.ctypes.data, ends.ctypes.data, target.kind, int(target.stochastic), target.key, out, out,
                 sums.ctypes.data, kept.ctypes.data, self._scratch.ctypes.data,
             )  # fmt: skip
@@ -472,12 +468,12 @@ class Workspace:
         if not isinstance(combine, Elect) or combine.counted or combine.aggregate == "largest":
             return False
         nearest = target.kind == BF16 and not target.stochastic and target.factor == 1 and target.limit == inf
-        plain = len(steps) <= 1 and not steps.has_outliers and self._number <= MOST
+        plain = len(steps) <= 1 and not steps.has_outliers and self._experts <= MOST
         return nearest and plain and all(row.kind == BF16 for row in self._wanted)
 
     def _inputs(self) -> tuple[int, ...]:
-        address = self._rows.ctypes.data
-        return address, address, self._stride, self._kinds.ctypes.data, self._number
+        address, files, places = self._rows.ctypes.data, self._files.ctypes.data, self._places.ctypes.data
+        return address, address, self._stride, self._kinds.ctypes.data, self._experts, files, places
 
 
 def spelled(combine: Combine) -> tuple[int, int, NDArray[np.float32], float]:
