@@ -14,6 +14,7 @@ from ktmerge.merge.catalogue import NO_DATA, data_of_recipe
 from ktmerge.merge.diagnostics.signs import Signs
 from ktmerge.merge.recommendation import Advice, choose
 from ktmerge.recipes import load_recipe
+from ktmerge.recipes.schema import Blend
 
 Lean = Literal["upstream", "balanced", "downstream"]
 LEANS: tuple[Lean, ...] = ("upstream", "balanced", "downstream")
@@ -48,6 +49,9 @@ def draft(
     for part in keep:
         PartExpression.parse(part)
     advice = choose(_unmeasured(len(experts), statistics))[0]
+    recipe = load_recipe(advice.recipe)
+    assert recipe.blend is not None
+    measured, rounding = data_of_recipe(recipe.blend) != NO_DATA, recipe.output.rounding
     lines = [
         "# Check it:  ktmerge recipe check THIS_FILE      what it will do:  ktmerge recipe explain THIS_FILE",
         "# In an editor: ktmerge recipe schema > recipe.schema.json, and as first line here:",
@@ -56,12 +60,15 @@ def draft(
         f"name: {_scalar(name)}",
         f"base: {_scalar(base)}   # a folder, relative to this file, or org/name@revision",
         "experts:",
-        *_experts(experts, advice),
-        *_statistics(advice),
-        *_blend(advice, keep, lean),
-        *_output(advice),
+        *_experts(experts, measured),
+        *(["statistics: {data: upstream.jsonl}   # what the base should not forget"] if measured else []),
+        *_blend(recipe.blend, advice, keep, lean),
+        "output:",
+        "  dtype: base   # each tensor in the base's type",
+        f"  rounding: {rounding}   # stochastic keeps small changes on average, nearest is what others do",
         "seed: 42   # of whatever is drawn",
-        *_scoring(),
+        "# What to score, so that both sides are proven (docs/scoring.md):",
+        "# eval: {suite: suite.yaml}",
     ]
     return "\n".join(lines) + "\n"
 
@@ -74,34 +81,22 @@ def _unmeasured(experts: int, statistics: bool) -> Signs:
     )  # fmt: skip
 
 
-def _experts(experts: Mapping[str, str], advice: Advice) -> Iterator[str]:
+def _experts(experts: Mapping[str, str], measured: bool) -> Iterator[str]:
     for name, model in experts.items():
         yield f"  {_scalar(name)}:"
         yield f"    model: {_scalar(model)}"
         if len(experts) > 1:
             yield "    weight: 1.0   # its share"
-        if _needs_data(advice):
+        if measured:
             yield "    statistics:   # 'ktmerge run' measures"
             yield f"      data: {_scalar(f'{name}.jsonl')}   # what it was tuned on"
 
 
-def _statistics(advice: Advice) -> Iterator[str]:
-    if _needs_data(advice):
-        yield "statistics: {data: upstream.jsonl}   # what the base should not forget"
-
-
-def _needs_data(advice: Advice) -> bool:
-    blend = load_recipe(advice.recipe).blend
-    return blend is not None and data_of_recipe(blend) != NO_DATA
-
-
-def _blend(advice: Advice, keep: Sequence[str], lean: str) -> Iterator[str]:
-    recipe = load_recipe(advice.recipe)
-    assert recipe.blend is not None
+def _blend(blend: Blend, advice: Advice, keep: Sequence[str], lean: str) -> Iterator[str]:
     key, values = advice.sweep[0].rpartition(".")[2], sorted(advice.sweep[1])
     chosen = {"upstream": values[0], "balanced": values[len(values) // 2], "downstream": values[-1]}[lean]
     yield "blend:"
-    yield f"  method: {recipe.blend.method}   # {advice.why}"
+    yield f"  method: {blend.method}   # {advice.why}"
     told = f"from {values[0]:g} (nearer to the base) to {values[-1]:g} (nearer to the experts)"
     yield f"  {key}: {chosen:g}   # turn this: {told}"
     if keep:
@@ -109,18 +104,6 @@ def _blend(advice: Advice, keep: Sequence[str], lean: str) -> Iterator[str]:
     for part in keep:
         yield f"    - part: {_scalar(part)}"
         yield "      keep: base   # copied byte for byte"
-
-
-def _output(advice: Advice) -> Iterator[str]:
-    rounding = load_recipe(advice.recipe).output.rounding
-    yield "output:"
-    yield "  dtype: base   # each tensor in the base's type"
-    yield f"  rounding: {rounding}   # stochastic keeps small changes on average, nearest is what others do"
-
-
-def _scoring() -> Iterator[str]:
-    yield "# What to score, so that both sides are proven (docs/scoring.md):"
-    yield "# eval: {suite: suite.yaml}"
 
 
 def _scalar(text: str) -> str:

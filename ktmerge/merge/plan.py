@@ -125,15 +125,6 @@ class Plan:
         rows = [[*(str(group[key]) for key in shown), f"{group['bytes'] / 1e6:.1f}"] for group in self._groups()]
         return columns, rows, f"{self.recipe.name}: {len(self.tensors)} tensors, {len(self.experts)} experts"
 
-    def summary(self) -> str:
-        """The table as plain text, notes below."""
-        columns, rows, title = self.table()
-        widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [columns, *rows]
-        ]
-        return "\n".join([title, *(line.rstrip() for line in lines), *(f"note: {note}" for note in self.notes)])
-
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data, one entry a tensor."""
         return {

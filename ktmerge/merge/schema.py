@@ -40,20 +40,23 @@ def recipe_schema() -> Schema:
     definitions["Blend"]["properties"]["stages"] = _stages()
     definitions["Blend"]["allOf"] += [
         {"oneOf": [_given("method", "string"), _given("stages", "object")]},
-        *(_only_in_rules(name, FIXED_RULE_KEYS | set(own)) for name, own in parameters.items()),
+        *(_only(name, FIXED_RULE_KEYS | set(own), in_rules=True) for name, own in parameters.items()),
         _only_with_stages(),
     ]
     definitions["WhereRule"]["allOf"] += _said_of_rules()
     definitions["Evaluation"]["anyOf"] = [
         _given("suite", "string"), _given("upstream", "array"), _given("downstream", "array")
     ]  # fmt: skip
-    return {"$schema": DIALECT, "title": "ktmerge recipe", **{k: v for k, v in schema.items() if k != "title"}}
+    return _titled("ktmerge recipe", schema)
 
 
 def suite_schema() -> Schema:
     """The schema of a suite file."""
-    schema = _with_shorthands(Suite.model_json_schema(by_alias=True))
-    return {"$schema": DIALECT, "title": "ktmerge suite", **{k: v for k, v in schema.items() if k != "title"}}
+    return _titled("ktmerge suite", _with_shorthands(Suite.model_json_schema(by_alias=True)))
+
+
+def _titled(title: str, schema: Schema) -> Schema:
+    return {"$schema": DIALECT, "title": title, **{key: one for key, one in schema.items() if key != "title"}}
 
 
 SCHEMAS = {"recipe": recipe_schema, "suite": suite_schema}
@@ -106,22 +109,13 @@ def _inlined(schema: Schema, whole: Schema) -> Schema:
     return {**whole["$defs"][reference], **{k: v for k, v in schema.items() if k != "$ref"}} if reference else schema
 
 
-def _only(name: str, keys: Iterable[str]) -> Schema:
-    """With this method, these keys and no others."""
-    definition = f"parameters of {name}"
-    return {
-        "if": {"required": ["method"], "properties": {"method": {"const": name}}},
-        "then": {"$ref": f"#/$defs/{definition}", "propertyNames": {"enum": sorted(keys)}},
-    }
-
-
-def _only_in_rules(name: str, keys: Iterable[str]) -> Schema:
-    """With this method, these keys and no others in rules that name no other."""
+def _only(name: str, keys: Iterable[str], *, in_rules: bool = False) -> Schema:
+    """With this method, these keys and no others; or so in those rules that name no other method."""
     own = {"$ref": f"#/$defs/parameters of {name}", "propertyNames": {"enum": sorted(keys)}}
     rule = {"if": {"not": _given("method", "string")}, "then": own}
     return {
         "if": {"required": ["method"], "properties": {"method": {"const": name}}},
-        "then": {"properties": {"where": {"items": rule}}},
+        "then": {"properties": {"where": {"items": rule}}} if in_rules else own,
     }
 
 
@@ -159,16 +153,16 @@ def _stages() -> Schema:
                 continue
             properties = _properties(stage.parameters)
             parameters = {"type": ["object", "null"], "properties": properties, "additionalProperties": False}
-            entries.append({"const": stage.name, "description": stage.summary})
-            entries.append(
+            entries += [
+                {"const": stage.name, "description": stage.summary},
                 {
                     "type": "object",
                     "description": stage.summary,
                     "properties": {stage.name: parameters},
                     "required": [stage.name],
                     "additionalProperties": False,
-                }
-            )
+                },
+            ]
         kinds[kind] = {"anyOf": [*entries, {"type": "array", "items": {"anyOf": entries}}]}
     return {
         "description": "the stages spelled out, instead of a method",

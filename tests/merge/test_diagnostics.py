@@ -221,7 +221,7 @@ for name, method in methods().items():
     experts = dict.fromkeys("ab"[: method.experts[1] or 2])
     document = {{"ktmerge": 1, "base": "base", "blend": {{"method": name}}}}
     document["experts"] = {{x: {{"model": x}} for x in experts}}
-    plan_blend(parse_recipe(document, "x", folder)).summary()
+    plan_blend(parse_recipe(document, "x", folder)).table()
 print([name for name in ("torch", "transformers", "mergekit", "numpy") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -328,9 +328,9 @@ def test_the_plan_shows_itself(llavas: Path, recipe_in: Any) -> None:
     assert all(len(row) == len(columns) for row in rows)
     assert sum(int(row[columns.index("tensors")]) for row in rows) == len(plan.tensors)
     assert f"{len(plan.tensors)} tensors" in title
-    text = plan.summary()
-    assert "keep base" in text
-    assert "density=0.2" in text
+    shown = {cell for row in rows for cell in row}
+    assert "keep base" in shown
+    assert any("density=0.2" in cell for cell in shown)
     assert json.loads(json.dumps(plan.to_json()))["experts"] == {"a": 1.0, "b": 1.0}
 
 
