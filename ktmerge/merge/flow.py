@@ -51,16 +51,14 @@ class Flow:
 
         Position by position, as a later one may rest on an earlier.
         """
-        pipelines = {pool for tensor in wanted for pool in _prefixes(tensor)}
-        blended = [tensor for tensor in self._plan.tensors if not pipelines.isdisjoint(_prefixes(tensor))]
-        longest = max((len(tensor.pipeline.uses) for tensor in blended if tensor.pipeline), default=0)
-        for position in range(longest):
-            pools: dict[str, list[TensorPlan]] = {}
-            for tensor in blended:
-                if _wants(tensor.pipeline, position, "global"):
-                    pools.setdefault(_pipeline(tensor).prefix(position), []).append(tensor)
-            if pools:
-                self._gather_pools(pools, position, progress)
+        asked = {pool for tensor in wanted for pool in _pools(tensor)}
+        pools: dict[int, dict[str, list[TensorPlan]]] = {}
+        for tensor in self._plan.tensors:
+            own = _pools(tensor)
+            for position, prefix in own if not asked.isdisjoint(own) else ():
+                pools.setdefault(position, {}).setdefault(prefix, []).append(tensor)
+        for position in sorted(pools):
+            self._gather_pools(pools[position], position, progress)
 
     def merged(self, tensor: TensorPlan) -> Iterator[tuple[Chunk, tuple[Tensor, ...], Tensor]]:
         """For each piece: what was read, the transformed deltas, and the merged delta before lambda; all flat."""
@@ -100,7 +98,7 @@ class Flow:
         if self._local.name != tensor.name:
             self._local.name, self._local.found = tensor.name, {}
         for position in range(stop):
-            if not _wants(tensor.pipeline, position, "tensor") or self._has_local(position):
+            if not _pipeline(tensor).uses[position].wants("tensor") or self._has_local(position):
                 continue
             observers = self._observers(tensor, position, "tensor", tensor.info.numel)
             while _unfinished(observers):
@@ -216,19 +214,8 @@ def _applied(use: StageUse, pair: tuple[Tensor, Context]) -> Tensor:
     return transformed
 
 
-def _wants(pipeline: Pipeline | None, position: int, scope: Scope) -> bool:
-    if pipeline is None or position >= len(pipeline.uses):
-        return False
-    return any(one.scope == scope for one in pipeline.uses[position].statistics())
-
-
-def _prefixes(tensor: TensorPlan) -> set[str]:
-    """The pools of tensors, measured together, that a tensor belongs to."""
-    pipeline = tensor.pipeline
-    if pipeline is None:
-        return set()
-    found = range(len(pipeline.uses))
-    return {pipeline.prefix(position) for position in found if _wants(pipeline, position, "global")}
+def _pools(tensor: TensorPlan) -> list[tuple[int, str]]:
+    return tensor.pipeline.pools() if tensor.pipeline is not None else []
 
 
 def _unfinished(observers: _Observers) -> bool:

@@ -393,11 +393,8 @@ def pools(tensors: Iterable[TensorPlan]) -> dict[tuple[int, str], list[TensorPla
         if pipeline is None:
             continue
         if id(pipeline) not in keys:
-            keys[id(pipeline)] = [
-                (position, pipeline.prefix(position))
-                for position, use in enumerate((*pipeline.transforms, pipeline.combine))
-                if any(one.scope == "global" for one in use.statistics())
-            ]
+            last = len(pipeline.transforms)  # what works on the merged delta finds its statistics elsewhere
+            keys[id(pipeline)] = [pool for pool in pipeline.pools() if pool[0] <= last]
         for key in keys[id(pipeline)]:
             found.setdefault(key, []).append(tensor)
     return dict(sorted(found.items()))

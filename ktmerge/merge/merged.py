@@ -146,13 +146,11 @@ class MergedDeltasOfPlan:
 
     def _pools(self, pipeline: Pipeline) -> list[Any]:
         """Of every stage that asks for something of several tensors: which they are."""
+        every = {id(one): one for one in (tensor.pipeline for tensor in self._plan.tensors) if one is not None}
         found = []
-        for position, use in enumerate(pipeline.uses):
-            if any(one.scope == "global" for one in use.statistics()):
-                prefix = pipeline.prefix(position)
-                same = {id(one): one for one in (t.pipeline for t in self._plan.tensors) if one is not None}
-                sharing = {k for k, one in same.items() if len(one.uses) > position and one.prefix(position) == prefix}
-                found.append([tensor.name for tensor in self._plan.tensors if id(tensor.pipeline) in sharing])
+        for pool in pipeline.pools():
+            sharing = {key for key, one in every.items() if pool in one.pools()}
+            found.append([tensor.name for tensor in self._plan.tensors if id(tensor.pipeline) in sharing])
         return found
 
 

@@ -279,6 +279,10 @@ class StageUse:
         """What has to be known before this use."""
         return self.stage.statistics(self.parameters)
 
+    def wants(self, scope: Scope) -> bool:
+        """Whether something of that scope has to be known."""
+        return any(one.scope == scope for one in self.statistics())
+
     def spec(self) -> dict[str, Any]:
         """``{name: parameters}``, as a recipe would spell it."""
         return {self.stage.name: self.parameters.model_dump(mode="json")}
@@ -323,6 +327,11 @@ class Pipeline:
     def prefix(self, position: int) -> str:
         """Every stage and parameter up to ``position``: tensors with the same share statistics of global scope."""
         return json.dumps([use.spec() for use in self.uses[: position + 1]])
+
+    def pools(self) -> list[tuple[int, str]]:
+        """Position of every stage with statistics of global scope, and all stages up to it: what shares them."""
+        found = [position for position, use in enumerate(self.uses) if use.wants("global")]
+        return [(position, self.prefix(position)) for position in found]
 
     def parameters(self) -> dict[str, Any]:
         """All parameters by name, of all stages together; for people to read."""
