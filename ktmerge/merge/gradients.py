@@ -18,13 +18,13 @@ Scalar = float | int | bool | str
 
 
 @dataclass(frozen=True)
-class Setting:
+class ParameterSetting:
     """Cases in order, first match wins: (part of the tensor's name, or None for all; values over the layers)."""
 
     cases: tuple[tuple[str | None, tuple[Scalar, ...]], ...]
 
     @classmethod
-    def constant(cls, value: Any) -> Setting:
+    def constant(cls, value: Any) -> ParameterSetting:
         """The same everywhere."""
         return cls(((None, (value,)),))
 
@@ -66,26 +66,26 @@ class Setting:
                 return _interpolate(values, depth)
         return None
 
-    def times(self, other: Setting, where: str) -> Setting:
+    def times(self, other: ParameterSetting, where: str) -> ParameterSetting:
         """This, times a setting with one value."""
         factor = float(other.value_or_refuse(where))
-        return Setting(tuple((part, tuple(float(v) * factor for v in values)) for part, values in self.cases))
+        return ParameterSetting(tuple((part, tuple(float(v) * factor for v in values)) for part, values in self.cases))
 
 
-def read_setting(value: Any, where: str) -> Setting:
+def read_setting(value: Any, where: str) -> ParameterSetting:
     """A parameter's value: one, a list over layers, or cases with filters.
 
     Raises:
         UsageError: it is none of these.
     """
     if isinstance(value, list) and value and all(isinstance(case, dict) for case in value):
-        return Setting(tuple(_case(case, where) for case in value))
+        return ParameterSetting(tuple(_case(case, where) for case in value))
     if isinstance(value, dict):
-        return Setting((_case(value, where),))
-    return Setting(((None, _values(value, where)),))
+        return ParameterSetting((_case(value, where),))
+    return ParameterSetting(((None, _values(value, where)),))
 
 
-def where_rules(settings: Mapping[str, Setting], base: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def where_rules(settings: Mapping[str, ParameterSetting], base: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rules for what varies, and the values that hold elsewhere.
 
     Args:
@@ -122,29 +122,22 @@ class _Layers:
 
 
 def _rules_for(
-    part: str | None, varying: Mapping[str, Setting], defaults: Mapping[str, Any], layers: _Layers | None
+    part: str | None, varying: Mapping[str, ParameterSetting], defaults: Mapping[str, Any], layers: _Layers | None
 ) -> Iterator[dict[str, Any]]:
     match = {} if part is None else {"match": f"*{glob.escape(part)}*"}
     for stack, count in (layers.counts if layers is not None else {}).items():
         for index in range(count):
             place = f"{stack}.layers[{index}]"
             values = _values_at(varying, part, index / max(count - 1, 1))
-            if (
-                layers is not None
-                and layers.any_in(part, place)
-                and (part is not None or values != _only(defaults, values))
-            ):
+            same = part is None and values == {key: defaults.get(key) for key in values}
+            if layers is not None and layers.any_in(part, place) and not same:
                 yield {"part": place, **match, **values}
     if part is not None and (layers is None or layers.any_left(part)):
         yield {**match, **_values_at(varying, part, 0)}
 
 
-def _values_at(varying: Mapping[str, Setting], part: str | None, depth: float) -> dict[str, Any]:
+def _values_at(varying: Mapping[str, ParameterSetting], part: str | None, depth: float) -> dict[str, Any]:
     return {key: value for key, setting in varying.items() if (value := setting.at(part, depth)) is not None}
-
-
-def _only(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: defaults.get(key) for key in values}
 
 
 def _layers(base: Path) -> _Layers:

@@ -14,7 +14,7 @@ from typing import Any
 from ktmerge.checkpoints.checkpoint import Checkpoint
 from ktmerge.checkpoints.parts import Parts
 from ktmerge.errors import UsageError
-from ktmerge.merge.gradients import Setting, where_rules
+from ktmerge.merge.gradients import ParameterSetting, where_rules
 from ktmerge.merge.mergekit_file import NO_MEANING, WHERE, Merge, read_merge
 from ktmerge.recipes.document import parse_yaml
 
@@ -85,7 +85,7 @@ def _layers_left(merge: Merge) -> list[str]:
     return []
 
 
-_Translation = tuple[dict[str, Any], dict[str, Setting], list[float], list[str]]
+_Translation = tuple[dict[str, Any], dict[str, ParameterSetting], list[float], list[str]]
 """Blend section, parameters that may vary over tensors, weights of the experts, differences."""
 
 
@@ -94,7 +94,7 @@ def _linear(merge: Merge) -> _Translation:
     weights = merge.weights()
     own = 0.0
     if merge.base_settings is not None:
-        setting = merge.base_settings.get("weight", merge.shared.get("weight", Setting.constant(1.0)))
+        setting = merge.base_settings.get("weight", merge.shared.get("weight", ParameterSetting.constant(1.0)))
         own = float(setting.value_or_refuse("base: weight"))
     total = sum(weights) + own
     if not merge.flag("normalize", True) and abs(total - 1) > 1e-9:
@@ -103,12 +103,12 @@ def _linear(merge: Merge) -> _Translation:
         )
     if sum(weights) == 0 or total == 0:
         raise UsageError(f"{WHERE}: the weights sum to 0.")
-    return {"method": "linear"}, {"lambda": Setting.constant(sum(weights) / total)}, weights, []
+    return {"method": "linear"}, {"lambda": ParameterSetting.constant(sum(weights) / total)}, weights, []
 
 
 def _task_arithmetic(merge: Merge) -> _Translation:
     mean = merge.flag("normalize", False)
-    lambda_ = merge.shared.get("lambda", Setting.constant(1.0))
+    lambda_ = merge.shared.get("lambda", ParameterSetting.constant(1.0))
     settings = merge.per_model("weight")
     if len(settings) == 1 and not settings[0].is_constant and not mean:
         # With one expert its weight is nothing but lambda, and lambda may vary from tensor to tensor.
@@ -133,28 +133,32 @@ def _dare(merge: Merge) -> _Translation:
         elected, lambda_, weights = _election(merge, False)
         blend = {"method": "dare_ties", "rescale": rescale, **elected}
         return blend, {"density": density, "lambda": lambda_}, weights, list(_DARE)
-    lambda_, weights = merge.shared.get("lambda", Setting.constant(1.0)), merge.weights()
+    lambda_, weights = merge.shared.get("lambda", ParameterSetting.constant(1.0)), merge.weights()
     if merge.flag("normalize", False):
-        lambda_ = Setting.constant(1 / sum(weights)).times(lambda_, "lambda")
+        lambda_ = ParameterSetting.constant(1 / sum(weights)).times(lambda_, "lambda")
     return {"method": "dare", "rescale": rescale}, {"density": density, "lambda": lambda_}, weights, list(_DARE)
 
 
-def _election(merge: Merge, normalize: bool) -> tuple[dict[str, Any], Setting, list[float]]:
+def _election(merge: Merge, normalize: bool) -> tuple[dict[str, Any], ParameterSetting, list[float]]:
     """Sign election as mergekit does it: on weighted deltas, an even vote is plus."""
     weights = merge.weights()
-    lambda_ = merge.shared.get("lambda", Setting.constant(1.0))
+    lambda_ = merge.shared.get("lambda", ParameterSetting.constant(1.0))
     if min(weights) < 0 or max(weights) <= 0:
         raise UsageError(f"{WHERE}: negative weights turn votes around in {merge.method}; use task_arithmetic.")
     if merge.flag("normalize", normalize):
         return {"aggregate": "wmean", "tie": "plus"}, lambda_, weights
     # Here weights count relative to the largest, there as they are.
-    return {"aggregate": "sum", "tie": "plus"}, Setting.constant(max(weights)).times(lambda_, "lambda"), weights
+    return (
+        {"aggregate": "sum", "tie": "plus"},
+        ParameterSetting.constant(max(weights)).times(lambda_, "lambda"),
+        weights,
+    )
 
 
 def _foreign(merge: Merge) -> _Translation:
     """Let mergekit's own code run."""
     blend: dict[str, Any] = {"method": f"mergekit:{merge.method}"}
-    varying: dict[str, Setting] = {}
+    varying: dict[str, ParameterSetting] = {}
     for key, setting in merge.shared.items():
         if key not in (*NO_MEANING, "weight"):
             varying[key] = setting
@@ -180,5 +184,5 @@ def _foreign(merge: Merge) -> _Translation:
     )
 
 
-def _same(settings: Sequence[Setting]) -> Setting | None:
+def _same(settings: Sequence[ParameterSetting]) -> ParameterSetting | None:
     return settings[0] if all(setting == settings[0] for setting in settings) else None

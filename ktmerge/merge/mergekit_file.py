@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ktmerge.errors import UsageError, did_you_mean
-from ktmerge.merge.gradients import Setting, read_setting
+from ktmerge.merge.gradients import ParameterSetting, read_setting
 
 WHERE = "mergekit file"
 _KEYS = (
@@ -38,7 +38,7 @@ class Model:
 
     name: str
     reference: str
-    settings: Mapping[str, Setting]
+    settings: Mapping[str, ParameterSetting]
 
 
 @dataclass
@@ -48,19 +48,19 @@ class Merge:
     method: str
     base: str
     models: list[Model]
-    base_settings: Mapping[str, Setting] | None
-    shared: Mapping[str, Setting]
+    base_settings: Mapping[str, ParameterSetting] | None
+    shared: Mapping[str, ParameterSetting]
     layers: int | None = None
     """How many a slice takes that takes all; None: the file has no slices."""
 
-    def per_model(self, key: str, default: float | None = None) -> list[Setting]:
+    def per_model(self, key: str, default: float | None = None) -> list[ParameterSetting]:
         """A parameter of every model, from the model, else from the document, else the default."""
         found = []
         for model in self.models:
             setting = model.settings.get(key, self.shared.get(key))
             if setting is None and default is None:
                 raise UsageError(f"{WHERE}: {self.method} needs {key} for {model.reference}.")
-            found.append(setting if setting is not None else Setting.constant(default))
+            found.append(setting if setting is not None else ParameterSetting.constant(default))
         return found
 
     def flag(self, key: str, default: bool) -> bool:
@@ -136,7 +136,7 @@ def _whole_slice(slices: Any) -> tuple[list[Any], int]:
     return [{key: value for key, value in source.items() if key != "layer_range"} for source in sources], first[1]
 
 
-def _entry(entry: Any, where: str) -> tuple[str, Mapping[str, Setting]]:
+def _entry(entry: Any, where: str) -> tuple[str, Mapping[str, ParameterSetting]]:
     if not isinstance(entry, dict) or "model" not in entry:
         raise UsageError(f"{WHERE}: {where} names no model.")
     unknown = next((key for key in entry if key not in ("model", "parameters")), None)
@@ -145,7 +145,7 @@ def _entry(entry: Any, where: str) -> tuple[str, Mapping[str, Setting]]:
     return _reference(entry["model"], f"{where}.model"), _settings(entry.get("parameters"), f"{where}.parameters")
 
 
-def _settings(document: Any, where: str) -> Mapping[str, Setting]:
+def _settings(document: Any, where: str) -> Mapping[str, ParameterSetting]:
     if document is None:
         return {}
     if not isinstance(document, dict):
