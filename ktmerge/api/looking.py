@@ -11,7 +11,7 @@ from ktmerge.errors import UsageError
 from ktmerge.progress import SILENT, Progress
 
 if TYPE_CHECKING:
-    from ktmerge.merge.diagnostics import Inspection
+    from ktmerge.merge.diagnostics.inspection import Inspection
     from ktmerge.merge.recommendation import Recommendation
 
 
@@ -41,18 +41,21 @@ def inspect(
             picture cannot be drawn or exists.
         KtmergeError: weights cannot be read.
     """
-    from ktmerge.merge import diagnostics
+    from ktmerge.merge.diagnostics.inspecting import inspect as inspect_models
 
     models = named_models(tuned)
     target = None if plot is None else Path(plot)
     if target is not None:
-        diagnostics.require_drawable(target, models, headers_only=headers_only)
+        from ktmerge.merge.diagnostics.picture import require_drawable
+
+        require_drawable(target, models, headers_only=headers_only)
         refuse_existing(target, overwrite)
-    found = diagnostics.inspect(base, models, headers_only=headers_only, common=common, progress=progress)
+    found = inspect_models(base, models, headers_only=headers_only, common=common, progress=progress)
     if target is not None:
         from ktmerge.checkpoints.files import write_whole
+        from ktmerge.merge.diagnostics.picture import heat_map
 
-        write_whole(target, diagnostics.heat_map(found, target), replace=overwrite)
+        write_whole(target, heat_map(found, target), replace=overwrite)
     return found
 
 

@@ -250,15 +250,16 @@ def _last_names(model: str) -> str:
 
 def _layers(results: Results, progress: Progress) -> dict[str, str]:
     """A drawing of how far every model moved whose weights are there; none if the base's are not."""
-    from ktmerge.merge import diagnostics
+    from ktmerge.merge.diagnostics.inspecting import inspect
+    from ktmerge.merge.diagnostics.picture import heat_map
 
     base = results.models[results.base].path
     folders = {name: one.path for name, one in results.models.items() if name != results.base}
     there = {name: path for name, path in folders.items() if Path(path).is_dir()}
     if not Path(base).is_dir() or not there:
         raise UsageError("--layers reads weights, and the folders of the base and the models are not there any more.")
-    found = diagnostics.inspect(base, there, progress=progress)
-    drawing = diagnostics.heat_map(found, Path("layers.svg"))
+    found = inspect(base, there, progress=progress)
+    drawing = heat_map(found, Path("layers.svg"))
     return {", ".join(there): drawing.decode()}
 
 

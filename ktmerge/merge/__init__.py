@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ktmerge.merge.blending import blend, blend_into
-    from ktmerge.merge.diagnostics import inspect
+    from ktmerge.merge.diagnostics.inspecting import inspect
     from ktmerge.merge.report import BlendReport
 
 __all__ = ["BlendReport", "blend", "blend_into", "inspect"]
 
-_PLACES = {"BlendReport": "report", "blend": "blending", "blend_into": "blending", "inspect": "diagnostics"}
+_PLACES = {"BlendReport": "report", "blend": "blending", "blend_into": "blending", "inspect": "diagnostics.inspecting"}
 
 
 def __getattr__(name: str) -> Any:

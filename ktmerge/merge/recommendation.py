@@ -17,7 +17,7 @@ from ktmerge.recipes import load_recipe
 from ktmerge.recipes.overrides import key_of
 
 if TYPE_CHECKING:
-    from ktmerge.merge.diagnostics import Inspection
+    from ktmerge.merge.diagnostics.inspection import Inspection
 
 
 @dataclass(frozen=True)

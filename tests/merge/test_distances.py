@@ -21,7 +21,8 @@ from merge_models import write
 
 from ktmerge.errors import KtmergeError
 from ktmerge.merge import inspect
-from ktmerge.merge.diagnostics import Inspection, survey
+from ktmerge.merge.diagnostics import survey
+from ktmerge.merge.diagnostics.inspection import Inspection
 from ktmerge.merge.diagnostics.kinds import kind_of
 from ktmerge.merge.diagnostics.measures import Spread
 from ktmerge.merge.kernels.bins import BINS, lower_edge

@@ -12,7 +12,7 @@ from merge_models import llama_tensors, tuned, write
 import ktmerge
 from ktmerge.errors import UsageError
 from ktmerge.merge import inspect
-from ktmerge.merge.diagnostics import heat_map
+from ktmerge.merge.diagnostics.picture import heat_map
 
 
 def cells(svg: str) -> list[str]:

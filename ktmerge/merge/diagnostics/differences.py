@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -101,11 +102,8 @@ def compare(base: Checkpoint, other: Checkpoint, alignment: Alignment) -> Differ
     An adapter is folded in float32, and its folder has no more than what is trained: neither is a difference.
     """
     adapter = ADAPTER_CONFIG in other.other_files
-    types: dict[tuple[str, str], int] = {}
-    for here, there in () if adapter else alignment.mapping.items():
-        pair = base.tensors[here].dtype, other.tensors[there].dtype
-        if pair[0] != pair[1]:
-            types[pair] = types.get(pair, 0) + 1
+    mapping = {} if adapter else alignment.mapping
+    pairs = [(base.tensors[here].dtype, other.tensors[there].dtype) for here, there in mapping.items()]
     tensors = {
         "missing": list(alignment.missing),
         "extra": list(alignment.extra),
@@ -124,7 +122,7 @@ def compare(base: Checkpoint, other: Checkpoint, alignment: Alignment) -> Differ
         others = own
     return Differences(
         {kind: names for kind, names in tensors.items() if names},
-        types,
+        Counter(pair for pair in pairs if pair[0] != pair[1]),
         config,
         (len(own.tokens) or None, len(others.tokens) or None),
         _token_changes(own.tokens, others.tokens),

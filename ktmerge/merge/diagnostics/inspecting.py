@@ -61,11 +61,16 @@ def inspect(
     found = Inspection(_contents(reference, parts, layers), layers)
     for name, other in others.items():
         found.differences[name] = compare(reference, other, alignments[name])
+    mappings = {name: alignment.mapping for name, alignment in alignments.items()}
     if others and not headers_only:
-        _measure(reference, parts, others, alignments, found, progress)
+        _measure(reference, parts, others, mappings, found, progress)
         found.warnings += warnings_of(found)
     if common:
-        _compare(reference, parts, others, alignments, found, progress)
+        from ktmerge.merge.diagnostics.commonality import commonalities
+
+        matrices = [name for name, what in reference.classes.items() if what == "matrix"]
+        for name, common_there in commonalities(reference, matrices, others, mappings, progress):
+            _add(found.common, parts.of(name), common_there)
     return found
 
 
@@ -90,7 +95,7 @@ def _measure(
     base: Checkpoint,
     parts: Parts,
     others: Mapping[str, Checkpoint],
-    alignments: Mapping[str, Alignment],
+    mappings: Mapping[str, Mapping[str, str]],
     found: Inspection,
     progress: Progress,
 ) -> None:
@@ -103,7 +108,6 @@ def _measure(
     found.spreads = {name: {} for name in others}
     found.pairs = {two: {} for two in combinations(others, 2)}
     total = sum(base.tensors[name].numel for name in names)
-    mappings = {name: alignment.mapping for name, alignment in alignments.items()}
     for one in survey(base, names, others, mappings, progress):
         part = parts.of(one.name)
         found.broken |= {(model, one.name): count for model, count in one.broken.items()}
@@ -117,22 +121,6 @@ def _measure(
             _add(found.pairs[models], part, pair)
     for model, cells in found.movements.items():
         found.coverage[model] = sum(moved.elements for moved in cells.values()) / total if total else 1.0
-
-
-def _compare(
-    base: Checkpoint,
-    parts: Parts,
-    others: Mapping[str, Checkpoint],
-    alignments: Mapping[str, Alignment],
-    found: Inspection,
-    progress: Progress,
-) -> None:
-    from ktmerge.merge.diagnostics.commonality import commonalities
-
-    names = [name for name, what in base.classes.items() if what == "matrix"]
-    mappings = {name: alignment.mapping for name, alignment in alignments.items()}
-    for name, one in commonalities(base, names, others, mappings, progress):
-        _add(found.common, parts.of(name), one)
 
 
 def _contents(checkpoint: Checkpoint, parts: Parts, layers: Iterable[str]) -> dict[str, Contents]:

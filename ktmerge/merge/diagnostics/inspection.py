@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from typing import Any, TypeVar
 
@@ -122,46 +122,32 @@ class Inspection:
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain data."""
-        parts = [*self.contents, ALL]
         return {
             "base": {part: one.to_json() for part, one in {**self.contents, ALL: self.total()}.items()},
             "differences": {name: one.to_json() for name, one in self.differences.items()},
             "models": {
-                name: {
-                    "coverage": _digits(self.coverage[name]),
-                    "parts": self._by(parts, lambda part, name=name: self._moved(name, part)),
-                    "layers": self._by(self.layers, lambda part, name=name: self._moved(name, part, kinds=True)),
-                }
+                name: {"coverage": _digits(self.coverage[name]), **self._everywhere(partial(self._moved, name))}
                 for name in self.models
             },
-            "pairs": [
-                {
-                    "models": [first, second],
-                    "parts": self._by(parts, lambda part, a=first, b=second: self._paired(a, b, part)),
-                    "layers": self._by(self.layers, lambda part, a=first, b=second: self._paired(a, b, part)),
-                }
-                for first, second in self.pairs
-            ],
-            "effective_experts": {
-                "parts": self._by(parts, lambda part: (one := self.effective(part)) and one.to_json()),
-                "layers": self._by(self.layers, lambda part: (one := self.effective(part)) and one.to_json()),
-            },
-            **({"common": self._common(parts)} if self.common else {}),
+            "pairs": [{"models": list(two), **self._everywhere(partial(self._paired, *two))} for two in self.pairs],
+            "effective_experts": self._everywhere(lambda part, _: (one := self.effective(part)) and one.to_json()),
+            **({"common": self._everywhere(self._shared)} if self.common else {}),
             "warnings": self.warnings,
         }
 
-    def _common(self, parts: list[str]) -> dict[str, Any]:
-        def told(part: str) -> dict[str, Any] | None:
-            one = self.commonality(part)
-            return None if one is None else one.to_json()
+    def _everywhere(self, tell: Callable[[str, bool], Any]) -> dict[str, Any]:
+        """What there is to tell of each part, and of each layer; ``tell`` is given which of them, and if it is one."""
+        places = {"parts": [*self.contents, ALL], "layers": self.layers}
+        return {
+            key: {place: told for place in listed if (told := tell(place, key == "layers")) is not None}
+            for key, listed in places.items()
+        }
 
-        return {"parts": self._by(parts, told), "layers": self._by(self.layers, told)}
+    def _shared(self, part: str, _: bool) -> dict[str, Any] | None:
+        one = self.commonality(part)
+        return None if one is None else one.to_json()
 
-    @staticmethod
-    def _by(parts: Iterable[str], value: Any) -> dict[str, Any]:
-        return {part: found for part in parts if (found := value(part)) is not None}
-
-    def _moved(self, model: str, part: str, *, kinds: bool = False) -> dict[str, Any] | None:
+    def _moved(self, model: str, part: str, kinds: bool) -> dict[str, Any] | None:
         moved, spread = self.movement(model, part), self.spread(model, part)
         if moved is None or spread is None:
             return None
@@ -172,7 +158,7 @@ class Inspection:
             found["kinds"] = {kind: _norms(cell) for kind, cell in cells.items() if cell is not None}
         return found
 
-    def _paired(self, first: str, second: str, part: str) -> dict[str, Any] | None:
+    def _paired(self, first: str, second: str, part: str, _: bool) -> dict[str, Any] | None:
         pair = self.pair(first, second, part)
         return None if pair is None else {
             "cosine": _digits(pair.cosine), "sign_conflict": _digits(pair.conflict), "changed_by_both": pair.both,

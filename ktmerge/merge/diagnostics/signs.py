@@ -11,7 +11,7 @@ from ktmerge.merge.diagnostics.table import percent
 from ktmerge.merge.diagnostics.warnings import ALIKE, FAR
 
 if TYPE_CHECKING:
-    from ktmerge.merge.diagnostics import Inspection
+    from ktmerge.merge.diagnostics.inspection import Inspection
 
 LOW_RANK = 0.15
 """Share of a matrix's directions that hold 90 % of a change below which it is called low-rank, as adapters make it."""
