@@ -82,7 +82,7 @@ def blend(
         pin.look_again()
     with (
         _saying_what_stays(resume, progress),
-        digesting(plan) as inputs,
+        digesting(plan) as digested,
         Writer(out, overwrite, pin=pin.document, resume=resume, departure=pin.departure) as writer,
     ):
         for note in writer.notes:
@@ -99,7 +99,7 @@ def blend(
                 writer.add_text(f"{folder}config.json", _config(plan, folder))
         if locked is not None:
             _require_locked_output(locked, report)
-        digests = inputs.result()
+        digests = digested()
         if recollection is not None:
             recollection.keep(digests)
         writer.add_text(CARD, card(plan, report))

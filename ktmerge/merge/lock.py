@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,47 +53,28 @@ class Departure:
     decides: bool = True
 
 
-class Digesting:
-    """The sha256 of every input file, worked out in the background while the blend reads the same pages.
+@contextmanager
+def digesting(plan: Plan, *, rehash: bool = False) -> Iterator[Callable[[], Digests]]:
+    """Work out the sha256 of every input file in the background, while the blend reads the same pages.
 
     Args:
         plan: whose inputs.
         rehash: read every file, also what is remembered.
+
+    Yields:
+        what waits for size and sha256 by input and file; KtmergeError if one cannot be read, or changed meanwhile.
     """
-
-    def __init__(self, plan: Plan, *, rehash: bool = False) -> None:
-        self._stop = threading.Event()
-        self._pool = Workers(_THREADS, "digest")
-        self._found: dict[str, dict[str, Future[FileDigest]]] = {
-            name: {file: self._pool.submit(digest_of, path, self._stop, rehash=rehash) for file, path in files.items()}
-            for name, files in files_of(plan).items()
-        }
-
-    def result(self) -> Digests:
-        """Size and sha256 by input and file, when all are there.
-
-        Raises:
-            KtmergeError: a file cannot be read, or changed meanwhile.
-        """
-        return {name: {file: one.result() for file, one in files.items()} for name, files in self._found.items()}
-
-    def close(self) -> None:
-        """Stop what is still under way."""
-        self._stop.set()
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def digesting(plan: Plan, *, rehash: bool = False) -> Iterator[Digesting]:
-    """Digest the inputs of ``plan`` in the background."""
-    found: Digesting | None = None
+    stop, pool = threading.Event(), Workers(_THREADS, "digest")
     try:
         with uninterrupted():
-            found = Digesting(plan, rehash=rehash)
-        yield found
+            found = {
+                name: {file: pool.submit(digest_of, path, stop, rehash=rehash) for file, path in files.items()}
+                for name, files in files_of(plan).items()
+            }
+        yield lambda: {name: {file: one.result() for file, one in files.items()} for name, files in found.items()}
     finally:
-        if found is not None:
-            found.close()
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def lock(plan: Plan, digests: Digests, report: BlendReport | None = None) -> dict[str, Any]:
@@ -216,8 +196,8 @@ def locked_now(plan: Plan, *, rehash: bool = False) -> dict[str, Any]:
     Raises:
         KtmergeError: a file cannot be read.
     """
-    with digesting(plan, rehash=rehash) as background:
-        return lock(plan, background.result())
+    with digesting(plan, rehash=rehash) as digests:
+        return lock(plan, digests())
 
 
 def recorded(plan: Plan, out: Path, progress: Progress = SILENT) -> BlendReport | None:

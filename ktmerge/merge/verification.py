@@ -22,6 +22,7 @@ from ktmerge.progress import SILENT, Progress
 from ktmerge.recipes.load import parse_recipe
 from ktmerge.recipes.schema import Recipe
 
+Against = Literal["record", "recipe", "rebuilt"]
 State = Literal["equal", "differs", "missing", "extra", "may differ"]
 
 _SECTIONS = {
@@ -39,13 +40,13 @@ class Check:
 
     Attributes:
         what: a file, or a section of the record.
-        against: ``record``: with what the record says; ``rebuilt``: with what the recipe gives now.
+        against: what the record says, what the recipe says now, or what it gives now.
         state: ``may differ``: another version of something that computes; only a rebuild tells.
         told: what was found, in words; empty if it is equal.
     """
 
     what: str
-    against: Literal["record", "recipe", "rebuilt"]
+    against: Against
     state: State
     told: str = ""
 
@@ -170,10 +171,8 @@ def _files(out: Path, digests: Mapping[str, str], progress: Progress) -> Iterato
         for file, digest in digests.items():
             if not is_file(out / file, file):
                 yield Check(file, "record", "missing")
-            elif (found := file_digest(out / file)) != digest:
-                yield Check(file, "record", "differs", f"sha256 {found[:12]}..., recorded {digest[:12]}...")
             else:
-                yield Check(file, "record", "equal")
+                yield _compared(file, "record", _apart(file_digest(out / file), digest))
             step.advance()
     there = {str(path.relative_to(out)) for path in out.rglob("*.safetensors")}
     for file in sorted(there - set(digests)):
@@ -187,7 +186,7 @@ def _sections(record: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Che
         before, after = record["inputs"].get(name), now["inputs"].get(name)
         what = "headers of the base" if name == "base" else f"headers of expert {name}"
         why = "tensors, types or shapes are others" if before and after else "on one side only"
-        yield Check(what, "recipe", "equal") if before == after else Check(what, "recipe", "differs", why)
+        yield _compared(what, "recipe", "" if before == after else why)
     for key, what in _SECTIONS.items():
         before, after = record.get(key), now.get(key)
         if before != after:
@@ -205,7 +204,7 @@ def _inputs(locked: Mapping[str, Any], now: Mapping[str, Any], rebuilt: bool) ->
             continue
         for file in given["files"]:
             what = f"{name}/{file}"
-            yield Check(what, "recipe", "differs", changed[what]) if what in changed else Check(what, "recipe", "equal")
+            yield _compared(what, "recipe", changed.get(what, ""))
     gone = {f"{name}/{file}" for name, given in locked["inputs"].items() for file in given["files"]} & set(changed)
     here = {f"{name}/{file}" for name, given in now["inputs"].items() for file in given["files"]}
     for what in sorted(gone - here):
@@ -221,12 +220,18 @@ def _rebuilt(out: Path, recipe: Recipe, digests: Mapping[str, str], device: str,
     for file in dict.fromkeys([*digests, *found]):
         if file == LOCK:  # it calls the models as the recipe does, here perhaps otherwise
             continue
-        if digests.get(file) == found.get(file):
-            yield Check(file, "rebuilt", "equal")
-        elif file not in found:
+        if file not in found:
             yield Check(file, "rebuilt", "missing", "the new blend has no such file")
         elif file not in digests:
             yield Check(file, "rebuilt", "extra", "only the new blend has this file")
         else:
-            told = f"sha256 {found[file][:12]}..., recorded {digests[file][:12]}..."
-            yield Check(file, "rebuilt", "differs", told)
+            yield _compared(file, "rebuilt", _apart(found[file], digests[file]))
+
+
+def _apart(found: str, recorded: str) -> str:
+    return "" if found == recorded else f"sha256 {found[:12]}..., recorded {recorded[:12]}..."
+
+
+def _compared(what: str, against: Against, told: str) -> Check:
+    """Whether there is something to tell."""
+    return Check(what, against, "differs" if told else "equal", told)
