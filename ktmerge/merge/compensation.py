@@ -6,7 +6,7 @@ Everything float64. Deltas are turned here, ``[i, o]``: what goes to one input l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from ktmerge.merge.patching import inverse_factor
 
@@ -14,25 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ktmerge.merge.covariance import Covariance
-
-
-class Factor(Protocol):
-    """The upper triangular R of a positive definite H ``[i, i]``, and errors on their way to later columns.
-
-    Attributes:
-        pivots: R_jj, ``[i]``.
-    """
-
-    pivots: Tensor
-
-    def within(self, part: slice) -> Tensor:
-        """R between the columns of one block, ``[b, b]``."""
-
-    def settle(self, left: Tensor, part: slice) -> None:
-        """Add to a block's rows of ``left [i, o]`` what earlier blocks handed on and is not there yet."""
-
-    def hand_on(self, left: Tensor, part: slice, errors: Tensor) -> None:
-        """Pass a block's errors ``[b, o]`` on to the rows of later blocks, each e_j times R_jk."""
 
 
 def factor_of(inputs: Covariance, parts: Sequence[slice]) -> Factor:
@@ -45,27 +26,33 @@ def factor_of(inputs: Covariance, parts: Sequence[slice]) -> Factor:
     rows, wide = inputs.factor.shape
     if 2 * rows < wide and bool((inputs.diagonal > 0).all()):
         return _Sampled(inputs, parts)
-    return _Dense(inverse_factor(inputs.dense()))
+    return Factor(inverse_factor(inputs.dense()))
 
 
-class _Dense:
-    """R itself."""
+class Factor:
+    """The upper triangular R ``[i, i]`` of a positive definite H, and errors on their way to later columns.
+
+    Attributes:
+        pivots: R_jj, ``[i]``.
+    """
 
     def __init__(self, factor: Tensor) -> None:
         self._factor = factor
         self.pivots = factor.diagonal()
 
     def within(self, part: slice) -> Tensor:
+        """R between the columns of one block, ``[b, b]``."""
         return self._factor[part, part]
 
     def settle(self, left: Tensor, part: slice) -> None:
-        pass
+        """Add to a block's rows of ``left [i, o]`` what earlier blocks handed on and is not there yet."""
 
     def hand_on(self, left: Tensor, part: slice, errors: Tensor) -> None:
+        """Pass a block's errors ``[b, o]`` on to the rows of later blocks, each e_j times R_jk."""
         left[part.stop :].addmm_(self._factor[part, part.stop :].T, errors)
 
 
-class _Sampled:
+class _Sampled(Factor):
     """R of H = D + F^T F with few rows F ``[r, i]``, never written out: i r^2 instead of i^3.
 
     From the last block to the first, with P = (I + F_> D_>^-1 F_>^T)^-1 of the columns after block b and G = F_b^T P:

@@ -172,7 +172,9 @@ class General:
 
     def _store(self, tensor: TensorPlan, result: TensorReport, whole: Chunk, found: Tensor, tag: str) -> None:
         """Scale, settle, round and write a merged delta, some elements at a time: no further copy of a whole tensor."""
-        for chunk, merged in _pieces(whole, found, CHUNK if self._lanes is None else DEVICE_CHUNK):
+        size = CHUNK if self._lanes is None else DEVICE_CHUNK
+        for start in range(0, whole.base.numel(), size):
+            chunk, merged = whole.part(start, start + size), found[start : start + size]
             if not self._store_compiled(tensor, result, chunk, merged, tag):
                 scaled = merged if tensor.lambda_ == 1 else merged * tensor.lambda_
                 values = settle(chunk, scaled)
@@ -224,18 +226,12 @@ class General:
         if self._lanes is None or isinstance(self._sink, LiveSink):
             self._sink.write(tensor.name, rounded, start)
         else:
-            take = partial(self._take, tensor.name, start * dtype.itemsize)
-            self._leaving.setdefault(tensor.name, []).extend(self._lanes.download(rounded, take))
+            first = start * dtype.itemsize
+            coming = self._lanes.download(
+                rounded, lambda data, begin: self._sink.write_bytes(tensor.name, data, first + begin)
+            )
+            self._leaving.setdefault(tensor.name, []).extend(coming)
         return rounded
-
-    def _take(self, name: str, start: int, data: memoryview, begin: int) -> None:
-        self._sink.write_bytes(name, data, start + begin)
-
-
-def _pieces(whole: Chunk, merged: Tensor, size: int) -> Iterator[tuple[Chunk, Tensor]]:
-    """A chunk and its merged delta, at most ``size`` elements at a time."""
-    for start in range(0, whole.base.numel(), size):
-        yield whole.part(start, start + size), merged[start : start + size]
 
 
 def settle(chunk: Chunk, merged: Tensor) -> Tensor:

@@ -57,17 +57,7 @@ class _Piece:
 
 
 class InPlace(Fused):
-    """The way of one plan into one model.
-
-    Args:
-        plan: what is to be done.
-        sources: base and experts, held in this process's memory.
-        sink: the model.
-        native: the compiled kernels.
-        chunk: elements of a piece; None for what suits the machine.
-        known: thresholds of these inputs that were found before; those found now are added.
-        merged: merged deltas that were found before.
-    """
+    """The way of one plan into one model, of inputs that are held in memory; ``merged`` were found before."""
 
     def __init__(
         self,

@@ -104,10 +104,8 @@ class Pristine:
         known = self._multi_tensors.get(sink)
         if known is None or any(one is not other for one, other in zip_longest(known[0], models)):
             experts = [self.reader(plan, expert.name) for expert in plan.experts]
-            known = self._multi_tensors[sink] = (
-                models,
-                MultiTensor(plan, self.reader(plan, None), experts, sink, native),
-            )
+            way = MultiTensor(plan, self.reader(plan, None), experts, sink, native)
+            known = self._multi_tensors[sink] = models, way
         return known[1]
 
     def _models(self, plan: Plan) -> str:
@@ -117,11 +115,17 @@ class Pristine:
         return json.dumps([[expert.name for expert in plan.experts], models])
 
     def _identity(self, plan: Plan, expert: str | None, checkpoint: Checkpoint) -> str:
-        """`_identity` of a checkpoint; plans of the same models share theirs."""
+        """What decides the values that a checkpoint shows: the reference, what the recipe says of it, its files."""
         known = self._names.get(id(checkpoint))
-        if known is None or known[0] is not checkpoint:
-            known = self._names[id(checkpoint)] = checkpoint, _identity(plan, expert, checkpoint)
-        return known[1]
+        if known is not None and known[0] is checkpoint:
+            return known[1]  # plans of the same models share it
+        recipe = plan.recipe
+        experts, output = said_of_inputs(recipe)
+        own = None if expert is None else [recipe.experts[expert].model, experts[expert]]
+        stamps = {file: str(stamp) for file, stamp in checkpoint.stamps.items()}
+        told = json.dumps([str(recipe.folder), recipe.base, own, output, stamps, checkpoint.header_digest()])
+        self._names[id(checkpoint)] = checkpoint, told
+        return told
 
 
 class HostReader:
@@ -189,12 +193,3 @@ def _copy(files: Reader, info: TensorInfo) -> NDArray[np.uint8]:
     if copy.size:
         files.read_into(info.name, 0, copy.data)
     return copy
-
-
-def _identity(plan: Plan, expert: str | None, checkpoint: Checkpoint) -> str:
-    """What decides the values that a checkpoint shows: the reference, what the recipe says of it, its files."""
-    recipe = plan.recipe
-    experts, output = said_of_inputs(recipe)
-    own = None if expert is None else [recipe.experts[expert].model, experts[expert]]
-    stamps = {file: str(stamp) for file, stamp in checkpoint.stamps.items()}
-    return json.dumps([str(recipe.folder), recipe.base, own, output, stamps, checkpoint.header_digest()])

@@ -69,7 +69,7 @@ class RankedMagnitudes:
         self.done = True
 
 
-class Quantiles:
+class Quantiles(RankedMagnitudes):
     """Observer of quantiles of the magnitudes of what is made of each piece.
 
     Args:
@@ -86,21 +86,14 @@ class Quantiles:
         ranked: Callable[[Any, Context], Tensor],
         result: Callable[..., float] = float,
     ) -> None:
-        self._magnitudes = RankedMagnitudes([quantile_rank(share, elements) for share in shares])
+        super().__init__([quantile_rank(share, elements) for share in shares])
         self._ranked, self._result = ranked, result
 
-    @property
-    def done(self) -> bool:
-        return self._magnitudes.done
-
     def observe(self, values: Any, context: Context) -> None:
-        self._magnitudes.add(self._ranked(values, context))
-
-    def end_pass(self) -> None:
-        self._magnitudes.end_pass()
+        self.add(self._ranked(values, context))
 
     def result(self) -> float:
-        return self._result(*self._magnitudes.values)
+        return self._result(*self.values)
 
 
 def _bin_of(counts: np.ndarray, rank: int) -> int:

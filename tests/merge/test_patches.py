@@ -171,7 +171,7 @@ def test_model_tailor_is_its_formula(score: str, decoration: str) -> None:
 def test_few_samples_give_the_same_sweep(tokens: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """With at most i / 2 of them H is never written out."""
     monkeypatch.setattr("ktmerge.merge.tailoring._STEP", 2)
-    monkeypatch.setattr("ktmerge.merge.compensation._Dense", None)
+    monkeypatch.setattr("ktmerge.merge.compensation.Factor", None)
     few = Measured(base=correlated(60, 5), a=correlated(60, 7)[:tokens])
     if not tokens:
         assert run("model_tailor", few, density=0.3).isfinite().all()
