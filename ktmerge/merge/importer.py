@@ -108,7 +108,7 @@ def _linear(merge: Merge) -> _Translation:
 
 def _task_arithmetic(merge: Merge) -> _Translation:
     mean = merge.flag("normalize", False)
-    lambda_ = merge.shared.get("lambda", ParameterSetting.constant(1.0))
+    lambda_ = merge.scale
     settings = merge.per_model("weight")
     if len(settings) == 1 and not settings[0].is_constant and not mean:
         # With one expert its weight is nothing but lambda, and lambda may vary from tensor to tensor.
@@ -133,7 +133,7 @@ def _dare(merge: Merge) -> _Translation:
         elected, lambda_, weights = _election(merge, False)
         blend = {"method": "dare_ties", "rescale": rescale, **elected}
         return blend, {"density": density, "lambda": lambda_}, weights, list(_DARE)
-    lambda_, weights = merge.shared.get("lambda", ParameterSetting.constant(1.0)), merge.weights()
+    lambda_, weights = merge.scale, merge.weights()
     if merge.flag("normalize", False):
         lambda_ = ParameterSetting.constant(1 / sum(weights)).times(lambda_, "lambda")
     return {"method": "dare", "rescale": rescale}, {"density": density, "lambda": lambda_}, weights, list(_DARE)
@@ -142,7 +142,7 @@ def _dare(merge: Merge) -> _Translation:
 def _election(merge: Merge, normalize: bool) -> tuple[dict[str, Any], ParameterSetting, list[float]]:
     """Sign election as mergekit does it: on weighted deltas, an even vote is plus."""
     weights = merge.weights()
-    lambda_ = merge.shared.get("lambda", ParameterSetting.constant(1.0))
+    lambda_ = merge.scale
     if min(weights) < 0 or max(weights) <= 0:
         raise UsageError(f"{WHERE}: negative weights turn votes around in {merge.method}; use task_arithmetic.")
     if merge.flag("normalize", normalize):

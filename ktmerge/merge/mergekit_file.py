@@ -63,6 +63,11 @@ class Merge:
             found.append(setting if setting is not None else ParameterSetting.constant(default))
         return found
 
+    @property
+    def scale(self) -> ParameterSetting:
+        """Lambda, 1 if it is not given."""
+        return self.shared.get("lambda", ParameterSetting.constant(1.0))
+
     def flag(self, key: str, default: bool) -> bool:
         """A shared yes or no."""
         setting = self.shared.get(key)

@@ -105,19 +105,15 @@ def _open(recipe: Recipe, base: Checkpoint, owner: str, measures: set[Measure]) 
         statistics = Statistics.open(folder)
         model = recipe.base if owner == BASE else recipe.experts[owner].model
         measured = open_model(str(model), recipe.folder, None if owner == BASE else base)
+    wrong = ""
     if not statistics.is_of(measured):
-        raise UsageError(
-            f"{where}: {folder} was measured in another model than {_model(owner)}, {model}. "
-            f"{_command(recipe, owner, measures, again=True)}"
-        )
-    if "fisher" in measures and not statistics.has_fisher:
-        raise UsageError(
-            f"{where}: {folder} has no Fisher information. {_command(recipe, owner, measures, again=True)}"
-        )
-    if "scales" in measures and statistics.scales is None:
-        raise UsageError(
-            f"{where}: {folder} does not have what norms scale. {_command(recipe, owner, measures, again=True)}"
-        )
+        wrong = f"was measured in another model than {_model(owner)}, {model}"
+    elif "fisher" in measures and not statistics.has_fisher:
+        wrong = "has no Fisher information"
+    elif "scales" in measures and statistics.scales is None:
+        wrong = "does not have what norms scale"
+    if wrong:
+        raise UsageError(f"{where}: {folder} {wrong}. {_command(recipe, owner, measures, again=True)}")
     return statistics
 
 

@@ -21,8 +21,8 @@ from ktmerge.errors import UsageError, attempt, located, refuse
 from ktmerge.merge.needs import open_statistics, without_statistics
 from ktmerge.merge.plan import Action, ExpertPlan, Plan, TensorPlan
 from ktmerge.merge.rules import Rule, resolve_rules
-from ktmerge.merge.sections import settings_of, weights_of
-from ktmerge.merge.settings import Setting, blend_setting
+from ktmerge.merge.sections import settings_of
+from ktmerge.merge.settings import Setting, blend_setting, weights_of
 from ktmerge.merge.stage import Pipeline
 from ktmerge.recipes.schema import Recipe
 

@@ -12,11 +12,11 @@ from ktmerge.checkpoints.header import FileStamp
 from ktmerge.checkpoints.parts import Parts
 from ktmerge.errors import UsageError, refuse
 from ktmerge.merge.needs import open_statistics, without_statistics
-from ktmerge.merge.plan import ExpertPlan, Plan, TensorPlan
+from ktmerge.merge.plan import ExpertPlan, Plan
 from ktmerge.merge.planning import decide, plan_blend, require_complete
-from ktmerge.merge.rules import Rule, resolve_rules
-from ktmerge.merge.sections import settings_of, weights_of
-from ktmerge.merge.settings import blend_setting
+from ktmerge.merge.rules import resolve_rules
+from ktmerge.merge.sections import settings_of
+from ktmerge.merge.settings import blend_setting, weights_of
 from ktmerge.recipes.schema import Recipe
 
 Stamps = dict[str, FileStamp]
@@ -73,11 +73,9 @@ def _replan(recipe: Recipe, like: Plan) -> Plan:
     assert recipe.blend is not None
     problems: list[str] = []
     setting = blend_setting(recipe.blend)
-    rules: tuple[Rule, ...] = ()
-    if recipe.blend.where:
-        rules = resolve_rules(recipe, setting, Parts(like.base))
+    rules = resolve_rules(recipe, setting, Parts(like.base)) if recipe.blend.where else ()
     problems += [f"blend: {objection}" for objection in setting.objections(weights_of(recipe))]
-    tensors: tuple[TensorPlan, ...] = decide(like.base, like.tensors, setting, rules, problems)
+    tensors = decide(like.base, like.tensors, setting, rules, problems)
     require_complete(like.experts, tensors, rules, problems)
     problems += without_statistics(recipe, settings_of(setting, rules))
     statistics = open_statistics(recipe, like.base, tensors, problems)

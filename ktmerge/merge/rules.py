@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ktmerge.checkpoints.expressions import PartExpression
 from ktmerge.errors import collected, located, refuse
-from ktmerge.merge.settings import FLOAT_CLASSES, Setting, parameter_names, rule_setting
+from ktmerge.merge.settings import FLOAT_CLASSES, Setting, parameter_names, rule_setting, weights_of
 from ktmerge.recipes.schema import Recipe, WhereRule
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def resolve_rules(recipe: Recipe, setting: Setting, parts: Parts | None) -> tupl
     """
     problems: list[str] = []
     found: list[Rule] = []
-    weights = {name: expert.weight for name, expert in recipe.experts.items()}
+    weights = weights_of(recipe)
     blend = recipe.blend
     for index, rule in enumerate(blend.where if blend is not None else ()):
         where = f"blend.where[{index}]"

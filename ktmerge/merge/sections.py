@@ -8,7 +8,7 @@ from functools import partial
 from ktmerge.errors import attempt, refuse
 from ktmerge.merge.needs import without_statistics
 from ktmerge.merge.rules import Rule, resolve_rules
-from ktmerge.merge.settings import Setting, blend_setting
+from ktmerge.merge.settings import Setting, blend_setting, weights_of
 from ktmerge.recipes.schema import Recipe
 
 
@@ -34,8 +34,3 @@ def check_recipe(recipe: Recipe) -> None:
 def settings_of(setting: Setting, rules: Iterable[Rule]) -> list[Setting]:
     """All settings that some tensors are blended by."""
     return [setting, *(rule.setting for rule in rules if rule.setting is not None)]
-
-
-def weights_of(recipe: Recipe) -> dict[str, float]:
-    """Weights of the experts by name."""
-    return {name: expert.weight for name, expert in recipe.experts.items()}

@@ -12,7 +12,7 @@ from ktmerge.errors import UsageError, collected, did_you_mean, located, refuse
 from ktmerge.merge.registry import find_method, find_stage
 from ktmerge.merge.stage import KINDS, Kind, Method, Parameters, Pipeline, Promises, Stage, Stages, StageUse
 from ktmerge.recipes.load import FIXED_BLEND_KEYS, FIXED_RULE_KEYS, shown
-from ktmerge.recipes.schema import Blend, WhereRule
+from ktmerge.recipes.schema import Blend, Recipe, WhereRule
 
 if TYPE_CHECKING:
     from ktmerge.checkpoints.classes import TensorClass
@@ -80,6 +80,11 @@ def rule_setting(rule: WhereRule, where: str, blend: Blend, outer: Setting) -> S
     pipelines = _pipelines(method, {**inherited, **rule.parameters}, where, FIXED_RULE_KEYS)
     lambda_ = next((one for one in (rule.lambda_, blend.lambda_) if one is not None), method.lambda_)
     return Setting(method, pipelines, lambda_)
+
+
+def weights_of(recipe: Recipe) -> dict[str, float]:
+    """Weights of the experts by name."""
+    return {name: expert.weight for name, expert in recipe.experts.items()}
 
 
 def parameter_names(pipeline: Pipeline) -> set[str]:
