@@ -32,7 +32,7 @@ from measured import write_statistics
 from paths import takes
 from synthetic import SHAPES, count, make
 
-from ktmerge.merge.catalogue import NO_DATA, entry
+from ktmerge.merge.catalogue import NO_DATA, data_of
 from ktmerge.merge.kernels.native import GROUPS, native
 from ktmerge.merge.needs import needs_of
 from ktmerge.merge.registry import methods
@@ -114,7 +114,7 @@ def run(name: str, folder: Path, base: Path, experts: list[Path], limit: float) 
         cost, failure = measure([str(BIN / "ktmerge"), "blend", "--recipe", str(recipe), "--out", str(out)], limit)
     finally:
         shutil.rmtree(out, ignore_errors=True)
-    return Row(name, len(used), entry(method).data, cost, failure)
+    return Row(name, len(used), data_of(setting), cost, failure)
 
 
 def measure(command: list[str], limit: float) -> tuple[Cost | None, str]:

@@ -14,7 +14,9 @@ from tradeoff import Array, Sides, hypervolume, interval
 from worlds.world import REPORT, SELECT
 
 from ktmerge.drawing import GREY, drawn, new_figure, styles, to_file
-from ktmerge.merge.catalogue import NO_DATA, entries
+from ktmerge.merge.catalogue import NO_DATA, data_of_recipe
+from ktmerge.merge.registry import methods as registered
+from ktmerge.recipes.schema import Blend
 
 DRAWS = 1000
 WISE = "linear"
@@ -52,7 +54,7 @@ class Row:
 
 def rows(parts: Sequence[Part], methods: Sequence[str]) -> Iterator[Row]:
     """A row for every method that has points on all seeds of a part."""
-    data = {entry.name: entry.data for entry in entries()}
+    data = {name: data_of_recipe(Blend(method=name)) for name in registered()}
     select = [sides_of(part, SELECT) for part in parts]
     report = [sides_of(part, REPORT, DRAWS) for part in parts]
     for name in methods:
