@@ -48,7 +48,11 @@ def draft(
         raise UsageError(f"'{lean}': lean towards {', '.join(LEANS)}.")
     for part in keep:
         PartExpression.parse(part)
-    advice = choose(_unmeasured(len(experts), statistics))[0]
+    unmeasured = Signs(
+        experts=len(experts), statistics=statistics, relative=0.0, changed=1.0, small=0.0, rank=None, cosine=None,
+        conflict=None, effective=float(len(experts)),
+    )  # fmt: skip
+    advice = choose(unmeasured)[0]
     recipe = load_recipe(advice.recipe)
     assert recipe.blend is not None
     measured, rounding = data_of_recipe(recipe.blend) != NO_DATA, recipe.output.rounding
@@ -71,14 +75,6 @@ def draft(
         "# eval: {suite: suite.yaml}",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _unmeasured(experts: int, statistics: bool) -> Signs:
-    """What is known before any model was looked at."""
-    return Signs(
-        experts=experts, statistics=statistics, relative=0.0, changed=1.0, small=0.0, rank=None, cosine=None,
-        conflict=None, effective=float(experts),
-    )  # fmt: skip
 
 
 def _experts(experts: Mapping[str, str], measured: bool) -> Iterator[str]:

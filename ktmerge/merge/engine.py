@@ -22,7 +22,7 @@ from ktmerge.merge.pristine import Pristine
 from ktmerge.merge.report import BlendReport, TensorReport, cautions
 from ktmerge.merge.selection import Recollected
 from ktmerge.merge.sinks import LiveSink, Sink
-from ktmerge.merge.source import Sources, changed_buffers, equal_bytes
+from ktmerge.merge.source import Sources, buffer_notes, equal_bytes
 from ktmerge.progress import SILENT, Progress, Step
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def execute(
     report = BlendReport(plan.recipe.name, [], device=place, notes=list(plan.notes))
     with Sources(plan, chunk, pristine) as sources:
         _require_tied(plan, sources)
-        report.notes += _buffer_notes(plan, sources)
+        report.notes += buffer_notes(plan, sources)
         engine = _Engine(plan, sink, sources, place, progress, pristine, recollected, measured)
         try:
             done = engine.run(chunk)
@@ -252,13 +252,6 @@ def _require_tied(plan: Plan, sources: Sources) -> None:
                     f"{owner}: '{head}' differs from '{embedding}', although the base's config ties them "
                     "(tie_word_embeddings); correct the config, or the weights."
                 )
-
-
-def _buffer_notes(plan: Plan, sources: Sources) -> list[str]:
-    return [
-        f"{expert}: {len(names)} buffers differ from the base's, which are kept ({', '.join(names[:3])})."
-        for expert, names in changed_buffers(plan, sources).items()
-    ]
 
 
 def _broken_notes(tensors: Iterable[TensorReport]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ktmerge.errors import printable
@@ -118,7 +118,8 @@ def _parts(recipe: Recipe, plan: Plan | None) -> Iterator[str]:
     alone = len(recipe.experts) == 1
     rest = "Everything else" if blend.where else "Every part"
     for kinds, pipeline, lambda_ in _alike(setting):
-        yield f"{rest}, {_joined(kinds)}: {_steps(pipeline, lambda_, alone)}"
+        told = "all tensors" if len(kinds) == len(FLOAT_CLASSES) else ", ".join(kinds)
+        yield f"{rest}, {told}: {_steps(pipeline, lambda_, alone)}"
     yield "Integer and boolean tensors stay the base's."
 
 
@@ -148,10 +149,6 @@ def _alike(setting: Setting) -> Iterator[tuple[list[str], Pipeline, float]]:
         group = groups.setdefault(f"{pipeline.spec()} {lambda_}", ([], pipeline, lambda_))
         group[0].append(_CLASSES[kind])
     yield from groups.values()
-
-
-def _joined(kinds: Sequence[str]) -> str:
-    return "all tensors" if len(kinds) == len(FLOAT_CLASSES) else ", ".join(kinds)
 
 
 def _condition(rule: WhereRule) -> str:

@@ -21,11 +21,10 @@ import numpy as np
 from ktmerge.checkpoints.workers import Workers
 from ktmerge.merge.device import cores
 from ktmerge.merge.kernels.codes import FINE
-from ktmerge.merge.kernels.exact import HALF, exact_value
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.kernels.native import Native
 from ktmerge.merge.program import Budget, Cap, Chosen, Measured, Program, Ramp, Ruled, Sum, Trim, program_of
-from ktmerge.merge.reductions import answered, energies_of, weights_of
+from ktmerge.merge.reductions import answered, energies_of, squared_norms, weights_of
 from ktmerge.merge.report import TensorReport
 from ktmerge.merge.ruling import blend_ruled, informed
 from ktmerge.merge.selection import Found, Job, Key, Recollected, Run, Thresholds, Work, find_thresholds
@@ -334,12 +333,10 @@ class Fused:
             return after.factor(job.tensor.part, self._plan.layers)
         if not isinstance(after, Cap | Budget) or isinstance(combine, Ruled):
             return 1.0
-        total = np.zeros((2, 2, 256), object)  # whole numbers without end
-        for bins in run([job], lambda space, one: space.squares(one.steps, combine)):
-            if bins is None:
-                return None
-            total += bins.astype(object)
-        base, merged = (exact_value(((high << HALF) + low for high, low in zip(*one, strict=True)), 2) for one in total)
+        norms = squared_norms(run([job], lambda space, one: space.squares(one.steps, combine)), 2)
+        if norms is None:
+            return None
+        base, merged = norms
         if isinstance(after, Cap):
             return min(1.0, after.limit(base, merged))
         energies = energies_of([replace(job, steps=self._no_steps)], run)

@@ -176,12 +176,8 @@ def _foreign(merge: Merge) -> _Translation:
             }
     given = any("weight" in one for one in (merge.shared, *(model.settings for model in merge.models)))
     weights = merge.weights() if given else [1.0] * len(merge.models)
-    return (
-        blend,
-        varying,
-        weights,
-        [f"{merge.method} runs in mergekit itself, on one tensor at a time, seeded by ktmerge."],
-    )
+    told = [f"{merge.method} runs in mergekit itself, on one tensor at a time, seeded by ktmerge."]
+    return blend, varying, weights, told
 
 
 def _same(settings: Sequence[ParameterSetting]) -> ParameterSetting | None:

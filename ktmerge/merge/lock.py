@@ -85,7 +85,7 @@ def lock(plan: Plan, digests: Digests, report: BlendReport | None = None) -> dic
     inputs = {
         name: {
             "model": references[name],
-            **_licence(checkpoint),
+            **({"licence": stated} if (stated := licence(checkpoint)) else {}),
             **told["inputs"][name],
             "files": {_as_text(file): asdict(one) for file, one in digests[name].items()},
             **_tuned(checkpoint),
@@ -288,11 +288,6 @@ def _are_digests(found: Any) -> bool:
 def files_of(plan: Plan) -> dict[str, dict[str, Path]]:
     """Every file that is read, by input and name."""
     return {name: input_files(one, carried=name == "base") for name, one in inputs_of(plan).items()}
-
-
-def _licence(checkpoint: Checkpoint) -> dict[str, str]:
-    stated = licence(checkpoint)
-    return {"licence": stated} if stated else {}
 
 
 def _tuned(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,7 @@ class Recollection:
 
         place = _place(self._plan, digests)
         thresholds = [
-            [list(key), [[_plain(kept), outliers and _plain(outliers)] for kept, outliers in one]]
+            [list(key), [[astuple(kept), outliers and astuple(outliers)] for kept, outliers in one]]
             for key, one in self.found.thresholds.items()
         ]
         samples = [
@@ -118,10 +119,6 @@ def _place(plan: Plan, digests: Mapping[str, Mapping[str, FileDigest] | None]) -
 def _key(parts: list[Any]) -> tuple[str, Any]:
     prefix, names = parts
     return prefix, tuple(names) if isinstance(names, list) else names
-
-
-def _plain(one: Threshold) -> list[int]:
-    return [one.floor, one.least, one.kept, one.elements]
 
 
 def _threshold(pair: list[Any]) -> tuple[Threshold, Threshold | None]:

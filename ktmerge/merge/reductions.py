@@ -5,7 +5,7 @@ Loads no torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
@@ -122,14 +122,15 @@ def energies_of(jobs: Sequence[Job], run: Run, *, with_experts: bool = False) ->
                 space.add_squares(part[0] + part[t + 1], bins[number + 1 + t])
         return bins if space.is_finite else None
 
-    total = np.zeros((2 * number + 1, 2, 256), object)  # whole numbers without end
-    for bins in run(jobs, work):
+    norms = squared_norms(run(jobs, work), 2 * number + 1)
+    return None if norms is None else Energies(norms[0], norms[1 : number + 1], norms[number + 1 :])
+
+
+def squared_norms(found: Iterable[NDArray[Any] | None], count: int) -> list[Fraction] | None:
+    """Of ``count`` things, from squares by exponent ``[count, 2, 256]`` of every piece; None if one has none."""
+    total = np.zeros((count, 2, 256), object)  # whole numbers without end
+    for bins in found:
         if bins is None:
             return None
         total += bins.astype(object)
-    norms = [_square(*one) for one in total]
-    return Energies(norms[0], norms[1 : number + 1], norms[number + 1 :])
-
-
-def _square(high: NDArray[Any], low: NDArray[Any]) -> Fraction:
-    return exact_value(((one << HALF) + other for one, other in zip(high, low, strict=True)), 2)
+    return [exact_value(((high << HALF) + low for high, low in zip(*one, strict=True)), 2) for one in total]

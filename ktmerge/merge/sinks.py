@@ -83,6 +83,9 @@ class LiveSink:
         model: a ``torch.nn.Module`` of the base's architecture; its names are matched like an expert's.
         base: the base's headers.
 
+    Attributes:
+        targets: what is written into, by the base's names, without what the model has no room for, or computes itself.
+
     Raises:
         UsageError: the model has a tensor that the base lacks, or one in another shape, or not in memory as a whole.
     """
@@ -96,15 +99,15 @@ class LiveSink:
         # What the library does not load has no room in the model; a tensor of its own tells another model.
         if loose or alignment.mismatched or alignment.ambiguous or not alignment.mapping:
             alignment.require_complete()
-        self._targets: Mapping[str, Pieces] = {name: tensors[found] for name, found in alignment.mapping.items()}
+        self.targets: Mapping[str, Pieces] = {name: tensors[found] for name, found in alignment.mapping.items()}
         self._missing, self._told = alignment.missing, False
-        for name, target in self._targets.items():
+        for name, target in self.targets.items():
             if any(piece.is_meta for piece in target):
                 raise UsageError(f"the model: '{name}' is not in memory (meta device); load it without offloading.")
         self._tags: dict[str, str] = {}
         self._places = {
             name: (tag_of(pieces[0].dtype), pieces[0].data_ptr())
-            for name, pieces in self._targets.items()
+            for name, pieces in self.targets.items()
             if len(pieces) == 1 and pieces[0].device.type == "cpu" and pieces[0].is_contiguous()
         }
         self._owners = [
@@ -129,13 +132,8 @@ class LiveSink:
     @property
     def device(self) -> str:
         """The CUDA device that all of it lies on, else ``cpu``: where blending into it takes the fewest copies."""
-        devices = {piece.device for pieces in self._targets.values() for piece in pieces}
+        devices = {piece.device for pieces in self.targets.values() for piece in pieces}
         return str(devices.pop()) if {device.type for device in devices} == {"cuda"} and len(devices) == 1 else "cpu"
-
-    @property
-    def targets(self) -> Mapping[str, Pieces]:
-        """What is written into, by the base's names; what the model has no room for, or computes itself, is in none."""
-        return self._targets
 
     def tell(self, progress: Progress) -> list[str]:
         """What a person should know of the model; ``progress`` is told once."""
@@ -149,14 +147,14 @@ class LiveSink:
         return [note]
 
     def dtype(self, name: str, planned: str) -> str:
-        target = self._targets.get(name)
+        target = self.targets.get(name)
         own = planned if target is None else tag_of(target[0].dtype)
         self._tags[name] = planned if own in _HOLDS.get(planned, (planned,)) else own
         return self._tags[name]
 
     def write(self, name: str, values: Tensor, start: int) -> None:
         end = 0
-        for target in self._targets.get(name, ()):  # none: a buffer that the model computes, or has no room for
+        for target in self.targets.get(name, ()):  # none: a buffer that the model computes, or has no room for
             begin, end = end, end + target.numel()
             own = values[max(0, begin - start) : max(0, end - start)]
             if own.numel():
@@ -165,7 +163,7 @@ class LiveSink:
     def write_bytes(self, name: str, data: memoryview, start: int) -> None:
         import torch
 
-        if name not in self._targets or not len(data):
+        if name not in self.targets or not len(data):
             return
         dtype = torch_dtype(self._tags[name])
         values = torch.frombuffer(bytearray(data) if data.readonly else data, dtype=torch.uint8).view(dtype)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -258,8 +258,8 @@ def equal_bytes(first: Reader, name: str, second: Reader, other: str) -> bool:
     return all(a == b for a, b in pairs)
 
 
-def changed_buffers(plan: Plan, sources: Sources) -> Mapping[str, list[str]]:
-    """Buffers, always the base's, that an expert has otherwise: names by expert."""
+def buffer_notes(plan: Plan, sources: Sources) -> list[str]:
+    """What to say of buffers, always the base's, that an expert has otherwise."""
     found: dict[str, list[str]] = {}
     for tensor in plan.tensors:
         if tensor.tensor_class != "buffer" or tensor.action != "base":
@@ -269,4 +269,7 @@ def changed_buffers(plan: Plan, sources: Sources) -> Mapping[str, list[str]]:
             same_kind = (info.dtype, info.shape) == (tensor.info.dtype, tensor.info.shape)
             if not same_kind or not equal_bytes(sources.base, tensor.name, sources.experts[expert], source):
                 found.setdefault(expert, []).append(tensor.name)
-    return found
+    return [
+        f"{expert}: {len(names)} buffers differ from the base's, which are kept ({', '.join(names[:3])})."
+        for expert, names in found.items()
+    ]
