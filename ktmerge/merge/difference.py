@@ -179,7 +179,8 @@ def _blend(one: Side, other: Side) -> Iterator[Difference]:
 def _settings(where: str, first: Setting, second: Setting) -> Iterator[Difference]:
     same = {kind: first.pipelines[kind].spec() == second.pipelines[kind].spec() for kind in FLOAT_CLASSES}
     equal = all(same.values()) and all(first.lambda_of(kind) == second.lambda_of(kind) for kind in FLOAT_CLASSES)
-    if first.method.name != second.method.name:
+    renamed = first.method.name != second.method.name
+    if renamed:
         why = "another name for the same stages" if equal else "other stages"
         yield _difference(f"{where}.method", first.method.name, second.method.name, "no" if equal else "yes", why)
     if first.lambda_ != second.lambda_:
@@ -189,11 +190,7 @@ def _settings(where: str, first: Setting, second: Setting) -> Iterator[Differenc
         left, right = first.pipelines[kind].parameters(), second.pipelines[kind].parameters()
         for key in dict.fromkeys([*left, *right]):
             before, after = left.get(key, _MISSING), right.get(key, _MISSING)
-            if (
-                before == after
-                or key in told
-                or (first.method.name != second.method.name and _MISSING in (before, after))
-            ):
+            if before == after or key in told or (renamed and _MISSING in (before, after)):
                 continue
             told.add(key)
             yield _difference(f"{where}.{key}", before, after, "yes", _meaning(key, first, second))

@@ -143,9 +143,8 @@ class Workspace:
         self._out = np.empty(0, np.uint8)
         self._kinds = np.zeros(experts + 1, np.int64)
         self._files, self._places = np.full(experts + 1, -1, np.int64), np.zeros(experts + 1, np.int64)
-        self._scratch = np.empty(
-            (2 * experts + 7) * BLOCK + 2 * experts + 2, np.uint32
-        )  # as much as the neediest kernel asks for
+        # As much as the neediest kernel asks for.
+        self._scratch = np.empty((2 * experts + 7) * BLOCK + 2 * experts + 2, np.uint32)
         most = 2 * experts  # thresholds that are looked for at once
         self._counts, self._lows = np.zeros((most, BINS + 1), np.uint32), np.zeros((most, BINS), np.uint32)
         self._noted, self._patterns = np.empty((2, most, 0), np.uint32)

@@ -77,11 +77,8 @@ class Signs:
         sparse = "a sparse change, which is kept whole best" if self.sparse else "a dense change"
         yield "changed", percent(self.changed, 1), f"of the weights: {sparse}"
         if self.fine:
-            yield (
-                "small steps",
-                percent(self.small, 0),
-                (f"of the changes are below {SMALL_STEPS:g} ulps of the base's type: round stochastically"),
-            )
+            below = f"of the changes are below {SMALL_STEPS:g} ulps of the base's type: round stochastically"
+            yield "small steps", percent(self.small, 0), below
         if self.rank is not None:
             low = "low rank, as of an adapter" if self.low_rank else "full rank: part of it may be noise"
             yield "rank", percent(self.rank, 0), f"of the directions hold 90 % of a change: {low}"
