@@ -11,7 +11,7 @@ from ktmerge.merge.decompositions import together
 from ktmerge.merge.kernels import Kernels
 from ktmerge.merge.plan import Plan, TensorPlan
 from ktmerge.merge.source import Chunk, Sources
-from ktmerge.merge.stage import Context, Domain, Observer, Pipeline, Place, Scope, StageUse
+from ktmerge.merge.stage import Context, Observer, Pipeline, Place, Scope, StageUse
 from ktmerge.progress import Progress
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ class Flow:
         if self._local.name != tensor.name:
             self._local.name, self._local.found = tensor.name, {}
         for position in range(stop):
-            if not _pipeline(tensor).uses[position].wants("tensor") or self._has_local(position):
+            known = any(key[0] == position for key in self._local.found)
+            if known or not _pipeline(tensor).uses[position].wants("tensor"):
                 continue
             observers = self._observers(tensor, position, "tensor", tensor.info.numel)
             while _unfinished(observers):
@@ -106,16 +107,11 @@ class Flow:
                 _end_pass([observers])
             self._local.found.update(_results(observers))
 
-    def _has_local(self, position: int) -> bool:
-        return any(key[0] == position for key in self._local.found)
-
     def _observers(self, tensor: TensorPlan, position: int, scope: Scope, elements: int) -> _Observers:
         pipeline = _pipeline(tensor)
         statistics = [one for one in pipeline.uses[position].statistics() if one.scope == scope]
         experts = list(tensor.sources) if position < len(pipeline.transforms) else [""]
-        return {
-            (position, expert): {one.name: one.observer(Domain(elements)) for one in statistics} for expert in experts
-        }
+        return {(position, expert): {one.name: one.observer(elements) for one in statistics} for expert in experts}
 
     def _show(self, tensor: TensorPlan, position: int, observers: _Observers) -> None:
         """Show the observers every piece of a tensor, as the stage at ``position`` will get it."""

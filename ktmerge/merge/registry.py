@@ -6,11 +6,12 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from ktmerge.errors import UsageError, did_you_mean
 from ktmerge.merge.stage import Kind, Method, Parameters, Stage
 
+Declared = ParamSpec("Declared")
 Apply = TypeVar("Apply", bound=Callable[..., Any])
 Provider = Callable[[str], Method]
 Found = TypeVar("Found", Method, Stage)
@@ -39,16 +40,19 @@ def stage(
     return register
 
 
-def method(new: Method) -> Method:
-    """Register a method.
+def _registering(make: Callable[Declared, Method]) -> Callable[Declared, Method]:
+    def register(*values: Declared.args, **named: Declared.kwargs) -> Method:
+        new = make(*values, **named)
+        if new.name in _METHODS:
+            raise ValueError(f"two methods are called '{new.name}'")
+        _METHODS[new.name] = new
+        return new
 
-    Raises:
-        ValueError: the name is taken.
-    """
-    if new.name in _METHODS:
-        raise ValueError(f"two methods are called '{new.name}'")
-    _METHODS[new.name] = new
-    return new
+    return register
+
+
+method = _registering(Method)
+"""Register a method, given the attributes of `Method`; ValueError if its name is taken."""
 
 
 def provider(prefix: str) -> Callable[[Provider], Provider]:

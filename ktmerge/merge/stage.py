@@ -16,11 +16,13 @@ from pydantic import Field
 from ktmerge.recipes.section import Strict
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor as Tensor
 
     from ktmerge.checkpoints.classes import TensorClass
     from ktmerge.checkpoints.matrices import MatrixLayout
     from ktmerge.merge.kernels import Kernels
+else:
+    Tensor = Any  # for annotations alone: whoever declares a stage needs no torch for it
 
 Kind = Literal["transform", "combine", "calibrate", "guard", "scale"]
 Reach = Literal["element", "tensor"]
@@ -124,13 +126,6 @@ class Context:
         return Place(self.tensor_class, self.shape, self.layout)
 
 
-@dataclass(frozen=True)
-class Domain:
-    """Over what a statistic is taken: so many ``elements``, of one expert's deltas or of the merged delta."""
-
-    elements: int
-
-
 class Observer(Protocol):
     """Gathers one statistic in as many passes over the data as it takes.
 
@@ -162,11 +157,15 @@ class OnePass:
 
 @dataclass(frozen=True)
 class Statistic:
-    """A number (or a few) that a stage needs to know before it can work on any element."""
+    """A number (or a few) that a stage needs to know before it can work on any element.
+
+    Attributes:
+        observer: a new one, given over how many elements, of one expert's deltas or of the merged delta.
+    """
 
     name: str
     scope: Scope
-    observer: Callable[[Domain], Observer]
+    observer: Callable[[int], Observer]
 
 
 @dataclass(frozen=True)
@@ -176,30 +175,6 @@ class Place:
     tensor_class: TensorClass
     shape: tuple[int, ...]
     layout: MatrixLayout | None = None
-
-
-def _no_statistics(parameters: Any) -> Sequence[Statistic]:
-    return ()
-
-
-def _no_needs(parameters: Any) -> Sequence[Need]:
-    return ()
-
-
-def _no_objection(parameters: Any, weights: Mapping[str, float]) -> str | None:
-    return None
-
-
-def _not_compiled(*_: Any) -> None:
-    return None
-
-
-def _never(parameters: Any) -> bool:
-    return False
-
-
-def _each_alone(parameters: Any, place: Place) -> int:
-    return 1
 
 
 @dataclass(frozen=True)
@@ -238,12 +213,12 @@ class Stage:
     parameters: type[Parameters]
     apply: Callable[..., Tensor]
     reach: Reach = "element"
-    statistics: Callable[[Any], Sequence[Statistic]] = _no_statistics
-    objection: Callable[[Any, Mapping[str, float]], str | None] = _no_objection
-    compiled: Callable[..., Any] = _not_compiled
-    needs: Callable[[Any], Sequence[Need]] = _no_needs
-    whole: Callable[[Any], bool] = _never
-    grain: Callable[[Any, Place], int] = _each_alone
+    statistics: Callable[[Any], Sequence[Statistic]] = lambda _: ()
+    objection: Callable[[Any, Mapping[str, float]], str | None] = lambda *_: None
+    compiled: Callable[..., Any] = lambda *_: None
+    needs: Callable[[Any], Sequence[Need]] = lambda _: ()
+    whole: Callable[[Any], bool] = lambda _: False
+    grain: Callable[[Any, Place], int] = lambda *_: 1
     portable: bool = True
     last: bool = False
 

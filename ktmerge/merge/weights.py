@@ -25,6 +25,18 @@ def relative(weights: Sequence[float]) -> list[float]:
     return [weight / mean for weight in weights]
 
 
+def shares(weights: Iterable[float]) -> list[float]:
+    """Weights over their sum."""
+    given = list(weights)
+    total = sum(given)
+    return [weight / total for weight in given]
+
+
+def any_weight(parameters: Any, weights: Mapping[str, float]) -> str | None:
+    """Objection to weights that are all 0."""
+    return None if any(weights.values()) else "all expert weights are 0; nothing would be merged"
+
+
 def positive(parameters: Any, weights: Mapping[str, float]) -> str | None:
     """Objection to weights that are no shares of anything."""
     if min(weights.values()) < 0 or max(weights.values()) <= 0:

@@ -15,7 +15,7 @@ from ktmerge.errors import KtmergeError
 from ktmerge.merge.kernels import kernels_for
 from ktmerge.merge.ranking import largest
 from ktmerge.merge.registry import stages
-from ktmerge.merge.stage import Context, Domain
+from ktmerge.merge.stage import Context
 
 NORMS = {"": 2.0, "a": 3.0, "b": 0.5}
 SHAPE = (6, 5)
@@ -57,7 +57,7 @@ def run(
     if one.reach == "element":
         context, deltas = replace(context, base=context.base.view(-1)), [delta.view(-1) for delta in deltas]
     for statistic in one.statistics(chosen):
-        observer = statistic.observer(Domain(deltas[0].numel()))
+        observer = statistic.observer(deltas[0].numel())
         while not observer.done:
             observer.observe(deltas[0], context)
             observer.end_pass()

@@ -20,7 +20,7 @@ from ktmerge.merge import general
 from ktmerge.merge.kernels import kernels_for
 from ktmerge.merge.registry import find_stage, methods, stages
 from ktmerge.merge.settings import blend_setting
-from ktmerge.merge.stage import KINDS, Context, Domain, Method, Stage
+from ktmerge.merge.stage import KINDS, Context, Method, Stage
 from ktmerge.recipes.schema import Blend
 
 METHODS = list(methods().values())
@@ -358,7 +358,7 @@ def test_stages_are_pure(stage: Stage) -> None:
     inputs = values.get(stage.kind, (merged, deltas))
     found = {}
     for statistic in stage.statistics(parameters):
-        observer = statistic.observer(Domain(deltas[0].numel()))
+        observer = statistic.observer(deltas[0].numel())
         while not observer.done:
             observer.observe(inputs[0], context)
             observer.end_pass()

@@ -21,7 +21,7 @@ from ktmerge.merge.methods.half_reset import is_kept
 from ktmerge.merge.methods.soup import ema_shares
 from ktmerge.merge.registry import find_stage
 from ktmerge.merge.rows import by_row
-from ktmerge.merge.stage import Context, Domain, Kind
+from ktmerge.merge.stage import Context, Kind
 
 ULP = 2.0**-20
 
@@ -52,7 +52,7 @@ def apply(name: str, kind: Kind, values: Any, where: Context, **parameters: Any)
     chosen = stage.parameters(**parameters)
     found = dict(where.statistics)
     for statistic in stage.statistics(chosen):
-        observer = statistic.observer(Domain(where.base.numel()))
+        observer = statistic.observer(where.base.numel())
         while not observer.done:
             observer.observe(values, where)
             observer.end_pass()

@@ -20,7 +20,7 @@ from ktmerge.merge.planning import plan_blend
 from ktmerge.merge.record import origin
 from ktmerge.merge.sections import check_recipe
 from ktmerge.merge.source import Sources
-from ktmerge.merge.stage import Context, Method, Need, Parameters, Promises, Stages
+from ktmerge.merge.stage import Context, Need, Parameters, Promises, Stages
 from ktmerge.recipes.load import parse_recipe
 
 NEEDS = [Need("inputs", "base"), Need("fisher", "base"), Need("fisher", "experts")]
@@ -47,8 +47,8 @@ def weighed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     registry.stage("weighed", "combine", NoParameters, needs=lambda parameters: NEEDS)(weigh)
     registry.method(
-        Method("weighed", "Only a test.", "none", Stages(("weighed", {})), promises=Promises(None, "other"),
-               otherwise={"vector": Stages(), "embed": Stages()})
+        "weighed", "Only a test.", "none", Stages(("weighed", {})), promises=Promises(None, "other"),
+        otherwise={"vector": Stages(), "embed": Stages()},
     )  # fmt: skip
 
 

@@ -3,27 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from ktmerge.merge.matrices import row_size
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import (
-    Amount,
-    Context,
-    Domain,
-    Method,
-    Observer,
-    Parameters,
-    Place,
-    Promises,
-    Stages,
-    Statistic,
-)
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ktmerge.merge.stage import Amount, Context, Observer, Parameters, Promises, Stages, Statistic, Tensor
 
 
 class ArceeFusionParameters(Parameters):
@@ -40,19 +25,18 @@ def _limit(parameters: ArceeFusionParameters) -> tuple[Statistic, ...]:
         found = np.float32(limit)  # the least fp32 number that is not below it
         return float(found if found >= limit else np.nextafter(found, np.float32(np.inf)))
 
-    def start(domain: Domain) -> Observer:
+    def start(elements: int) -> Observer:
         from ktmerge.merge.quantiles import Quantiles
 
-        return Quantiles((0.25, 0.5, 0.75), domain.elements, _importance, least)
+        return Quantiles((0.25, 0.5, 0.75), elements, _importance, least)
 
     return (Statistic("limit", "tensor", start),)
 
 
-def _rows(parameters: ArceeFusionParameters, place: Place) -> int:
-    return row_size(place)
-
-
-@stage("arcee_fusion", "transform", ArceeFusionParameters, statistics=_limit, grain=_rows, portable=False)
+@stage(
+    "arcee_fusion", "transform", ArceeFusionParameters, statistics=_limit, portable=False,
+    grain=lambda _, place: row_size(place),
+)  # fmt: skip
 def arcee_fusion(delta: Tensor, parameters: ArceeFusionParameters, context: Context) -> Tensor:
     """Keep elements of importance |tau_j| ||tau_row|| >= median + k (third - first quartile), quartiles exact.
 
@@ -77,14 +61,12 @@ def _importance(delta: Tensor, context: Context) -> Tensor:
 
 
 method(
-    Method(
-        name="arcee_fusion",
-        summary="One expert: keep only changes that stand out; how many is decided by the tensor, not by a density.",
-        source="Arcee Fusion of mergekit, with an importance that is no noise",
-        stages=Stages(transform=(("arcee_fusion", {}),), combine=("sum", {})),
-        experts=(1, 1),
-        formula="tau where |tau_j| ||tau_row|| >= median + k interquartile ranges",
-        promises=Promises(neutral=None, identical="other", elements=False),
-        semantics=2,
-    )
+    name="arcee_fusion",
+    summary="One expert: keep only changes that stand out; how many is decided by the tensor, not by a density.",
+    source="Arcee Fusion of mergekit, with an importance that is no noise",
+    stages=Stages(transform=(("arcee_fusion", {}),), combine=("sum", {})),
+    experts=(1, 1),
+    formula="tau where |tau_j| ||tau_row|| >= median + k interquartile ranges",
+    promises=Promises(neutral=None, identical="other", elements=False),
+    semantics=2,
 )

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pydantic import Field
 
 from ktmerge.checkpoints.classes import TensorClass
 from ktmerge.merge.program import Ramp
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Amount, Context, Method, Need, Parameters, Promises, Stages
-from ktmerge.merge.weights import positive, used
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ktmerge.merge.stage import Amount, Context, Need, Parameters, Promises, Stages, Tensor
+from ktmerge.merge.weights import positive, shares, used
 
 
 class TrustParameters(Parameters):
@@ -30,15 +25,7 @@ class BackParameters(TrustParameters):
 NEEDS = (Need("inputs", "base"), Need("inputs", "experts"))
 
 
-def _needs(parameters: BackParameters) -> tuple[Need, ...]:
-    return NEEDS
-
-
-def _compiled(parameters: TrustParameters) -> Ramp:
-    return Ramp(parameters.a)
-
-
-@stage("interpolate", "scale", TrustParameters, compiled=_compiled)
+@stage("interpolate", "scale", TrustParameters, compiled=lambda given: Ramp(given.a))
 def interpolate(merged: Tensor, parameters: TrustParameters, context: Context) -> Tensor:
     """M times a: plain interpolation, with the knob of the methods that merge back."""
     import torch
@@ -48,7 +35,7 @@ def interpolate(merged: Tensor, parameters: TrustParameters, context: Context) -
     return merged * parameters.a if parameters.a else torch.zeros_like(merged)
 
 
-@stage("regmean_back", "combine", BackParameters, reach="tensor", needs=_needs, objection=positive)
+@stage("regmean_back", "combine", BackParameters, reach="tensor", needs=lambda _: NEEDS, objection=positive)
 def regmean_back(deltas: list[Tensor], parameters: BackParameters, context: Context) -> Tensor:
     """Least squares between the base on upstream inputs and the experts on theirs (after arXiv:2212.09849, eq. 2).
 
@@ -70,19 +57,17 @@ def regmean_back(deltas: list[Tensor], parameters: BackParameters, context: Cont
     if parameters.a == 1 and len(deltas) == 1:
         return deltas[0]
     sampled = Sampled(context)
-    whole = sum(context.weights)
-    shares = [weight / whole for weight in context.weights]
+    own = shares(context.weights)
 
     def merge(maps: list[Tensor], base: Tensor, number: int) -> Tensor:
         wide = base.shape[1]
         upstream, downstream = with_priors(
             sampled.covariance("", number, wide, parameters.eta),
-            [sampled.covariance(expert, number, wide, parameters.eta) for expert in used(context.experts, shares)],
+            [sampled.covariance(expert, number, wide, parameters.eta) for expert in used(context.experts, own)],
             parameters.ridge + parameters.prior_u,
             parameters.ridge + parameters.prior_d,
         )
-        own = used(maps, shares), used(shares, shares)
-        return back(*own, upstream, downstream, parameters.a).float()
+        return back(used(maps, own), used(own, own), upstream, downstream, parameters.a).float()
 
     return by_map(deltas, context, merge, fused=False)
 
@@ -94,28 +79,24 @@ TRUSTED: dict[TensorClass, Stages] = {"embed": TRUST, "vector": TRUST, "conv": T
 _PROMISES = Promises(neutral={"a": 1.0}, nothing={"a": 0.0}, identical="mean", elements=False, tolerance=1e-5)
 
 method(
-    Method(
-        name="regmean_back",
-        summary="Data of both sides: give back to the base what its own inputs feel, keep what only new inputs feel.",
-        source="Jin et al., ICLR 2023, arXiv:2212.09849, with the base as a member",
-        stages=Stages(combine=("regmean_back", {})),
-        otherwise=TRUSTED,
-        formula="a D ((1-a) C_u + a C_d)^-1, D = sum_t w_t tau_t C_t, C_d = sum_t w_t C_t",
-        cost="i^3 / 3 + R i^2 + N oi R",
-        promises=_PROMISES,
-        semantics=2,
-    )
+    name="regmean_back",
+    summary="Data of both sides: give back to the base what its own inputs feel, keep what only new inputs feel.",
+    source="Jin et al., ICLR 2023, arXiv:2212.09849, with the base as a member",
+    stages=Stages(combine=("regmean_back", {})),
+    otherwise=TRUSTED,
+    formula="a D ((1-a) C_u + a C_d)^-1, D = sum_t w_t tau_t C_t, C_d = sum_t w_t C_t",
+    cost="i^3 / 3 + R i^2 + N oi R",
+    promises=_PROMISES,
+    semantics=2,
 )
 method(
-    Method(
-        name="diag_back",
-        summary="As regmean_back, but by each input's own variance alone: cheaper, and needs fewer samples.",
-        source="arXiv:2212.09849 with diagonal covariances; importance as in Wanda, arXiv:2306.11695",
-        stages=Stages(combine=("regmean_back", {"eta": 0.0})),
-        otherwise=TRUSTED,
-        formula="tau_ij a E_d[x_j^2] / ((1-a) E_u[x_j^2] + a E_d[x_j^2])",
-        cost="N oi",
-        promises=_PROMISES,
-        semantics=2,
-    )
+    name="diag_back",
+    summary="As regmean_back, but by each input's own variance alone: cheaper, and needs fewer samples.",
+    source="arXiv:2212.09849 with diagonal covariances; importance as in Wanda, arXiv:2306.11695",
+    stages=Stages(combine=("regmean_back", {"eta": 0.0})),
+    otherwise=TRUSTED,
+    formula="tau_ij a E_d[x_j^2] / ((1-a) E_u[x_j^2] + a E_d[x_j^2])",
+    cost="N oi",
+    promises=_PROMISES,
+    semantics=2,
 )

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from ktmerge.merge.methods.trim import hash_key
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.stage import Context, Observer, Parameters, Promises, Stages, Statistic, Tensor
 from ktmerge.recipes.schema import Factor
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class BandsParameters(Parameters):
@@ -30,10 +27,10 @@ class BandsParameters(Parameters):
 def _edges(parameters: BandsParameters) -> tuple[Statistic, ...]:
     count = len(parameters.coefficients)
 
-    def start(band: int, domain: Domain) -> Observer:
+    def start(band: int, elements: int) -> Observer:
         from ktmerge.merge.kernels.radix import MagnitudeThreshold
 
-        return MagnitudeThreshold(domain.elements - band * domain.elements // count, domain.elements, hash_key)
+        return MagnitudeThreshold(elements - band * elements // count, elements, hash_key)
 
     return tuple(Statistic(str(band), parameters.scope, partial(start, band)) for band in range(1, count))
 
@@ -56,15 +53,13 @@ def bands(delta: Tensor, parameters: BandsParameters, context: Context) -> Tenso
 
 
 method(
-    Method(
-        name="bands",
-        summary="One expert and a validation score: one coefficient for each band of magnitude, to search.",
-        source="Neural parameter search, ACL 2025; the bands by exact quantiles",
-        stages=Stages(transform=(("bands", {}),), combine=("sum", {})),
-        otherwise={"vector": Stages(combine=("sum", {}))},
-        formula="c_m tau_j, m the band of quantiles of |tau| that |tau_j| is in",
-        cost="N M oi",
-        promises=Promises(neutral={"coefficients": [1.0, 1.0]}, identical="sum"),
-        semantics=2,
-    )
+    name="bands",
+    summary="One expert and a validation score: one coefficient for each band of magnitude, to search.",
+    source="Neural parameter search, ACL 2025; the bands by exact quantiles",
+    stages=Stages(transform=(("bands", {}),), combine=("sum", {})),
+    otherwise={"vector": Stages(combine=("sum", {}))},
+    formula="c_m tau_j, m the band of quantiles of |tau| that |tau_j| is in",
+    cost="N M oi",
+    promises=Promises(neutral={"coefficients": [1.0, 1.0]}, identical="sum"),
+    semantics=2,
 )

@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, OnePass, Parameters, Promises, Stages, Statistic
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ktmerge.merge.stage import Context, Parameters, Promises, Stages, Statistic, Tensor
+from ktmerge.merge.summed import Summed
 
 
-class _MeanMagnitude(OnePass):
-    """Observer of mean |tau| of one tensor, from an exact sum."""
-
-    def __init__(self, elements: int) -> None:
-        from ktmerge.merge.kernels.sums import ExactSum
-
-        self._elements = elements
-        self._sum = ExactSum(1)
-
-    def observe(self, values: Tensor, context: Context) -> None:
-        self._sum.add(values)
-
-    def result(self) -> float:
-        return float(self._sum.value() / max(1, self._elements))
+def _mean_magnitude(elements: int) -> Summed:
+    return Summed(1, lambda delta, _: [delta], lambda _, total: float(total / max(1, elements)), 0.0)
 
 
-def _mean(parameters: Parameters) -> tuple[Statistic, ...]:
-    return (Statistic("mean", "tensor", lambda domain: _MeanMagnitude(domain.elements)),)
-
-
-@stage("bitdelta", "transform", statistics=_mean)
+@stage("bitdelta", "transform", statistics=lambda _: [Statistic("mean", "tensor", _mean_magnitude)])
 def bitdelta(delta: Tensor, parameters: Parameters, context: Context) -> Tensor:
     """Replace every change by its sign times the tensor's mean magnitude (arXiv:2402.10193, eq. 1-2).
 
@@ -43,17 +23,13 @@ def bitdelta(delta: Tensor, parameters: Parameters, context: Context) -> Tensor:
     return torch.sign(delta) * mean
 
 
-_SUM = Stages(combine=("sum", {}))
-
 method(
-    Method(
-        name="bitdelta",
-        summary="Check what one bit a weight keeps of an expert, e.g. to store many; not a means against forgetting.",
-        source="Liu et al., NeurIPS 2024, arXiv:2402.10193",
-        stages=Stages(transform=(("bitdelta", {}),), combine=("sum", {})),
-        otherwise={"embed": _SUM, "vector": _SUM},
-        formula="mean |tau| sign(tau)",
-        promises=Promises(neutral=None, identical="other"),
-        semantics=2,
-    )
+    name="bitdelta",
+    summary="Check what one bit a weight keeps of an expert, e.g. to store many; not a means against forgetting.",
+    source="Liu et al., NeurIPS 2024, arXiv:2402.10193",
+    stages=Stages(transform=(("bitdelta", {}),), combine=("sum", {})),
+    otherwise=dict.fromkeys(("embed", "vector"), Stages(combine=("sum", {}))),
+    formula="mean |tau| sign(tau)",
+    promises=Promises(neutral=None, identical="other"),
+    semantics=2,
 )

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
 
 from pydantic import Field
 
 from ktmerge.merge.methods.trim import TrimParameters, by_rows, hash_key
 from ktmerge.merge.program import Trim
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Domain, Method, Observer, Promises, Stages, Statistic
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ktmerge.merge.stage import Context, Observer, Promises, Stages, Statistic, Tensor
 
 
 class BreadcrumbsParameters(TrimParameters):
@@ -23,26 +20,23 @@ def _trim(parameters: BreadcrumbsParameters) -> Trim:
     return Trim(parameters.density, "global" if parameters.scope == "global" else "tensor", "trim", parameters.gamma)
 
 
-def _compiled(parameters: BreadcrumbsParameters) -> Trim | None:
-    return None if parameters.scope == "row" else _trim(parameters)
-
-
 def _thresholds(parameters: BreadcrumbsParameters) -> tuple[Statistic, ...]:
     if parameters.scope == "row":
         return ()
 
-    def start(which: int, domain: Domain) -> Observer:
+    def start(which: int, elements: int) -> Observer:
         from ktmerge.merge.kernels.radix import MagnitudeThreshold
 
-        return MagnitudeThreshold(_trim(parameters).counts(domain.elements)[which], domain.elements, hash_key)
+        return MagnitudeThreshold(_trim(parameters).counts(elements)[which], elements, hash_key)
 
-    return (
-        Statistic("kept", parameters.scope, lambda domain: start(0, domain)),
-        Statistic("outliers", parameters.scope, lambda domain: start(1, domain)),
-    )
+    names = ("kept", "outliers")
+    return tuple(Statistic(name, parameters.scope, partial(start, which)) for which, name in enumerate(names))
 
 
-@stage("breadcrumbs", "transform", BreadcrumbsParameters, statistics=_thresholds, compiled=_compiled, grain=by_rows)
+@stage(
+    "breadcrumbs", "transform", BreadcrumbsParameters, statistics=_thresholds, grain=by_rows,
+    compiled=lambda given: None if given.scope == "row" else _trim(given),
+)  # fmt: skip
 def breadcrumbs(delta: Tensor, parameters: BreadcrumbsParameters, context: Context) -> Tensor:
     """Take out the floor(gamma n) largest magnitudes and keep the floor(density n) next ones (arXiv:2312.06795, 3).
 
@@ -69,31 +63,26 @@ def breadcrumbs(delta: Tensor, parameters: BreadcrumbsParameters, context: Conte
 
 
 # A handful of values make up a norm or a bias; there the masks are left out and the rest of the method stays.
-_SUM, _ELECT = Stages(combine=("sum", {})), Stages(combine=("elect", {}))
 _KEEP_ALL = {"density": 1.0, "gamma": 0.0}
 
 method(
-    Method(
-        name="breadcrumbs",
-        summary="One expert or several: keep large changes but not the very largest, which move the base most.",
-        source="Davari and Belilovsky, ECCV 2024, arXiv:2312.06795",
-        stages=Stages(transform=(("breadcrumbs", {}),), combine=("sum", {})),
-        lambda_=0.3,
-        otherwise={"vector": _SUM},
-        formula="sum_t w_t (tau_t without its gamma n largest, then its density n largest)",
-        promises=Promises(neutral=_KEEP_ALL, identical="sum"),
-        semantics=2,
-    )
+    name="breadcrumbs",
+    summary="One expert or several: keep large changes but not the very largest, which move the base most.",
+    source="Davari and Belilovsky, ECCV 2024, arXiv:2312.06795",
+    stages=Stages(transform=(("breadcrumbs", {}),), combine=("sum", {})),
+    lambda_=0.3,
+    otherwise={"vector": Stages(combine=("sum", {}))},
+    formula="sum_t w_t (tau_t without its gamma n largest, then its density n largest)",
+    promises=Promises(neutral=_KEEP_ALL, identical="sum"),
+    semantics=2,
 )
 method(
-    Method(
-        name="breadcrumbs_ties",
-        summary="As breadcrumbs, for experts that disagree: drop what they pull in opposite directions.",
-        source="Davari and Belilovsky, ECCV 2024, arXiv:2312.06795, with the election of arXiv:2306.01708",
-        stages=Stages(transform=(("breadcrumbs", {}),), combine=("elect", {})),
-        otherwise={"vector": _ELECT},
-        formula="disjoint mean, by elected sign, of breadcrumbs(tau_t)",
-        promises=Promises(neutral=_KEEP_ALL, identical="mean"),
-        semantics=2,
-    )
+    name="breadcrumbs_ties",
+    summary="As breadcrumbs, for experts that disagree: drop what they pull in opposite directions.",
+    source="Davari and Belilovsky, ECCV 2024, arXiv:2312.06795, with the election of arXiv:2306.01708",
+    stages=Stages(transform=(("breadcrumbs", {}),), combine=("elect", {})),
+    otherwise={"vector": Stages(combine=("elect", {}))},
+    formula="disjoint mean, by elected sign, of breadcrumbs(tau_t)",
+    promises=Promises(neutral=_KEEP_ALL, identical="mean"),
+    semantics=2,
 )

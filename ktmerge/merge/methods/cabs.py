@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from ktmerge.merge.arithmetic import weighted_total
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Place, Promises, Stages
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ktmerge.merge.stage import Context, Parameters, Promises, Stages, Tensor
 
 
 class CabsParameters(Parameters):
@@ -27,11 +23,7 @@ def _objection(parameters: CabsParameters, weights: Mapping[str, float]) -> str 
     return None
 
 
-def _blocks(parameters: CabsParameters, place: Place) -> int:
-    return parameters.m
-
-
-@stage("cabs", "combine", CabsParameters, objection=_objection, grain=_blocks)
+@stage("cabs", "combine", CabsParameters, objection=_objection, grain=lambda given, _: given.m)
 def cabs(deltas: list[Tensor], parameters: CabsParameters, context: Context) -> Tensor:
     """Sum of n:m pruned deltas that avoid one another as far as they can (arXiv:2503.01874).
 
@@ -76,18 +68,14 @@ def _chosen(values: Tensor, taken: Tensor, positions: Tensor, n: int, key: int) 
     return order >= m - n
 
 
-_SUM = Stages(combine=("sum", {}))
-
 method(
-    Method(
-        name="cabs",
-        summary="Two or more experts: each keeps its largest changes where those before it (by name) keep none.",
-        source="Yang et al., ICML 2025, arXiv:2503.01874",
-        stages=Stages(combine=("cabs", {})),
-        otherwise={"vector": _SUM},
-        formula="sum_t w_t m_t tau_t, m_t: n of m by |tau_t|, outside m_1 .. m_{t-1} first",
-        cost="N oi log m",
-        promises=Promises(neutral={"n": 128}, identical="sum", experts=False, elements=False),
-        semantics=2,
-    )
+    name="cabs",
+    summary="Two or more experts: each keeps its largest changes where those before it (by name) keep none.",
+    source="Yang et al., ICML 2025, arXiv:2503.01874",
+    stages=Stages(combine=("cabs", {})),
+    otherwise={"vector": Stages(combine=("sum", {}))},
+    formula="sum_t w_t m_t tau_t, m_t: n of m by |tau_t|, outside m_1 .. m_{t-1} first",
+    cost="N oi log m",
+    promises=Promises(neutral={"n": 128}, identical="sum", experts=False, elements=False),
+    semantics=2,
 )

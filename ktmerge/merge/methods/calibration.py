@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.program import Budget, Energies
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, OnePass, Parameters, Promises, SplitFused, Stages, Statistic
+from ktmerge.merge.stage import Context, Parameters, Promises, SplitFused, Stages, Statistic, Tensor
+from ktmerge.merge.summed import Summed
 from ktmerge.merge.weights import relative
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _SKIPPED = 1e-7
 """Singular values below this share of the largest become zero."""
@@ -73,29 +71,12 @@ def svc(merged: Tensor, deltas: list[Tensor], parameters: SvcParameters, context
     return by_map([merged, *deltas], context, calibrate, fused=parameters.split_fused)
 
 
-class _Lengths(OnePass):
-    """Observer of the factor of norm_budget, from exact sums."""
+def _squared(merged: Tensor, context: Context) -> Sequence[Tensor]:
+    return [context.base, merged, *context.deltas]
 
-    def __init__(self) -> None:
-        from ktmerge.merge.kernels.sums import ExactSum
 
-        self._base, self._merged = ExactSum(2), ExactSum(2)
-        self._deltas: list[ExactSum] = []
-        self._weights: Sequence[float] = ()
-
-    def observe(self, values: Tensor, context: Context) -> None:
-        from ktmerge.merge.kernels.sums import ExactSum
-
-        self._weights = context.weights
-        self._deltas = self._deltas or [ExactSum(2) for _ in context.deltas]
-        self._base.add(context.base)
-        self._merged.add(values)
-        for total, delta in zip(self._deltas, context.deltas, strict=True):
-            total.add(delta)
-
-    def result(self) -> float:
-        energies = Energies(self._base.value(), [one.value() for one in self._deltas])
-        return _factor(energies, self._merged.value(), self._weights)
+def _budgeted(weights: Sequence[float], base: Fraction, merged: Fraction, *deltas: Fraction) -> float:
+    return _factor(Energies(base, deltas), merged, weights)
 
 
 def _factor(energies: Energies, merged: Fraction, weights: Sequence[float]) -> float:
@@ -108,15 +89,10 @@ def _factor(energies: Energies, merged: Fraction, weights: Sequence[float]) -> f
     return sum(math.sqrt(delta / merged) * share for (delta, _), share in zip(own, shares, strict=True)) / len(own)
 
 
-def _lengths(parameters: Parameters) -> tuple[Statistic, ...]:
-    return (Statistic("factor", "tensor", lambda domain: _Lengths()),)
-
-
-def _budget(parameters: Parameters) -> Budget:
-    return Budget(_factor)
-
-
-@stage("norm_budget", "calibrate", statistics=_lengths, compiled=_budget)
+@stage(
+    "norm_budget", "calibrate", compiled=lambda _: Budget(_factor),
+    statistics=lambda _: [Statistic("factor", "tensor", lambda elements: Summed(2, _squared, _budgeted, 1.0))],
+)  # fmt: skip
 def norm_budget(merged: Tensor, deltas: list[Tensor], parameters: Parameters, context: Context) -> Tensor:
     """Give the merged delta of each tensor the mean length of the experts': M' = M mean_t ||tau_t|| / ||M||.
 
@@ -167,33 +143,29 @@ _CALIBRATED: tuple[tuple[str, str, str, Stages, str, str], ...] = (
 
 for _name, _summary, _from, _stages, _merged, _cost in _CALIBRATED:
     method(
-        Method(
-            name=_name,
-            summary=_summary,
-            source=_from,
-            stages=_stages,
-            otherwise=MEANS,
-            formula=f"U g S V^T of {_merged} = U S V^T, g = N / sum_t max(alpha, <u M, u tau_t> / ||u tau_t||^2)",
-            cost=f"{_cost} + N oi min(o, i)",
-            promises=Promises(
-                neutral={"density": 1.0} if _name == "ties_svc" else {},
-                identical="other" if _name == "tsv_m_svc" else "mean",
-                elements=False, rotations=_name != "ties_svc", tolerance=2e-5,
-            ),
-            semantics=3 if _name in ("task_arithmetic_svc", "tsv_m_svc") else 4,
-        )
+        name=_name,
+        summary=_summary,
+        source=_from,
+        stages=_stages,
+        otherwise=MEANS,
+        formula=f"U g S V^T of {_merged} = U S V^T, g = N / sum_t max(alpha, <u M, u tau_t> / ||u tau_t||^2)",
+        cost=f"{_cost} + N oi min(o, i)",
+        promises=Promises(
+            neutral={"density": 1.0} if _name == "ties_svc" else {},
+            identical="other" if _name == "tsv_m_svc" else "mean",
+            elements=False, rotations=_name != "ties_svc", tolerance=2e-5,
+        ),
+        semantics=3 if _name in ("task_arithmetic_svc", "tsv_m_svc") else 4,
     )  # fmt: skip
 
 method(
-    Method(
-        name="norm_budget",
-        summary="Several experts: their mean direction, as long as they are on average; averaging alone shortens it.",
-        source="ktmerge; the rule for lengths after OPCM, arXiv:2501.09522",
-        stages=Stages(combine=("mean", {}), calibrate=(("norm_budget", {}),)),
-        otherwise=MEANS,
-        formula="mean_t ||tau_t|| M / ||M||, M = mean_t tau_t",
-        cost="N oi",
-        promises=Promises(identical="mean", elements=False, rotations=True, tolerance=1e-6),
-        semantics=2,
-    )
+    name="norm_budget",
+    summary="Several experts: their mean direction, as long as they are on average; averaging alone shortens it.",
+    source="ktmerge; the rule for lengths after OPCM, arXiv:2501.09522",
+    stages=Stages(combine=("mean", {}), calibrate=(("norm_budget", {}),)),
+    otherwise=MEANS,
+    formula="mean_t ||tau_t|| M / ||M||, M = mean_t tau_t",
+    cost="N oi",
+    promises=Promises(identical="mean", elements=False, rotations=True, tolerance=1e-6),
+    semantics=2,
 )

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Amount, Context, Method, Parameters, Promises, SplitFused, Stages
+from ktmerge.merge.stage import Amount, Context, Parameters, Promises, SplitFused, Stages, Tensor
 from ktmerge.merge.weights import positive
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class CartParameters(Parameters):
@@ -62,14 +58,12 @@ def cart(deltas: list[Tensor], parameters: CartParameters, context: Context) -> 
 
 
 method(
-    Method(
-        name="cart",
-        summary="Several experts: their average whole, and the few directions in which each stands apart from it.",
-        source="Choi et al., 2024, arXiv:2412.12153",
-        stages=Stages(combine=("cart", {})),
-        otherwise=MEANS,
-        formula="c + mu sum_t SVD_k(tau_t - c), c = mean_t tau_t, k = 6 % of min(o, i)",
-        cost="N eigh min(o, i)^3",
-        promises=Promises(identical="mean", elements=False, rotations=True, tolerance=1e-5),
-    )
+    name="cart",
+    summary="Several experts: their average whole, and the few directions in which each stands apart from it.",
+    source="Choi et al., 2024, arXiv:2412.12153",
+    stages=Stages(combine=("cart", {})),
+    otherwise=MEANS,
+    formula="c + mu sum_t SVD_k(tau_t - c), c = mean_t tau_t, k = 6 % of min(o, i)",
+    cost="N eigh min(o, i)^3",
+    promises=Promises(identical="mean", elements=False, rotations=True, tolerance=1e-5),
 )

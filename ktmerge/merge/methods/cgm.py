@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -10,11 +11,9 @@ from pydantic import Field
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.methods.fisher import BOTH, information
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Amount, Context, Method, Need, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.stage import Amount, Context, Parameters, Promises, Stages, Statistic, Tensor
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ktmerge.merge.kernels.radix import MagnitudeThreshold
     from ktmerge.merge.kernels.search import Threshold
 
@@ -39,11 +38,7 @@ class GuardedParameters(Parameters):
     )
 
 
-def _needs(parameters: Parameters) -> tuple[Need, ...]:
-    return BOTH
-
-
-@stage("cgm", "transform", CgmParameters, needs=_needs)
+@stage("cgm", "transform", CgmParameters, needs=lambda _: BOTH)
 def cgm(delta: Tensor, parameters: CgmParameters, context: Context) -> Tensor:
     """tau h_d / (h_d + alpha h_u): pulled to the base by l = alpha h_u / (h_d + alpha h_u) (CGM soft).
 
@@ -117,11 +112,10 @@ def _key(context: Context) -> int:
     return stream_key(context.seed, "cgm_hard", context.expert, context.tensor)
 
 
-def _edge(parameters: CgmHardParameters) -> tuple[Statistic, ...]:
-    return (Statistic("edge", parameters.scope, lambda domain: _Edge(parameters, domain.elements)),)
-
-
-@stage("cgm_hard", "transform", CgmHardParameters, statistics=_edge, needs=_needs)
+@stage(
+    "cgm_hard", "transform", CgmHardParameters, needs=lambda _: BOTH,
+    statistics=lambda given: [Statistic("edge", given.scope, partial(_Edge, given))],
+)  # fmt: skip
 def cgm_hard(delta: Tensor, parameters: CgmHardParameters, context: Context) -> Tensor:
     """Put the elements with the smallest (h_d - alpha h_u) tau^2 back to the base (CGM hard).
 
@@ -136,7 +130,7 @@ def cgm_hard(delta: Tensor, parameters: CgmHardParameters, context: Context) -> 
     return torch.where(found if side >= 0 else ~found, delta, 0.0)
 
 
-@stage("guarded", "transform", GuardedParameters, needs=_needs)
+@stage("guarded", "transform", GuardedParameters, needs=lambda _: BOTH)
 def guarded(delta: Tensor, parameters: GuardedParameters, context: Context) -> Tensor:
     """Keep an element where F_d / (F_d + F_u) >= 1/2 + kappa, put the rest back to the base.
 
@@ -153,33 +147,27 @@ def guarded(delta: Tensor, parameters: GuardedParameters, context: Context) -> T
 _SOURCE = "CGM, ECCV 2026"
 
 method(
-    Method(
-        name="cgm",
-        summary="Gradients on data of both sides: pull each element to the base as far as upstream data needs it.",
-        source=_SOURCE,
-        stages=Stages(transform=(("cgm", {}),), combine=("mean", {})),
-        formula="tau h_d / (h_d + alpha h_u), mean over experts",
-        promises=Promises(neutral={"alpha": 0.0}, identical="mean", elements=False, tolerance=1e-6),
-    )
+    name="cgm",
+    summary="Gradients on data of both sides: pull each element to the base as far as upstream data needs it.",
+    source=_SOURCE,
+    stages=Stages(transform=(("cgm", {}),), combine=("mean", {})),
+    formula="tau h_d / (h_d + alpha h_u), mean over experts",
+    promises=Promises(neutral={"alpha": 0.0}, identical="mean", elements=False, tolerance=1e-6),
 )
 method(
-    Method(
-        name="cgm_hard",
-        summary="As cgm, but the elements that cost upstream most go back to the base whole, and the others stay.",
-        source=_SOURCE,
-        stages=Stages(transform=(("cgm_hard", {}),), combine=("mean", {})),
-        formula="tau where (h_d - alpha h_u) tau^2 is among the largest density n, else 0; mean over experts",
-        promises=Promises(neutral={"density": 1.0}, identical="mean", elements=False, tolerance=1e-6),
-        semantics=2,
-    )
+    name="cgm_hard",
+    summary="As cgm, but the elements that cost upstream most go back to the base whole, and the others stay.",
+    source=_SOURCE,
+    stages=Stages(transform=(("cgm_hard", {}),), combine=("mean", {})),
+    formula="tau where (h_d - alpha h_u) tau^2 is among the largest density n, else 0; mean over experts",
+    promises=Promises(neutral={"density": 1.0}, identical="mean", elements=False, tolerance=1e-6),
+    semantics=2,
 )
 method(
-    Method(
-        name="guarded",
-        summary="Gradients on data of both sides: keep only the elements that downstream data needs more.",
-        source="ktmerge; information as in arXiv:2111.09832",
-        stages=Stages(transform=(("guarded", {}),), combine=("mean", {})),
-        formula="tau where F_d / (F_d + F_u) >= 1/2 + kappa, else 0; mean over experts",
-        promises=Promises(neutral={"kappa": -0.5}, identical="mean", elements=False, tolerance=1e-6),
-    )
+    name="guarded",
+    summary="Gradients on data of both sides: keep only the elements that downstream data needs more.",
+    source="ktmerge; information as in arXiv:2111.09832",
+    stages=Stages(transform=(("guarded", {}),), combine=("mean", {})),
+    formula="tau where F_d / (F_d + F_u) >= 1/2 + kappa, else 0; mean over experts",
+    promises=Promises(neutral={"kappa": -0.5}, identical="mean", elements=False, tolerance=1e-6),
 )

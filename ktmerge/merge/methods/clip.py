@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+import math
+from typing import Literal
 
 from pydantic import Field
 
 from ktmerge.merge.program import Cap, Clamp
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import (
-    Amount,
-    Context,
-    Domain,
-    Method,
-    Observer,
-    OnePass,
-    Parameters,
-    Promises,
-    Stages,
-    Statistic,
-)
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ktmerge.merge.stage import Amount, Context, Observer, Parameters, Promises, Stages, Statistic, Tensor
+from ktmerge.merge.summed import Summed
 
 
 class ClipParameters(Parameters):
@@ -38,43 +26,22 @@ class NearswapParameters(Parameters):
     t: Amount = Field(1e-3, description="the largest magnitude a change may have, in units of the weights")
 
 
-class _Norms(OnePass):
-    """Observer of rho ||theta_0|| / ||M|| over one tensor, from exact sums; infinite if M is 0."""
-
-    def __init__(self, rho: float) -> None:
-        from ktmerge.merge.kernels.sums import ExactSum
-
-        self._cap = Cap(rho)
-        self._base, self._merged = ExactSum(2), ExactSum(2)
-
-    def observe(self, values: Tensor, context: Context) -> None:
-        self._base.add(context.base)
-        self._merged.add(values)
-
-    def result(self) -> float:
-        return self._cap.limit(self._base.value(), self._merged.value())
-
-
 def _statistics(parameters: ClipParameters) -> tuple[Statistic, ...]:
-    def start(domain: Domain) -> Observer:
+    def start(elements: int) -> Observer:
         if parameters.cap != "quantile":
-            return _Norms(parameters.rho)
+            cap = Cap(parameters.rho)
+            return Summed(2, lambda merged, context: [context.base, merged], lambda _, *own: cap.limit(*own), math.inf)
         from ktmerge.merge.quantiles import Quantiles
 
-        return Quantiles((parameters.quantile,), domain.elements, lambda values, _: values)
+        return Quantiles((parameters.quantile,), elements, lambda values, _: values)
 
     return (Statistic("limit", "tensor", start),)
 
 
-def _spectral(parameters: ClipParameters) -> bool:
-    return parameters.cap == "spectral"
-
-
-def _compiled(parameters: ClipParameters) -> Cap | None:
-    return Cap(parameters.rho) if parameters.cap == "norm" else None
-
-
-@stage("clip", "guard", ClipParameters, statistics=_statistics, compiled=_compiled, whole=_spectral)
+@stage(
+    "clip", "guard", ClipParameters, statistics=_statistics, whole=lambda given: given.cap == "spectral",
+    compiled=lambda given: Cap(given.rho) if given.cap == "norm" else None,
+)  # fmt: skip
 def clip(merged: Tensor, deltas: list[Tensor], parameters: ClipParameters, context: Context) -> Tensor:
     """Let no tensor change by more than a cap.
 
@@ -116,11 +83,7 @@ def _capped_maps(merged: Tensor, parameters: ClipParameters, context: Context) -
     return by_map([merged], context, shrink, fused=parameters.split_fused)
 
 
-def _clamped(parameters: NearswapParameters) -> Clamp:
-    return Clamp(parameters.t)
-
-
-@stage("nearswap", "guard", NearswapParameters, compiled=_clamped)
+@stage("nearswap", "guard", NearswapParameters, compiled=lambda given: Clamp(given.t))
 def nearswap(merged: Tensor, deltas: list[Tensor], parameters: NearswapParameters, context: Context) -> Tensor:
     """Clip every element of the change to [-t, t]: small changes stay whole, large ones are capped.
 
@@ -131,23 +94,19 @@ def nearswap(merged: Tensor, deltas: list[Tensor], parameters: NearswapParameter
 
 
 method(
-    Method(
-        name="clip",
-        summary="One expert or an average: cap the change of every tensor relative to the base; a safe first guard.",
-        source="ktmerge; projection onto a ball around the base, as in trust regions",
-        stages=Stages(combine=("mean", {}), guard=(("clip", {}),)),
-        formula="M min(1, rho ||theta_0|| / ||M||), or its singular values or elements capped",
-        cost="N oi; spectral: svd oi min(o, i)",
-        promises=Promises(neutral={"rho": 1e9}, nothing={"rho": 0.0}, identical="other", scale=False),
-    )
+    name="clip",
+    summary="One expert or an average: cap the change of every tensor relative to the base; a safe first guard.",
+    source="ktmerge; projection onto a ball around the base, as in trust regions",
+    stages=Stages(combine=("mean", {}), guard=(("clip", {}),)),
+    formula="M min(1, rho ||theta_0|| / ||M||), or its singular values or elements capped",
+    cost="N oi; spectral: svd oi min(o, i)",
+    promises=Promises(neutral={"rho": 1e9}, nothing={"rho": 0.0}, identical="other", scale=False),
 )
 method(
-    Method(
-        name="nearswap",
-        summary="One expert: take small changes whole and cap large ones, which break what the base knew.",
-        source="mergekit's nearswap; Alchemonaut",
-        stages=Stages(combine=("mean", {}), guard=(("nearswap", {}),)),
-        formula="clip(M, -t, t)",
-        promises=Promises(neutral={"t": 1e9}, nothing={"t": 0.0}, identical="mean", scale=False),
-    )
+    name="nearswap",
+    summary="One expert: take small changes whole and cap large ones, which break what the base knew.",
+    source="mergekit's nearswap; Alchemonaut",
+    stages=Stages(combine=("mean", {}), guard=(("nearswap", {}),)),
+    formula="clip(M, -t, t)",
+    promises=Promises(neutral={"t": 1e9}, nothing={"t": 0.0}, identical="mean", scale=False),
 )

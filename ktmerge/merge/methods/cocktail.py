@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from ktmerge.merge.arithmetic import weighted_total
 from ktmerge.merge.program import Sum
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
+from ktmerge.merge.stage import Context, Parameters, Promises, Stages, Tensor
 from ktmerge.merge.weights import positive
 from ktmerge.recipes.schema import Factor
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class CocktailParameters(Parameters):
@@ -32,11 +28,10 @@ def _objection(parameters: CocktailParameters, weights: Mapping[str, float]) -> 
     return positive(parameters, weights)
 
 
-def _compiled(parameters: CocktailParameters, weights: Mapping[str, float]) -> Sum:
-    return Sum(_shares(parameters, tuple(weights), tuple(weights.values())))
-
-
-@stage("cocktail", "combine", CocktailParameters, objection=_objection, compiled=_compiled)
+@stage(
+    "cocktail", "combine", CocktailParameters, objection=_objection,
+    compiled=lambda given, weights: Sum(_shares(given, tuple(weights), tuple(weights.values()))),
+)  # fmt: skip
 def cocktail(deltas: list[Tensor], parameters: CocktailParameters, context: Context) -> Tensor:
     """Mean of the deltas by softmax(-loss_t / T) (arXiv:2311.13534), times the expert weights.
 
@@ -56,13 +51,11 @@ def _shares(parameters: CocktailParameters, experts: Sequence[str], weights: Seq
 
 
 method(
-    Method(
-        name="lm_cocktail",
-        summary="One or several experts, a few examples: shares by their losses there, and half of it all the base.",
-        source="Xiao et al., 2023, arXiv:2311.13534",
-        stages=Stages(combine=("cocktail", {})),
-        lambda_=0.5,
-        formula="sum_t softmax(-loss_t / T) tau_t; the base's share is 1 - lambda",
-        promises=Promises(identical="mean"),
-    )
+    name="lm_cocktail",
+    summary="One or several experts, a few examples: shares by their losses there, and half of it all the base.",
+    source="Xiao et al., 2023, arXiv:2311.13534",
+    stages=Stages(combine=("cocktail", {})),
+    lambda_=0.5,
+    formula="sum_t softmax(-loss_t / T) tau_t; the base's share is 1 - lambda",
+    promises=Promises(identical="mean"),
 )

@@ -9,12 +9,10 @@ from pydantic import Field
 
 from ktmerge.merge.methods.backmerge import NEEDS, TRUSTED, TrustParameters
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Need, Promises, SplitFused, Stages
-from ktmerge.merge.weights import positive
+from ktmerge.merge.stage import Context, Need, Promises, SplitFused, Stages, Tensor
+from ktmerge.merge.weights import positive, shares
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ktmerge.merge.covariance import Covariance
 
 
@@ -54,8 +52,7 @@ def cstar(merged: Tensor, deltas: list[Tensor], parameters: CoefficientParameter
     from ktmerge.merge.sampled import Sampled
 
     sampled = Sampled(context, fused=parameters.split_fused) if parameters.covariance == "inputs" else None
-    whole = sum(context.weights)
-    shares = [weight / whole for weight in context.weights]
+    weights = shares(context.weights)
     size = parameters.head_size if parameters.granularity == "head" else None
     kind = kind_of(context.tensor)
 
@@ -69,8 +66,8 @@ def cstar(merged: Tensor, deltas: list[Tensor], parameters: CoefficientParameter
         if size is not None and kind == "o" and wide % size == 0:
             pieces = [
                 values[:, part] * _ratios(
-                    values[:, part], [one[:, part] for one in own], [_within(one, part) for one in covariances], shares,
-                    parameters.a, base.shape[0],
+                    values[:, part], [one[:, part] for one in own], [_within(one, part) for one in covariances],
+                    weights, parameters.a, base.shape[0],
                 )
                 for part in _blocks(wide, size)
             ]  # fmt: skip
@@ -82,7 +79,7 @@ def cstar(merged: Tensor, deltas: list[Tensor], parameters: CoefficientParameter
             group = 1
         elif size is not None and kind in ("q", "k", "v", "qkv") and group % size == 0:
             group = size
-        return (values * _ratios(values, own, covariances, shares, parameters.a, group)).float()
+        return (values * _ratios(values, own, covariances, weights, parameters.a, group)).float()
 
     return by_map([merged, *deltas], context, scale, fused=parameters.split_fused)
 
@@ -108,7 +105,7 @@ def _ratios(
     merged: Tensor,
     deltas: Sequence[Tensor],
     covariances: Sequence[Covariance],
-    shares: Sequence[float],
+    weights: Sequence[float],
     a: float,
     group: int,
 ) -> Tensor:
@@ -116,7 +113,7 @@ def _ratios(
     import torch
 
     wanted, felt = torch.zeros_like(merged[:, 0]), torch.zeros_like(merged[:, 0])
-    for share, one, delta in zip(shares, covariances[1:], deltas, strict=True):
+    for share, one, delta in zip(weights, covariances[1:], deltas, strict=True):
         shared, whole = one.products([delta, merged], merged)
         wanted += a * share * shared
         felt += a * share * whole
@@ -130,30 +127,26 @@ def _ratios(
 _PROMISES = Promises(neutral={"a": 1.0}, nothing={"a": 0.0}, identical="mean", elements=False, tolerance=1e-5)
 
 method(
-    Method(
-        name="cstar",
-        summary="Some data of both sides: interpolate every tensor by the share that costs least; one knob for all.",
-        source="ktmerge; WiSE-FT, arXiv:2109.01903, with a coefficient by least squares on outputs",
-        stages=Stages(combine=("mean", {}), guard=(("cstar", {}),)),
-        otherwise=TRUSTED,
-        formula="c M, c = a <tau, M>_d / (a <M, M>_d + (1-a) <M, M>_u)",
-        cost="N oi R",
-        promises=_PROMISES,
-        semantics=2,
-    )
+    name="cstar",
+    summary="Some data of both sides: interpolate every tensor by the share that costs least; one knob for all.",
+    source="ktmerge; WiSE-FT, arXiv:2109.01903, with a coefficient by least squares on outputs",
+    stages=Stages(combine=("mean", {}), guard=(("cstar", {}),)),
+    otherwise=TRUSTED,
+    formula="c M, c = a <tau, M>_d / (a <M, M>_d + (1-a) <M, M>_u)",
+    cost="N oi R",
+    promises=_PROMISES,
+    semantics=2,
 )
 method(
-    Method(
-        name="cts_guard",
-        summary="Several experts and some data: cts, then damped where upstream inputs feel it, and scaled to fit.",
-        source="ktmerge; damping after AlphaEdit, arXiv:2410.02355",
-        stages=Stages(combine=("cts", {}), guard=(("nullspace", {}), ("cstar", {}))),
-        otherwise=TRUSTED,
-        formula="c (cts) (I + kappa C_u / mean eigenvalue)^-1",
-        cost="eigh min(i, N o)^3 + N oi R",
-        promises=Promises(
-            neutral={"kappa": 0.0, "a": 1.0}, nothing={"a": 0.0}, identical="mean", elements=False, tolerance=1e-5
-        ),
-        semantics=4,
-    )
+    name="cts_guard",
+    summary="Several experts and some data: cts, then damped where upstream inputs feel it, and scaled to fit.",
+    source="ktmerge; damping after AlphaEdit, arXiv:2410.02355",
+    stages=Stages(combine=("cts", {}), guard=(("nullspace", {}), ("cstar", {}))),
+    otherwise=TRUSTED,
+    formula="c (cts) (I + kappa C_u / mean eigenvalue)^-1",
+    cost="eigh min(i, N o)^3 + N oi R",
+    promises=Promises(
+        neutral={"kappa": 0.0, "a": 1.0}, nothing={"a": 0.0}, identical="mean", elements=False, tolerance=1e-5
+    ),
+    semantics=4,
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -11,10 +10,7 @@ from ktmerge.merge.arithmetic import weighted_total
 from ktmerge.merge.kernels.codes import CONSENSUS
 from ktmerge.merge.program import Ruled, Sum
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Amount, Context, Method, Parameters, Promises, Stages
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ktmerge.merge.stage import Amount, Context, Parameters, Promises, Stages, Tensor
 
 
 class ConsensusParameters(Parameters):
@@ -52,13 +48,11 @@ def consensus(deltas: list[Tensor], parameters: ConsensusParameters, context: Co
 
 
 method(
-    Method(
-        name="consensus",
-        summary="Many experts: task arithmetic without what serves only one of them, or none.",
-        source="Wang et al., ICML 2024, arXiv:2405.07813",
-        stages=Stages(combine=("consensus", {})),
-        lambda_=0.4,
-        formula="S [#{t: |tau_t| > l |S - tau_t|} >= k], S = sum_t w_t tau_t",
-        promises=Promises(neutral={"agree": 1}, identical="sum", nothing={"agree": 99}),
-    )
+    name="consensus",
+    summary="Many experts: task arithmetic without what serves only one of them, or none.",
+    source="Wang et al., ICML 2024, arXiv:2405.07813",
+    stages=Stages(combine=("consensus", {})),
+    lambda_=0.4,
+    formula="S [#{t: |tau_t| > l |S - tau_t|} >= k], S = sum_t w_t tau_t",
+    promises=Promises(neutral={"agree": 1}, identical="sum", nothing={"agree": 99}),
 )

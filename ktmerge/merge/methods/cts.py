@@ -9,11 +9,9 @@ from pydantic import Field
 
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, SplitFused, Stages
+from ktmerge.merge.stage import Context, Parameters, Promises, SplitFused, Stages, Tensor
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ktmerge.merge.common import Shared
 
 
@@ -94,15 +92,13 @@ def _times(specific: Tensor, response: Tensor) -> Tensor:
 
 
 method(
-    Method(
-        name="cts",
-        summary="Several experts, no data: average what they agree on, keep what only one of them learned.",
-        source="ktmerge; the regression of what is specific after arXiv:2606.07289",
-        stages=Stages(combine=("cts", {})),
-        otherwise=MEANS,
-        formula="mean(a) g V^T + mu merge(tau - a g V^T), a = tau V, g = clip((k - 1/N) / (1 - 1/N), 0, 1)",
-        cost="eigh min(i, N o)^3 + N oi min(i, N o)",
-        promises=Promises(identical="mean", elements=False, rotations=True, tolerance=1e-5),
-        semantics=3,
-    )
+    name="cts",
+    summary="Several experts, no data: average what they agree on, keep what only one of them learned.",
+    source="ktmerge; the regression of what is specific after arXiv:2606.07289",
+    stages=Stages(combine=("cts", {})),
+    otherwise=MEANS,
+    formula="mean(a) g V^T + mu merge(tau - a g V^T), a = tau V, g = clip((k - 1/N) / (1 - 1/N), 0, 1)",
+    cost="eigh min(i, N o)^3 + N oi min(i, N o)",
+    promises=Promises(identical="mean", elements=False, rotations=True, tolerance=1e-5),
+    semantics=3,
 )

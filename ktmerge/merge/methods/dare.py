@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -12,11 +13,8 @@ from ktmerge.checkpoints.classes import TensorClass
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.program import Drop
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Need, OnePass, Parameters, Promises, Stages, Statistic
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
+from ktmerge.merge.stage import Context, Need, Parameters, Promises, Stages, Statistic, Tensor
+from ktmerge.merge.summed import Summed
 
 _CERTAINTY = 0.95
 """Chance with which the bound that the analytic q minimises holds."""
@@ -50,30 +48,20 @@ def _needs(parameters: DareParameters) -> tuple[Need, ...]:
     return (Need("inputs", "experts"),) if _analytic(parameters) else ()
 
 
-class _NormRatio(OnePass):
-    """Observer of ||tau|| / ||m * tau|| over one tensor, from exact sums."""
-
-    def __init__(self, parameters: DareParameters) -> None:
-        from ktmerge.merge.kernels.sums import ExactSum
-
-        self._parameters = parameters
-        self._power = 1 if parameters.rescale == "l1" else 2
-        self._all, self._kept = ExactSum(self._power), ExactSum(self._power)
-
-    def observe(self, values: Tensor, context: Context) -> None:
-        self._all.add(values)
-        self._kept.add(drop(values, self._parameters.density, context))
-
-    def result(self) -> float:
-        kept = self._kept.value()
-        return float((self._all.value() / kept) ** (1 / self._power)) if kept else 0.0
-
-
 def _norms(parameters: DareParameters) -> tuple[Statistic, ...]:
     if parameters.rescale not in ("l1", "l2"):
         return ()
 
-    return (Statistic("ratio", "tensor", lambda domain: _NormRatio(parameters)),)
+    power = 1 if parameters.rescale == "l1" else 2
+
+    def ratio(_: Sequence[float], every: Fraction, kept: Fraction) -> float:
+        """||tau|| / ||m * tau||."""
+        return float((every / kept) ** (1 / power)) if kept else 0.0
+
+    def parts(delta: Tensor, context: Context) -> Sequence[Tensor]:
+        return [delta, drop(delta, parameters.density, context)]
+
+    return (Statistic("ratio", "tensor", lambda elements: Summed(power, parts, ratio, 0.0)),)
 
 
 def _compiled(parameters: DareParameters) -> Drop | None:
@@ -154,26 +142,22 @@ LEFT_OUT: tuple[TensorClass, ...] = ("embed", "vector", "conv")
 noise (arXiv:2410.09344 leaves them out too): there the drop is left out and the rest of the method stays."""
 
 method(
-    Method(
-        name="dare",
-        summary="Several experts with small changes: thin each out at random so that they collide less, then add.",
-        formula="sum_t w_t m_t tau_t / density, m_t ~ Bernoulli(density)",
-        source="Yu et al., ICML 2024, arXiv:2311.03099",
-        stages=Stages(transform=(("dare", {}),), combine=("sum", {})),
-        otherwise=dict.fromkeys(LEFT_OUT, Stages(combine=("sum", {}))),
-        promises=Promises(neutral={"density": 1.0}, identical="other", elements=False, unbiased=True),
-        semantics=3,
-    )
+    name="dare",
+    summary="Several experts with small changes: thin each out at random so that they collide less, then add.",
+    formula="sum_t w_t m_t tau_t / density, m_t ~ Bernoulli(density)",
+    source="Yu et al., ICML 2024, arXiv:2311.03099",
+    stages=Stages(transform=(("dare", {}),), combine=("sum", {})),
+    otherwise=dict.fromkeys(LEFT_OUT, Stages(combine=("sum", {}))),
+    promises=Promises(neutral={"density": 1.0}, identical="other", elements=False, unbiased=True),
+    semantics=3,
 )
 method(
-    Method(
-        name="dare_ties",
-        summary="As dare, and drop what the thinned-out experts still disagree on.",
-        formula="elect(m_t tau_t / density), m_t ~ Bernoulli(density)",
-        source="Yu et al., ICML 2024, arXiv:2311.03099, with the election of arXiv:2306.01708",
-        stages=Stages(transform=(("dare", {}),), combine=("elect", {})),
-        otherwise=dict.fromkeys(LEFT_OUT, Stages(combine=("elect", {}))),
-        promises=Promises(neutral={"density": 1.0}, identical="other", elements=False),
-        semantics=3,
-    )
+    name="dare_ties",
+    summary="As dare, and drop what the thinned-out experts still disagree on.",
+    formula="elect(m_t tau_t / density), m_t ~ Bernoulli(density)",
+    source="Yu et al., ICML 2024, arXiv:2311.03099, with the election of arXiv:2306.01708",
+    stages=Stages(transform=(("dare", {}),), combine=("elect", {})),
+    otherwise=dict.fromkeys(LEFT_OUT, Stages(combine=("elect", {}))),
+    promises=Promises(neutral={"density": 1.0}, identical="other", elements=False),
+    semantics=3,
 )

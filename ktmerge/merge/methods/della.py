@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -12,10 +12,7 @@ from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.matrices import row_size
 from ktmerge.merge.methods.dare import LEFT_OUT
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Place, Promises, Stages
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ktmerge.merge.stage import Context, Parameters, Promises, Stages, Tensor
 
 
 class MagpruneParameters(Parameters):
@@ -38,15 +35,10 @@ def _objection(parameters: MagpruneParameters, weights: Mapping[str, float]) -> 
     return None
 
 
-def _by_scalar(parameters: MagpruneParameters) -> bool:
-    return parameters.rescale == "scalar"
-
-
-def _rows(parameters: MagpruneParameters, place: Place) -> int:
-    return row_size(place)
-
-
-@stage("magprune", "transform", MagpruneParameters, objection=_objection, whole=_by_scalar, grain=_rows)
+@stage(
+    "magprune", "transform", MagpruneParameters, objection=_objection, whole=lambda given: given.rescale == "scalar",
+    grain=lambda _, place: row_size(place),
+)  # fmt: skip
 def magprune(delta: Tensor, parameters: MagpruneParameters, context: Context) -> Tensor:
     """Keep elements with a chance that grows with their rank, and divide by it (MagPrune, arXiv:2406.11617, 3.1).
 
@@ -89,30 +81,26 @@ def _ratio(delta: Tensor, pruned: Tensor) -> float:
 
 
 method(
-    Method(
-        name="della",
-        summary="As dare_ties, but the larger a change, the likelier it is kept; signs are elected afterwards.",
-        source="Deep et al., 2024, arXiv:2406.11617",
-        stages=Stages(transform=(("magprune", {}),), combine=("elect", {})),
-        lambda_=1.1,
-        otherwise=dict.fromkeys(LEFT_OUT, Stages(combine=("elect", {}))),
-        formula="disjoint mean, by elected sign, of m tau_t / pi, m ~ Bernoulli(pi), pi by rank in the row",
-        cost="N oi log i",
-        promises=Promises(neutral={"density": 1.0}, identical="other", elements=False),
-        semantics=3,
-    )
+    name="della",
+    summary="As dare_ties, but the larger a change, the likelier it is kept; signs are elected afterwards.",
+    source="Deep et al., 2024, arXiv:2406.11617",
+    stages=Stages(transform=(("magprune", {}),), combine=("elect", {})),
+    lambda_=1.1,
+    otherwise=dict.fromkeys(LEFT_OUT, Stages(combine=("elect", {}))),
+    formula="disjoint mean, by elected sign, of m tau_t / pi, m ~ Bernoulli(pi), pi by rank in the row",
+    cost="N oi log i",
+    promises=Promises(neutral={"density": 1.0}, identical="other", elements=False),
+    semantics=3,
 )
 method(
-    Method(
-        name="della_linear",
-        summary="As dare, but the larger a change, the likelier it is kept; what is left is added.",
-        source="Deep et al., 2024, arXiv:2406.11617",
-        stages=Stages(transform=(("magprune", {}),), combine=("sum", {})),
-        lambda_=1.1,
-        otherwise=dict.fromkeys(LEFT_OUT, Stages(combine=("sum", {}))),
-        formula="sum_t w_t m tau_t / pi, m ~ Bernoulli(pi), pi by rank in the row",
-        cost="N oi log i",
-        promises=Promises(neutral={"density": 1.0}, identical="other", elements=False, unbiased=True),
-        semantics=3,
-    )
+    name="della_linear",
+    summary="As dare, but the larger a change, the likelier it is kept; what is left is added.",
+    source="Deep et al., 2024, arXiv:2406.11617",
+    stages=Stages(transform=(("magprune", {}),), combine=("sum", {})),
+    lambda_=1.1,
+    otherwise=dict.fromkeys(LEFT_OUT, Stages(combine=("sum", {}))),
+    formula="sum_t w_t m tau_t / pi, m ~ Bernoulli(pi), pi by rank in the row",
+    cost="N oi log i",
+    promises=Promises(neutral={"density": 1.0}, identical="other", elements=False, unbiased=True),
+    semantics=3,
 )

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pydantic import Field
 
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Amount, Context, Method, Parameters, Promises, SplitFused, Stages
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ktmerge.merge.stage import Amount, Context, Parameters, Promises, SplitFused, Stages, Tensor
 
 
 class DgHardParameters(Parameters):
@@ -51,15 +46,13 @@ def dg_hard(delta: Tensor, parameters: DgHardParameters, context: Context) -> Te
 
 
 method(
-    Method(
-        name="dg_hard",
-        summary="One expert and no data: give back what in the change looks like noise; nothing to tune.",
-        source="Abro and Tahir, 2026, arXiv:2605.20296, after Gavish and Donoho, 2014, arXiv:1305.5870",
-        stages=Stages(transform=(("dg_hard", {}),), combine=("mean", {})),
-        otherwise=MEANS,
-        formula="U [s > omega(b) median(s) / mu(b)] S V^T of tau = U S V^T, b = min(o, i) / max(o, i)",
-        cost="eigh min(o, i)^3",
-        promises=Promises(neutral={"scale": 0.0}, identical="mean", elements=False, rotations=True, tolerance=1e-5),
-        semantics=2,
-    )
+    name="dg_hard",
+    summary="One expert and no data: give back what in the change looks like noise; nothing to tune.",
+    source="Abro and Tahir, 2026, arXiv:2605.20296, after Gavish and Donoho, 2014, arXiv:1305.5870",
+    stages=Stages(transform=(("dg_hard", {}),), combine=("mean", {})),
+    otherwise=MEANS,
+    formula="U [s > omega(b) median(s) / mu(b)] S V^T of tau = U S V^T, b = min(o, i) / max(o, i)",
+    cost="eigh min(o, i)^3",
+    promises=Promises(neutral={"scale": 0.0}, identical="mean", elements=False, rotations=True, tolerance=1e-5),
+    semantics=2,
 )

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from ktmerge.merge.registry import stage
-from ktmerge.merge.stage import Context, Need, Parameters
+from ktmerge.merge.stage import Context, Need, Parameters, Tensor
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from ktmerge.merge.covariance import Covariance
 
@@ -23,11 +22,7 @@ class DiffusionParameters(Parameters):
     damp: float = Field(0.01, ge=1e-9, le=1, description="added to the inputs' variances, relative to their mean")
 
 
-def _needs(parameters: DiffusionParameters) -> tuple[Need, ...]:
-    return (Need("inputs", "base"),)
-
-
-@stage("diffuse", "scale", DiffusionParameters, reach="tensor", needs=_needs, last=True)
+@stage("diffuse", "scale", DiffusionParameters, reach="tensor", needs=lambda _: [Need("inputs", "base")], last=True)
 def diffuse(merged: Tensor, parameters: DiffusionParameters, context: Context) -> Tensor:
     """Round theta_0 + M so that errors cancel on upstream inputs, as GPTQ does (arXiv:2210.17323), before it is stored.
 

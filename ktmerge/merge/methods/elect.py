@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from ktmerge.merge.arithmetic import weighted_total
 from ktmerge.merge.program import Elect
 from ktmerge.merge.registry import stage
-from ktmerge.merge.stage import Context, OnePass, Parameters, Scope, Statistic
+from ktmerge.merge.stage import Context, OnePass, Parameters, Scope, Statistic, Tensor
 from ktmerge.merge.weights import positive, used
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 IGNORE_WEIGHTS = ("mean", "max")
 _AGGREGATES: dict[str, Literal["sum", "largest"]] = {"sum": "sum", "max": "largest"}
@@ -66,7 +63,7 @@ def _majority(parameters: ElectParameters) -> tuple[Statistic, ...]:
         return ()
 
     scope: Scope = "global" if parameters.scope == "global" else "tensor"
-    return (Statistic("majority", scope, lambda domain: _SignBalance(parameters)),)
+    return (Statistic("majority", scope, lambda elements: _SignBalance(parameters)),)
 
 
 def _compiled(parameters: ElectParameters, weights: Mapping[str, float]) -> Elect | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -11,11 +11,8 @@ from ktmerge.merge.arithmetic import quotient
 from ktmerge.merge.kernels.codes import INFORMED
 from ktmerge.merge.program import Ruled, Sum
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Amount, Context, Method, Need, Parameters, Promises, Stages
+from ktmerge.merge.stage import Amount, Context, Need, Parameters, Promises, Stages, Tensor
 from ktmerge.merge.weights import positive
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class InformationParameters(Parameters):
@@ -40,10 +37,6 @@ BOTH = (Need("fisher", "base"), Need("fisher", "experts"))
 
 def _needs(parameters: FisherParameters) -> tuple[Need, ...]:
     return BOTH if parameters.base_weight else BOTH[1:]
-
-
-def _both(parameters: Parameters) -> tuple[Need, ...]:
-    return BOTH
 
 
 def _compiled(parameters: FisherParameters, weights: Mapping[str, float]) -> Sum | Ruled:
@@ -82,7 +75,9 @@ def fisher(deltas: list[Tensor], parameters: FisherParameters, context: Context)
     return _merged(deltas, context, parameters, context.weights, parameters.base_weight)
 
 
-@stage("fisher_back", "combine", FisherBackParameters, needs=_both, objection=positive, compiled=_compiled_back)
+@stage(
+    "fisher_back", "combine", FisherBackParameters, needs=lambda _: BOTH, objection=positive, compiled=_compiled_back
+)
 def fisher_back(deltas: list[Tensor], parameters: FisherBackParameters, context: Context) -> Tensor:
     """M = a sum_t w_t F_t tau_t / ((1-a) F_0 + a sum_t w_t F_t), weights as shares of their sum (arXiv:2111.09832).
 
@@ -135,22 +130,18 @@ def information(context: Context, expert: str, norm: str, floor: float) -> Tenso
 
 
 method(
-    Method(
-        name="fisher",
-        summary="Several experts and gradients on their data: each element from whom it matters to most.",
-        source="Matena and Raffel, NeurIPS 2022, arXiv:2111.09832",
-        stages=Stages(combine=("fisher", {})),
-        formula="sum_t w_t F_t tau_t / (sum_t w_t F_t + w_0 F_0)",
-        promises=Promises(identical="mean", elements=False, tolerance=1e-6),
-    )
+    name="fisher",
+    summary="Several experts and gradients on their data: each element from whom it matters to most.",
+    source="Matena and Raffel, NeurIPS 2022, arXiv:2111.09832",
+    stages=Stages(combine=("fisher", {})),
+    formula="sum_t w_t F_t tau_t / (sum_t w_t F_t + w_0 F_0)",
+    promises=Promises(identical="mean", elements=False, tolerance=1e-6),
 )
 method(
-    Method(
-        name="fisher_back",
-        summary="Gradients on data of both sides: what upstream data needs goes back to the base, element by element.",
-        source="Matena and Raffel, NeurIPS 2022, arXiv:2111.09832, with the base as the other model",
-        stages=Stages(combine=("fisher_back", {})),
-        formula="a sum_t w_t F_t tau_t / ((1-a) F_0 + a sum_t w_t F_t)",
-        promises=Promises(neutral={"a": 1.0}, nothing={"a": 0.0}, identical="mean", elements=False, tolerance=1e-6),
-    )
+    name="fisher_back",
+    summary="Gradients on data of both sides: what upstream data needs goes back to the base, element by element.",
+    source="Matena and Raffel, NeurIPS 2022, arXiv:2111.09832, with the base as the other model",
+    stages=Stages(combine=("fisher_back", {})),
+    formula="a sum_t w_t F_t tau_t / ((1-a) F_0 + a sum_t w_t F_t)",
+    promises=Promises(neutral={"a": 1.0}, nothing={"a": 0.0}, identical="mean", elements=False, tolerance=1e-6),
 )

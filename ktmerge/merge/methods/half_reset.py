@@ -13,11 +13,9 @@ from ktmerge.merge.methods.dare import drop
 from ktmerge.merge.program import Chosen, Drop
 from ktmerge.merge.projections import ATTENTION, FEED_FORWARD, is_gated, kinds_in, module_of
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Place, Promises, Stages
+from ktmerge.merge.stage import Context, Parameters, Place, Promises, Stages, Tensor
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ktmerge.checkpoints.matrices import MatrixLayout
 
 
@@ -46,18 +44,14 @@ def is_kept(seed: int, name: str, kind: str) -> bool | None:
     if kind == "qkv":
         return not is_kept(seed, name, "o")
     module = module_of(name)
-    members: tuple[str, ...]
+    members: tuple[str, ...] = ATTENTION if kind in ATTENTION else FEED_FORWARD
     if kind in ATTENTION:
-        members = ATTENTION
         count = 2
     elif kind in FEED_FORWARD and not is_gated(name):
-        members = FEED_FORWARD[1:]
-        count = 1
+        members, count = FEED_FORWARD[1:], 1
     elif kind in FEED_FORWARD:
         numbers = re.findall(r"\d+", module)
-        layer = int(numbers[-1]) if numbers else 0
-        members = FEED_FORWARD
-        count = 1 + (layer + stream_key(seed, "half_reset", "", "")) % 2
+        count = 1 + ((int(numbers[-1]) if numbers else 0) + stream_key(seed, "half_reset", "", "")) % 2
     else:
         return None
     order = sorted(members, key=lambda one: stream_key(seed, "half_reset", one, module))
@@ -114,15 +108,13 @@ def _parts(values: Tensor, context: Context) -> list[Tensor]:
 
 
 method(
-    Method(
-        name="half_reset",
-        summary="One expert: give half of its projections back to the base, whole; quick to try with several seeds.",
-        source="Hui et al., 2024, arXiv:2404.18466, applied after training",
-        stages=Stages(transform=(("half_reset", {}),), combine=("sum", {})),
-        experts=(1, 1),
-        formula="tau in half of {q, k, v, o} and of {gate, up, down}, 0 elsewhere",
-        cost="oi",
-        promises=Promises(neutral=None, identical="other"),
-        semantics=3,
-    )
+    name="half_reset",
+    summary="One expert: give half of its projections back to the base, whole; quick to try with several seeds.",
+    source="Hui et al., 2024, arXiv:2404.18466, applied after training",
+    stages=Stages(transform=(("half_reset", {}),), combine=("sum", {})),
+    experts=(1, 1),
+    formula="tau in half of {q, k, v, o} and of {gate, up, down}, 0 elsewhere",
+    cost="oi",
+    promises=Promises(neutral=None, identical="other"),
+    semantics=3,
 )

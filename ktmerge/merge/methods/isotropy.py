@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from dataclasses import replace
+from typing import Literal
 
 from pydantic import Field
 
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, SplitFused, Stages
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
+from ktmerge.merge.stage import Context, Parameters, Promises, SplitFused, Stages, Tensor
 
 Preserved = Literal["nuclear", "frobenius"]
 Edge = Literal["rounding", "noise"]
@@ -135,41 +132,38 @@ def specific_count(size: int, common: float, experts: int) -> int:
     return min(each, size // experts)
 
 
-for _name, _summary, _formula, _cost, _stages in (
-    (
-        "iso_c",
-        "Several experts whose strong directions drown each other: make all directions of their sum equally strong.",
-        "mean(S) U V^T of sum_t tau_t = U S V^T",
-        "eigh min(o, i)^3",
-        Stages(combine=("isotropy", {})),
-    ),
-    (
-        "soft_iso",
-        "As iso_c, but halfway: weak directions are raised without letting noise catch up; try it on language models.",
-        "||S|| / ||S^p|| U S^p V^T of sum_t tau_t = U S V^T, p = 0.5",
-        "eigh min(o, i)^3",
-        Stages(combine=("isotropy", {"power": 0.5, "preserve": "frobenius"})),
-    ),
-    (
-        "iso_cts",
-        "As iso_c with many experts: a fifth of the directions is reserved for what only one of them has.",
-        "mean(S) polar(U) polar(V)^T, [U, S, V] = top 80 % of sum_t tau_t and the rest from each beyond them",
-        "(N + 3) eigh min(o, i)^3",
-        Stages(combine=("iso_cts", {})),
-    ),
-):
-    method(
-        Method(
-            name=_name,
-            summary=_summary,
-            source="Marczak et al., ICML 2025, arXiv:2502.04959" + ("; softened by ktmerge" if "soft" in _name else ""),
-            stages=_stages,
-            otherwise=MEANS,
-            formula=_formula,
-            cost=_cost,
-            promises=Promises(
-                neutral={"power": 1.0} if _name == "soft_iso" else None,
-                identical="other", elements=False, rotations=True, tolerance=1e-5,
-            ),
-        )
-    )  # fmt: skip
+_SOURCE = "Marczak et al., ICML 2025, arXiv:2502.04959"
+_PROMISES = Promises(neutral=None, identical="other", elements=False, rotations=True, tolerance=1e-5)
+
+method(
+    name="iso_c",
+    summary="Several experts whose strong directions drown each other: make all directions of their sum equally "
+    "strong.",
+    source=_SOURCE,
+    stages=Stages(combine=("isotropy", {})),
+    otherwise=MEANS,
+    formula="mean(S) U V^T of sum_t tau_t = U S V^T",
+    cost="eigh min(o, i)^3",
+    promises=_PROMISES,
+)
+method(
+    name="soft_iso",
+    summary="As iso_c, but halfway: weak directions are raised without letting noise catch up; try it on language "
+    "models.",
+    source=f"{_SOURCE}; softened by ktmerge",
+    stages=Stages(combine=("isotropy", {"power": 0.5, "preserve": "frobenius"})),
+    otherwise=MEANS,
+    formula="||S|| / ||S^p|| U S^p V^T of sum_t tau_t = U S V^T, p = 0.5",
+    cost="eigh min(o, i)^3",
+    promises=replace(_PROMISES, neutral={"power": 1.0}),
+)
+method(
+    name="iso_cts",
+    summary="As iso_c with many experts: a fifth of the directions is reserved for what only one of them has.",
+    source=_SOURCE,
+    stages=Stages(combine=("iso_cts", {})),
+    otherwise=MEANS,
+    formula="mean(S) polar(U) polar(V)^T, [U, S, V] = top 80 % of sum_t tau_t and the rest from each beyond them",
+    cost="(N + 3) eigh min(o, i)^3",
+    promises=_PROMISES,
+)

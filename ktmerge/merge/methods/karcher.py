@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from ktmerge.merge.methods.slerp import inner_products
 from ktmerge.merge.program import Measured
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.stage import Context, Parameters, Promises, Stages, Tensor
 from ktmerge.merge.weights import positive
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class KarcherParameters(Parameters):
     iterations: int = Field(10, ge=0, le=1000, description="steps towards the mean; 0 is the normalised mean")
-
-
-def _geometry(parameters: KarcherParameters) -> tuple[Statistic, ...]:
-    return inner_products()
 
 
 def _compiled(parameters: KarcherParameters, weights: Mapping[str, float]) -> Measured:
@@ -34,7 +26,10 @@ def _compiled(parameters: KarcherParameters, weights: Mapping[str, float]) -> Me
     )
 
 
-@stage("karcher", "combine", KarcherParameters, statistics=_geometry, objection=positive, compiled=_compiled)
+@stage(
+    "karcher", "combine", KarcherParameters, statistics=lambda _: inner_products(), objection=positive,
+    compiled=_compiled,
+)  # fmt: skip
 def karcher(deltas: list[Tensor], parameters: KarcherParameters, context: Context) -> Tensor:
     """Mean length along the mean direction on the sphere (Karcher, 1977): d <- exp_d(sum_t w_t log_d(tau_t/|tau_t|)).
 
@@ -57,26 +52,22 @@ def karcher(deltas: list[Tensor], parameters: KarcherParameters, context: Contex
 
 
 method(
-    Method(
-        name="karcher",
-        summary="Several experts: mean direction and mean length, so that averaging does not shrink what they did.",
-        source="Karcher, 1977; mergekit's Karcher mean, arXiv:2603.04972",
-        stages=Stages(combine=("karcher", {})),
-        formula="(sum_t w_t |tau_t|) d, d = argmin sum_t w_t angle(d, tau_t)^2",
-        cost="N^2 oi",
-        promises=Promises(identical="mean", tolerance=1e-6),
-        semantics=2,
-    )
+    name="karcher",
+    summary="Several experts: mean direction and mean length, so that averaging does not shrink what they did.",
+    source="Karcher, 1977; mergekit's Karcher mean, arXiv:2603.04972",
+    stages=Stages(combine=("karcher", {})),
+    formula="(sum_t w_t |tau_t|) d, d = argmin sum_t w_t angle(d, tau_t)^2",
+    cost="N^2 oi",
+    promises=Promises(identical="mean", tolerance=1e-6),
+    semantics=2,
 )
 method(
-    Method(
-        name="nmean",
-        summary="Several experts: their mean at their mean length; what mergekit calls multi-SLERP, in closed form.",
-        source="mergekit's Multi-SLERP",
-        stages=Stages(combine=("karcher", {"iterations": 0})),
-        formula="(sum_t w_t |tau_t|) normalize(sum_t w_t tau_t / |tau_t|)",
-        cost="N^2 oi",
-        promises=Promises(identical="mean", tolerance=1e-6),
-        semantics=2,
-    )
+    name="nmean",
+    summary="Several experts: their mean at their mean length; what mergekit calls multi-SLERP, in closed form.",
+    source="mergekit's Multi-SLERP",
+    stages=Stages(combine=("karcher", {"iterations": 0})),
+    formula="(sum_t w_t |tau_t|) normalize(sum_t w_t tau_t / |tau_t|)",
+    cost="N^2 oi",
+    promises=Promises(identical="mean", tolerance=1e-6),
+    semantics=2,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -13,12 +13,8 @@ from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.methods.elect import ElectParameters, elect
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, SplitFused, Stages
+from ktmerge.merge.stage import Context, Parameters, Promises, SplitFused, Stages, Tensor
 from ktmerge.merge.weights import positive
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 _FAR_BELOW = 1e-2
 """Share of the strongest expert's response to a direction, from which on a response is no rounding."""
@@ -107,15 +103,13 @@ def _trimmed(values: Tensor, density: float, context: Context, number: int) -> T
 
 
 method(
-    Method(
-        name="knots",
-        summary="Several LoRA experts: TIES in output directions they share, where their signs can be compared.",
-        source="Stoica et al., ICLR 2025, arXiv:2410.19735",
-        stages=Stages(combine=("knots", {})),
-        otherwise=MEANS,
-        formula="U ties(S V_1^T, ..., S V_N^T), [tau_1 ... tau_N] = U S [V_1^T ... V_N^T]",
-        cost="eigh min(o, N i)^3 + N oi min(o, N i)",
-        promises=Promises(neutral={"density": 1.0}, identical="mean", elements=False, tolerance=1e-5),
-        semantics=5,
-    )
+    name="knots",
+    summary="Several LoRA experts: TIES in output directions they share, where their signs can be compared.",
+    source="Stoica et al., ICLR 2025, arXiv:2410.19735",
+    stages=Stages(combine=("knots", {})),
+    otherwise=MEANS,
+    formula="U ties(S V_1^T, ..., S V_N^T), [tau_1 ... tau_N] = U S [V_1^T ... V_N^T]",
+    cost="eigh min(o, N i)^3 + N oi min(o, N i)",
+    promises=Promises(neutral={"density": 1.0}, identical="mean", elements=False, tolerance=1e-5),
+    semantics=5,
 )

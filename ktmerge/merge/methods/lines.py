@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Literal
 
 from pydantic import Field
 
 from ktmerge.merge.program import Ramp
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, OnePass, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.stage import Context, Parameters, Promises, Stages, Statistic, Tensor
+from ktmerge.merge.summed import Summed
 from ktmerge.merge.weights import used
 from ktmerge.recipes.schema import Factor
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class LinesParameters(Parameters):
@@ -27,46 +27,33 @@ class LinesParameters(Parameters):
     )
 
 
-class _Share(OnePass):
-    """Observer of (||sum_t tau_t||_1 / ||M||_1) / N over all tensors, from exact sums."""
-
-    def __init__(self) -> None:
-        from ktmerge.merge.kernels.sums import ExactSum
-
-        self._plain, self._merged = ExactSum(1), ExactSum(1)
-        self._experts = 1
-
-    def observe(self, values: Tensor, context: Context) -> None:
-        from ktmerge.merge.arithmetic import weighted_total
-
-        members = used(context.deltas, context.weights)
-        if members:
-            self._plain.add(weighted_total(members, [1.0] * len(members)))
-        self._merged.add(values)
-        self._experts = len(members)
-
-    def result(self) -> float:
-        merged = self._merged.value()
-        return float(self._plain.value() / merged / self._experts) if merged else 1.0
-
-
-def _share(parameters: LinesParameters) -> tuple[Statistic, ...]:
-    if parameters.alpha != "auto":
-        return ()
-
-    return (Statistic("alpha", "global", lambda domain: _Share()),)
-
-
 def _ramp(parameters: LinesParameters, alpha: float) -> Ramp:
     beta = 1 - alpha if parameters.beta is None else parameters.beta
     return Ramp(alpha, beta, float(parameters.outside == "alpha+beta"))
 
 
-def _compiled(parameters: LinesParameters) -> Ramp | None:
-    return None if parameters.alpha == "auto" else _ramp(parameters, parameters.alpha)
+def _total_and_merged(merged: Tensor, context: Context) -> Sequence[Tensor]:
+    from ktmerge.merge.arithmetic import weighted_total
+
+    members = used(context.deltas, context.weights)
+    return [weighted_total(members, [1.0] * len(members)) if members else 0 * merged, merged]
 
 
-@stage("lines", "scale", LinesParameters, statistics=_share, compiled=_compiled)
+def _share(weights: Sequence[float], total: Fraction, merged: Fraction) -> float:
+    """(||sum_t tau_t||_1 / ||M||_1) / N."""
+    return float(total / merged / len(used(weights, weights))) if merged else 1.0
+
+
+def _statistics(parameters: LinesParameters) -> tuple[Statistic, ...]:
+    if parameters.alpha != "auto":
+        return ()
+    return (Statistic("alpha", "global", lambda elements: Summed(1, _total_and_merged, _share, 1.0)),)
+
+
+@stage(
+    "lines", "scale", LinesParameters, statistics=_statistics,
+    compiled=lambda given: None if given.alpha == "auto" else _ramp(given, given.alpha),
+)  # fmt: skip
 def lines(merged: Tensor, parameters: LinesParameters, context: Context) -> Tensor:
     """Scale layer l of L by alpha + beta l / (L - 1) (arXiv:2410.17146, eq. 2), each stack of layers by its own ramp.
 
@@ -80,13 +67,11 @@ def lines(merged: Tensor, parameters: LinesParameters, context: Context) -> Tens
 
 
 method(
-    Method(
-        name="lines",
-        summary="One expert: go back to the base in shallow layers, keep deep ones; one number, like linear.",
-        source="Wang et al., ICLR 2025, arXiv:2410.17146",
-        stages=Stages(combine=("mean", {}), scale=(("lines", {}),)),
-        formula="(alpha + beta l / (L-1)) tau in layer l of L",
-        promises=Promises(neutral={"alpha": 1.0}, nothing={"alpha": 0.0, "beta": 0.0}, identical="mean"),
-        semantics=2,
-    )
+    name="lines",
+    summary="One expert: go back to the base in shallow layers, keep deep ones; one number, like linear.",
+    source="Wang et al., ICLR 2025, arXiv:2410.17146",
+    stages=Stages(combine=("mean", {}), scale=(("lines", {}),)),
+    formula="(alpha + beta l / (L-1)) tau in layer l of L",
+    promises=Promises(neutral={"alpha": 1.0}, nothing={"alpha": 0.0, "beta": 0.0}, identical="mean"),
+    semantics=2,
 )

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
 from ktmerge.merge.arithmetic import weighted_total
 from ktmerge.merge.kernels.codes import STITCH
 from ktmerge.merge.methods.elect import relative
 from ktmerge.merge.program import Ruled
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
+from ktmerge.merge.stage import Context, Parameters, Promises, Stages, Tensor
 from ktmerge.merge.weights import positive
 
-if TYPE_CHECKING:
-    from torch import Tensor
 
-
-def _compiled(parameters: Parameters, weights: Mapping[str, float]) -> Ruled:
-    return Ruled(STITCH, relative(list(weights.values())))
-
-
-@stage("stitch", "combine", objection=positive, compiled=_compiled)
+@stage(
+    "stitch", "combine", objection=positive,
+    compiled=lambda _, weights: Ruled(STITCH, relative(list(weights.values()))),
+)  # fmt: skip
 def stitch(deltas: list[Tensor], parameters: Parameters, context: Context) -> Tensor:
     """Per element, the weighted mean of the deltas that are not zero (arXiv:2408.13656).
 
@@ -35,13 +28,11 @@ def stitch(deltas: list[Tensor], parameters: Parameters, context: Context) -> Te
 
 
 method(
-    Method(
-        name="localize_stitch",
-        summary="Several experts and no data: a few per cent of each one's changes, averaged only where they meet.",
-        source="He et al., 2024, arXiv:2408.13656, dataless",
-        stages=Stages(transform=(("trim", {"density": 0.05, "scope": "global"}),), combine=("stitch", {})),
-        formula="sum_t m_t tau_t / max(1, sum_t m_t), m_t = the d n largest |tau_t| of the whole model",
-        cost="N oi, radix select",
-        promises=Promises(neutral={"density": 1.0}, identical="mean"),
-    )
+    name="localize_stitch",
+    summary="Several experts and no data: a few per cent of each one's changes, averaged only where they meet.",
+    source="He et al., 2024, arXiv:2408.13656, dataless",
+    stages=Stages(transform=(("trim", {"density": 0.05, "scope": "global"}),), combine=("stitch", {})),
+    formula="sum_t m_t tau_t / max(1, sum_t m_t), m_t = the d n largest |tau_t| of the whole model",
+    cost="N oi, radix select",
+    promises=Promises(neutral={"density": 1.0}, identical="mean"),
 )

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
 from ktmerge.merge.arithmetic import weighted_total
 from ktmerge.merge.program import Largest
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages
-from ktmerge.merge.weights import relative
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ktmerge.merge.stage import Context, Parameters, Promises, Stages, Tensor
+from ktmerge.merge.weights import any_weight, relative
 
 
-def _objection(parameters: Parameters, weights: Mapping[str, float]) -> str | None:
-    return None if any(weights.values()) else "all expert weights are 0; nothing would be merged"
-
-
-def _compiled(parameters: Parameters, weights: Mapping[str, float]) -> Largest:
-    return Largest(relative(list(weights.values())))
-
-
-@stage("largest", "combine", objection=_objection, compiled=_compiled)
+@stage(
+    "largest", "combine", objection=any_weight,
+    compiled=lambda _, weights: Largest(relative(list(weights.values()))),
+)  # fmt: skip
 def largest(deltas: list[Tensor], parameters: Parameters, context: Context) -> Tensor:
     """Per element, the delta of largest magnitude: tau_t*, t* = argmax_t |tau_t| (arXiv:2407.06322).
 
@@ -43,14 +32,12 @@ def largest(deltas: list[Tensor], parameters: Parameters, context: Context) -> T
 
 
 method(
-    Method(
-        name="magmax",
-        summary="Experts fine-tuned one after another: of every weight, the largest change; no averaging.",
-        source="Marczak et al., ECCV 2024, arXiv:2407.06322",
-        stages=Stages(combine=("largest", {})),
-        lambda_=0.5,
-        formula="tau_t*, t* = argmax_t |tau_t|",
-        promises=Promises(identical="mean"),
-        semantics=2,
-    )
+    name="magmax",
+    summary="Experts fine-tuned one after another: of every weight, the largest change; no averaging.",
+    source="Marczak et al., ECCV 2024, arXiv:2407.06322",
+    stages=Stages(combine=("largest", {})),
+    lambda_=0.5,
+    formula="tau_t*, t* = argmax_t |tau_t|",
+    promises=Promises(identical="mean"),
+    semantics=2,
 )

@@ -5,17 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any, Union
+from typing import Any, Union
 
 from pydantic import Field, create_model
 
 from ktmerge.errors import KtmergeError, UsageError, did_you_mean
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.registry import provider
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stage, Stages
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stage, Stages, Tensor
 
 # What the recipe says elsewhere: experts.<name>.weight, and lambda, which ktmerge applies to the merged delta itself.
 _GIVEN = ("weight", "lambda")

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from ktmerge.merge.arithmetic import weighted_total
 from ktmerge.merge.program import Energies, Measured
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, OnePass, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.stage import Context, Parameters, Promises, Stages, Statistic, Tensor
+from ktmerge.merge.summed import Summed
 from ktmerge.merge.weights import positive
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ktmerge.merge.kernels.sums import ExactSum
 
 
 class NormShareParameters(Parameters):
@@ -27,28 +23,6 @@ class NormShareParameters(Parameters):
     scope: Literal["tensor", "global"] = Field(
         "global", description="norms of each tensor, or of the whole model: one share per expert"
     )
-
-
-class _Shares(OnePass):
-    """Observer of each expert's share before its weight, from exact sums of squares; 0 of experts that did not move."""
-
-    def __init__(self, rule: str) -> None:
-        self._rule = rule
-        self._deltas: list[ExactSum] = []
-        self._weights: list[ExactSum] = []
-
-    def observe(self, values: list[Tensor], context: Context) -> None:
-        from ktmerge.merge.kernels.sums import ExactSum
-
-        if not self._deltas:
-            self._deltas, self._weights = ([ExactSum(2) for _ in values] for _ in range(2))
-        for number, delta in enumerate(values):
-            self._deltas[number].add(delta)
-            if self._rule == "nan":
-                self._weights[number].add(context.base + delta)
-
-    def result(self) -> list[float]:
-        return _shares(self._rule, [one.value() for one in self._deltas], [one.value() for one in self._weights])
 
 
 def _shares(rule: str, moved: Sequence[Fraction], norms: Sequence[Fraction]) -> list[float]:
@@ -62,7 +36,15 @@ def _shares(rule: str, moved: Sequence[Fraction], norms: Sequence[Fraction]) -> 
 
 
 def _statistics(parameters: NormShareParameters) -> tuple[Statistic, ...]:
-    return (Statistic("shares", parameters.scope, lambda domain: _Shares(parameters.rule)),)
+    rule = parameters.rule
+
+    def parts(deltas: list[Tensor], context: Context) -> Sequence[Tensor]:
+        return [*deltas, *(context.base + delta for delta in deltas if rule == "nan")]
+
+    def shares(weights: Sequence[float], *norms: Fraction) -> list[float]:
+        return _shares(rule, norms[: len(weights)], norms[len(weights) :])
+
+    return (Statistic("shares", parameters.scope, lambda elements: Summed(2, parts, shares, [])),)
 
 
 def _compiled(parameters: NormShareParameters, weights: Mapping[str, float]) -> Measured:
@@ -73,7 +55,10 @@ def _compiled(parameters: NormShareParameters, weights: Mapping[str, float]) -> 
     return Measured("experts" if parameters.rule == "nan" else "deltas", parameters.scope, shared)
 
 
-@stage("norm_share", "combine", NormShareParameters, statistics=_statistics, objection=positive, compiled=_compiled)
+@stage(
+    "norm_share", "combine", NormShareParameters, objection=positive, compiled=_compiled,
+    statistics=_statistics,
+)  # fmt: skip
 def norm_share(deltas: list[Tensor], parameters: NormShareParameters, context: Context) -> Tensor:
     """Mean of the deltas by shares from norms: |tau_t|^2 (arXiv:2406.11385) or 1/|theta_t| (arXiv:2505.16148).
 
@@ -94,24 +79,20 @@ def _normalised(shares: Sequence[float], weights: Sequence[float]) -> list[float
 
 
 method(
-    Method(
-        name="metagpt",
-        summary="Several experts of one base, no data, no sweep: task arithmetic with coefficients from their norms.",
-        source="Zhou et al., 2024, arXiv:2406.11385",
-        stages=Stages(combine=("norm_share", {})),
-        formula="sum_t |tau_t|^2 tau_t / sum_k |tau_k|^2",
-        cost="N oi, two passes",
-        promises=Promises(identical="mean"),
-    )
+    name="metagpt",
+    summary="Several experts of one base, no data, no sweep: task arithmetic with coefficients from their norms.",
+    source="Zhou et al., 2024, arXiv:2406.11385",
+    stages=Stages(combine=("norm_share", {})),
+    formula="sum_t |tau_t|^2 tau_t / sum_k |tau_k|^2",
+    cost="N oi, two passes",
+    promises=Promises(identical="mean"),
 )
 method(
-    Method(
-        name="nan",
-        summary="As metagpt, with shares that go down with the norm of an expert's weights.",
-        source="Si et al., 2025, arXiv:2505.16148",
-        stages=Stages(combine=("norm_share", {"rule": "nan"})),
-        formula="sum_t tau_t / |theta_t| / sum_k 1 / |theta_k|",
-        cost="N oi, two passes",
-        promises=Promises(identical="mean", scale=False, sign=False),
-    )
+    name="nan",
+    summary="As metagpt, with shares that go down with the norm of an expert's weights.",
+    source="Si et al., 2025, arXiv:2505.16148",
+    stages=Stages(combine=("norm_share", {"rule": "nan"})),
+    formula="sum_t tau_t / |theta_t| / sum_k 1 / |theta_k|",
+    cost="N oi, two passes",
+    promises=Promises(identical="mean", scale=False, sign=False),
 )

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from ktmerge.merge.projections import ATTENTION, FEED_FORWARD, kinds_in, module_of
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Amount, Context, Method, OnePass, Parameters, Promises, Stages, Statistic
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ktmerge.merge.stage import Amount, Context, OnePass, Parameters, Promises, Stages, Statistic, Tensor
 
 _COLUMNS = ("o", "down")
 """Projections whose inputs are the neurons; of the others it is the outputs."""
@@ -95,11 +91,10 @@ def _factors(energies: Mapping[str, Tensor], count: int, parameters: NeuronFusio
     return {kind: factors.float().repeat_interleave(len(one) // count) for kind, one in energies.items()}
 
 
-def _statistics(parameters: NeuronFusionParameters) -> tuple[Statistic, ...]:
-    return (Statistic("factors", "global", lambda domain: _Energies(parameters)),)
-
-
-@stage("neuron_fusion", "transform", NeuronFusionParameters, reach="tensor", statistics=_statistics)
+@stage(
+    "neuron_fusion", "transform", NeuronFusionParameters, reach="tensor",
+    statistics=lambda given: [Statistic("factors", "global", lambda _: _Energies(given))],
+)  # fmt: skip
 def neuron_fusion(delta: Tensor, parameters: NeuronFusionParameters, context: Context) -> Tensor:
     """Keep the ceil(rho n) neurons of each module that moved most, the others times gamma (arXiv:2505.16703).
 
@@ -123,18 +118,14 @@ def neuron_fusion(delta: Tensor, parameters: NeuronFusionParameters, context: Co
     return join(scaled, context)
 
 
-_SUM = Stages(combine=("sum", {}))
-
 method(
-    Method(
-        name="neuron_fusion",
-        summary="One multimodal expert that forgot text: keep the neurons that moved most, quieten all the others.",
-        source="Yu and Ananiadou, Findings of EMNLP 2025, arXiv:2505.16703",
-        stages=Stages(transform=(("neuron_fusion", {}),), combine=("sum", {})),
-        experts=(1, 1),
-        otherwise={"embed": _SUM, "vector": _SUM, "conv": _SUM},
-        formula="s tau_n of the rho n neurons of largest ||tau_n||, gamma tau_n of the others; ||M|| = alpha ||tau||",
-        promises=Promises(neutral={"rho": 1.0}, identical="other", elements=False),
-        semantics=2,
-    )
+    name="neuron_fusion",
+    summary="One multimodal expert that forgot text: keep the neurons that moved most, quieten all the others.",
+    source="Yu and Ananiadou, Findings of EMNLP 2025, arXiv:2505.16703",
+    stages=Stages(transform=(("neuron_fusion", {}),), combine=("sum", {})),
+    experts=(1, 1),
+    otherwise=dict.fromkeys(("embed", "vector", "conv"), Stages(combine=("sum", {}))),
+    formula="s tau_n of the rho n neurons of largest ||tau_n||, gamma tau_n of the others; ||M|| = alpha ||tau||",
+    promises=Promises(neutral={"rho": 1.0}, identical="other", elements=False),
+    semantics=2,
 )

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Amount, Context, Method, Need, Parameters, Promises, Stages
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ktmerge.merge.stage import Amount, Context, Need, Parameters, Promises, Stages, Tensor
 
 
 class NullspaceParameters(Parameters):
@@ -24,11 +21,7 @@ class NullspaceParameters(Parameters):
     )
 
 
-def _needs(parameters: NullspaceParameters) -> tuple[Need, ...]:
-    return (Need("inputs", "base"),)
-
-
-@stage("nullspace", "guard", NullspaceParameters, reach="tensor", needs=_needs)
+@stage("nullspace", "guard", NullspaceParameters, reach="tensor", needs=lambda _: [Need("inputs", "base")])
 def nullspace(merged: Tensor, deltas: list[Tensor], parameters: NullspaceParameters, context: Context) -> Tensor:
     """Shrink the delta on upstream inputs (after AlphaEdit, arXiv:2410.02355; soft: the ridge form of the projection).
 
@@ -61,15 +54,13 @@ def nullspace(merged: Tensor, deltas: list[Tensor], parameters: NullspaceParamet
 
 
 method(
-    Method(
-        name="nullspace",
-        summary="Some upstream data: keep of the change only what upstream inputs hardly feel.",
-        source="Fang et al., ICLR 2025, arXiv:2410.02355, on the delta; the soft form is ktmerge's",
-        stages=Stages(combine=("mean", {}), guard=(("nullspace", {}),)),
-        otherwise=MEANS,
-        formula="M (I + kappa C_u / mean eigenvalue)^-1",
-        cost="min(R, i)^3 / 3 + R oi",
-        promises=Promises(neutral={"kappa": 0.0}, identical="mean", elements=False, tolerance=1e-5),
-        semantics=2,
-    )
+    name="nullspace",
+    summary="Some upstream data: keep of the change only what upstream inputs hardly feel.",
+    source="Fang et al., ICLR 2025, arXiv:2410.02355, on the delta; the soft form is ktmerge's",
+    stages=Stages(combine=("mean", {}), guard=(("nullspace", {}),)),
+    otherwise=MEANS,
+    formula="M (I + kappa C_u / mean eigenvalue)^-1",
+    cost="min(R, i)^3 / 3 + R oi",
+    promises=Promises(neutral={"kappa": 0.0}, identical="mean", elements=False, tolerance=1e-5),
+    semantics=2,
 )

@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, OnePass, Parameters, Promises, SplitFused, Stages, Statistic
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ktmerge.merge.stage import Context, OnePass, Parameters, Promises, SplitFused, Stages, Statistic, Tensor
 
 
 class OpcmParameters(Parameters):
@@ -64,17 +61,16 @@ class _NormRatio(OnePass):
         return Normed(ratio, self._last)
 
 
-def _ratio(parameters: OpcmParameters) -> tuple[Statistic, ...]:
-    return (Statistic("ratio", parameters.scope, lambda domain: _NormRatio(parameters)),)
-
-
 def _objection(parameters: OpcmParameters, weights: Mapping[str, float]) -> str | None:
     if len(set(weights.values())) > 1:
         return "opcm knows no expert weights, only their order (by name); give all experts the same"
     return None
 
 
-@stage("opcm", "combine", OpcmParameters, reach="tensor", statistics=_ratio, objection=_objection)
+@stage(
+    "opcm", "combine", OpcmParameters, reach="tensor", objection=_objection,
+    statistics=lambda given: [Statistic("ratio", given.scope, lambda _: _NormRatio(given))],
+)  # fmt: skip
 def opcm(deltas: list[Tensor], parameters: OpcmParameters, context: Context) -> Tensor:
     """Add expert after expert, by name, outside the merge's own directions; then the mean norm (arXiv:2501.09522).
 
@@ -123,14 +119,12 @@ def _added_maps(maps: list[Tensor], base: Tensor, alpha: float) -> Tensor:
 
 
 method(
-    Method(
-        name="opcm",
-        summary="Experts that arrive over time, by name: each adds what lies outside the merge of those before it.",
-        source="Tang et al., 2025, arXiv:2501.09522",
-        stages=Stages(combine=("opcm", {})),
-        otherwise=MEANS,
-        formula="M <- M + tau_t - U (D * U^T tau_t V) V^T, M = U S V^T; then M mean_t |tau_t| / |M|",
-        cost="N eigh m^3, twice; scope tensor: once",
-        promises=Promises(identical="other", experts=False, elements=False, rotations=True, tolerance=1e-5),
-    )
+    name="opcm",
+    summary="Experts that arrive over time, by name: each adds what lies outside the merge of those before it.",
+    source="Tang et al., 2025, arXiv:2501.09522",
+    stages=Stages(combine=("opcm", {})),
+    otherwise=MEANS,
+    formula="M <- M + tau_t - U (D * U^T tau_t V) V^T, M = U S V^T; then M mean_t |tau_t| / |M|",
+    cost="N eigh m^3, twice; scope tensor: once",
+    promises=Promises(identical="other", experts=False, elements=False, rotations=True, tolerance=1e-5),
 )

@@ -11,11 +11,9 @@ from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.methods.backmerge import NEEDS
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Amount, Context, Method, Need, Parameters, Promises, SplitFused, Stages
+from ktmerge.merge.stage import Amount, Context, Need, Parameters, Promises, SplitFused, Stages, Tensor
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ktmerge.merge.covariance import Covariance
 
 
@@ -81,15 +79,13 @@ def _support(delta: Tensor, own: Covariance, parameters: PatchParameters, key: i
 
 
 method(
-    Method(
-        name="exact_patch",
-        summary="One expert and its data: few entries move, each to where the outputs miss the tuned model's least.",
-        source="ktmerge; the exact form of the decoration of Model Tailor, ICML 2024, arXiv:2402.12048",
-        stages=Stages(transform=(("exact_patch", {}),), combine=("stitch", {})),
-        otherwise=MEANS,
-        formula="[(H_d + kappa C_u)_SS]^-1 (H_d tau^T)_S on the support S of each row, 0 elsewhere",
-        cost="o (density i)^3 / 3 + R i^2",
-        promises=Promises(neutral={"density": 1.0}, identical="mean", elements=False, tolerance=1e-5),
-        semantics=4,
-    )
+    name="exact_patch",
+    summary="One expert and its data: few entries move, each to where the outputs miss the tuned model's least.",
+    source="ktmerge; the exact form of the decoration of Model Tailor, ICML 2024, arXiv:2402.12048",
+    stages=Stages(transform=(("exact_patch", {}),), combine=("stitch", {})),
+    otherwise=MEANS,
+    formula="[(H_d + kappa C_u)_SS]^-1 (H_d tau^T)_S on the support S of each row, 0 elsewhere",
+    cost="o (density i)^3 / 3 + R i^2",
+    promises=Promises(neutral={"density": 1.0}, identical="mean", elements=False, tolerance=1e-5),
+    semantics=4,
 )

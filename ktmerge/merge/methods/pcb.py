@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import Any, Literal
 
 from pydantic import Field
 
 from ktmerge.merge.arithmetic import VECTORS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Place, Promises, Stages, Statistic
-from ktmerge.merge.weights import relative, used
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ktmerge.merge.stage import Context, Parameters, Promises, Stages, Statistic, Tensor
+from ktmerge.merge.weights import any_weight, relative, used
 
 
 class PcbParameters(Parameters):
@@ -79,19 +76,10 @@ class _Balance:
         self._largest = [0.0] * experts
 
 
-def _levels(parameters: PcbParameters) -> tuple[Statistic, ...]:
-    return (Statistic("levels", parameters.scope, lambda domain: _Balance(parameters, domain.elements)),)
-
-
-def _objection(parameters: PcbParameters, weights: Mapping[str, float]) -> str | None:
-    return None if any(weights.values()) else "all expert weights are 0; nothing would be merged"
-
-
-def _vectors(parameters: PcbParameters, place: Place) -> int:
-    return VECTORS
-
-
-@stage("balance", "combine", PcbParameters, statistics=_levels, objection=_objection, grain=_vectors, portable=False)
+@stage(
+    "balance", "combine", PcbParameters, objection=any_weight, grain=lambda *_: VECTORS, portable=False,
+    statistics=lambda given: [Statistic("levels", given.scope, partial(_Balance, given))],
+)  # fmt: skip
 def balance(deltas: list[Tensor], parameters: PcbParameters, context: Context) -> Tensor:
     """Mean of the deltas by how much each matters and how little others object (arXiv:2410.02396).
 
@@ -141,15 +129,13 @@ def _scaled(values: Tensor, low: float, high: float) -> Tensor:
 
 
 method(
-    Method(
-        name="pcb",
-        summary="Several experts: weigh every change by its size and by how far the others go along; mute the rest.",
-        source="Du et al., NeurIPS 2024, arXiv:2410.02396",
-        stages=Stages(combine=("balance", {})),
-        lambda_=1.2,
-        formula="sum_t tau_t g_t / sum_t g_t, g_t = top d of exp(N a_t^2) tanh(s_t sum_k s_k)",
-        cost="N oi, four passes",
-        promises=Promises(neutral=None, identical="other"),
-        semantics=2,
-    )
+    name="pcb",
+    summary="Several experts: weigh every change by its size and by how far the others go along; mute the rest.",
+    source="Du et al., NeurIPS 2024, arXiv:2410.02396",
+    stages=Stages(combine=("balance", {})),
+    lambda_=1.2,
+    formula="sum_t tau_t g_t / sum_t g_t, g_t = top d of exp(N a_t^2) tanh(s_t sum_k s_k)",
+    cost="N oi, four passes",
+    promises=Promises(neutral=None, identical="other"),
+    semantics=2,
 )

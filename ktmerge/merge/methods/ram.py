@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -12,11 +12,8 @@ from ktmerge.merge.arithmetic import weighted_total
 from ktmerge.merge.kernels.codes import OVERLAP
 from ktmerge.merge.program import Ruled
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Amount, Context, Method, OnePass, Parameters, Promises, Stages, Statistic
-from ktmerge.merge.weights import relative
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ktmerge.merge.stage import Amount, Context, OnePass, Parameters, Promises, Stages, Statistic, Tensor
+from ktmerge.merge.weights import any_weight, relative
 
 _EXPONENT_BITS = 0x7F800000
 _BF16_STEP = 2.0**-7
@@ -63,14 +60,6 @@ def _factors(parameters: RamPlusParameters, shared: Sequence[int], unique: Seque
     return [1 + parameters.r * min(parameters.alpha, others / max(own, 1)) for others, own in pairs]
 
 
-def _overlap(parameters: RamPlusParameters) -> tuple[Statistic, ...]:
-    return (Statistic("factors", parameters.scope, lambda domain: _Overlap(parameters)),)
-
-
-def _objection(parameters: RamParameters, weights: Mapping[str, float]) -> str | None:
-    return None if any(weights.values()) else "all expert weights are 0; nothing would be merged"
-
-
 def _ruled(parameters: RamParameters, weights: Mapping[str, float]) -> Ruled | None:
     if not all(weights.values()):
         return None  # the kernel knows no expert that does not count
@@ -88,7 +77,7 @@ def _ruled_plus(parameters: RamPlusParameters, weights: Mapping[str, float]) -> 
     return replace(plain, asks="overlap", scope=parameters.scope, answer=with_factors)
 
 
-@stage("overlap_mean", "combine", RamParameters, objection=_objection, compiled=_ruled)
+@stage("overlap_mean", "combine", RamParameters, objection=any_weight, compiled=_ruled)
 def overlap_mean(deltas: list[Tensor], parameters: RamParameters, context: Context) -> Tensor:
     """Per element, the mean of the experts that change it: sum_A tau_t / |A|, A = {t: |tau_t| >= e} (arXiv:2601.13572).
 
@@ -99,7 +88,10 @@ def overlap_mean(deltas: list[Tensor], parameters: RamParameters, context: Conte
     return _merged(deltas, [1.0] * len(deltas), parameters, context)
 
 
-@stage("overlap_plus", "combine", RamPlusParameters, statistics=_overlap, objection=_objection, compiled=_ruled_plus)
+@stage(
+    "overlap_plus", "combine", RamPlusParameters, objection=any_weight, compiled=_ruled_plus,
+    statistics=lambda given: [Statistic("factors", given.scope, lambda _: _Overlap(given))],
+)  # fmt: skip
 def overlap_plus(deltas: list[Tensor], parameters: RamPlusParameters, context: Context) -> Tensor:
     """As overlap_mean, with an expert's own changes times 1 + r clip(shared / own, 0, alpha) (arXiv:2601.13572).
 
@@ -132,24 +124,20 @@ def _active(deltas: list[Tensor], parameters: RamParameters, context: Context) -
 
 
 method(
-    Method(
-        name="ram",
-        summary="Experts trained by reinforcement, with sparse changes: add what is one's own, average what is shared.",
-        source="Reinforced Agent Merging, 2026, arXiv:2601.13572",
-        stages=Stages(combine=("overlap_mean", {})),
-        formula="sum_A tau_t / |A|, A = {t: |tau_t| >= e}",
-        promises=Promises(neutral={"epsilon": 0.0}, identical="mean", scale=False),
-        semantics=2,
-    )
+    name="ram",
+    summary="Experts trained by reinforcement, with sparse changes: add what is one's own, average what is shared.",
+    source="Reinforced Agent Merging, 2026, arXiv:2601.13572",
+    stages=Stages(combine=("overlap_mean", {})),
+    formula="sum_A tau_t / |A|, A = {t: |tau_t| >= e}",
+    promises=Promises(neutral={"epsilon": 0.0}, identical="mean", scale=False),
+    semantics=2,
 )
 method(
-    Method(
-        name="ram_plus",
-        summary="As ram, with what is one's own a little enlarged, to make up for what averaging took.",
-        source="Reinforced Agent Merging, 2026, arXiv:2601.13572",
-        stages=Stages(combine=("overlap_plus", {})),
-        formula="as ram, tau_t (1 + r clip(shared_t / own_t, 0, alpha)) where |A| = 1",
-        promises=Promises(neutral={"epsilon": 0.0}, identical="mean", scale=False),
-        semantics=2,
-    )
+    name="ram_plus",
+    summary="As ram, with what is one's own a little enlarged, to make up for what averaging took.",
+    source="Reinforced Agent Merging, 2026, arXiv:2601.13572",
+    stages=Stages(combine=("overlap_plus", {})),
+    formula="as ram, tau_t (1 + r clip(shared_t / own_t, 0, alpha)) where |A| = 1",
+    promises=Promises(neutral={"epsilon": 0.0}, identical="mean", scale=False),
+    semantics=2,
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -11,12 +10,10 @@ from ktmerge.merge.methods.mean import mean
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.program import Sum
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Amount, Context, Method, Need, Parameters, Promises, Stages
-from ktmerge.merge.weights import positive, relative
+from ktmerge.merge.stage import Amount, Context, Need, Parameters, Promises, Stages, Tensor
+from ktmerge.merge.weights import positive, relative, shares
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ktmerge.merge.covariance import Covariance
 
 
@@ -84,18 +81,10 @@ def _scale_needs(parameters: ScaleParameters) -> tuple[Need, ...]:
     return both if parameters.vectors else ()
 
 
-def _fitted(parameters: ScaleParameters) -> bool:
-    return parameters.vectors
-
-
-def _compiled_mean(parameters: ScaleParameters, weights: Mapping[str, float]) -> Sum | None:
-    total = sum(weights.values())
-    return None if parameters.vectors else Sum([weight / total for weight in weights.values()])
-
-
 @stage(
-    "regmean_vectors", "combine", ScaleParameters, needs=_scale_needs, objection=positive, whole=_fitted,
-    compiled=_compiled_mean,
+    "regmean_vectors", "combine", ScaleParameters, needs=_scale_needs, objection=positive,
+    whole=lambda given: given.vectors,
+    compiled=lambda given, weights: None if given.vectors else Sum(shares(weights.values())),
 )  # fmt: skip
 def regmean_vectors(deltas: list[Tensor], parameters: ScaleParameters, context: Context) -> Tensor:
     """Of a norm's scale sum_t w_t q_t tau_t / (sum_t w_t q_t + w_0 q_0), q = E x^2 of what it multiplies (LOT merging).
@@ -119,27 +108,23 @@ def regmean_vectors(deltas: list[Tensor], parameters: ScaleParameters, context: 
         total = found.double().sum()
         return found.double() / total if parameters.normalise == "trace" and total > 0 else found.double()
 
-    shares = [
-        weight * energy(expert) for weight, expert in zip(relative(context.weights), context.experts, strict=True)
-    ]
-    whole = torch.stack(shares).sum(0)
+    parts = [weight * energy(expert) for weight, expert in zip(relative(context.weights), context.experts, strict=True)]
+    whole = torch.stack(parts).sum(0)
     if parameters.base_weight:
         whole += parameters.base_weight * energy("")
-    fitted = torch.stack([share * delta.double() for share, delta in zip(shares, deltas, strict=True)]).sum(0)
+    fitted = torch.stack([part * delta.double() for part, delta in zip(parts, deltas, strict=True)]).sum(0)
     unused = mean(deltas, parameters, context)
     return torch.where(whole > 0, fitted / torch.where(whole > 0, whole, 1.0), unused.double()).float()
 
 
 method(
-    Method(
-        name="regmean",
-        summary="Several experts and data: the least-squares fit to all their outputs, each on its own inputs.",
-        source="Jin et al., ICLR 2023, arXiv:2212.09849",
-        stages=Stages(combine=("regmean", {})),
-        otherwise={**MEANS, "vector": Stages(combine=("regmean_vectors", {}))},
-        formula="(sum_t w_t tau_t G_t + rho mean) (sum_t w_t G_t + w_0 G_0 + rho I)^-1",
-        cost="i^3 / 3 + N R i^2",
-        promises=Promises(identical="mean", elements=False, tolerance=1e-5),
-        semantics=2,
-    )
+    name="regmean",
+    summary="Several experts and data: the least-squares fit to all their outputs, each on its own inputs.",
+    source="Jin et al., ICLR 2023, arXiv:2212.09849",
+    stages=Stages(combine=("regmean", {})),
+    otherwise={**MEANS, "vector": Stages(combine=("regmean_vectors", {}))},
+    formula="(sum_t w_t tau_t G_t + rho mean) (sum_t w_t G_t + w_0 G_0 + rho I)^-1",
+    cost="i^3 / 3 + N R i^2",
+    promises=Promises(identical="mean", elements=False, tolerance=1e-5),
+    semantics=2,
 )

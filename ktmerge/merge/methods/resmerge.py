@@ -11,11 +11,9 @@ from pydantic import Field
 
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Amount, Context, Method, Parameters, Promises, SplitFused, Stages
+from ktmerge.merge.stage import Amount, Context, Parameters, Promises, SplitFused, Stages, Tensor
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ktmerge.merge.spectra import Spectrum
 
 Member = TypeVar("Member")
@@ -112,15 +110,13 @@ def _mean_of_pairs(cosines: Tensor) -> float:
 
 
 method(
-    Method(
-        name="resmerge",
-        summary="Several experts trained by reinforcement: merge what spreads over many directions, shorten the rest.",
-        source="arXiv:2606.02252",
-        stages=Stages(combine=("resmerge", {})),
-        otherwise=MEANS,
-        formula="c^b mean ||R_t|| q + 0.2 S ||A|| h, tau_t = H_t + R_t, q and h the mean directions of R_t and H_t",
-        cost="N eigh min(o, i)^3",
-        promises=Promises(identical="other", elements=False, rotations=True, tolerance=1e-5),
-        semantics=2,
-    )
+    name="resmerge",
+    summary="Several experts trained by reinforcement: merge what spreads over many directions, shorten the rest.",
+    source="arXiv:2606.02252",
+    stages=Stages(combine=("resmerge", {})),
+    otherwise=MEANS,
+    formula="c^b mean ||R_t|| q + 0.2 S ||A|| h, tau_t = H_t + R_t, q and h the mean directions of R_t and H_t",
+    cost="N eigh min(o, i)^3",
+    promises=Promises(identical="other", elements=False, rotations=True, tolerance=1e-5),
+    semantics=2,
 )

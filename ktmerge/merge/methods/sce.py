@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -10,11 +11,8 @@ from ktmerge.merge.arithmetic import quotient, weighted_total
 from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.methods.elect import disjoint, relative
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.stage import Context, Parameters, Promises, Stages, Statistic, Tensor
 from ktmerge.merge.weights import positive, used
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class SceParameters(Parameters):
@@ -72,11 +70,10 @@ class _Selection:
         return self._threshold, [float(one / total) if total else 0.0 for one in energies]
 
 
-def _selection(parameters: SceParameters) -> tuple[Statistic, ...]:
-    return (Statistic("selection", "tensor", lambda domain: _Selection(parameters.select_topk, domain.elements)),)
-
-
-@stage("sce", "combine", SceParameters, statistics=_selection, objection=positive)
+@stage(
+    "sce", "combine", SceParameters, objection=positive,
+    statistics=lambda given: [Statistic("selection", "tensor", partial(_Selection, given.select_topk))],
+)  # fmt: skip
 def sce(deltas: list[Tensor], parameters: SceParameters, context: Context) -> Tensor:
     """Select, calculate, erase (arXiv:2408.07990): sum_A w_t tau_t / sum_A w_t over the majority's sign.
 
@@ -127,14 +124,12 @@ def _spread(deltas: list[Tensor]) -> Tensor:
 
 
 method(
-    Method(
-        name="sce",
-        summary="Several experts: merge only where they differ most, each weighted by how much it changed there.",
-        source="Wan et al., 2024, arXiv:2408.07990",
-        stages=Stages(combine=("sce", {})),
-        formula="sum_A w_t tau_t / sum_A w_t, w_t ~ |m tau_t|^2, m = top k of the variance, A = {t: sign of the sum}",
-        cost="N oi, radix select",
-        promises=Promises(neutral={"select_topk": 1.0}, identical="mean", elements=False, nothing={"select_topk": 0.0}),
-        semantics=2,
-    )
+    name="sce",
+    summary="Several experts: merge only where they differ most, each weighted by how much it changed there.",
+    source="Wan et al., 2024, arXiv:2408.07990",
+    stages=Stages(combine=("sce", {})),
+    formula="sum_A w_t tau_t / sum_A w_t, w_t ~ |m tau_t|^2, m = top k of the variance, A = {t: sign of the sum}",
+    cost="N oi, radix select",
+    promises=Promises(neutral={"select_topk": 1.0}, identical="mean", elements=False, nothing={"select_topk": 0.0}),
+    semantics=2,
 )

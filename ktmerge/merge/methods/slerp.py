@@ -9,12 +9,11 @@ from pydantic import Field
 
 from ktmerge.merge.program import Measured
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.stage import Context, Observer, Parameters, Promises, Stages, Statistic, Tensor
 from ktmerge.merge.weights import positive
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import Tensor
 
     from ktmerge.merge.geometry import Geometry
 
@@ -37,16 +36,12 @@ def _objection(parameters: SlerpParameters, weights: Mapping[str, float]) -> str
 def inner_products(granularity: Literal["tensor", "row", "column"] = "tensor") -> tuple[Statistic, ...]:
     """The statistic ``geometry``: inner products of the deltas, of a tensor or of each row or column."""
 
-    def start(domain: Domain) -> Observer:
+    def start(elements: int) -> Observer:
         from ktmerge.merge.gram import GramObserver
 
         return GramObserver(granularity)
 
     return (Statistic("geometry", "tensor", start),)
-
-
-def _geometry(parameters: SlerpParameters) -> tuple[Statistic, ...]:
-    return inner_products(parameters.granularity)
 
 
 def _coefficients(geometry: Geometry, parameters: SlerpParameters, weights: Sequence[float]) -> NDArray[Any]:
@@ -64,7 +59,10 @@ def _compiled(parameters: SlerpParameters, weights: Mapping[str, float]) -> Meas
     return Measured("geometry", "tensor", lambda geometry: _coefficients(geometry, parameters, own)[0].tolist())
 
 
-@stage("slerp", "combine", SlerpParameters, statistics=_geometry, objection=_objection, compiled=_compiled)
+@stage(
+    "slerp", "combine", SlerpParameters, objection=_objection, compiled=_compiled,
+    statistics=lambda given: inner_products(given.granularity),
+)  # fmt: skip
 def slerp(deltas: list[Tensor], parameters: SlerpParameters, context: Context) -> Tensor:
     """Go along the great circle from delta to delta: sin((1-t)W)/sin(W) a + sin(tW)/sin(W) b (Shoemake, 1985).
 
@@ -84,26 +82,22 @@ def slerp(deltas: list[Tensor], parameters: SlerpParameters, context: Context) -
 
 
 method(
-    Method(
-        name="slerp",
-        summary="Two experts: the point between them on the arc, as far from the base as they are; t says where.",
-        source="Shoemake, SIGGRAPH 1985; on deltas as in mergekit's NuSLERP",
-        stages=Stages(combine=("slerp", {})),
-        experts=(2, 2),
-        formula="(sin((1-t)W) tau_a + sin(tW) tau_b) / sin W, cos W = <tau_a, tau_b> / (|tau_a| |tau_b|)",
-        cost="N^2 oi",
-        promises=Promises(neutral=None, identical="mean", tolerance=1e-6),
-    )
+    name="slerp",
+    summary="Two experts: the point between them on the arc, as far from the base as they are; t says where.",
+    source="Shoemake, SIGGRAPH 1985; on deltas as in mergekit's NuSLERP",
+    stages=Stages(combine=("slerp", {})),
+    experts=(2, 2),
+    formula="(sin((1-t)W) tau_a + sin(tW) tau_b) / sin W, cos W = <tau_a, tau_b> / (|tau_a| |tau_b|)",
+    cost="N^2 oi",
+    promises=Promises(neutral=None, identical="mean", tolerance=1e-6),
 )
 method(
-    Method(
-        name="nuslerp",
-        summary="As slerp, with an angle of its own for every row (or column) of a matrix.",
-        source="NuSLERP, mergekit",
-        stages=Stages(combine=("slerp", {"granularity": "row"})),
-        experts=(2, 2),
-        formula="as slerp, row by row",
-        cost="N^2 oi",
-        promises=Promises(neutral=None, identical="mean", tolerance=1e-6, elements=False),
-    )
+    name="nuslerp",
+    summary="As slerp, with an angle of its own for every row (or column) of a matrix.",
+    source="NuSLERP, mergekit",
+    stages=Stages(combine=("slerp", {"granularity": "row"})),
+    experts=(2, 2),
+    formula="as slerp, row by row",
+    cost="N^2 oi",
+    promises=Promises(neutral=None, identical="mean", tolerance=1e-6, elements=False),
 )

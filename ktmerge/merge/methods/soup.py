@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from ktmerge.merge.arithmetic import weighted_total
 from ktmerge.merge.program import Sum
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Amount, Context, Method, Parameters, Promises, Stages
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ktmerge.merge.stage import Amount, Context, Parameters, Promises, Stages, Tensor
 
 
 class SoupParameters(Parameters):
@@ -36,11 +32,10 @@ def _soup_shares(parameters: SoupParameters, weights: Sequence[float]) -> list[f
     return [weight / total for weight in weights]
 
 
-def _compiled(parameters: SoupParameters, weights: Mapping[str, float]) -> Sum:
-    return Sum(_soup_shares(parameters, list(weights.values())))
-
-
-@stage("soup", "combine", SoupParameters, objection=_soup_objection, compiled=_compiled)
+@stage(
+    "soup", "combine", SoupParameters, objection=_soup_objection,
+    compiled=lambda given, weights: Sum(_soup_shares(given, list(weights.values()))),
+)  # fmt: skip
 def soup(deltas: list[Tensor], parameters: SoupParameters, context: Context) -> Tensor:
     """Average the models, the base among them with a weight of its own: sum_t w_t tau_t / (sum_t w_t + w_0)."""
     return weighted_total(deltas, _soup_shares(parameters, context.weights))
@@ -71,11 +66,10 @@ def _natural(name: str) -> list[tuple[bool, int, str, str]]:
     ]
 
 
-def _ema_compiled(parameters: EmaParameters, weights: Mapping[str, float]) -> Sum:
-    return Sum(ema_shares(parameters.beta, tuple(weights), tuple(weights.values())))
-
-
-@stage("ema", "combine", EmaParameters, objection=_ema_objection, compiled=_ema_compiled)
+@stage(
+    "ema", "combine", EmaParameters, objection=_ema_objection,
+    compiled=lambda given, weights: Sum(ema_shares(given.beta, tuple(weights), tuple(weights.values()))),
+)  # fmt: skip
 def ema(deltas: list[Tensor], parameters: EmaParameters, context: Context) -> Tensor:
     """Exponential moving average over checkpoints k = 1..K of one run: weights in proportion to w_k beta^(K-k).
 
@@ -85,22 +79,18 @@ def ema(deltas: list[Tensor], parameters: EmaParameters, context: Context) -> Te
 
 
 method(
-    Method(
-        name="soup",
-        summary="Several runs on the same task: average them, the base with a share of its own if it should be kept.",
-        source="Wortsman et al., ICML 2022, arXiv:2203.05482",
-        stages=Stages(combine=("soup", {})),
-        formula="sum_t w_t tau_t / (sum_t w_t + w_0)",
-        promises=Promises(neutral={"base_weight": 0.0}, identical="mean"),
-    )
+    name="soup",
+    summary="Several runs on the same task: average them, the base with a share of its own if it should be kept.",
+    source="Wortsman et al., ICML 2022, arXiv:2203.05482",
+    stages=Stages(combine=("soup", {})),
+    formula="sum_t w_t tau_t / (sum_t w_t + w_0)",
+    promises=Promises(neutral={"base_weight": 0.0}, identical="mean"),
 )
 method(
-    Method(
-        name="ema",
-        summary="Checkpoints of one run: average them, the latest most; smooths what the last steps happened to do.",
-        source="Izmailov et al., UAI 2018, arXiv:1803.05407; LAWA, arXiv:2209.14981",
-        stages=Stages(combine=("ema", {})),
-        formula="sum_k beta^(K-k) tau_k / sum_k beta^(K-k)",
-        promises=Promises(identical="mean"),
-    )
+    name="ema",
+    summary="Checkpoints of one run: average them, the latest most; smooths what the last steps happened to do.",
+    source="Izmailov et al., UAI 2018, arXiv:1803.05407; LAWA, arXiv:2209.14981",
+    stages=Stages(combine=("ema", {})),
+    formula="sum_k beta^(K-k) tau_k / sum_k beta^(K-k)",
+    promises=Promises(identical="mean"),
 )

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import partial
 
 from pydantic import Field
 
 from ktmerge.merge.arithmetic import VECTORS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Place, Promises, Stages, Statistic
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ktmerge.merge.stage import Context, Parameters, Promises, Stages, Statistic, Tensor
 
 
 class SpiderParameters(Parameters):
@@ -91,15 +88,10 @@ class _Shares:
         return torch.where(after > before + self._kappa, after / (before + after), 0).float()
 
 
-def _statistics(parameters: SpiderParameters) -> tuple[Statistic, ...]:
-    return (Statistic("shares", "tensor", lambda domain: _Shares(parameters, domain.elements)),)
-
-
-def _vectors(parameters: SpiderParameters, place: Place) -> int:
-    return VECTORS
-
-
-@stage("spider", "transform", SpiderParameters, statistics=_statistics, grain=_vectors, portable=False)
+@stage(
+    "spider", "transform", SpiderParameters, grain=lambda *_: VECTORS, portable=False,
+    statistics=lambda given: [Statistic("shares", "tensor", partial(_Shares, given))],
+)  # fmt: skip
 def spider(delta: Tensor, parameters: SpiderParameters, context: Context) -> Tensor:
     """Keep tau times c = r_t / (r_0 + r_t) where r_t > r_0 + kappa (arXiv:2411.10928, eq. 4-7, with tau as the update).
 
@@ -111,14 +103,12 @@ def spider(delta: Tensor, parameters: SpiderParameters, context: Context) -> Ten
 
 
 method(
-    Method(
-        name="spider",
-        summary="One expert, nothing to tune: keep changes that are large where the base's own weights are small.",
-        source="Huang et al., ICML 2025, arXiv:2411.10928, applied after training",
-        stages=Stages(transform=(("spider", {}),), combine=("sum", {})),
-        experts=(1, 1),
-        formula="min(1, c / mean c) tau, c = r_t / (r_0 + r_t) where r_t > r_0 + kappa, r = sigmoid(z(|.|))",
-        promises=Promises(neutral=None, identical="other"),
-        semantics=2,
-    )
+    name="spider",
+    summary="One expert, nothing to tune: keep changes that are large where the base's own weights are small.",
+    source="Huang et al., ICML 2025, arXiv:2411.10928, applied after training",
+    stages=Stages(transform=(("spider", {}),), combine=("sum", {})),
+    experts=(1, 1),
+    formula="min(1, c / mean c) tau, c = r_t / (r_0 + r_t) where r_t > r_0 + kappa, r = sigmoid(z(|.|))",
+    promises=Promises(neutral=None, identical="other"),
+    semantics=2,
 )

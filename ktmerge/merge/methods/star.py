@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pydantic import Field
 
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, SplitFused, Stages
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ktmerge.merge.stage import Context, Parameters, Promises, SplitFused, Stages, Tensor
 
 
 class StarParameters(Parameters):
@@ -43,15 +38,13 @@ def star(delta: Tensor, parameters: StarParameters, context: Context) -> Tensor:
 
 
 method(
-    Method(
-        name="star",
-        summary="Several experts: cut the small directions of each, which interfere most, keep its strength; average.",
-        source="Lee et al., NAACL 2025, arXiv:2502.10339",
-        stages=Stages(transform=(("star", {}),), combine=("mean", {})),
-        otherwise=MEANS,
-        formula="mean_t U_r (S_r sum s / sum_r s) V_r^T of tau_t = U S V^T, sum_r s >= 0.4 sum s",
-        cost="N eigh min(o, i)^3",
-        promises=Promises(neutral={"eta": 1.0}, identical="other", elements=False, rotations=True, tolerance=1e-5),
-        semantics=2,
-    )
+    name="star",
+    summary="Several experts: cut the small directions of each, which interfere most, keep its strength; average.",
+    source="Lee et al., NAACL 2025, arXiv:2502.10339",
+    stages=Stages(transform=(("star", {}),), combine=("mean", {})),
+    otherwise=MEANS,
+    formula="mean_t U_r (S_r sum s / sum_r s) V_r^T of tau_t = U S V^T, sum_r s >= 0.4 sum s",
+    cost="N eigh min(o, i)^3",
+    promises=Promises(neutral={"eta": 1.0}, identical="other", elements=False, rotations=True, tolerance=1e-5),
+    semantics=2,
 )

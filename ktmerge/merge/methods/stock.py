@@ -10,12 +10,10 @@ from pydantic import Field
 from ktmerge.merge.methods.slerp import inner_products
 from ktmerge.merge.program import Measured
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, Stages, Statistic
+from ktmerge.merge.stage import Context, Parameters, Promises, Stages, Tensor
 from ktmerge.merge.weights import positive
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ktmerge.merge.geometry import Geometry
 
 
@@ -25,10 +23,6 @@ class StockParameters(Parameters):
     )
 
 
-def _geometry(parameters: StockParameters) -> tuple[Statistic, ...]:
-    return inner_products(parameters.granularity)
-
-
 def _compiled(parameters: StockParameters, weights: Mapping[str, float]) -> Measured | None:
     if parameters.granularity != "tensor":
         return None
@@ -36,7 +30,10 @@ def _compiled(parameters: StockParameters, weights: Mapping[str, float]) -> Meas
     return Measured("geometry", "tensor", lambda geometry: _coefficients(geometry, own)[0].tolist())
 
 
-@stage("stock", "combine", StockParameters, statistics=_geometry, objection=positive, compiled=_compiled)
+@stage(
+    "stock", "combine", StockParameters, objection=positive, compiled=_compiled,
+    statistics=lambda given: inner_products(given.granularity),
+)  # fmt: skip
 def stock(deltas: list[Tensor], parameters: StockParameters, context: Context) -> Tensor:
     """M = t mean_t tau_t with t = N c / (1 + (N - 1) c), c the mean cosine of pairs (arXiv:2403.19522).
 
@@ -70,15 +67,13 @@ def _coefficients(geometry: Geometry, weights: tuple[float, ...]) -> Any:
 
 
 method(
-    Method(
-        name="model_stock",
-        summary="Two or more independent runs of one task: their mean, the closer to the base the less they agree.",
-        source="Jang et al., ECCV 2024, arXiv:2403.19522",
-        stages=Stages(combine=("stock", {})),
-        experts=(2, None),
-        formula="t mean_t tau_t, t = N c / (1 + (N-1) c) within [0, 1], c = mean cosine of pairs",
-        cost="N^2 oi",
-        promises=Promises(neutral=None, identical="mean", tolerance=1e-6),
-        semantics=2,
-    )
+    name="model_stock",
+    summary="Two or more independent runs of one task: their mean, the closer to the base the less they agree.",
+    source="Jang et al., ECCV 2024, arXiv:2403.19522",
+    stages=Stages(combine=("stock", {})),
+    experts=(2, None),
+    formula="t mean_t tau_t, t = N c / (1 + (N-1) c) within [0, 1], c = mean cosine of pairs",
+    cost="N^2 oi",
+    promises=Promises(neutral=None, identical="mean", tolerance=1e-6),
+    semantics=2,
 )

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, SplitFused, Stages
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ktmerge.merge.stage import Context, Parameters, Promises, SplitFused, Stages, Tensor
 
 
 class SvdTruncateParameters(Parameters):
@@ -58,15 +55,13 @@ def svd_truncate(delta: Tensor, parameters: SvdTruncateParameters, context: Cont
 
 
 method(
-    Method(
-        name="svd_truncate",
-        summary="One expert: keep the few directions in which it moved most, or give just those back (keep: tail).",
-        source="Eckart and Young, Psychometrika 1936; on deltas e.g. Gargiulo et al., CVPR 2025, arXiv:2412.00081",
-        stages=Stages(transform=(("svd_truncate", {}),), combine=("mean", {})),
-        otherwise=MEANS,
-        formula="U_r S_r V_r^T of tau = U S V^T, r the fewest with sum_r s^2 >= 0.9 sum s^2",
-        cost="eigh min(o, i)^3",
-        promises=Promises(neutral={"share": 1.0}, identical="mean", elements=False, rotations=True, tolerance=1e-5),
-        semantics=2,
-    )
+    name="svd_truncate",
+    summary="One expert: keep the few directions in which it moved most, or give just those back (keep: tail).",
+    source="Eckart and Young, Psychometrika 1936; on deltas e.g. Gargiulo et al., CVPR 2025, arXiv:2412.00081",
+    stages=Stages(transform=(("svd_truncate", {}),), combine=("mean", {})),
+    otherwise=MEANS,
+    formula="U_r S_r V_r^T of tau = U S V^T, r the fewest with sum_r s^2 >= 0.9 sum s^2",
+    cost="eigh min(o, i)^3",
+    promises=Promises(neutral={"share": 1.0}, identical="mean", elements=False, rotations=True, tolerance=1e-5),
+    semantics=2,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -11,11 +12,9 @@ from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.methods.backmerge import NEEDS
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Need, Parameters, Promises, SplitFused, Stages
+from ktmerge.merge.stage import Context, Need, Parameters, Promises, SplitFused, Stages, Tensor
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ktmerge.merge.tailoring import Tailor
 
 
@@ -114,35 +113,26 @@ def _patch(delta: Tensor, tailor: Tailor, decoration: str) -> Tensor:
     return kept
 
 
-_SOURCE = "Zhu et al., ICML 2024, arXiv:2402.12048"
 _PROMISES = Promises(neutral={"density": 1.0}, identical="mean", elements=False, tolerance=1e-5)
-_PAPERS = replace(_PROMISES, scale=False, sign=False)  # it scores the tuned weight, in which the base is
-_PAPER = {"score": "paper", "decoration": "paper"}
 
-for _name, _summary, _parameters, _promises in (
-    (
-        "model_tailor",
-        "One expert and its data: keep a small patch of the change, corrected so that outputs hardly miss the rest.",
-        {},
-        _PROMISES,
-    ),
-    (
-        "model_tailor_paper",
-        "Model Tailor as its published code has it, to compare with; model_tailor is better.",
-        _PAPER,
-        _PAPERS,
-    ),
-):
-    method(
-        Method(
-            name=_name,
-            summary=_summary,
-            source=_SOURCE,
-            stages=Stages(transform=(("model_tailor", _parameters),), combine=("stitch", {})),
-            otherwise=MEANS,
-            formula="m (tau + correction), m the entries of largest score in each block of columns",
-            cost="i^3 + R i^2 + oi^2; of R < i / 2 samples i R^2 + oi R",
-            promises=_promises,
-            semantics=3,
-        )
-    )
+_tailored = partial(
+    method,
+    source="Zhu et al., ICML 2024, arXiv:2402.12048",
+    otherwise=MEANS,
+    formula="m (tau + correction), m the entries of largest score in each block of columns",
+    cost="i^3 + R i^2 + oi^2; of R < i / 2 samples i R^2 + oi R",
+    semantics=3,
+)
+_tailored(
+    name="model_tailor",
+    summary="One expert and its data: keep a small patch of the change, corrected so that outputs hardly miss the "
+    "rest.",
+    stages=Stages(transform=(("model_tailor", {}),), combine=("stitch", {})),
+    promises=_PROMISES,
+)
+_tailored(
+    name="model_tailor_paper",
+    summary="Model Tailor as its published code has it, to compare with; model_tailor is better.",
+    stages=Stages(transform=(("model_tailor", {"score": "paper", "decoration": "paper"}),), combine=("stitch", {})),
+    promises=replace(_PROMISES, scale=False, sign=False),  # it scores the tuned weight, in which the base is
+)

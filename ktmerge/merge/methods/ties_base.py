@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from ktmerge.merge.arithmetic import weighted_total
 from ktmerge.merge.methods.elect import disjoint, relative
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Amount, Context, Method, Need, Parameters, Promises, Stages
+from ktmerge.merge.stage import Amount, Context, Need, Parameters, Promises, Stages, Tensor
 from ktmerge.merge.weights import positive
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class BaseVoteParameters(Parameters):
@@ -64,15 +60,13 @@ def _elected(deltas: Sequence[Tensor], weights: list[float], share: Tensor | flo
 _TIES = Stages(transform=(("trim", {}),), combine=("elect", {}))
 
 method(
-    Method(
-        name="ties_base",
-        summary="As ties, with upstream data: changes of inputs that the base uses much need more agreement.",
-        source="ktmerge; the election of arXiv:2306.01708 with the base as a voter",
-        stages=Stages(transform=(("trim", {}),), combine=("elect_base", {})),
-        otherwise={"embed": _TIES, "vector": _TIES, "conv": _TIES},
-        formula="elect(trim tau_t) where |sum_t w_t tau_t| > kappa r_j sum_t w_t |tau_t|, else 0; r_j^2 ~ E x_j^2",
-        cost="N oi + R i",
-        promises=Promises(neutral={"density": 1.0, "kappa": 0.0}, identical="other", elements=False),
-        semantics=2,
-    )
+    name="ties_base",
+    summary="As ties, with upstream data: changes of inputs that the base uses much need more agreement.",
+    source="ktmerge; the election of arXiv:2306.01708 with the base as a voter",
+    stages=Stages(transform=(("trim", {}),), combine=("elect_base", {})),
+    otherwise={"embed": _TIES, "vector": _TIES, "conv": _TIES},
+    formula="elect(trim tau_t) where |sum_t w_t tau_t| > kappa r_j sum_t w_t |tau_t|, else 0; r_j^2 ~ E x_j^2",
+    cost="N oi + R i",
+    promises=Promises(neutral={"density": 1.0, "kappa": 0.0}, identical="other", elements=False),
+    semantics=2,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -11,10 +11,7 @@ from ktmerge.merge.kernels.keys import stream_key
 from ktmerge.merge.matrices import row_size
 from ktmerge.merge.program import Trim
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Place, Promises, Stages, Statistic
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ktmerge.merge.stage import Context, Observer, Parameters, Place, Promises, Stages, Statistic, Tensor
 
 
 class TrimParameters(Parameters):
@@ -38,21 +35,18 @@ def _threshold(parameters: TrimParameters) -> tuple[Statistic, ...]:
     if parameters.scope == "row":
         return ()
 
-    def start(domain: Domain) -> Observer:
+    def start(elements: int) -> Observer:
         from ktmerge.merge.kernels.radix import MagnitudeThreshold
 
-        return MagnitudeThreshold(math.floor(parameters.density * domain.elements), domain.elements, hash_key)
+        return MagnitudeThreshold(math.floor(parameters.density * elements), elements, hash_key)
 
     return (Statistic("threshold", parameters.scope, start),)
 
 
-def _compiled(parameters: TrimParameters) -> Trim | None:
-    if parameters.scope == "row":
-        return None
-    return Trim(parameters.density, parameters.scope, "trim")
-
-
-@stage("trim", "transform", TrimParameters, statistics=_threshold, compiled=_compiled, grain=by_rows)
+@stage(
+    "trim", "transform", TrimParameters, statistics=_threshold, grain=by_rows,
+    compiled=lambda given: None if given.scope == "row" else Trim(given.density, given.scope, "trim"),
+)  # fmt: skip
 def trim(delta: Tensor, parameters: TrimParameters, context: Context) -> Tensor:
     """Keep the k = floor(density n) elements of largest magnitude (arXiv:2306.01708, 4.1).
 
@@ -73,13 +67,11 @@ def trim(delta: Tensor, parameters: TrimParameters, context: Context) -> Tensor:
 
 
 method(
-    Method(
-        name="trim",
-        summary="One expert: keep only its largest changes, give the rest back to the base.",
-        formula="tau where |tau| is among the largest density n, else 0",
-        source="Yadav et al., NeurIPS 2023, arXiv:2306.01708, with one task",
-        stages=Stages(transform=(("trim", {}),), combine=("sum", {})),
-        experts=(1, 1),
-        promises=Promises(neutral={"density": 1.0}, identical="other"),
-    )
+    name="trim",
+    summary="One expert: keep only its largest changes, give the rest back to the base.",
+    formula="tau where |tau| is among the largest density n, else 0",
+    source="Yadav et al., NeurIPS 2023, arXiv:2306.01708, with one task",
+    stages=Stages(transform=(("trim", {}),), combine=("sum", {})),
+    experts=(1, 1),
+    promises=Promises(neutral={"density": 1.0}, identical="other"),
 )

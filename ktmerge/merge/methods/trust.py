@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -11,10 +11,7 @@ from ktmerge.merge.arithmetic import weighted_total
 from ktmerge.merge.kernels.codes import TRUST
 from ktmerge.merge.program import Ruled, Sum
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Domain, Method, Observer, Parameters, Promises, Stages, Statistic
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ktmerge.merge.stage import Context, Observer, Parameters, Promises, Stages, Statistic, Tensor
 
 
 class TrustParameters(Parameters):
@@ -26,10 +23,10 @@ def _statistics(parameters: TrustParameters) -> tuple[Statistic, ...]:
     if parameters.quantile == 1:
         return ()
 
-    def start(domain: Domain) -> Observer:
+    def start(elements: int) -> Observer:
         from ktmerge.merge.quantiles import Quantiles
 
-        return Quantiles((parameters.quantile,), domain.elements, _sensitivity)
+        return Quantiles((parameters.quantile,), elements, _sensitivity)
 
     return (Statistic("limit", parameters.scope, start),)
 
@@ -73,14 +70,12 @@ def _sensitivity(deltas: list[Tensor], context: Context) -> Tensor:
 
 
 method(
-    Method(
-        name="tatr",
-        summary="Several experts: task arithmetic without the hundredth of the weights that all of them move a lot.",
-        source="Sun et al., 2025, arXiv:2501.15065, zero-shot",
-        stages=Stages(combine=("trust", {})),
-        lambda_=0.3,
-        formula="sum_t w_t tau_t [O <= Q_q(O)], O = sum_{a != b} |tau_a| |tau_b|",
-        cost="N oi, two passes",
-        promises=Promises(neutral={"quantile": 1.0}, identical="sum"),
-    )
+    name="tatr",
+    summary="Several experts: task arithmetic without the hundredth of the weights that all of them move a lot.",
+    source="Sun et al., 2025, arXiv:2501.15065, zero-shot",
+    stages=Stages(combine=("trust", {})),
+    lambda_=0.3,
+    formula="sum_t w_t tau_t [O <= Q_q(O)], O = sum_{a != b} |tau_a| |tau_b|",
+    cost="N oi, two passes",
+    promises=Promises(neutral={"quantile": 1.0}, identical="sum"),
 )

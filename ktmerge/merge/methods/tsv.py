@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pydantic import Field
 
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, SplitFused, Stages
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ktmerge.merge.stage import Context, Parameters, Promises, SplitFused, Stages, Tensor
 
 
 class TsvParameters(Parameters):
@@ -56,14 +51,12 @@ def tsv_m(deltas: list[Tensor], parameters: TsvParameters, context: Context) -> 
 
 
 method(
-    Method(
-        name="tsv_m",
-        summary="Several unlike experts: add what each does most strongly, kept out of the others' way.",
-        source="Gargiulo et al., CVPR 2025, arXiv:2412.00081",
-        stages=Stages(combine=("tsv_m", {})),
-        otherwise=MEANS,
-        formula="polar(U) diag(S) polar(V)^T, [U, S, V] = top min(o, i) / N singular triplets of each tau_t",
-        cost="(N + 2) eigh min(o, i)^3",
-        promises=Promises(identical="other", elements=False, rotations=True, tolerance=1e-5),
-    )
+    name="tsv_m",
+    summary="Several unlike experts: add what each does most strongly, kept out of the others' way.",
+    source="Gargiulo et al., CVPR 2025, arXiv:2412.00081",
+    stages=Stages(combine=("tsv_m", {})),
+    otherwise=MEANS,
+    formula="polar(U) diag(S) polar(V)^T, [U, S, V] = top min(o, i) / N singular triplets of each tau_t",
+    cost="(N + 2) eigh min(o, i)^3",
+    promises=Promises(identical="other", elements=False, rotations=True, tolerance=1e-5),
 )

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from ktmerge.merge.methods.wudi import MEANS
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Context, Method, Parameters, Promises, SplitFused, Stages
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ktmerge.merge.stage import Context, Parameters, Promises, SplitFused, Stages, Tensor
 
 
 class WienerParameters(Parameters):
@@ -65,15 +62,13 @@ def wiener(delta: Tensor, parameters: WienerParameters, context: Context) -> Ten
 
 
 method(
-    Method(
-        name="wiener",
-        summary="One expert and no data: shrink weak directions of the change more than strong ones; one knob a.",
-        source="ktmerge; Wiener's filter with the covariances of arXiv:2503.08099",
-        stages=Stages(transform=(("wiener", {}),), combine=("mean", {})),
-        otherwise=MEANS,
-        formula="U (s^3 / (s^2 + n^2)) V^T of tau = U S V^T, n^2 = (1 - a) / a ||tau||^2 / i",
-        cost="eigh min(o, i)^3; prior weights: eigh min(i, 2 o)^3",
-        promises=Promises(neutral={"a": 1.0}, identical="mean", elements=False, rotations=True, tolerance=1e-5),
-        semantics=3,
-    )
+    name="wiener",
+    summary="One expert and no data: shrink weak directions of the change more than strong ones; one knob a.",
+    source="ktmerge; Wiener's filter with the covariances of arXiv:2503.08099",
+    stages=Stages(transform=(("wiener", {}),), combine=("mean", {})),
+    otherwise=MEANS,
+    formula="U (s^3 / (s^2 + n^2)) V^T of tau = U S V^T, n^2 = (1 - a) / a ||tau||^2 / i",
+    cost="eigh min(o, i)^3; prior weights: eigh min(i, 2 o)^3",
+    promises=Promises(neutral={"a": 1.0}, identical="mean", elements=False, rotations=True, tolerance=1e-5),
+    semantics=3,
 )

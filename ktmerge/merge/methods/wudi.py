@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from ktmerge.checkpoints.classes import TensorClass
 from ktmerge.merge.registry import method, stage
-from ktmerge.merge.stage import Amount, Context, Method, Parameters, Promises, SplitFused, Stages
+from ktmerge.merge.stage import Amount, Context, Parameters, Promises, SplitFused, Stages, Tensor
 from ktmerge.merge.weights import positive, relative
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ktmerge.merge.covariance import Covariance
 
 
@@ -97,55 +96,44 @@ MEAN = Stages(combine=("mean", {}))
 MEANS: Mapping[TensorClass, Stages] = {"embed": MEAN, "vector": MEAN, "conv": MEAN}
 
 _SOURCE = "Wei et al., 2026, arXiv:2606.07289, after Cheng et al., ICML 2025, arXiv:2503.08099"
-_PROMISES = Promises(identical="mean", elements=False, rotations=True, tolerance=1e-5)
-
+_regressed = partial(
+    method,
+    otherwise=MEANS,
+    promises=Promises(identical="mean", elements=False, rotations=True, tolerance=1e-5),
+    semantics=2,
+)
 _EIGH = "eigh min(i, N o)^3 + N oi min(i, N o)"
 _CHOLESKY = "N oi min(i, N o) + min(i, N o)^3 / 3; with weak directions eigh min(i, N o)^3"
 
-for _name, _summary, _source, _formula, _parameters, _cost in (
-    (
-        "wudi_cf",
-        "Several experts: what WUDI seeks by gradient steps, solved exactly; swudi_a damps its weak directions.",
-        "Cheng et al., ICML 2025, arXiv:2503.08099, solved in closed form",
-        "(sum_t tau_t C_t)(sum_t C_t)^+, C_t = tau_t^T tau_t / ||tau_t||^2",
-        {"filter": "none", "rank": "all"},
-        _CHOLESKY,
-    ),
-    (
-        "actmat",
-        "As wudi_cf, but experts that moved further count more.",
-        "arXiv:2604.01329",
-        "(sum_t tau_t C_t)(sum_t C_t)^+, C_t = tau_t^T tau_t",
-        {"filter": "none", "rank": "all", "cov_norm": "none"},
-        _CHOLESKY,
-    ),
-    (
-        "swudi",
-        "As swudi_a, with two knobs: how many directions take part, and how far the weak ones go.",
-        _SOURCE,
-        "M_0 + [(D V)(f / l) - (M_0 V) f] V^T, f = 1 - exp(-l T) on the first keep * i directions, M_0 the mean",
-        {"filter": "exp", "rank": "fraction"},
-        _EIGH,
-    ),
-    (
-        "swudi_a",
-        "Several experts and no data: the first to try; adds what needs other inputs, averages what shares them.",
-        _SOURCE,
-        "M_0 + (D V / l - M_0 V) V^T on the first (sum sqrt(l))^2 / sum(l) directions V, M_0 the mean",
-        {"filter": "none", "rank": "participation"},
-        _EIGH,
-    ),
-):
-    method(
-        Method(
-            name=_name,
-            summary=_summary,
-            source=_source,
-            stages=Stages(combine=("spectral_regmean", _parameters)),
-            otherwise=MEANS,
-            formula=_formula,
-            cost=_cost,
-            promises=_PROMISES,
-            semantics=2,
-        )
-    )
+_regressed(
+    name="wudi_cf",
+    summary="Several experts: what WUDI seeks by gradient steps, solved exactly; swudi_a damps its weak directions.",
+    source="Cheng et al., ICML 2025, arXiv:2503.08099, solved in closed form",
+    stages=Stages(combine=("spectral_regmean", {"filter": "none", "rank": "all"})),
+    formula="(sum_t tau_t C_t)(sum_t C_t)^+, C_t = tau_t^T tau_t / ||tau_t||^2",
+    cost=_CHOLESKY,
+)
+_regressed(
+    name="actmat",
+    summary="As wudi_cf, but experts that moved further count more.",
+    source="arXiv:2604.01329",
+    stages=Stages(combine=("spectral_regmean", {"filter": "none", "rank": "all", "cov_norm": "none"})),
+    formula="(sum_t tau_t C_t)(sum_t C_t)^+, C_t = tau_t^T tau_t",
+    cost=_CHOLESKY,
+)
+_regressed(
+    name="swudi",
+    summary="As swudi_a, with two knobs: how many directions take part, and how far the weak ones go.",
+    source=_SOURCE,
+    stages=Stages(combine=("spectral_regmean", {"filter": "exp", "rank": "fraction"})),
+    formula="M_0 + [(D V)(f / l) - (M_0 V) f] V^T, f = 1 - exp(-l T) on the first keep * i directions, M_0 the mean",
+    cost=_EIGH,
+)
+_regressed(
+    name="swudi_a",
+    summary="Several experts and no data: the first to try; adds what needs other inputs, averages what shares them.",
+    source=_SOURCE,
+    stages=Stages(combine=("spectral_regmean", {"filter": "none", "rank": "participation"})),
+    formula="M_0 + (D V / l - M_0 V) V^T on the first (sum sqrt(l))^2 / sum(l) directions V, M_0 the mean",
+    cost=_EIGH,
+)
