@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ktmerge.checkpoints.digests import remember
 from ktmerge.checkpoints.files import file_digest, refuse_overlap
 from ktmerge.checkpoints.writer import Writer
-from ktmerge.errors import KtmergeError
+from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.merge.card import BASE_FILE as BASE_CARD
 from ktmerge.merge.card import FILE as CARD
 from ktmerge.merge.card import base_card, card
@@ -170,6 +170,11 @@ def blend_into(
     from ktmerge.merge.engine import execute
     from ktmerge.merge.sinks import LiveSink
 
+    if not callable(getattr(model, "state_dict", None)):
+        raise UsageError(
+            f"blend_into takes a loaded model, not {type(model).__name__}; load it, or write a folder "
+            "with ktmerge.blend(recipe, out)."
+        )
     plan = plan_blend(recipe) if sources is None else sources.plan(recipe)
     sink = LiveSink(model, plan.base) if sources is None else sources.sink(model, plan.base)
     place = sink.device if device == "auto" else device

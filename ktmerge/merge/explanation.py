@@ -137,7 +137,7 @@ def _planned(plan: Plan) -> Iterator[str]:
 
 def _treatment(tensor: TensorPlan, alone: bool) -> str:
     if tensor.pipeline is None:
-        return "stay the base's." if tensor.expert is None else f"are taken from {tensor.expert}, unchanged."
+        return "kept as in the base." if tensor.expert is None else f"taken from {tensor.expert}, unchanged."
     return _steps(tensor.pipeline, tensor.lambda_, alone)
 
 
@@ -163,7 +163,7 @@ def _condition(rule: WhereRule) -> str:
 
 def _ruled(rule: WhereRule, number: int, recipe: Recipe, setting: Setting) -> str:
     if rule.keep is not None:
-        return "stay the base's." if rule.keep == "base" else f"are taken from {rule.keep}, unchanged."
+        return "kept as in the base." if rule.keep == "base" else f"taken from {rule.keep}, unchanged."
     assert recipe.blend is not None
     own = rule_setting(rule, f"blend.where[{number}]", recipe.blend, setting)
     return " Or, ".join(
@@ -175,7 +175,7 @@ def _ruled(rule: WhereRule, number: int, recipe: Recipe, setting: Setting) -> st
 def _steps(pipeline: Pipeline, lambda_: float, alone: bool) -> str:
     """The stages in words, in order; with one expert alone its mean or sum is no step."""
     if lambda_ == 0:
-        return "stay the base's, as lambda is 0."
+        return "kept as in the base, as lambda is 0."
     told = [use for use in pipeline.uses if not (alone and use.stage.name in ("mean", "sum"))]
     steps = [f"{_KINDS[use.stage.kind]}: {_step(use)}" for use in told]
     steps = steps or ["the expert's change as it is"]

@@ -33,9 +33,9 @@ def test_every_tensor_of_a_plan_is_told_of_once(llamas: Path, tmp_path: Path) ->
     plan = plan_blend(load_recipe(tmp_path / "r.yaml"))
     counts = [int(line.split("(")[1].split(" tensor")[0]) for line in told]
     assert sum(counts) == len(plan.tensors)
-    kept = next(line for line in told if line.endswith("stay the base's."))
+    kept = next(line for line in told if line.endswith("kept as in the base."))
     assert f"({sum(tensor.action == 'base' for tensor in plan.tensors)} tensors" in kept
-    assert any("are taken from a, unchanged." in line and "embed" in line for line in told)
+    assert any("taken from a, unchanged." in line and "embed" in line for line in told)
     assert any("largest magnitude [density 0.3]" in line and "times lambda 0.8" in line for line in told)
     assert "Expert b is b, weight 0.5." in lines(api.explain(str(tmp_path / "r.yaml")), "What goes in")
 

@@ -14,7 +14,7 @@ import torch
 from merge_models import Model, read, same_bytes, write
 
 from ktmerge.checkpoints.header import TensorInfo
-from ktmerge.errors import KtmergeError
+from ktmerge.errors import KtmergeError, UsageError
 from ktmerge.merge import blend, blend_into
 from ktmerge.merge.flow import Flow
 from ktmerge.merge.inexact import inexact_places
@@ -270,6 +270,11 @@ def test_a_candidate_that_is_not_finite_is_refused(llamas: Path, tmp_path: Path,
     for given in ({"method": "linear"}, {"method": "linear", "lambda": 0}, {"method": "ties", "density": 0.1}):
         with pytest.raises(KtmergeError, match="NaN or infinite"):
             blend_into(model, recipe_in(tmp_path / "models", ONE, given), sources, measured=False)
+
+
+def test_what_is_no_loaded_model_is_told(llamas: Path, recipe_in: Any) -> None:
+    with pytest.raises(UsageError, match="takes a loaded model, not PosixPath; load it, or write"):
+        blend_into(llamas / "base", recipe_in(llamas, ONE, {"method": "linear"}))
 
 
 def test_a_model_whose_memory_changed_is_found_again(llamas: Path, recipe_in: Any) -> None:
