@@ -43,7 +43,7 @@ class TaskInfo:
     skipped: int = 0
     clusters: list[int] = field(default_factory=list)
 
-    __pydantic_config__: ClassVar = {"extra": "forbid"}  # of files that are read
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}  # of files that are read
 
     @property
     def groups(self) -> list[int]:

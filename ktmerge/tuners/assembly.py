@@ -182,7 +182,12 @@ def _require_packable(given: Assignment, model: Any, *, lean: bool) -> None:
 
     if given.job.packing and (given.shows_images or not given.encoder.packs):
         raise UsageError("packing: samples with images cannot share a row; group_by_length saves padding, too.")
-    if given.job.packing and not (lean and packs_faithfully(model, model.config.get_text_config().vocab_size)):
+    if given.job.packing and not lean:
+        raise UsageError(
+            f"packing: this model ({model.config.model_type}) takes no mask as logits_to_keep, which packed rows need, "
+            "or its loss has more terms; a newer transformers may, or leave it out: group_by_length saves padding."
+        )
+    if given.job.packing and not packs_faithfully(model, model.config.get_text_config().vocab_size):
         raise UsageError(
             f"packing: samples in one row would see each other in this model ({model.config.model_type}); "
             "leave it out, group_by_length saves padding, too."

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tuning import sample
+from tuning import sample, takes_masks
 
 from ktmerge.tuners.collate import IGNORED, Collator
 from ktmerge.tuners.loss import PASS_TOKENS, answer_loss, count_trained, cuts, pieces, projects_faithfully
@@ -19,6 +19,7 @@ def test_the_collator_pads_on_the_right_and_labels_only_what_is_trained() -> Non
     assert batch["labels"].tolist() == [[IGNORED, IGNORED, 7, IGNORED, IGNORED], [IGNORED, IGNORED, IGNORED, 23, 24]]
 
 
+@takes_masks
 def test_the_loss_is_the_models_own(model: Any) -> None:
     batch = Collator(0)([sample(30, 4), sample(17, 9), sample(8, 8)])
     own = model(**batch).loss
@@ -33,6 +34,7 @@ def test_the_loss_is_the_models_own(model: Any) -> None:
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
 
 
+@takes_masks
 def test_pieces_cover_the_batch_and_their_losses_add_up(model: Any) -> None:
     samples = [sample(n, 2) for n in (30, 7, 12, 9, 28, 7)]
     batch = Collator(0)(samples)
@@ -66,6 +68,7 @@ def test_cuts_cost_least() -> None:
     assert cuts([7] * 9, 10**6) == [(0, 9)]
 
 
+@takes_masks
 def test_faithful_models_are_told_from_others(model: Any) -> None:
     assert projects_faithfully(model, 400)
     plain = model.forward

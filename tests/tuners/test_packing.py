@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tuning import sample, tune, weights
+from tuning import sample, takes_masks, tune, weights
 
 from ktmerge.errors import UsageError
 from ktmerge.tuners.collate import IGNORED, Collator
@@ -24,6 +24,7 @@ def test_rows_are_filled_and_hold_everything_once() -> None:
     assert fill([7, 2], 5) == [[0], [1]]  # what is longer goes alone
 
 
+@takes_masks
 def test_a_packed_batch_has_the_loss_and_gradients_of_the_padded_one(model: Any) -> None:
     packed = PackingCollator(9)(SAMPLES)
     padded = Collator(9)(SAMPLES)
@@ -42,6 +43,7 @@ def test_a_packed_batch_has_the_loss_and_gradients_of_the_padded_one(model: Any)
     assert total == pytest.approx(found.item(), rel=1e-6)
 
 
+@takes_masks
 def test_no_logit_depends_on_another_sample(model: Any) -> None:
     """In one row; every token of the first sample is changed, and nothing of the others."""
     with torch.no_grad():
@@ -60,6 +62,7 @@ def test_the_first_token_of_a_sample_is_nobodys_answer() -> None:
     assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2]]
 
 
+@takes_masks
 def test_models_that_mix_a_row_are_told_from_others(model: Any) -> None:
     assert packs_faithfully(model, 400)
     plain = model.forward
@@ -100,6 +103,7 @@ def test_other_architectures_pack_faithfully_or_are_refused(kind: str, attention
 
 
 @pytest.mark.slow
+@takes_masks
 def test_a_packed_run_has_the_losses_of_a_padded_one(tiny_llama: Path, tmp_path: Path) -> None:
     settings = {"batch_size": 10, "eval_upstream": "chats.jsonl", "group_by_length": True}
     tune(tiny_llama, tmp_path, "padded", **settings)
@@ -115,6 +119,13 @@ def test_a_packed_run_has_the_losses_of_a_padded_one(tiny_llama: Path, tmp_path:
     assert all((one[name] - two[name]).abs().mean() < 1e-5 for name in one)
 
 
+def test_a_model_without_masks_is_refused(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ktmerge.tuners.assembly.projects_faithfully", lambda *_: False)
+    with pytest.raises(UsageError, match=r"packing: this model \(llama\) takes no mask as logits_to_keep"):
+        tune(tiny_llama, tmp_path, packing=True)
+
+
+@takes_masks
 def test_a_model_that_cannot_pack_is_refused(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ktmerge.tuners import packing
 

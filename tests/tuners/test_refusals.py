@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tuning import JOB, Listener, sha256, tune, write
+from tuning import JOB, Listener, sha256, takes_masks, tune, write
 
 from ktmerge import api
 from ktmerge.checkpoints.checkpoint import Checkpoint
@@ -86,6 +86,7 @@ def test_an_existing_output_is_replaced_only_when_asked(tuned: Any, tiny_llama: 
     assert sha256(tmp_path / "out") == sha256(tuned[0])
 
 
+@takes_masks
 def test_a_diverging_run_says_so(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ktmerge.tuners import trainer
 

@@ -10,11 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+import transformers.modeling_utils
+
 from ktmerge.recipes.finetuning import FinetuneJob
 from ktmerge.tuners import FinetuneReport, finetune
 from ktmerge.tuners.encode import Encoded
 
 ROWS = [{"prompt": f"Is {n} good?", "completion": " yes" * (1 + n % 3) if n % 2 else " no"} for n in range(30)]
+takes_masks = pytest.mark.skipif(
+    not hasattr(transformers.modeling_utils, "slice_logits_to_keep"),
+    reason="models of this transformers take no mask as logits_to_keep, and are trained by their own loss",
+)
 CHATS = [
     {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": f"{n}"}]} for n in range(6)
 ]

@@ -18,8 +18,10 @@ from ktmerge.tuners.images.pixels import Pixels
 
 
 def takes_suffix(processor: Any) -> bool:
-    """Whether a processor is of such a model."""
-    return "suffix" in inspect.signature(type(processor).__call__).parameters
+    """Whether a processor is of such a model: it is called with a suffix, of its own or, as before, among the rest."""
+    rest = getattr(getattr(processor, "valid_processor_kwargs", None), "__annotations__", {})
+    of_texts = getattr(rest.get("text_kwargs"), "__annotations__", {})
+    return "suffix" in {**inspect.signature(type(processor).__call__).parameters, **of_texts}
 
 
 class SuffixEncoder(SeeingEncoder):
