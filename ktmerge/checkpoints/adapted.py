@@ -221,7 +221,7 @@ class _Known:
         places = locate(self._model.tensors, wanted, str(self._folder))
         found = {name: Held(self._model[place].shape, (Block(place),)) for name, place in places.items()}
         lost = [name for name in wanted if name not in found]
-        if all(HEAD.search(name) for name in lost) and ties(self._model.config):
+        if not lost or (ties(self._model.config) and all(HEAD.search(name) for name in lost)):
             return found
         return found | {name: self._held[place] for name, place in locate(self._held, lost, str(self._folder)).items()}
 

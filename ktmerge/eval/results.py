@@ -110,9 +110,7 @@ class Results:
     @cached_property
     def _right_or_wrong(self) -> list[str]:
         tasks = [task for task in self.paired() if task.metric.split(",")[0] in RIGHT_OR_WRONG]
-        names = [
-            task.name for task in tasks if len(set(task.groups)) == len(task.rows)
-        ]  # the test is of independent items
+        names = [task.name for task in tasks if len(set(task.groups)) == len(task.rows)]  # McNemar's: independent items
         return [name for name in names if all(np.isin(own[name].scores, (0, 1)).all() for own in self.scores.values())]
 
     def partition(self, model: str) -> Partition | None:

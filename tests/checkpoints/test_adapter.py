@@ -402,6 +402,14 @@ def test_names_in_memory_need_a_model_that_transformers_knows(
         open_model("model+adapter", tmp_path)
 
 
+def test_no_model_is_built_where_all_names_are_in_the_files(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def built(_: Checkpoint) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("ktmerge.checkpoints.held.held_tensors", built)
+    open_model("model+adapter", plain)
+
+
 def test_parts_of_a_fused_matrix_stored_whole_are_refused(tmp_path: Path) -> None:
     make_adapter(tmp_path, "nomic", target_modules=["q_proj"], modules_to_save=["v_proj"])
     with pytest.raises(UsageError, match=r"stores '.*v_proj.weight' whole, which the model's files have in other"):
