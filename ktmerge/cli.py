@@ -13,11 +13,11 @@ import time
 from types import FrameType
 from typing import Any, TextIO
 
+from ktmerge.checkpoints.signals import STOPPING, answer_stopping, leave_terminal
 from ktmerge.errors import KtmergeError, ToldElsewhereError, UsageError
 
 __all__ = ["main"]
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 AGAIN = signal.SIGALRM
 """Sent by this process to itself."""
 AGAIN_SECONDS = 0.02
@@ -44,8 +44,6 @@ def _stop(number: int, frame: FrameType | None) -> None:
         return
     _stopped.append(now)
     if number == signal.SIGHUP:
-        from ktmerge.checkpoints.signals import leave_terminal
-
         leave_terminal()
     raise KeyboardInterrupt
 
@@ -63,9 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
     global _over
     _over = False
     try:
-        for number in (*STOPPING, AGAIN):
-            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as nohup starts it
-                signal.signal(number, _stop)
+        answer_stopping(_stop)
+        signal.signal(AGAIN, _stop)
         sys.unraisablehook = _unheard
         _prepare()
         code = _exit_code(arguments)

@@ -6,8 +6,19 @@ import os
 import signal
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""What asks a process to stop."""
+
+
+def answer_stopping(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Have ``handler`` answer what asks to stop, but no SIGHUP that is ignored, as nohup has it; what did before."""
+    asked = [one for one in STOPPING if one != signal.SIGHUP or signal.getsignal(one) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in asked}
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from ktmerge.checkpoints.signals import leave_terminal
+from ktmerge.checkpoints.signals import answer_stopping, leave_terminal
 from ktmerge.errors import KtmergeError
 from ktmerge.progress import Progress, Step
 
@@ -55,10 +55,7 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
-                    continue  # as nohup starts it
-                self._before[number] = signal.signal(number, self._ask)
+            self._before = answer_stopping(self._ask)
         return self
 
     def __exit__(self, *_: object) -> None:
